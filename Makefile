@@ -1,0 +1,35 @@
+PYTHON ?= python3
+VENV ?= .venv
+CONSTRAINTS ?= constraints/tl-3.9.txt
+RUN = $(VENV)/bin
+
+.PHONY: help install demo test lint types check clean
+
+help:  ## list the commands
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /: /'
+
+install: $(VENV)/.installed  ## make the virtual environment and install everything into it
+
+$(VENV)/.installed: pyproject.toml $(CONSTRAINTS)
+	test -x $(RUN)/python || $(PYTHON) -m venv $(VENV)
+	$(RUN)/python -m pip install --quiet --constraint $(CONSTRAINTS) torch
+	$(RUN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable '.[dev]'
+	touch $@
+
+demo: install  ## forget a topic of the embedded world with each method (about a minute)
+	$(RUN)/mrp-lens demo --out runs/demo --overwrite
+
+test: install  ## the test suite (without the tests marked slow)
+	$(RUN)/python -m pytest -m "not slow"
+
+lint: install  ## linter and formatter, checking only
+	$(RUN)/ruff check .
+	$(RUN)/ruff format --check .
+
+types: install  ## type checker
+	$(RUN)/mypy
+
+check: lint types test  ## all of the above
+
+clean:  ## remove environments, runs and caches
+	rm -rf .venv .venv-tl4 runs .pytest_cache .mypy_cache .ruff_cache .hypothesis

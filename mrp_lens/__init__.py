@@ -1,0 +1,65 @@
+"""mrp_lens: study unlearning inside a language model, on the residual stream, with TransformerLens."""
+
+from importlib import import_module
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mrp_lens import metrics
+    from mrp_lens.corpus import Corpus, Questions
+    from mrp_lens.edit import Edit, EditStack, ProjectionEdit, SteeringEdit, WeightEdit, load_edit
+    from mrp_lens.methods import MRP, RMU, AdaptiveRMU, Fit
+    from mrp_lens.model import load_model
+    from mrp_lens.subspace import Subspace
+    from mrp_lens.world import World
+
+# Where each name lives. They are imported on first use: importing torch takes seconds, and --help needs none of it.
+_HOMES = {
+    "AdaptiveRMU": "mrp_lens.methods",
+    "Corpus": "mrp_lens.corpus",
+    "Edit": "mrp_lens.edit",
+    "EditStack": "mrp_lens.edit",
+    "Fit": "mrp_lens.methods",
+    "MRP": "mrp_lens.methods",
+    "ProjectionEdit": "mrp_lens.edit",
+    "Questions": "mrp_lens.corpus",
+    "RMU": "mrp_lens.methods",
+    "SteeringEdit": "mrp_lens.edit",
+    "Subspace": "mrp_lens.subspace",
+    "WeightEdit": "mrp_lens.edit",
+    "World": "mrp_lens.world",
+    "load_edit": "mrp_lens.edit",
+    "load_model": "mrp_lens.model",
+    "metrics": "mrp_lens",
+}
+
+__version__ = version("mrp_lens")
+__all__ = [
+    "MRP",
+    "RMU",
+    "AdaptiveRMU",
+    "Corpus",
+    "Edit",
+    "EditStack",
+    "Fit",
+    "ProjectionEdit",
+    "Questions",
+    "SteeringEdit",
+    "Subspace",
+    "WeightEdit",
+    "World",
+    "load_edit",
+    "load_model",
+    "metrics",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    home = _HOMES[name]
+    return import_module(f"mrp_lens.{name}") if home == "mrp_lens" else getattr(import_module(home), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,0 +1,30 @@
+"""Models: loading, recognising, and where editable weights live. Only this package knows HookedTransformer from TransformerBridge."""
+
+from mrp_lens.model.base import LensModel, check_layers, forward, is_bridge, logits_of
+from mrp_lens.model.load import ModelMismatchError, load_model
+from mrp_lens.model.weights import (
+    EditableWeight,
+    check_same_model,
+    describe,
+    mlp_out_weight,
+    same_tensor,
+    tensor_digests,
+    weights_by_name,
+)
+
+__all__ = [
+    "EditableWeight",
+    "LensModel",
+    "ModelMismatchError",
+    "check_layers",
+    "check_same_model",
+    "describe",
+    "forward",
+    "is_bridge",
+    "load_model",
+    "logits_of",
+    "mlp_out_weight",
+    "same_tensor",
+    "tensor_digests",
+    "weights_by_name",
+]

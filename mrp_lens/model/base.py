@@ -1,0 +1,92 @@
+"""What this library uses of a model, whichever of TransformerLens's two classes it is."""
+
+from collections.abc import Iterable, Iterator
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+
+@runtime_checkable
+class LensModel(Protocol):
+    """What this library uses of a HookedTransformer or a TransformerBridge."""
+
+    cfg: Any
+    tokenizer: Any
+    blocks: Any
+    training: bool
+    W_E: torch.Tensor
+
+    @property
+    def hook_dict(self) -> dict[str, Any]:
+        """Hook points by name, aliases included."""
+        ...
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Logits, and more if asked."""
+        ...
+
+    def parameters(self) -> Iterator[torch.nn.Parameter]:
+        """As torch.nn.Module."""
+        ...
+
+    def named_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
+        """As torch.nn.Module."""
+        ...
+
+    def modules(self) -> Iterator[torch.nn.Module]:
+        """As torch.nn.Module."""
+        ...
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """Sample or decode tokens."""
+        ...
+
+
+def is_bridge(model: LensModel) -> bool:
+    """Whether this is a TransformerBridge (True) or a HookedTransformer (False).
+
+    Raises:
+        TypeError: it is neither.
+    """
+    kinds = {kind.__name__ for kind in type(model).__mro__}
+    if "TransformerBridge" in kinds:
+        return True
+    if "HookedTransformer" in kinds:
+        return False
+    raise TypeError(
+        f"expected a HookedTransformer or a TransformerBridge, got {type(model).__name__}; load it with mrp_lens.load_model(...)"
+    )
+
+
+def check_layers(model: LensModel, layers: Iterable[int]) -> tuple[int, ...]:
+    """The layers in ascending order, without repeats.
+
+    Raises:
+        TypeError: a layer is not an int.
+        ValueError: no layer, or one outside 0..n_layers-1.
+    """
+    chosen = sorted(set(layers))
+    if not chosen:
+        raise ValueError("no layers given; name at least one, such as layers=[3]")
+    for layer in chosen:
+        if isinstance(layer, bool) or not isinstance(layer, int):
+            raise TypeError(f"layer must be an int, got {layer!r}")
+        if not 0 <= layer < model.cfg.n_layers:
+            raise ValueError(f"layer {layer} is out of range: this model has layers 0..{model.cfg.n_layers - 1}")
+    return tuple(chosen)
+
+
+def forward(model: LensModel, tokens: Int[Tensor, "batch seq"], attention_mask: Bool[Tensor, "batch seq"]) -> Any:
+    """A forward pass, always with the attention mask and never with a key/value cache."""
+    no_cache = {"use_cache": False} if is_bridge(model) else {}
+    return model(tokens, attention_mask=attention_mask.long(), return_type="logits", **no_cache)
+
+
+def logits_of(
+    model: LensModel, tokens: Int[Tensor, "batch seq"], attention_mask: Bool[Tensor, "batch seq"]
+) -> Float[Tensor, "batch seq d_vocab"]:
+    """Logits of a padded batch."""
+    logits: Tensor = forward(model, tokens, attention_mask)
+    return logits

@@ -1,0 +1,139 @@
+"""Where the editable weights of a checkpoint live in a loaded model, and how a model is recognised again."""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from mrp_lens.model.base import LensModel, check_layers, is_bridge
+
+_HASHED_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+# Where Hugging Face keeps the MLP's output matrix, and whether as [d_model, d_mlp] (nn.Linear; TransformerLens has
+# [d_mlp, d_model]) or as [d_mlp, d_model] (GPT-2's Conv1D).
+_MLP_OUT = {
+    "LlamaForCausalLM": ("model.layers.{}.mlp.down_proj.weight", True),
+    "MistralForCausalLM": ("model.layers.{}.mlp.down_proj.weight", True),
+    "Qwen2ForCausalLM": ("model.layers.{}.mlp.down_proj.weight", True),
+    "Qwen3ForCausalLM": ("model.layers.{}.mlp.down_proj.weight", True),
+    "Phi3ForCausalLM": ("model.layers.{}.mlp.down_proj.weight", True),
+    "GPT2LMHeadModel": ("transformer.h.{}.mlp.c_proj.weight", False),
+    "GPTNeoXForCausalLM": ("gpt_neox.layers.{}.mlp.dense_4h_to_h.weight", True),
+}
+
+
+@dataclass(frozen=True)
+class EditableWeight:
+    """One matrix of the checkpoint inside a loaded model.
+
+    `name` and `read`/`write` follow the checkpoint (Hugging Face's name and layout), `key` is the parameter's name
+    inside its block; so the same edit fits either class.
+    """
+
+    name: str
+    layer: int
+    key: str
+    parameter: torch.nn.Parameter
+    transposed: bool
+
+    def read(self) -> Tensor:
+        """A contiguous copy in the checkpoint's layout."""
+        tensor = self.parameter.detach()
+        return (tensor.T if self.transposed else tensor).clone(memory_format=torch.contiguous_format)
+
+    def write(self, tensor: Tensor) -> None:
+        """Overwrite the model's values in place."""
+        with torch.no_grad():
+            self.parameter.copy_(self.to_model(tensor))
+
+    def to_model(self, tensor: Tensor) -> Tensor:
+        """A tensor of the checkpoint's layout in the model's layout and dtype, gradient kept."""
+        return (tensor.T if self.transposed else tensor).to(self.parameter.device, self.parameter.dtype)
+
+
+def mlp_out_weight(model: LensModel, layer: int) -> EditableWeight:
+    """The MLP's output matrix of a layer (`down_proj`, `c_proj`, `dense_4h_to_h`; TransformerLens `W_out`).
+
+    Raises:
+        ValueError: the layer does not exist, or the architecture keeps no single such matrix there.
+    """
+    check_layers(model, [layer])
+    block = model.blocks[layer]
+    if is_bridge(model):
+        component = getattr(getattr(getattr(block, "mlp", None), "out", None), "original_component", None)
+        parameter = getattr(component, "weight", None)
+        if parameter is None:
+            raise ValueError(
+                f"layer {layer} has no single MLP output matrix (a mixture of experts, perhaps), so RMU cannot train it"
+            )
+        key = next(key for key, value in block.named_parameters() if value is parameter)
+        full = next(key for key, value in model.named_parameters() if value is parameter)
+        return EditableWeight(full.replace("._original_component", ""), layer, key, parameter, transposed=False)
+    architecture = str(model.cfg.original_architecture)
+    if architecture not in _MLP_OUT or not hasattr(block.mlp, "W_out"):
+        raise ValueError(f"no known MLP output matrix for {architecture}; load it with backend='bridge'")
+    template, transposed = _MLP_OUT[architecture]
+    return EditableWeight(template.format(layer), layer, "mlp.W_out", block.mlp.W_out, transposed)
+
+
+def weights_by_name(model: LensModel) -> dict[str, EditableWeight]:
+    """Every matrix that a weight edit can replace, by its name in the checkpoint."""
+    weights = (mlp_out_weight(model, layer) for layer in range(model.cfg.n_layers))
+    return {weight.name: weight for weight in weights}
+
+
+def tensor_digests(tensor: Float[Tensor, "..."]) -> dict[str, str]:
+    """SHA-256 of the values as float32, bfloat16 and float16, so that a checkpoint is known in any precision."""
+    return {name: _digest(tensor, dtype) for name, dtype in _HASHED_DTYPES.items()}
+
+
+def same_tensor(tensor: Float[Tensor, "..."], digests: Mapping[str, str]) -> bool:
+    """Whether the tensor holds the hashed values, compared in its own precision."""
+    name = next((name for name, dtype in _HASHED_DTYPES.items() if dtype == tensor.dtype), "float32")
+    return _digest(tensor, _HASHED_DTYPES[name]) == digests.get(name)
+
+
+def _digest(tensor: Tensor, dtype: torch.dtype) -> str:
+    values = tensor.detach().to("cpu", dtype).contiguous()
+    return hashlib.sha256(str(list(values.shape)).encode() + values.view(torch.uint8).numpy().tobytes()).hexdigest()
+
+
+def describe(model: LensModel) -> dict[str, Any]:
+    """What identifies a model in an edit's provenance: sizes, and the hash of 128 rows of its embedding."""
+    return {
+        "name": str(model.cfg.model_name),
+        "n_layers": int(model.cfg.n_layers),
+        "d_model": int(model.cfg.d_model),
+        "d_vocab": int(model.W_E.shape[0]),
+        "embedding": tensor_digests(_embedding_rows(model)),
+    }
+
+
+def check_same_model(model: LensModel, described: Mapping[str, Any]) -> None:
+    """Refuse a model other than the one an edit was made for.
+
+    Raises:
+        ValueError: says what differs.
+    """
+    current = describe(model)
+    different = [
+        f"{key} {current[key]} instead of {described[key]}"
+        for key in ("n_layers", "d_model", "d_vocab")
+        if current[key] != described[key]
+    ]
+    if not different and not same_tensor(_embedding_rows(model), described["embedding"]):
+        different = ["its embedding matrix has other values"]
+    if different:
+        raise ValueError(
+            f"this edit was made for {described['name']!r}, and this model is another: {'; '.join(different)}. "
+            "Load the model it was made for, or pass check=False to apply it all the same"
+        )
+
+
+def _embedding_rows(model: LensModel) -> Float[Tensor, "rows d_model"]:
+    embedding = model.W_E.detach()
+    return embedding[torch.linspace(0, len(embedding) - 1, 128).long().to(embedding.device)]

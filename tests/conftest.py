@@ -1,0 +1,138 @@
+"""Shapes are checked at run time here, and only here; every model is tiny and local."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from jaxtyping import install_import_hook
+
+# Where tensors are computed with. Elsewhere the library's own errors for bad input are what the tests want to see.
+CHECKED = ["batching", "metrics", "methods.objectives", "methods.start", "stream"]
+install_import_hook([f"mrp_lens.{name}" for name in CHECKED], "beartype.beartype")
+
+from mrp_lens.corpus import Corpus  # noqa: E402
+from mrp_lens.model import load_model  # noqa: E402
+from mrp_lens.world import World  # noqa: E402
+
+DEMO_FOLDER = Path(__file__).parent.parent / "mrp_lens" / "world" / "data"
+LAYERS = 4
+D_MODEL = 32
+
+
+def has_hooked_transformer() -> bool:
+    import transformer_lens
+
+    return hasattr(transformer_lens, "HookedTransformer")
+
+
+@pytest.fixture(scope="session", params=["hooked", "bridge"])
+def backend(request: pytest.FixtureRequest) -> str:
+    """Both model classes; HookedTransformer is gone from TransformerLens 4."""
+    if request.param == "hooked" and not has_hooked_transformer():
+        pytest.skip("needs HookedTransformer (TransformerLens 3)")
+    return str(request.param)
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A 4-layer Llama with grouped-query attention, every parameter perturbed, and the demo's tokenizer."""
+    return make_tiny(tmp_path_factory.mktemp("tiny"), seed=0)
+
+
+def make_tiny(folder: Path, *, seed: int) -> Path:
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    tokenizer = AutoTokenizer.from_pretrained(DEMO_FOLDER)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=len(tokenizer),
+                hidden_size=D_MODEL,
+                intermediate_size=48,
+                num_hidden_layers=LAYERS,
+                num_attention_heads=4,
+                num_key_value_heads=2,
+                max_position_embeddings=64,
+                bos_token_id=tokenizer.bos_token_id,
+                eos_token_id=tokenizer.eos_token_id,
+                pad_token_id=tokenizer.pad_token_id,
+                tie_word_embeddings=False,
+            )
+        )
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(0.05 * torch.randn_like(parameter))
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def model(backend: str, tiny_folder: Path) -> Any:
+    """The tiny model on one backend. Shared: a test that leaves something on it fails `untouched`."""
+    return load_model(str(tiny_folder), backend=backend)  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="session")
+def demo_model() -> Any:
+    return load_model("demo")
+
+
+@pytest.fixture(scope="session")
+def world() -> World:
+    return World()
+
+
+@pytest.fixture
+def texts() -> tuple[Corpus, Corpus]:
+    """A few forget and retain documents, of unequal length."""
+    forget = [f"The colour of Zaxim{i} is {colour}." for i, colour in enumerate(["red", "blue", "green", "white"] * 4)]
+    retain = [f"The old man walked slowly {word} near the house." for word in ["today", "again", "late", "early"] * 4]
+    return Corpus.from_texts(forget, name="forget"), Corpus.from_texts(retain, name="retain")
+
+
+def state_of(model: Any) -> dict[str, Any]:
+    """Everything that must be as before: weights, flags, gradients, hooks, mode, global random state.
+
+    (Python's own generator is left out: the run-time shape checks draw from it.)
+    """
+    return {
+        "weights": {name: tensor.detach().clone() for name, tensor in model.named_parameters()},
+        "requires_grad": {name: tensor.requires_grad for name, tensor in model.named_parameters()},
+        "grad": {name: tensor.grad is None for name, tensor in model.named_parameters()},
+        "tl_hooks": {name: (len(point.fwd_hooks), len(point.bwd_hooks)) for name, point in model.hook_dict.items()},
+        "torch_hooks": sum(
+            len(m._forward_hooks) + len(m._forward_pre_hooks) + len(m._backward_hooks) for m in model.modules()
+        ),
+        "training": [module.training for module in model.modules()],
+        "torch_rng": torch.get_rng_state(),
+        "numpy_rng": str(np.random.get_state()),  # noqa: NPY002
+    }
+
+
+def assert_same_state(before: dict[str, Any], after: dict[str, Any]) -> None:
+    for key in ("weights",):
+        assert before[key].keys() == after[key].keys()
+        for name in before[key]:
+            assert torch.equal(before[key][name], after[key][name]), f"{name} changed"
+    assert torch.equal(before["torch_rng"], after["torch_rng"]), "the global torch generator moved"
+    for key in ("requires_grad", "grad", "tl_hooks", "torch_hooks", "training", "numpy_rng"):
+        assert before[key] == after[key], f"{key} changed"
+
+
+@pytest.fixture
+def untouched(model: Any) -> Iterator[None]:
+    """Fails the test unless the model is left exactly as it was."""
+    before = state_of(model)
+    yield
+    assert_same_state(before, state_of(model))
+
+
+@pytest.fixture
+def tokens(model: Any) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randint(3, model.cfg.d_vocab, (3, 7), generator=generator)

@@ -1,0 +1,134 @@
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from mrp_lens.model import ModelMismatchError, is_bridge, load_model, logits_of, mlp_out_weight
+from mrp_lens.stream import captured, check_hook_names, hook_name, layer_of, run_segment
+from tests.conftest import LAYERS, has_hooked_transformer
+
+
+def test_logits_equal_hugging_faces_on_a_padded_batch(model: Any, tiny_folder: Path, untouched: None) -> None:
+    reference = AutoModelForCausalLM.from_pretrained(tiny_folder)
+    tokens = torch.randint(3, model.cfg.d_vocab, (2, 9), generator=torch.Generator().manual_seed(0))
+    for side in ("right", "left"):
+        mask = torch.ones_like(tokens, dtype=torch.bool)
+        mask[0, slice(6, None) if side == "right" else slice(0, 3)] = False
+        with torch.no_grad():
+            positions = (mask.long().cumsum(-1) - 1).clamp(min=0)
+            expected = reference(
+                input_ids=tokens, attention_mask=mask.long(), position_ids=positions
+            ).logits.log_softmax(-1)
+            got = logits_of(model, tokens, mask).log_softmax(-1)
+        assert float((got - expected)[mask].abs().max()) < 1e-4
+
+
+def test_a_path_that_names_another_family_loads(tiny_folder: Path, tmp_path: Path, backend: str) -> None:
+    folder = tmp_path / "my-gemma-of-gpt2"
+    shutil.copytree(tiny_folder, folder)
+    assert is_bridge(load_model(folder, backend=backend)) == (backend == "bridge")  # type: ignore[arg-type]
+
+
+def test_weights_are_as_in_the_checkpoint(model: Any, tiny_folder: Path) -> None:
+    state = AutoModelForCausalLM.from_pretrained(tiny_folder).state_dict()
+    for layer in range(LAYERS):
+        weight = mlp_out_weight(model, layer)
+        assert torch.equal(weight.read(), state[weight.name])
+    with pytest.raises(ValueError, match="out of range"):
+        mlp_out_weight(model, LAYERS)
+
+
+def test_a_model_that_differs_from_hugging_face_is_refused(
+    tiny_folder: Path, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import mrp_lens.model.load as load
+
+    real = load._load_hf
+
+    def mutated(*arguments: Any) -> Any:
+        """Load, let the comparison see the logits of a model whose last norm was lost."""
+        hf_model, tokenizer = real(*arguments)
+        forward = hf_model.forward
+
+        def altered(*args: Any, **kwargs: Any) -> Any:
+            output = forward(*args, **kwargs)
+            output.logits = output.logits * 1.1
+            return output
+
+        hf_model.forward = altered
+        return hf_model, tokenizer
+
+    boot = f"_boot_{backend}"
+    real_boot = getattr(load, boot)
+
+    def unaltered(folder: Any, hf_model: Any, *arguments: Any) -> Any:
+        hf_model.forward = type(hf_model).forward.__get__(hf_model)
+        return real_boot(folder, hf_model, *arguments)
+
+    monkeypatch.setattr(load, "_load_hf", mutated)
+    monkeypatch.setattr(load, boot, unaltered)
+    with pytest.raises(ModelMismatchError, match="differ from Hugging Face's by"):
+        load_model(tiny_folder, backend=backend)  # type: ignore[arg-type]
+
+
+def test_bad_sources_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no folder at '/nowhere'"):
+        load_model("/nowhere")
+    with pytest.raises(ValueError, match=r"holds no config.json"):
+        load_model(tmp_path)
+    with pytest.raises(ValueError, match="unknown backend 'jax'"):
+        load_model("demo", backend="jax")  # type: ignore[arg-type]
+
+
+@pytest.mark.skipif(has_hooked_transformer(), reason="TransformerLens 3 has HookedTransformer")
+def test_without_hooked_transformer_the_remedy_is_named(tiny_folder: Path) -> None:
+    with pytest.raises(ImportError, match="use backend='bridge' or install transformer-lens<4"):
+        load_model(tiny_folder, backend="hooked")
+    assert is_bridge(load_model(tiny_folder))
+
+
+def test_a_model_without_tokenizer_is_refused(tiny_folder: Path, tmp_path: Path) -> None:
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(tiny_folder / name, tmp_path / name)
+    with pytest.raises(ValueError, match="no usable tokenizer"):
+        load_model(tmp_path)
+
+
+def test_is_bridge_refuses_other_things() -> None:
+    with pytest.raises(TypeError, match="expected a HookedTransformer or a TransformerBridge, got Linear"):
+        is_bridge(torch.nn.Linear(1, 1))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("last", [0, 1, LAYERS - 1])
+def test_replaying_a_segment_is_exact_and_takes_other_weights(model: Any, last: int, untouched: None) -> None:
+    tokens = torch.randint(3, model.cfg.d_vocab, (2, 6), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(tokens, dtype=torch.bool)
+    mask[1, 4:] = False
+    name, weight = hook_name(last), mlp_out_weight(model, last)
+    with captured(model, [name]) as store:
+        segment = run_segment(model, tokens, mask, first=max(0, last - 2), last=last)
+        expected = store[name]
+        segment.replay({})
+        assert torch.equal(store[name], expected)
+        master = (weight.read() * 2).requires_grad_()
+        segment.replay({last: {weight.key: weight.to_model(master)}})
+        changed = store[name]
+    assert not torch.allclose(changed, expected)
+    changed.sum().backward()
+    assert master.grad is not None
+    assert float(master.grad.abs().max()) > 0
+
+
+def test_hook_names() -> None:
+    assert hook_name(3) == "blocks.3.hook_resid_post"
+    assert layer_of("blocks.12.hook_mlp_out") == 12
+    with pytest.raises(ValueError, match="unknown site"):
+        hook_name(3, "resid")
+
+
+def test_unknown_hooks_get_a_suggestion(model: Any) -> None:
+    with pytest.raises(ValueError, match=r"close to it: .*blocks.1.hook_resid_post"):
+        check_hook_names(model, ["blocks.1.hook_resid_pos"])

@@ -1,0 +1,204 @@
+"""MRP's edit: at chosen hook points, a subspace is removed from every state."""
+
+from collections.abc import Mapping
+from typing import Any
+from weakref import WeakSet
+
+from torch import Tensor
+from typing_extensions import override
+
+from mrp_lens.edit.base import Edit, Undo, check_width
+from mrp_lens.model import LensModel
+from mrp_lens.stream import HookFunction, add_hooks, check_hook_names, layer_of, remove_hooks
+from mrp_lens.subspace import Subspace
+
+# Hook points that a projection sits on now; a second one there would multiply instead of join.
+_occupied: WeakSet[Any] = WeakSet()
+
+
+class ProjectionEdit(Edit):
+    """h <- h - (h Q^T) Q at each hook, Q in float32, the result cast back (MRP, arXiv 2508.15449).
+
+    The rows are kept per request, in order, so that one request can be taken back. Where several requests sit on
+    one hook their subspaces are *joined*: the product of two projections would leave a part of each (0.13 in an
+    example), the projection off the join leaves nothing.
+
+    Args:
+        subspaces: hook name -> what to remove there.
+        request: the name under which `without` finds it again.
+        provenance: how it came about.
+
+    Raises:
+        TypeError: a value is not a Subspace.
+        ValueError: no hooks, names that are not inside a block, or subspaces of different width.
+
+    Example:
+        >>> import torch
+        >>> edit = ProjectionEdit({"blocks.3.hook_resid_post": Subspace(torch.eye(2, 8))}, request="mine")
+        >>> edit.requests
+        ('mine',)
+    """
+
+    kind = "projection"
+
+    def __init__(
+        self, subspaces: Mapping[str, Subspace], *, request: str = "edit", provenance: Mapping[str, Any] | None = None
+    ) -> None:
+        self._set({request: dict(subspaces)}, dict(provenance or {}))
+
+    @classmethod
+    def from_requests(
+        cls, requests: Mapping[str, Mapping[str, Subspace]], *, provenance: Mapping[str, Any] | None = None
+    ) -> "ProjectionEdit":
+        """Several requests at once, in order: request -> hook name -> what to remove there."""
+        edit = cls.__new__(cls)
+        edit._set({name: dict(subspaces) for name, subspaces in requests.items()}, dict(provenance or {}))
+        return edit
+
+    def _set(self, requests: dict[str, dict[str, Subspace]], provenance: dict[str, Any]) -> None:
+        if not requests or not all(requests.values()):
+            raise ValueError("a projection needs at least one hook: {'blocks.3.hook_resid_post': Subspace(Q)}")
+        joined: dict[str, Subspace] = {}
+        for subspaces in requests.values():
+            for name, subspace in subspaces.items():
+                layer_of(name)
+                if not isinstance(subspace, Subspace):
+                    raise TypeError(
+                        f"{name}: expected a Subspace, got {type(subspace).__name__}; wrap orthonormal rows as Subspace(Q)"
+                    )
+                joined[name] = joined[name].join(subspace) if name in joined else subspace
+        if len({subspace.d_model for subspace in joined.values()}) > 1:
+            raise ValueError("the subspaces of one edit must share one d_model")
+        self._requests = requests
+        self._joined = joined
+        self.provenance = provenance
+
+    @property
+    def requests(self) -> tuple[str, ...]:
+        """The names of the requests, in order."""
+        return tuple(self._requests)
+
+    @property
+    def hook_names(self) -> tuple[str, ...]:
+        """The hook points that are projected, by layer."""
+        return tuple(sorted(self._joined, key=layer_of))
+
+    def subspaces(self, request: str | None = None) -> dict[str, Subspace]:
+        """What is removed at each hook: by one request, or (None) by all of them together.
+
+        Raises:
+            ValueError: there is no such request.
+        """
+        if request is None:
+            return dict(self._joined)
+        self._check_known(request)
+        return dict(self._requests[request])
+
+    def without(self, *requests: str) -> "ProjectionEdit":
+        """The edit with some requests taken back.
+
+        Raises:
+            ValueError: there is no such request, or none would be left.
+        """
+        for request in requests:
+            self._check_known(request)
+        left = {name: subspaces for name, subspaces in self._requests.items() if name not in requests}
+        if not left:
+            raise ValueError(
+                f"nothing would be left without {', '.join(map(repr, requests))}; do not apply the edit at all instead"
+            )
+        return ProjectionEdit.from_requests(left, provenance=_of_requests(self.provenance, left))
+
+    def join(self, other: "ProjectionEdit") -> "ProjectionEdit":
+        """The requests of both; what each removes is removed together.
+
+        Raises:
+            ValueError: one request name stands for two different sets of rows.
+        """
+        requests = {name: dict(subspaces) for name, subspaces in self._requests.items()}
+        for name, subspaces in other._requests.items():
+            if name in requests and not _same(requests[name], subspaces):
+                raise ValueError(
+                    f"both edits have a request {name!r}, with different rows; give each its own name (fit(..., request=...))"
+                )
+            requests.setdefault(name, dict(subspaces))
+        mine, theirs = dict(self.provenance), dict(other.provenance)
+        merged = {**theirs, **mine, "requests": {**mine.get("requests", {}), **theirs.get("requests", {})}}
+        return ProjectionEdit.from_requests(requests, provenance=merged if mine or theirs else {})
+
+    @override
+    def install(self, model: LensModel, *, check: bool = True) -> Undo:
+        check_hook_names(model, self._joined)
+        check_width(model, next(iter(self._joined.values())).d_model, "the projection")
+        self._check_model(model, check)
+        known = model.hook_dict
+        points = [known[name] for name in self._joined]
+        if any(point in _occupied for point in points):
+            raise ValueError(
+                "another projection is on at one of these hooks; two projections after one another do not remove both subspaces. "
+                "Join them: (edit_a + edit_b).applied(model)"
+            )
+        device = next(iter(model.parameters())).device
+        handles = add_hooks(
+            model, [(name, projection_hook(subspace.to(device))) for name, subspace in self._joined.items()]
+        )
+        _occupied.update(points)
+
+        def undo() -> bool:
+            for point in points:
+                _occupied.discard(point)
+            return remove_hooks(handles)
+
+        return undo
+
+    @override
+    def to_parts(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        hooks: list[dict[str, Any]] = []
+        tensors: dict[str, Tensor] = {}
+        for number, (request, subspaces) in enumerate(self._requests.items()):
+            for name, subspace in subspaces.items():
+                tensor = f"rows.{number}.{name}"
+                hooks.append({"request": request, "hook": name, "rank": subspace.rank, "tensor": tensor})
+                tensors[tensor] = subspace.basis
+        return {"requests": list(self._requests), "hooks": hooks}, tensors
+
+    @classmethod
+    @override
+    def from_parts(cls, settings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> "ProjectionEdit":
+        requests: dict[str, dict[str, Subspace]] = {name: {} for name in settings["requests"]}
+        for entry in settings["hooks"]:
+            basis = tensors[entry["tensor"]]
+            if basis.ndim != 2 or basis.shape[0] != entry["rank"]:
+                raise ValueError(
+                    f"{entry['tensor']} has shape {list(basis.shape)}, the configuration says rank {entry['rank']}"
+                )
+            requests[entry["request"]][entry["hook"]] = Subspace(basis)
+        return cls.from_requests(requests)
+
+    def _check_known(self, request: str) -> None:
+        if request not in self._requests:
+            raise ValueError(f"no request {request!r} in this edit; it has {', '.join(map(repr, self._requests))}")
+
+    def __repr__(self) -> str:
+        ranks = {name: self._joined[name].rank for name in self.hook_names}
+        return f"ProjectionEdit(requests={list(self.requests)}, rank per hook={ranks})"
+
+
+def projection_hook(subspace: Subspace) -> HookFunction:
+    """A hook function that removes the subspace from the states passing through."""
+
+    def hook(activation: Tensor, hook: Any) -> Tensor:
+        return subspace.project_out(activation)
+
+    return hook
+
+
+def _same(a: Mapping[str, Subspace], b: Mapping[str, Subspace]) -> bool:
+    return a.keys() == b.keys() and all(
+        a[name].basis.shape == b[name].basis.shape and bool((a[name].basis == b[name].basis).all()) for name in a
+    )
+
+
+def _of_requests(provenance: Mapping[str, Any], left: Mapping[str, Any]) -> dict[str, Any]:
+    kept = {name: entry for name, entry in provenance.get("requests", {}).items() if name in left}
+    return {**provenance, "requests": kept} if provenance else {}

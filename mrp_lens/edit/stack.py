@@ -1,0 +1,86 @@
+"""Several edits as one."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+from typing_extensions import override
+
+from mrp_lens.edit.base import Edit, Undo
+from mrp_lens.edit.projection import ProjectionEdit
+from mrp_lens.edit.storage import KINDS, register
+from mrp_lens.model import LensModel
+
+
+class EditStack(Edit):
+    """Edits applied in order; all projections among them are joined into one."""
+
+    kind = "stack"
+
+    def __init__(self, parts: Sequence[Edit]) -> None:
+        self.parts = tuple(parts)
+        self.provenance: Mapping[str, Any] = {}
+
+    @override
+    def install(self, model: LensModel, *, check: bool = True) -> Undo:
+        undos: list[Undo] = []
+
+        def undo() -> bool:
+            complete = True
+            for step in reversed(undos):
+                complete = step() and complete
+            return complete
+
+        try:
+            for part in self.parts:
+                undos.append(part.install(model, check=check))
+        except BaseException:
+            undo()
+            raise
+        return undo
+
+    @override
+    def to_parts(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        described = []
+        tensors: dict[str, Tensor] = {}
+        for number, part in enumerate(self.parts):
+            settings, owned = part.to_parts()
+            described.append({"kind": part.kind, "settings": settings, "provenance": dict(part.provenance)})
+            tensors |= {f"{number}/{name}": tensor for name, tensor in owned.items()}
+        return {"parts": described}, tensors
+
+    @classmethod
+    @override
+    def from_parts(cls, settings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> "EditStack":
+        parts = []
+        for number, described in enumerate(settings["parts"]):
+            owned = {
+                name.split("/", 1)[1]: tensor
+                for name, tensor in tensors.items()
+                if name.split("/", 1)[0] == str(number)
+            }
+            part = KINDS[described["kind"]].from_parts(described["settings"], owned)
+            part.provenance = described["provenance"]
+            parts.append(part)
+        return cls(parts)
+
+    def __repr__(self) -> str:
+        return f"EditStack({list(self.parts)})"
+
+
+def stacked(*edits: Edit) -> Edit:
+    """One edit out of several; projections join at the place of the first."""
+    parts: list[Edit] = []
+    for edit in edits:
+        for part in edit.parts if isinstance(edit, EditStack) else [edit]:
+            place = next((i for i, known in enumerate(parts) if isinstance(known, ProjectionEdit)), None)
+            if isinstance(part, ProjectionEdit) and place is not None:
+                known = parts[place]
+                assert isinstance(known, ProjectionEdit)
+                parts[place] = known.join(part)
+            else:
+                parts.append(part)
+    return parts[0] if len(parts) == 1 else EditStack(parts)
+
+
+register(EditStack)

@@ -1,0 +1,99 @@
+"""RMU's edit: new values for a few matrices of the checkpoint."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from mrp_lens.edit.base import Edit, Undo
+from mrp_lens.model import EditableWeight, LensModel, same_tensor, weights_by_name
+
+
+class WeightEdit(Edit):
+    """New tensors, in the checkpoint's names and layout, with the hashes of those they replace.
+
+    So the same edit fits a HookedTransformer and a TransformerBridge, and is refused on a model whose tensors are
+    not the ones it was trained from.
+
+    Args:
+        tensors: name in the checkpoint -> new values, in the checkpoint's layout.
+        replaces: name -> hashes of the old values (`model.tensor_digests`).
+        provenance: how it came about.
+
+    Raises:
+        ValueError: no tensors, NaN, or names without hashes.
+    """
+
+    kind = "weight"
+
+    def __init__(
+        self,
+        tensors: Mapping[str, Tensor],
+        replaces: Mapping[str, Mapping[str, str]],
+        *,
+        provenance: Mapping[str, Any] | None = None,
+    ) -> None:
+        if not tensors or set(tensors) != set(replaces):
+            raise ValueError(
+                f"tensors {sorted(tensors)} and the hashes of what they replace {sorted(replaces)} must name the same matrices, at least one"
+            )
+        for name, tensor in tensors.items():
+            if not bool(torch.isfinite(tensor).all()):
+                raise ValueError(f"{name} holds NaN or infinity")
+        self.tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        self.replaces = {name: dict(digests) for name, digests in replaces.items()}
+        self.provenance = dict(provenance or {})
+
+    @override
+    def install(self, model: LensModel, *, check: bool = True) -> Undo:
+        known = weights_by_name(model)
+        for name, tensor in self.tensors.items():
+            if name not in known:
+                raise ValueError(
+                    f"this model has no editable matrix {name!r}; it has {', '.join(list(known)[:3])}, ..."
+                )
+            current = known[name].read()
+            if current.shape != tensor.shape:
+                raise ValueError(
+                    f"{name} has shape {list(tensor.shape)} in the edit and {list(current.shape)} in the model"
+                )
+            if check and not same_tensor(current, self.replaces[name]):
+                raise ValueError(
+                    f"{name} is not the matrix that this edit replaces: the model is another one, in another precision, or carries an edit "
+                    "already. Load the model it was made for, stack edits in the order they were fitted, or pass check=False"
+                )
+        before = {name: known[name].parameter.detach().clone() for name in self.tensors}
+        for name, tensor in self.tensors.items():
+            known[name].write(tensor)
+
+        def undo() -> bool:
+            _restore(known, before)
+            return True
+
+        return undo
+
+    @override
+    def to_parts(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        return {
+            "replaces": self.replaces,
+            "shapes": {name: list(tensor.shape) for name, tensor in self.tensors.items()},
+        }, dict(self.tensors)
+
+    @classmethod
+    @override
+    def from_parts(cls, settings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> "WeightEdit":
+        for name, shape in settings["shapes"].items():
+            if list(tensors[name].shape) != shape:
+                raise ValueError(f"{name} has shape {list(tensors[name].shape)}, the configuration says {shape}")
+        return cls({name: tensors[name] for name in settings["shapes"]}, settings["replaces"])
+
+    def __repr__(self) -> str:
+        return f"WeightEdit({list(self.tensors)})"
+
+
+def _restore(weights: Mapping[str, EditableWeight], before: Mapping[str, Tensor]) -> None:
+    with torch.no_grad():
+        for name, tensor in before.items():
+            weights[name].parameter.copy_(tensor)

@@ -1,0 +1,169 @@
+"""What all methods share: their result, their data, and the record of how an edit came about."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any, get_args
+
+import pandas as pd
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from mrp_lens.batching import Encoded, Encoder, TokenBatch
+from mrp_lens.corpus import Corpus
+from mrp_lens.edit import Edit
+from mrp_lens.model import LensModel, describe
+from mrp_lens.runs import versions
+from mrp_lens.stream import frozen
+
+Forget = Corpus | Sequence[Corpus]
+
+
+@dataclass(frozen=True)
+class Fit:
+    """The result of fitting a method.
+
+    Attributes:
+        edit: apply it, save it, stack it.
+        log: one row a step: `step`, `loss` and its parts, `seconds`.
+        settings: every hyperparameter as it was used, derived defaults included.
+        interrupted: Ctrl-C ended the fit early; the edit holds what was learned until then.
+        directions: RMU and Adaptive RMU: forget corpus -> its unit direction u, [d_model].
+    """
+
+    edit: Edit
+    log: pd.DataFrame
+    settings: Mapping[str, Any]
+    interrupted: bool = False
+    directions: Mapping[str, Float[Tensor, " d_model"]] = field(default_factory=dict)
+
+    @property
+    def direction(self) -> Float[Tensor, " d_model"]:
+        """The direction u of a fit with one forget corpus.
+
+        Raises:
+            ValueError: the method has no direction, or several.
+        """
+        if len(self.directions) != 1:
+            raise ValueError(
+                f"this fit has {len(self.directions)} directions {list(self.directions)}; use fit.directions[name]"
+            )
+        return next(iter(self.directions.values()))
+
+
+@dataclass(frozen=True)
+class Data:
+    """Encoded forget corpora and retain corpus."""
+
+    encoder: Encoder
+    names: tuple[str, ...]
+    forget: tuple[list[Encoded], ...]
+    retain: list[Encoded]
+    record: Mapping[str, Any]
+
+    @property
+    def all_forget(self) -> list[Encoded]:
+        """The documents of all forget corpora."""
+        return [row for rows in self.forget for row in rows]
+
+
+def prepare(model: LensModel, forget: Forget, retain: Corpus) -> Data:
+    """Encode the corpora.
+
+    Raises:
+        TypeError: not a Corpus.
+        ValueError: a corpus is empty, or two forget corpora share a name.
+    """
+    corpora = [forget] if isinstance(forget, Corpus) else list(forget)
+    for corpus in (*corpora, retain):
+        if not isinstance(corpus, Corpus):
+            raise TypeError(
+                f"expected a Corpus, got {type(corpus).__name__}; make one with Corpus.from_texts, from_rows or from_file"
+            )
+    names = tuple(corpus.name for corpus in corpora)
+    if not corpora or len(set(names)) < len(names):
+        raise ValueError(f"give at least one forget corpus, each with its own name; got {list(names)}")
+    encoder = Encoder.for_model(model)
+    encoded = {}
+    for role, corpus in [*(("forget", corpus) for corpus in corpora), ("retain", retain)]:
+        rows = [row for row in encoder.encode(corpus.documents) if any(row.in_loss[1:])]
+        if not rows:
+            raise ValueError(
+                f"the {role} corpus {corpus.name!r} is empty: it holds no document with a token to predict"
+            )
+        encoded[role, corpus.name] = rows
+    record = {
+        role: [{"name": corpus.name, "documents": len(corpus), "sha256": corpus.fingerprint} for corpus in chosen]
+        for role, chosen in (("forget", corpora), ("retain", [retain]))
+    }
+    return Data(
+        encoder, names, tuple(encoded["forget", name] for name in names), encoded["retain", retain.name], record
+    )
+
+
+@contextmanager
+def fitting(model: LensModel, after: Edit | None) -> Iterator[None]:
+    """The model with earlier edits on, in evaluation mode, nothing requiring grad; all as before on exit."""
+    with after.applied(model) if after is not None else nullcontext(), frozen(model):
+        yield
+
+
+def parts_of(batch: TokenBatch, micro_batch: int | None) -> Iterator[TokenBatch]:
+    """The batch in pieces of at most `micro_batch` rows (None: whole), padding as in the whole."""
+    size = micro_batch or len(batch)
+    for start in range(0, len(batch), size):
+        rows = slice(start, start + size)
+        yield TokenBatch(
+            batch.tokens[rows], batch.attention_mask[rows], batch.content_mask[rows], batch.loss_mask[rows]
+        )
+
+
+def provenance(
+    model: LensModel, method: str, settings: Mapping[str, Any], data: Data, *, seed: int, steps_done: int
+) -> dict[str, Any]:
+    """How an edit came about: method, settings, model, hashes of the data (never their text), versions."""
+    return {
+        "method": method,
+        "settings": dict(settings),
+        "seed": seed,
+        "steps_done": steps_done,
+        "model": describe(model),
+        "data": dict(data.record),
+        "versions": versions(),
+    }
+
+
+def generator_for(seed: int) -> torch.Generator:
+    """A generator of its own, so that the global one stays as it is."""
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise TypeError(f"seed must be an int, got {seed!r}")
+    return torch.Generator().manual_seed(seed)
+
+
+def given(value: Any, default: Any) -> Any:
+    """The value, or the derived default where it is None."""
+    return default if value is None else value
+
+
+def positive(**values: float | int | None) -> None:
+    """Refuse hyperparameters that are not above 0.
+
+    Raises:
+        ValueError: names the value.
+    """
+    for name, value in values.items():
+        if value is not None and not value > 0:
+            raise ValueError(f"{name} must be above 0, got {value}")
+
+
+def one_of(allowed: Any, **values: str) -> None:
+    """Refuse a value that its `Literal` type does not list.
+
+    Raises:
+        ValueError: names the value and what is allowed.
+    """
+    choices = get_args(allowed)
+    for name, value in values.items():
+        if value not in choices:
+            raise ValueError(f"unknown {name} {value!r}; choose one of {', '.join(choices)}")

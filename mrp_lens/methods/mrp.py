@@ -1,0 +1,276 @@
+"""MRP (arXiv 2508.15449): subspaces of the residual stream are removed at chosen layers, and learn which to remove."""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from mrp_lens.batching import endless
+from mrp_lens.corpus import Corpus
+from mrp_lens.edit import Edit, EditStack, ProjectionEdit
+from mrp_lens.methods.base import (
+    Data,
+    Fit,
+    Forget,
+    fitting,
+    generator_for,
+    given,
+    one_of,
+    parts_of,
+    positive,
+    prepare,
+    provenance,
+)
+from mrp_lens.methods.objectives import Followers, ForgetLoss, RetainLoss, cross_entropy, kl, predictions
+from mrp_lens.methods.start import Rows, Start, orthonormal, start_rows, without
+from mrp_lens.model import LensModel, check_layers, describe
+from mrp_lens.stream import HookFunction, Site, hook_name, hooked
+from mrp_lens.subspace import Subspace
+from mrp_lens.training import linear_decay, train
+
+
+@dataclass(frozen=True, kw_only=True)
+class MRP:
+    """Metamorphosis Representation Projection (arXiv 2508.15449).
+
+    At each chosen layer h <- h - (h Q^T) Q, where Q are orthonormal rows spanning what W [rank, d_model] spans. Only W
+    learns, from forget loss + retain_weight * retain loss.
+
+    Args:
+        layers: where to project. None: the first half of the depth, at most four layers spread over it.
+        rank: directions removed at each layer. None: d_model / 16, between 2 and 32.
+        site: where on the stream, `resid_post` by default.
+        init: start of W. "complement": forget states without their part in the retain states' top principal components,
+            then the top principal directions of what is left; "code": the reverse, as in the released code; "random".
+        retain_energy: share of the retain states' energy that counts as their span in `init`.
+        forget_loss: "marginal": cross-entropy against what follows the same token elsewhere in the forget corpora. It
+            is least for a model that knows the style and not the facts, and pushes no answer below the others.
+            "bounded": -min(CE, forget_bound) per token, which suppresses. "ascent": -CE, the paper's, which diverges.
+        forget_bound: nats, for "bounded".
+        retain_loss: "kl": KL(unedited || edited) on the retain corpus; "cross_entropy": on its text, as in the paper.
+        retain_weight: factor on the retain loss; the released code has 1.2, with its cross-entropy.
+        lr: of Adam, falling linearly to 0 in the second half. None: a tenth of the size of W's entries at the start.
+        steps: updates.
+        batch_size: documents an update on each side.
+        micro_batch: documents a pass, if a batch does not fit into memory.
+
+    Example:
+        >>> fit = MRP(layers=[3, 5], rank=4).fit(model, forget, retain, seed=0)  # doctest: +SKIP
+    """
+
+    layers: Sequence[int] | None = None
+    rank: int | None = None
+    site: Site = "resid_post"
+    init: Start = "complement"
+    retain_energy: float = 0.9
+    forget_loss: ForgetLoss = "marginal"
+    forget_bound: float = 5.0
+    retain_loss: RetainLoss = "kl"
+    retain_weight: float = 2.0
+    lr: float | None = None
+    steps: int = 150
+    batch_size: int = 32
+    micro_batch: int | None = None
+
+    name = "mrp"
+
+    def fit(
+        self,
+        model: LensModel,
+        forget: Forget,
+        retain: Corpus,
+        *,
+        seed: int = 0,
+        after: Edit | None = None,
+        request: str | None = None,
+        progress: bool = True,
+    ) -> Fit:
+        """Learn what to remove; the model itself is left as it is.
+
+        Args:
+            model: HookedTransformer or TransformerBridge, in any dtype (W is float32).
+            forget: what must go; several corpora make one request.
+            retain: what must stay.
+            seed: of the order of the data and of random starts.
+            after: an earlier edit, on during the fit; new rows are orthogonal to its rows, the result holds both.
+            request: name of this request. None: the names of the forget corpora.
+            progress: show a progress bar.
+
+        Raises:
+            ValueError: a layer that does not exist, rank >= d_model or above the number of usable states, an empty
+                corpus, a request name that `after` has already, a hyperparameter out of range.
+            NonFiniteLossError: the loss became NaN or infinite.
+        """
+        generator = generator_for(seed)
+        resolved, data, label = self._resolved(model, after, request, forget, retain)
+        with fitting(model, after):
+            learned = resolved._start(model, data, after, generator)
+            optimizer = torch.optim.Adam(list(learned.rows.values()), lr=given(resolved.lr, 0.0))
+            losses = resolved._losses(model, data, learned, generator)
+            with hooked(model, learned.hooks()):
+                run = train(
+                    losses, optimizer, steps=self.steps, description=self.name, schedule=linear_decay, progress=progress
+                )
+        settings = asdict(resolved)
+        record = provenance(model, self.name, settings, data, seed=seed, steps_done=len(run.log))
+        edit: Edit = learned.edit(label, {"model": record.pop("model"), "requests": {label: record}})
+        return Fit(edit if after is None else after + edit, run.log, settings, run.interrupted)
+
+    def start(
+        self,
+        model: LensModel,
+        forget: Forget,
+        retain: Corpus,
+        *,
+        seed: int = 0,
+        after: Edit | None = None,
+        request: str | None = None,
+    ) -> Edit:
+        """The control "untrained start": the projection from which `fit` with the same arguments sets out."""
+        resolved, data, label = self._resolved(model, after, request, forget, retain)
+        with fitting(model, after):
+            edit: Edit = resolved._start(model, data, after, generator_for(seed)).edit(
+                label, {"model": describe(model)}
+            )
+        return edit if after is None else after + edit
+
+    def _resolved(
+        self, model: LensModel, after: Edit | None, request: str | None, forget: Forget, retain: Corpus
+    ) -> tuple["MRP", Data, str]:
+        """Every hyperparameter filled in and checked, the encoded data, the request's name."""
+        positive(
+            rank=self.rank,
+            lr=self.lr,
+            steps=self.steps,
+            batch_size=self.batch_size,
+            micro_batch=self.micro_batch,
+            retain_weight=self.retain_weight,
+            forget_bound=self.forget_bound,
+            retain_energy=self.retain_energy,
+        )
+        one_of(Start, init=self.init)
+        one_of(ForgetLoss, forget_loss=self.forget_loss)
+        one_of(RetainLoss, retain_loss=self.retain_loss)
+        one_of(Site, site=self.site)
+        width = int(model.cfg.d_model)
+        rank = given(self.rank, min(32, max(2, width // 16)))
+        if rank >= width:
+            raise ValueError(
+                f"rank {rank} must be below d_model {width}: removing every direction would leave no state"
+            )
+        layers = check_layers(model, given(self.layers, default_layers(model.cfg.n_layers)))
+        data = prepare(model, forget, retain)
+        label = given(request, "+".join(data.names))
+        earlier = projection_in(after)
+        if earlier is not None and label in earlier.requests:
+            raise ValueError(f"the earlier edit has a request {label!r} already; name this one with request=...")
+        return replace(self, layers=layers, rank=rank, lr=given(self.lr, 0.1 / math.sqrt(width))), data, label
+
+    def _start(self, model: LensModel, data: Data, after: Edit | None, generator: torch.Generator) -> "_Learned":
+        hooks = [hook_name(layer, self.site) for layer in given(self.layers, ())]
+        earlier = projection_in(after)
+        removed = earlier.subspaces() if earlier is not None else {}
+        taken = {hook: removed[hook].basis.to(data.encoder.device) for hook in hooks if hook in removed}
+        starts = start_rows(
+            model,
+            data.encoder,
+            data.all_forget,
+            data.retain,
+            hooks=hooks,
+            taken=taken,
+            rank=given(self.rank, 0),
+            init=self.init,
+            retain_energy=self.retain_energy,
+            generator=generator,
+        )
+        return _Learned({hook: rows.requires_grad_() for hook, rows in starts.items()}, taken)
+
+    def _losses(
+        self, model: LensModel, data: Data, learned: "_Learned", generator: torch.Generator
+    ) -> Callable[[int], Iterator[dict[str, Tensor]]]:
+        forget_batches = endless(data.all_forget, self.batch_size, generator)
+        retain_batches = endless(data.retain, self.batch_size, generator)
+        followers = Followers(data.all_forget, model.cfg.d_vocab)
+
+        def step_losses(step: int) -> Iterator[dict[str, Tensor]]:
+            batch = data.encoder.collate(next(forget_batches))
+            count = batch.loss_mask.sum()
+            for part in parts_of(batch, self.micro_batch):
+                predicted = predictions(model, part)
+                text = cross_entropy(predicted, part)
+                if self.forget_loss == "marginal":
+                    forget = followers.cross_entropy(predicted, part).sum() / count
+                else:
+                    forget = -text.clamp(max=self.forget_bound if self.forget_loss == "bounded" else None).sum() / count
+                yield {"loss": forget, "forget": forget, "forget_cross_entropy": text.detach().sum() / count}
+            batch = data.encoder.collate(next(retain_batches))
+            count = batch.loss_mask.sum()
+            for part in parts_of(batch, self.micro_batch):
+                predicted = predictions(model, part)
+                if self.retain_loss == "kl":
+                    with torch.no_grad(), learned.off():
+                        unedited = predictions(model, part)
+                    retain = kl(unedited, predicted).sum() / count
+                else:
+                    retain = cross_entropy(predicted, part).sum() / count
+                yield {"loss": self.retain_weight * retain, "retain": retain}
+
+        return step_losses
+
+
+@dataclass
+class _Learned:
+    """The rows under training: W at each hook, with the earlier requests' rows that they stay orthogonal to."""
+
+    rows: dict[str, Rows]
+    taken: Mapping[str, Rows]
+    on: bool = True
+
+    def hooks(self) -> list[tuple[str, HookFunction]]:
+        """Hook functions that remove what W spans, in float32. Orthogonal to the earlier rows, whose own hooks stay
+        on, so that together they remove the join whatever their order."""
+        return [(hook, self._hook(hook)) for hook in self.rows]
+
+    def _hook(self, name: str) -> HookFunction:
+        def project(activation: Tensor, hook: Any) -> Tensor:
+            if not self.on:
+                return activation
+            states = rearrange(activation.float(), "batch seq d -> (batch seq) d")
+            left = without(states, orthonormal(self.rows[name], self.taken.get(name)))
+            return left.view_as(activation).type_as(activation)
+
+        return project
+
+    @contextmanager
+    def off(self) -> Iterator[None]:
+        """The model without these rows (earlier requests stay on)."""
+        self.on = False
+        try:
+            yield
+        finally:
+            self.on = True
+
+    def edit(self, request: str, record: Mapping[str, Any]) -> ProjectionEdit:
+        """The rows as they are now."""
+        subspaces = {
+            hook: Subspace(orthonormal(rows.detach(), self.taken.get(hook)).cpu()) for hook, rows in self.rows.items()
+        }
+        return ProjectionEdit(subspaces, request=request, provenance=record)
+
+
+def default_layers(n_layers: int) -> list[int]:
+    """The first half of the depth, at most four layers spread evenly over it: facts are looked up there."""
+    half = max(1, n_layers // 2)
+    count = min(4, half)
+    return sorted({round(i * (half - 1) / max(1, count - 1)) for i in range(count)})
+
+
+def projection_in(edit: Edit | None) -> ProjectionEdit | None:
+    """The projection that an edit holds, if any."""
+    parts = edit.parts if isinstance(edit, EditStack) else (edit,)
+    return next((part for part in parts if isinstance(part, ProjectionEdit)), None)

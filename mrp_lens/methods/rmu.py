@@ -38,6 +38,7 @@ Mask = Bool[Tensor, "batch seq"]
 DEPTH_OF_LAYER = 7 / 32  # the released recipe's layer 7 of Zephyr's 32
 MEASURED_DOCUMENTS = 64
 C_SHARE = 2.0  # c over the mean norm of the forget states
+ALPHA_SHARE = 4.0  # alpha over (c / norm)^2: the forget term grows with c^2, so what balances it must as well
 LR_SHARE = 0.05  # learning rate over the root mean square of the trained entries; AdamW moves each by about lr a step
 
 
@@ -48,9 +49,9 @@ class _Steering:
     layer: int | None = None
     site: Site = "resid_post"
     trained_layers: tuple[int, ...] | None = None
-    alpha: float = 20.0
+    alpha: float | None = None
     lr: float | None = None
-    steps: int = 150
+    steps: int = 200
     batch_size: int = 32
     micro_batch: int | None = None
     direction: Direction = "uniform"
@@ -131,7 +132,18 @@ class _Steering:
     def _measured(self, model: LensModel, data: Data, matrices: list[Tensor]) -> Self:
         """Hyperparameters that depend on the size of weights and states filled in."""
         size = torch.stack([matrix.float().square().mean().sqrt() for matrix in matrices]).mean()
-        return replace(self, lr=given(self.lr, LR_SHARE * float(size)))
+        norm = mean_norm(model, data, layer=given(self.layer, 0), hook=hook_name(given(self.layer, 0), self.site))
+        placed = self._scaled(norm)
+        alpha = given(self.alpha, ALPHA_SHARE * placed._share(norm) ** 2)
+        return replace(placed, alpha=alpha, lr=given(self.lr, LR_SHARE * float(size)))
+
+    def _scaled(self, norm: float) -> Self:
+        """The coefficient filled in, given the mean norm of the forget states."""
+        return self
+
+    def _share(self, norm: float) -> float:
+        """c over the mean norm of the forget states."""
+        raise TypeError("use RMU or AdaptiveRMU")
 
     def _coefficient(self, states: States, mask: Mask, first: float | None) -> float | Float[Tensor, "batch #seq 1"]:
         """c for a batch of frozen forget states, given the number from its corpus's first batch (None: this is it)."""
@@ -149,7 +161,7 @@ class RMU(_Steering):
     Args:
         layer: l. None: 7/32 of the depth, as in the released Zephyr-7B recipe, at least 2.
         steering_coeff: c. None: twice the mean norm of the forget states at l.
-        alpha: weight of the retain term.
+        alpha: weight of the retain term. None: four times the square of c over the mean norm of the forget states.
         lr: of AdamW. None: derived from the size of the trained matrices' entries.
         steps, batch_size: updates, and documents an update on each side.
         micro_batch: documents a pass, if a batch does not fit into memory.
@@ -188,12 +200,12 @@ class RMU(_Steering):
         return super()._placed(model)
 
     @override
-    def _measured(self, model: LensModel, data: Data, matrices: list[Tensor]) -> Self:
-        resolved = super()._measured(model, data, matrices)
-        if self.steering_coeff is not None:
-            return resolved
-        norm = mean_norm(model, data, layer=given(self.layer, 0), hook=hook_name(given(self.layer, 0), self.site))
-        return replace(resolved, steering_coeff=C_SHARE * norm)
+    def _scaled(self, norm: float) -> Self:
+        return replace(self, steering_coeff=given(self.steering_coeff, C_SHARE * norm))
+
+    @override
+    def _share(self, norm: float) -> float:
+        return float(given(self.steering_coeff, 0.0)) / norm
 
     @override
     def _coefficient(self, states: States, mask: Mask, first: float | None) -> float:
@@ -241,6 +253,10 @@ class AdaptiveRMU(_Steering):
         return super()._placed(model)
 
     @override
+    def _share(self, norm: float) -> float:
+        return self.beta
+
+    @override
     def _coefficient(self, states: States, mask: Mask, first: float | None) -> float | Float[Tensor, "batch #seq 1"]:
         norms = states.norm(dim=-1) * mask
         if self.coefficient == "token":
@@ -278,7 +294,7 @@ class _Losses:
         for part in self._squared_errors(self.data.encoder.collate(next(self.forget[topic])), topic):
             yield {"loss": part, "forget": part}
         for part in self._squared_errors(self.data.encoder.collate(next(self.retain)), None):
-            yield {"loss": self.settings.alpha * part, "retain": part}
+            yield {"loss": given(self.settings.alpha, 0.0) * part, "retain": part}
 
     def _squared_errors(self, batch: TokenBatch, topic: int | None) -> Iterator[Float[Tensor, ""]]:
         """Shares of mean ||h - target||^2 / d; the target is c u on a forget topic, the frozen state on retain text.

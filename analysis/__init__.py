@@ -1,0 +1,1 @@
+"""One runnable study per question, built only from mrp_lens."""

@@ -1,0 +1,34 @@
+"""Tables and answers on the terminal."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+console = Console()
+
+Column = tuple[str, Callable[[Mapping[str, Any]], str]]
+
+
+def percent(value: float) -> str:
+    """0.256 -> 25.6%."""
+    return f"{100 * value:.1f}%"
+
+
+def show_table(title: str, columns: Sequence[Column], rows: Sequence[Mapping[str, Any]], *, caption: str = "") -> None:
+    """Print one table."""
+    table = Table(title=title, caption=caption, title_justify="left", caption_justify="left")
+    for number, (heading, _) in enumerate(columns):
+        table.add_column(heading, justify="left" if number == 0 else "right")
+    for row in rows:
+        table.add_row(*(cell(row) for _, cell in columns))
+    console.print(table)
+
+
+def show_examples(examples: Sequence[Mapping[str, Any]]) -> None:
+    """Print generated answers: a line for each prompt, a column for each version of the model."""
+    table = Table(*(examples[0] if examples else ()), title="Generated answers", title_justify="left")
+    for row in examples:
+        table.add_row(*map(str, row.values()))
+    console.print(table)

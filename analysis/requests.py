@@ -13,7 +13,7 @@ from mrp_lens.methods import MRP
 from mrp_lens.model import load_model
 from mrp_lens.runs import Run
 from mrp_lens.world import World
-from mrp_lens.world.scoring import verdict
+from mrp_lens.world.scoring import untaught_accuracy, verdict
 
 
 def topic_accuracies(model: Any, world: World, edit: Edit | None) -> dict[str, float]:
@@ -36,7 +36,7 @@ def main() -> None:
     world = World()
     model = load_model("demo", backend=arguments.backend)
     run = Run("analysis.requests", vars(arguments), arguments.seed)
-    untaught = float(metrics.accuracy(model, world.questions(taught=False))["accuracy"].iloc[0])
+    untaught = untaught_accuracy(model, world)
     gone = world.topics[:3]
     steps: dict[str, Edit | None] = {"unedited": None}
     edit: Edit | None = None

@@ -22,7 +22,7 @@ from mrp_lens.batching import Encoder, endless
 from mrp_lens.corpus import Corpus
 from mrp_lens.edit import ProjectionEdit
 from mrp_lens.methods import RMU
-from mrp_lens.model import load_model, logits_of, mlp_out_weight
+from mrp_lens.model import available_backends, load_model, logits_of, mlp_out_weight
 from mrp_lens.runs import Run
 from mrp_lens.stream import captured, hook_name
 from mrp_lens.subspace import Subspace
@@ -227,13 +227,6 @@ def main() -> None:
                 )
             del model
     run.write(arguments.out, overwrite=arguments.overwrite)
-
-
-def available_backends() -> list[str]:
-    """HookedTransformer is gone from TransformerLens 4."""
-    import transformer_lens
-
-    return ["hooked", "bridge"] if hasattr(transformer_lens, "HookedTransformer") else ["bridge"]
 
 
 if __name__ == "__main__":

@@ -5,14 +5,13 @@ from collections.abc import Callable
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Float
 from numpy.typing import NDArray
-from torch import Tensor
 from tqdm.auto import tqdm
 
-from mrp_lens.batching import Encoder, TokenBatch, in_order
+from mrp_lens.batching import Encoded, Encoder, in_order
 from mrp_lens.corpus import Corpus, Document, Questions
-from mrp_lens.model import LensModel, logits_of
+from mrp_lens.model import LensModel
+from mrp_lens.predictions import predictions, targets
 from mrp_lens.stream import frozen
 
 RESAMPLES = 2000
@@ -42,7 +41,7 @@ def bootstrap_interval(
 
 
 def accuracy(
-    model: LensModel, questions: Questions, *, batch_size: int = 64, seed: int = 0, progress: bool = False
+    model: LensModel, questions: Questions, *, batch_size: int = 128, seed: int = 0, progress: bool = False
 ) -> pd.DataFrame:
     """Share of questions whose right choice has the largest length-normalised likelihood (log p per token).
 
@@ -89,48 +88,50 @@ def accuracy(
 
 
 def choice_scores(
-    model: LensModel, questions: Questions, *, batch_size: int = 64, progress: bool = False
+    model: LensModel, questions: Questions, *, batch_size: int = 128, progress: bool = False
 ) -> list[NDArray[np.float64]]:
     """For each question, the mean log-probability per token (nats) of every choice after the prompt.
 
-    Where all choices of a question are single tokens, one pass over its prompt scores them all.
+    One pass over the text of a choice also scores all choices that share its tokens up to their own last one: where
+    every choice is a single token, one pass a question.
     """
     encoder = Encoder.for_model(model)
-    documents = [Document(q.prompt, choice) for q in questions.questions for choice in q.choices]
-    encoded = encoder.encode(documents)
-    scores = [np.full(len(q.choices), np.nan) for q in questions.questions]
-    # A pass over the text of one choice also scores every other choice that differs from it in the last token only.
-    jobs: list[tuple[int, list[int], list[int]]] = []  # row to run, the choices it scores, their last tokens
+    encoded = encoder.encode([Document(q.prompt, choice) for q in questions.questions for choice in q.choices])
+    rows: list[Encoded] = []
+    scored: list[list[int]] = []  # for each row, the choices (counted over all questions) whose score it gives
     start = 0
-    for q in questions.questions:
-        rows = range(start, start + len(q.choices))
-        single = all(
-            sum(encoded[row].in_loss) == 1 and encoded[row].ids[:-1] == encoded[start].ids[:-1] for row in rows
-        )
-        for group in [list(rows)] if single else [[row] for row in rows]:
-            jobs.append((group[0], group, [encoded[row].ids[-1] for row in group]))
-        start += len(q.choices)
-    owner = [(number, choice) for number, q in enumerate(questions.questions) for choice in range(len(q.choices))]
-    with frozen(model), torch.no_grad(), tqdm(total=len(jobs), desc="scoring choices", disable=not progress) as bar:
-        for chosen, batch in in_order(encoder, [encoded[job[0]] for job in jobs], batch_size):
-            log_probabilities, target = _next_token_log_probabilities(model, batch)
-            for row, job in enumerate(jobs[i] for i in chosen):
-                counted = target[row].nonzero()[:, 0]
-                if len(job[1]) > 1:
-                    values = log_probabilities[row, counted[-1], torch.tensor(job[2])].double().cpu().numpy()
-                    for document, value in zip(job[1], values, strict=True):
-                        number, choice = owner[document]
-                        scores[number][choice] = value
-                else:
-                    ids = batch.tokens[row, counted + 1]
-                    number, choice = owner[job[0]]
-                    scores[number][choice] = float(log_probabilities[row, counted, ids].double().mean())
+    for question in questions.questions:
+        first_row = len(rows)
+        for choice in sorted(range(start, start + len(question.choices)), key=lambda c: -len(encoded[c].ids)):
+            context = encoded[choice].ids[:-1]
+            known = (row for row in range(first_row, len(rows)) if rows[row].ids[: len(context)] == context)
+            row = next(known, None)
+            if row is None:
+                rows.append(encoded[choice])
+                scored.append([choice])
+            else:
+                scored[row].append(choice)
+        start += len(question.choices)
+    values = np.empty(len(encoded))
+    with frozen(model), torch.no_grad(), tqdm(total=len(rows), desc="scoring choices", disable=not progress) as bar:
+        for chosen, batch in in_order(encoder, rows, batch_size):
+            predicted = predictions(model, batch).cpu()
+            ends = batch.loss_mask.sum(dim=1).cumsum(0).tolist()
+            for begin, row in zip([0, *ends], chosen, strict=False):
+                for choice in scored[row]:
+                    ids = [
+                        token
+                        for token, counts in zip(encoded[choice].ids, encoded[choice].in_loss, strict=True)
+                        if counts
+                    ]
+                    places = torch.arange(begin, begin + len(ids))
+                    values[choice] = float(predicted[places, torch.tensor(ids)].double().mean())
             bar.update(len(chosen))
-    return scores
+    return np.split(values, np.cumsum([len(q.choices) for q in questions.questions])[:-1])
 
 
 def perplexity(
-    model: LensModel, corpus: Corpus, *, batch_size: int = 64, seed: int = 0, progress: bool = False
+    model: LensModel, corpus: Corpus, *, batch_size: int = 128, seed: int = 0, progress: bool = False
 ) -> pd.DataFrame:
     """exp of the mean cross-entropy (nats) per predicted token, with a bootstrap interval over documents.
 
@@ -157,7 +158,7 @@ def perplexity(
 
 
 def answer_probability(
-    model: LensModel, corpus: Corpus, *, batch_size: int = 64, seed: int = 0, progress: bool = False
+    model: LensModel, corpus: Corpus, *, batch_size: int = 128, seed: int = 0, progress: bool = False
 ) -> pd.DataFrame:
     """Mean over documents of the completion's probability per token (geometric mean over its tokens).
 
@@ -188,20 +189,12 @@ def _document_log_probabilities(
     sums = np.zeros((len(encoded), 2))
     with frozen(model), torch.no_grad(), tqdm(total=len(encoded), desc="scoring text", disable=not progress) as bar:
         for chosen, batch in in_order(encoder, encoded, batch_size):
-            log_probabilities, target = _next_token_log_probabilities(model, batch)
-            picked = log_probabilities.gather(-1, batch.tokens[:, 1:, None])[..., 0].double() * target
-            sums[chosen, 0] = picked.sum(dim=1).cpu().numpy()
-            sums[chosen, 1] = target.sum(dim=1).cpu().numpy()
+            own = predictions(model, batch).gather(-1, targets(batch)[:, None])[:, 0].double().cpu()
+            row = batch.loss_mask[:, 1:].nonzero()[:, 0].cpu()
+            sums[chosen, 0] = torch.zeros(len(chosen), dtype=torch.float64).index_add(0, row, own).numpy()
+            sums[chosen, 1] = batch.loss_mask.sum(dim=1).cpu().numpy()
             bar.update(len(chosen))
     kept = sums[sums[:, 1] > 0]
     if not len(kept):
         raise ValueError(f"{corpus.name!r} holds no token to predict: every document is empty or a single token")
     return kept
-
-
-def _next_token_log_probabilities(
-    model: LensModel, batch: TokenBatch
-) -> tuple[Float[Tensor, "batch shifted d_vocab"], Tensor]:
-    """Log-probabilities for tokens 1.., in float32, and which of these tokens count."""
-    logits = logits_of(model, batch.tokens, batch.attention_mask)
-    return logits[:, :-1].float().log_softmax(-1), batch.loss_mask[:, 1:]

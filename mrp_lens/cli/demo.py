@@ -14,7 +14,7 @@ from mrp_lens.runs import Run
 from mrp_lens.subspace import Subspace
 from mrp_lens.world import World
 from mrp_lens.world.facts import QUESTION
-from mrp_lens.world.scoring import score, verdict
+from mrp_lens.world.scoring import score, untaught_accuracy, verdict
 
 COLUMNS: list[Column] = [
     ("method", lambda row: str(row["method"])),
@@ -24,7 +24,6 @@ COLUMNS: list[Column] = [
     ),
     ("which is", lambda row: str(row["verdict"])),
     ("worst other topic", lambda row: percent(row["worst_topic_accuracy"])),
-    ("never taught", lambda row: percent(row["untaught_accuracy"])),
     ("text", lambda row: f"x{row['text_perplexity_ratio']:.3f}"),
     ("fit", lambda row: f"{row['seconds']:.0f} s"),
 ]
@@ -100,12 +99,14 @@ def score_edits(
         else:
             with edit.applied(model):
                 figures = score(model, world, forgotten)
+        untaught = float(rows[0]["untaught_accuracy"]) if rows else untaught_accuracy(model, world)
         first = rows[0] if rows else figures
         rows.append(
             {
                 "method": name,
                 **figures,
-                "verdict": verdict(float(figures["forget_accuracy"]), float(first["untaught_accuracy"])),
+                "verdict": verdict(float(figures["forget_accuracy"]), untaught),
+                "untaught_accuracy": untaught,
                 "text_perplexity_ratio": float(figures["text_perplexity"]) / float(first["text_perplexity"]),
                 "seconds": float(fits[name].log["seconds"].iloc[-1]) if name in fits else 0.0,
             }

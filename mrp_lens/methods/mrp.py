@@ -26,9 +26,10 @@ from mrp_lens.methods.base import (
     prepare,
     provenance,
 )
-from mrp_lens.methods.objectives import Followers, ForgetLoss, RetainLoss, cross_entropy, kl, predictions
+from mrp_lens.methods.objectives import Followers, ForgetLoss, RetainLoss, cross_entropy, kl
 from mrp_lens.methods.start import Rows, Start, orthonormal, start_rows, without
 from mrp_lens.model import LensModel, check_layers, describe
+from mrp_lens.predictions import predictions
 from mrp_lens.stream import HookFunction, Site, hook_name, hooked
 from mrp_lens.subspace import Subspace
 from mrp_lens.training import linear_decay, train
@@ -73,7 +74,7 @@ class MRP:
     retain_loss: RetainLoss = "kl"
     retain_weight: float = 2.0
     lr: float | None = None
-    steps: int = 150
+    steps: int = 120
     batch_size: int = 32
     micro_batch: int | None = None
 
@@ -206,7 +207,9 @@ class MRP:
                 if self.forget_loss == "marginal":
                     forget = followers.cross_entropy(predicted, part).sum() / count
                 else:
-                    forget = -text.clamp(max=self.forget_bound if self.forget_loss == "bounded" else None).sum() / count
+                    forget = (
+                        -text.clamp(max=self.forget_bound if self.forget_loss == "bounded" else math.inf).sum() / count
+                    )
                 yield {"loss": forget, "forget": forget, "forget_cross_entropy": text.detach().sum() / count}
             batch = data.encoder.collate(next(retain_batches))
             count = batch.loss_mask.sum()

@@ -51,7 +51,7 @@ class _Steering:
     trained_layers: tuple[int, ...] | None = None
     alpha: float | None = None
     lr: float | None = None
-    steps: int = 200
+    steps: int = 150
     batch_size: int = 32
     micro_batch: int | None = None
     direction: Direction = "uniform"

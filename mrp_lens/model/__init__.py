@@ -1,6 +1,6 @@
 """Models: loading, recognising, and where editable weights live. Only this package knows HookedTransformer from TransformerBridge."""
 
-from mrp_lens.model.base import LensModel, check_layers, forward, is_bridge, logits_of
+from mrp_lens.model.base import LensModel, available_backends, check_layers, forward, is_bridge, logits_of
 from mrp_lens.model.load import ModelMismatchError, load_model
 from mrp_lens.model.weights import (
     EditableWeight,
@@ -16,6 +16,7 @@ __all__ = [
     "EditableWeight",
     "LensModel",
     "ModelMismatchError",
+    "available_backends",
     "check_layers",
     "check_same_model",
     "describe",

@@ -60,6 +60,15 @@ def is_bridge(model: LensModel) -> bool:
     )
 
 
+def available_backends() -> tuple[str, ...]:
+    """("hooked", "bridge"), or ("bridge",) where TransformerLens no longer has HookedTransformer (from 4.0 on)."""
+    try:
+        from transformer_lens import HookedTransformer  # noqa: F401
+    except ImportError:
+        return ("bridge",)
+    return ("hooked", "bridge")
+
+
 def check_layers(model: LensModel, layers: Iterable[int]) -> tuple[int, ...]:
     """The layers in ascending order, without repeats.
 

@@ -1,157 +1,23 @@
 """RMU (arXiv 2403.03218) and Adaptive RMU (arXiv 2408.06223): a few MLP matrices learn to steer forget states away."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Literal, Self
 
-import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 from typing_extensions import override
 
-from mrp_lens.batching import TokenBatch, endless
-from mrp_lens.corpus import Corpus
-from mrp_lens.edit import Edit, WeightEdit
-from mrp_lens.methods.base import (
-    Data,
-    Fit,
-    Forget,
-    fitting,
-    generator_for,
-    given,
-    one_of,
-    parts_of,
-    positive,
-    prepare,
-    provenance,
-)
-from mrp_lens.model import EditableWeight, LensModel, check_layers, mlp_out_weight, tensor_digests
-from mrp_lens.stream import Segment, Site, captured, hook_name, run_segment
-from mrp_lens.training import train
+from mrp_lens.methods.base import given, one_of, positive
+from mrp_lens.methods.steering import Mask, States, Steering
+from mrp_lens.model import LensModel
 
-Direction = Literal["uniform", "gaussian"]
 Coefficient = Literal["token", "sample", "first_batch"]
-Positions = Literal["content", "all"]
-States = Float[Tensor, "batch seq d_model"]
-Mask = Bool[Tensor, "batch seq"]
 
-DEPTH_OF_LAYER = 7 / 32  # the released recipe's layer 7 of Zephyr's 32
-MEASURED_DOCUMENTS = 64
 C_SHARE = 2.0  # c over the mean norm of the forget states
-ALPHA_SHARE = 4.0  # alpha over (c / norm)^2: the forget term grows with c^2, so what balances it must as well
-LR_SHARE = 0.05  # learning rate over the root mean square of the trained entries; AdamW moves each by about lr a step
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Steering:
-    """Hyperparameters that RMU and Adaptive RMU share. None: derived from the model when fitting."""
-
-    layer: int | None = None
-    site: Site = "resid_post"
-    trained_layers: tuple[int, ...] | None = None
-    alpha: float | None = None
-    lr: float | None = None
-    steps: int = 150
-    batch_size: int = 32
-    micro_batch: int | None = None
-    direction: Direction = "uniform"
-    positions: Positions = "content"
-    eps: float = 1e-8
-
-    name = ""
-
-    def fit(
-        self,
-        model: LensModel,
-        forget: Forget,
-        retain: Corpus,
-        *,
-        seed: int = 0,
-        after: Edit | None = None,
-        progress: bool = True,
-    ) -> Fit:
-        """Train the MLP output matrices of three layers; the model itself is left as it is.
-
-        Args:
-            model: HookedTransformer or TransformerBridge, in any dtype (the trained copies are float32).
-            forget: what must go; several corpora take turns, each with its own direction u, as in WMDP.
-            retain: what must stay.
-            seed: of u and of the order of the data.
-            after: an earlier edit, on during the fit; the result holds both.
-            progress: show a progress bar.
-
-        Raises:
-            ValueError: a layer that does not exist, an empty corpus, a hyperparameter out of range.
-            NonFiniteLossError: the loss became NaN or infinite.
-        """
-        generator = generator_for(seed)
-        placed = self._placed(model)
-        data = prepare(model, forget, retain)
-        with fitting(model, after):
-            weights = {layer: mlp_out_weight(model, layer) for layer in given(placed.trained_layers, ())}
-            original = {layer: weight.read() for layer, weight in weights.items()}
-            replaces = {weights[layer].name: tensor_digests(tensor) for layer, tensor in original.items()}
-            resolved = placed._measured(model, data, list(original.values()))
-            directions = {name: _unit(data, model.cfg.d_model, self.direction, generator) for name in data.names}
-            masters = {layer: tensor.float().clone().requires_grad_() for layer, tensor in original.items()}
-            optimizer = torch.optim.AdamW(
-                list(masters.values()), lr=given(resolved.lr, 0.0), eps=self.eps, weight_decay=0.0
-            )
-            losses = _Losses(resolved, model, data, weights, masters, list(directions.values()), generator)
-            with captured(model, [losses.hook]) as losses.store:
-                run = train(losses, optimizer, steps=self.steps, description=self.name, progress=progress)
-        settings = asdict(resolved)
-        edit: Edit = WeightEdit(
-            {weights[layer].name: master for layer, master in masters.items()},
-            replaces,
-            provenance=provenance(model, self.name, settings, data, seed=seed, steps_done=len(run.log)),
-        )
-        return Fit(edit if after is None else after + edit, run.log, settings, run.interrupted, directions)
-
-    def _placed(self, model: LensModel) -> Self:
-        """Hyperparameters checked, layers filled in."""
-        positive(
-            alpha=self.alpha,
-            lr=self.lr,
-            steps=self.steps,
-            batch_size=self.batch_size,
-            micro_batch=self.micro_batch,
-            eps=self.eps,
-        )
-        one_of(Direction, direction=self.direction)
-        one_of(Positions, positions=self.positions)
-        one_of(Site, site=self.site)
-        deepest = model.cfg.n_layers - 1
-        layer = given(self.layer, min(deepest, max(2, round(DEPTH_OF_LAYER * model.cfg.n_layers))))
-        check_layers(model, [layer])
-        trained = check_layers(model, given(self.trained_layers, range(max(0, layer - 2), layer + 1)))
-        if max(trained) > layer:
-            raise ValueError(f"trained_layers {trained} reach beyond layer {layer}, where the loss is read")
-        return replace(self, layer=layer, trained_layers=trained)
-
-    def _measured(self, model: LensModel, data: Data, matrices: list[Tensor]) -> Self:
-        """Hyperparameters that depend on the size of weights and states filled in."""
-        size = torch.stack([matrix.float().square().mean().sqrt() for matrix in matrices]).mean()
-        norm = mean_norm(model, data, layer=given(self.layer, 0), hook=hook_name(given(self.layer, 0), self.site))
-        placed = self._scaled(norm)
-        alpha = given(self.alpha, ALPHA_SHARE * placed._share(norm) ** 2)
-        return replace(placed, alpha=alpha, lr=given(self.lr, LR_SHARE * float(size)))
-
-    def _scaled(self, norm: float) -> Self:
-        """The coefficient filled in, given the mean norm of the forget states."""
-        return self
-
-    def _share(self, norm: float) -> float:
-        """c over the mean norm of the forget states."""
-        raise TypeError("use RMU or AdaptiveRMU")
-
-    def _coefficient(self, states: States, mask: Mask, first: float | None) -> float | Float[Tensor, "batch #seq 1"]:
-        """c for a batch of frozen forget states, given the number from its corpus's first batch (None: this is it)."""
-        raise TypeError("use RMU or AdaptiveRMU")
-
-
-@dataclass(frozen=True, kw_only=True)
-class RMU(_Steering):
+class RMU(Steering):
     """Representation Misdirection for Unlearning (WMDP, arXiv 2403.03218).
 
     L = mean_forget ||h_l - c u||^2 / d + alpha * mean_retain ||h_l - h_l^frozen||^2 / d, over the tokens of the batch
@@ -213,7 +79,7 @@ class RMU(_Steering):
 
 
 @dataclass(frozen=True, kw_only=True)
-class AdaptiveRMU(_Steering):
+class AdaptiveRMU(Steering):
     """Adaptive RMU (arXiv 2408.06223, Eq. 24): RMU with c = beta * ||h_l^frozen|| of the forget states.
 
     Args:
@@ -264,80 +130,3 @@ class AdaptiveRMU(_Steering):
         if self.coefficient == "sample":
             return self.beta * (norms.sum(dim=1) / mask.sum(dim=1).clamp(min=1))[:, None, None]
         return self.beta * float(norms.sum() / mask.sum()) if first is None else first
-
-
-class _Losses:
-    """What the training loop minimises: for each step the share of each micro-batch."""
-
-    def __init__(
-        self,
-        settings: RMU | AdaptiveRMU | _Steering,
-        model: LensModel,
-        data: Data,
-        weights: Mapping[int, EditableWeight],
-        masters: Mapping[int, Tensor],
-        directions: Sequence[Tensor],
-        generator: torch.Generator,
-    ) -> None:
-        self.settings, self.model, self.data = settings, model, data
-        self.weights, self.masters, self.directions = weights, masters, directions
-        self.layer = int(given(settings.layer, 0))
-        self.hook = hook_name(self.layer, settings.site)
-        self.store: dict[str, Tensor] = {}
-        self.first: dict[int, float] = {}
-        self.forget = [endless(rows, settings.batch_size, generator) for rows in data.forget]
-        self.retain = endless(data.retain, settings.batch_size, generator)
-
-    def __call__(self, step: int) -> Iterator[dict[str, Tensor]]:
-        """Forget corpora take turns, one a step."""
-        topic = step % len(self.forget)
-        for part in self._squared_errors(self.data.encoder.collate(next(self.forget[topic])), topic):
-            yield {"loss": part, "forget": part}
-        for part in self._squared_errors(self.data.encoder.collate(next(self.retain)), None):
-            yield {"loss": given(self.settings.alpha, 0.0) * part, "retain": part}
-
-    def _squared_errors(self, batch: TokenBatch, topic: int | None) -> Iterator[Float[Tensor, ""]]:
-        """Shares of mean ||h - target||^2 / d; the target is c u on a forget topic, the frozen state on retain text.
-
-        The blocks below the trained ones run once, without gradient, and give trained and frozen states alike; the
-        frozen weights are simply the model's own, since training never writes into it.
-        """
-        total = self._mask(batch).sum() * self.model.cfg.d_model
-        if topic is not None and topic not in self.first:
-            self._remember_first(batch, topic)
-        for part in parts_of(batch, self.settings.micro_batch):
-            mask = self._mask(part)
-            segment, frozen_states = self._frozen(part)
-            segment.replay({layer: {w.key: w.to_model(self.masters[layer])} for layer, w in self.weights.items()})
-            states = self.store[self.hook].float()
-            target = frozen_states
-            if topic is not None:
-                target = self.settings._coefficient(frozen_states, mask, self.first.get(topic)) * self.directions[topic]
-            yield ((states - target).square() * mask[..., None]).sum() / total
-
-    def _remember_first(self, batch: TokenBatch, topic: int) -> None:
-        if getattr(self.settings, "coefficient", None) == "first_batch":
-            first = self.settings._coefficient(self._frozen(batch)[1], self._mask(batch), None)
-            assert isinstance(first, float)
-            self.first[topic] = first
-
-    def _frozen(self, batch: TokenBatch) -> tuple[Segment, States]:
-        segment = run_segment(self.model, batch.tokens, batch.attention_mask, first=min(self.weights), last=self.layer)
-        return segment, self.store[self.hook].float()
-
-    def _mask(self, batch: TokenBatch) -> Mask:
-        return batch.content_mask if self.settings.positions == "content" else torch.ones_like(batch.content_mask)
-
-
-def mean_norm(model: LensModel, data: Data, *, layer: int, hook: str) -> float:
-    """Mean L2 norm of the forget states at a hook, over the content tokens of the first 64 documents."""
-    batch = data.encoder.collate(data.all_forget[:MEASURED_DOCUMENTS])
-    with captured(model, [hook]) as store:
-        run_segment(model, batch.tokens, batch.attention_mask, first=layer, last=layer)
-    return float(store[hook].float().norm(dim=-1)[batch.content_mask].mean())
-
-
-def _unit(data: Data, width: int, law: Direction, generator: torch.Generator) -> Float[Tensor, " d_model"]:
-    draw = torch.rand if law == "uniform" else torch.randn
-    direction = draw(width, generator=generator)
-    return (direction / direction.norm()).to(data.encoder.device)

@@ -4,7 +4,7 @@ import hashlib
 import json
 import string
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -95,10 +95,6 @@ class Corpus:
     def fingerprint(self) -> str:
         """SHA-256 of the documents, for provenance; the texts themselves are never stored in an edit."""
         return _digest([[document.prompt, document.completion] for document in self.documents])
-
-    def take(self, count: int) -> "Corpus":
-        """The first `count` documents."""
-        return replace(self, documents=self.documents[:count])
 
     def __len__(self) -> int:
         return len(self.documents)

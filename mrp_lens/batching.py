@@ -1,5 +1,6 @@
 """Documents -> token batches with an attention mask, a mask of what is content, and a mask of what the loss counts."""
 
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -11,6 +12,7 @@ from torch import Tensor
 from mrp_lens.corpus import Document
 
 PaddingSide = Literal["left", "right"]
+Kept = Literal["start", "end"]
 
 
 @dataclass(frozen=True)
@@ -20,7 +22,7 @@ class TokenBatch:
     Attributes:
         tokens: [batch, seq] token ids.
         attention_mask: a real token, not padding.
-        content_mask: a real token other than a prepended BOS (whose state is the same in every text).
+        content_mask: a real token other than a BOS at the start (whose state is the same in every text).
         loss_mask: a token to be predicted: part of a completion, and not the first of its row.
     """
 
@@ -62,40 +64,104 @@ class Encoder:
     device: torch.device
 
     @classmethod
-    def for_model(cls, model: Any, *, prepend_bos: bool | None = None, append_eos: bool = False) -> "Encoder":
-        """BOS follows `cfg.default_prepend_bos` unless given; texts are cut at the context length `cfg.n_ctx`.
+    def for_model(
+        cls,
+        model: Any,
+        *,
+        prepend_bos: bool | None = None,
+        append_eos: bool = False,
+        max_length: int | None = None,
+    ) -> "Encoder":
+        """The encoder of a model.
+
+        Args:
+            model: HookedTransformer or TransformerBridge.
+            prepend_bos: start each document with BOS, unless its text does. None: as `cfg.default_prepend_bos` says.
+            append_eos: end each document with EOS.
+            max_length: tokens at which documents are cut, BOS and EOS included. None: the context length `cfg.n_ctx`.
 
         Raises:
-            ValueError: the model has no tokenizer.
+            ValueError: the model has no tokenizer, or `max_length` is not from 2 to the context length.
         """
         if model.tokenizer is None:
             raise ValueError(
                 "this model has no tokenizer; set one with model.set_tokenizer(...) or load a folder that holds one"
             )
+        context = int(model.cfg.n_ctx)
+        if max_length is not None and not 2 <= max_length <= context:
+            raise ValueError(
+                f"max_length {max_length} must be from 2 to the model's context length {context}; leave it out to use all of it"
+            )
         bos = bool(model.cfg.default_prepend_bos) if prepend_bos is None else prepend_bos
-        device = next(iter(model.parameters())).device
         return cls(
-            model.tokenizer, bos and model.tokenizer.bos_token_id is not None, append_eos, int(model.cfg.n_ctx), device
+            tokenizer=model.tokenizer,
+            prepend_bos=bos and model.tokenizer.bos_token_id is not None,
+            append_eos=append_eos,
+            max_length=context if max_length is None else max_length,
+            device=next(iter(model.parameters())).device,
         )
 
-    def encode(self, documents: Iterable[Document]) -> list[Encoded]:
-        """Tokenise prompt and completion as one text; a token that reaches into the completion counts in the loss."""
+    def encode(self, documents: Iterable[Document], *, keep: Kept = "start") -> list[Encoded]:
+        """Tokenise prompt and completion as one text; a token that reaches into the completion counts in the loss.
+
+        Of documents over `max_length` the start is kept, or the end (and BOS): what a long prompt leads up to. A
+        UserWarning tells how many were cut.
+        """
         documents = list(documents)
+        encoded = [self._flagged(ids, in_loss) for ids, in_loss in self._tokenised(documents)]
+        long = sum(len(row.ids) > self.max_length for row in encoded)
+        if long:
+            warnings.warn(
+                f"{long} of {len(documents)} documents are longer than {self.max_length} tokens; only the {keep} of them is read",
+                stacklevel=2,
+            )
+        return [self._cut(row, keep) for row in encoded]
+
+    def _tokenised(self, documents: Sequence[Document]) -> Iterator[tuple[list[int], list[bool]]]:
+        """The ids of each document, and which of them reach into the completion."""
         if not documents:
-            return []
+            return
         texts = [document.prompt + document.completion for document in documents]
-        output = self.tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)
-        encoded = []
-        for document, ids, offsets in zip(documents, output["input_ids"], output["offset_mapping"], strict=True):
-            in_loss = [end > len(document.prompt) for _, end in offsets]
-            content = [True] * len(ids)
-            if self.prepend_bos:
-                ids, in_loss, content = [self.tokenizer.bos_token_id, *ids], [False, *in_loss], [False, *content]
-            if self.append_eos:
-                ids, in_loss, content = [*ids, self.tokenizer.eos_token_id], [*in_loss, True], [*content, True]
-            cut = slice(self.max_length)
-            encoded.append(Encoded(tuple(ids[cut]), tuple(content[cut]), tuple(in_loss[cut])))
-        return encoded
+        if getattr(self.tokenizer, "is_fast", False):
+            output = self.tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)
+            for document, ids, offsets in zip(documents, output["input_ids"], output["offset_mapping"], strict=True):
+                yield ids, [end > len(document.prompt) for _, end in offsets]
+            return
+        # A tokenizer in Python does not tell where in the text a token ends, but the tokens that the prompt alone
+        # does not begin with are those that the completion has changed.
+        whole = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
+        prompts = self.tokenizer([document.prompt for document in documents], add_special_tokens=False)["input_ids"]
+        for ids, prompt in zip(whole, prompts, strict=True):
+            common = next(
+                (i for i, pair in enumerate(zip(ids, prompt, strict=False)) if pair[0] != pair[1]), len(prompt)
+            )
+            yield list(ids), [i >= common for i in range(len(ids))]
+
+    def _flagged(self, ids: list[int], in_loss: list[bool]) -> Encoded:
+        """With BOS and EOS. A BOS that the text begins with, such as a chat template's, is as good as ours."""
+        bos = self.tokenizer.bos_token_id
+        starts = bos is not None and ids[:1] == [bos]
+        content = [True] * len(ids)
+        if starts:
+            in_loss, content = [False, *in_loss[1:]], [False, *content[1:]]
+        elif self.prepend_bos:
+            ids, in_loss, content = [bos, *ids], [False, *in_loss], [False, *content]
+        if self.append_eos:
+            ids, in_loss, content = [*ids, self.tokenizer.eos_token_id], [*in_loss, True], [*content, True]
+        return Encoded(tuple(ids), tuple(content), tuple(in_loss))
+
+    def _cut(self, row: Encoded, keep: Kept) -> Encoded:
+        length = len(row.ids)
+        if length <= self.max_length:
+            return row
+        head = self.max_length if keep == "start" else int(not row.content[0])  # a BOS stays where it is
+        tail = self.max_length - head
+        places = [*range(head), *range(length - tail, length)]
+        return Encoded(
+            tuple(row.ids[i] for i in places),
+            tuple(row.content[i] for i in places),
+            tuple(row.in_loss[i] for i in places),
+        )
 
     def collate(self, rows: Sequence[Encoded], *, side: PaddingSide = "right") -> TokenBatch:
         """Pad to the longest row. The padding id is arbitrary: it is masked everywhere."""

@@ -96,7 +96,8 @@ def choice_scores(
     every choice is a single token, one pass a question.
     """
     encoder = Encoder.for_model(model)
-    encoded = encoder.encode([Document(q.prompt, choice) for q in questions.questions for choice in q.choices])
+    documents = [Document(q.prompt, choice) for q in questions.questions for choice in q.choices]
+    encoded = encoder.encode(documents, keep="end")  # where a prompt is too long, the choice still has to be scored
     rows: list[Encoded] = []
     scored: list[list[int]] = []  # for each row, the choices (counted over all questions) whose score it gives
     start = 0

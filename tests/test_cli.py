@@ -1,17 +1,21 @@
 import json
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pandas as pd
 import pytest
+from datasets import Dataset
 from typer.testing import CliRunner
 
 from mrp_lens.cli.app import app
+from mrp_lens.cli.unlearn import METHODS, DataOptions, hub_parts, make_method
 from mrp_lens.edit import load_edit
+from mrp_lens.methods import MRP, RMU, AdaptiveRMU
 from mrp_lens.training import NonFiniteLossError
-from tests.conftest import state_of
 
 
 @pytest.fixture
@@ -85,6 +89,13 @@ def test_unlearn_refuses_a_full_folder_before_it_does_anything(tiny_folder: Path
         (["--dtype", "int8"], "unknown dtype 'int8'"),
         (["--field", "body"], "no field 'body'; the row has 'text'"),
         (["--rank", "32"], "must be below d_model 32"),
+        (["--released"], "mrp has no released recipe"),
+        (["--forget-schema", "tofu"], "unknown schema 'tofu'"),
+        (["--retain-schema", "tofu"], "unknown schema 'tofu'"),
+        (["--forget", "hub:a:b:c:d"], "write hub:NAME, hub:NAME:CONFIG or hub:NAME:CONFIG:SPLIT"),
+        (["--forget", "hub:cais/wmdp-corpora"], "give config= one of bio-retain-corpus"),
+        (["--prompt", "{text}"], "prompt and completion go together"),
+        (["--prompt", "{body}", "--completion", "{text}"], "no field 'body'"),
     ],
 )
 def test_unlearn_names_what_is_wrong(tiny_folder: Path, data: Path, extra: list[str], message: str) -> None:
@@ -92,6 +103,99 @@ def test_unlearn_names_what_is_wrong(tiny_folder: Path, data: Path, extra: list[
     assert isinstance(result.exception, ValueError)
     assert message in str(result.exception)
     assert not (data / "out").exists()
+
+
+def test_hub_names_have_up_to_three_parts() -> None:
+    assert hub_parts("hub:wikitext") == ("wikitext", None, None)
+    assert hub_parts("hub:cais/wmdp:wmdp-bio") == ("cais/wmdp", "wmdp-bio", None)
+    assert hub_parts("hub:cais/mmlu::dev") == ("cais/mmlu", None, "dev")
+    with pytest.raises(ValueError, match=r"'hub:' is no data set of the Hub; write hub:NAME"):
+        hub_parts("hub:")
+
+
+def test_data_sets_of_the_hub_are_read_in_place_of_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def load(path: str, config: str | None, *, split: str) -> Dataset:
+        calls.append((path, config, split))
+        return Dataset.from_list(
+            [{"text": "x" * 60, "question": "?", "choices": ["p", "q"], "answer": 1, "subject": "s"}]
+        )
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    options = DataOptions(("hub:cais/wmdp-corpora:cyber-forget-corpus",), "hub:wikitext", "hub:cais/mmlu::dev", None)
+    assert len(options.corpus(options.forget[0], None)) == len(options.corpus(options.retain, None)) == 1
+    quiz = options.quiz(options.questions)
+    assert quiz is not None
+    assert quiz.groups == ("s",)
+    assert calls == [
+        ("cais/wmdp-corpora", "cyber-forget-corpus", "train"),
+        ("Salesforce/wikitext", "wikitext-2-raw-v1", "test"),
+        ("cais/mmlu", "all", "dev"),
+    ]
+
+
+def test_files_of_known_data_sets_are_read_by_their_schema(tmp_path: Path) -> None:
+    rows = [
+        {"question": "Who?", "answer": "He.", "option1": "She.", "option2": "He.", "option3": "I.", "option4": "It."}
+    ]
+    path = tmp_path / "tofu.jsonl"
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    name = "locuslab/TOFU"
+    options = DataOptions((str(path),), str(path), str(path), None, questions_schema=name, question_prompt="{question}")
+    assert options.corpus(str(path), name).documents[0].prompt == "Question: Who?\nAnswer:"
+    quiz = options.quiz(str(path))
+    assert quiz is not None
+    assert quiz.questions[0].prompt == "Who?"
+    assert quiz.questions[0].choices[quiz.questions[0].answer] == " He."
+
+
+def test_unlearn_reads_known_schemas(tiny_folder: Path, data: Path) -> None:
+    rows = [{"question": f"Who is Zaxim{i}?", "answer": "He."} for i in range(12)]
+    (data / "tofu.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    quiz = [{"question": "It is?", "choices": ["red", "blue", "green", "old"], "answer": 3}]
+    (data / "wmdp.jsonl").write_text("\n".join(json.dumps(row) for row in quiz))
+    extra = ["--forget-schema", "locuslab/TOFU", "--retain-questions", str(data / "wmdp.jsonl")]
+    result = CliRunner().invoke(
+        app,
+        [
+            *("unlearn", "--model", str(tiny_folder), "--method", "rmu", "--steps", "1", "--layers", "2", "--released"),
+            *("--forget", str(data / "tofu.jsonl"), "--retain", str(data / "retain.txt"), "--out", str(data / "out")),
+            *(*extra, "--questions-schema", "cais/wmdp"),
+        ],
+    )
+    assert result.exit_code == 0, result.output + str(result.exception)
+    summary = json.loads((data / "out" / "summary.json").read_text())
+    assert summary["arguments"]["forget_schema"] == "locuslab/TOFU"
+    assert summary["rows"][0]["retain_chance"] == 0.25
+    settings = load_edit(data / "out" / "edit").provenance["settings"]
+    assert (settings["layer"], settings["steps"], settings["alpha"], settings["positions"]) == (2, 1, 1200.0, "all")
+
+
+def test_released_settings_give_way_to_those_that_are_given() -> None:
+    assert make_method("rmu", None, {}, released=True) == RMU.released()
+    assert make_method("adaptive-rmu", None, {}, released=True) == AdaptiveRMU.released()
+    assert make_method("rmu", "3", {"alpha": 2.0}, released=True) == RMU.released(layer=3, alpha=2.0)
+    assert make_method("mrp", "1,2", {}) == MRP(layers=[1, 2])
+
+
+def test_the_published_settings_of_the_help_are_those_of_the_library() -> None:
+    published = {"steering_coeff": 6.5, "alpha": 1200.0, "lr": 5e-5, "batch_size": 4, "steps": 150}
+    assert make_method("rmu", "7", published, released=True) == RMU.released()
+    assert make_method("adaptive-rmu", None, {"beta": 5.0, "steps": 500}, released=True) == AdaptiveRMU.released()
+
+
+def test_max_length_reaches_the_method(tiny_folder: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    @dataclass(frozen=True, kw_only=True)
+    class Cut(RMU):
+        max_length: int | None = None
+
+        def fit(self, *_: Any, **__: Any) -> Any:
+            raise ValueError(f"max_length is {self.max_length}")
+
+    monkeypatch.setitem(METHODS, "rmu", Cut)
+    result = unlearn(tiny_folder, data, "--max-length", "9", method="rmu")
+    assert str(result.exception) == "max_length is 9"
 
 
 def test_an_interrupted_fit_is_measured_and_saved(
@@ -132,7 +236,16 @@ def test_help_answers_without_importing_torch_or_transformer_lens() -> None:
     for command in ([], ["demo"], ["unlearn"]):
         result = run_command(*command, "--help", code=code)
         assert result.returncode == 0, result.stderr
-    assert "mrp-lens unlearn --model ./my-checkpoint" in result.stdout
+    printed = " ".join(result.stdout.split())
+    assert "mrp-lens unlearn --model ./my-checkpoint" in printed
+    for setting in ("--layers 7 --steering-coeff 6.5 --alpha 1200 --lr 5e-5", "--batch-size 4 --steps 150"):
+        assert setting in printed
+    for setting in (
+        "HuggingFaceH4/zephyr-7b-beta",
+        "--beta 5 --steps 500",
+        "hub:cais/wmdp-corpora:cyber-forget-corpus",
+    ):
+        assert setting in printed
 
 
 def test_bad_input_ends_with_its_message_and_code_2() -> None:
@@ -162,9 +275,7 @@ def test_a_failed_fit_leaves_no_folder(tiny_folder: Path, data: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_demo_runs_the_whole_job(tmp_path: Path, demo_model: Any) -> None:
-    before = state_of(demo_model)
-    assert before
+def test_the_demo_runs_the_whole_job(tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["demo", "--out", str(tmp_path / "demo")])
     assert result.exit_code == 0, result.output + str(result.exception)
     rows = {row["method"]: row for row in json.loads((tmp_path / "demo" / "summary.json").read_text())["rows"]}
@@ -172,5 +283,8 @@ def test_the_demo_runs_the_whole_job(tmp_path: Path, demo_model: Any) -> None:
     assert rows["unedited"]["forget_accuracy"] >= 0.97
     assert rows["random-projection"]["forget_accuracy"] > rows["mrp"]["forget_accuracy"] + 0.1
     for method in ("mrp", "rmu", "adaptive-rmu"):
+        assert rows[method]["verdict"] == "absent"
+        assert rows[method]["worst_topic_accuracy"] >= 0.97
+        assert rows[method]["text_perplexity_ratio"] < 1.1
         load_edit(tmp_path / "demo" / method / "edit")
         assert (tmp_path / "demo" / method / "log.csv").is_file()

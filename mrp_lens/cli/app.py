@@ -82,17 +82,32 @@ def unlearn(
     model: Annotated[str, typer.Option(help="`demo`, a local Hugging Face folder, or a name on the Hub.")],
     method: Annotated[Method, typer.Option(help="How to forget.")],
     forget: Annotated[
-        list[Path],
-        typer.Option(help="Texts to forget: .jsonl, .json, .csv, .tsv, .parquet or .txt. Repeat for several topics."),
+        list[str],
+        typer.Option(
+            help="Texts to forget: a .jsonl, .json, .csv, .tsv, .parquet or .txt file, a folder that `save_to_disk` wrote, "
+            "or `hub:NAME[:CONFIG[:SPLIT]]`. Repeat for several topics."
+        ),
     ],
-    retain: Annotated[
-        Path, typer.Option(help="Texts to keep, same formats. A tenth is held out to measure perplexity on.")
-    ],
+    retain: Annotated[str, typer.Option(help="Texts to keep, likewise. A tenth is held out to measure perplexity on.")],
     out: Annotated[Path, typer.Option(help="Folder for the edit, the log and the metrics.")],
-    questions: Annotated[Path | None, typer.Option(help="Multiple-choice questions about what must go.")] = None,
-    retain_questions: Annotated[
-        Path | None, typer.Option(help="Multiple-choice questions about what must stay.")
+    questions: Annotated[
+        str | None, typer.Option(help="Multiple-choice questions about what must go: a file, a folder or `hub:...`.")
     ] = None,
+    retain_questions: Annotated[
+        str | None, typer.Option(help="Multiple-choice questions about what must stay, likewise.")
+    ] = None,
+    forget_schema: Annotated[
+        str | None,
+        typer.Option(help="Known data set whose columns the files of --forget have, such as `locuslab/TOFU`."),
+    ] = None,
+    retain_schema: Annotated[str | None, typer.Option(help="Likewise for --retain, such as `wikitext`.")] = None,
+    questions_schema: Annotated[
+        str | None, typer.Option(help="Likewise for --questions and --retain-questions, such as `cais/wmdp`.")
+    ] = None,
+    released: Annotated[
+        bool,
+        typer.Option("--released", help="`rmu`, `adaptive-rmu`: the released code's settings, where none is given."),
+    ] = False,
     layers: Annotated[
         str | None,
         typer.Option(
@@ -111,7 +126,14 @@ def unlearn(
     ] = None,
     steps: Annotated[int | None, typer.Option(help="Updates.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Documents an update on each side.")] = None,
-    field: Annotated[str, typer.Option(help="Column of --forget and --retain that holds the text.")] = "text",
+    max_length: Annotated[
+        int | None,
+        typer.Option(help="Tokens at which the fit cuts documents. Default: 512, or the context if that is shorter."),
+    ] = None,
+    field: Annotated[
+        str | None,
+        typer.Option(help="Column of --forget and --retain that holds the text. Default: `text`, or the schema's."),
+    ] = None,
     prompt: Annotated[
         str | None,
         typer.Option(help="Template of the context, such as `Question: {question}\\nAnswer:`; instead of --field."),
@@ -120,12 +142,21 @@ def unlearn(
         str | None, typer.Option(help="Template of what follows and counts in the loss, such as ` {answer}`.")
     ] = None,
     question_prompt: Annotated[
-        str, typer.Option(help="Template of the quiz prompt; braces name columns.")
-    ] = "{question}",
+        str | None,
+        typer.Option(help="Template of the quiz prompt; braces name columns. Default: `{question}`, or the schema's."),
+    ] = None,
     choices: Annotated[
-        str, typer.Option(help="Column with the list of choices, or several columns: `a,b,c,d`.")
-    ] = "choices",
-    answer: Annotated[str, typer.Option(help="Column with the index or the text of the right choice.")] = "answer",
+        str | None,
+        typer.Option(
+            help="Column with the list of choices, or several columns: `a,b,c,d`. Default: `choices`, or the schema's."
+        ),
+    ] = None,
+    answer: Annotated[
+        str | None,
+        typer.Option(
+            help="Column with the text, the letter or the index of the right choice. Default: `answer`, or the schema's."
+        ),
+    ] = None,
     backend: BackendOption = BackendName.AUTO,
     dtype: Annotated[str, typer.Option(help="`float32`, `bfloat16` or `float16`.")] = "float32",
     device: Annotated[str | None, typer.Option(help="Such as `cuda:0`. Default: a GPU if there is one.")] = None,
@@ -143,6 +174,25 @@ def unlearn(
 
         mrp-lens unlearn --model ./my-checkpoint --method rmu --layers 7 --forget bio.jsonl --forget cyber.jsonl \\
             --retain wikitext.txt --questions quiz.jsonl --question-prompt "Question: {question}\\nAnswer:" --out runs/rmu
+
+    WMDP on Zephyr-7B with the published settings of RMU. The forget corpus about biology is handed out on request only;
+    put it into a file. `--released` stands for the values that follow it here, left padding and the
+    corpora's own order:
+
+        mrp-lens unlearn --model HuggingFaceH4/zephyr-7b-beta --dtype bfloat16 --method rmu \\
+            --released --layers 7 --steering-coeff 6.5 --alpha 1200 --lr 5e-5 --batch-size 4 --steps 150 \\
+            --forget bio-forget-corpus.jsonl --forget hub:cais/wmdp-corpora:cyber-forget-corpus --retain hub:wikitext \\
+            --max-length 512 --questions hub:cais/wmdp:wmdp-bio --retain-questions hub:cais/mmlu --out runs/zephyr-rmu
+
+    Adaptive RMU, in the paper with beta 5 and 500 steps:
+
+        mrp-lens unlearn --model HuggingFaceH4/zephyr-7b-beta --dtype bfloat16 --method adaptive-rmu \\
+            --released --beta 5 --steps 500 \\
+            --forget bio-forget-corpus.jsonl --forget hub:cais/wmdp-corpora:cyber-forget-corpus --retain hub:wikitext \\
+            --max-length 512 --questions hub:cais/wmdp:wmdp-bio --retain-questions hub:cais/mmlu --out runs/zephyr-adaptive
+
+    Known data sets (`hub:NAME` and the schemas): `cais/wmdp`, `cais/wmdp-corpora`, `cais/mmlu`, `locuslab/TOFU`,
+    `derek-thomas/ScienceQA`, `wikitext`.
     """
     from mrp_lens.cli.unlearn import DataOptions, run_unlearn
 
@@ -155,6 +205,7 @@ def unlearn(
         "lr": lr,
         "steps": steps,
         "batch_size": batch_size,
+        "max_length": max_length,
     }
     data = DataOptions(
         forget=tuple(forget),
@@ -164,14 +215,18 @@ def unlearn(
         field=field,
         prompt=_unescaped(prompt),
         completion=_unescaped(completion),
-        question_prompt=_unescaped(question_prompt) or "",
+        question_prompt=_unescaped(question_prompt),
         choices=choices,
         answer=answer,
+        forget_schema=forget_schema,
+        retain_schema=retain_schema,
+        questions_schema=questions_schema,
     )
     run_unlearn(
         model_name=model,
         method=method.value,
         layers=layers,
+        released=released,
         hyperparameters={name: value for name, value in hyperparameters.items() if value is not None},
         data=data,
         out=out,

@@ -18,35 +18,64 @@ from mrp_lens.runs import Run
 
 METHODS: dict[str, type[MRP] | type[RMU] | type[AdaptiveRMU]] = {"mrp": MRP, "rmu": RMU, "adaptive-rmu": AdaptiveRMU}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+HUB = "hub:"
 EXAMPLES = 3
 HELD_OUT = 200  # at most this many retain documents are kept from the fit, and at most a tenth
 
 
 @dataclass(frozen=True)
 class DataOptions:
-    """Where the data are and how to read them."""
+    """Where the data are and how to read them. None: as the schema says, else the defaults of the library."""
 
-    forget: tuple[Path, ...]
-    retain: Path
-    questions: Path | None
-    retain_questions: Path | None
-    field: str
-    prompt: str | None
-    completion: str | None
-    question_prompt: str
-    choices: str
-    answer: str
+    forget: tuple[str, ...]
+    retain: str
+    questions: str | None
+    retain_questions: str | None
+    field: str | None = None
+    prompt: str | None = None
+    completion: str | None = None
+    question_prompt: str | None = None
+    choices: str | None = None
+    answer: str | None = None
+    forget_schema: str | None = None
+    retain_schema: str | None = None
+    questions_schema: str | None = None
 
-    def corpus(self, path: Path) -> Corpus:
-        """Read one corpus."""
-        return Corpus.from_file(path, field=self.field, prompt=self.prompt, completion=self.completion)
+    def corpus(self, source: str, schema: str | None) -> Corpus:
+        """Read one corpus: a file, a folder or `hub:NAME[:CONFIG[:SPLIT]]`."""
+        columns = {"field": self.field, "prompt": self.prompt, "completion": self.completion}
+        if source.startswith(HUB):
+            path, config, split = hub_parts(source)
+            return Corpus.from_hub(path, config=config, split=split, schema=schema, **columns)
+        return Corpus.from_file(source, schema=schema, **columns)
 
-    def quiz(self, path: Path | None) -> Questions | None:
-        """Read one quiz, if there is one."""
-        if path is None:
+    def quiz(self, source: str | None) -> Questions | None:
+        """Read one quiz, likewise, if there is one."""
+        if source is None:
             return None
-        choices = self.choices.split(",") if "," in self.choices else self.choices
-        return Questions.from_file(path, prompt=self.question_prompt, choices=choices, answer=self.answer)
+        choices = self.choices.split(",") if self.choices is not None and "," in self.choices else self.choices
+        prompt, answer, schema = self.question_prompt, self.answer, self.questions_schema
+        if source.startswith(HUB):
+            path, config, split = hub_parts(source)
+            return Questions.from_hub(
+                path, config=config, split=split, prompt=prompt, choices=choices, answer=answer, schema=schema
+            )
+        return Questions.from_file(source, prompt=prompt, choices=choices, answer=answer, schema=schema)
+
+
+def hub_parts(source: str) -> tuple[str, str | None, str | None]:
+    """Name, configuration and split of `hub:NAME[:CONFIG[:SPLIT]]`; an empty configuration is the usual one.
+
+    Raises:
+        ValueError: there is no name, or there are more parts.
+    """
+    path, *rest = source.removeprefix(HUB).split(":")
+    if not path or len(rest) > 2:
+        raise ValueError(
+            f"{source!r} is no data set of the Hub; write hub:NAME, hub:NAME:CONFIG or hub:NAME:CONFIG:SPLIT"
+        )
+    config, split = (*rest, "", "")[:2]
+    return path, config or None, split or None
 
 
 def run_unlearn(
@@ -54,6 +83,7 @@ def run_unlearn(
     model_name: str,
     method: str,
     layers: str | None,
+    released: bool,
     hyperparameters: Mapping[str, Any],
     data: DataOptions,
     out: Path,
@@ -67,23 +97,21 @@ def run_unlearn(
     check_free(out, overwrite=overwrite)
     if dtype not in DTYPES:
         raise ValueError(f"unknown dtype {dtype!r}; choose {', '.join(DTYPES)}")
-    fitter = make_method(method, layers, hyperparameters)
-    forget = [data.corpus(path) for path in data.forget]
-    kept, held_out = split_tenth(data.corpus(data.retain))
+    fitter = make_method(method, layers, hyperparameters, released=released)
+    forget = [data.corpus(source, data.forget_schema) for source in data.forget]
+    kept, held_out = split_tenth(data.corpus(data.retain, data.retain_schema))
     quizzes = {"forget": data.quiz(data.questions), "retain": data.quiz(data.retain_questions)}
-    given = {name: [str(path) for path in value] if name == "forget" else value for name, value in asdict(data).items()}
     arguments = {
         "model": model_name,
         "method": method,
         "layers": layers,
+        "released": released,
         **hyperparameters,
-        **given,
+        **asdict(data),
         "backend": backend,
         "dtype": dtype,
     }
-    run = Run(
-        "unlearn", {name: str(value) if isinstance(value, Path) else value for name, value in arguments.items()}, seed
-    )
+    run = Run("unlearn", arguments, seed)
     console.print(f"Loading {model_name} ...")
     model = load_model(model_name, backend=backend, device=device, dtype=DTYPES[dtype])
     prompts = example_prompts(model, forget, kept)
@@ -125,11 +153,13 @@ CAPTION = (
 )
 
 
-def make_method(method: str, layers: str | None, hyperparameters: Mapping[str, Any]) -> MRP | RMU | AdaptiveRMU:
-    """The method with its hyperparameters.
+def make_method(
+    method: str, layers: str | None, hyperparameters: Mapping[str, Any], *, released: bool = False
+) -> MRP | RMU | AdaptiveRMU:
+    """The method with its hyperparameters; those not given are the library's, or the released code's.
 
     Raises:
-        ValueError: layers that are no numbers, or a hyperparameter that the method does not have.
+        ValueError: layers that are no numbers, a hyperparameter that the method does not have, or no released recipe.
     """
     kind = METHODS[method]
     try:
@@ -147,7 +177,11 @@ def make_method(method: str, layers: str | None, hyperparameters: Mapping[str, A
         if len(numbers) != 1:
             raise ValueError(f"{method} steers at one layer; got --layers {layers}")
         options["layer"] = numbers[0]
-    return kind(**options)
+    if not released:
+        return kind(**options)
+    if issubclass(kind, MRP):
+        raise ValueError(f"--released is for rmu and adaptive-rmu; {method} has no released recipe here")
+    return replace(kind.released(), **options)
 
 
 def split_tenth(corpus: Corpus) -> tuple[Corpus, Corpus]:

@@ -1,0 +1,160 @@
+"""Multiple-choice questions: reading them from files, folders, the Hub or rows."""
+
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from mrp_lens.corpus.answers import AmbiguousAnswerError, choices_of, right_choice
+from mrp_lens.corpus.chat import in_chat
+from mrp_lens.corpus.documents import Corpus, Document
+from mrp_lens.corpus.rows import Row, column, digest, file_rows, fill, hub_name, hub_rows, text
+from mrp_lens.corpus.schemas import KNOWN, QuestionColumns, Schema, schema_named
+
+
+@dataclass(frozen=True)
+class Question:
+    """One multiple-choice question; `answer` is the index of the right choice."""
+
+    prompt: str
+    choices: tuple[str, ...]
+    answer: int
+    group: str = ""
+
+
+@dataclass(frozen=True)
+class Questions:
+    """An ordered set of multiple-choice questions; each choice is scored as the text that follows the prompt."""
+
+    questions: tuple[Question, ...]
+    name: str = "questions"
+
+    @classmethod
+    def from_rows(
+        cls,
+        rows: Iterable[Row],
+        *,
+        prompt: str | None = None,
+        choices: str | Sequence[str] | None = None,
+        answer: str | None = None,
+        group: str | None = None,
+        schema: str | Schema | None = None,
+        name: str = "rows",
+    ) -> "Questions":
+        """One question a row.
+
+        Args:
+            rows: mappings from column to value.
+            prompt: template whose braces name columns. None: `{question}`, or what the schema says.
+            choices: a column holding a list, or several columns holding one choice or a list of them each; 2 to 10 in
+                all. A choice is joined to the prompt by one space unless it starts with white space already. None:
+                `choices`, or what the schema says.
+            answer: column with the right choice: its text, its letter (`B`, `b`, `B.`, `(B)`), or its index from 0, as
+                an int or as digits. A string that is the text of a choice is taken as that, then as a letter, then as
+                an index. None: `answer`, or what the schema says.
+            group: column by which `metrics.accuracy` reports separately, such as a topic.
+            schema: a known data set whose rows these are, such as `cais/wmdp`; the arguments above override it.
+                Its rows in which several choices equal the right one are left out, with a warning.
+            name: for logs and provenance.
+
+        Raises:
+            ValueError: a column is missing (the columns there are get listed), not 2 to 10 choices, an answer that is
+                not among them or that several of them equal (with the row's number), an unknown schema, or one
+                without questions.
+        """
+        known = schema_named(schema)
+        if known is not None and not known.questions and (choices is None or answer is None):
+            raise ValueError(
+                f"{known.path} holds texts, no questions; read it as a Corpus, or name its columns with prompt=, choices= and answer="
+            )
+        given = {"prompt": prompt, "choices": choices, "answer": answer, "group": group}
+        overrides: dict[str, Any] = {option: value for option, value in given.items() if value is not None}
+        kinds = [replace(kind, **overrides) for kind in (known.questions if known else ()) or (QuestionColumns(),)]
+        columns, questions, ambiguous = None, [], 0
+        for number, row in enumerate(rows):
+            columns = columns or next((kind for kind in kinds if kind.needed <= row.keys()), kinds[0])
+            if known is not None and not known.keeps_row(row):
+                continue
+            try:
+                questions.append(_question(row, number, columns, name))
+            except AmbiguousAnswerError:
+                if known is None:
+                    raise
+                ambiguous += 1
+        if ambiguous:
+            warnings.warn(
+                f"{name}: left out {ambiguous} of {ambiguous + len(questions)} questions in which several choices equal the right answer",
+                stacklevel=2,
+            )
+        return cls(tuple(questions), name)
+
+    @classmethod
+    def from_file(
+        cls,
+        path: str | Path,
+        *,
+        split: str | None = None,
+        prompt: str | None = None,
+        choices: str | Sequence[str] | None = None,
+        answer: str | None = None,
+        group: str | None = None,
+        schema: str | Schema | None = None,
+    ) -> "Questions":
+        """Read what `Corpus.from_file` reads; the other arguments as `from_rows`."""
+        rows, name = file_rows(path, split), Path(path).stem
+        return cls.from_rows(rows, prompt=prompt, choices=choices, answer=answer, group=group, schema=schema, name=name)
+
+    @classmethod
+    def from_hub(
+        cls,
+        path: str,
+        *,
+        config: str | None = None,
+        split: str | None = None,
+        prompt: str | None = None,
+        choices: str | Sequence[str] | None = None,
+        answer: str | None = None,
+        group: str | None = None,
+        schema: str | Schema | None = None,
+    ) -> "Questions":
+        """Read a data set of the Hugging Face Hub, as `Corpus.from_hub` does, by default its `test` split."""
+        known = schema_named(schema) or KNOWN.get(path)
+        rows = hub_rows(path, config, split or (known.question_split if known else "test"), known)
+        name = hub_name(path, config)
+        return cls.from_rows(rows, prompt=prompt, choices=choices, answer=answer, group=group, schema=known, name=name)
+
+    def right_answers(self) -> Corpus:
+        """The questions as documents, each with its right choice as the completion."""
+        return Corpus(tuple(Document(q.prompt, q.choices[q.answer]) for q in self.questions), self.name)
+
+    def chat(self, tokenizer: Any, *, system: str | None = None) -> "Questions":
+        """A copy whose prompts are turns of the tokenizer's chat template; as `Corpus.chat`."""
+        questions = []
+        for question in self.questions:
+            prompt, choices = in_chat(question.prompt, question.choices, tokenizer, system)
+            questions.append(replace(question, prompt=prompt, choices=choices))
+        return replace(self, questions=tuple(questions))
+
+    @property
+    def groups(self) -> tuple[str, ...]:
+        """The groups that occur, in order of appearance."""
+        return tuple(dict.fromkeys(question.group for question in self.questions))
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the questions, for provenance."""
+        return digest([[q.prompt, list(q.choices), q.answer, q.group] for q in self.questions])
+
+    def __len__(self) -> int:
+        return len(self.questions)
+
+
+def _question(row: Row, number: int, columns: QuestionColumns, name: str) -> Question:
+    choices = choices_of(row, columns.choices, number, name)
+    given = column(row, columns.answer, number, name)
+    index = right_choice(given, choices, number, name)
+    options = [str(choice) for choice in choices]
+    spaced = tuple(option if option[:1].isspace() else f" {option}" for option in options)
+    label = "" if columns.group is None else text(row, columns.group, number, name)
+    return Question(fill(columns.prompt, row, number, name), spaced, index, label)

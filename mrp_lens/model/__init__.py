@@ -10,6 +10,7 @@ from mrp_lens.model.weights import (
     same_tensor,
     tensor_digests,
     weights_by_name,
+    why_not_exportable,
 )
 
 __all__ = [
@@ -28,4 +29,5 @@ __all__ = [
     "same_tensor",
     "tensor_digests",
     "weights_by_name",
+    "why_not_exportable",
 ]

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mrp_lens.model.base import LensModel, check_layers, is_bridge
 
+CENTRED = 1e-5  # a row mean below this share of the entries' size is no accident
 _HASHED_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 # Where Hugging Face keeps the MLP's output matrix, and whether as [d_model, d_mlp] (nn.Linear; TransformerLens has
@@ -73,10 +74,9 @@ def mlp_out_weight(model: LensModel, layer: int) -> EditableWeight:
         key = next(key for key, value in block.named_parameters() if value is parameter)
         full = next(key for key, value in model.named_parameters() if value is parameter)
         return EditableWeight(full.replace("._original_component", ""), layer, key, parameter, transposed=False)
-    architecture = str(model.cfg.original_architecture)
-    if architecture not in _MLP_OUT or not hasattr(block.mlp, "W_out"):
-        raise ValueError(f"no known MLP output matrix for {architecture}; load it with backend='bridge'")
-    template, transposed = _MLP_OUT[architecture]
+    if getattr(block.mlp, "W_out", None) is None or block.mlp.W_out.ndim != 2:
+        raise ValueError(f"layer {layer} has no single MLP output matrix; load the model with backend='bridge'")
+    template, transposed = _MLP_OUT.get(str(model.cfg.original_architecture), ("blocks.{}.mlp.W_out", False))
     return EditableWeight(template.format(layer), layer, "mlp.W_out", block.mlp.W_out, transposed)
 
 
@@ -84,6 +84,25 @@ def weights_by_name(model: LensModel) -> dict[str, EditableWeight]:
     """Every matrix that a weight edit can replace, by its name in the checkpoint."""
     weights = (mlp_out_weight(model, layer) for layer in range(model.cfg.n_layers))
     return {weight.name: weight for weight in weights}
+
+
+def why_not_exportable(model: LensModel) -> str | None:
+    """Why an edit made on this model has no counterpart in a Hugging Face checkpoint; None if it has.
+
+    `load_model` gives the checkpoint's own weights. `HookedTransformer.from_pretrained` folds and centres them by
+    default, and the Bridge's compatibility mode rewrites them: hooks and fits work there, on another residual stream.
+    """
+    if is_bridge(model):
+        return "its compatibility mode rewrote the weights" if getattr(model, "compatibility_mode", False) else None
+    if str(model.cfg.original_architecture) not in _MLP_OUT:
+        return f"its architecture ({model.cfg.original_architecture}) has no known Hugging Face names"
+    if str(model.cfg.normalization_type).endswith("Pre"):
+        return "LayerNorm is folded into its weights"
+    written = mlp_out_weight(model, 0).read().float()
+    means = written.mean(dim=0 if mlp_out_weight(model, 0).transposed else 1)
+    if float(means.abs().max()) < CENTRED * float(written.square().mean().sqrt()):
+        return "its writing weights are centred"
+    return None
 
 
 def tensor_digests(tensor: Float[Tensor, "..."]) -> dict[str, str]:

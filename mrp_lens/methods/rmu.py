@@ -1,7 +1,7 @@
 """RMU (arXiv 2403.03218) and Adaptive RMU (arXiv 2408.06223): a few MLP matrices learn to steer forget states away."""
 
 from dataclasses import dataclass, replace
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from jaxtyping import Float
 from torch import Tensor
@@ -13,6 +13,14 @@ from mrp_lens.model import LensModel
 
 Coefficient = Literal["token", "sample", "first_batch"]
 
+_RELEASED: dict[str, Any] = {
+    "batch_size": 4,
+    "positions": "all",
+    "padding": "left",
+    "shuffle": False,
+    "optimizer": "transformers_adamw",
+    "eps": 1e-6,
+}
 C_SHARE = 2.0  # c over the mean norm of the forget states
 
 
@@ -31,10 +39,14 @@ class RMU(Steering):
         lr: of AdamW. None: derived from the size of the trained matrices' entries.
         steps, batch_size: updates, and documents an update on each side.
         micro_batch: documents a pass, if a batch does not fit into memory.
+        max_length: tokens at which documents are cut. None: 512, or the context if that is shorter.
         direction: "uniform": entries of u from U[0, 1), as released; "gaussian": isotropic.
         site, trained_layers: where the states are read, and which layers learn, if not as above.
         positions: "content", or "all" to count pads and BOS as the released code does.
-        eps: of AdamW.
+        padding: "right", or "left" as the released code has it; of no effect unless pads are counted.
+        shuffle: False: batches in the order of the corpora, as the released code takes them.
+        optimizer: "adamw", or "transformers_adamw": as in transformers 4, which the released code uses.
+        eps: of the optimizer.
 
     Example:
         >>> fit = RMU().fit(model, forget, retain, seed=0)  # doctest: +SKIP
@@ -48,16 +60,19 @@ class RMU(Steering):
     def released(
         cls, *, layer: int = 7, steering_coeff: float = 6.5, alpha: float = 1200.0, lr: float = 5e-5, steps: int = 150
     ) -> "RMU":
-        """The recipe of the released code for Zephyr-7B: batch 4, pads and BOS counted, AdamW with eps 1e-6."""
+        """The recipe of the released code for Zephyr-7B: batches of 4 in the corpora's order, padded on the left, pads and
+        BOS counted, transformers 4's AdamW.
+
+        The released code pads with EOS (set `model.tokenizer.pad_token`), and cuts texts at 512 tokens. What a model
+        computes at pads is its implementation's choice: the Bridge's states there are Hugging Face's,
+        HookedTransformer's are not."""
         return cls(
             layer=layer,
             steering_coeff=steering_coeff,
             alpha=alpha,
             lr=lr,
             steps=steps,
-            batch_size=4,
-            positions="all",
-            eps=1e-6,
+            **_RELEASED,
         )
 
     @override
@@ -99,16 +114,15 @@ class AdaptiveRMU(Steering):
     def released(
         cls, *, layer: int = 7, beta: float = 5.0, alpha: float = 1200.0, lr: float = 5e-5, steps: int = 500
     ) -> "AdaptiveRMU":
-        """The recipe of the released code: one coefficient from the first batch, pads and BOS counted, AdamW with eps 1e-6."""
+        """The recipe of the released code: as `RMU.released`, with c = beta times the mean norm of the corpus's first
+        batch. The paper trains 500 steps with c from each sample's own norm."""
         return cls(
             layer=layer,
             beta=beta,
             alpha=alpha,
             lr=lr,
             steps=steps,
-            batch_size=4,
-            positions="all",
-            eps=1e-6,
+            **_RELEASED,
             coefficient="first_batch",
         )
 

@@ -2,13 +2,14 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import cycle
 from typing import Literal, Self
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from mrp_lens.batching import TokenBatch, endless
+from mrp_lens.batching import Encoded, PaddingSide, TokenBatch, endless
 from mrp_lens.corpus import Corpus
 from mrp_lens.edit import Edit, WeightEdit
 from mrp_lens.methods.base import (
@@ -25,11 +26,12 @@ from mrp_lens.methods.base import (
     provenance,
 )
 from mrp_lens.model import EditableWeight, LensModel, check_layers, mlp_out_weight, tensor_digests
-from mrp_lens.stream import Segment, Site, captured, hook_name, run_segment
-from mrp_lens.training import train
+from mrp_lens.stream import Site, captured, hook_name, run_segment
+from mrp_lens.training import TransformersAdamW, train
 
 Direction = Literal["uniform", "gaussian"]
 Positions = Literal["content", "all"]
+Optimizer = Literal["adamw", "transformers_adamw"]
 States = Float[Tensor, "batch seq d_model"]
 Mask = Bool[Tensor, "batch seq"]
 
@@ -51,8 +53,12 @@ class Steering:
     steps: int = 150
     batch_size: int = 32
     micro_batch: int | None = None
+    max_length: int | None = None
     direction: Direction = "uniform"
     positions: Positions = "content"
+    padding: PaddingSide = "right"
+    shuffle: bool = True
+    optimizer: Optimizer = "adamw"
     eps: float = 1e-8
 
     name = ""
@@ -83,7 +89,7 @@ class Steering:
         """
         generator = generator_for(seed)
         placed = self._placed(model)
-        data = prepare(model, forget, retain)
+        data = prepare(model, forget, retain, max_length=self.max_length)
         with fitting(model, after):
             weights = {layer: mlp_out_weight(model, layer) for layer in given(placed.trained_layers, ())}
             original = {layer: weight.read() for layer, weight in weights.items()}
@@ -91,9 +97,8 @@ class Steering:
             resolved = placed._measured(model, data, list(original.values()))
             directions = {name: _unit(data, model.cfg.d_model, self.direction, generator) for name in data.names}
             masters = {layer: tensor.float().clone().requires_grad_() for layer, tensor in original.items()}
-            optimizer = torch.optim.AdamW(
-                list(masters.values()), lr=given(resolved.lr, 0.0), eps=self.eps, weight_decay=0.0
-            )
+            kind = torch.optim.AdamW if self.optimizer == "adamw" else TransformersAdamW
+            optimizer = kind(list(masters.values()), lr=given(resolved.lr, 0.0), eps=self.eps, weight_decay=0.0)
             losses = _Losses(resolved, model, data, weights, masters, list(directions.values()), generator)
             with captured(model, [losses.hook]) as losses.store:
                 run = train(losses, optimizer, steps=self.steps, description=self.name, progress=progress)
@@ -117,6 +122,8 @@ class Steering:
         )
         one_of(Direction, direction=self.direction)
         one_of(Positions, positions=self.positions)
+        one_of(PaddingSide, padding=self.padding)
+        one_of(Optimizer, optimizer=self.optimizer)
         one_of(Site, site=self.site)
         deepest = model.cfg.n_layers - 1
         layer = given(self.layer, min(deepest, max(2, round(DEPTH_OF_LAYER * model.cfg.n_layers))))
@@ -166,15 +173,23 @@ class _Losses:
         self.hook = hook_name(self.layer, settings.site)
         self.store: dict[str, Tensor] = {}
         self.first: dict[int, float] = {}
-        self.forget = [endless(rows, settings.batch_size, generator) for rows in data.forget]
-        self.retain = endless(data.retain, settings.batch_size, generator)
+        self.generator = generator
+        self.forget = [self._batches(rows) for rows in data.forget]
+        self.retain = [self._batches(data.retain) for _ in data.forget]
+
+    def _batches(self, rows: Sequence[Encoded]) -> Iterator[TokenBatch]:
+        """Batches for ever: shuffled in each pass, or in the order of the corpus."""
+        size = self.settings.batch_size
+        in_turn = cycle([rows[start : start + size] for start in range(0, len(rows), size)])
+        chosen = endless(rows, size, self.generator) if self.settings.shuffle else in_turn
+        return (self.data.encoder.collate(batch, side=self.settings.padding) for batch in chosen)
 
     def __call__(self, step: int) -> Iterator[dict[str, Tensor]]:
-        """Forget corpora take turns, one a step."""
+        """Forget corpora take turns, one a step, each with its own pass through the retain corpus."""
         topic = step % len(self.forget)
-        for part in self._squared_errors(self.data.encoder.collate(next(self.forget[topic])), topic):
+        for part in self._squared_errors(next(self.forget[topic]), topic):
             yield {"loss": part, "forget": part}
-        for part in self._squared_errors(self.data.encoder.collate(next(self.retain)), None):
+        for part in self._squared_errors(next(self.retain[topic]), None):
             yield {"loss": given(self.settings.alpha, 0.0) * part, "retain": part}
 
     def _squared_errors(self, batch: TokenBatch, topic: int | None) -> Iterator[Float[Tensor, ""]]:
@@ -188,23 +203,26 @@ class _Losses:
             self._remember_first(batch, topic)
         for part in parts_of(batch, self.settings.micro_batch):
             mask = self._mask(part)
-            segment, frozen_states = self._frozen(part)
-            segment.replay({layer: {w.key: w.to_model(self.masters[layer])} for layer, w in self.weights.items()})
-            states = self.store[self.hook].float()
+            frozen_states, states = self._states(part)
             target = frozen_states
             if topic is not None:
                 target = self.settings._coefficient(frozen_states, mask, self.first.get(topic)) * self.directions[topic]
             yield ((states - target).square() * mask[..., None]).sum() / total
 
     def _remember_first(self, batch: TokenBatch, topic: int) -> None:
+        """The coefficient of a corpus for good, from its first batch in the model as trained so far."""
         if getattr(self.settings, "coefficient", None) == "first_batch":
-            first = self.settings._coefficient(self._frozen(batch)[1], self._mask(batch), None)
+            with torch.no_grad():
+                first = self.settings._coefficient(self._states(batch)[1], self._mask(batch), None)
             assert isinstance(first, float)
             self.first[topic] = first
 
-    def _frozen(self, batch: TokenBatch) -> tuple[Segment, States]:
+    def _states(self, batch: TokenBatch) -> tuple[States, States]:
+        """With the model's own weights, and with those in training."""
         segment = run_segment(self.model, batch.tokens, batch.attention_mask, first=min(self.weights), last=self.layer)
-        return segment, self.store[self.hook].float()
+        frozen_states = self.store[self.hook].float()
+        segment.replay({layer: {w.key: w.to_model(self.masters[layer])} for layer, w in self.weights.items()})
+        return frozen_states, self.store[self.hook].float()
 
     def _mask(self, batch: TokenBatch) -> Mask:
         return batch.content_mask if self.settings.positions == "content" else torch.ones_like(batch.content_mask)

@@ -3,7 +3,7 @@ VENV ?= .venv
 CONSTRAINTS ?= constraints/tl-3.9.txt
 RUN = $(VENV)/bin
 
-.PHONY: help install demo test lint types check clean
+.PHONY: help install demo test slow lint types check clean
 
 help:  ## list the commands
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /: /'
@@ -21,6 +21,9 @@ demo: install  ## forget a topic of the embedded world with each method (about a
 
 test: install  ## the test suite (without the tests marked slow)
 	$(RUN)/python -m pytest -m "not slow"
+
+slow: install  ## the tests that take longer: the whole demo
+	$(RUN)/python -m pytest -m slow
 
 lint: install  ## linter and formatter, checking only
 	$(RUN)/ruff check .

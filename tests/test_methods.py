@@ -1,3 +1,4 @@
+import math
 import os
 import signal
 from typing import Any
@@ -5,9 +6,11 @@ from typing import Any
 import pytest
 import torch
 
+from mrp_lens.batching import Encoded, TokenBatch
 from mrp_lens.corpus import Corpus
 from mrp_lens.edit import EditStack, ProjectionEdit, WeightEdit
 from mrp_lens.methods import MRP, RMU, AdaptiveRMU
+from mrp_lens.methods.objectives import log_odds, openness
 from mrp_lens.model import LensModel, load_model, logits_of, mlp_out_weight
 from mrp_lens.stream import captured, hook_name
 from mrp_lens.subspace import Subspace
@@ -183,14 +186,46 @@ def test_training_from_the_start_lowers_the_loss(model: LensModel, texts: Texts,
         assert log["loss"].tail(5).mean() < log["loss"].head(5).mean(), method.name
 
 
-@pytest.mark.parametrize("forget_loss", ["marginal", "bounded", "ascent"])
+@pytest.mark.parametrize("forget_loss", ["odds", "bounded", "ascent"])
 @pytest.mark.parametrize("retain_loss", ["kl", "cross_entropy"])
 def test_every_loss_of_mrp_runs(
     model: LensModel, texts: Texts, forget_loss: Any, retain_loss: Any, untouched: None
 ) -> None:
     fit = MRP(forget_loss=forget_loss, retain_loss=retain_loss, forget_bound=1.0, **QUICK).fit(model, *texts, **FIT)
-    if forget_loss == "bounded":
+    if forget_loss != "ascent":
         assert (fit.log["forget"] >= -1.0).all()
+
+
+def test_log_odds_compare_the_answer_with_what_the_model_would_say_instead() -> None:
+    batch = TokenBatch(
+        torch.tensor([[0, 1, 2]]), *(torch.ones(1, 3, dtype=torch.bool),) * 2, torch.tensor([[False, True, False]])
+    )
+    reference = torch.tensor([[0.1, 0.6, 0.2, 0.1]]).log()  # the text says token 1; else 0, 2, 3 with 1/4, 1/2, 1/4
+    edited = torch.tensor([[0.2, 0.1, 0.3, 0.4]])
+    expected = math.log(0.1) - (0.25 * math.log(0.2) + 0.5 * math.log(0.3) + 0.25 * math.log(0.4))
+    assert float(log_odds(reference, edited.log(), batch)) == pytest.approx(expected, abs=1e-6)
+    lowered = torch.tensor([[0.02, 0.01, 0.03, 0.94]]).log()
+    assert float(log_odds(reference, lowered, batch)) < float(log_odds(reference, edited.log(), batch))
+    assert float(log_odds(reference, reference, batch)) > 0
+
+
+def test_a_token_that_the_texts_determine_does_not_count_as_open() -> None:
+    rows = [Encoded(ids, (True,) * 3, (True,) * 3) for ids in ((5, 1, 9), (5, 2, 9), (5, 3, 9), (5, 4, 9))]
+    weights = openness(rows, d_vocab=10)
+    assert float(weights[5]) == pytest.approx(0.75)
+    assert all(float(weights[token]) == pytest.approx(0.0) for token in (1, 2, 3, 4))
+
+
+def test_what_a_later_request_keeps_is_measured_without_the_earlier_one(
+    model: LensModel, texts: Texts, untouched: None
+) -> None:
+    """At step 0 with rows that remove nothing the text uses, KL is what the earlier edit changed, not zero."""
+    earlier = ProjectionEdit({hook_name(0): Subspace.random(D_MODEL // 2, D_MODEL, seed=0)}, request="earlier")
+    alone, after = (
+        MRP(layers=[2], rank=1, **QUICK).fit(model, *texts, after=edit, **FIT).log["retain"] for edit in (None, earlier)
+    )
+    assert float(after[0]) > 5 * float(alone[0])  # with the earlier rows on
+    assert float(after[1]) < float(after[0]) / 2  # every other step without them
 
 
 def test_a_later_request_keeps_the_earlier_rows_and_is_orthogonal_to_them(

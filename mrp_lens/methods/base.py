@@ -1,5 +1,6 @@
 """What all methods share: their result, their data, and the record of how an edit came about."""
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -13,11 +14,13 @@ from torch import Tensor
 from mrp_lens.batching import Encoded, Encoder, TokenBatch
 from mrp_lens.corpus import Corpus
 from mrp_lens.edit import Edit
-from mrp_lens.model import LensModel, describe
+from mrp_lens.model import LensModel, describe, why_not_exportable
 from mrp_lens.runs import versions
 from mrp_lens.stream import frozen
 
 Forget = Corpus | Sequence[Corpus]
+
+LONGEST = 512  # tokens of a document, as in the released RMU recipe
 
 
 @dataclass(frozen=True)
@@ -68,12 +71,19 @@ class Data:
         return [row for rows in self.forget for row in rows]
 
 
-def prepare(model: LensModel, forget: Forget, retain: Corpus) -> Data:
-    """Encode the corpora.
+def prepare(model: LensModel, forget: Forget, retain: Corpus, *, max_length: int | None = None) -> Data:
+    """Encode the corpora; warn if what must go is also to stay.
+
+    Args:
+        model: HookedTransformer or TransformerBridge.
+        forget: one corpus or several.
+        retain: what must stay.
+        max_length: tokens at which documents are cut. None: 512, or the model's context length if that is less.
 
     Raises:
         TypeError: not a Corpus.
-        ValueError: a corpus is empty, or two forget corpora share a name.
+        ValueError: a corpus is empty, two forget corpora share a name, or `max_length` is not from 2 to the context
+            length.
     """
     corpora = [forget] if isinstance(forget, Corpus) else list(forget)
     for corpus in (*corpora, retain):
@@ -84,7 +94,21 @@ def prepare(model: LensModel, forget: Forget, retain: Corpus) -> Data:
     names = tuple(corpus.name for corpus in corpora)
     if not corpora or len(set(names)) < len(names):
         raise ValueError(f"give at least one forget corpus, each with its own name; got {list(names)}")
-    encoder = Encoder.for_model(model)
+    encoder = Encoder.for_model(model, max_length=given(max_length, min(LONGEST, int(model.cfg.n_ctx))))
+    reason = why_not_exportable(model)
+    if reason is not None:
+        warnings.warn(
+            f"{reason}: the edit works on this model, and cannot be exported to Hugging Face; for that, load the "
+            "checkpoint with mrp_lens.load_model(...)",
+            stacklevel=3,
+        )
+    shared = {document for corpus in corpora for document in corpus.documents} & set(retain.documents)
+    if shared:
+        warnings.warn(
+            f"{len(shared)} documents are in the forget and in the retain corpus: the fit is to lose and to keep them; "
+            "take them out of one",
+            stacklevel=3,
+        )
     encoded = {}
     for role, corpus in [*(("forget", corpus) for corpus in corpora), ("retain", retain)]:
         rows = [row for row in encoder.encode(corpus.documents) if any(row.in_loss[1:])]

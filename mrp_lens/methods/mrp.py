@@ -26,13 +26,15 @@ from mrp_lens.methods.base import (
     prepare,
     provenance,
 )
-from mrp_lens.methods.objectives import Followers, ForgetLoss, RetainLoss, cross_entropy, kl
+from mrp_lens.methods.objectives import ForgetLoss, RetainLoss, cross_entropy, kl, log_odds, openness
 from mrp_lens.methods.start import Rows, Start, orthonormal, start_rows, without
 from mrp_lens.model import LensModel, check_layers, describe
 from mrp_lens.predictions import predictions
 from mrp_lens.stream import HookFunction, Site, hook_name, hooked
 from mrp_lens.subspace import Subspace
 from mrp_lens.training import linear_decay, train
+
+FORGET_BOUND = {"odds": 1.0, "bounded": 5.0, "ascent": math.inf}  # nats
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,22 +45,23 @@ class MRP:
     learns, from forget loss + retain_weight * retain loss.
 
     Args:
-        layers: where to project. None: the first half of the depth, at most four layers spread over it.
+        layers: where to project. None: the second half of the depth, at most four layers spread over it.
         rank: directions removed at each layer. None: d_model / 16, between 2 and 32.
         site: where on the stream, `resid_post` by default.
         init: start of W. "complement": forget states without their part in the retain states' top principal components,
             then the top principal directions of what is left; "code": the reverse, as in the released code; "random".
         retain_energy: share of the retain states' energy that counts as their span in `init`.
-        forget_loss: "marginal": cross-entropy against what follows the same token elsewhere in the forget corpora. It
-            is least for a model that knows the style and not the facts, and pushes no answer below the others.
-            "bounded": -min(CE, forget_bound) per token, which suppresses. "ascent": -CE, the paper's, which diverges.
-        forget_bound: nats, for "bounded".
+        forget_loss: "odds": per token, the log odds of the text's token against the other tokens that the model without
+            the projection considers there, down to -forget_bound. Tokens that the forget texts alone determine do not
+            count. "bounded": -min(CE, forget_bound) per token. "ascent": -CE, the paper's, which diverges.
+        forget_bound: nats. None: 1 for "odds", 5 for "bounded".
         retain_loss: "kl": KL(unedited || edited) on the retain corpus; "cross_entropy": on its text, as in the paper.
         retain_weight: factor on the retain loss; the released code has 1.2, with its cross-entropy.
-        lr: of Adam, falling linearly to 0 in the second half. None: a tenth of the size of W's entries at the start.
+        lr: of Adam, falling linearly to 0 in the second half. None: a fifth of the size of W's entries at the start.
         steps: updates.
         batch_size: documents an update on each side.
         micro_batch: documents a pass, if a batch does not fit into memory.
+        max_length: tokens at which documents are cut. None: 512, or the context if that is shorter.
 
     Example:
         >>> fit = MRP(layers=[3, 5], rank=4).fit(model, forget, retain, seed=0)  # doctest: +SKIP
@@ -69,14 +72,15 @@ class MRP:
     site: Site = "resid_post"
     init: Start = "complement"
     retain_energy: float = 0.9
-    forget_loss: ForgetLoss = "marginal"
-    forget_bound: float = 5.0
+    forget_loss: ForgetLoss = "odds"
+    forget_bound: float | None = None
     retain_loss: RetainLoss = "kl"
-    retain_weight: float = 2.0
+    retain_weight: float = 10.0
     lr: float | None = None
-    steps: int = 120
+    steps: int = 150
     batch_size: int = 32
     micro_batch: int | None = None
+    max_length: int | None = None
 
     name = "mrp"
 
@@ -98,7 +102,8 @@ class MRP:
             forget: what must go; several corpora make one request.
             retain: what must stay.
             seed: of the order of the data and of random starts.
-            after: an earlier edit, on during the fit; new rows are orthogonal to its rows, the result holds both.
+            after: an earlier edit; new rows are orthogonal to its rows, the result holds both. Every other step trains
+                with the earlier rows off, so that each request does its work also once another is taken back.
             request: name of this request. None: the names of the forget corpora.
             progress: show a progress bar.
 
@@ -111,6 +116,7 @@ class MRP:
         resolved, data, label = self._resolved(model, after, request, forget, retain)
         with fitting(model, after):
             learned = resolved._start(model, data, after, generator)
+        with fitting(model, besides_projections(after)):
             optimizer = torch.optim.Adam(list(learned.rows.values()), lr=given(resolved.lr, 0.0))
             losses = resolved._losses(model, data, learned, generator)
             with hooked(model, learned.hooks()):
@@ -165,18 +171,18 @@ class MRP:
                 f"rank {rank} must be below d_model {width}: removing every direction would leave no state"
             )
         layers = check_layers(model, given(self.layers, default_layers(model.cfg.n_layers)))
-        data = prepare(model, forget, retain)
+        data = prepare(model, forget, retain, max_length=self.max_length)
         label = given(request, "+".join(data.names))
         earlier = projection_in(after)
         if earlier is not None and label in earlier.requests:
             raise ValueError(f"the earlier edit has a request {label!r} already; name this one with request=...")
-        return replace(self, layers=layers, rank=rank, lr=given(self.lr, 0.1 / math.sqrt(width))), data, label
+        return replace(self, layers=layers, rank=rank, lr=given(self.lr, 0.2 / math.sqrt(width))), data, label
 
     def _start(self, model: LensModel, data: Data, after: Edit | None, generator: torch.Generator) -> "_Learned":
         hooks = [hook_name(layer, self.site) for layer in given(self.layers, ())]
         earlier = projection_in(after)
         removed = earlier.subspaces() if earlier is not None else {}
-        taken = {hook: removed[hook].basis.to(data.encoder.device) for hook in hooks if hook in removed}
+        taken = {hook: subspace.basis.to(data.encoder.device) for hook, subspace in removed.items()}
         starts = start_rows(
             model,
             data.encoder,
@@ -196,32 +202,40 @@ class MRP:
     ) -> Callable[[int], Iterator[dict[str, Tensor]]]:
         forget_batches = endless(data.all_forget, self.batch_size, generator)
         retain_batches = endless(data.retain, self.batch_size, generator)
-        followers = Followers(data.all_forget, model.cfg.d_vocab)
+        weights = openness(data.all_forget, model.cfg.d_vocab).to(data.encoder.device)
+        bound = given(self.forget_bound, FORGET_BOUND[self.forget_loss])
+        needs_reference = self.forget_loss == "odds" or self.retain_loss == "kl"
 
         def step_losses(step: int) -> Iterator[dict[str, Tensor]]:
-            batch = data.encoder.collate(next(forget_batches))
-            count = batch.loss_mask.sum()
-            for part in parts_of(batch, self.micro_batch):
+            learned.alone = step % 2 == 1
+            lost, kept = next(forget_batches), next(retain_batches)
+            batch = data.encoder.collate([*lost, *kept])  # one pass for both sides
+            is_lost = (torch.arange(len(batch)) < len(lost)).to(data.encoder.device)
+            lost_count, kept_count = batch.loss_mask[is_lost].sum(), batch.loss_mask[~is_lost].sum()
+            for part, side in zip(
+                parts_of(batch, self.micro_batch), is_lost.split(self.micro_batch or len(batch)), strict=True
+            ):
+                to_lose = side[:, None].expand_as(part.loss_mask)[:, 1:][part.loss_mask[:, 1:]]
                 predicted = predictions(model, part)
-                text = cross_entropy(predicted, part)
-                if self.forget_loss == "marginal":
-                    forget = followers.cross_entropy(predicted, part).sum() / count
-                else:
-                    forget = (
-                        -text.clamp(max=self.forget_bound if self.forget_loss == "bounded" else math.inf).sum() / count
-                    )
-                yield {"loss": forget, "forget": forget, "forget_cross_entropy": text.detach().sum() / count}
-            batch = data.encoder.collate(next(retain_batches))
-            count = batch.loss_mask.sum()
-            for part in parts_of(batch, self.micro_batch):
-                predicted = predictions(model, part)
-                if self.retain_loss == "kl":
+                reference = predicted
+                if needs_reference:
                     with torch.no_grad(), learned.off():
-                        unedited = predictions(model, part)
-                    retain = kl(unedited, predicted).sum() / count
+                        reference = predictions(model, part)
+                text = cross_entropy(predicted, part)
+                if self.forget_loss == "odds":
+                    before = part.tokens[:, :-1][part.loss_mask[:, 1:]]
+                    losing = weights[before] * log_odds(reference, predicted, part).clamp(min=-bound)
                 else:
-                    retain = cross_entropy(predicted, part).sum() / count
-                yield {"loss": self.retain_weight * retain, "retain": retain}
+                    losing = -text.clamp(max=bound)
+                keeping = kl(reference, predicted) if self.retain_loss == "kl" else text
+                forget = losing[to_lose].sum() / lost_count
+                retain = keeping[~to_lose].sum() / kept_count
+                yield {
+                    "loss": forget + self.retain_weight * retain,
+                    "forget": forget,
+                    "retain": retain,
+                    "forget_cross_entropy": text.detach()[to_lose].sum() / lost_count,
+                }
 
         return step_losses
 
@@ -233,25 +247,30 @@ class _Learned:
     rows: dict[str, Rows]
     taken: Mapping[str, Rows]
     on: bool = True
+    alone: bool = False
 
     def hooks(self) -> list[tuple[str, HookFunction]]:
-        """Hook functions that remove what W spans, in float32. Orthogonal to the earlier rows, whose own hooks stay
-        on, so that together they remove the join whatever their order."""
-        return [(hook, self._hook(hook)) for hook in self.rows]
+        """Hook functions that remove the earlier requests' rows and what W spans, in float32."""
+        return [(hook, self._hook(hook)) for hook in dict.fromkeys([*self.rows, *self.taken])]
 
     def _hook(self, name: str) -> HookFunction:
         def project(activation: Tensor, hook: Any) -> Tensor:
             if not self.on:
                 return activation
-            states = rearrange(activation.float(), "batch seq d -> (batch seq) d")
-            left = without(states, orthonormal(self.rows[name], self.taken.get(name)))
+            left = rearrange(activation.float(), "batch seq d -> (batch seq) d")
+            taken = self.taken.get(name)
+            if not self.alone:
+                left = without(left, taken)
+            if name in self.rows:
+                left = without(left, orthonormal(self.rows[name], taken))
             return left.view_as(activation).type_as(activation)
 
         return project
 
     @contextmanager
     def off(self) -> Iterator[None]:
-        """The model without these rows (earlier requests stay on)."""
+        """The model without any projection, so that what later requests keep is measured against it, not against what
+        earlier requests left."""
         self.on = False
         try:
             yield
@@ -267,13 +286,21 @@ class _Learned:
 
 
 def default_layers(n_layers: int) -> list[int]:
-    """The first half of the depth, at most four layers spread evenly over it: facts are looked up there."""
-    half = max(1, n_layers // 2)
-    count = min(4, half)
-    return sorted({round(i * (half - 1) / max(1, count - 1)) for i in range(count)})
+    """The second half of the depth, at most four layers spread evenly over it: there an answer that has been looked up
+    can be removed at the least cost to others."""
+    first, last = n_layers // 2, n_layers - 1
+    count = min(4, last - first + 1)
+    return sorted({round(first + i * (last - first) / max(1, count - 1)) for i in range(count)})
 
 
 def projection_in(edit: Edit | None) -> ProjectionEdit | None:
     """The projection that an edit holds, if any."""
     parts = edit.parts if isinstance(edit, EditStack) else (edit,)
     return next((part for part in parts if isinstance(part, ProjectionEdit)), None)
+
+
+def besides_projections(edit: Edit | None) -> Edit | None:
+    """The edit without the projection that it holds."""
+    parts = edit.parts if isinstance(edit, EditStack) else (edit,)
+    others = [part for part in parts if part is not None and not isinstance(part, ProjectionEdit)]
+    return EditStack(others) if others else None

@@ -10,7 +10,7 @@ from torch import Tensor
 from mrp_lens.batching import Encoded, TokenBatch
 from mrp_lens.predictions import targets
 
-ForgetLoss = Literal["marginal", "bounded", "ascent"]
+ForgetLoss = Literal["odds", "bounded", "ascent"]
 RetainLoss = Literal["kl", "cross_entropy"]
 
 
@@ -26,38 +26,28 @@ def kl(
     return torch.nn.functional.kl_div(log_probabilities, reference, reduction="none", log_target=True).sum(-1)
 
 
-class Followers:
-    """What follows each token in a set of texts: all that a model which knows their style but no facts could say."""
+def log_odds(
+    reference: Float[Tensor, "counted d_vocab"], log_probabilities: Float[Tensor, "counted d_vocab"], batch: TokenBatch
+) -> Float[Tensor, " counted"]:
+    """log p of the text's own tokens over the mean log p of the other tokens, in nats.
 
-    def __init__(self, rows: Sequence[Encoded], d_vocab: int) -> None:
-        pairs = torch.tensor(
-            [
-                pair
-                for row in rows
-                for *pair, counted in zip(row.ids, row.ids[1:], row.in_loss[1:], strict=False)
-                if counted
-            ]
-        )
-        distinct, counts = pairs.unique(dim=0, return_counts=True)  # sorted by the token before
-        before, self.next = distinct.T
-        self.number = torch.bincount(before, minlength=d_vocab)
-        self.start = self.number.cumsum(0) - self.number
-        total = torch.zeros(d_vocab).index_add_(0, before, counts.float())
-        self.share = counts / total[before]
+    The mean is weighted by the probability that `reference` gives the other tokens: those it would say if it had to
+    say something else. So a topic's answers are not merely lowered together, which would leave their order.
+    """
+    own = targets(batch)[:, None]
+    others = reference.scatter(-1, own, -torch.inf).softmax(-1)
+    return log_probabilities.gather(-1, own)[:, 0] - (others * log_probabilities).sum(-1)
 
-    def cross_entropy(
-        self, log_probabilities: Float[Tensor, "counted d_vocab"], batch: TokenBatch
-    ) -> Float[Tensor, " counted"]:
-        """Cross-entropy against the distribution of what follows the same token anywhere in the texts, in nats.
 
-        Least, at that distribution's entropy, where the prediction *is* that distribution: so it is bounded from below
-        for every token, and pushes no answer below the others.
-        """
-        before = batch.tokens[:, :-1][batch.loss_mask[:, 1:]].cpu()
-        number = self.number[before]
-        position = torch.arange(len(before)).repeat_interleave(number)
-        within = torch.arange(len(position)) - (number.cumsum(0) - number)[position]
-        entry = self.start[before][position] + within
-        place = position.to(log_probabilities.device), self.next[entry].to(log_probabilities.device)
-        weighted = self.share[entry].to(log_probabilities) * log_probabilities[place]
-        return -torch.zeros_like(log_probabilities[:, 0]).index_add(0, place[0], weighted)
+def openness(rows: Sequence[Encoded], d_vocab: int) -> Float[Tensor, " d_vocab"]:
+    """For each token, in [0, 1), how little the texts alone say about what follows it: 1 - 1 / perplexity.
+
+    0 where one token always follows (a full stop after an answer), near 1 where many do.
+    """
+    pairs = torch.tensor(
+        [pair for row in rows for *pair, counted in zip(row.ids, row.ids[1:], row.in_loss[1:], strict=False) if counted]
+    )
+    distinct, counts = pairs.unique(dim=0, return_counts=True)
+    before = distinct[:, 0]
+    share = counts / torch.zeros(d_vocab).index_add_(0, before, counts.float())[before]
+    return 1 - torch.zeros(d_vocab).index_add_(0, before, share * share.log()).exp()

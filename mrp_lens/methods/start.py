@@ -13,7 +13,7 @@ from mrp_lens.model import LensModel, logits_of
 from mrp_lens.stream import captured
 
 Start = Literal["complement", "code", "random"]
-Rows = Float[Tensor, "rank d_model"]
+Rows = Float[Tensor, "_rank d_model"]
 
 STATES = 4096  # token states a side from which the start is computed
 BATCH = 64

@@ -1,0 +1,118 @@
+"""Forgetting real text: TOFU's authors in a small model that knows them, beside one that never saw them.
+
+`python -m analysis.tofu --data DIR --model DIR --reference DIR --out runs/tofu`
+
+The data folder holds `forget.jsonl`, `retain.jsonl` and `forget_paraphrased.jsonl` (question, answer), and
+`forget_quiz.jsonl`, `retain_quiz.jsonl` (question, choices, answer as an index). The reference is a model taught the
+retain set only. With `--tuning` ten authors of the retain set are forgotten instead, whom the benchmark does not score
+as forgotten: that is where the settings under TUNED come from.
+"""
+
+import argparse
+import logging
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mrp_lens import metrics
+from mrp_lens.corpus import Corpus, Questions
+from mrp_lens.edit import Edit
+from mrp_lens.methods import MRP, RMU, AdaptiveRMU
+from mrp_lens.model import load_model
+from mrp_lens.runs import Run
+
+QUESTION, ANSWER = "Question: {question}\nAnswer:", " {answer}"
+METHODS: Mapping[str, Any] = {method.name: method for method in (MRP(), RMU(), AdaptiveRMU())}
+TUNED: Mapping[str, Any] = {}
+TUNING_QUESTIONS = 200  # those on the first ten authors of the retain set
+KEYS = ("forget_accuracy", "retain_accuracy", "forget_probability", "paraphrased_probability", "retain_probability")
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """What to forget, what to keep, and the questions and answers by which either is measured."""
+
+    forget: Corpus
+    retain: Corpus
+    paraphrased: Corpus | None
+    forget_quiz: Questions
+    retain_quiz: Questions
+
+    @classmethod
+    def read(cls, folder: Path, *, tuning: bool) -> "Benchmark":
+        """The benchmark of a folder, or the one for tuning made of its retain set."""
+        corpus = {
+            name: Corpus.from_file(folder / f"{name}.jsonl", prompt=QUESTION, completion=ANSWER)
+            for name in ("forget", "retain", "forget_paraphrased")
+        }
+        quiz = {
+            name: Questions.from_file(folder / f"{name}_quiz.jsonl", prompt=QUESTION) for name in ("forget", "retain")
+        }
+        if not tuning:
+            return cls(corpus["forget"], corpus["retain"], corpus["forget_paraphrased"], quiz["forget"], quiz["retain"])
+        texts, questions = corpus["retain"].documents, quiz["retain"].questions
+        return cls(
+            Corpus(texts[:TUNING_QUESTIONS], "tuning-forget"),
+            Corpus(texts[TUNING_QUESTIONS:], "tuning-retain"),
+            None,
+            Questions(questions[:TUNING_QUESTIONS], "tuning-forget"),
+            Questions(questions[TUNING_QUESTIONS:], "tuning-retain"),
+        )
+
+    def score(self, model: Any, edit: Edit | None) -> dict[str, float]:
+        """Quiz accuracy and mean probability per token of the answers, each with its 95% interval."""
+        row: dict[str, float] = {}
+        quizzes = {"forget": self.forget_quiz, "retain": self.retain_quiz}
+        texts = {"forget": self.forget, "paraphrased": self.paraphrased, "retain": self.retain}
+        with edit.applied(model) if edit is not None else nullcontext():
+            for side, quiz in quizzes.items():
+                figures = metrics.accuracy(model, quiz, progress=True).iloc[0]
+                row |= _with_interval(f"{side}_accuracy", figures["accuracy"], figures)
+            for side, corpus in texts.items():
+                if corpus is not None:
+                    figures = metrics.answer_probability(model, corpus, progress=True).iloc[0]
+                    row |= _with_interval(f"{side}_probability", figures["probability"], figures)
+        return row
+
+
+def _with_interval(key: str, value: Any, figures: Any) -> dict[str, float]:
+    return {key: float(value), f"{key}_low": float(figures["low"]), f"{key}_high": float(figures["high"])}
+
+
+def main() -> None:
+    """Run the study, print its table and write it."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="folder of the .jsonl files")
+    parser.add_argument("--model", type=Path, required=True, help="the model that knows forget and retain set")
+    parser.add_argument("--reference", type=Path, help="the model that never saw the forget set")
+    parser.add_argument("--methods", nargs="+", default=[*METHODS, *TUNED], help="which to fit (default: all)")
+    parser.add_argument("--tuning", action="store_true", help="forget ten authors of the retain set instead")
+    parser.add_argument("--backend", default="auto", help="auto, hooked or bridge (default auto)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=Path("runs/tofu"), help="folder for the table")
+    parser.add_argument("--overwrite", action="store_true", help="replace the output folder")
+    arguments = parser.parse_args()
+    benchmark = Benchmark.read(arguments.data, tuning=arguments.tuning)
+    model = load_model(arguments.model, backend=arguments.backend)
+    run = Run("analysis.tofu", vars(arguments), arguments.seed)
+
+    def add(name: str, scores: dict[str, float], seconds: float = 0.0) -> None:
+        run.rows.append({"method": name, **scores, "seconds": seconds})
+        print(
+            name, ", ".join(f"{key} {scores[key]:.3f}" for key in KEYS if key in scores), f"{seconds:.0f} s", flush=True
+        )
+
+    add("unedited", benchmark.score(model, None))
+    if arguments.reference:
+        add("never-taught", benchmark.score(load_model(arguments.reference, backend=arguments.backend), None))
+    for name in arguments.methods:
+        fit = {**METHODS, **TUNED}[name].fit(model, benchmark.forget, benchmark.retain, seed=arguments.seed)
+        add(name, benchmark.score(model, fit.edit), float(fit.log["seconds"].iloc[-1]))
+    run.write(arguments.out, overwrite=arguments.overwrite)
+
+
+if __name__ == "__main__":
+    main()

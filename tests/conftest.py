@@ -16,10 +16,9 @@ install_import_hook([f"mrp_lens.{name}" for name in CHECKED], "beartype.beartype
 from mrp_lens.corpus import Corpus  # noqa: E402
 from mrp_lens.model import available_backends, load_model  # noqa: E402
 from mrp_lens.world import World  # noqa: E402
+from tests.families import DEPTH, WIDTH, save_family  # noqa: E402
 
-DEMO_FOLDER = Path(__file__).parent.parent / "mrp_lens" / "world" / "data"
-LAYERS = 4
-D_MODEL = 32
+LAYERS, D_MODEL = DEPTH, WIDTH
 
 
 @pytest.fixture(scope="session", params=["hooked", "bridge"])
@@ -33,36 +32,7 @@ def backend(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A 4-layer Llama with grouped-query attention, every parameter perturbed, and the demo's tokenizer."""
-    return make_tiny(tmp_path_factory.mktemp("tiny"), seed=0)
-
-
-def make_tiny(folder: Path, *, seed: int) -> Path:
-    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
-
-    tokenizer = AutoTokenizer.from_pretrained(DEMO_FOLDER)
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        model = LlamaForCausalLM(
-            LlamaConfig(
-                vocab_size=len(tokenizer),
-                hidden_size=D_MODEL,
-                intermediate_size=48,
-                num_hidden_layers=LAYERS,
-                num_attention_heads=4,
-                num_key_value_heads=2,
-                max_position_embeddings=64,
-                bos_token_id=tokenizer.bos_token_id,
-                eos_token_id=tokenizer.eos_token_id,
-                pad_token_id=tokenizer.pad_token_id,
-                tie_word_embeddings=False,
-            )
-        )
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.add_(0.05 * torch.randn_like(parameter))
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    return save_family("llama", tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture(scope="session")

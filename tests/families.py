@@ -8,8 +8,7 @@ from typing import Any
 
 import torch
 
-from tests.conftest import DEMO_FOLDER
-
+DEMO_FOLDER = Path(__file__).parent.parent / "mrp_lens" / "world" / "data"
 WIDTH = 32
 DEPTH = 4
 NO_HOOKED = {"gemma2"}  # HookedTransformer's parts refuse it under a local path; the Bridge loads it
@@ -43,7 +42,7 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
 
 
 def save_family(family: str, folder: Path, *, seed: int = 0) -> Path:
-    """A 4-layer model of the family with the demo's tokenizer, in a new folder below `folder`."""
+    """A 4-layer model of the family with the demo's tokenizer; returns `folder`."""
     import transformers
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(DEMO_FOLDER)

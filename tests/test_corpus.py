@@ -8,7 +8,7 @@ import pytest
 from datasets import Dataset, DatasetDict
 
 from mrp_lens.corpus import Corpus, Document, Question, Questions
-from tests.conftest import DEMO_FOLDER
+from tests.families import DEMO_FOLDER
 
 SHARED = Path(__file__).parent.parent.parent / "shared" / "data"
 

@@ -17,7 +17,8 @@ from mrp_lens.edit.storage import _config_hash
 from mrp_lens.model import LensModel, describe, load_model, logits_of, mlp_out_weight, tensor_digests
 from mrp_lens.stream import captured, hook_name
 from mrp_lens.subspace import Subspace
-from tests.conftest import D_MODEL, LAYERS, assert_same_state, make_tiny, state_of
+from tests.conftest import D_MODEL, LAYERS, assert_same_state, state_of
+from tests.families import save_family
 
 EDGE_LAYERS = [0, LAYERS // 2, LAYERS - 1]
 
@@ -315,7 +316,7 @@ def test_an_edit_for_another_model_is_refused(model: LensModel, backend: str, tm
         ProjectionEdit({hook_name(1): Subspace.random(2, 16)}).applied(model),
     ):
         pass
-    other = load_model(str(make_tiny(tmp_path / "other", seed=5)), backend=backend)  # type: ignore[arg-type]
+    other = load_model(str(save_family("llama", tmp_path / "other", seed=5)), backend=backend)  # type: ignore[arg-type]
     edit = projection(1)
     edit.provenance = {"model": describe(other)}
     with edit.applied(other):

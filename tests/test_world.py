@@ -9,7 +9,7 @@ from mrp_lens import metrics
 from mrp_lens.world import World
 from mrp_lens.world.facts import CHOICES, QUESTION, STATEMENTS, TOPICS
 from mrp_lens.world.scoring import verdict
-from tests.conftest import DEMO_FOLDER
+from tests.families import DEMO_FOLDER
 
 # The world that the shipped model was taught; another hash means that questions and model no longer match.
 FACTS_SHA256 = "f6ec2e80f07bfb492c05c295763395d81de4508ffe0e165418b88bcdce0dfb40"

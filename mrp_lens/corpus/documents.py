@@ -111,7 +111,7 @@ class Corpus:
         """Read a data set of the Hugging Face Hub with `datasets.load_dataset`.
 
         Args:
-            path: its name. For the known ones (`mrp_lens.schemas.KNOWN`) it is also the schema.
+            path: its name. For the known ones (`mrp_lens.corpus.KNOWN`) it is also the schema.
             config: its configuration. None: the usual one.
             split: None: what the schema says, else `train`.
             field, prompt, completion, schema: as in `from_rows`.

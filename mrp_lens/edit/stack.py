@@ -83,4 +83,17 @@ def stacked(*edits: Edit) -> Edit:
     return parts[0] if len(parts) == 1 else EditStack(parts)
 
 
+def projection_in(edit: Edit | None) -> ProjectionEdit | None:
+    """The projection that an edit holds, if any."""
+    parts = edit.parts if isinstance(edit, EditStack) else (edit,)
+    return next((part for part in parts if isinstance(part, ProjectionEdit)), None)
+
+
+def besides_projections(edit: Edit | None) -> Edit | None:
+    """The edit without the projection that it holds."""
+    parts = edit.parts if isinstance(edit, EditStack) else (edit,)
+    others = [part for part in parts if part is not None and not isinstance(part, ProjectionEdit)]
+    return EditStack(others) if others else None
+
+
 register(EditStack)

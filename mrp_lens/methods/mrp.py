@@ -12,7 +12,8 @@ from torch import Tensor
 
 from mrp_lens.batching import endless
 from mrp_lens.corpus import Corpus
-from mrp_lens.edit import Edit, EditStack, ProjectionEdit
+from mrp_lens.edit import Edit, ProjectionEdit
+from mrp_lens.edit.stack import besides_projections, projection_in
 from mrp_lens.methods.base import (
     Data,
     Fit,
@@ -291,16 +292,3 @@ def default_layers(n_layers: int) -> list[int]:
     first, last = n_layers // 2, n_layers - 1
     count = min(4, last - first + 1)
     return sorted({round(first + i * (last - first) / max(1, count - 1)) for i in range(count)})
-
-
-def projection_in(edit: Edit | None) -> ProjectionEdit | None:
-    """The projection that an edit holds, if any."""
-    parts = edit.parts if isinstance(edit, EditStack) else (edit,)
-    return next((part for part in parts if isinstance(part, ProjectionEdit)), None)
-
-
-def besides_projections(edit: Edit | None) -> Edit | None:
-    """The edit without the projection that it holds."""
-    parts = edit.parts if isinstance(edit, EditStack) else (edit,)
-    others = [part for part in parts if part is not None and not isinstance(part, ProjectionEdit)]
-    return EditStack(others) if others else None

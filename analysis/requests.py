@@ -9,6 +9,7 @@ from typing import Any
 
 from mrp_lens import metrics
 from mrp_lens.edit import Edit, ProjectionEdit
+from mrp_lens.files import check_free
 from mrp_lens.methods import MRP
 from mrp_lens.model import load_model
 from mrp_lens.runs import Run
@@ -33,6 +34,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--overwrite", action="store_true", help="replace the output folder")
     arguments = parser.parse_args()
+    check_free(arguments.out, overwrite=arguments.overwrite)
     world = World()
     model = load_model("demo", backend=arguments.backend)
     run = Run("analysis.requests", vars(arguments), arguments.seed)

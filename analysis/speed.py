@@ -22,6 +22,7 @@ import torch
 from mrp_lens.batching import Encoder, endless
 from mrp_lens.corpus import Corpus
 from mrp_lens.edit import ProjectionEdit
+from mrp_lens.files import check_free
 from mrp_lens.methods import RMU
 from mrp_lens.model import available_backends, load_model, logits_of, mlp_out_weight
 from mrp_lens.runs import Run
@@ -212,6 +213,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=5, help="updates in each fit (default 5)")
     parser.add_argument("--overwrite", action="store_true", help="replace the output folder")
     arguments = parser.parse_args()
+    check_free(arguments.out, overwrite=arguments.overwrite)
     warnings.filterwarnings("ignore", message=".*longer than")  # every text is, so that all batches are alike
     run = Run("analysis.speed", vars(arguments), seed=0)
     with tempfile.TemporaryDirectory() as temporary:

@@ -19,6 +19,7 @@ from typing import Any
 from mrp_lens import metrics
 from mrp_lens.corpus import Corpus, Questions
 from mrp_lens.edit import Edit
+from mrp_lens.files import check_free
 from mrp_lens.methods import MRP, RMU, AdaptiveRMU
 from mrp_lens.model import load_model
 from mrp_lens.runs import Run
@@ -88,13 +89,15 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder of the .jsonl files")
     parser.add_argument("--model", type=Path, required=True, help="the model that knows forget and retain set")
     parser.add_argument("--reference", type=Path, help="the model that never saw the forget set")
-    parser.add_argument("--methods", nargs="+", default=[*METHODS, *TUNED], help="which to fit (default: all)")
+    known = {**METHODS, **TUNED}
+    parser.add_argument("--methods", nargs="+", choices=known, default=[*known], help="which to fit (default: all)")
     parser.add_argument("--tuning", action="store_true", help="forget ten authors of the retain set instead")
     parser.add_argument("--backend", default="auto", help="auto, hooked or bridge (default auto)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("runs/tofu"), help="folder for the table")
     parser.add_argument("--overwrite", action="store_true", help="replace the output folder")
     arguments = parser.parse_args()
+    check_free(arguments.out, overwrite=arguments.overwrite)
     benchmark = Benchmark.read(arguments.data, tuning=arguments.tuning)
     model = load_model(arguments.model, backend=arguments.backend)
     run = Run("analysis.tofu", vars(arguments), arguments.seed)
@@ -109,7 +112,7 @@ def main() -> None:
     if arguments.reference:
         add("never-taught", benchmark.score(load_model(arguments.reference, backend=arguments.backend), None))
     for name in arguments.methods:
-        fit = {**METHODS, **TUNED}[name].fit(model, benchmark.forget, benchmark.retain, seed=arguments.seed)
+        fit = known[name].fit(model, benchmark.forget, benchmark.retain, seed=arguments.seed)
         add(name, benchmark.score(model, fit.edit), float(fit.log["seconds"].iloc[-1]))
     run.write(arguments.out, overwrite=arguments.overwrite)
 

@@ -108,14 +108,31 @@ class Encoder:
         UserWarning tells how many were cut.
         """
         documents = list(documents)
+        encoded, long = self._encoded(documents, keep)
+        self._warn_of_cuts(long, len(documents), keep)
+        return encoded
+
+    def windows(self, documents: Sequence[Document], size: int) -> Iterator[list[Encoded]]:
+        """`encode` for `size` documents at a time, so that memory does not grow with their number; one warning at the end."""
+        cut = 0
+        for start in range(0, len(documents), size):
+            encoded, long = self._encoded(documents[start : start + size], "start")
+            cut += long
+            yield encoded
+        self._warn_of_cuts(cut, len(documents), "start")
+
+    def _encoded(self, documents: Sequence[Document], keep: Kept) -> tuple[list[Encoded], int]:
+        """The documents, and how many of them were cut."""
         encoded = [self._flagged(ids, in_loss) for ids, in_loss in self._tokenised(documents)]
         long = sum(len(row.ids) > self.max_length for row in encoded)
-        if long:
+        return [self._cut(row, keep) for row in encoded], long
+
+    def _warn_of_cuts(self, cut: int, total: int, keep: Kept) -> None:
+        if cut:
             warnings.warn(
-                f"{long} of {len(documents)} documents are longer than {self.max_length} tokens; only the {keep} of them is read",
-                stacklevel=2,
+                f"{cut} of {total} documents are longer than {self.max_length} tokens; only the {keep} of them is read",
+                stacklevel=3,
             )
-        return [self._cut(row, keep) for row in encoded]
 
     def _tokenised(self, documents: Sequence[Document]) -> Iterator[tuple[list[int], list[bool]]]:
         """The ids of each document, and which of them reach into the completion."""

@@ -1,10 +1,13 @@
 """Subspaces of the residual stream as orthonormal bases. Pure tensors, no model."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+
+Law = Literal["uniform", "gaussian"]
 
 ORTHONORMAL_TOLERANCE = 1e-4
 DEPENDENT_TOLERANCE = 1e-5
@@ -140,3 +143,30 @@ class Subspace:
     def _check_fits(self, other: "Subspace") -> None:
         if self.d_model != other.d_model:
             raise ValueError(f"subspaces of different streams: d_model {self.d_model} and {other.d_model}")
+
+
+def unit(direction: Float[Tensor, " d_model"]) -> Float[Tensor, " d_model"]:
+    """The direction at length 1, in float32.
+
+    Raises:
+        TypeError: not a floating point tensor.
+        ValueError: not a finite vector other than zero.
+    """
+    if not isinstance(direction, Tensor) or not direction.is_floating_point():
+        raise TypeError(f"direction must be a floating point tensor, got {type(direction).__name__}")
+    if direction.ndim != 1 or not bool(torch.isfinite(direction).all()) or float(direction.norm()) == 0.0:
+        raise ValueError(
+            f"direction must be a finite, non-zero vector [d_model], got shape {list(direction.shape)}, norm {float(direction.norm())}"
+        )
+    wide = direction.detach().float()
+    return wide if abs(float(wide.norm()) - 1.0) < 1e-6 else wide / wide.norm()
+
+
+def random_units(count: int, d_model: int, law: Law, generator: torch.Generator) -> Float[Tensor, "{count} {d_model}"]:
+    """Random unit vectors as RMU draws its own: entries from U[0, 1) ("uniform"), or isotropic ("gaussian").
+
+    Two of the first kind have cosine 0.75 with each other on average, two of the second 0.
+    """
+    draw = torch.rand if law == "uniform" else torch.randn
+    directions = draw(count, d_model, generator=generator)
+    return directions / directions.norm(dim=-1, keepdim=True)

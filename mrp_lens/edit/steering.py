@@ -11,6 +11,7 @@ from typing_extensions import override
 from mrp_lens.edit.base import Edit, Undo, check_width
 from mrp_lens.model import LensModel
 from mrp_lens.stream import add_hooks, check_hook_names, hook_name, layer_of, remove_hooks
+from mrp_lens.subspace import unit
 
 Mode = Literal["replace", "add"]
 
@@ -51,19 +52,12 @@ class SteeringEdit(Edit):
         provenance: Mapping[str, Any] | None = None,
     ) -> None:
         layer_of(hook)
-        if not isinstance(direction, Tensor) or not direction.is_floating_point():
-            raise TypeError(f"direction must be a floating point tensor, got {type(direction).__name__}")
-        if direction.ndim != 1 or not bool(torch.isfinite(direction).all()) or float(direction.norm()) == 0.0:
-            raise ValueError(
-                f"direction must be a finite, non-zero vector [d_model], got shape {list(direction.shape)}, norm {float(direction.norm())}"
-            )
         if mode not in ("replace", "add"):
             raise ValueError(f"unknown mode {mode!r}; choose 'replace' or 'add'")
         if not noise >= 0.0:
             raise ValueError(f"noise is a variance and must be at least 0, got {noise}")
-        unit = direction.detach().float()
         self.hook = hook
-        self.direction = unit if abs(float(unit.norm()) - 1.0) < 1e-6 else unit / unit.norm()
+        self.direction = unit(direction)
         self.coefficient = float(coefficient)
         self.mode = mode
         self.noise = float(noise)

@@ -27,9 +27,9 @@ from mrp_lens.methods.base import (
 )
 from mrp_lens.model import EditableWeight, LensModel, check_layers, mlp_out_weight, tensor_digests
 from mrp_lens.stream import Site, captured, hook_name, run_segment
+from mrp_lens.subspace import Law, random_units
 from mrp_lens.training import TransformersAdamW, train
 
-Direction = Literal["uniform", "gaussian"]
 Positions = Literal["content", "all"]
 Optimizer = Literal["adamw", "transformers_adamw"]
 States = Float[Tensor, "batch seq d_model"]
@@ -54,7 +54,7 @@ class Steering:
     batch_size: int = 32
     micro_batch: int | None = None
     max_length: int | None = None
-    direction: Direction = "uniform"
+    direction: Law = "uniform"
     positions: Positions = "content"
     padding: PaddingSide = "right"
     shuffle: bool = True
@@ -95,7 +95,10 @@ class Steering:
             original = {layer: weight.read() for layer, weight in weights.items()}
             replaces = {weights[layer].name: tensor_digests(tensor) for layer, tensor in original.items()}
             resolved = placed._measured(model, data, list(original.values()))
-            directions = {name: _unit(data, model.cfg.d_model, self.direction, generator) for name in data.names}
+            directions = {
+                name: random_units(1, model.cfg.d_model, self.direction, generator)[0].to(data.encoder.device)
+                for name in data.names
+            }
             masters = {layer: tensor.float().clone().requires_grad_() for layer, tensor in original.items()}
             kind = torch.optim.AdamW if self.optimizer == "adamw" else TransformersAdamW
             optimizer = kind(list(masters.values()), lr=given(resolved.lr, 0.0), eps=self.eps, weight_decay=0.0)
@@ -120,7 +123,7 @@ class Steering:
             micro_batch=self.micro_batch,
             eps=self.eps,
         )
-        one_of(Direction, direction=self.direction)
+        one_of(Law, direction=self.direction)
         one_of(Positions, positions=self.positions)
         one_of(PaddingSide, padding=self.padding)
         one_of(Optimizer, optimizer=self.optimizer)
@@ -234,9 +237,3 @@ def mean_norm(model: LensModel, data: Data, *, layer: int, hook: str) -> float:
     with captured(model, [hook]) as store:
         run_segment(model, batch.tokens, batch.attention_mask, first=layer, last=layer)
     return float(store[hook].float().norm(dim=-1)[batch.content_mask].mean())
-
-
-def _unit(data: Data, width: int, law: Direction, generator: torch.Generator) -> Float[Tensor, " d_model"]:
-    draw = torch.rand if law == "uniform" else torch.randn
-    direction = draw(width, generator=generator)
-    return (direction / direction.norm()).to(data.encoder.device)

@@ -1,6 +1,4 @@
-"""Looking at a model: what it answers and how well it predicts text. Each metric returns a tidy frame with its control."""
-
-from collections.abc import Callable
+"""What a model answers: accuracy on multiple-choice questions."""
 
 import numpy as np
 import pandas as pd
@@ -9,35 +7,11 @@ from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
 from mrp_lens.batching import Encoded, Encoder, in_order
-from mrp_lens.corpus import Corpus, Document, Questions
+from mrp_lens.corpus import Document, Questions
+from mrp_lens.metrics.intervals import bootstrap_interval
 from mrp_lens.model import LensModel
-from mrp_lens.predictions import predictions, targets
+from mrp_lens.predictions import predictions
 from mrp_lens.stream import frozen
-
-RESAMPLES = 2000
-CONFIDENCE = 0.95
-
-
-def bootstrap_interval(
-    values: NDArray[np.float64],
-    statistic: Callable[[NDArray[np.float64]], NDArray[np.float64]] = lambda resampled: resampled.mean(axis=1),
-    *,
-    seed: int = 0,
-) -> tuple[float, float]:
-    """Percentile bootstrap over the first axis: 95% interval from 2,000 resamples.
-
-    Args:
-        values: [n, ...], one row a question or document.
-        statistic: maps resamples [r, n, ...] to [r].
-        seed: of the resampling.
-    """
-    generator = np.random.default_rng(seed)
-    estimates = np.concatenate(
-        [statistic(values[generator.integers(len(values), size=(100, len(values)))]) for _ in range(RESAMPLES // 100)]
-    )
-    tail = (1 - CONFIDENCE) / 2
-    low, high = np.quantile(estimates, [tail, 1 - tail])
-    return float(low), float(high)
 
 
 def accuracy(
@@ -129,73 +103,3 @@ def choice_scores(
                     values[choice] = float(predicted[places, torch.tensor(ids)].double().mean())
             bar.update(len(chosen))
     return np.split(values, np.cumsum([len(q.choices) for q in questions.questions])[:-1])
-
-
-def perplexity(
-    model: LensModel, corpus: Corpus, *, batch_size: int = 128, seed: int = 0, progress: bool = False
-) -> pd.DataFrame:
-    """exp of the mean cross-entropy (nats) per predicted token, with a bootstrap interval over documents.
-
-    Returns:
-        One row: `corpus`, `documents`, `tokens`, `perplexity`, `low`, `high`; `uniform`, the control: the
-        perplexity of guessing uniformly over the vocabulary.
-    """
-    sums = _document_log_probabilities(model, corpus, batch_size=batch_size, progress=progress)
-    low, high = bootstrap_interval(sums, lambda r: np.exp(-r[:, :, 0].sum(axis=1) / r[:, :, 1].sum(axis=1)), seed=seed)
-    total, count = sums.sum(axis=0)
-    return pd.DataFrame(
-        [
-            {
-                "corpus": corpus.name,
-                "documents": len(corpus),
-                "tokens": int(count),
-                "perplexity": float(np.exp(-total / count)),
-                "low": low,
-                "high": high,
-                "uniform": float(model.cfg.d_vocab),
-            }
-        ]
-    )
-
-
-def answer_probability(
-    model: LensModel, corpus: Corpus, *, batch_size: int = 128, seed: int = 0, progress: bool = False
-) -> pd.DataFrame:
-    """Mean over documents of the completion's probability per token (geometric mean over its tokens).
-
-    Returns:
-        One row: `corpus`, `documents`, `probability`, `low`, `high`; `uniform`, the control: 1 / d_vocab.
-    """
-    sums = _document_log_probabilities(model, corpus, batch_size=batch_size, progress=progress)
-    values = np.exp(sums[:, 0] / sums[:, 1])
-    low, high = bootstrap_interval(values, seed=seed)
-    row = {
-        "corpus": corpus.name,
-        "documents": len(corpus),
-        "probability": float(values.mean()),
-        "low": low,
-        "high": high,
-    }
-    return pd.DataFrame([{**row, "uniform": 1 / float(model.cfg.d_vocab)}])
-
-
-def _document_log_probabilities(
-    model: LensModel, corpus: Corpus, *, batch_size: int, progress: bool
-) -> NDArray[np.float64]:
-    """[documents, 2]: sum of log-probabilities of the tokens that count, and their number."""
-    if not len(corpus):
-        raise ValueError(f"no documents in {corpus.name!r}")
-    encoder = Encoder.for_model(model)
-    encoded = encoder.encode(corpus.documents)
-    sums = np.zeros((len(encoded), 2))
-    with frozen(model), torch.no_grad(), tqdm(total=len(encoded), desc="scoring text", disable=not progress) as bar:
-        for chosen, batch in in_order(encoder, encoded, batch_size):
-            own = predictions(model, batch).gather(-1, targets(batch)[:, None])[:, 0].double().cpu()
-            row = batch.loss_mask[:, 1:].nonzero()[:, 0].cpu()
-            sums[chosen, 0] = torch.zeros(len(chosen), dtype=torch.float64).index_add(0, row, own).numpy()
-            sums[chosen, 1] = batch.loss_mask.sum(dim=1).cpu().numpy()
-            bar.update(len(chosen))
-    kept = sums[sums[:, 1] > 0]
-    if not len(kept):
-        raise ValueError(f"{corpus.name!r} holds no token to predict: every document is empty or a single token")
-    return kept

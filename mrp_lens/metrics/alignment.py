@@ -1,0 +1,112 @@
+"""Do states point along a direction? cos(u, h) against unrelated directions of the same law."""
+
+from collections.abc import Sequence
+
+import pandas as pd
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from mrp_lens.batching import PaddingSide
+from mrp_lens.metrics.intervals import CONFIDENCE, TokenMean
+from mrp_lens.metrics.states import Texts, direction_for, groups_of, hooks_at, read_states
+from mrp_lens.model import LensModel
+from mrp_lens.stream import Site
+from mrp_lens.subspace import Law, random_units
+
+NULL_DRAWS = 1000
+
+
+def alignment(
+    model: LensModel,
+    texts: Texts,
+    direction: Float[Tensor, " _width"],
+    *,
+    layers: Sequence[int] | None = None,
+    site: Site = "resid_post",
+    law: Law = "uniform",
+    seed: int = 0,
+    batch_size: int = 32,
+    max_length: int | None = None,
+    padding: PaddingSide = "right",
+    progress: bool = False,
+) -> pd.DataFrame:
+    """Cosine of the states with a direction u, and their norm, per layer (arXiv 2408.06223, section on alignment).
+
+    RMU drives forget states towards c u, so their cosine with u should rise and their norm approach c. A direction
+    with entries from U[0, 1) has cosine 0.75 with any other of its kind, and states have a mean of their own, so
+    that a cosine alone says nothing: it is to be compared with unrelated directions drawn by the same law.
+
+    Args:
+        model: HookedTransformer or TransformerBridge, with the edit on if there is one.
+        texts: a corpus, or several by name: {"forget": ..., "retain": ...}. Pads and BOS do not count.
+        direction: u, [d_model], of any length but 0; `fit.direction` of an RMU fit.
+        layers: where to read. None: all.
+        site: of the hook points.
+        law: how u was drawn, hence the null: "uniform" (RMU's default) or "gaussian".
+        seed: of the 1,000 directions of the null.
+        batch_size: documents at a time; nothing else is held, so memory does not grow with the number of documents.
+        max_length: tokens at which documents are cut. None: the model's context length.
+        padding: "right" or "left".
+        progress: show a progress bar.
+
+    Returns:
+        One row a group and layer: `group`, `layer`, `documents`, `tokens`; `cosine`, mean over tokens, with its 95%
+        interval over documents `low`, `high`, and its spread over tokens `cosine_std`; the control `null_mean`,
+        `null_low`, `null_high` (95% of the unrelated directions), `null_std`; `norm`, mean L2 norm of the states in
+        units of the stream (what c is measured in), `norm_std`.
+
+    Raises:
+        TypeError, ValueError: no texts, no token, a layer that does not exist, a direction of the wrong size or zero.
+
+    Example:
+        >>> with fit.edit.applied(model):  # doctest: +SKIP
+        ...     frame = alignment(model, {"forget": forget, "retain": retain}, fit.direction)
+    """
+    u = direction_for(model, direction)
+    groups, hooks = groups_of(texts), hooks_at(model, layers, site)
+    null = random_units(NULL_DRAWS, len(u), law, torch.Generator().manual_seed(seed)).double()
+    rows = []
+    for group, corpus in groups.items():
+        cosines, norms = {layer: TokenMean() for layer in hooks}, {layer: TokenMean() for layer in hooks}
+        units = {layer: torch.zeros(len(u), dtype=torch.float64) for layer in hooks}  # sum of h / |h|
+        batches = read_states(
+            model,
+            corpus,
+            list(hooks.values()),
+            batch_size=batch_size,
+            max_length=max_length,
+            padding=padding,
+            progress=progress,
+        )
+        for batch in batches:
+            for layer, hook in hooks.items():
+                states = batch.states[hook].float()
+                length = states.norm(dim=-1)
+                unit_states = states / length.clamp(min=torch.finfo(torch.float32).tiny)[:, None]
+                cosines[layer].add(unit_states @ u, batch.rows)
+                norms[layer].add(length, batch.rows)
+                units[layer] += unit_states.double().sum(dim=0).cpu()
+        for layer in hooks:
+            of_null = null @ (units[layer] / cosines[layer].tokens)
+            tail = (1 - CONFIDENCE) / 2
+            low, high = torch.quantile(of_null, torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
+            rows.append(
+                {
+                    "group": group,
+                    "layer": layer,
+                    "documents": cosines[layer].documents,
+                    "tokens": int(cosines[layer].tokens),
+                    "cosine": cosines[layer].mean,
+                    "low": cosines[layer].interval[0],
+                    "high": cosines[layer].interval[1],
+                    "cosine_std": cosines[layer].std,
+                    "null_mean": float(of_null.mean()),
+                    "null_low": low,
+                    "null_high": high,
+                    "null_std": float(of_null.std()),
+                    "norm": norms[layer].mean,
+                    "norm_std": norms[layer].std,
+                }
+            )
+    return pd.DataFrame(rows)

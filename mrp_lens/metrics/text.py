@@ -1,0 +1,84 @@
+"""How well a model predicts text."""
+
+import numpy as np
+import pandas as pd
+import torch
+from numpy.typing import NDArray
+from tqdm.auto import tqdm
+
+from mrp_lens.batching import Encoder, in_order
+from mrp_lens.corpus import Corpus
+from mrp_lens.metrics.intervals import bootstrap_interval
+from mrp_lens.model import LensModel
+from mrp_lens.predictions import predictions, targets
+from mrp_lens.stream import frozen
+
+
+def perplexity(
+    model: LensModel, corpus: Corpus, *, batch_size: int = 128, seed: int = 0, progress: bool = False
+) -> pd.DataFrame:
+    """exp of the mean cross-entropy (nats) per predicted token, with a bootstrap interval over documents.
+
+    Returns:
+        One row: `corpus`, `documents`, `tokens`, `perplexity`, `low`, `high`; `uniform`, the control: the
+        perplexity of guessing uniformly over the vocabulary.
+    """
+    sums = _document_log_probabilities(model, corpus, batch_size=batch_size, progress=progress)
+    low, high = bootstrap_interval(sums, lambda r: np.exp(-r[:, :, 0].sum(axis=1) / r[:, :, 1].sum(axis=1)), seed=seed)
+    total, count = sums.sum(axis=0)
+    return pd.DataFrame(
+        [
+            {
+                "corpus": corpus.name,
+                "documents": len(corpus),
+                "tokens": int(count),
+                "perplexity": float(np.exp(-total / count)),
+                "low": low,
+                "high": high,
+                "uniform": float(model.cfg.d_vocab),
+            }
+        ]
+    )
+
+
+def answer_probability(
+    model: LensModel, corpus: Corpus, *, batch_size: int = 128, seed: int = 0, progress: bool = False
+) -> pd.DataFrame:
+    """Mean over documents of the completion's probability per token (geometric mean over its tokens).
+
+    Returns:
+        One row: `corpus`, `documents`, `probability`, `low`, `high`; `uniform`, the control: 1 / d_vocab.
+    """
+    sums = _document_log_probabilities(model, corpus, batch_size=batch_size, progress=progress)
+    values = np.exp(sums[:, 0] / sums[:, 1])
+    low, high = bootstrap_interval(values, seed=seed)
+    row = {
+        "corpus": corpus.name,
+        "documents": len(corpus),
+        "probability": float(values.mean()),
+        "low": low,
+        "high": high,
+    }
+    return pd.DataFrame([{**row, "uniform": 1 / float(model.cfg.d_vocab)}])
+
+
+def _document_log_probabilities(
+    model: LensModel, corpus: Corpus, *, batch_size: int, progress: bool
+) -> NDArray[np.float64]:
+    """[documents, 2]: sum of log-probabilities of the tokens that count, and their number."""
+    if not len(corpus):
+        raise ValueError(f"no documents in {corpus.name!r}")
+    encoder = Encoder.for_model(model)
+    encoded = encoder.encode(corpus.documents)
+    sums = np.zeros((len(encoded), 2))
+    with frozen(model), torch.no_grad(), tqdm(total=len(encoded), desc="scoring text", disable=not progress) as bar:
+        for chosen, batch in in_order(encoder, encoded, batch_size):
+            own = predictions(model, batch).gather(-1, targets(batch)[:, None])[:, 0].double().cpu()
+            row = batch.loss_mask[:, 1:].nonzero()[:, 0].cpu()
+            sums[chosen, 0] = torch.zeros(len(chosen), dtype=torch.float64).index_add(0, row, own).numpy()
+            sums[chosen, 1] = batch.loss_mask.sum(dim=1).cpu().numpy()
+            bar.update(len(chosen))
+    kept = sums[sums[:, 1] > 0]
+    if not len(kept):
+        raise ValueError(f"{corpus.name!r} holds no token to predict: every document is empty or a single token")
+    return kept

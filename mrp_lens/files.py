@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+PARTIAL = ".partial"
+
 logger = logging.getLogger(__name__)
 
 
@@ -67,8 +69,16 @@ def recover(path: str | Path) -> None:
 
 
 def write_json(path: str | Path, content: Any) -> None:
-    """Indented JSON, UTF-8, with a final newline."""
-    Path(path).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    """Indented JSON, UTF-8, with a final newline; whole or not at all."""
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """UTF-8; a process killed at any moment leaves the old file or the new one, and perhaps a sibling `.NAME.PID.partial`."""
+    target = Path(path)
+    fresh = _sibling(target, f"{os.getpid()}{PARTIAL}")
+    fresh.write_text(text, encoding="utf-8")
+    fresh.replace(target)
 
 
 def _sibling(target: Path, suffix: str) -> Path:

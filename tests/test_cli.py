@@ -11,10 +11,11 @@ import pytest
 from datasets import Dataset
 from typer.testing import CliRunner
 
+from mrp_lens.case import DataOptions, hub_parts
 from mrp_lens.cli.app import app
-from mrp_lens.cli.unlearn import METHODS, DataOptions, hub_parts, make_method
+from mrp_lens.cli.unlearn import make_method
 from mrp_lens.edit import load_edit
-from mrp_lens.methods import MRP, RMU, AdaptiveRMU
+from mrp_lens.methods import METHODS, MRP, RMU, AdaptiveRMU
 from mrp_lens.training import NonFiniteLossError
 
 

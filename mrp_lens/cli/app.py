@@ -194,7 +194,8 @@ def unlearn(
     Known data sets (`hub:NAME` and the schemas): `cais/wmdp`, `cais/wmdp-corpora`, `cais/mmlu`, `locuslab/TOFU`,
     `derek-thomas/ScienceQA`, `wikitext`.
     """
-    from mrp_lens.cli.unlearn import DataOptions, run_unlearn
+    from mrp_lens.case import DataOptions
+    from mrp_lens.cli.unlearn import run_unlearn
 
     hyperparameters = {
         "rank": rank,

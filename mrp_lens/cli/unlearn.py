@@ -1,81 +1,23 @@
 """`mrp-lens unlearn`: fit, measure before and after, save, on anybody's model and data."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from mrp_lens import metrics
+from mrp_lens.case import Case, DataOptions
 from mrp_lens.cli.show import Column, console, percent, show_examples, show_table
-from mrp_lens.corpus import Corpus, Questions
 from mrp_lens.files import check_free
 from mrp_lens.generation import continuations
-from mrp_lens.methods import MRP, RMU, AdaptiveRMU, Fit
+from mrp_lens.methods import METHODS, MRP, RMU, AdaptiveRMU, Fit
 from mrp_lens.model import LensModel, load_model
 from mrp_lens.runs import Run
 
-METHODS: dict[str, type[MRP] | type[RMU] | type[AdaptiveRMU]] = {"mrp": MRP, "rmu": RMU, "adaptive-rmu": AdaptiveRMU}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-HUB = "hub:"
 EXAMPLES = 3
-HELD_OUT = 200  # at most this many retain documents are kept from the fit, and at most a tenth
-
-
-@dataclass(frozen=True)
-class DataOptions:
-    """Where the data are and how to read them. None: as the schema says, else the defaults of the library."""
-
-    forget: tuple[str, ...]
-    retain: str
-    questions: str | None
-    retain_questions: str | None
-    field: str | None = None
-    prompt: str | None = None
-    completion: str | None = None
-    question_prompt: str | None = None
-    choices: str | None = None
-    answer: str | None = None
-    forget_schema: str | None = None
-    retain_schema: str | None = None
-    questions_schema: str | None = None
-
-    def corpus(self, source: str, schema: str | None) -> Corpus:
-        """Read one corpus: a file, a folder or `hub:NAME[:CONFIG[:SPLIT]]`."""
-        columns = {"field": self.field, "prompt": self.prompt, "completion": self.completion}
-        if source.startswith(HUB):
-            path, config, split = hub_parts(source)
-            return Corpus.from_hub(path, config=config, split=split, schema=schema, **columns)
-        return Corpus.from_file(source, schema=schema, **columns)
-
-    def quiz(self, source: str | None) -> Questions | None:
-        """Read one quiz, likewise, if there is one."""
-        if source is None:
-            return None
-        choices = self.choices.split(",") if self.choices is not None and "," in self.choices else self.choices
-        prompt, answer, schema = self.question_prompt, self.answer, self.questions_schema
-        if source.startswith(HUB):
-            path, config, split = hub_parts(source)
-            return Questions.from_hub(
-                path, config=config, split=split, prompt=prompt, choices=choices, answer=answer, schema=schema
-            )
-        return Questions.from_file(source, prompt=prompt, choices=choices, answer=answer, schema=schema)
-
-
-def hub_parts(source: str) -> tuple[str, str | None, str | None]:
-    """Name, configuration and split of `hub:NAME[:CONFIG[:SPLIT]]`; an empty configuration is the usual one.
-
-    Raises:
-        ValueError: there is no name, or there are more parts.
-    """
-    path, *rest = source.removeprefix(HUB).split(":")
-    if not path or len(rest) > 2:
-        raise ValueError(
-            f"{source!r} is no data set of the Hub; write hub:NAME, hub:NAME:CONFIG or hub:NAME:CONFIG:SPLIT"
-        )
-    config, split = (*rest, "", "")[:2]
-    return path, config or None, split or None
 
 
 def run_unlearn(
@@ -98,9 +40,7 @@ def run_unlearn(
     if dtype not in DTYPES:
         raise ValueError(f"unknown dtype {dtype!r}; choose {', '.join(DTYPES)}")
     fitter = make_method(method, layers, hyperparameters, released=released)
-    forget = [data.corpus(source, data.forget_schema) for source in data.forget]
-    kept, held_out = split_tenth(data.corpus(data.retain, data.retain_schema))
-    quizzes = {"forget": data.quiz(data.questions), "retain": data.quiz(data.retain_questions)}
+    case = data.case()
     arguments = {
         "model": model_name,
         "method": method,
@@ -114,14 +54,14 @@ def run_unlearn(
     run = Run("unlearn", arguments, seed)
     console.print(f"Loading {model_name} ...")
     model = load_model(model_name, backend=backend, device=device, dtype=DTYPES[dtype])
-    prompts = example_prompts(model, forget, kept)
-    before = measure(model, forget, held_out, quizzes)
+    prompts = example_prompts(case)
+    before = measure(model, case)
     written = continuations(model, prompts)
-    fit: Fit = fitter.fit(model, forget, kept, seed=seed)
+    fit: Fit = fitter.fit(model, case.forget, case.retain, seed=seed)
     if fit.interrupted:
         run.notes.append(f"interrupted after {len(fit.log)} steps: the edit holds what was learned until then")
     with fit.edit.applied(model):
-        after = measure(model, forget, held_out, quizzes)
+        after = measure(model, case)
         rewritten = continuations(model, prompts)
     base = before["text_perplexity"]
     run.rows = [
@@ -131,7 +71,9 @@ def run_unlearn(
     run.examples = [
         dict(prompt=p, unedited=a, **{method: b}) for p, a, b in zip(prompts, written, rewritten, strict=True)
     ]
-    show_table(f"Forgetting {', '.join(corpus.name for corpus in forget)}", columns(before), run.rows, caption=CAPTION)
+    show_table(
+        f"Forgetting {', '.join(corpus.name for corpus in case.forget)}", columns(before), run.rows, caption=CAPTION
+    )
     show_examples(run.examples)
     for note in run.notes:
         console.print(note)
@@ -184,32 +126,17 @@ def make_method(
     return replace(kind.released(), **options)
 
 
-def split_tenth(corpus: Corpus) -> tuple[Corpus, Corpus]:
-    """(for the fit, held out): every tenth document, at most 200, is kept from the fit; under ten documents, none is."""
-    places = set(range(9, len(corpus), 10)[:HELD_OUT])
-    if not places:
-        console.print(f"{corpus.name}: under 10 documents, so text perplexity is measured on what the fit saw")
-        return corpus, corpus
-    kept = tuple(document for i, document in enumerate(corpus.documents) if i not in places)
-    held = tuple(document for i, document in enumerate(corpus.documents) if i in places)
-    return replace(corpus, documents=kept), replace(corpus, documents=held)
-
-
-def measure(
-    model: LensModel, forget: list[Corpus], held_out: Corpus, quizzes: Mapping[str, Questions | None]
-) -> dict[str, float]:
+def measure(model: LensModel, case: Case) -> dict[str, float]:
     """All figures of one row."""
-    texts = Corpus(tuple(document for corpus in forget for document in corpus.documents), "forget")
-    probability = metrics.answer_probability(model, texts, progress=True).iloc[0]
+    probability = metrics.answer_probability(model, case.forget_texts, progress=True).iloc[0]
     row = {
         f"forget_probability{suffix}": float(probability[name])
         for name, suffix in (("probability", ""), ("low", "_low"), ("high", "_high"))
     }
-    row["text_perplexity"] = float(metrics.perplexity(model, held_out, progress=True)["perplexity"].iloc[0])
-    for side, quiz in quizzes.items():
-        if quiz is not None:
-            figures = metrics.accuracy(model, quiz, progress=True).iloc[0]
-            row |= {f"{side}_{name}": float(figures[name]) for name in ("accuracy", "low", "high", "chance")}
+    row["text_perplexity"] = float(metrics.perplexity(model, case.held_out, progress=True)["perplexity"].iloc[0])
+    for side, quiz in case.quiz().items():
+        figures = metrics.accuracy(model, quiz, progress=True).iloc[0]
+        row |= {f"{side}_{name}": float(figures[name]) for name in ("accuracy", "low", "high", "chance")}
     return row
 
 
@@ -240,9 +167,9 @@ def _quiz_cell(side: str) -> Any:
     )
 
 
-def example_prompts(model: LensModel, forget: list[Corpus], retain: Corpus) -> list[str]:
+def example_prompts(case: Case) -> list[str]:
     """Prompts of the first documents; of a document without prompt, the first half of its first twelve words."""
-    documents = [corpus.documents[0] for corpus in forget][:EXAMPLES] + list(retain.documents[:EXAMPLES])
+    documents = [corpus.documents[0] for corpus in case.forget][:EXAMPLES] + list(case.retain.documents[:EXAMPLES])
     return [
         document.prompt
         or " ".join(document.completion.split()[:12][: max(1, len(document.completion.split()[:12]) // 2)])

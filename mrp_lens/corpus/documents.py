@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from mrp_lens.corpus.chat import in_chat
-from mrp_lens.corpus.rows import Row, digest, file_rows, fill, hub_name, hub_rows, text
+from mrp_lens.corpus.rows import Row, digest, evenly, file_rows, fill, hub_name, hub_rows, text
 from mrp_lens.corpus.schemas import KNOWN, DocumentColumns, Schema, schema_named
 
 
@@ -123,6 +123,10 @@ class Corpus:
         rows = hub_rows(path, config, split or (known.document_split if known else "train"), known)
         name = hub_name(path, config)
         return cls.from_rows(rows, field=field, prompt=prompt, completion=completion, schema=known, name=name)
+
+    def spread(self, limit: int | None) -> "Corpus":
+        """At most `limit` of the documents, evenly spread over all; None: all."""
+        return replace(self, documents=tuple(evenly(self.documents, limit)))
 
     def chat(self, tokenizer: Any, *, system: str | None = None) -> "Corpus":
         """A copy whose prompts are turns of the tokenizer's chat template, which completions follow as the assistant's.

@@ -9,7 +9,7 @@ from typing import Any
 from mrp_lens.corpus.answers import AmbiguousAnswerError, choices_of, right_choice
 from mrp_lens.corpus.chat import in_chat
 from mrp_lens.corpus.documents import Corpus, Document
-from mrp_lens.corpus.rows import Row, column, digest, file_rows, fill, hub_name, hub_rows, text
+from mrp_lens.corpus.rows import Row, column, digest, evenly, file_rows, fill, hub_name, hub_rows, text
 from mrp_lens.corpus.schemas import KNOWN, QuestionColumns, Schema, schema_named
 
 
@@ -123,6 +123,10 @@ class Questions:
         rows = hub_rows(path, config, split or (known.question_split if known else "test"), known)
         name = hub_name(path, config)
         return cls.from_rows(rows, prompt=prompt, choices=choices, answer=answer, group=group, schema=known, name=name)
+
+    def spread(self, limit: int | None) -> "Questions":
+        """At most `limit` of the questions, evenly spread over all; None: all."""
+        return replace(self, questions=tuple(evenly(self.questions, limit)))
 
     def right_answers(self) -> Corpus:
         """The questions as documents, each with its right choice as the completion."""

@@ -3,13 +3,14 @@
 import hashlib
 import json
 import string
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from mrp_lens.corpus.schemas import KNOWN, Schema, template_fields
 
 Row = Mapping[str, Any]
+Item = TypeVar("Item")
 
 LOADERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".txt": "text", ".parquet": "parquet"}
 
@@ -187,3 +188,15 @@ def _undecoded(rows: Any) -> Any:
         if isinstance(feature, Image):
             rows = rows.cast_column(name, Image(decode=False))
     return rows
+
+
+def evenly(items: Sequence[Item], limit: int | None) -> list[Item]:
+    """At most `limit` of the items, evenly spread over all; None: all.
+
+    Raises:
+        ValueError: the limit is below 1.
+    """
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit must be at least 1, got {limit}; leave it out for all")
+    count = len(items) if limit is None else min(limit, len(items))
+    return [items[i * len(items) // count] for i in range(count)]

@@ -4,4 +4,7 @@ from mrp_lens.methods.base import Fit
 from mrp_lens.methods.mrp import MRP
 from mrp_lens.methods.rmu import RMU, AdaptiveRMU
 
-__all__ = ["MRP", "RMU", "AdaptiveRMU", "Fit"]
+METHODS: dict[str, type[MRP] | type[RMU] | type[AdaptiveRMU]] = {kind.name: kind for kind in (MRP, RMU, AdaptiveRMU)}
+"""Methods by the names that tables and commands use."""
+
+__all__ = ["METHODS", "MRP", "RMU", "AdaptiveRMU", "Fit"]

@@ -1,0 +1,146 @@
+"""What a command or study works on: what must go, what must stay, and the questions and texts to measure either with."""
+
+import logging
+from dataclasses import dataclass, replace
+from typing import Any
+
+from mrp_lens.corpus import Corpus, Questions
+from mrp_lens.world import World
+
+HUB = "hub:"
+HELD_OUT = 200  # at most this many retain documents are kept from the fit, and at most a tenth
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Case:
+    """The data of a study.
+
+    Attributes:
+        forget: what must go; several corpora have a direction each in RMU.
+        retain: what must stay, and the fit may see.
+        held_out: text that no fit sees, for perplexity.
+        questions, retain_questions: multiple choice on what must go, and on what must stay.
+        untaught_questions: on what the model was never taught: how *absent* looks.
+    """
+
+    forget: tuple[Corpus, ...]
+    retain: Corpus
+    held_out: Corpus
+    questions: Questions | None = None
+    retain_questions: Questions | None = None
+    untaught_questions: Questions | None = None
+
+    @classmethod
+    def of_world(cls, topic: str, *, world: World | None = None) -> "Case":
+        """Forget one topic of the embedded world. Other topics are scored on entities that no retain corpus states."""
+        world = world or World()
+        others = [name for name in world.topics if name != topic]
+        kept = [question for name in others for question in world.questions(name, half=1).questions]
+        return cls(
+            (world.forget(topic),),
+            world.retain(without=topic),
+            world.text(),
+            world.questions(topic),
+            Questions(tuple(kept), "world-questions-kept"),
+            world.questions(taught=False),
+        )
+
+    @property
+    def forget_texts(self) -> Corpus:
+        """All that must go, as one corpus named "forget"."""
+        return Corpus(tuple(document for corpus in self.forget for document in corpus.documents), "forget")
+
+    def fingerprints(self) -> dict[str, str]:
+        """Role -> hash of the data."""
+        parts: dict[str, Any] = {
+            "forget": self.forget_texts,
+            "retain": self.retain,
+            "held_out": self.held_out,
+            "questions": self.questions,
+            "retain_questions": self.retain_questions,
+            "untaught_questions": self.untaught_questions,
+        }
+        return {role: part.fingerprint for role, part in parts.items() if part is not None}
+
+    def quiz(self, *, limit: int | None = None) -> dict[str, Questions]:
+        """The quizzes there are, by side: "forget", "retain"; of each at most `limit` questions, evenly spread."""
+        sides = {"forget": self.questions, "retain": self.retain_questions}
+        return {side: quiz.spread(limit) for side, quiz in sides.items() if quiz is not None}
+
+    def texts(self, *, limit: int | None = None) -> dict[str, Corpus]:
+        """What states are read from, by side; at most `limit` documents of each, evenly spread."""
+        return {"forget": self.forget_texts.spread(limit), "retain": self.retain.spread(limit)}
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """Where the data are and how to read them. None: as the schema says, else the defaults of the library."""
+
+    forget: tuple[str, ...]
+    retain: str
+    questions: str | None
+    retain_questions: str | None
+    field: str | None = None
+    prompt: str | None = None
+    completion: str | None = None
+    question_prompt: str | None = None
+    choices: str | None = None
+    answer: str | None = None
+    forget_schema: str | None = None
+    retain_schema: str | None = None
+    questions_schema: str | None = None
+
+    def case(self) -> "Case":
+        """Read everything; a tenth of the retain corpus is held out."""
+        forget = tuple(self.corpus(source, self.forget_schema) for source in self.forget)
+        kept, held_out = split_tenth(self.corpus(self.retain, self.retain_schema))
+        return Case(forget, kept, held_out, self.quiz(self.questions), self.quiz(self.retain_questions))
+
+    def corpus(self, source: str, schema: str | None) -> Corpus:
+        """Read one corpus: a file, a folder or `hub:NAME[:CONFIG[:SPLIT]]`."""
+        columns = {"field": self.field, "prompt": self.prompt, "completion": self.completion}
+        if source.startswith(HUB):
+            path, config, split = hub_parts(source)
+            return Corpus.from_hub(path, config=config, split=split, schema=schema, **columns)
+        return Corpus.from_file(source, schema=schema, **columns)
+
+    def quiz(self, source: str | None) -> Questions | None:
+        """Read one quiz, likewise, if there is one."""
+        if source is None:
+            return None
+        choices = self.choices.split(",") if self.choices is not None and "," in self.choices else self.choices
+        prompt, answer, schema = self.question_prompt, self.answer, self.questions_schema
+        if source.startswith(HUB):
+            path, config, split = hub_parts(source)
+            return Questions.from_hub(
+                path, config=config, split=split, prompt=prompt, choices=choices, answer=answer, schema=schema
+            )
+        return Questions.from_file(source, prompt=prompt, choices=choices, answer=answer, schema=schema)
+
+
+def hub_parts(source: str) -> tuple[str, str | None, str | None]:
+    """Name, configuration and split of `hub:NAME[:CONFIG[:SPLIT]]`; an empty configuration is the usual one.
+
+    Raises:
+        ValueError: there is no name, or there are more parts.
+    """
+    path, *rest = source.removeprefix(HUB).split(":")
+    if not path or len(rest) > 2:
+        raise ValueError(
+            f"{source!r} is no data set of the Hub; write hub:NAME, hub:NAME:CONFIG or hub:NAME:CONFIG:SPLIT"
+        )
+    config, split = (*rest, "", "")[:2]
+    return path, config or None, split or None
+
+
+def split_tenth(corpus: Corpus) -> tuple[Corpus, Corpus]:
+    """(for the fit, held out): every tenth document, at most 200, is kept from the fit; under ten documents, none is."""
+    places = set(range(9, len(corpus), 10)[:HELD_OUT])
+    if not places:
+        logger.warning("%s: under 10 documents, so text perplexity is measured on what the fit saw", corpus.name)
+        return corpus, corpus
+    kept = tuple(document for i, document in enumerate(corpus.documents) if i not in places)
+    held = tuple(document for i, document in enumerate(corpus.documents) if i in places)
+    return replace(corpus, documents=kept), replace(corpus, documents=held)

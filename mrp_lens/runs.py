@@ -10,9 +10,11 @@ from typing import Any
 
 import pandas as pd
 
-from mrp_lens.files import whole_folder, write_json
+from mrp_lens.files import whole_folder, write_json, write_text
 
 PACKAGES = ("mrp_lens", "torch", "transformer_lens", "transformers")
+
+FRAMES = "frames"
 
 Row = Mapping[str, Any]
 
@@ -33,6 +35,7 @@ class Run:
         rows: one dict a method, layer, ...; keys as in the README.
         examples: generated answers, if any.
         notes: sentences about the run as a whole, such as an interruption.
+        frames: what the report draws: name of a function of `mrp_lens.plots` -> the frame that it takes.
     """
 
     command: str
@@ -41,6 +44,7 @@ class Run:
     rows: list[Row] = field(default_factory=list)
     examples: list[Row] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    frames: dict[str, pd.DataFrame] = field(default_factory=dict)
     started: float = field(default_factory=time.perf_counter)
 
     def write(self, out: str | Path, *, overwrite: bool, extras: Sequence[Callable[[Path], None]] = ()) -> None:
@@ -49,6 +53,13 @@ class Run:
         Raises:
             FileExistsError: the folder exists, is not empty, and `overwrite` is False.
         """
+        with whole_folder(out, overwrite=overwrite) as folder:
+            self.write_into(folder)
+            for extra in extras:
+                extra(folder)
+
+    def write_into(self, folder: Path) -> None:
+        """Write `summary.json`, `table.csv` and `frames/` into a folder that exists, each file whole or not at all."""
         summary = {
             "command": self.command,
             "arguments": {
@@ -61,8 +72,8 @@ class Run:
             "rows": [dict(row) for row in self.rows],
             "examples": [dict(row) for row in self.examples],
         }
-        with whole_folder(out, overwrite=overwrite) as folder:
-            write_json(folder / "summary.json", summary)
-            pd.DataFrame([dict(row) for row in self.rows]).to_csv(folder / "table.csv", index=False)
-            for extra in extras:
-                extra(folder)
+        write_text(folder / "table.csv", pd.DataFrame([dict(row) for row in self.rows]).to_csv(index=False))
+        for name, frame in self.frames.items():
+            (folder / FRAMES).mkdir(exist_ok=True)
+            write_text(folder / FRAMES / f"{name}.csv", frame.to_csv(index=False))
+        write_json(folder / "summary.json", summary)

@@ -1,12 +1,13 @@
-"""`mrp-lens demo | unlearn`."""
+"""`mrp-lens demo | unlearn | sweep | report`."""
 
 import logging
 import sys
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from mrp_lens.cli import options
 
 app = typer.Typer(
     name="mrp-lens",
@@ -21,41 +22,15 @@ Start with `mrp-lens demo`: it needs no data, no network and no GPU. Then run `m
 )
 
 
-class Method(StrEnum):
-    """Methods by the names that tables use."""
-
-    MRP = "mrp"
-    RMU = "rmu"
-    ADAPTIVE_RMU = "adaptive-rmu"
-
-
-class BackendName(StrEnum):
-    """TransformerLens classes."""
-
-    AUTO = "auto"
-    HOOKED = "hooked"
-    BRIDGE = "bridge"
-
-
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output folder if it exists.")]
-Seed = Annotated[int, typer.Option(help="Seed of every random choice.")]
-BackendOption = Annotated[
-    BackendName,
-    typer.Option(
-        help="HookedTransformer (`hooked`, TransformerLens 3 only), TransformerBridge (`bridge`), or whichever fits (`auto`)."
-    ),
-]
-
-
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for the table, the edits, the logs and the metrics.")] = Path(
         "runs/demo"
     ),
     topic: Annotated[str, typer.Option(help="What to forget: `potions`, `beasts`, `towns` or `machines`.")] = "potions",
-    backend: BackendOption = BackendName.AUTO,
-    seed: Seed = 0,
-    overwrite: Overwrite = False,
+    backend: options.BackendOption = options.BackendName.AUTO,
+    seed: options.Seed = 0,
+    overwrite: options.Overwrite = False,
 ) -> None:
     """Forget one topic of the embedded invented world with MRP, RMU and Adaptive RMU, and compare them.
 
@@ -79,31 +54,16 @@ def demo(
 
 @app.command()
 def unlearn(
-    model: Annotated[str, typer.Option(help="`demo`, a local Hugging Face folder, or a name on the Hub.")],
-    method: Annotated[Method, typer.Option(help="How to forget.")],
-    forget: Annotated[
-        list[str],
-        typer.Option(
-            help="Texts to forget: a .jsonl, .json, .csv, .tsv, .parquet or .txt file, a folder that `save_to_disk` wrote, "
-            "or `hub:NAME[:CONFIG[:SPLIT]]`. Repeat for several topics."
-        ),
-    ],
-    retain: Annotated[str, typer.Option(help="Texts to keep, likewise. A tenth is held out to measure perplexity on.")],
+    model: options.Model,
+    method: Annotated[options.Method, typer.Option(help="How to forget.")],
+    forget: options.ForgetFiles,
+    retain: options.RetainFile,
     out: Annotated[Path, typer.Option(help="Folder for the edit, the log and the metrics.")],
-    questions: Annotated[
-        str | None, typer.Option(help="Multiple-choice questions about what must go: a file, a folder or `hub:...`.")
-    ] = None,
-    retain_questions: Annotated[
-        str | None, typer.Option(help="Multiple-choice questions about what must stay, likewise.")
-    ] = None,
-    forget_schema: Annotated[
-        str | None,
-        typer.Option(help="Known data set whose columns the files of --forget have, such as `locuslab/TOFU`."),
-    ] = None,
-    retain_schema: Annotated[str | None, typer.Option(help="Likewise for --retain, such as `wikitext`.")] = None,
-    questions_schema: Annotated[
-        str | None, typer.Option(help="Likewise for --questions and --retain-questions, such as `cais/wmdp`.")
-    ] = None,
+    questions: options.QuestionsFile = None,
+    retain_questions: options.RetainQuestionsFile = None,
+    forget_schema: options.ForgetSchema = None,
+    retain_schema: options.RetainSchema = None,
+    questions_schema: options.QuestionsSchema = None,
     released: Annotated[
         bool,
         typer.Option("--released", help="`rmu`, `adaptive-rmu`: the released code's settings, where none is given."),
@@ -130,38 +90,17 @@ def unlearn(
         int | None,
         typer.Option(help="Tokens at which the fit cuts documents. Default: 512, or the context if that is shorter."),
     ] = None,
-    field: Annotated[
-        str | None,
-        typer.Option(help="Column of --forget and --retain that holds the text. Default: `text`, or the schema's."),
-    ] = None,
-    prompt: Annotated[
-        str | None,
-        typer.Option(help="Template of the context, such as `Question: {question}\\nAnswer:`; instead of --field."),
-    ] = None,
-    completion: Annotated[
-        str | None, typer.Option(help="Template of what follows and counts in the loss, such as ` {answer}`.")
-    ] = None,
-    question_prompt: Annotated[
-        str | None,
-        typer.Option(help="Template of the quiz prompt; braces name columns. Default: `{question}`, or the schema's."),
-    ] = None,
-    choices: Annotated[
-        str | None,
-        typer.Option(
-            help="Column with the list of choices, or several columns: `a,b,c,d`. Default: `choices`, or the schema's."
-        ),
-    ] = None,
-    answer: Annotated[
-        str | None,
-        typer.Option(
-            help="Column with the text, the letter or the index of the right choice. Default: `answer`, or the schema's."
-        ),
-    ] = None,
-    backend: BackendOption = BackendName.AUTO,
-    dtype: Annotated[str, typer.Option(help="`float32`, `bfloat16` or `float16`.")] = "float32",
-    device: Annotated[str | None, typer.Option(help="Such as `cuda:0`. Default: a GPU if there is one.")] = None,
-    seed: Seed = 0,
-    overwrite: Overwrite = False,
+    field: options.Field = None,
+    prompt: options.Prompt = None,
+    completion: options.Completion = None,
+    question_prompt: options.QuestionPrompt = None,
+    choices: options.Choices = None,
+    answer: options.Answer = None,
+    backend: options.BackendOption = options.BackendName.AUTO,
+    dtype: options.Dtype = "float32",
+    device: options.Device = None,
+    seed: options.Seed = 0,
+    overwrite: options.Overwrite = False,
 ) -> None:
     """Make your own model forget: fit an edit, save it, and measure before and after.
 
@@ -214,9 +153,9 @@ def unlearn(
         questions=questions,
         retain_questions=retain_questions,
         field=field,
-        prompt=_unescaped(prompt),
-        completion=_unescaped(completion),
-        question_prompt=_unescaped(question_prompt),
+        prompt=options.unescaped(prompt),
+        completion=options.unescaped(completion),
+        question_prompt=options.unescaped(question_prompt),
         choices=choices,
         answer=answer,
         forget_schema=forget_schema,
@@ -239,9 +178,98 @@ def unlearn(
     )
 
 
-def _unescaped(template: str | None) -> str | None:
-    """A shell passes a backslash and an n where a template means a line break."""
-    return None if template is None else template.replace("\\n", "\n")
+@app.command()
+def sweep(
+    out: Annotated[Path, typer.Option(help="Folder of the sweep; one that holds part of it is gone on with.")],
+    model: options.Model = "demo",
+    forget: Annotated[
+        list[str] | None,
+        typer.Option(help="Texts to forget, as in `unlearn`. Without it: a topic of the demo's world."),
+    ] = None,
+    retain: Annotated[str | None, typer.Option(help="Texts to keep, as in `unlearn`.")] = None,
+    questions: options.QuestionsFile = None,
+    retain_questions: options.RetainQuestionsFile = None,
+    topic: Annotated[str, typer.Option(help="`--model demo`: what to forget.")] = "potions",
+    methods: Annotated[str, typer.Option(help="Separated by commas.")] = "mrp,rmu,adaptive-rmu",
+    layers: Annotated[str | None, typer.Option(help="Such as `2,5,7`. Default: four, evenly spread.")] = None,
+    coefficients: Annotated[
+        str | None,
+        typer.Option(
+            help="`rmu`: values of c, such as `6.5,20`. Default: twice the forget states' norm at RMU's layer."
+        ),
+    ] = None,
+    betas: Annotated[str | None, typer.Option(help="`adaptive-rmu`: values of beta. Default: 5.")] = None,
+    seeds: Annotated[str | None, typer.Option(help="Such as `0,1,2`. Default: 0.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Updates of each fit. Default: 75.")] = None,
+    questions_limit: Annotated[
+        int | None, typer.Option(help="Questions asked on each side at each point. Default: 200.")
+    ] = None,
+    full: Annotated[
+        bool,
+        typer.Option(
+            "--full",
+            help="All layers, seeds 0,1,2, c at a quarter, once and four times its default, 150 steps, all questions.",
+        ),
+    ] = False,
+    shard: Annotated[
+        str, typer.Option(help="`i/n`: every n-th point from the i-th on, for several processes.")
+    ] = "1/1",
+    forget_schema: options.ForgetSchema = None,
+    retain_schema: options.RetainSchema = None,
+    questions_schema: options.QuestionsSchema = None,
+    field: options.Field = None,
+    prompt: options.Prompt = None,
+    completion: options.Completion = None,
+    question_prompt: options.QuestionPrompt = None,
+    choices: options.Choices = None,
+    answer: options.Answer = None,
+    backend: options.BackendOption = options.BackendName.AUTO,
+    dtype: options.Dtype = "float32",
+    device: options.Device = None,
+) -> None:
+    """Fit every method at one layer after another and compare what each did.
+
+    One file a point is kept, whole or not at all: run the same command again after Ctrl-C or a crash and it goes on
+    where it stopped. Several processes share a folder with `--shard 1/4` to `--shard 4/4`; from several machines, copy
+    the files of `points/` together and run the command once more.
+
+    Example:
+
+        mrp-lens sweep --model demo --out runs/sweep
+    """
+    from mrp_lens.case import DataOptions
+    from mrp_lens.cli.sweep import Grid, run_sweep
+
+    if (forget is None) != (retain is None):
+        raise ValueError("--forget and --retain go together; leave both out to sweep the demo's world")
+    data = None
+    if forget is not None and retain is not None:
+        data = DataOptions(
+            forget=tuple(forget),
+            retain=retain,
+            questions=questions,
+            retain_questions=retain_questions,
+            field=field,
+            prompt=options.unescaped(prompt),
+            completion=options.unescaped(completion),
+            question_prompt=options.unescaped(question_prompt),
+            choices=choices,
+            answer=answer,
+            forget_schema=forget_schema,
+            retain_schema=retain_schema,
+            questions_schema=questions_schema,
+        )
+    run_sweep(
+        model_name=model,
+        data=data,
+        topic=topic,
+        grid=Grid(methods, layers, coefficients, betas, seeds, steps, questions_limit, full),
+        shard=shard,
+        out=out,
+        backend=backend.value,
+        dtype=dtype,
+        device=device,
+    )
 
 
 def main() -> None:

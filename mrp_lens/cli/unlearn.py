@@ -5,10 +5,9 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from mrp_lens import metrics
 from mrp_lens.case import Case, DataOptions
+from mrp_lens.cli.parsing import dtype_named, numbers
 from mrp_lens.cli.show import Column, console, percent, show_examples, show_table
 from mrp_lens.files import check_free
 from mrp_lens.generation import continuations
@@ -16,7 +15,6 @@ from mrp_lens.methods import METHODS, MRP, RMU, AdaptiveRMU, Fit
 from mrp_lens.model import LensModel, load_model
 from mrp_lens.runs import Run
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 EXAMPLES = 3
 
 
@@ -37,8 +35,7 @@ def run_unlearn(
 ) -> Run:
     """Fit, measure, print, write; returns the record."""
     check_free(out, overwrite=overwrite)
-    if dtype not in DTYPES:
-        raise ValueError(f"unknown dtype {dtype!r}; choose {', '.join(DTYPES)}")
+    precision = dtype_named(dtype)
     fitter = make_method(method, layers, hyperparameters, released=released)
     case = data.case()
     arguments = {
@@ -53,7 +50,7 @@ def run_unlearn(
     }
     run = Run("unlearn", arguments, seed)
     console.print(f"Loading {model_name} ...")
-    model = load_model(model_name, backend=backend, device=device, dtype=DTYPES[dtype])
+    model = load_model(model_name, backend=backend, device=device, dtype=precision)
     prompts = example_prompts(case)
     before = measure(model, case)
     written = continuations(model, prompts)
@@ -104,21 +101,18 @@ def make_method(
         ValueError: layers that are no numbers, a hyperparameter that the method does not have, or no released recipe.
     """
     kind = METHODS[method]
-    try:
-        numbers = None if layers is None else [int(part) for part in layers.split(",")]
-    except ValueError as error:
-        raise ValueError(f"--layers takes numbers such as 3,5, got {layers!r}") from error
+    chosen = numbers(layers, int, "--layers")
     known = set(kind.__dataclass_fields__)
     foreign = [name for name in hyperparameters if name not in known]
     if foreign:
         raise ValueError(f"{method} has no --{foreign[0].replace('_', '-')}; it has {', '.join(sorted(known))}")
     options = dict(hyperparameters)
-    if numbers is not None and kind is MRP:
-        options["layers"] = numbers
-    elif numbers is not None:
-        if len(numbers) != 1:
+    if chosen is not None and kind is MRP:
+        options["layers"] = list(chosen)
+    elif chosen is not None:
+        if len(chosen) != 1:
             raise ValueError(f"{method} steers at one layer; got --layers {layers}")
-        options["layer"] = numbers[0]
+        options["layer"] = chosen[0]
     if not released:
         return kind(**options)
     if issubclass(kind, MRP):

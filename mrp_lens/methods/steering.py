@@ -128,8 +128,7 @@ class Steering:
         one_of(PaddingSide, padding=self.padding)
         one_of(Optimizer, optimizer=self.optimizer)
         one_of(Site, site=self.site)
-        deepest = model.cfg.n_layers - 1
-        layer = given(self.layer, min(deepest, max(2, round(DEPTH_OF_LAYER * model.cfg.n_layers))))
+        layer = given(self.layer, default_layer(model))
         check_layers(model, [layer])
         trained = check_layers(model, given(self.trained_layers, range(max(0, layer - 2), layer + 1)))
         if max(trained) > layer:
@@ -229,6 +228,11 @@ class _Losses:
 
     def _mask(self, batch: TokenBatch) -> Mask:
         return batch.content_mask if self.settings.positions == "content" else torch.ones_like(batch.content_mask)
+
+
+def default_layer(model: LensModel) -> int:
+    """Where the released recipe steers, by depth: 7/32 of it, at least layer 2."""
+    return min(int(model.cfg.n_layers) - 1, max(2, round(DEPTH_OF_LAYER * model.cfg.n_layers)))
 
 
 def mean_norm(model: LensModel, data: Data, *, layer: int, hook: str) -> float:

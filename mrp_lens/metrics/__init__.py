@@ -2,6 +2,7 @@
 
 from mrp_lens.metrics.alignment import alignment
 from mrp_lens.metrics.answers import accuracy, choice_scores
+from mrp_lens.metrics.confidence import confidence, token_confidence
 from mrp_lens.metrics.intervals import bootstrap_interval
 from mrp_lens.metrics.text import answer_probability, perplexity
 
@@ -11,5 +12,7 @@ __all__ = [
     "answer_probability",
     "bootstrap_interval",
     "choice_scores",
+    "confidence",
     "perplexity",
+    "token_confidence",
 ]

@@ -17,7 +17,7 @@ from mrp_lens.subspace import unit
 Texts = Corpus | Mapping[str, Corpus]
 """What to look at: a corpus, or several by the name of their group, such as {"forget": ..., "retain": ...}."""
 
-WINDOW = 16  # batches whose documents are tokenised, and sorted by length, together
+WINDOW = 4  # batches whose documents are tokenised, and sorted by length, together
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,113 @@
+"""`mrp-lens sweep`: per-layer effects of every method, on anybody's model and data."""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from mrp_lens.case import Case, DataOptions
+from mrp_lens.cli.parsing import dtype_named, numbers, shard_of
+from mrp_lens.cli.show import Column, console, percent, show_table
+from mrp_lens.methods.steering import default_layer
+from mrp_lens.model import LensModel, load_model
+from mrp_lens.runs import Run
+from mrp_lens.sweep import Plan, default_coefficient, default_layers, sweep
+
+QUICK_LAYERS, QUICK_STEPS, QUICK_QUESTIONS = 4, 75, 200
+FULL_SEEDS = (0, 1, 2)
+FULL_SHARES = (0.25, 1.0, 4.0)
+
+COLUMNS: list[Column] = [
+    ("method", lambda row: str(row["method"])),
+    ("layer", lambda row: _number(row["layer"], "d")),
+    ("c or beta", lambda row: _number(row["coefficient"], ".4g")),
+    ("c / norm", lambda row: _number(row["relative_coefficient"], ".2f") if row["method"] == "rmu" else ""),
+    ("seed", lambda row: _number(row["seed"], "d")),
+    ("forget quiz", lambda row: percent(row["forget_accuracy"])),
+    ("retain quiz", lambda row: percent(row["retain_accuracy"])),
+    ("cos(u, forget)", lambda row: _number(row["forget_cosine"], ".2f")),
+    ("cos(u, retain)", lambda row: _number(row["retain_cosine"], ".2f")),
+    ("text", lambda row: f"x{row['text_perplexity_ratio']:.3f}"),
+]
+
+
+@dataclass(frozen=True)
+class Grid:
+    """What the command line says of the plan; None: derived from the model."""
+
+    methods: str = "mrp,rmu,adaptive-rmu"
+    layers: str | None = None
+    coefficients: str | None = None
+    betas: str | None = None
+    seeds: str | None = None
+    steps: int | None = None
+    questions: int | None = None
+    full: bool = False
+
+    def plan(self, model: LensModel, case: Case) -> Plan:
+        """The plan for a model."""
+        layers = numbers(self.layers, int, "--layers")
+        if layers is None:
+            layers = tuple(range(model.cfg.n_layers)) if self.full else default_layers(model, QUICK_LAYERS)
+        coefficients = numbers(self.coefficients, float, "--coefficients")
+        if coefficients is None:
+            usual = default_coefficient(model, case, layer=default_layer(model))
+            coefficients = tuple(usual * share for share in (FULL_SHARES if self.full else (1.0,)))
+        quick = {"steps": QUICK_STEPS, "questions": QUICK_QUESTIONS} if not self.full else {}
+        chosen = {"steps": self.steps, "questions": self.questions}
+        options = quick | {name: value for name, value in chosen.items() if value is not None}
+        betas = numbers(self.betas, float, "--betas")
+        if betas is not None:
+            options["betas"] = betas  # type: ignore[assignment]
+        return Plan(
+            methods=tuple(self.methods.split(",")),
+            layers=layers,
+            coefficients=coefficients,
+            seeds=numbers(self.seeds, int, "--seeds") or (FULL_SEEDS if self.full else (0,)),
+            **options,  # type: ignore[arg-type]
+        )
+
+
+def run_sweep(
+    *,
+    model_name: str,
+    data: DataOptions | None,
+    topic: str,
+    grid: Grid,
+    shard: str,
+    out: Path,
+    backend: str,
+    dtype: str,
+    device: str | None,
+) -> Run | None:
+    """Fit and measure what is not there yet; print and write the table once all points are."""
+    if data is None and model_name != "demo":
+        raise ValueError(
+            "give --forget and --retain (and questions) for a model of your own; only the demo has a world"
+        )
+    case = Case.of_world(topic) if data is None else data.case()
+    parts = shard_of(shard)
+    console.print(f"Loading {model_name} ...")
+    model = load_model(model_name, backend=backend, device=device, dtype=dtype_named(dtype))
+    plan = grid.plan(model, case)
+    run = Run(
+        "sweep", {"model": model_name, "topic": topic, **(asdict(data) if data else {}), **asdict(plan)}, plan.seeds[0]
+    )
+    try:
+        frame = sweep(model, case, plan, out, shard=parts)
+    except KeyboardInterrupt:
+        console.print(f"Interrupted. The points that are done stay in {out}; the same command goes on with the rest.")
+        raise SystemExit(130) from None
+    if frame is None:
+        console.print(f"Shard {shard} is done; other points of {out} are still missing.")
+        return None
+    run.rows = [
+        {str(key): None if value != value else value for key, value in row.items()} for row in frame.to_dict("records")
+    ]
+    run.frames["layer_effects"] = frame
+    run.write_into(out)
+    show_table("Per-layer effects", COLUMNS, run.rows)
+    console.print(f"Written to {out}: points/, table.csv, summary.json.")
+    return run
+
+
+def _number(value: float | None, form: str) -> str:
+    return "" if value is None else format(int(value) if form == "d" else value, form)

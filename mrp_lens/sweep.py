@@ -1,0 +1,288 @@
+"""Per-layer effects: the same methods fitted at one layer after another, point by point, in a folder that can be resumed."""
+
+import json
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from tqdm.auto import tqdm
+
+from mrp_lens import metrics
+from mrp_lens.case import Case
+from mrp_lens.files import PARTIAL, write_json
+from mrp_lens.methods import METHODS, MRP, RMU, AdaptiveRMU
+from mrp_lens.methods.rmu import C_SHARE
+from mrp_lens.model import LensModel, check_layers, describe
+from mrp_lens.subspace import random_units
+
+SETTINGS = "sweep.json"
+POINTS = "points"
+UNEDITED = "unedited"
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Point:
+    """One fit: a method at a layer with a coefficient and a seed.
+
+    Attributes:
+        method: "mrp", "rmu" or "adaptive-rmu".
+        layer: that MRP projects, or that RMU steers at.
+        coefficient: c of RMU in units of the stream, beta of Adaptive RMU; None: MRP has none.
+        seed: of the fit.
+    """
+
+    method: str
+    layer: int
+    coefficient: float | None
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """The name of its file."""
+        strength = "" if self.coefficient is None else f"-c{self.coefficient:.6g}"
+        return f"{self.method}-layer{self.layer}{strength}-seed{self.seed}"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a sweep covers, and how much it trains and measures at each point.
+
+    Attributes:
+        methods: by name.
+        layers: to fit at.
+        coefficients: c of RMU in units of the stream.
+        betas: of Adaptive RMU.
+        seeds: of the fits.
+        steps: updates of each fit.
+        questions: at most this many on each side are asked at each point, evenly spread.
+        documents: from at most this many on each side states are read, likewise.
+    """
+
+    methods: tuple[str, ...]
+    layers: tuple[int, ...]
+    coefficients: tuple[float, ...]
+    betas: tuple[float, ...] = (AdaptiveRMU.beta,)
+    seeds: tuple[int, ...] = (0,)
+    steps: int = 150
+    questions: int | None = None
+    documents: int | None = 200
+
+    def __post_init__(self) -> None:
+        unknown = [method for method in self.methods if method not in METHODS]
+        if unknown or not self.methods:
+            raise ValueError(f"unknown methods {unknown}; choose among {', '.join(METHODS)}")
+        for name in ("coefficients", "betas"):
+            if not all(value > 0 for value in getattr(self, name)):
+                raise ValueError(f"{name} must be above 0, got {list(getattr(self, name))}")
+        if self.steps < 1:
+            raise ValueError(f"steps must be at least 1, got {self.steps}")
+
+    def points(self) -> list[Point]:
+        """All of them, in the order of the table."""
+        strengths: dict[str, Sequence[float | None]] = {"mrp": (None,), "rmu": self.coefficients}
+        return [
+            Point(method, layer, strength, seed)
+            for method in self.methods
+            for strength, layer, seed in product(strengths.get(method, self.betas), self.layers, self.seeds)
+        ]
+
+
+def default_layers(model: LensModel, count: int) -> tuple[int, ...]:
+    """`count` layers, evenly spread from the third to the last; all of them if there are no more."""
+    first, last = min(2, model.cfg.n_layers - 1), model.cfg.n_layers - 1
+    steps = max(count - 1, 1)
+    return tuple(sorted({first + round(i * (last - first) / steps) for i in range(count)}))
+
+
+def default_coefficient(model: LensModel, case: Case, *, layer: int) -> float:
+    """c of RMU's default: twice the mean norm of the forget states at a layer, to three digits."""
+    frame = metrics.alignment(model, case.forget_texts.spread(64), torch.ones(model.cfg.d_model), layers=[layer])
+    return float(f"{C_SHARE * frame['norm'].iloc[0]:.3g}")
+
+
+def sweep(
+    model: LensModel,
+    case: Case,
+    plan: Plan,
+    out: str | Path,
+    *,
+    shard: tuple[int, int] = (1, 1),
+    progress: bool = True,
+) -> pd.DataFrame | None:
+    """Fit and measure every point that has no file yet.
+
+    The folder holds `sweep.json` (the settings) and one file a point, each whole or not at all: a sweep that was
+    killed goes on where it stopped, and several processes or machines share one by their shards (merge the folders
+    by copying `points/`).
+
+    Args:
+        model: HookedTransformer or TransformerBridge; left as it is.
+        case: the data, with `questions` and `retain_questions`.
+        plan: what to cover.
+        out: the folder.
+        shard: (i, n): every n-th point from the i-th on, i from 1.
+        progress: show progress bars.
+
+    Returns:
+        One row a point, the unedited model first, once every point of the plan has its file; else None.
+        `method`, `layer`, `coefficient`, `seed`; `norm` (mean of the unedited forget states at the layer, in units of
+        the stream), `relative_coefficient` (RMU: c over that norm; Adaptive RMU: beta); `forget_accuracy`, `retain_accuracy` with `..._low`, `..._high` (95%,
+        bootstrap over questions), the controls `untaught_accuracy` (where the case knows it) and `chance`;
+        `forget_cosine`, `retain_cosine` with the fit's u at the layer (MRP: with an unrelated u), controls
+        `null_mean`, `null_low`, `null_high`; `forget_norm`, `retain_norm`; `forget_max_probability`,
+        `retain_max_probability`, `forget_max_logit`, `retain_max_logit` (teacher-forced); `text_perplexity_ratio`.
+
+    Raises:
+        ValueError: the case lacks questions, a layer does not exist, the shard is not 1 <= i <= n, or the folder
+            belongs to a sweep with other settings (which differ is said).
+        KeyboardInterrupt: Ctrl-C; the points that are done stay.
+    """
+    number, count = shard
+    if not 1 <= number <= count:
+        raise ValueError(f"shard {number}/{count} does not exist; write 1/{count} to {count}/{count}")
+    missing = {"forget", "retain"} - set(case.quiz())
+    if missing:
+        raise ValueError(f"a sweep needs questions on both sides; there are none for {', '.join(sorted(missing))}")
+    check_layers(model, plan.layers)
+    folder = Path(out)
+    _claim(folder, _settings(model, case, plan))
+    untouched = _stored(folder, UNEDITED) or _keep(folder, UNEDITED, _measure_unedited(model, case, plan))
+    todo = [point for point in plan.points()[number - 1 :: count] if _stored(folder, point.name) is None]
+    with tqdm(todo, desc="points", disable=not progress) as bar:
+        for point in bar:
+            bar.set_postfix_str(point.name)
+            _keep(folder, point.name, _fit_and_measure(model, case, plan, point, untouched, progress=progress))
+    return table(folder, plan.points())
+
+
+def table(folder: Path, points: Iterable[Point]) -> pd.DataFrame | None:
+    """The rows of all points, or None if some are missing; timings are left to the points' files."""
+    files = [_stored(folder, name) for name in (UNEDITED, *(point.name for point in points))]
+    if any(file is None for file in files):
+        return None
+    for leftover in (folder / POINTS).glob(f".*{PARTIAL}"):
+        leftover.unlink(missing_ok=True)  # of a process that was killed while it wrote: all points are there by now
+    return pd.DataFrame([file["row"] for file in files if file is not None])
+
+
+def _settings(model: LensModel, case: Case, plan: Plan) -> dict[str, Any]:
+    settings = {"model": describe(model), "data": case.fingerprints(), **asdict(plan)}
+    plain: dict[str, Any] = json.loads(json.dumps(settings))
+    return plain
+
+
+def _claim(folder: Path, settings: Mapping[str, Any]) -> None:
+    """Make the folder, or go on in one of the same settings."""
+    path = folder / SETTINGS
+    if path.is_file():
+        known = json.loads(path.read_text(encoding="utf-8"))
+        differing = [
+            f"{key} ({_short(known.get(key))} there, {_short(value)} now)"
+            for key, value in settings.items()
+            if known.get(key) != value
+        ]
+        if differing:
+            raise ValueError(
+                f"{folder} holds a sweep with other settings: {'; '.join(differing)}. Choose another folder, or the same settings"
+            )
+        return
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise FileExistsError(f"{folder} exists and holds no sweep; choose another folder")
+    (folder / POINTS).mkdir(parents=True, exist_ok=True)
+    write_json(path, settings)
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _stored(folder: Path, name: str) -> dict[str, Any] | None:
+    path = folder / POINTS / f"{name}.json"
+    if not path.is_file():
+        return None
+    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return content
+
+
+def _keep(folder: Path, name: str, content: dict[str, Any]) -> dict[str, Any]:
+    (folder / POINTS).mkdir(exist_ok=True)
+    write_json(folder / POINTS / f"{name}.json", content)
+    return content
+
+
+def _measure_unedited(model: LensModel, case: Case, plan: Plan) -> dict[str, Any]:
+    """The baseline: its row, the forget states' norm at each layer, and the perplexity that ratios refer to."""
+    perplexity = float(metrics.perplexity(model, case.held_out)["perplexity"].iloc[0])
+    norms = metrics.alignment(
+        model, case.texts(limit=plan.documents)["forget"], torch.ones(model.cfg.d_model), layers=plan.layers
+    ).set_index("layer")["norm"]
+    row: dict[str, Any] = {
+        "method": UNEDITED,
+        **dict.fromkeys(("layer", "coefficient", "seed", "norm", "relative_coefficient")),
+    }
+    row |= _behaviour(model, case, plan) | {"text_perplexity_ratio": 1.0}
+    controls: dict[str, float] = {}
+    if case.untaught_questions is not None:
+        controls["untaught_accuracy"] = float(metrics.accuracy(model, case.untaught_questions)["accuracy"].iloc[0])
+    controls["chance"] = float(metrics.accuracy(model, case.quiz(limit=plan.questions)["forget"])["chance"].iloc[0])
+    return {
+        "row": row | controls,
+        "controls": controls,
+        "perplexity": perplexity,
+        "norms": {str(layer): float(norm) for layer, norm in norms.items()},
+    }
+
+
+def _fit_and_measure(
+    model: LensModel, case: Case, plan: Plan, point: Point, untouched: Mapping[str, Any], *, progress: bool
+) -> dict[str, Any]:
+    method = _method(plan, point)
+    fit = method.fit(model, case.forget, case.retain, seed=point.seed, progress=progress)
+    if fit.interrupted:
+        raise KeyboardInterrupt
+    u = next(iter(fit.directions.values()), None)
+    if u is None:  # MRP has none: an unrelated one shows what the null looks like
+        u = random_units(1, model.cfg.d_model, "uniform", torch.Generator().manual_seed(point.seed))[0]
+    norm = float(untouched["norms"][str(point.layer)])
+    share = point.coefficient / norm if point.method == "rmu" and point.coefficient is not None else point.coefficient
+    row = asdict(point) | {"norm": norm, "relative_coefficient": share}
+    with fit.edit.applied(model):
+        row |= _behaviour(model, case, plan)
+        perplexity = float(metrics.perplexity(model, case.held_out)["perplexity"].iloc[0])
+        aligned = metrics.alignment(
+            model, case.texts(limit=plan.documents), u, layers=[point.layer], law="uniform", seed=point.seed
+        ).set_index("group")
+    row["text_perplexity_ratio"] = perplexity / float(untouched["perplexity"])
+    for side in aligned.index:
+        row |= {f"{side}_cosine": float(aligned["cosine"][side]), f"{side}_norm": float(aligned["norm"][side])}
+    row |= {key: float(aligned[key]["forget"]) for key in ("null_mean", "null_low", "null_high")}
+    return {"row": row | untouched["controls"], "seconds": float(fit.log["seconds"].iloc[-1])}
+
+
+def _method(plan: Plan, point: Point) -> MRP | RMU | AdaptiveRMU:
+    if point.method == "mrp":
+        return MRP(layers=[point.layer], steps=plan.steps)
+    assert point.coefficient is not None
+    if point.method == "rmu":
+        return RMU(layer=point.layer, steps=plan.steps, steering_coeff=point.coefficient)
+    return AdaptiveRMU(layer=point.layer, steps=plan.steps, beta=point.coefficient)
+
+
+def _behaviour(model: LensModel, case: Case, plan: Plan) -> dict[str, float]:
+    """Accuracy and confidence on each side."""
+    row: dict[str, float] = {}
+    for side, quiz in case.quiz(limit=plan.questions).items():
+        figures = metrics.accuracy(model, quiz).iloc[0]
+        row |= {f"{side}_accuracy": float(figures["accuracy"])}
+        row |= {f"{side}_{end}": float(figures[end]) for end in ("low", "high")}
+        sure = metrics.confidence(model, {side: quiz}, mode="forced").set_index("measure")["mean"]
+        row |= {f"{side}_{measure}": float(sure[measure]) for measure in ("max_probability", "max_logit")}
+    return row

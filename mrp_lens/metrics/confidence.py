@@ -56,9 +56,9 @@ def confidence(
     """How sure the model is, per group: `token_confidence` in figures, MaxLogit of arXiv 2408.06223 among them.
 
     RMU is said to move the largest logit of forget questions down and to narrow its spread (`std`). A logit has no
-    natural zero: adding a number to all of them changes no probability. `max_logit` may hence be compared between
-    versions of one model, such as before and after an edit, and never between models. The other measures are of
-    probabilities, but over another vocabulary `uniform` is another as well.
+    natural zero, since adding a number to all of them changes no probability: compare `max_logit` between versions of
+    one model, such as before and after an edit, and never between models. What is generated differs between versions,
+    in length as well (`tokens`); "forced" compares them at the same tokens.
 
     Args:
         model, questions, mode, tokens, batch_size, padding, progress: as `token_confidence`.

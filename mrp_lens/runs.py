@@ -4,6 +4,7 @@ import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ class Run:
         command: such as "demo" or "analysis.speed".
         arguments: as given, defaults included.
         seed: of all its random choices.
+        title: a line on what it was about, for the report.
         rows: one dict a method, layer, ...; keys as in the README.
         examples: generated answers, if any.
         notes: sentences about the run as a whole, such as an interruption.
@@ -41,6 +43,7 @@ class Run:
     command: str
     arguments: Mapping[str, Any]
     seed: int
+    title: str = ""
     rows: list[Row] = field(default_factory=list)
     examples: list[Row] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -62,11 +65,13 @@ class Run:
         """Write `summary.json`, `table.csv` and `frames/` into a folder that exists, each file whole or not at all."""
         summary = {
             "command": self.command,
+            "title": self.title,
             "arguments": {
                 name: str(value) if isinstance(value, Path) else value for name, value in self.arguments.items()
             },
             "versions": versions(),
             "seed": self.seed,
+            "finished": datetime.now(UTC).isoformat(timespec="seconds"),
             "seconds": round(time.perf_counter() - self.started, 1),
             "notes": self.notes,
             "rows": [dict(row) for row in self.rows],

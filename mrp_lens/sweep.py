@@ -133,9 +133,10 @@ def sweep(
     Returns:
         One row a point, the unedited model first, once every point of the plan has its file; else None.
         `method`, `layer`, `coefficient`, `seed`; `norm` (mean of the unedited forget states at the layer, in units of
-        the stream), `relative_coefficient` (RMU: c over that norm; Adaptive RMU: beta); `forget_accuracy`, `retain_accuracy` with `..._low`, `..._high` (95%,
-        bootstrap over questions), the controls `untaught_accuracy` (where the case knows it) and `chance`;
-        `forget_cosine`, `retain_cosine` with the fit's u at the layer (MRP: with an unrelated u), controls
+        the stream), `relative_coefficient` (RMU: c over that norm; Adaptive RMU: beta);
+        `forget_accuracy`, `retain_accuracy`, the intervals `forget_low`, `forget_high`, `retain_low`, `retain_high`
+        (95%, bootstrap over questions), the controls `untaught_accuracy` (where the case knows it) and `chance`;
+        `forget_cosine`, `retain_cosine` with the fit's u at the layer (MRP: with an unrelated u), the controls
         `null_mean`, `null_low`, `null_high`; `forget_norm`, `retain_norm`; `forget_max_probability`,
         `retain_max_probability`, `forget_max_logit`, `retain_max_logit` (teacher-forced); `text_perplexity_ratio`.
 

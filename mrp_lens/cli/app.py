@@ -179,6 +179,22 @@ def unlearn(
 
 
 @app.command()
+def report(
+    folder: Annotated[Path, typer.Argument(help="That a command or a study wrote, such as `runs/demo`.")],
+    out: Annotated[Path | None, typer.Option(help="The page. Default: `report.html` in the folder.")] = None,
+) -> None:
+    """Make one HTML page of a run: table, controls, figures, answers, settings. It opens without a network.
+
+    Example:
+
+        mrp-lens report runs/demo
+    """
+    from mrp_lens.report import write_report
+
+    typer.echo(f"Written: {write_report(folder, out=out)}")
+
+
+@app.command()
 def sweep(
     out: Annotated[Path, typer.Option(help="Folder of the sweep; one that holds part of it is gone on with.")],
     model: options.Model = "demo",

@@ -4,10 +4,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
+from mrp_lens.case import Case
+from mrp_lens.cli.report import add_report
 from mrp_lens.cli.show import Column, console, percent, show_examples, show_table
 from mrp_lens.edit import Edit, ProjectionEdit
 from mrp_lens.files import check_free
 from mrp_lens.generation import continuations
+from mrp_lens.looks import looks
 from mrp_lens.methods import MRP, RMU, AdaptiveRMU, Fit
 from mrp_lens.model import LensModel, load_model
 from mrp_lens.runs import Run
@@ -30,29 +35,62 @@ COLUMNS: list[Column] = [
 
 
 def run_demo(*, out: Path, topic: str, backend: str, seed: int, overwrite: bool) -> Run:
-    """Fit, measure, print, write; returns the record."""
+    """Fit, measure, look, print, write; returns the record."""
     world = World()
-    forget, retain = world.forget(topic), world.retain(without=topic)
+    case = Case.of_world(topic, world=world)
     check_free(out, overwrite=overwrite)
-    run = Run("demo", {"topic": topic, "backend": backend, "out": out}, seed)
+    arguments = {"topic": topic, "backend": backend, "out": out}
+    run = Run("demo", arguments, seed, title=f"Forgetting {topic} in a small invented world")
     console.print(f"Loading the model that knows {', '.join(world.topics)} ...")
     model = load_model("demo", backend=backend)
+    fits = fit_all(model, case, run, seed=seed)
+    edits = with_controls(model, case, fits, seed=seed)
+    run.rows = score_edits(model, world, [topic], edits, fits)
+    run.examples = answers(model, world, topic, edits)
+    show(run, topic)
+
+    def save_fits(folder: Path) -> None:
+        for name, fit in fits.items():
+            (folder / name).mkdir()
+            fit.edit.save_pretrained(folder / name / "edit")
+            fit.log.to_csv(folder / name / "log.csv", index=False)
+
+    run.write(out, overwrite=overwrite, extras=[save_fits])
+    console.print(f"Written to {out}: table.csv, summary.json, and for each method its edit and log.")
+    run.frames["training"] = pd.concat([fit.log.assign(method=name) for name, fit in fits.items()], ignore_index=True)
+    directions = {name: fit.direction for name, fit in fits.items() if fit.directions}
+    looked = {name: edit for name, edit in edits.items() if name != "untrained-start"}
+    add_report(run, out, lambda: looks(model, case, looked, directions, seed=seed))
+    return run
+
+
+def fit_all(model: LensModel, case: Case, run: Run, *, seed: int) -> dict[str, Fit]:
+    """Each method with its defaults; Ctrl-C ends the fit at hand, keeps it, and skips those to come."""
     fits: dict[str, Fit] = {}
-    edits: dict[str, Edit | None] = {"unedited": None}
     for method in (MRP(), RMU(), AdaptiveRMU()):
-        fits[method.name] = method.fit(model, forget, retain, seed=seed)
+        fits[method.name] = method.fit(model, case.forget, case.retain, seed=seed)
         if fits[method.name].interrupted:
             run.notes.append(
                 f"interrupted during {method.name}: it holds what was learned until then, later methods are missing"
             )
             break
+    return fits
+
+
+def with_controls(model: LensModel, case: Case, fits: Mapping[str, Fit], *, seed: int) -> dict[str, Edit | None]:
+    """The fitted edits behind their controls: no edit, a random projection, MRP's start."""
     projection = fits["mrp"].edit
     assert isinstance(projection, ProjectionEdit)
-    edits["random-projection"] = random_like(projection, seed=seed)
-    edits["untrained-start"] = MRP().start(model, forget, retain, seed=seed)
-    edits |= {name: fit.edit for name, fit in fits.items()}
-    run.rows = score_edits(model, world, [topic], edits, fits)
-    run.examples = answers(model, world, topic, edits)
+    controls = {
+        "unedited": None,
+        "random-projection": random_like(projection, seed=seed),
+        "untrained-start": MRP().start(model, case.forget, case.retain, seed=seed),
+    }
+    return controls | {name: fit.edit for name, fit in fits.items()}
+
+
+def show(run: Run, topic: str) -> None:
+    """Print the table, the answers and the notes."""
     untaught = float(run.rows[0]["untaught_accuracy"])
     show_table(
         f"Forgetting {topic}",
@@ -64,16 +102,6 @@ def run_demo(*, out: Path, topic: str, backend: str, seed: int, overwrite: bool)
     show_examples(run.examples)
     for note in run.notes:
         console.print(note)
-
-    def save_fits(folder: Path) -> None:
-        for name, fit in fits.items():
-            (folder / name).mkdir()
-            fit.edit.save_pretrained(folder / name / "edit")
-            fit.log.to_csv(folder / name / "log.csv", index=False)
-
-    run.write(out, overwrite=overwrite, extras=[save_fits])
-    console.print(f"Written to {out}: table.csv, summary.json, and for each method its edit and log.")
-    return run
 
 
 def random_like(edit: ProjectionEdit, *, seed: int) -> ProjectionEdit:

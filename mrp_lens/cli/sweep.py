@@ -8,6 +8,7 @@ from mrp_lens.cli.parsing import dtype_named, numbers, shard_of
 from mrp_lens.cli.show import Column, console, percent, show_table
 from mrp_lens.methods.steering import default_layer
 from mrp_lens.model import LensModel, load_model
+from mrp_lens.report import write_report
 from mrp_lens.runs import Run
 from mrp_lens.sweep import Plan, default_coefficient, default_layers, sweep
 
@@ -104,8 +105,9 @@ def run_sweep(
     ]
     run.frames["layer_effects"] = frame
     run.write_into(out)
+    write_report(out)
     show_table("Per-layer effects", COLUMNS, run.rows)
-    console.print(f"Written to {out}: points/, table.csv, summary.json.")
+    console.print(f"Written to {out}: points/, report.html, table.csv, summary.json.")
     return run
 
 

@@ -8,9 +8,11 @@ from typing import Any
 from mrp_lens import metrics
 from mrp_lens.case import Case, DataOptions
 from mrp_lens.cli.parsing import dtype_named, numbers
+from mrp_lens.cli.report import add_report
 from mrp_lens.cli.show import Column, console, percent, show_examples, show_table
 from mrp_lens.files import check_free
 from mrp_lens.generation import continuations
+from mrp_lens.looks import looks
 from mrp_lens.methods import METHODS, MRP, RMU, AdaptiveRMU, Fit
 from mrp_lens.model import LensModel, load_model
 from mrp_lens.runs import Run
@@ -48,7 +50,8 @@ def run_unlearn(
         "backend": backend,
         "dtype": dtype,
     }
-    run = Run("unlearn", arguments, seed)
+    about = ", ".join(corpus.name for corpus in case.forget)
+    run = Run("unlearn", arguments, seed, title=f"{model_name}: forgetting {about} with {method}")
     console.print(f"Loading {model_name} ...")
     model = load_model(model_name, backend=backend, device=device, dtype=precision)
     prompts = example_prompts(case)
@@ -68,9 +71,7 @@ def run_unlearn(
     run.examples = [
         dict(prompt=p, unedited=a, **{method: b}) for p, a, b in zip(prompts, written, rewritten, strict=True)
     ]
-    show_table(
-        f"Forgetting {', '.join(corpus.name for corpus in case.forget)}", columns(before), run.rows, caption=CAPTION
-    )
+    show_table(f"Forgetting {about}", columns(before), run.rows, caption=CAPTION)
     show_examples(run.examples)
     for note in run.notes:
         console.print(note)
@@ -83,6 +84,9 @@ def run_unlearn(
     console.print(
         f"Written to {out}: edit/, log.csv, table.csv, summary.json. Load it with mrp_lens.load_edit({str(out / 'edit')!r})."
     )
+    run.frames["training"] = fit.log
+    edits, directions = {"unedited": None, method: fit.edit}, dict(zip([method], fit.directions.values(), strict=False))
+    add_report(run, out, lambda: looks(model, case, edits, directions, seed=seed))
     return run
 
 

@@ -1,0 +1,74 @@
+"""What each edit did to the model, layer by layer: the frames that a report draws."""
+
+from collections.abc import Mapping
+from contextlib import nullcontext
+
+import pandas as pd
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from mrp_lens import metrics
+from mrp_lens.case import Case
+from mrp_lens.corpus import Corpus, Questions
+from mrp_lens.edit import Edit
+from mrp_lens.edit.stack import projection_in
+from mrp_lens.model import LensModel
+from mrp_lens.subspace import random_units
+
+DOCUMENTS = 100  # a side, from which states are read
+QUESTIONS = 100  # a side, on which confidence is measured
+POINTS = 100  # a side, in the plane
+
+
+def looks(
+    model: LensModel,
+    case: Case,
+    edits: Mapping[str, Edit | None],
+    directions: Mapping[str, Float[Tensor, " d_model"]],
+    *,
+    seed: int = 0,
+    progress: bool = True,
+) -> dict[str, pd.DataFrame]:
+    """Alignment, confidence, displacement, the principal plane and the way of what was removed, for each edit.
+
+    Args:
+        model: HookedTransformer or TransformerBridge, without any edit.
+        case: the data: states are read from at most 100 documents a side, confidence from 100 questions a side (where
+            there is no quiz, from the texts).
+        edits: by method; None is the unedited model.
+        directions: method -> its u, [d_model]. The other rows of the alignment have the first of these, and with none
+            at all an unrelated one.
+        seed: of that one, and of the choice of documents.
+        progress: show a progress bar.
+
+    Returns:
+        Name of a function of `mrp_lens.plots` -> the frame that it takes, with a column `method`.
+    """
+    texts = case.texts(limit=DOCUMENTS)
+    questions: dict[str, Questions] | dict[str, Corpus] = case.quiz(limit=QUESTIONS) or texts
+    unrelated = random_units(1, model.cfg.d_model, "uniform", torch.Generator().manual_seed(seed))[0]
+    usual = next(iter(directions.values()), unrelated)
+    last = int(model.cfg.n_layers) - 1
+    parts: dict[str, list[pd.DataFrame]] = {}
+
+    def add(name: str, method: str, frame: pd.DataFrame) -> None:
+        parts.setdefault(name, []).append(frame.assign(method=method))
+
+    with tqdm(edits.items(), desc="looking at each layer", disable=not progress) as bar:
+        for method, edit in bar:
+            bar.set_postfix_str(method)
+            with edit.applied(model) if edit is not None else nullcontext():
+                aligned = metrics.alignment(model, texts, directions.get(method, usual), seed=seed)
+                sure = metrics.confidence(model, questions, mode="forced", seed=seed)
+            add("alignment_by_layer", method, aligned)
+            add("norms", method, aligned)
+            add("confidence_by_method", method, sure)
+            if edit is not None:
+                add("displacement", method, metrics.geometry(model, texts, edit, seed=seed))
+                plane = metrics.principal_plane(model, texts, edit, layer=last, points=POINTS, seed=seed)
+                add("principal_plane", method, plane)
+            if projection_in(edit) is not None:
+                add("propagation", method, metrics.propagation(model, texts, edit, seed=seed))
+    return {name: pd.concat(frames, ignore_index=True) for name, frames in parts.items()}

@@ -1,0 +1,126 @@
+"""The page of a run folder: what was done, the table, the figures, answers, settings and versions."""
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from plotly.offline import get_plotlyjs
+
+from mrp_lens.files import write_text
+from mrp_lens.plots import PICTURES
+from mrp_lens.report.table import table_of
+from mrp_lens.runs import FRAMES
+
+PAGE = "report.html"
+EDIT_CONFIG = "edit_config.json"
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A figure on the page: the name of its function, what it shows, and the figure as HTML."""
+
+    name: str
+    caption: str
+    html: str
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """An edit of the run: what it is called, a sentence about it, and its settings."""
+
+    name: str
+    sentence: str
+    settings: Mapping[str, Any]
+
+
+def write_report(folder: str | Path, *, out: str | Path | None = None) -> Path:
+    """Make one self-contained HTML page of a run folder; it opens without a network.
+
+    Args:
+        folder: that a command or study wrote: `summary.json`, and `frames/`, edits and `finding.md` where there are.
+        out: the page. None: `report.html` in the folder.
+
+    Returns:
+        The path of the page.
+
+    Raises:
+        FileNotFoundError: there is no such folder, or no `summary.json` in it.
+        ValueError: a file in it is damaged.
+    """
+    source = Path(folder)
+    if not (source / "summary.json").is_file():
+        raise FileNotFoundError(
+            f"{source} holds no summary.json; give the folder that a command or study of mrp_lens wrote, such as runs/demo"
+        )
+    try:
+        summary = json.loads((source / "summary.json").read_text(encoding="utf-8"))
+        rows, examples = summary["rows"], summary["examples"]
+    except (json.JSONDecodeError, KeyError) as error:
+        raise ValueError(f"{source / 'summary.json'} is damaged ({error!r}); run the command again") from error
+    finding = source / "finding.md"
+    environment = Environment(
+        loader=PackageLoader("mrp_lens.report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
+    html = environment.get_template("page.html.jinja").render(
+        summary=summary,
+        table=table_of(rows),
+        finding=finding.read_text(encoding="utf-8").strip().split("\n\n") if finding.is_file() else [],
+        edits=list(edits_in(source)),
+        pictures=list(pictures_in(source)),
+        examples=examples,
+        plotlyjs=get_plotlyjs(),
+    )
+    target = source / PAGE if out is None else Path(out)
+    write_text(target, html)
+    return target
+
+
+def pictures_in(folder: Path) -> Iterator[Picture]:
+    """Every stored frame, drawn by the function whose name it bears, in the order of `PICTURES`."""
+    for name, draw in PICTURES.items():
+        path = folder / FRAMES / f"{name}.csv"
+        if path.is_file():
+            figure = draw(pd.read_csv(path))
+            html = figure.to_html(full_html=False, include_plotlyjs=False, config={"displaylogo": False})
+            yield Picture(name, (draw.__doc__ or "").strip().splitlines()[0], html)
+
+
+def edits_in(folder: Path) -> Iterator[Fitted]:
+    """The edits that the run saved, told from their records."""
+    for path in sorted(folder.glob(f"**/{EDIT_CONFIG}")):
+        config = json.loads(path.read_text(encoding="utf-8"))
+        parts = config["settings"]["parts"] if config["kind"] == "stack" else [config]
+        for part in parts:
+            records = part["provenance"].get("requests", {"": part["provenance"]})
+            for request, record in records.items():
+                if "method" in record:
+                    where = str(path.parent.relative_to(folder))
+                    yield Fitted(where, sentence(record, request), record["settings"])
+
+
+def sentence(record: Mapping[str, Any], request: str) -> str:
+    """What was done, from the record of a fit."""
+    settings, data = record["settings"], record["data"]
+    if "layers" in settings:
+        done = f"subspaces of rank {settings['rank']} removed from the residual stream at layers {listed(settings['layers'])}"
+    else:
+        done = (
+            f"MLP output matrices of layers {listed(settings['trained_layers'])} trained to steer forget states of layer "
+            f"{settings['layer']} to a random direction"
+        )
+    sides = {side: sum(part["documents"] for part in data[side]) for side in ("forget", "retain")}
+    about = f" (request {request})" if request else ""
+    return (
+        f"{record['method']}{about}: {done}; {record['steps_done']} steps, {sides['forget']} documents to forget, "
+        f"{sides['retain']} to keep, seed {record['seed']}"
+    )
+
+
+def listed(values: Any) -> str:
+    """3, 5 and 7."""
+    items = [str(value) for value in values]
+    return items[0] if len(items) == 1 else f"{', '.join(items[:-1])} and {items[-1]}"

@@ -1,0 +1,231 @@
+"""The geometry of states before and after an edit: how large and how spread they are, what is removed, what comes back."""
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+
+import pandas as pd
+from jaxtyping import Float
+from torch import Tensor
+
+from mrp_lens.batching import PaddingSide
+from mrp_lens.edit import Edit, ProjectionEdit
+from mrp_lens.edit.stack import projection_in
+from mrp_lens.metrics.moments import Moments, PairReader, When, read_moments
+from mrp_lens.metrics.states import Texts, groups_of, hooks_at
+from mrp_lens.model import LensModel
+from mrp_lens.stream import Site, layer_of
+from mrp_lens.subspace import Subspace
+
+
+def geometry(
+    model: LensModel,
+    texts: Texts,
+    edit: Edit | None = None,
+    *,
+    layers: Sequence[int] | None = None,
+    site: Site = "resid_post",
+    documents: int | None = 1000,
+    seed: int = 0,
+    batch_size: int = 32,
+    max_length: int | None = None,
+    padding: PaddingSide = "right",
+    progress: bool = False,
+) -> pd.DataFrame:
+    """Size and spread of the states per layer, how far the edit moves them, and how much of them its projection removes.
+
+    A projection off a random subspace of rank k removes k / d_model of the energy of *any* states on average: what a
+    fitted one removes is to be compared with that, and what it removes of the forget states with what it removes of
+    the retain states. States have a large mean, so shares of energy are not shares of variance.
+
+    Args:
+        model: HookedTransformer or TransformerBridge, without the edit: it is put on and taken off batch by batch. Of
+            an edit that draws noise, each batch has noise of its own.
+        texts: a corpus, or several by name: {"forget": ..., "retain": ...}. Pads and BOS do not count.
+        edit: of any kind. None: only "before" rows.
+        layers: where to read. None: all. Memory is 16 d_model^2 bytes a layer, however many documents there are.
+        site: of the hook points.
+        documents: read at most so many of each corpus, chosen at random by `seed`. None: all. The effective rank of few
+            states is too low: give many times d_model tokens.
+        seed: of that choice.
+        batch_size: documents at a time.
+        max_length: tokens at which documents are cut. None: the model's context length.
+        padding: "right" or "left".
+        progress: show a progress bar.
+
+    Returns:
+        One row a group, `when` ("before", "after") and layer: `group`, `when`, `layer`, `documents`, `tokens`; `norm`,
+        mean L2 norm of the states; `effective_rank` of their covariance, the exponential of the entropy of its
+        normalised eigenvalues (Roy and Vetterli 2007), from 1 to d_model, NaN if all states are the same;
+        `removed_rank`, of the projection that the edit makes at this hook, 0 if none; `removed_energy`, share of the
+        states' squared norm inside the removed subspace ("before": what will go; "after": what is left), with its
+        control `removed_energy_null`, rank / d_model (both NaN where nothing is removed); `displacement`, root mean
+        square distance of the states with the edit from those without, over the latter's root mean square norm (0
+        in "before" rows).
+
+    Raises:
+        TypeError, ValueError: no texts, no token, a layer or site that does not exist, an edit of another model.
+
+    Example:
+        >>> frame = geometry(model, {"forget": forget, "retain": retain}, fit.edit)  # doctest: +SKIP
+    """
+    groups, hooks = groups_of(texts), hooks_at(model, layers, site)
+    reader = PairReader(
+        model,
+        edit,
+        documents=documents,
+        seed=seed,
+        batch_size=batch_size,
+        max_length=max_length,
+        padding=padding,
+        progress=progress,
+    )
+    removed = removed_at(model, edit, hooks)
+    rows = []
+    for group, corpus in groups.items():
+        moments = read_moments(reader, corpus, hooks)
+        for when, by_layer in moments.items():
+            for layer, now in by_layer.items():
+                rows.append(
+                    {
+                        "group": group,
+                        "when": when,
+                        "layer": layer,
+                        "documents": now.documents,
+                        "tokens": now.tokens,
+                        "norm": now.norm,
+                        "effective_rank": now.effective_rank,
+                        **_removal(now, removed.get(layer)),
+                        "displacement": (now.moved / moments["before"][layer].energy) ** 0.5,
+                    }
+                )
+    return pd.DataFrame(rows)
+
+
+def propagation(
+    model: LensModel,
+    texts: Texts,
+    edit: Edit,
+    *,
+    site: Site = "resid_post",
+    documents: int | None = 1000,
+    seed: int = 0,
+    batch_size: int = 32,
+    max_length: int | None = None,
+    padding: PaddingSide = "right",
+    progress: bool = False,
+) -> pd.DataFrame:
+    """Does what a projection removes at one layer come back at later ones, and where?
+
+    A projection is irreversible where it stands; nothing keeps later layers from writing along the removed directions
+    again. Each removed subspace is followed through the layers, with the whole edit on: where an edit projects at
+    several hooks, a later projection removes its own subspace, not the one that is followed.
+
+    Args:
+        model: HookedTransformer or TransformerBridge, without the edit.
+        texts: a corpus, or several by name.
+        edit: one that holds a projection, alone or among others.
+        site: where later layers are read; the source layer is read at the projection's own hook.
+        documents, seed, batch_size, max_length, padding, progress: as in `geometry`.
+
+    Returns:
+        One row a group, hook of the projection and layer from the hook's own on: `group`, `source` (layer of the hook),
+        `hook` (its name), `layer`, `documents`, `tokens`; `before` and `after`, share of the states' squared norm inside
+        the subspace removed at the source, without and with the edit; the control `null`, rank / d_model, the share
+        in a random subspace on average. What has come back is `after`, next to what was there, `before`.
+
+    Raises:
+        TypeError, ValueError: the edit holds no projection or is of another model, no texts, no token, an unknown site.
+
+    Example:
+        >>> frame = propagation(model, {"forget": forget, "retain": retain}, fit.edit)  # doctest: +SKIP
+    """
+    groups, later = groups_of(texts), hooks_at(model, None, site)
+    reader = PairReader(
+        model,
+        edit,
+        documents=documents,
+        seed=seed,
+        batch_size=batch_size,
+        max_length=max_length,
+        padding=padding,
+        progress=progress,
+    )
+    followed = _projection_of(edit).subspaces()
+    read_at = {
+        source: {layer_of(source): source} | {layer: later[layer] for layer in later if layer > layer_of(source)}
+        for source in sorted(followed, key=layer_of)
+    }
+    hooks = list(dict.fromkeys(hook for by_layer in read_at.values() for hook in by_layer.values()))
+    rows = []
+    for group, corpus in groups.items():
+        inside: dict[tuple[When, str, int], float] = defaultdict(float)
+        energy: dict[tuple[When, str], float] = defaultdict(float)
+        document_count = token_count = 0
+        for pair in reader.pairs(corpus, hooks):
+            document_count, token_count = document_count + pair.documents, token_count + len(pair.tokens)
+            for when, states in pair.states.items():
+                for hook in hooks:
+                    energy[when, hook] += _energy(states[hook])
+                for source, by_layer in read_at.items():
+                    for layer, hook in by_layer.items():
+                        inside[when, source, layer] += _energy(states[hook], followed[source])
+        for source, by_layer in read_at.items():
+            for layer, hook in by_layer.items():
+                rows.append(
+                    {
+                        "group": group,
+                        "source": layer_of(source),
+                        "hook": source,
+                        "layer": layer,
+                        "documents": document_count,
+                        "tokens": token_count,
+                        "before": _share(inside["before", source, layer], energy["before", hook]),
+                        "after": _share(inside["after", source, layer], energy["after", hook]),
+                        "null": followed[source].rank / followed[source].d_model,
+                    }
+                )
+    return pd.DataFrame(rows)
+
+
+def removed_at(model: LensModel, edit: Edit | None, hooks: Mapping[int, str]) -> dict[int, Subspace]:
+    """Layer -> what the edit's projection removes at the layer's hook, where it does."""
+    projection = projection_in(edit)
+    if projection is None:
+        return {}
+    points = model.hook_dict  # the Bridge has several names for one point
+    return {
+        layer: subspace
+        for layer, hook in hooks.items()
+        for name, subspace in projection.subspaces().items()
+        if points[name] is points[hook]
+    }
+
+
+def _projection_of(edit: Edit) -> ProjectionEdit:
+    projection = projection_in(edit)
+    if projection is None:
+        raise ValueError(
+            f"the edit holds no projection whose subspace could be followed, got {type(edit).__name__}; MRP fits one, and "
+            "ProjectionEdit({'blocks.3.hook_resid_post': Subspace(Q)}) makes one by hand"
+        )
+    return projection
+
+
+def _removal(moments: Moments, subspace: Subspace | None) -> dict[str, int | float]:
+    if subspace is None:
+        return {"removed_rank": 0, "removed_energy": float("nan"), "removed_energy_null": float("nan")}
+    return {
+        "removed_rank": subspace.rank,
+        "removed_energy": moments.energy_share(subspace),
+        "removed_energy_null": subspace.rank / subspace.d_model,
+    }
+
+
+def _energy(states: Float[Tensor, "tokens d_model"], subspace: Subspace | None = None) -> float:
+    """Squared norm, of the part inside a subspace if one is given, summed over the states."""
+    wide = states.double()
+    return float((wide if subspace is None else wide @ subspace.basis.to(wide).T).square().sum())
+
+
+def _share(part: float, whole: float) -> float:
+    return part / whole if whole else float("nan")

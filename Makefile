@@ -3,7 +3,7 @@ VENV ?= .venv
 CONSTRAINTS ?= constraints/tl-3.9.txt
 RUN = $(VENV)/bin
 
-.PHONY: help install demo test slow lint types check clean
+.PHONY: help install demo notebooks test slow lint types check clean
 
 help:  ## list the commands
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /: /'
@@ -16,13 +16,17 @@ $(VENV)/.installed: pyproject.toml $(CONSTRAINTS)
 	$(RUN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable '.[dev]'
 	touch $@
 
-demo: install  ## forget a topic of the embedded world with each method (about a minute)
+demo: install  ## forget a topic of the embedded world with each method and make a page of it (under two minutes)
 	$(RUN)/mrp-lens demo --out runs/demo --overwrite
+
+notebooks: install  ## start Jupyter on the notebooks
+	$(RUN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable '.[notebooks]'
+	$(RUN)/jupyter notebook notebooks
 
 test: install  ## the test suite (without the tests marked slow)
 	$(RUN)/python -m pytest -m "not slow"
 
-slow: install  ## the tests that take longer: the whole demo
+slow: install  ## the tests that take longer: the demo, the notebooks, killed sweeps, pages in a browser
 	$(RUN)/python -m pytest -m slow
 
 lint: install  ## linter and formatter, checking only

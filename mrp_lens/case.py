@@ -4,7 +4,7 @@ import logging
 from dataclasses import dataclass, replace
 from typing import Any
 
-from mrp_lens.corpus import Corpus, Questions
+from mrp_lens.corpus import Corpus, Document, Questions
 from mrp_lens.world import World
 
 HUB = "hub:"
@@ -72,6 +72,22 @@ class Case:
     def texts(self, *, limit: int | None = None) -> dict[str, Corpus]:
         """What states are read from, by side; at most `limit` documents of each, evenly spread."""
         return {"forget": self.forget_texts.spread(limit), "retain": self.retain.spread(limit)}
+
+    def asked(self, *, limit: int) -> dict[str, Questions] | dict[str, Corpus]:
+        """What confidence is measured on: the quizzes, or the texts where there are none; at most `limit` a side."""
+        return self.quiz(limit=limit) or self.texts(limit=limit)
+
+    def forget_prompts(self, *, limit: int) -> list[str]:
+        """At most `limit` questions about what must go, or, where there are none, beginnings of its documents."""
+        if self.questions is not None:
+            return [question.prompt for question in self.questions.spread(limit).questions]
+        return [beginning(document) for document in self.forget_texts.spread(limit).documents]
+
+
+def beginning(document: Document) -> str:
+    """The prompt of a document; of one without, the first half of its first twelve words."""
+    words = document.completion.split()[:12]
+    return document.prompt or " ".join(words[: max(1, len(words) // 2)])
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,6 @@ from tqdm.auto import tqdm
 
 from mrp_lens import metrics
 from mrp_lens.case import Case
-from mrp_lens.corpus import Corpus, Questions
 from mrp_lens.edit import Edit
 from mrp_lens.edit.stack import projection_in
 from mrp_lens.model import LensModel
@@ -47,7 +46,7 @@ def looks(
         Name of a function of `mrp_lens.plots` -> the frame that it takes, with a column `method`.
     """
     texts = case.texts(limit=DOCUMENTS)
-    questions: dict[str, Questions] | dict[str, Corpus] = case.quiz(limit=QUESTIONS) or texts
+    questions = case.asked(limit=QUESTIONS)
     unrelated = random_units(1, model.cfg.d_model, "uniform", torch.Generator().manual_seed(seed))[0]
     usual = next(iter(directions.values()), unrelated)
     last = int(model.cfg.n_layers) - 1

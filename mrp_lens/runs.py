@@ -50,7 +50,7 @@ class Run:
     frames: dict[str, pd.DataFrame] = field(default_factory=dict)
     started: float = field(default_factory=time.perf_counter)
 
-    def write(self, out: str | Path, *, overwrite: bool, extras: Sequence[Callable[[Path], None]] = ()) -> None:
+    def write(self, out: str | Path, *, overwrite: bool, extras: Sequence[Callable[[Path], object]] = ()) -> None:
         """Write the folder; each of `extras` adds files of its own to it.
 
         Raises:

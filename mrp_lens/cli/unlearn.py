@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from mrp_lens import metrics
-from mrp_lens.case import Case, DataOptions
+from mrp_lens.case import Case, DataOptions, beginning
 from mrp_lens.cli.parsing import dtype_named, numbers
 from mrp_lens.cli.report import add_report
 from mrp_lens.cli.show import Column, console, percent, show_examples, show_table
@@ -166,10 +166,6 @@ def _quiz_cell(side: str) -> Any:
 
 
 def example_prompts(case: Case) -> list[str]:
-    """Prompts of the first documents; of a document without prompt, the first half of its first twelve words."""
+    """How the first documents of each side begin."""
     documents = [corpus.documents[0] for corpus in case.forget][:EXAMPLES] + list(case.retain.documents[:EXAMPLES])
-    return [
-        document.prompt
-        or " ".join(document.completion.split()[:12][: max(1, len(document.completion.split()[:12]) // 2)])
-        for document in documents
-    ]
+    return [beginning(document) for document in documents]

@@ -3,8 +3,12 @@
 from mrp_lens.metrics.alignment import alignment
 from mrp_lens.metrics.answers import accuracy, choice_scores
 from mrp_lens.metrics.confidence import confidence, token_confidence
+from mrp_lens.metrics.geometry import geometry, propagation
 from mrp_lens.metrics.intervals import bootstrap_interval
+from mrp_lens.metrics.principal import principal_angles, principal_plane
+from mrp_lens.metrics.sensitivity import noise_sensitivity, predicted_coefficient
 from mrp_lens.metrics.text import answer_probability, perplexity
+from mrp_lens.metrics.theory import proposition_1, variance_by_coefficient
 
 __all__ = [
     "accuracy",
@@ -13,6 +17,14 @@ __all__ = [
     "bootstrap_interval",
     "choice_scores",
     "confidence",
+    "geometry",
+    "noise_sensitivity",
     "perplexity",
+    "predicted_coefficient",
+    "principal_angles",
+    "principal_plane",
+    "propagation",
+    "proposition_1",
     "token_confidence",
+    "variance_by_coefficient",
 ]

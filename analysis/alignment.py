@@ -1,0 +1,105 @@
+"""Do forget states point along u, and more so as c grows? Each against unrelated directions of the same law.
+
+`python -m analysis.alignment --model demo --out runs/alignment`
+
+RMU is fitted at several c, given as multiples of the forget states' norm at its layer; Adaptive RMU and MRP with their
+defaults. MRP has no direction: its states are held against RMU's u, which is unrelated to it.
+"""
+
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import pandas as pd
+
+from analysis.arguments import Study, parser_for
+from mrp_lens import metrics
+from mrp_lens.corpus import Corpus
+from mrp_lens.methods import MRP, RMU, AdaptiveRMU, Fit
+from mrp_lens.methods.steering import default_layer
+
+SHARES = (0.5, 1.0, 2.0, 4.0)  # c over the norm of the forget states
+USUAL = 2.0  # the one of them that is RMU's default
+DOCUMENTS = 200  # a side
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the study, print what it found and write it."""
+    parser = parser_for(__doc__, "alignment")
+    parser.add_argument("--layer", type=int, help="RMU's layer (default: by the model's depth)")
+    options = parser.parse_args(arguments)
+    study = Study.begin("analysis.alignment", "Alignment of the states with RMU's direction", options)
+    layer = default_layer(study.model) if options.layer is None else options.layer
+    texts = study.case.texts(limit=DOCUMENTS)
+    first = study.fit(RMU(layer=layer, steering_coeff=1.0, steps=1))  # for its u, which depends on the seed alone
+    norm = float(
+        metrics.alignment(study.model, texts, first.direction, layers=[layer]).set_index("group")["norm"]["forget"]
+    )
+    fits = {("rmu", share): study.fit(RMU(layer=layer, steering_coeff=share * norm)) for share in SHARES} | {
+        ("adaptive-rmu", AdaptiveRMU.beta): study.fit(AdaptiveRMU(layer=layer)),
+        ("mrp", float("nan")): study.fit(MRP()),
+    }
+    frames = [measured(study, texts, None, first).assign(method="unedited")]
+    for (method, share), fit in fits.items():
+        frame = measured(study, texts, fit, first)
+        frames.append(frame.assign(method=method, relative_coefficient=share))
+    table = pd.concat(frames, ignore_index=True)
+    table["coefficient"] = (table["relative_coefficient"] * norm).where(table["method"] == "rmu")
+    at_layer = table[table["layer"] == layer]
+    by_layer = table[(table["method"] != "rmu") | (table["relative_coefficient"] == USUAL)]
+    study.end(
+        finding(at_layer, layer, norm),
+        {
+            "alignment_by_coefficient": at_layer[at_layer["method"] == "rmu"],
+            "alignment_by_layer": by_layer.drop(columns=["coefficient", "relative_coefficient"]),
+            "norms": by_layer.drop(columns="relative_coefficient"),
+        },
+        at_layer,
+    )
+
+
+def measured(study: Study, texts: Mapping[str, Corpus], fit: Fit | None, first: Fit) -> pd.DataFrame:
+    """Alignment at all layers, with the fit's own u if it has one."""
+    u = fit.direction if fit is not None and fit.directions else first.direction
+    with fit.edit.applied(study.model) if fit is not None else nullcontext():
+        return metrics.alignment(study.model, texts, u, seed=study.run.seed)
+
+
+def finding(table: pd.DataFrame, layer: int, norm: float) -> str:
+    """What the numbers say, in sentences."""
+    rmu = table[table["method"] == "rmu"].sort_values("relative_coefficient")
+    course = {}
+    for side in ("forget", "retain"):
+        rows = rmu[rmu["group"] == side].to_dict("records")
+        course[side] = ", ".join(f"{row['cosine']:.2f} at c = {row['relative_coefficient']:g} norms" for row in rows)
+    lines = [
+        f"Layer {layer}, where unedited forget states have a mean norm of {norm:.3g}. RMU: the cosine of forget states "
+        f"with u {trend(rmu[rmu['group'] == 'forget']['cosine'])}: {course['forget']}. Retain states: {course['retain']}."
+    ]
+    usual = table[(table["method"] != "rmu") | (table["relative_coefficient"] == USUAL)]
+    for method, part in usual.groupby("method", sort=False):
+        lines.append(f"{method}: {'; '.join(said(row) for row in part.to_dict('records'))}.")
+    return "\n\n".join(lines)
+
+
+def trend(values: pd.Series) -> str:
+    """How a series goes as c grows."""
+    steps = values.diff().dropna()
+    if (steps > 0).all():
+        return "rises with c at every step"
+    return "falls with c at every step" if (steps < 0).all() else "does not rise with c throughout"
+
+
+def said(row: Mapping[Any, Any]) -> str:
+    """One row in words."""
+    place = "inside the null's interval"
+    if not row["null_low"] <= row["cosine"] <= row["null_high"]:
+        place = "above the null" if row["cosine"] > row["null_high"] else "below the null"
+    return (
+        f"{row['group']} {row['cosine']:.2f} [{row['low']:.2f}, {row['high']:.2f}], unrelated directions "
+        f"{row['null_mean']:.2f} [{row['null_low']:.2f}, {row['null_high']:.2f}], so {place}; norm {row['norm']:.3g}"
+    )
+
+
+if __name__ == "__main__":
+    main()

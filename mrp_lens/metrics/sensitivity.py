@@ -1,0 +1,259 @@
+"""How the layers above react to a change of the stream: to noise, and to RMU's direction."""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import pandas as pd
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from mrp_lens.batching import PaddingSide, TokenBatch
+from mrp_lens.corpus import Corpus
+from mrp_lens.metrics.derivatives import LayersAbove
+from mrp_lens.metrics.intervals import TokenMean, bootstrap_interval
+from mrp_lens.metrics.states import Texts, direction_for, groups_of, hooks_at, read_batches, read_states
+from mrp_lens.model import LensModel
+from mrp_lens.stream import captured, frozen, hook_name, hooked, run_segment
+
+DEFAULT_SHARE = 0.1  # length of the noise as a share of the mean norm at layer 0, where no law is given
+
+MEASURES = ("sensitivity", "input_ratio", "norm", "noise")
+
+
+def noise_sensitivity(
+    model: LensModel,
+    texts: Texts,
+    *,
+    layers: Sequence[int] | None = None,
+    noise: float | None = None,
+    relative: float | None = None,
+    draws: int = 1,
+    seed: int = 0,
+    batch_size: int = 32,
+    max_length: int | None = None,
+    padding: PaddingSide = "right",
+    progress: bool = False,
+) -> pd.DataFrame:
+    """||g(h + xi) - g(h)||^2 / ||g(h)||^2 per layer, xi ~ N(0, noise * I): arXiv 2408.06223 finds it fall with depth.
+
+    g is the layers above, read as the stream that leaves the last block (before the final norm), so that ||g(h)|| is
+    the same at every layer. Each content token's state at blocks.{layer}.hook_resid_post gets its own xi, all in the
+    same pass. The draws are the same at all layers up to their scale, and whichever layers and groups are asked for.
+
+    Args:
+        model: HookedTransformer or TransformerBridge, with the edit on if there is one.
+        texts: a corpus, or several by name: {"forget": ..., "retain": ...}. Pads and BOS get no noise.
+        layers: where noise is added. None: all.
+        noise: variance per coordinate, the same at all layers, as in the paper. None, and no `relative`: that for
+            which the length of xi is a tenth of the texts' mean norm at layer 0.
+        relative: instead of `noise`, the length of xi (root mean square) over that of the batch's states at the same
+            layer. Norms grow with depth, and this noise with them.
+        draws: of the noise for each token; their mean counts.
+        seed: of the noise, which also depends on the batches.
+        batch_size: documents at a time.
+        max_length: tokens at which documents are cut. None: the model's context length.
+        padding: "right" or "left".
+        progress: show a progress bar.
+
+    Returns:
+        One row a group and layer: `group`, `layer`, `documents`, `tokens`; `noise`, variance per coordinate (its mean
+        over tokens); `sensitivity`, mean over tokens, with its 95% interval over documents `low`, `high`; the control
+        `input_ratio`, mean of ||xi||^2 / ||h||^2: what would come out if the layers above did nothing; `norm`, mean
+        L2 norm of the states in units of the stream.
+
+    Raises:
+        TypeError, ValueError: no texts, no token, a layer that does not exist, both `noise` and `relative`, either not
+            above 0, or draws below 1.
+    """
+    _check_law(noise, relative, draws)
+    groups, hooks = groups_of(texts), hooks_at(model, layers, "resid_post")
+    if noise is None and relative is None:
+        noise = _default_noise(model, groups, batch_size, max_length, padding, progress)
+    rows = []
+    for group, corpus in groups.items():
+        generator = torch.Generator().manual_seed(seed)  # anew, so that no group depends on the others
+        means = {layer: {name: TokenMean() for name in MEASURES} for layer in hooks}
+        batches = read_batches(
+            model, corpus, batch_size=batch_size, max_length=max_length, padding=padding, progress=progress
+        )
+        for places, batch in batches:
+            units = torch.randn(draws, int(batch.content_mask.sum()), model.cfg.d_model, generator=generator)
+            documents = torch.tensor(places)[batch.content_mask.nonzero()[:, 0].cpu()]
+            clean = _streams(model, batch, {*hooks.values(), _final(model)})
+            for layer, hook in hooks.items():
+                states = clean[hook].float()
+                mean_square = float(states.double().square().mean())
+                variance = relative**2 * mean_square if relative is not None else noise
+                assert variance is not None
+                reactions = [_reaction(model, batch, hook, clean, variance**0.5 * unit) for unit in units]
+                sensitivity, input_ratio = (torch.stack(parts).mean(dim=0) for parts in zip(*reactions, strict=True))
+                values = (sensitivity, input_ratio, states.norm(dim=-1), torch.full_like(sensitivity, variance))
+                for name, value in zip(MEASURES, values, strict=True):
+                    means[layer][name].add(value, documents)
+        for layer, mean in means.items():
+            rows.append(
+                {
+                    "group": group,
+                    "layer": layer,
+                    "documents": mean["sensitivity"].documents,
+                    "tokens": int(mean["sensitivity"].tokens),
+                    "noise": mean["noise"].mean,
+                    "sensitivity": mean["sensitivity"].mean,
+                    "low": mean["sensitivity"].interval[0],
+                    "high": mean["sensitivity"].interval[1],
+                    "input_ratio": mean["input_ratio"].mean,
+                    "norm": mean["norm"].mean,
+                }
+            )
+    return pd.DataFrame(rows)
+
+
+def predicted_coefficient(
+    model: LensModel,
+    texts: Texts,
+    direction: Float[Tensor, " _width"],
+    *,
+    layers: Sequence[int] | None = None,
+    batch_size: int = 32,
+    max_length: int | None = None,
+    padding: PaddingSide = "right",
+    seed: int = 0,
+    progress: bool = False,
+) -> pd.DataFrame:
+    """c = ||J h|| / ||J u|| * cos(J u, J h), Eq. 19 of arXiv 2408.06223 with eps = 0: the c u that acts most like h.
+
+    It is the least-squares c in J h = c J u: the multiple of u that the layers above, to first order, turn into what
+    is closest to what they make of h. J is the Jacobian of the layers above at the model's state h of the last content
+    token of each document, with all other states as they are, from that state to the stream that leaves the last
+    block at the same position. The final norm is left out: it ignores the length of what it gets, so that with it
+    J h nearly vanishes at the last layers, whatever h is.
+
+    Args:
+        model: HookedTransformer or TransformerBridge, with the edit on if there is one.
+        texts: a corpus, or several by name: {"forget": ..., "retain": ...}.
+        direction: u, [d_model], of any length but 0; c is for it at length 1.
+        layers: whose resid_post is h. None: all.
+        batch_size: documents at a time.
+        max_length: tokens at which documents are cut. None: the model's context length.
+        padding: "right" or "left".
+        seed: of the bootstrap.
+        progress: show a progress bar.
+
+    Returns:
+        One row a group and layer: `group`, `layer`, `documents`; `coefficient`, mean over documents in units of the
+        stream, with its 95% bootstrap interval `low`, `high`, and `std` over documents; the control `projection`, mean
+        of u . h: what would come out if the layers above did nothing; `norm`, mean L2 norm of those states.
+
+    Raises:
+        TypeError, ValueError: no texts, no token, a layer that does not exist, a direction of the wrong size or zero.
+    """
+    u = direction_for(model, direction)
+    groups, hooks = groups_of(texts), hooks_at(model, layers, "resid_post")
+    rows = []
+    for group, corpus in groups.items():
+        found: dict[int, list[Tensor]] = {layer: [] for layer in hooks}
+        batches = read_batches(
+            model, corpus, batch_size=batch_size, max_length=max_length, padding=padding, progress=progress
+        )
+        for _, batch in batches:
+            places = torch.arange(batch.tokens.shape[1], device=batch.tokens.device)
+            last = (batch.content_mask * places).amax(dim=1)
+            moved = places == last[:, None]
+            clean = _streams(model, batch, hooks.values(), moved)
+            for layer, hook in hooks.items():
+                states = clean[hook].float()
+                above = LayersAbove(model, layer, batch.tokens, batch.attention_mask, moved, last, "stream")
+                of_states = above.jvp(states[:, None] * moved[..., None]).double()
+                of_direction = above.jvp((u * moved[..., None]).float()).double()
+                coefficient = (of_direction * of_states).sum(dim=1) / of_direction.square().sum(dim=1)
+                found[layer].append(
+                    torch.stack([coefficient, (states @ u).double(), states.norm(dim=1).double()]).cpu()
+                )
+        for layer, parts in found.items():
+            coefficients, projections, norms = torch.cat(parts, dim=1).numpy()
+            low, high = bootstrap_interval(coefficients, seed=seed)
+            rows.append(
+                {
+                    "group": group,
+                    "layer": layer,
+                    "documents": len(coefficients),
+                    "coefficient": float(coefficients.mean()),
+                    "low": low,
+                    "high": high,
+                    "std": float(coefficients.std()),
+                    "projection": float(projections.mean()),
+                    "norm": float(norms.mean()),
+                }
+            )
+    return pd.DataFrame(rows)
+
+
+def _streams(
+    model: LensModel, batch: TokenBatch, names: Iterable[str], chosen: Bool[Tensor, "batch seq"] | None = None
+) -> dict[str, Float[Tensor, "tokens d_model"]]:
+    """What leaves the hooks at the chosen positions (None: the content tokens), without gradient."""
+    last = model.cfg.n_layers - 1
+    with frozen(model), torch.no_grad(), captured(model, names) as store:
+        run_segment(model, batch.tokens, batch.attention_mask, first=last, last=last)
+    return {name: states[batch.content_mask if chosen is None else chosen] for name, states in store.items()}
+
+
+def _reaction(
+    model: LensModel, batch: TokenBatch, hook: str, clean: Mapping[str, Tensor], shift: Float[Tensor, "tokens d_model"]
+) -> tuple[Float[Tensor, " tokens"], Float[Tensor, " tokens"]]:
+    """For each content token ||g(h + xi) - g(h)||^2 / ||g(h)||^2, and ||xi||^2 / ||h||^2 as the dtype rounds it."""
+    before = clean[hook].float()
+    moved = (before + shift.to(before)).type_as(clean[hook])
+
+    def put(activation: Tensor, hook: Any) -> Tensor:
+        changed = activation.clone()
+        changed[batch.content_mask] = moved
+        return changed
+
+    final = _final(model)
+    with hooked(model, [(hook, put)]):
+        after = _streams(model, batch, [final])[final].float()
+    stream = clean[final].float()
+    pairs = ((after - stream, stream), (moved.float() - before, before))
+    sensitivity, input_ratio = (change.square().sum(dim=-1) / of.square().sum(dim=-1) for change, of in pairs)
+    return sensitivity, input_ratio
+
+
+def _final(model: LensModel) -> str:
+    return hook_name(model.cfg.n_layers - 1)
+
+
+def _default_noise(
+    model: LensModel,
+    groups: Mapping[str, Corpus],
+    batch_size: int,
+    max_length: int | None,
+    padding: PaddingSide,
+    progress: bool,
+) -> float:
+    """The variance for which a draw is DEFAULT_SHARE of the mean norm at layer 0, over all groups' tokens."""
+    norms, first = TokenMean(), hook_name(0)
+    for corpus in groups.values():
+        for batch in read_states(
+            model,
+            corpus,
+            [first],
+            batch_size=batch_size,
+            max_length=max_length,
+            padding=padding,
+            progress=progress,
+        ):
+            norms.add(batch.states[first].float().norm(dim=-1), batch.rows)
+    return (DEFAULT_SHARE * norms.mean) ** 2 / float(model.cfg.d_model)
+
+
+def _check_law(noise: float | None, relative: float | None, draws: int) -> None:
+    if noise is not None and relative is not None:
+        raise ValueError(f"give noise or relative, not both; got noise={noise}, relative={relative}")
+    for name, value in (("noise", noise), ("relative", relative)):
+        if value is not None and not 0 < value < math.inf:
+            raise ValueError(f"{name} must be a finite number above 0, got {value}")
+    if draws < 1:
+        raise ValueError(f"draws must be at least 1, got {draws}")

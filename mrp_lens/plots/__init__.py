@@ -1,0 +1,61 @@
+"""One function a picture: each takes the frame of a metric and returns a plotly figure, which the library never shows."""
+
+from collections.abc import Callable
+
+import plotly.graph_objects as go
+
+from mrp_lens.plots.alignment import alignment_by_coefficient, alignment_by_layer, norms
+from mrp_lens.plots.confidence import confidence_by_method, confidence_distribution
+from mrp_lens.plots.geometry import displacement, effective_rank, principal_angles, propagation, removed_energy
+from mrp_lens.plots.plane import principal_plane
+from mrp_lens.plots.results import accuracies, training
+from mrp_lens.plots.sweep import coefficient_effects, layer_effects
+from mrp_lens.plots.tables import Frame
+from mrp_lens.plots.theory import noise_sensitivity, predicted_coefficients, theory_check, variance_by_coefficient
+
+PICTURES: dict[str, Callable[..., go.Figure]] = {
+    "accuracies": accuracies,
+    "alignment_by_coefficient": alignment_by_coefficient,
+    "alignment_by_layer": alignment_by_layer,
+    "coefficient_effects": coefficient_effects,
+    "confidence_by_method": confidence_by_method,
+    "confidence_distribution": confidence_distribution,
+    "displacement": displacement,
+    "effective_rank": effective_rank,
+    "layer_effects": layer_effects,
+    "noise_sensitivity": noise_sensitivity,
+    "norms": norms,
+    "predicted_coefficients": predicted_coefficients,
+    "principal_angles": principal_angles,
+    "principal_plane": principal_plane,
+    "propagation": propagation,
+    "removed_energy": removed_energy,
+    "theory_check": theory_check,
+    "training": training,
+    "variance_by_coefficient": variance_by_coefficient,
+}
+"""Name -> function; a report draws a stored frame by the name that it is stored under."""
+
+__all__ = [
+    "PICTURES",
+    "Frame",
+    "accuracies",
+    "alignment_by_coefficient",
+    "alignment_by_layer",
+    "coefficient_effects",
+    "confidence_by_method",
+    "confidence_distribution",
+    "displacement",
+    "effective_rank",
+    "layer_effects",
+    "noise_sensitivity",
+    "norms",
+    "predicted_coefficients",
+    "principal_angles",
+    "principal_plane",
+    "propagation",
+    "removed_energy",
+    "theory_check",
+    "training",
+    "variance_by_coefficient",
+]

@@ -1,0 +1,127 @@
+"""What a run achieved, and how its loss went."""
+
+import pandas as pd
+import plotly.graph_objects as go
+
+from mrp_lens.plots.axes import WIDE, Axis, Scale
+from mrp_lens.plots.panels import Panels
+from mrp_lens.plots.style import CHARACTER, FORGET, INK, OTHERS, RETAIN, Look, shortened
+from mrp_lens.plots.tables import TEXT_COLUMNS, Frame, facets, methods_of, tidy
+
+RUN = "mrp_lens.run (table.csv of a run's folder)"
+UNIT = (-0.03, 1.04)
+ASIDE = 0.15  # of a method's row: forget is drawn above, retain below
+NOT_LOSSES = TEXT_COLUMNS | set("step seconds seed layer coefficient relative_coefficient".split())
+
+
+def accuracies(frame: Frame) -> go.Figure:
+    """What each method forgot and what it kept: accuracies with their intervals, and beside them the cost for text.
+
+    Args:
+        frame: the table of a run: `method`, and `forget_accuracy` or, where there was no quiz, `forget_probability`;
+            intervals are `forget_low` and `forget_high`, or `forget_probability_low` and `..._high`. Drawn if there:
+            `retain_accuracy` (with `retain_low`, `retain_high`), `worst_topic_accuracy`, `text_perplexity_ratio`, and
+            in grey `untaught_accuracy`, else `forget_chance` or `chance`. `seed` makes faint points around a mean.
+
+    Raises:
+        TypeError, ValueError: not such a frame, no rows, or several rows of a method without a seed.
+    """
+    quiz = "forget_accuracy" in frame or "forget_probability" not in frame
+    measured = "forget_accuracy" if quiz else "forget_probability"
+    table = tidy(frame, ["method", measured], picture="accuracies", metric=RUN)
+    methods = methods_of(table)
+    text = "text_perplexity_ratio" in table
+    rows = Axis("method", "category", categories=methods, downwards=True)
+    panels = Panels(
+        ["answers" if quiz else "forget documents", "ordinary text"] if text else [""],
+        x=[
+            Axis("accuracy (share of questions)" if quiz else "probability per token", limits=UNIT),
+            *([Axis("perplexity after / before")] if text else []),
+        ],
+        y=rows,
+        title="What was forgotten and what was kept",
+        note="Bars: 95%, bootstrap over questions or documents.",
+        picture="accuracies",
+        height=40 + 40 * len(methods),
+        left=int(CHARACTER * max(len(shortened(name)) for name in methods)) + 52,
+    )
+    place = table["method"].map({name: number for number, name in enumerate(methods)})
+    table = table.assign(above=place - ASIDE, below=place + ASIDE)
+    ends = ("forget_low", "forget_high") if quiz else ("forget_probability_low", "forget_probability_high")
+    forget, retain = Look("forget", FORGET, mode="markers"), Look("retain", RETAIN, mode="markers")
+    worst = Look("retain, worst topic", RETAIN, symbol="diamond-open", mode="markers")
+    _draw(panels, 0, table, measured, "above", forget, ends)
+    _draw(panels, 0, table, "retain_accuracy", "below", retain, ("retain_low", "retain_high"))
+    _draw(panels, 0, table, "worst_topic_accuracy", "below", worst)
+    for column in ("untaught_accuracy", "forget_chance", "chance") if quiz else ():
+        if column in table:
+            name = "never taught" if column == "untaught_accuracy" else "chance"
+            for value in table[column].dropna().unique():
+                panels.level(0, float(value), name=name, along="y")
+            break
+    if text:
+        _draw(panels, 1, table, "text_perplexity_ratio", "below", Look("text", RETAIN, symbol="square", mode="markers"))
+        panels.level(1, 1.0, name="unchanged", along="y", dash="dot")
+    return panels.figure()
+
+
+def _draw(
+    panels: Panels,
+    panel: int,
+    table: pd.DataFrame,
+    column: str,
+    place: str,
+    look: Look,
+    ends: tuple[str, str] | None = None,
+) -> None:
+    """Points of a column along x, if the table has it, with their interval, if it has that."""
+    if column in table:
+        interval = ends if ends and set(ends) <= set(table) else None
+        panels.series(panel, table, column, place, look, interval=interval, along="x")
+
+
+def training(frame: Frame) -> go.Figure:
+    """The loss and its parts at each step of a fit.
+
+    Args:
+        frame: `fit.log` or `log.csv`: `step`, `loss` and its parts, one column each. A panel with a scale of its own for
+            each `method`, `layer` and `coefficient`, if it has those columns; `seed` makes faint points around a mean.
+
+    Raises:
+        TypeError, ValueError: not such a frame, no rows, or rows that nothing tells apart.
+    """
+    table = tidy(frame, ["step", "loss"], picture="training", metric="the log of a fit (fit.log, log.csv)")
+    numeric = (str(name) for name in table.select_dtypes("number"))
+    losses = sorted((name for name in numeric if name not in NOT_LOSSES), key="loss".__eq__)  # the sum lies on top
+    parts = facets(table, ["method", "layer", "coefficient"])
+    scales = [_scale(part[losses]) for _, part in parts]
+    panels = Panels(
+        [label for label, _ in parts],
+        x=Axis("step"),
+        y=[Axis("loss", scale) for scale in scales],
+        title="Loss of the fit",
+        note="Each panel has its own scale; where that is logarithmic, parts that are 0 are left out.",
+        picture="training",
+    )
+    for panel, (_, part) in enumerate(parts):
+        shown = part if scales[panel] == "linear" else part.assign(**part[losses].where(part[losses] > 0))
+        for name in losses:
+            panels.series(panel, shown, "step", name, _look(name, losses))
+    return panels.figure()
+
+
+def _look(name: str, losses: list[str]) -> Look:
+    """Parts of the loss that are about forgetting or retaining have the colours of these groups."""
+    label = name.replace("_", " ")
+    for group, colour in (("forget", FORGET), ("retain", RETAIN)):
+        if name.startswith(group):
+            return Look(label, colour, "solid" if name == group else "dot", mode="lines")
+    if name == "loss":
+        return Look(label, INK, mode="lines")
+    return Look(label, OTHERS[losses.index(name) % len(OTHERS)], "dash", mode="lines")
+
+
+def _scale(values: pd.DataFrame) -> Scale:
+    positive = values.where(values > 0).stack()
+    wide = len(positive) > 0 and bool((values.fillna(0) >= 0).all(axis=None)) and positive.max() > WIDE * positive.min()
+    return "log" if wide else "linear"

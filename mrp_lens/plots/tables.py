@@ -1,0 +1,175 @@
+"""The frames that pictures take: read, checked, and cut into facets, groups and seeds."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from torch import Tensor
+
+Frame = pd.DataFrame | Mapping[str, Any]
+"""A table, or its columns by name: lists, arrays or tensors of any dtype on any device."""
+
+TEXT_COLUMNS = frozenset("group hook measure method mode pair positions prompt question statistic token when".split())
+KEYS = ("group", "when", "pair", "number", "layer", "seed")  # what tells rows apart within a panel
+FACET_LABELS = {
+    "layer": "layer {:g}",
+    "source": "removed at layer {:g}",
+    "coefficient": "c = {:.3g}",
+    "relative_coefficient": "c = {:.3g} x norm",
+    "beta": "beta = {:.3g}",
+    "noise": "noise of variance {:.3g}",
+}
+
+
+def tidy(frame: Frame, columns: Sequence[str], *, picture: str, metric: str) -> pd.DataFrame:
+    """The frame as plain columns of numbers and text, with a new index.
+
+    Args:
+        frame: a table or its columns.
+        columns: what the picture cannot do without.
+        picture: its name, for the errors.
+        metric: what makes such a frame, for the errors.
+
+    Raises:
+        TypeError: not a frame.
+        ValueError: a column is missing, given twice, not one-dimensional, of another length than the rest, or text
+            where numbers are needed; or there are no rows.
+    """
+    if not isinstance(frame, pd.DataFrame | Mapping):
+        raise TypeError(f"{picture} takes a DataFrame or a mapping of columns, got {type(frame).__name__}")
+    names = [str(name) for name in frame]
+    source = f"Such a frame comes from {metric}"
+    missing = [name for name in columns if name not in names]
+    if missing:
+        raise ValueError(
+            f"{picture} needs the columns {', '.join(missing)}; the frame has {', '.join(names) or 'none'}. {source}"
+        )
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(f"{picture}: the frame has the column {', '.join(twice)} more than once. {source}")
+    plain = {str(name): _plain(column, str(name)) for name, column in frame.items()}
+    lengths = {name: len(column) for name, column in plain.items() if isinstance(column, list)}
+    if len(set(lengths.values())) > 1:
+        raise ValueError(f"{picture}: the columns differ in length: {lengths}. {source}")
+    rows = next(iter(lengths.values()), 1)
+    if not rows:
+        raise ValueError(f"{picture}: the frame has no rows. {source}")
+    table = pd.DataFrame(
+        {name: column if isinstance(column, list) else [column] * rows for name, column in plain.items()}
+    )
+    for name in {"group", "method"} & set(names):
+        table[name] = table[name].astype(str)
+    for name in columns:
+        if name not in TEXT_COLUMNS and not pd.api.types.is_numeric_dtype(table[name]):
+            raise ValueError(f"{picture}: the column {name} must hold numbers, got {table[name].iloc[0]!r}. {source}")
+    return table
+
+
+def _plain(column: Any, name: str) -> Any:
+    """A list of numbers and text; a scalar as it is."""
+    if isinstance(column, Tensor):
+        column = _numbers(column)
+    if isinstance(column, np.ndarray) and column.ndim == 0:
+        return column.item()
+    if isinstance(column, str) or not isinstance(column, Iterable):
+        return column
+    values = [_numbers(value).tolist() if isinstance(value, Tensor) else value for value in column]
+    if any(isinstance(value, list | tuple | np.ndarray) and np.ndim(value) > 0 for value in values):
+        raise ValueError(f"the column {name} must hold one value a row, got {values[0]!r}")
+    return [value.item() if isinstance(value, np.generic) else value for value in values]
+
+
+def _numbers(tensor: Tensor) -> Any:
+    """As an array; numpy has no bf16, and float64 holds every other floating type exactly."""
+    tensor = tensor.detach().cpu()
+    return (tensor.double() if tensor.is_floating_point() else tensor).numpy()
+
+
+def known(table: pd.DataFrame, column: str, picture: str) -> pd.DataFrame:
+    """The rows that have a number in this column.
+
+    Raises:
+        ValueError: none has.
+    """
+    rows = table[np.isfinite(table[column].astype(float))]
+    if rows.empty:
+        raise ValueError(f"{picture}: nothing to draw, the column {column} holds no number in any of {len(table)} rows")
+    return rows
+
+
+def facets(table: pd.DataFrame, columns: Sequence[str]) -> list[tuple[str, pd.DataFrame]]:
+    """The table cut by the columns that it has, each part with its label: text as it comes, numbers in order.
+
+    A number that is the same everywhere, or NaN, is not mentioned in the label.
+    """
+    parts = [("", table)]
+    for column in (column for column in columns if column in table):
+        numeric = pd.api.types.is_numeric_dtype(table[column])
+        mentioned = not numeric or table[column].nunique() > 1
+        cut = []
+        for label, part in parts:
+            values = part[column].unique()
+            for value in np.sort(values) if numeric else values:
+                rows = part[part[column].isna()] if pd.isna(value) else part[part[column] == value]
+                own = FACET_LABELS.get(column, "{}").format(value) if mentioned and not pd.isna(value) else ""
+                cut.append((", ".join(filter(None, (label, own))), rows))
+        parts = cut
+    return parts
+
+
+def varying(table: pd.DataFrame, *columns: str) -> list[str]:
+    """Those columns that the table has, with several values."""
+    return [column for column in columns if column in table and table[column].nunique() > 1]
+
+
+def layer_facets(
+    table: pd.DataFrame, settings: Sequence[str] = ("coefficient", "relative_coefficient")
+) -> list[tuple[str, pd.DataFrame]]:
+    """A part for each method, to be drawn against the layer, and for each value of a setting where that is needed.
+
+    It is not where each layer has one value, as where c is derived from the layer's norm. Of several settings that
+    would do, the one with the fewest values is taken.
+    """
+    keys = [name for name in KEYS if name in table]
+    parts = []
+    for label, of_method in facets(table, ["method"]):
+        needed = sorted(varying(of_method, *settings), key=lambda name: of_method[name].nunique())
+        if not needed or not of_method.duplicated(keys).any():
+            parts.append((label, of_method))
+            continue
+        column = needed[0]
+        if label == "adaptive-rmu":  # its coefficient is beta
+            of_method, column = of_method.assign(beta=of_method[column]), "beta"
+        parts += [(", ".join(filter(None, (label, own))), part) for own, part in facets(of_method, [column])]
+    return parts
+
+
+def groups(table: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
+    """The groups with their rows, forget first, then retain, then the rest as they come."""
+    names = list(table["group"].unique())
+    for name in sorted(names, key=lambda name: (("forget", "retain", name).index(name), names.index(name))):
+        yield str(name), table[table["group"] == name]
+
+
+def methods_of(table: pd.DataFrame) -> list[str]:
+    """The methods in order; a table without that column is about the unedited model."""
+    return [str(name) for name in table["method"].unique()] if "method" in table else ["unedited"]
+
+
+def single_rows(table: pd.DataFrame, keys: Sequence[str], *, picture: str) -> bool:
+    """Whether each combination of the keys has one row (True), or one a seed (False).
+
+    Raises:
+        ValueError: rows that nothing tells apart.
+    """
+    if not table.duplicated(list(keys)).any():
+        return True
+    if "seed" not in table or table.duplicated([*keys, "seed"]).any():
+        first = table[table.duplicated([*keys, *(["seed"] if "seed" in table else [])])].iloc[0]
+        place = ", ".join(f"{key} {first[key]}" for key in keys)
+        raise ValueError(
+            f"{picture}: several rows for {place}; add a column method, coefficient or seed that tells them apart, "
+            "or draw one of them at a time"
+        )
+    return False

@@ -1,0 +1,394 @@
+"""Proposition 1 of arXiv 2408.06223 on the tiny model, against Jacobians taken one coordinate at a time."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from mrp_lens.edit import SteeringEdit
+from mrp_lens.metrics import theory
+from mrp_lens.metrics.derivatives import JacobianSize, LayersAbove, jacobian_size
+from mrp_lens.metrics.theory import proposition_1, variance_by_coefficient
+from mrp_lens.model import LensModel, load_model
+from tests.conftest import D_MODEL, LAYERS
+
+Array = NDArray[np.float64]
+PROMPTS = ["The colour of Zaxim is", "Question: What is the taste of Xim Oline? Answer:"]
+LAYER, COEFFICIENT = 1, 1.5
+DIRECTION = torch.rand(D_MODEL, generator=torch.Generator().manual_seed(3))
+SMALL = 1e-5  # of the noise: 0.02 in length, against 1.5 for the state
+
+
+@pytest.fixture(scope="module")
+def double(backend: str, tiny_folder: Path) -> Any:
+    """The tiny model in float64, for differences of outputs. (Not for padding: on the Bridge of TransformerLens 3.9
+    and 4.3 a plain pass in float64 over rows padded on the left gives NaN.)"""
+    return load_model(str(tiny_folder), backend=backend, dtype=torch.float64)
+
+
+def ids_of(model: LensModel, prompt: str) -> list[int]:
+    return [model.tokenizer.bos_token_id, *model.tokenizer(prompt, add_special_tokens=False)["input_ids"]]
+
+
+def outputs_with(
+    model: LensModel, ids: list[int], layer: int, put: Callable[[torch.Tensor], torch.Tensor], rows: int = 1
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits and final stream of copies of a row at its last position, where `put` makes the states at a layer."""
+    seen: dict[str, torch.Tensor] = {}
+    names = [f"blocks.{layer}.hook_resid_post", f"blocks.{LAYERS - 1}.hook_resid_post"]
+    points = [model.hook_dict[name] for name in names]
+    points[0].add_hook(lambda activation, hook: put(activation))
+    points[1].add_hook(lambda activation, hook: seen.update(stream=activation[:, -1]))
+    tokens = torch.tensor([ids]).repeat(rows, 1)
+    logits = model(tokens, attention_mask=torch.ones_like(tokens))[:, -1]
+    for point in points:
+        point.fwd_hooks.pop().hook.remove()
+    return logits, seen["stream"]
+
+
+def jacobians(
+    model: LensModel, ids: list[int], layer: int, places: list[int], base: torch.Tensor | None
+) -> list[Array]:
+    """Of logits and final stream in the states at `places`, which are `base` (None: the model's own), by central
+    differences: [outputs, places * d_model]."""
+    step = 1e-3
+    columns: list[list[Array]] = [[], []]
+    for place in places:
+
+        def put(states: torch.Tensor, place: int = place) -> torch.Tensor:
+            states = states.clone()
+            if base is not None:
+                states[:, places] = base.to(states)
+            for coordinate in range(D_MODEL):
+                states[2 * coordinate, place, coordinate] += step
+                states[2 * coordinate + 1, place, coordinate] -= step
+            return states
+
+        with torch.no_grad():
+            for column, ends in zip(columns, outputs_with(model, ids, layer, put, 2 * D_MODEL), strict=True):
+                column.append(((ends[::2] - ends[1::2]) / (2 * step)).T.double().numpy())
+    return [np.concatenate(column, axis=1) for column in columns]
+
+
+def relative(found: Any, expected: Any) -> float:
+    found, expected = np.asarray(found, float), np.asarray(expected, float)
+    return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_products_with_the_jacobian_are_those_of_differences_in_a_padded_batch(
+    model: LensModel, double: Any, side: str, untouched: None
+) -> None:
+    rows = [ids_of(double, prompt) for prompt in PROMPTS]
+    width = max(map(len, rows))
+    starts = [width - len(row) if side == "left" else 0 for row in rows]
+    tokens, mask = torch.zeros(2, width, dtype=torch.long), torch.zeros(2, width, dtype=torch.bool)
+    for i, (row, start) in enumerate(zip(rows, starts, strict=True)):
+        tokens[i, start : start + len(row)], mask[i, start : start + len(row)] = torch.tensor(row), True
+    places = [[len(row) - 3, len(row) - 1] for row in rows]
+    moved = torch.zeros_like(mask)
+    for i, start in enumerate(starts):
+        moved[i, [start + place for place in places[i]]] = True
+    read = torch.tensor([start + len(row) - 1 for row, start in zip(rows, starts, strict=True)])
+    generator = torch.Generator().manual_seed(0)
+    tangents = torch.randn(2, width, D_MODEL, generator=generator)
+    for output, which in (("logits", 0), ("stream", 1)):
+        above = LayersAbove(model, LAYER, tokens, mask, moved, read, output)
+        pushed = above.jvp(tangents)
+        cotangents = torch.randn(pushed.shape, generator=generator)
+        pulled = above.vjp(cotangents)
+        assert float(pulled[~moved].abs().max()) == 0.0
+        for i, row in enumerate(rows):
+            plain = jacobians(double, row, LAYER, places[i], None)[which]
+            assert relative(pushed[i], plain @ tangents[i, moved[i]].flatten().numpy()) < 1e-3
+            assert relative(pulled[i, moved[i]].flatten(), plain.T @ cotangents[i].numpy()) < 1e-3
+            wrong = jacobians(double, row, LAYER + 1, places[i], None)[which]
+            assert relative(pushed[i], wrong @ tangents[i, moved[i]].flatten().numpy()) > 0.1
+
+
+def test_products_with_the_jacobian_are_those_of_autograds_full_jacobian(model: LensModel, untouched: None) -> None:
+    ids = ids_of(model, PROMPTS[0])
+    tokens = torch.tensor([ids])
+    ones = torch.ones_like(tokens, dtype=torch.bool)
+    above = LayersAbove(model, LAYER, tokens, ones, ones, torch.tensor([len(ids) - 1]), "stream")
+
+    def stream(shift: torch.Tensor) -> torch.Tensor:
+        return outputs_with(model, ids, LAYER, lambda states: states + shift)[1]
+
+    full: Any = torch.autograd.functional.jacobian(stream, torch.zeros(1, len(ids), D_MODEL))
+    matrix = full.reshape(D_MODEL, -1)
+    generator = torch.Generator().manual_seed(0)
+    coordinates = torch.randn(5, above.inputs, generator=generator)  # five tangents on one row
+    cotangents = torch.randn(5, D_MODEL, generator=generator)
+    pushed, pulled = above.jvp(above.spread(coordinates)), above.vjp(cotangents)
+    assert relative(pushed, coordinates @ matrix.T) < 1e-5
+    assert relative(pulled.flatten(1), cotangents @ matrix) < 1e-5
+    shifted = above.outputs(1e-3 * above.spread(coordinates)) - above.outputs(0 * above.spread(coordinates))
+    assert relative(shifted, 1e-3 * pushed) < 0.02
+
+
+def test_states_after_the_position_that_is_read_have_no_influence(model: LensModel, untouched: None) -> None:
+    tokens = torch.tensor([ids_of(model, PROMPTS[0])])
+    ones = torch.ones_like(tokens, dtype=torch.bool)
+    later = torch.arange(tokens.shape[1])[None] > 2
+    above = LayersAbove(model, LAYER, tokens, ones, later, torch.tensor([2]))
+    assert float(above.jvp(torch.ones(1, tokens.shape[1], D_MODEL)).abs().max()) == 0.0
+    assert float(above.vjp(torch.ones(1, model.cfg.d_vocab)).abs().max()) == 0.0
+
+
+def test_the_size_of_a_jacobian_is_exact_with_enough_products_and_close_with_fewer(
+    model: LensModel, double: Any
+) -> None:
+    ids = ids_of(model, PROMPTS[0])
+    tokens = torch.tensor([ids])
+    ones = torch.ones_like(tokens, dtype=torch.bool)
+    above = LayersAbove(model, LAYER, tokens, ones, ones, torch.tensor([len(ids) - 1]))
+    singular = np.linalg.svd(jacobians(double, ids, LAYER, list(range(len(ids))), None)[0], compute_uv=False)
+
+    def size(probes: int) -> JacobianSize:
+        return jacobian_size(above, probes=probes, batch_size=50, generator=torch.Generator().manual_seed(0))
+
+    exact = size(above.inputs)
+    assert exact.squared_norm == pytest.approx((singular**2).sum(), rel=1e-3)
+    assert exact.top_eigenvalue == pytest.approx(singular[0] ** 2, rel=1e-3)
+    # Hutchinson's variance with random signs is at most 2 ||A||_F^2 / probes; four standard deviations
+    tolerance = 4 * (2 * (singular[8:] ** 4).sum() / 100) ** 0.5
+    estimate = size(100)
+    assert above.inputs > 100
+    assert 0 < abs(estimate.squared_norm - (singular**2).sum()) < tolerance < 0.3 * (singular**2).sum()
+    assert estimate.top_eigenvalue == exact.top_eigenvalue
+
+
+@pytest.mark.parametrize(("positions", "layer"), [("last", LAYER), ("all", LAYER), ("last", LAYERS - 1)])
+def test_the_prediction_is_the_full_jacobians(
+    model: LensModel, double: Any, positions: Any, layer: int, untouched: None
+) -> None:
+    frame = proposition_1(
+        model,
+        PROMPTS,
+        DIRECTION,
+        layer=layer,
+        coefficient=COEFFICIENT,
+        noise=[SMALL, 2 * SMALL],
+        positions=positions,
+        samples=600,
+        batch_size=100,
+    )
+    assert list(frame["statistic"]) == ["mean", "trace", "top_eigenvalue"] * 4
+    unit = (DIRECTION / DIRECTION.norm()).double()
+    for prompt, text in enumerate(PROMPTS):
+        ids = ids_of(model, text)
+        places = [len(ids) - 1] if positions == "last" else list(range(len(ids)))
+        singular = np.linalg.svd(
+            jacobians(double, ids, layer, places, COEFFICIENT * unit)[0], compute_uv=False
+        )  # W J at c u
+        for eta in (SMALL, 2 * SMALL):
+            part = frame[(frame["prompt"] == prompt) & (frame["noise"] == eta)].set_index("statistic")["predicted"]
+            assert part["mean"] == 0.0
+            assert part["trace"] == pytest.approx(eta * (singular**2).sum(), rel=1e-3)
+            assert part["top_eigenvalue"] == pytest.approx(eta * singular[0] ** 2, rel=1e-3)
+        norms: list[float] = []
+
+        def keep(states: torch.Tensor, kept: list[float] = norms) -> torch.Tensor:
+            kept.append(float(states[0, -1].norm()))
+            return states
+
+        with torch.no_grad():
+            outputs_with(model, ids, layer, keep)
+        assert frame[frame["prompt"] == prompt]["norm"].to_numpy() == pytest.approx(norms[0], rel=1e-5)
+
+
+def sampled(model: LensModel, ids: list[int], coefficient: float, noise: float, positions: str, samples: int) -> Array:
+    """Logits under noise of another seed, by a hook of the test's own."""
+    generator = torch.Generator().manual_seed(77)
+    unit = DIRECTION / DIRECTION.norm()
+
+    def put(states: torch.Tensor, hook: Any) -> torch.Tensor:
+        steered = coefficient * unit + noise**0.5 * torch.randn(states.shape, generator=generator)
+        return steered if positions == "all" else torch.cat([states[:, :-1], steered[:, -1:]], dim=1)
+
+    point = model.hook_dict[f"blocks.{LAYER}.hook_resid_post"]
+    point.add_hook(put)
+    tokens = torch.tensor([ids]).repeat(samples, 1)
+    with torch.no_grad():
+        logits: torch.Tensor = model(tokens, attention_mask=torch.ones_like(tokens))[:, -1]
+    point.fwd_hooks.pop().hook.remove()
+    return logits.double().numpy()
+
+
+@pytest.mark.parametrize("positions", ["last", "all"])
+def test_the_measurement_is_that_of_other_draws(model: LensModel, positions: Any, untouched: None) -> None:
+    noise = 0.05  # far from linear
+    frame = proposition_1(
+        model, PROMPTS[:1], DIRECTION, layer=LAYER, coefficient=COEFFICIENT, noise=[noise], positions=positions
+    ).set_index("statistic")
+    ids = ids_of(model, PROMPTS[0])
+    logits = sampled(model, ids, COEFFICIENT, noise, positions, 4096)
+    still = sampled(model, ids, COEFFICIENT, 0.0, positions, 1)[0]
+    covariance = np.cov(logits.T)
+    plain = {
+        "mean": np.linalg.norm(logits.mean(axis=0) - still) / np.trace(covariance) ** 0.5,
+        "trace": np.trace(covariance),
+        "top_eigenvalue": np.linalg.eigvalsh(covariance)[-1],
+    }
+    for statistic, row in frame.iterrows():
+        width = float(row["high"] - row["low"])  # about four standard errors; the two samples differ by sqrt(2) of one
+        assert abs(float(row["measured"]) - plain[str(statistic)]) < 1.5 * width
+    assert frame["low"]["trace"] < frame["measured"]["trace"] < frame["high"]["trace"]
+
+
+def test_small_noise_does_what_proposition_1_says(model: LensModel, untouched: None) -> None:
+    noise = [SMALL * factor for factor in (1.0, 1.25, 1.5, 1.75, 2.0)]
+    frame = proposition_1(
+        model, PROMPTS, DIRECTION, layer=LAYER, coefficient=COEFFICIENT, noise=noise, samples=1024, batch_size=256
+    )
+    assert len(frame) == 30
+    assert frame["inside"].sum() >= 24  # 28 or 29 are expected of 30; fewer than 24 in one of 1,000 runs
+    assert (frame["error"].abs() < 0.25).all()
+
+
+def test_what_proposition_1_does_not_describe_is_noticed(model: LensModel, untouched: None) -> None:
+    def frame(noise: float, layer: int, coefficient: float) -> pd.DataFrame:
+        return proposition_1(
+            model, PROMPTS[:1], DIRECTION, layer=layer, coefficient=coefficient, noise=[noise], samples=512
+        ).set_index("statistic")
+
+    right = frame(SMALL, LAYER, COEFFICIENT)
+    large = frame(1.0, LAYER, COEFFICIENT)
+    for wrong in (frame(SMALL, LAYER + 1, COEFFICIENT), frame(SMALL, LAYER, 2 * COEFFICIENT)):
+        for statistic in ("trace", "top_eigenvalue"):
+            assert not right["low"][statistic] <= wrong["predicted"][statistic] <= right["high"][statistic]
+    assert not large["inside"].any()
+    assert large["error"]["mean"] > 0.1
+    assert large["error"]["trace"] == pytest.approx(large["measured"]["trace"] / large["predicted"]["trace"] - 1)
+
+
+def test_intervals_hold_the_truth_as_often_as_they_say() -> None:
+    spectrum = torch.tensor([4.0, 1.0, 0.5, 0.25, 0.1, 0.1, 0.1, 0.1])
+    hits = {"trace": 0, "top_eigenvalue": 0, "mean": 0}
+    for seed in range(200):
+        deviations = torch.randn(256, 8, generator=torch.Generator().manual_seed(seed)) * spectrum.sqrt()
+        counts = np.random.default_rng(seed).multinomial(256, np.full(256, 1 / 256), size=theory.RESAMPLES)
+        size = JacobianSize(float(spectrum.sum()), 4.0)
+        case = theory._Case((0, 0, 0.0, "last", 1.0), 1.0, size, torch.zeros(8), deviations, torch.tensor(counts / 256))
+        covariance = np.cov(deviations.double().numpy().T)
+        assert case.trace == pytest.approx(np.trace(covariance), rel=1e-5)
+        assert case.top_eigenvalue == pytest.approx(np.linalg.eigvalsh(covariance)[-1], rel=1e-5)
+        off, traces = case.resampled()
+        low, high = theory._interval(traces)
+        hits["trace"] += low <= size.squared_norm <= high
+        low, high = theory._interval(2 * case.top_eigenvalue - case.resampled_tops())
+        hits["top_eigenvalue"] += low <= size.top_eigenvalue <= high
+        hits["mean"] += case.distance <= theory._interval(off)[1]
+    assert all(0.88 <= count / 200 <= 1.0 for count in hits.values()), hits
+
+
+def test_variance_by_coefficient_is_that_of_plain_passes(model: LensModel, untouched: None) -> None:
+    coefficients = [0.5, 6.0]
+    noise = 0.05
+    frame = variance_by_coefficient(
+        model, PROMPTS[:1], DIRECTION, layer=LAYER, coefficients=coefficients, noise=noise, samples=2048
+    )
+    ids = ids_of(model, PROMPTS[0])
+    for coefficient, (_, row) in zip(coefficients, frame.iterrows(), strict=True):
+        assert row["coefficient"] == coefficient
+        logits = sampled(model, ids, coefficient, noise, "last", 2048)
+        assert abs(row["measured"] - np.cov(logits.T).trace()) < 1.5 * (row["high"] - row["low"])
+        largest = logits.max(axis=1)
+        assert abs(row["max_logit"] - largest.mean()) < 6 * largest.std() / 2048**0.5
+    alone = proposition_1(
+        model, PROMPTS[:1], DIRECTION, layer=LAYER, coefficient=coefficients[1], noise=[noise], samples=64
+    ).set_index("statistic")
+    assert frame["predicted"].iloc[1] == pytest.approx(alone["predicted"]["trace"], rel=1e-5)
+    assert frame["norm"].iloc[1] == alone["norm"]["trace"]
+    # The norms of the layers above divide by the length of the state, so that the tiny model damps noise as c grows.
+    assert (frame["predicted"].diff()[1:] < 0).all()
+
+
+def test_a_seed_gives_the_same_frame_again_and_another_seed_another(model: LensModel, untouched: None) -> None:
+    def frame(seed: int) -> pd.DataFrame:
+        return variance_by_coefficient(
+            model, PROMPTS[:1], DIRECTION, layer=LAYER, coefficients=[1.0], noise=0.01, samples=64, seed=seed
+        )
+
+    first, again, other = frame(1), frame(1), frame(2)
+    pd.testing.assert_frame_equal(first, again)
+    assert first["measured"].iloc[0] != other["measured"].iloc[0]
+    assert first["predicted"].iloc[0] == pytest.approx(other["predicted"].iloc[0], rel=1e-6)  # exact, without probes
+
+
+def test_a_prompt_of_one_token_is_steered_all_the_same(model: LensModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(model.cfg, "default_prepend_bos", False)
+    frames = [
+        proposition_1(
+            model,
+            ["."],
+            DIRECTION,
+            layer=LAYER,
+            coefficient=1.0,
+            noise=[0.01],
+            samples=64,
+            positions=positions,
+        )
+        for positions in ("last", "all")
+    ]
+    assert len(model.tokenizer(".", add_special_tokens=False)["input_ids"]) == 1
+    pd.testing.assert_frame_equal(frames[0].drop(columns="positions"), frames[1].drop(columns="positions"))
+
+
+def test_an_edit_that_is_on_the_model_stays_on_it(model: LensModel, untouched: None) -> None:
+    def measured() -> float:
+        frame = variance_by_coefficient(
+            model, PROMPTS[:1], DIRECTION, layer=LAYER, coefficients=[1.0], noise=0.01, samples=64
+        )
+        return float(frame["predicted"].iloc[0])
+
+    bare = measured()
+    with SteeringEdit.towards(torch.ones(D_MODEL), layer=LAYER + 1, coefficient=5.0, mode="add").applied(model):
+        assert measured() != pytest.approx(bare, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"noise": [0.1, 0.0]}, r"noise must be a variance above 0.*\[0.1, 0.0\]"),
+        ({"noise": []}, "noise must be"),
+        ({"noise": [float("nan")]}, "noise must be"),
+        ({"coefficient": float("inf")}, "coefficient must be a finite number"),
+        ({"positions": "first"}, "unknown positions 'first'; choose 'last' or 'all'"),
+        ({"layer": LAYERS}, f"layer {LAYERS} is out of range"),
+        ({"direction": torch.ones(5)}, "5 entries"),
+        ({"direction": torch.zeros(D_MODEL)}, "non-zero"),
+        ({"prompts": []}, "list of prompts"),
+        ({"prompts": "The"}, "list of prompts"),
+        ({"prompts": ["The", ""]}, "prompt 1 is ''"),
+        ({"samples": 1}, "samples must be at least 2"),
+        ({"noise": [1e-30]}, "lost in the rounding"),
+    ],
+)
+def test_bad_input_is_named(model: LensModel, changes: dict[str, Any], message: str, untouched: None) -> None:
+    settings: dict[str, Any] = {
+        "prompts": PROMPTS[:1],
+        "direction": DIRECTION,
+        "layer": LAYER,
+        "coefficient": 1.0,
+        "noise": [0.1],
+        "samples": 8,
+    } | changes
+    prompts, direction = settings.pop("prompts"), settings.pop("direction")
+    if changes.get("positions"):  # the run-time checks of the tests would come first
+        with pytest.raises(Exception, match=r"first|unknown positions"):
+            proposition_1(model, prompts, direction, **settings)
+        return
+    with pytest.raises(ValueError, match=message):
+        proposition_1(model, prompts, direction, **settings)
+    if "coefficient" in changes:
+        with pytest.raises(ValueError, match=message):
+            variance_by_coefficient(
+                model, prompts, direction, layer=LAYER, coefficients=[1.0, float("inf")], noise=0.1, samples=8
+            )

@@ -17,7 +17,7 @@ def alignment_table(cosines: list[float], *, last: float = 0.5) -> pd.DataFrame:
         for share, value in zip(alignment.SHARES, cosines, strict=True)
         for side in ("forget", "retain")
     ]
-    rows += [{"method": "mrp", "group": side, "relative_coefficient": None, "cosine": last} for side in ("forget",)]
+    rows.append({"method": "mrp", "group": "forget", "relative_coefficient": float("nan"), "cosine": last})
     fixed = {"low": 0.0, "high": 1.0, "null_mean": 0.2, "null_low": 0.1, "null_high": 0.3, "norm": 7.0}
     return pd.DataFrame([{**fixed, **row} for row in rows])
 

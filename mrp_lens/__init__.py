@@ -5,7 +5,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mrp_lens import metrics
+    from mrp_lens import metrics, plots
     from mrp_lens.corpus import Corpus, Questions
     from mrp_lens.edit import Edit, EditStack, ProjectionEdit, SteeringEdit, WeightEdit, load_edit
     from mrp_lens.methods import MRP, RMU, AdaptiveRMU, Fit
@@ -31,6 +31,7 @@ _HOMES = {
     "load_edit": "mrp_lens.edit",
     "load_model": "mrp_lens.model",
     "metrics": "mrp_lens",
+    "plots": "mrp_lens",
 }
 
 __version__ = version("mrp_lens")
@@ -51,6 +52,7 @@ __all__ = [
     "load_edit",
     "load_model",
     "metrics",
+    "plots",
 ]
 
 

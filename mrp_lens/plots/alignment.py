@@ -84,7 +84,8 @@ def norms(frame: Frame) -> go.Figure:
         TypeError, ValueError: not such a frame, no rows, or rows that nothing tells apart.
     """
     table = tidy(frame, ["group", "layer", "norm", "norm_std"], picture="norms", metric=METRIC)
-    table = table.assign(low=table["norm"] - table["norm_std"], high=table["norm"] + table["norm_std"])
+    low = (table["norm"] - table["norm_std"]).clip(lower=0)  # no state is shorter
+    table = table.assign(low=low, high=table["norm"] + table["norm_std"])
 
     def draw(panels: Panels, panel: int, group: str, rows: pd.DataFrame, colour: str) -> None:
         panels.series(panel, rows, "layer", "norm", Look(group, colour), interval=("low", "high"))

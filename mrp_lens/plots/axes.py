@@ -45,7 +45,7 @@ class Axis:
         reached = np.array([end for end in ends if math.isfinite(end)])
         if self._is_log(shown):
             return _logarithmic(shown[shown > 0], reached, pixels)
-        options: dict[str, Any] = {"nticks": max(3, int(pixels // 40))}
+        options: dict[str, Any] = {"nticks": max(4, int(pixels // 32))}
         limits = self.limits or _limits(np.array([*shown, *reached]))
         return options | ({"range": list(limits)} if limits else {})
 

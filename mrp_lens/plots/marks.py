@@ -59,6 +59,13 @@ def band(x: Values, low: Values, high: Values, *, name: str) -> go.Scatter:
     )
 
 
+def level(value: float, look: Look, along: Along) -> go.Scatter:
+    """A line at one value, whose ends are still to be set."""
+    places = {along: [None, None], "y" if along == "x" else "x": [value, value]}
+    hover = f"{look.name}: {value:.4g}<extra></extra>"
+    return go.Scatter(**places, name=look.name, mode="lines", line=look.line, hovertemplate=hover)
+
+
 def floats(values: Iterable[float]) -> Values:
     """As an array of float64."""
     return np.asarray(list(values), dtype=float)

@@ -86,9 +86,8 @@ class Panels:
             horizontal_spacing=gap / inner,
             vertical_spacing=row_gap / self.all_height,
         )
-        self.drawn = False
         self.legend: dict[str, None] = {}  # names in order
-        self.levels: set[tuple[int, str, float]] = set()
+        self.levels: dict[tuple[int, str, float], tuple[Along, Any]] = {}
         self.asides: list[tuple[int, int, Any]] = []  # panel, side and trace
         self.shown: list[dict[str, list[float]]] = [{"x": [], "y": [], "ends": []} for _ in titles]
 
@@ -172,35 +171,25 @@ class Panels:
         """The grey line of a control that is one number: along x, all across the panel, or up along y."""
         if not math.isfinite(value) or (panel, name, value) in self.levels:
             return
-        row, column = self._place(panel)
-        draw = self.grid.add_hline if along == "x" else self.grid.add_vline
-        draw(
-            value,
-            row=row,
-            col=column,
-            name=name,
-            legendgroup=name,
-            showlegend=name not in self.legend,
-            line={"color": GREY, "dash": dash, "width": 1.6},
-            layer="below",
-            legendrank=CONTROLS_RANK,
-            exclude_empty_subplots=False,
-        )
-        self.levels.add((panel, name, value))
-        self.legend[name] = None
         self.shown[panel]["y" if along == "x" else "x"].append(value)
+        self.trace(panel, marks.level(value, Look(name, GREY, dash, mode="lines"), along), rank=CONTROLS_RANK)
+        self.levels[panel, name, value] = (along, self.grid.data[-1])
 
     def explain(self, name: str, symbol: str) -> None:
         """An entry of the legend for a symbol, whatever the colour: it draws nothing."""
         if name not in self.legend:
             look = Look(name, INK, symbol=symbol)
             empty = go.Scatter(x=[None], y=[None], name=name, mode="markers", marker=look.marker)
-            self._add(0, empty, legend=True, rank=SYMBOLS_RANK)
+            self.trace(0, empty, rank=SYMBOLS_RANK)
 
     def trace(self, panel: int, trace: Any, *, legend: bool = True, rank: int | None = None) -> None:
         """A trace of any kind; the first of its name gets the entry in the legend, in the order of ranks."""
-        self.drawn = True
-        self._add(panel, trace, legend=legend, rank=rank)
+        row, column = self._place(panel)
+        trace.legendgroup, trace.legendrank = trace.name, rank
+        trace.showlegend = legend and trace.name not in self.legend
+        if legend:
+            self.legend[trace.name] = None
+        self.grid.add_trace(trace, row=row, col=column)
 
     def figure(self) -> go.Figure:
         """The figure, with axes, legend and height that suit what was drawn.
@@ -208,11 +197,13 @@ class Panels:
         Raises:
             ValueError: nothing was drawn.
         """
-        if not self.drawn:
+        if all(trace.legendrank for trace in self.grid.data):  # controls and symbols alone
             raise ValueError(f"{self.picture}: nothing to draw, the frame holds no number where the picture needs one")
         for panel in range(0 if self.space else len(self.shown)):
             self._axes(panel)
+        self._stretch_levels()
         self._step_aside()
+        self.grid.data = sorted(self.grid.data, key=lambda trace: trace.legendrank != CONTROLS_RANK)  # controls below
         dress(
             self.grid,
             title=self.title,
@@ -223,14 +214,6 @@ class Panels:
             titled=self.titled,
         )
         return self.grid
-
-    def _add(self, panel: int, trace: Any, *, legend: bool, rank: int | None) -> None:
-        row, column = self._place(panel)
-        trace.legendgroup, trace.legendrank = trace.name, rank
-        trace.showlegend = legend and trace.name not in self.legend
-        if legend:
-            self.legend[trace.name] = None
-        self.grid.add_trace(trace, row=row, col=column)
 
     def _axes(self, panel: int) -> None:
         row, column = self._place(panel)
@@ -256,12 +239,22 @@ class Panels:
             **self.ys[panel].options(values, self.height, ends=ends),
         )
 
+    def _axis(self, panel: int, along: Along) -> Any:
+        row, column = self._place(panel)
+        return next((self.grid.select_xaxes if along == "x" else self.grid.select_yaxes)(row=row, col=column))
+
+    def _stretch_levels(self) -> None:
+        """Levels run from end to end of their axis, which is known only when everything is drawn."""
+        for (panel, _, _), (along, trace) in self.levels.items():
+            axis = self._axis(panel, along)
+            trace[along] = [10**end if axis.type == "log" else end for end in axis.range]
+
     def _step_aside(self) -> None:
         """Move the points of two groups a few pixels apart; what hovering tells is the true place."""
         if len({side for _, side, _ in self.asides}) < 2:
             return
         for panel, side, trace in self.asides:
-            axis = next(self.grid.select_xaxes(row=self._place(panel)[0], col=self._place(panel)[1]))
+            axis = self._axis(panel, "x")
             step = side * ASIDE * (axis.range[1] - axis.range[0]) / self.panel_width
             trace.x = [None if x is None else x * 10**step if axis.type == "log" else x + step for x in trace.x]
 

@@ -8,7 +8,7 @@ from mrp_lens.plots.panels import Panels
 from mrp_lens.plots.style import CHARACTER, FORGET, INK, OTHERS, RETAIN, Look, shortened
 from mrp_lens.plots.tables import TEXT_COLUMNS, Frame, facets, methods_of, tidy
 
-RUN = "mrp_lens.run (table.csv of a run's folder)"
+RUN = "mrp-lens demo, unlearn and the like (table.csv)"
 UNIT = (-0.03, 1.04)
 ASIDE = 0.15  # of a method's row: forget is drawn above, retain below
 NOT_LOSSES = TEXT_COLUMNS | set("step seconds seed layer coefficient relative_coefficient".split())

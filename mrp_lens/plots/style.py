@@ -18,7 +18,6 @@ GREY_BAND = "rgba(118, 118, 118, 0.22)"
 GRID = "#E6E6E6"
 DARK_GREEN, LIGHT_GREEN = (0, 68, 50), (150, 214, 190)  # ends of the scale for ordered quantities
 
-DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
 FILLED = ("circle", "square", "diamond", "triangle-up", "x", "star", "cross", "triangle-down")
 SYMBOLS = (*FILLED, *(f"{symbol}-open" for symbol in FILLED))
 

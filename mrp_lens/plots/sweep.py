@@ -10,7 +10,7 @@ from mrp_lens.plots.panels import Panels
 from mrp_lens.plots.style import FORGET, RETAIN, SYMBOLS, Look, control_dash
 from mrp_lens.plots.tables import Frame, facets, known, layer_facets, tidy
 
-SWEEP = "mrp_lens.sweep (table.csv of mrp-lens sweep)"
+SWEEP = "mrp-lens sweep (table.csv)"
 Measure = Literal["accuracy", "cosine", "max_probability"]
 TITLES: dict[Measure, str] = {
     "accuracy": "accuracy",

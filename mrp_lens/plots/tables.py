@@ -73,11 +73,12 @@ def _plain(column: Any, name: str) -> Any:
     if isinstance(column, np.ndarray) and column.ndim == 0:
         return column.item()
     if isinstance(column, str) or not isinstance(column, Iterable):
-        return column
+        return float("nan") if column is None else column
     values = [_numbers(value).tolist() if isinstance(value, Tensor) else value for value in column]
     if any(isinstance(value, list | tuple | np.ndarray) and np.ndim(value) > 0 for value in values):
         raise ValueError(f"the column {name} must hold one value a row, got {values[0]!r}")
-    return [value.item() if isinstance(value, np.generic) else value for value in values]
+    plain = (value.item() if isinstance(value, np.generic) else value for value in values)
+    return [float("nan") if value is None else value for value in plain]
 
 
 def _numbers(tensor: Tensor) -> Any:

@@ -2,7 +2,6 @@
 
 import json
 from itertools import combinations
-from pathlib import Path
 from typing import Any
 
 import plotly.io
@@ -10,15 +9,11 @@ import pytest
 
 from mrp_lens import plots
 from mrp_lens.plots.style import WIDTH
+from tests.browser import look_at
 from tests.frames import CASES
 
-CHROMIUM = Path("/usr/bin/chromium")
-ARGUMENTS = (
-    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-    "--disable-component-update --disable-sync"
-).split()
-HARMLESS = ("GPU stall", "willReadFrequently")  # how software draws three dimensions
-LOCAL = ("file://", "data:", "blob:")
+pytestmark = pytest.mark.slow
+
 TOUCH = 1.0  # pixels that two boxes may share: text does not fill its box
 
 # What a figure shows: the boxes of its texts, of its legend, of its panels, and how many traces were drawn.
@@ -45,9 +40,6 @@ READ = """() => [...document.querySelectorAll('.js-plotly-plot')].map(figure => 
 @pytest.fixture(scope="module")
 def rendered(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Figure by name as the browser shows it, and what the browser complained about and asked for."""
-    if not CHROMIUM.exists():
-        pytest.skip(f"needs {CHROMIUM}")
-    api = pytest.importorskip("playwright.sync_api", reason="needs playwright, to drive the browser")
     parts: list[str] = []
     for name, (frame, options) in CASES.items():
         figure = plots.PICTURES[name.split(":")[0]](frame, **options)
@@ -59,25 +51,13 @@ def rendered(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     page_file.write_text(
         f"<!doctype html><meta charset='utf-8'><body style='margin:0'>{''.join(parts)}", encoding="utf-8"
     )
-    said: list[str] = []
-    asked: list[str] = []
-    with api.sync_playwright() as browsers:
-        browser = browsers.chromium.launch(executable_path=str(CHROMIUM), args=ARGUMENTS)
-        page = browser.new_page(viewport={"width": WIDTH, "height": 1000})
-        page.on("console", lambda message: said.append(f"{message.type}: {message.text}"))
-        page.on("pageerror", lambda error: said.append(f"error: {error}"))
-        page.on("request", lambda request: asked.append(request.url))
-        page.goto(page_file.as_uri())
-        page.wait_for_function(f"window.ready === {len(parts)}", timeout=240_000)
-        figures = {figure.pop("name"): figure for figure in page.evaluate(READ)}
-        browser.close()
-    return {"figures": figures, "said": said, "asked": asked}
+    seen = look_at(page_file, READ, ready=f"window.ready === {len(parts)}")
+    return {"figures": {figure.pop("name"): figure for figure in seen.value}, "seen": seen}
 
 
 def test_the_browser_has_nothing_to_complain_of_and_asks_nobody_for_anything(rendered: dict[str, Any]) -> None:
-    assert [message for message in rendered["said"] if not any(known in message for known in HARMLESS)] == []
-    assert rendered["asked"]
-    assert [url for url in rendered["asked"] if not url.startswith(LOCAL)] == []
+    assert rendered["seen"].complaints == []
+    assert rendered["seen"].asked_elsewhere == []
 
 
 @pytest.mark.parametrize("name", CASES)

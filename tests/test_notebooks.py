@@ -1,0 +1,195 @@
+"""The notebooks run from top to bottom, on the demo and, two lines changed, on a checkpoint and files of one's own."""
+
+import ast
+import base64
+import json
+import re
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.families import save_family
+
+FOLDER = Path(__file__).parent.parent / "notebooks"
+NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
+PLOTLY = "application/vnd.plotly.v1+json"
+SECONDS = 280  # for a cell; the suite's own limit is on the whole notebook
+DEMO_MODEL, DEMO_CASE = 'ml.load_model("demo")', 'Case.of_world("potions")'
+EXAMPLE = re.compile(r"```python\n(.*?)```", re.DOTALL)
+
+each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+Cell = dict[str, Any]
+
+
+def cells_of(path: Path, kind: str) -> list[Cell]:
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    return [cell for cell in cells if cell["cell_type"] == kind]
+
+
+def source_of(cell: Cell) -> str:
+    return "".join(cell["source"])
+
+
+def examples_in(path: Path) -> list[str]:
+    """The code that the last cell suggests."""
+    return EXAMPLE.findall(source_of(cells_of(path, "markdown")[-1]))
+
+
+def draws(source: str) -> bool:
+    """Whether a cell is to end in a figure."""
+    last = ast.parse(source).body[-1]
+    return isinstance(last, ast.Expr) and ast.unparse(last).startswith("plots.")
+
+
+def numbers_of(values: Any) -> Any:
+    """The finite numbers among a trace's values, which plotly writes as a list or as the bytes of an array."""
+    if isinstance(values, dict):
+        array = np.frombuffer(base64.b64decode(values["bdata"]), dtype=values["dtype"]).astype(float)
+    else:
+        array = np.array([np.nan if value is None else value for value in values or []], dtype=float)
+    return array[np.isfinite(array)]
+
+
+def shows_something(output: Cell) -> bool:
+    """Whether any trace of a figure has a point."""
+    traces = output["data"][PLOTLY]["data"]
+    return any(len(numbers_of(trace.get("x"))) and len(numbers_of(trace.get("y"))) for trace in traces)
+
+
+@pytest.fixture
+def run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> Callable[[Path, Callable[[str], str], list[str]], list[Cell]]:
+    """Runs a notebook in this interpreter's environment and an empty folder, its first code cell rewritten and cells
+    added; returns the code cells with what they put out, and records the seconds."""
+    nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")
+    pytest.importorskip("ipykernel")
+    monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))  # nobody's own start-up files
+
+    def execute(path: Path, rewrite: Callable[[str], str], more: list[str]) -> list[Cell]:
+        notebook = nbformat.read(path, as_version=4)
+        first = next(cell for cell in notebook.cells if cell.cell_type == "code")
+        first.source = rewrite(first.source)
+        notebook.cells += [nbformat.v4.new_code_cell(code) for code in [*more, "import sys; sys.executable"]]
+        resources = {"metadata": {"path": str(tmp_path)}}
+        started = time.perf_counter()
+        nbclient.NotebookClient(notebook, timeout=SECONDS, kernel_name="python3", resources=resources).execute()
+        request.node.user_properties.append(("seconds", round(time.perf_counter() - started, 1)))
+        cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+        assert cells.pop().outputs[0]["data"]["text/plain"] == repr(sys.executable)
+        return cells
+
+    return execute
+
+
+def assert_every_figure_shows_something(cells: list[Cell]) -> None:
+    drawing = [cell for cell in cells if draws(source_of(cell))]
+    assert len(drawing) >= 3
+    for cell in drawing:
+        figures = [output for output in cell["outputs"] if PLOTLY in output.get("data", {})]
+        assert len(figures) == 1, f"no figure from:\n{source_of(cell)}"
+        assert shows_something(figures[0]), f"an empty figure from:\n{source_of(cell)}"
+
+
+def test_there_are_three_notebooks() -> None:
+    assert [path.stem for path in NOTEBOOKS] == ["1_forget_a_topic", "2_per_layer_effects", "3_geometry"]
+
+
+@each_notebook
+def test_a_notebook_is_stored_without_outputs_and_in_one_form(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    notebook = json.loads(text)
+    assert text == json.dumps(notebook, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
+    assert [cell["id"] for cell in notebook["cells"]] == [f"cell-{n}" for n in range(1, len(notebook["cells"]) + 1)]
+    assert all(cell["metadata"] == {} for cell in notebook["cells"])
+    assert notebook["metadata"]["kernelspec"] == {"display_name": "Python 3", "language": "python", "name": "python3"}
+    for cell in cells_of(path, "code"):
+        assert cell["outputs"] == []
+        assert cell["execution_count"] is None
+
+
+@each_notebook
+def test_the_first_code_cell_names_model_and_data_in_two_lines_and_no_other_cell_does(path: Path) -> None:
+    first, *others = cells_of(path, "code")
+    statements = [
+        node for node in ast.parse(source_of(first)).body if not isinstance(node, ast.Import | ast.ImportFrom)
+    ]
+    assert [ast.unparse(node) for node in statements] == [
+        f"model = {DEMO_MODEL.replace(chr(34), chr(39))}",
+        f"case = {DEMO_CASE.replace(chr(34), chr(39))}",
+    ]
+    for name in ("demo", "potions", "World", "load_model"):
+        assert not any(name in source_of(cell) for cell in others), f"{name} after the first code cell"
+
+
+@each_notebook
+def test_no_cell_shows_a_figure_by_itself_or_chooses_a_renderer(path: Path) -> None:
+    for cell in cells_of(path, "code"):
+        assert ".show(" not in source_of(cell)
+        assert "renderer" not in source_of(cell)
+
+
+@each_notebook
+def test_the_last_cell_suggests_code_that_parses(path: Path) -> None:
+    assert source_of(cells_of(path, "markdown")[-1]).startswith("## What to try next\n")
+    assert 3 <= len(examples_in(path)) <= 4
+    for code in examples_in(path):
+        ast.parse(code)
+
+
+@pytest.mark.slow
+@each_notebook
+def test_a_notebook_runs_on_the_demo_and_every_figure_shows_something(path: Path, run: Any) -> None:
+    assert_every_figure_shows_something(run(path, lambda source: source, []))
+
+
+@pytest.mark.slow
+@each_notebook
+def test_a_notebook_and_what_it_suggests_run_on_a_checkpoint_and_files_of_ones_own(
+    path: Path, run: Any, tmp_path: Path
+) -> None:
+    save_family("llama", tmp_path / "checkpoint")
+    write_own_data(tmp_path)
+    cells = run(path, own_lines, ["from functools import partial", *map(short, examples_in(path))])
+    assert_every_figure_shows_something(cells)
+
+
+def own_lines(source: str) -> str:
+    """The first code cell with the two lines changed: the data as its own comment says, one file being a .txt."""
+    line = next(line for line in source.splitlines() if line.startswith("case = "))
+    comment = source[source.index(line) + len(line) :]
+    assert comment.startswith("\n# case = DataOptions(")
+    data = re.sub(r"^# ", "", comment.strip("\n"), flags=re.MULTILINE)
+    assert '"retain.jsonl"' in data
+    own = source[: source.index(line)] + data.replace("retain.jsonl", "retain.txt", 1)
+    assert own.count(DEMO_MODEL) == 1
+    return own.replace(DEMO_MODEL, 'ml.load_model("checkpoint")')
+
+
+def short(code: str) -> str:
+    """A suggestion with few steps where it leaves their number to the library: what it finds is not the question here."""
+    code = re.sub(r"\bsteps=\d+", "steps=2", code)
+    return re.sub(r"\b(ml\.MRP|ml\.RMU|Plan)\((?!.*steps=)", r"partial(\1, steps=2)(", code)
+
+
+def write_own_data(folder: Path) -> None:
+    colours = ["red", "blue", "green", "white"]
+    forget = [f"The colour of Zaxim{n} is {colours[n % 4]}." for n in range(40)]
+    retain = [f"The old man walked slowly {word} near house {n}." for n in range(15) for word in ("today", "again")]
+    write_rows(folder / "forget.jsonl", [{"text": text} for text in forget])
+    (folder / "retain.txt").write_text("\n".join(retain), encoding="utf-8")
+    for name, thing in (("quiz", "Zaxim"), ("retain_quiz", "house ")):
+        questions = [
+            {"question": f"The colour of {thing}{n} is", "choices": colours, "answer": colours[n % 4]}
+            for n in range(12)
+        ]
+        write_rows(folder / f"{name}.jsonl", questions)
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")

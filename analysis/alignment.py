@@ -19,7 +19,7 @@ from mrp_lens.methods import MRP, RMU, AdaptiveRMU, Fit
 from mrp_lens.methods.steering import default_layer
 
 SHARES = (0.5, 1.0, 2.0, 4.0)  # c over the norm of the forget states
-USUAL = 2.0  # the one of them that is RMU's default
+USUAL = 2.0  # RMU's default; by layer, the one nearest to it is shown
 DOCUMENTS = 200  # a side
 
 
@@ -27,6 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the study, print what it found and write it."""
     parser = parser_for(__doc__, "alignment")
     parser.add_argument("--layer", type=int, help="RMU's layer (default: by the model's depth)")
+    parser.add_argument("--shares", type=float, nargs="+", default=SHARES, help="c over the norm (default 0.5 1 2 4)")
     options = parser.parse_args(arguments)
     study = Study.begin("analysis.alignment", "Alignment of the states with RMU's direction", options)
     layer = default_layer(study.model) if options.layer is None else options.layer
@@ -35,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     norm = float(
         metrics.alignment(study.model, texts, first.direction, layers=[layer]).set_index("group")["norm"]["forget"]
     )
-    fits = {("rmu", share): study.fit(RMU(layer=layer, steering_coeff=share * norm)) for share in SHARES} | {
+    fits = {("rmu", share): study.fit(RMU(layer=layer, steering_coeff=share * norm)) for share in options.shares} | {
         ("adaptive-rmu", AdaptiveRMU.beta): study.fit(AdaptiveRMU(layer=layer)),
         ("mrp", float("nan")): study.fit(MRP()),
     }
@@ -46,9 +47,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     table = pd.concat(frames, ignore_index=True)
     table["coefficient"] = (table["relative_coefficient"] * norm).where(table["method"] == "rmu")
     at_layer = table[table["layer"] == layer]
-    by_layer = table[(table["method"] != "rmu") | (table["relative_coefficient"] == USUAL)]
+    usual = min(options.shares, key=lambda share: abs(share - USUAL))
+    by_layer = table[(table["method"] != "rmu") | (table["relative_coefficient"] == usual)]
     study.end(
-        finding(at_layer, layer, norm),
+        finding(at_layer, layer, norm, usual),
         {
             "alignment_by_coefficient": at_layer[at_layer["method"] == "rmu"],
             "alignment_by_layer": by_layer.drop(columns=["coefficient", "relative_coefficient"]),
@@ -65,7 +67,7 @@ def measured(study: Study, texts: Mapping[str, Corpus], fit: Fit | None, first: 
         return metrics.alignment(study.model, texts, u, seed=study.run.seed)
 
 
-def finding(table: pd.DataFrame, layer: int, norm: float) -> str:
+def finding(table: pd.DataFrame, layer: int, norm: float, usual: float = USUAL) -> str:
     """What the numbers say, in sentences."""
     rmu = table[table["method"] == "rmu"].sort_values("relative_coefficient")
     course = {}
@@ -76,8 +78,8 @@ def finding(table: pd.DataFrame, layer: int, norm: float) -> str:
         f"Layer {layer}, where unedited forget states have a mean norm of {norm:.3g}. RMU: the cosine of forget states "
         f"with u {trend(rmu[rmu['group'] == 'forget']['cosine'])}: {course['forget']}. Retain states: {course['retain']}."
     ]
-    usual = table[(table["method"] != "rmu") | (table["relative_coefficient"] == USUAL)]
-    for method, part in usual.groupby("method", sort=False):
+    shown = table[(table["method"] != "rmu") | (table["relative_coefficient"] == usual)]
+    for method, part in shown.groupby("method", sort=False):
         lines.append(f"{method}: {'; '.join(said(row) for row in part.to_dict('records'))}.")
     return "\n\n".join(lines)
 
@@ -85,6 +87,8 @@ def finding(table: pd.DataFrame, layer: int, norm: float) -> str:
 def trend(values: pd.Series) -> str:
     """How a series goes as c grows."""
     steps = values.diff().dropna()
+    if steps.empty:
+        return "was measured at a single c"
     if (steps > 0).all():
         return "rises with c at every step"
     return "falls with c at every step" if (steps < 0).all() else "does not rise with c throughout"

@@ -19,7 +19,7 @@ from mrp_lens.edit import Edit
 
 QUESTIONS = 100  # a side
 PROMPTS = 3  # of the theory check
-SPREADS = (0.3, 0.1, 0.03, 0.01)  # length of the noise over c, in the theory check
+SPREADS = (0.3, 0.1, 0.01)  # length of the noise over c, in the theory check
 SHARES = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0)  # c over the norm of the prompts' own states
 NOISE_SHARE = 0.01  # length of the noise over that norm, as c grows
 KEYS = ["method", "group", "mode", "measure"]
@@ -66,6 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         layer=layer,
         coefficients=[share * norm for share in SHARES],
         noise=(NOISE_SHARE * norm) ** 2 / d_model,
+        samples=options.samples // 8,
         seed=options.seed,
         progress=True,
     )

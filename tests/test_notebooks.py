@@ -10,7 +10,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import nbclient
+import nbformat
 import numpy as np
+import plotly.graph_objects as go
+import plotly.io
 import pytest
 
 from tests.families import save_family
@@ -67,8 +71,6 @@ def run(
 ) -> Callable[[Path, Callable[[str], str], list[str]], list[Cell]]:
     """Runs a notebook in this interpreter's environment and an empty folder, its first code cell rewritten and cells
     added; returns the code cells with what they put out, and records the seconds."""
-    nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")
-    pytest.importorskip("ipykernel")
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))  # nobody's own start-up files
 
     def execute(path: Path, rewrite: Callable[[str], str], more: list[str]) -> list[Cell]:
@@ -140,6 +142,19 @@ def test_the_last_cell_suggests_code_that_parses(path: Path) -> None:
     assert 3 <= len(examples_in(path)) <= 4
     for code in examples_in(path):
         ast.parse(code)
+
+
+def test_an_empty_figure_is_told_from_one_that_shows_something() -> None:
+    def output(*traces: Any) -> Cell:
+        return {"data": {PLOTLY: json.loads(plotly.io.to_json(go.Figure(traces)))}}
+
+    assert not shows_something(output())
+    assert not shows_something(output(go.Scatter(x=[None], y=[None])))
+    assert not shows_something(output(go.Scatter(x=np.array([1.0]), y=np.array([np.nan]))))
+    assert shows_something(output(go.Scatter(x=[None], y=[None]), go.Scatter(x=np.arange(3), y=[None, 2, 3])))
+    assert shows_something(output(go.Scatter3d(x=np.ones(2), y=np.ones(2), z=np.ones(2))))
+    assert draws("x = 1\nplots.norms(x)")
+    assert not draws("figure = plots.norms(x)")
 
 
 @pytest.mark.slow

@@ -34,6 +34,14 @@ def test_the_alignment_finding_follows_the_numbers() -> None:
     assert "so below the null" in alignment.finding(alignment_table([0.8, 0.4, 0.2, 0.1], last=0.0), 2, 7.0)
 
 
+def test_one_coefficient_makes_no_trend() -> None:
+    table = alignment_table([0.1, 0.2, 0.4, 0.8])
+    single = table[(table["method"] != "rmu") | (table["relative_coefficient"] == 4.0)]
+    said = alignment.finding(single, 2, 7.0, 4.0)
+    assert "was measured at a single c: 0.80 at c = 4 norms" in said
+    assert "rmu: forget 0.80" in said
+
+
 def confidence_table(after: float, spread: float) -> pd.DataFrame:
     rows = []
     for method, mean, std in (("unedited", 20.0, 3.0), ("rmu", after, spread)):

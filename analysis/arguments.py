@@ -107,7 +107,4 @@ def case_of(arguments: argparse.Namespace) -> Case:
         raise ValueError(
             "give --forget and --retain (and questions) for a model of your own; only the demo has a world"
         )
-    options = {name: getattr(arguments, name) for name in DATA}
-    for name in ("prompt", "completion", "question_prompt"):
-        options[name] = options[name].replace("\\n", "\n") if options[name] else None
-    return DataOptions(forget=tuple(arguments.forget), **options).case()
+    return DataOptions.from_options(vars(arguments)).case()

@@ -30,10 +30,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = parser_for(__doc__, "layers")
     parser.add_argument("--full", action="store_true", help="all layers, three seeds, three values of c, 150 steps")
     parser.add_argument("--methods", default="mrp,rmu,adaptive-rmu", help="separated by commas (default all three)")
+    parser.add_argument("--seeds", help="such as 0,1,2 (default: --seed, with --full three)")
     options = parser.parse_args(arguments)
     study = Study.begin("analysis.layers", "Per-layer effects of each method", options, in_place=True)
-    grid = Grid(methods=options.methods, seeds=None if options.full else str(options.seed), full=options.full)
-    table = sweep(study.model, study.case, grid.plan(study.model, study.case), options.out / "sweep")
+    seeds = options.seeds or (None if options.full else str(options.seed))
+    plan = Grid(methods=options.methods, seeds=seeds, full=options.full).plan(study.model, study.case)
+    table = sweep(study.model, study.case, plan, options.out / "sweep")
     assert table is not None
     table = table.assign(works=works(table))
     texts = study.case.texts(limit=DOCUMENTS)
@@ -47,7 +49,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "predicted_coefficients": predicted,
         "coefficient_effects": table[table["method"] == "rmu"],
     }
-    text = "\n\n".join([claim(table), sensitivity_finding(sensitivity), prediction_finding(predicted)])
+    text = "\n\n".join(
+        [f"Fits of {plan.steps} steps. {claim(table)}", sensitivity_finding(sensitivity), prediction_finding(predicted)]
+    )
     study.end(text, frames, table, in_place=True)
 
 
@@ -81,8 +85,8 @@ def claim(table: pd.DataFrame) -> str:
     if len(parts["mrp"]):
         left = parts["mrp"].groupby("layer")["forget_accuracy"].mean()
         lines.append(
-            f"MRP at a single layer left an accuracy of {left.min():.3f} at best (layer {left.idxmin()}) and "
-            f"{left.max():.3f} at worst (layer {left.idxmax()})."
+            f"MRP at a single layer left an accuracy of {left.min():.3f} at best (layer {left.idxmin():.0f}) and "
+            f"{left.max():.3f} at worst (layer {left.idxmax():.0f})."
         )
     return " ".join(lines)
 

@@ -1,7 +1,8 @@
 """What a command or study works on: what must go, what must stay, and the questions and texts to measure either with."""
 
 import logging
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from mrp_lens.corpus import Corpus, Document, Questions
@@ -107,6 +108,15 @@ class DataOptions:
     forget_schema: str | None = None
     retain_schema: str | None = None
     questions_schema: str | None = None
+
+    @classmethod
+    def from_options(cls, options: Mapping[str, Any]) -> "DataOptions":
+        """Those of a command's options that name data. In a template the two characters `\\n` are a line break, since a
+        shell passes them so."""
+        known = {field.name: options[field.name] for field in fields(cls) if field.name in options}
+        for name in ("prompt", "completion", "question_prompt"):
+            known[name] = known[name].replace("\\n", "\n") if known[name] else None
+        return cls(**{**known, "forget": tuple(known["forget"])})
 
     def case(self) -> "Case":
         """Read everything; a tenth of the retain corpus is held out."""

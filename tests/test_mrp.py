@@ -13,6 +13,7 @@ from mrp_lens.model import LensModel, logits_of
 from mrp_lens.stream import captured, hook_name
 from mrp_lens.subspace import Subspace
 from tests.conftest import D_MODEL, LAYERS
+from tests.edits import projection
 
 Texts = tuple[Corpus, Corpus]
 QUICK: dict[str, Any] = {"steps": 3, "batch_size": 8}
@@ -108,3 +109,15 @@ def test_a_later_request_keeps_the_earlier_rows_and_is_orthogonal_to_them(
     assert set(second.edit.provenance["requests"]) == {"one", "two"}
     with pytest.raises(ValueError, match="has a request 'one' already"):
         method.fit(model, *texts, after=first.edit, request="one", **FIT)
+
+
+def test_a_random_control_has_the_ranks_and_hooks_of_its_projection() -> None:
+    fitted = projection(1, 2, rank=3) + projection(2, rank=2, seed=9, request="later")
+    assert isinstance(fitted, ProjectionEdit)
+    control = fitted.random_like(seed=4)
+    ranks = {hook: subspace.rank for hook, subspace in fitted.subspaces().items()}
+    assert {hook: subspace.rank for hook, subspace in control.subspaces().items()} == ranks
+    assert control.requests == ("random",)
+    for hook, subspace in control.subspaces().items():
+        assert not torch.allclose(subspace.projector(), fitted.subspaces()[hook].projector(), atol=1e-3)
+        assert torch.equal(subspace.basis, fitted.random_like(seed=4).subspaces()[hook].basis)

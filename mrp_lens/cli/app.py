@@ -54,6 +54,7 @@ def demo(
 
 @app.command()
 def unlearn(
+    context: typer.Context,
     model: options.Model,
     method: Annotated[options.Method, typer.Option(help="How to forget.")],
     forget: options.ForgetFiles,
@@ -147,21 +148,7 @@ def unlearn(
         "batch_size": batch_size,
         "max_length": max_length,
     }
-    data = DataOptions(
-        forget=tuple(forget),
-        retain=retain,
-        questions=questions,
-        retain_questions=retain_questions,
-        field=field,
-        prompt=options.unescaped(prompt),
-        completion=options.unescaped(completion),
-        question_prompt=options.unescaped(question_prompt),
-        choices=choices,
-        answer=answer,
-        forget_schema=forget_schema,
-        retain_schema=retain_schema,
-        questions_schema=questions_schema,
-    )
+    data = DataOptions.from_options(context.params)
     run_unlearn(
         model_name=model,
         method=method.value,
@@ -196,6 +183,7 @@ def report(
 
 @app.command()
 def sweep(
+    context: typer.Context,
     out: Annotated[Path, typer.Option(help="Folder of the sweep; one that holds part of it is gone on with.")],
     model: options.Model = "demo",
     forget: Annotated[
@@ -218,7 +206,7 @@ def sweep(
     seeds: Annotated[str | None, typer.Option(help="Such as `0,1,2`. Default: 0.")] = None,
     steps: Annotated[int | None, typer.Option(help="Updates of each fit. Default: 75.")] = None,
     questions_limit: Annotated[
-        int | None, typer.Option(help="Questions asked on each side at each point. Default: 200.")
+        int | None, typer.Option(help="Questions asked on each side at each point. Default: 150.")
     ] = None,
     full: Annotated[
         bool,
@@ -258,23 +246,7 @@ def sweep(
 
     if (forget is None) != (retain is None):
         raise ValueError("--forget and --retain go together; leave both out to sweep the demo's world")
-    data = None
-    if forget is not None and retain is not None:
-        data = DataOptions(
-            forget=tuple(forget),
-            retain=retain,
-            questions=questions,
-            retain_questions=retain_questions,
-            field=field,
-            prompt=options.unescaped(prompt),
-            completion=options.unescaped(completion),
-            question_prompt=options.unescaped(question_prompt),
-            choices=choices,
-            answer=answer,
-            forget_schema=forget_schema,
-            retain_schema=retain_schema,
-            questions_schema=questions_schema,
-        )
+    data = None if forget is None else DataOptions.from_options(context.params)
     run_sweep(
         model_name=model,
         data=data,

@@ -16,7 +16,6 @@ from mrp_lens.looks import looks
 from mrp_lens.methods import MRP, RMU, AdaptiveRMU, Fit
 from mrp_lens.model import LensModel, load_model
 from mrp_lens.runs import Run
-from mrp_lens.subspace import Subspace
 from mrp_lens.world import World
 from mrp_lens.world.facts import QUESTION
 from mrp_lens.world.scoring import score, untaught_accuracy, verdict
@@ -83,7 +82,7 @@ def with_controls(model: LensModel, case: Case, fits: Mapping[str, Fit], *, seed
     assert isinstance(projection, ProjectionEdit)
     controls = {
         "unedited": None,
-        "random-projection": random_like(projection, seed=seed),
+        "random-projection": projection.random_like(seed=seed),
         "untrained-start": MRP().start(model, case.forget, case.retain, seed=seed),
     }
     return controls | {name: fit.edit for name, fit in fits.items()}
@@ -102,18 +101,6 @@ def show(run: Run, topic: str) -> None:
     show_examples(run.examples)
     for note in run.notes:
         console.print(note)
-
-
-def random_like(edit: ProjectionEdit, *, seed: int) -> ProjectionEdit:
-    """The control: random subspaces of the same rank at the same hooks."""
-    subspaces = edit.subspaces()
-    return ProjectionEdit(
-        {
-            name: Subspace.random(subspace.rank, subspace.d_model, seed=seed + number)
-            for number, (name, subspace) in enumerate(subspaces.items())
-        },
-        request="random",
-    )
 
 
 def score_edits(

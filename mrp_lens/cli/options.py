@@ -84,8 +84,3 @@ Answer = Annotated[
 ]
 Dtype = Annotated[str, typer.Option(help="`float32`, `bfloat16` or `float16`.")]
 Device = Annotated[str | None, typer.Option(help="Such as `cuda:0`. Default: a GPU if there is one.")]
-
-
-def unescaped(template: str | None) -> str | None:
-    """A shell passes a backslash and an n where a template means a line break."""
-    return None if template is None else template.replace("\\n", "\n")

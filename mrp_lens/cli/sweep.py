@@ -12,7 +12,7 @@ from mrp_lens.report import write_report
 from mrp_lens.runs import Run
 from mrp_lens.sweep import Plan, default_coefficient, default_layers, sweep
 
-QUICK_LAYERS, QUICK_STEPS, QUICK_QUESTIONS = 4, 75, 200
+QUICK_LAYERS, QUICK_STEPS, QUICK_QUESTIONS, QUICK_DOCUMENTS = 4, 75, 150, 100
 FULL_SEEDS = (0, 1, 2)
 FULL_SHARES = (0.25, 1.0, 4.0)
 
@@ -52,7 +52,9 @@ class Grid:
         if coefficients is None:
             usual = default_coefficient(model, case, layer=default_layer(model))
             coefficients = tuple(usual * share for share in (FULL_SHARES if self.full else (1.0,)))
-        quick = {"steps": QUICK_STEPS, "questions": QUICK_QUESTIONS} if not self.full else {}
+        quick = (
+            {"steps": QUICK_STEPS, "questions": QUICK_QUESTIONS, "documents": QUICK_DOCUMENTS} if not self.full else {}
+        )
         chosen = {"steps": self.steps, "questions": self.questions}
         options = quick | {name: value for name, value in chosen.items() if value is not None}
         betas = numbers(self.betas, float, "--betas")

@@ -94,6 +94,16 @@ class ProjectionEdit(Edit):
         self._check_known(request)
         return dict(self._requests[request])
 
+    def random_like(self, *, seed: int = 0) -> "ProjectionEdit":
+        """The control: random subspaces of the same rank at the same hooks, in one request named "random"."""
+        return ProjectionEdit(
+            {
+                hook: Subspace.random(subspace.rank, subspace.d_model, seed=seed + number)
+                for number, (hook, subspace) in enumerate(self._joined.items())
+            },
+            request="random",
+        )
+
     def without(self, *requests: str) -> "ProjectionEdit":
         """The edit with some requests taken back.
 

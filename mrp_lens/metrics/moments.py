@@ -10,12 +10,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mrp_lens.batching import PaddingSide, TokenBatch
+from mrp_lens.batching import PaddingSide
 from mrp_lens.corpus import Corpus
 from mrp_lens.edit import Edit, EditStack, SteeringEdit
-from mrp_lens.metrics.states import read_batches
+from mrp_lens.metrics.states import read_batches, states_of
 from mrp_lens.model import LensModel
-from mrp_lens.stream import captured, frozen, layer_of, run_segment
 from mrp_lens.subspace import Subspace
 
 When = Literal["before", "after"]
@@ -93,10 +92,10 @@ class PairReader:
             progress=self.progress,
         )
         for number, (chosen, batch) in enumerate(batches):
-            states: dict[When, Mapping[str, Tensor]] = {"before": _states(self.model, batch, hooks)}
+            states: dict[When, Mapping[str, Tensor]] = {"before": states_of(self.model, batch, hooks)}
             if self.edit is not None:
                 with _with_own_noise(self.edit, number).applied(self.model, check=False):
-                    states["after"] = _states(self.model, batch, hooks)
+                    states["after"] = states_of(self.model, batch, hooks)
             rows = torch.tensor([places[i] for i in chosen], device=batch.tokens.device)[:, None]
             mask = batch.content_mask
             yield StatePair(states, rows.expand_as(batch.tokens)[mask], batch.tokens[mask])
@@ -185,20 +184,6 @@ def read_moments(reader: PairReader, corpus: Corpus, hooks: Mapping[int, str]) -
                 unedited = pair.states["before"][hook] if when == "after" else None
                 moments[when][layer].add(pair.states[when][hook], pair.documents, unedited)
     return moments
-
-
-def _states(model: LensModel, batch: TokenBatch, hooks: Sequence[str]) -> dict[str, Float[Tensor, "tokens d_model"]]:
-    last = max(layer_of(name) for name in hooks)
-    with frozen(model), torch.no_grad(), captured(model, hooks) as store:
-        run_segment(model, batch.tokens, batch.attention_mask, first=last, last=last)
-    states = {name: store[name][batch.content_mask] for name in hooks}
-    for name, of_hook in states.items():
-        if not bool(torch.isfinite(of_hook).all()):
-            raise ValueError(
-                f"states at {name} hold NaN or infinity: the model overflows; load it in float32 or bfloat16, or "
-                "weaken the edit"
-            )
-    return states
 
 
 def _with_own_noise(edit: Edit, number: int) -> Edit:

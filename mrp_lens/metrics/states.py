@@ -129,12 +129,29 @@ def read_states(
     Raises:
         ValueError: a hook that the model does not have, or a corpus without tokens.
     """
-    last = max(layer_of(name) for name in hooks)
     batches = read_batches(
         model, corpus, batch_size=batch_size, max_length=max_length, padding=padding, progress=progress
     )
     for places, batch in batches:
-        with frozen(model), torch.no_grad(), captured(model, hooks) as store:
-            run_segment(model, batch.tokens, batch.attention_mask, first=last, last=last)
+        states = states_of(model, batch, hooks)
         where = torch.tensor(places, device=batch.tokens.device)[:, None].expand_as(batch.tokens)
-        yield StateBatch({name: store[name][batch.content_mask] for name in hooks}, where[batch.content_mask], batch)
+        yield StateBatch(states, where[batch.content_mask], batch)
+
+
+def states_of(model: LensModel, batch: TokenBatch, hooks: Sequence[str]) -> dict[str, Float[Tensor, "tokens d_model"]]:
+    """States of a batch's content tokens at each hook, without gradient; the pass ends at the last of the hooks' layers.
+
+    Raises:
+        ValueError: states that hold NaN or infinity.
+    """
+    last = max(layer_of(name) for name in hooks)
+    with frozen(model), torch.no_grad(), captured(model, hooks) as store:
+        run_segment(model, batch.tokens, batch.attention_mask, first=last, last=last)
+    states = {name: store[name][batch.content_mask] for name in hooks}
+    for name, of_hook in states.items():
+        if not bool(torch.isfinite(of_hook).all()):
+            raise ValueError(
+                f"states at {name} hold NaN or infinity: the model overflows; load it in float32 or bfloat16, or "
+                "weaken the edit"
+            )
+    return states

@@ -106,6 +106,22 @@ def test_the_table_leaves_out_what_is_empty_and_joins_intervals_to_their_values(
     )
     assert table.headings == ["method", "layer", "accuracy on what must stay", "x"]
     assert table.rows == [(False, ["mrp", "2", "50.0%", "1.235 [1, 2]"])]
+    frame = table_of(
+        [
+            {
+                "group": "a",
+                "cosine": 0.5,
+                "low": 0.4,
+                "high": 0.6,
+                "null_mean": 0.1,
+                "null_low": 0.0,
+                "null_high": 0.2,
+                "method": "rmu",
+            }
+        ]
+    )
+    assert frame.headings == ["method", "group", "cosine", "null mean"]
+    assert frame.rows == [(False, ["rmu", "a", "0.5 [0.4, 0.6]", "0.1 [0, 0.2]"])]
     missing = table_of([{"method": "a", "x": 1.0}, {"method": "b", "x": float("nan")}])
     assert [cells for _, cells in missing.rows] == [["a", "1"], ["b", ""]]
 

@@ -43,7 +43,7 @@ class Table:
 
 def table_of(rows: Sequence[Mapping[str, Any]]) -> Table:
     """The columns in which a row has a value; an interval stands behind its value, a constant unit in its cell."""
-    keys = list(dict.fromkeys(key for row in rows for key in row))
+    keys = sorted(dict.fromkeys(key for row in rows for key in row), key=lambda key: key != "method")
     ends = {end for key in keys for end in _ends(key, keys)}
     shown = [key for key in keys if key not in ends | HIDDEN and any(row.get(key) is not None for row in rows)]
     return Table(
@@ -54,11 +54,13 @@ def table_of(rows: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def _ends(key: str, keys: Sequence[str]) -> tuple[str, ...]:
-    """The columns of a value's interval: `x_low`, `x_high`, or, for `side_accuracy`, `side_low`, `side_high`."""
-    for stem in (key, key.removesuffix("_accuracy")):
-        if stem and f"{stem}_low" in keys and f"{stem}_high" in keys:
-            return f"{stem}_low", f"{stem}_high"
-    return ()
+    """The columns of a value's interval: `x_low`, `x_high`; for `side_accuracy` and `null_mean`, `side_low` and
+    `null_low`; plain `low` and `high` belong to the column before them."""
+    for stem in (f"{key}_", f"{key.removesuffix('_accuracy').removesuffix('_mean')}_"):
+        if f"{stem}low" in keys and f"{stem}high" in keys:
+            return f"{stem}low", f"{stem}high"
+    following = keys[keys.index(key) + 1 :][:2]
+    return ("low", "high") if list(following) == ["low", "high"] else ()
 
 
 def _cell(row: Mapping[str, Any], key: str, keys: Sequence[str]) -> str:

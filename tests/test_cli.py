@@ -63,6 +63,7 @@ def test_unlearn_writes_what_it_promises(tiny_folder: Path, data: Path, method: 
     assert {"forget_accuracy", "text_perplexity_ratio", "seconds"} <= set(summary["rows"][0])
     assert list(pd.read_csv(data / "out" / "table.csv")["method"]) == ["unedited", method]
     assert len(pd.read_csv(data / "out" / "log.csv")) == 2
+    assert 'id="norms"' in (data / "out" / "report.html").read_text(encoding="utf-8")
     edit = load_edit(data / "out" / "edit")
     record = edit.provenance if method != "mrp" else edit.provenance["requests"]["forget"]
     assert record["method"] == method

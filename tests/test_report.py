@@ -1,6 +1,7 @@
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -8,10 +9,14 @@ import torch
 from typer.testing import CliRunner
 
 from mrp_lens import metrics
+from mrp_lens.case import Case
 from mrp_lens.cli.app import app
+from mrp_lens.cli.report import add_report
 from mrp_lens.corpus import Corpus
-from mrp_lens.methods import RMU
+from mrp_lens.looks import looks
+from mrp_lens.methods import MRP, RMU
 from mrp_lens.model import LensModel
+from mrp_lens.plots import PICTURES
 from mrp_lens.report import write_report
 from mrp_lens.report.table import table_of
 from mrp_lens.runs import Run
@@ -134,3 +139,40 @@ def test_a_run_keeps_its_frames_and_whole_files(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["rows"] == [{"method": "later"}]
     assert pd.read_csv(tmp_path / "run" / "frames" / "norms.csv")["layer"].tolist() == [0]
     assert not list(tmp_path.rglob("*.partial"))
+
+
+def test_ctrl_c_while_looking_keeps_what_was_written(tmp_path: Path) -> None:
+    run = Run("unlearn", {}, 0, rows=list(ROWS))
+    run.write(tmp_path / "run", overwrite=False)
+
+    def interrupted() -> dict[str, pd.DataFrame]:
+        raise KeyboardInterrupt
+
+    add_report(run, tmp_path / "run", interrupted)
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["notes"] == ["interrupted while looking at each layer: those pictures are missing"]
+    assert len(summary["rows"]) == 2
+    html = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+    assert 'id="accuracies"' in html
+    assert 'id="alignment_by_layer"' not in html
+
+
+def test_a_look_at_the_model_has_every_method_and_its_controls(
+    model: LensModel, texts: tuple[Corpus, Corpus], untouched: None
+) -> None:
+    forget, retain = texts
+    fits: dict[str, Any] = {"mrp": MRP(layers=[1, 2], rank=2, steps=2), "rmu": RMU(steps=2)}
+    fitted = {name: method.fit(model, forget, retain, progress=False) for name, method in fits.items()}
+    edits = {"unedited": None, **{name: fit.edit for name, fit in fitted.items()}}
+    direction = fitted["rmu"].direction
+    frames = looks(model, Case((forget,), retain, retain), edits, {"rmu": direction}, progress=False)
+    assert set(frames) <= set(PICTURES)
+    for name, frame in frames.items():
+        PICTURES[name](frame)
+    assert list(frames["alignment_by_layer"]["method"].unique()) == ["unedited", "mrp", "rmu"]
+    assert list(frames["displacement"]["method"].unique()) == ["mrp", "rmu"]
+    assert list(frames["propagation"]["method"].unique()) == ["mrp"]
+    with fitted["rmu"].edit.applied(model):
+        own = metrics.alignment(model, {"forget": forget}, direction)
+    of_rmu = frames["alignment_by_layer"].query("method == 'rmu' and group == 'forget'")
+    assert of_rmu["cosine"].tolist() == pytest.approx(own["cosine"].tolist(), abs=1e-6)

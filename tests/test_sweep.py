@@ -200,6 +200,7 @@ def test_a_model_of_ones_own_needs_data(tiny_folder: Path, tmp_path: Path) -> No
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_a_sweep_killed_three_times_and_one_in_two_shards_end_as_an_undisturbed_one(
     tiny_folder: Path, files: Path
 ) -> None:

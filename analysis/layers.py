@@ -97,10 +97,12 @@ def rmu_claim(rows: pd.DataFrame) -> str:
     told = f"RMU with a fixed c worked in {counted(above)} fits where c exceeds the norm of the stream, {counted(below)} where it does not"
     if above.empty or below.empty:
         return f"{told}: whether it works only where c exceeds the norm cannot be told from one side."
-    holds = above["works"].mean() > MOST and not below["works"].any()
-    return (
-        f"{told}: that it works where c exceeds the norm, and only there, {'holds' if holds else 'does not hold'} here."
+    needed = "is not needed" if below["works"].any() else "is needed"
+    enough = "is enough" if above["works"].all() else "is not always enough"
+    more = (
+        "works more often there" if above["works"].mean() > below["works"].mean() else "does not work more often there"
     )
+    return f"{told}: c above the norm {needed}, and it {enough}; RMU {more}."
 
 
 def counted(rows: pd.DataFrame) -> str:

@@ -8,12 +8,12 @@ from typing import Any
 
 import pandas as pd
 
-from mrp_lens.case import Case, DataOptions
+from mrp_lens.case import Case, case_for
 from mrp_lens.files import check_free, write_text
 from mrp_lens.methods import METHODS, Fit
 from mrp_lens.model import load_model
 from mrp_lens.report import write_report
-from mrp_lens.runs import Run
+from mrp_lens.runs import Run, rows_of
 
 DATA = (
     "retain",
@@ -58,7 +58,7 @@ class Study:
         """Check the output folder (a sweep checks its own), read the data, load the model."""
         if not in_place:
             check_free(arguments.out, overwrite=arguments.overwrite)
-        case = case_of(arguments)
+        case = case_for(arguments.model, vars(arguments))
         run = Run(name, vars(arguments), arguments.seed, title=title)
         return cls(
             load_model(arguments.model, backend=arguments.backend), case, run, arguments.out, arguments.overwrite
@@ -80,7 +80,7 @@ class Study:
     ) -> None:
         """Print the finding, write the folder and its page; in place where the folder holds a sweep."""
         self.run.frames |= frames
-        self.run.rows = [{str(k): None if v != v else v for k, v in row.items()} for row in rows.to_dict("records")]
+        self.run.rows = rows_of(rows)
         print(finding)
         extras: Sequence[Callable[[Path], object]] = [
             lambda folder: write_text(folder / "finding.md", finding + "\n"),
@@ -93,18 +93,3 @@ class Study:
         else:
             self.run.write(self.out, overwrite=self.overwrite, extras=extras)
         print(f"Written to {self.out}: report.html, finding.md, table.csv, summary.json.")
-
-
-def case_of(arguments: argparse.Namespace) -> Case:
-    """The data that the options name.
-
-    Raises:
-        ValueError: a model of one's own without data.
-    """
-    if arguments.forget is None and arguments.model == "demo":
-        return Case.of_world(arguments.topic)
-    if arguments.forget is None or arguments.retain is None:
-        raise ValueError(
-            "give --forget and --retain (and questions) for a model of your own; only the demo has a world"
-        )
-    return DataOptions.from_options(vars(arguments)).case()

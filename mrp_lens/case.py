@@ -146,6 +146,24 @@ class DataOptions:
         return Questions.from_file(source, prompt=prompt, choices=choices, answer=answer, schema=schema)
 
 
+def case_for(model: str, options: Mapping[str, Any]) -> Case:
+    """The data that a command's options name: files, or, for the demo without files, a topic of its world.
+
+    Raises:
+        ValueError: one of --forget and --retain without the other, or neither for a model of one's own.
+    """
+    given = [name for name in ("forget", "retain") if options.get(name)]
+    if len(given) == 2:
+        return DataOptions.from_options(options).case()
+    if given:
+        raise ValueError("--forget and --retain go together; leave both out for the demo's world")
+    if model != "demo":
+        raise ValueError(
+            "give --forget and --retain (and questions) for a model of your own; only the demo has a world"
+        )
+    return Case.of_world(options["topic"])
+
+
 def hub_parts(source: str) -> tuple[str, str | None, str | None]:
     """Name, configuration and split of `hub:NAME[:CONFIG[:SPLIT]]`; an empty configuration is the usual one.
 

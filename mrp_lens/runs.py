@@ -25,6 +25,13 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
 
 
+def rows_of(frame: pd.DataFrame) -> list[Row]:
+    """The rows of a frame; what it does not know is None, as JSON has no NaN."""
+    return [
+        {str(key): None if value != value else value for key, value in row.items()} for row in frame.to_dict("records")
+    ]
+
+
 @dataclass
 class Run:
     """The record of one command or study.

@@ -241,16 +241,10 @@ def sweep(
 
         mrp-lens sweep --model demo --out runs/sweep
     """
-    from mrp_lens.case import DataOptions
     from mrp_lens.cli.sweep import Grid, run_sweep
 
-    if (forget is None) != (retain is None):
-        raise ValueError("--forget and --retain go together; leave both out to sweep the demo's world")
-    data = None if forget is None else DataOptions.from_options(context.params)
     run_sweep(
-        model_name=model,
-        data=data,
-        topic=topic,
+        options=context.params,
         grid=Grid(methods, layers, coefficients, betas, seeds, steps, questions_limit, full),
         shard=shard,
         out=out,

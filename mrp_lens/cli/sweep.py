@@ -1,15 +1,17 @@
 """`mrp-lens sweep`: per-layer effects of every method, on anybody's model and data."""
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
-from mrp_lens.case import Case, DataOptions
+from mrp_lens.case import Case, case_for
 from mrp_lens.cli.parsing import dtype_named, numbers, shard_of
 from mrp_lens.cli.show import Column, console, percent, show_table
 from mrp_lens.methods.steering import default_layer
 from mrp_lens.model import LensModel, load_model
 from mrp_lens.report import write_report
-from mrp_lens.runs import Run
+from mrp_lens.runs import Run, rows_of
 from mrp_lens.sweep import Plan, default_coefficient, default_layers, sweep
 
 QUICK_LAYERS, QUICK_STEPS, QUICK_QUESTIONS, QUICK_DOCUMENTS = 4, 75, 150, 100
@@ -71,9 +73,7 @@ class Grid:
 
 def run_sweep(
     *,
-    model_name: str,
-    data: DataOptions | None,
-    topic: str,
+    options: Mapping[str, Any],
     grid: Grid,
     shard: str,
     out: Path,
@@ -82,17 +82,14 @@ def run_sweep(
     device: str | None,
 ) -> Run | None:
     """Fit and measure what is not there yet; print and write the table once all points are."""
-    if data is None and model_name != "demo":
-        raise ValueError(
-            "give --forget and --retain (and questions) for a model of your own; only the demo has a world"
-        )
-    case = Case.of_world(topic) if data is None else data.case()
+    model_name = str(options["model"])
+    case = case_for(model_name, options)
     parts = shard_of(shard)
     console.print(f"Loading {model_name} ...")
     model = load_model(model_name, backend=backend, device=device, dtype=dtype_named(dtype))
     plan = grid.plan(model, case)
     run = Run(
-        "sweep", {"model": model_name, "topic": topic, **(asdict(data) if data else {}), **asdict(plan)}, plan.seeds[0]
+        "sweep", {**options, **asdict(plan)}, plan.seeds[0], title=f"{model_name}: effects of each method by layer"
     )
     try:
         frame = sweep(model, case, plan, out, shard=parts)
@@ -102,9 +99,7 @@ def run_sweep(
     if frame is None:
         console.print(f"Shard {shard} is done; other points of {out} are still missing.")
         return None
-    run.rows = [
-        {str(key): None if value != value else value for key, value in row.items()} for row in frame.to_dict("records")
-    ]
+    run.rows = rows_of(frame)
     run.frames["layer_effects"] = frame
     run.write_into(out)
     write_report(out)

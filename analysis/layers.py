@@ -97,6 +97,8 @@ def rmu_claim(rows: pd.DataFrame) -> str:
     told = f"RMU with a fixed c worked in {counted(above)} fits where c exceeds the norm of the stream, {counted(below)} where it does not"
     if above.empty or below.empty:
         return f"{told}: whether it works only where c exceeds the norm cannot be told from one side."
+    if not rows["works"].any():
+        return f"{told}: as none worked, whether c must exceed the norm cannot be told."
     needed = "is not needed" if below["works"].any() else "is needed"
     enough = "is enough" if above["works"].all() else "is not always enough"
     more = (

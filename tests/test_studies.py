@@ -119,6 +119,7 @@ def test_the_claim_follows_the_numbers() -> None:
     fails = layers.claim(sweep_table(above=0.9, below=0.27, adaptive=(0.26, 0.8, 0.9)))
     assert "c above the norm is not needed, and it is not always enough; RMU does not work more often" in fails
     assert "at most layers does not hold" in fails
+    assert "as none worked, whether c" in layers.claim(sweep_table(above=0.9, below=0.9, adaptive=(0.26,)))
     one_side = sweep_table(above=0.27, below=0.9, adaptive=(0.26,))
     assert "cannot be told from one side" in layers.claim(one_side[one_side["relative_coefficient"] != 0.5])
 

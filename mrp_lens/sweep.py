@@ -233,7 +233,8 @@ def _measure_unedited(model: LensModel, case: Case, plan: Plan) -> dict[str, Any
     controls: dict[str, float] = {}
     if case.untaught_questions is not None:
         controls["untaught_accuracy"] = float(metrics.accuracy(model, case.untaught_questions)["accuracy"].iloc[0])
-    controls["chance"] = float(metrics.accuracy(model, case.quiz(limit=plan.questions)["forget"])["chance"].iloc[0])
+    asked = case.quiz(limit=plan.questions)["forget"].questions
+    controls["chance"] = sum(1 / len(question.choices) for question in asked) / len(asked)
     return {
         "row": row | controls,
         "controls": controls,

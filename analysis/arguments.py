@@ -64,9 +64,10 @@ class Study:
             load_model(arguments.model, backend=arguments.backend), case, run, arguments.out, arguments.overwrite
         )
 
-    def fit(self, method: Any) -> Fit:
-        """Fit with the study's data and seed; Ctrl-C ends the study."""
-        fit: Fit = method.fit(self.model, self.case.forget, self.case.retain, seed=self.run.seed)
+    def fit(self, method: Any, *, seed: int | None = None) -> Fit:
+        """Fit with the study's data and seed (or another); Ctrl-C ends the study."""
+        chosen = self.run.seed if seed is None else seed
+        fit: Fit = method.fit(self.model, self.case.forget, self.case.retain, seed=chosen)
         if fit.interrupted:
             raise KeyboardInterrupt
         return fit

@@ -1,7 +1,5 @@
 """Per-layer effects: the same methods fitted at one layer after another, point by point, in a folder that can be resumed."""
 
-import json
-import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
@@ -14,17 +12,13 @@ from tqdm.auto import tqdm
 
 from mrp_lens import metrics
 from mrp_lens.case import Case
-from mrp_lens.files import PARTIAL, write_json
 from mrp_lens.methods import METHODS, MRP, RMU, AdaptiveRMU
 from mrp_lens.methods.rmu import C_SHARE
 from mrp_lens.model import LensModel, check_layers, describe
+from mrp_lens.pieces import Pieces
 from mrp_lens.subspace import random_units
 
-SETTINGS = "sweep.json"
-POINTS = "points"
 UNEDITED = "unedited"
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -152,71 +146,24 @@ def sweep(
     if missing:
         raise ValueError(f"a sweep needs questions on both sides; there are none for {', '.join(sorted(missing))}")
     check_layers(model, plan.layers)
-    folder = Path(out)
-    _claim(folder, _settings(model, case, plan))
-    untouched = _stored(folder, UNEDITED) or _keep(folder, UNEDITED, _measure_unedited(model, case, plan))
-    todo = [point for point in plan.points()[number - 1 :: count] if _stored(folder, point.name) is None]
+    settings = {"model": describe(model), "data": case.fingerprints(), **asdict(plan)}
+    pieces = Pieces.claim(out, "sweep", settings)
+    untouched = pieces.stored(UNEDITED) or pieces.keep(UNEDITED, _measure_unedited(model, case, plan))
+    todo = [point for point in plan.points()[number - 1 :: count] if pieces.stored(point.name) is None]
     with tqdm(todo, desc="points", disable=not progress) as bar:
         for point in bar:
             bar.set_postfix_str(point.name)
-            _keep(folder, point.name, _fit_and_measure(model, case, plan, point, untouched, progress=progress))
-    return table(folder, plan.points())
+            pieces.keep(point.name, _fit_and_measure(model, case, plan, point, untouched, progress=progress))
+    return table(pieces, plan.points())
 
 
-def table(folder: Path, points: Iterable[Point]) -> pd.DataFrame | None:
+def table(pieces: Pieces, points: Iterable[Point]) -> pd.DataFrame | None:
     """The rows of all points, or None if some are missing; timings are left to the points' files."""
-    files = [_stored(folder, name) for name in (UNEDITED, *(point.name for point in points))]
+    files = [pieces.stored(name) for name in (UNEDITED, *(point.name for point in points))]
     if any(file is None for file in files):
         return None
-    for leftover in (folder / POINTS).glob(f".*{PARTIAL}"):
-        leftover.unlink(missing_ok=True)  # of a process that was killed while it wrote: all points are there by now
+    pieces.tidy()
     return pd.DataFrame([file["row"] for file in files if file is not None])
-
-
-def _settings(model: LensModel, case: Case, plan: Plan) -> dict[str, Any]:
-    settings = {"model": describe(model), "data": case.fingerprints(), **asdict(plan)}
-    plain: dict[str, Any] = json.loads(json.dumps(settings))
-    return plain
-
-
-def _claim(folder: Path, settings: Mapping[str, Any]) -> None:
-    """Make the folder, or go on in one of the same settings."""
-    path = folder / SETTINGS
-    if path.is_file():
-        known = json.loads(path.read_text(encoding="utf-8"))
-        differing = [
-            f"{key} ({_short(known.get(key))} there, {_short(value)} now)"
-            for key, value in settings.items()
-            if known.get(key) != value
-        ]
-        if differing:
-            raise ValueError(
-                f"{folder} holds a sweep with other settings: {'; '.join(differing)}. Choose another folder, or the same settings"
-            )
-        return
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise FileExistsError(f"{folder} exists and holds no sweep; choose another folder")
-    (folder / POINTS).mkdir(parents=True, exist_ok=True)
-    write_json(path, settings)
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
-
-
-def _stored(folder: Path, name: str) -> dict[str, Any] | None:
-    path = folder / POINTS / f"{name}.json"
-    if not path.is_file():
-        return None
-    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return content
-
-
-def _keep(folder: Path, name: str, content: dict[str, Any]) -> dict[str, Any]:
-    (folder / POINTS).mkdir(exist_ok=True)
-    write_json(folder / POINTS / f"{name}.json", content)
-    return content
 
 
 def _measure_unedited(model: LensModel, case: Case, plan: Plan) -> dict[str, Any]:

@@ -1,10 +1,11 @@
 """Multiple-choice questions: reading them from files, folders, the Hub or rows."""
 
+import random
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from mrp_lens.corpus.answers import AmbiguousAnswerError, choices_of, right_choice
 from mrp_lens.corpus.chat import in_chat
@@ -12,15 +13,18 @@ from mrp_lens.corpus.documents import Corpus, Document
 from mrp_lens.corpus.rows import Row, column, digest, evenly, file_rows, fill, hub_name, hub_rows, text
 from mrp_lens.corpus.schemas import KNOWN, QuestionColumns, Schema, schema_named
 
+Half = Literal["question", "entity"]
+
 
 @dataclass(frozen=True)
 class Question:
-    """One multiple-choice question; `answer` is the index of the right choice."""
+    """One multiple-choice question; `answer` is the index of the right choice, `entity` whom or what it is about."""
 
     prompt: str
     choices: tuple[str, ...]
     answer: int
     group: str = ""
+    entity: str = ""
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,7 @@ class Questions:
         choices: str | Sequence[str] | None = None,
         answer: str | None = None,
         group: str | None = None,
+        entity: str | None = None,
         schema: str | Schema | None = None,
         name: str = "rows",
     ) -> "Questions":
@@ -54,6 +59,7 @@ class Questions:
                 an int or as digits. A string that is the text of a choice is taken as that, then as a letter, then as
                 an index. None: `answer`, or what the schema says.
             group: column by which `metrics.accuracy` reports separately, such as a topic.
+            entity: column that says whom or what the question is about; `halves(by="entity")` never parts these.
             schema: a known data set whose rows these are, such as `cais/wmdp`; the arguments above override it.
                 Its rows in which several choices equal the right one are left out, with a warning.
             name: for logs and provenance.
@@ -68,7 +74,7 @@ class Questions:
             raise ValueError(
                 f"{known.path} holds texts, no questions; read it as a Corpus, or name its columns with prompt=, choices= and answer="
             )
-        given = {"prompt": prompt, "choices": choices, "answer": answer, "group": group}
+        given = {"prompt": prompt, "choices": choices, "answer": answer, "group": group, "entity": entity}
         overrides: dict[str, Any] = {option: value for option, value in given.items() if value is not None}
         kinds = [replace(kind, **overrides) for kind in (known.questions if known else ()) or (QuestionColumns(),)]
         columns, questions, ambiguous = None, [], 0
@@ -99,11 +105,14 @@ class Questions:
         choices: str | Sequence[str] | None = None,
         answer: str | None = None,
         group: str | None = None,
+        entity: str | None = None,
         schema: str | Schema | None = None,
     ) -> "Questions":
         """Read what `Corpus.from_file` reads; the other arguments as `from_rows`."""
         rows, name = file_rows(path, split), Path(path).stem
-        return cls.from_rows(rows, prompt=prompt, choices=choices, answer=answer, group=group, schema=schema, name=name)
+        return cls.from_rows(
+            rows, prompt=prompt, choices=choices, answer=answer, group=group, entity=entity, schema=schema, name=name
+        )
 
     @classmethod
     def from_hub(
@@ -116,17 +125,43 @@ class Questions:
         choices: str | Sequence[str] | None = None,
         answer: str | None = None,
         group: str | None = None,
+        entity: str | None = None,
         schema: str | Schema | None = None,
     ) -> "Questions":
         """Read a data set of the Hugging Face Hub, as `Corpus.from_hub` does, by default its `test` split."""
         known = schema_named(schema) or KNOWN.get(path)
         rows = hub_rows(path, config, split or (known.question_split if known else "test"), known)
         name = hub_name(path, config)
-        return cls.from_rows(rows, prompt=prompt, choices=choices, answer=answer, group=group, schema=known, name=name)
+        return cls.from_rows(
+            rows, prompt=prompt, choices=choices, answer=answer, group=group, entity=entity, schema=known, name=name
+        )
 
     def spread(self, limit: int | None) -> "Questions":
         """At most `limit` of the questions, evenly spread over all; None: all."""
         return replace(self, questions=tuple(evenly(self.questions, limit)))
+
+    def halves(self, *, by: Half = "question", seed: int = 0) -> tuple["Questions", "Questions"]:
+        """Two halves that share no question, and with `by="entity"` no entity either, drawn at random.
+
+        Raises:
+            ValueError: fewer than two questions or entities, or a question whose entity is unknown.
+        """
+        if by not in get_args(Half):
+            raise ValueError(f"unknown by={by!r}; choose one of {', '.join(get_args(Half))}")
+        labels = [q.entity if by == "entity" else str(place) for place, q in enumerate(self.questions)]
+        if not all(labels):
+            raise ValueError(
+                f"{self.name}: some questions do not say whom they are about; name that column with entity=..., or split by='question'"
+            )
+        names = sorted(dict.fromkeys(labels))
+        if len(names) < 2:
+            raise ValueError(f"{self.name} has {len(names)} {by}, which cannot be split; give at least 2")
+        first = set(random.Random(f"mrp_lens halves {seed}").sample(names, len(names) // 2))
+        sides = [
+            tuple(q for q, label in zip(self.questions, labels, strict=True) if (label in first) == wanted)
+            for wanted in (True, False)
+        ]
+        return replace(self, questions=sides[0]), replace(self, questions=sides[1])
 
     def right_answers(self) -> Corpus:
         """The questions as documents, each with its right choice as the completion."""
@@ -160,5 +195,5 @@ def _question(row: Row, number: int, columns: QuestionColumns, name: str) -> Que
     index = right_choice(given, choices, number, name)
     options = [str(choice) for choice in choices]
     spaced = tuple(option if option[:1].isspace() else f" {option}" for option in options)
-    label = "" if columns.group is None else text(row, columns.group, number, name)
-    return Question(fill(columns.prompt, row, number, name), spaced, index, label)
+    group, entity = ("" if it is None else text(row, it, number, name) for it in (columns.group, columns.entity))
+    return Question(fill(columns.prompt, row, number, name), spaced, index, group, entity)

@@ -26,13 +26,14 @@ class QuestionColumns:
     choices: str | Sequence[str] = "choices"
     answer: str = "answer"
     group: str | None = None
+    entity: str | None = None
 
     @property
     def needed(self) -> set[str]:
         """The columns that a row must have."""
         listed = [self.choices] if isinstance(self.choices, str) else list(self.choices)
-        label = [] if self.group is None else [self.group]
-        return {*template_fields(self.prompt), *listed, self.answer, *label}
+        labels = [label for label in (self.group, self.entity) if label is not None]
+        return {*template_fields(self.prompt), *listed, self.answer, *labels}
 
 
 @dataclass(frozen=True, kw_only=True)

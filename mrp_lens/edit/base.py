@@ -3,7 +3,7 @@
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -28,6 +28,11 @@ class Edit(ABC):
 
     kind: str
     provenance: Mapping[str, Any]
+
+    @property
+    @abstractmethod
+    def layers(self) -> tuple[int, ...]:
+        """The layers whose blocks it hooks or writes into, ascending."""
 
     @abstractmethod
     def install(self, model: LensModel, *, check: bool = True) -> Undo:
@@ -117,6 +122,11 @@ class Edit(ABC):
     def _check_model(self, model: LensModel, check: bool) -> None:
         if check and "model" in self.provenance:
             check_same_model(model, self.provenance["model"])
+
+
+def edit_on(model: LensModel, edit: Edit | None) -> AbstractContextManager[Any]:
+    """`edit.applied(model)`, or nothing where the edit is None: the unedited model."""
+    return nullcontext(model) if edit is None else edit.applied(model)
 
 
 def check_width(model: LensModel, d_model: int, what: str) -> None:

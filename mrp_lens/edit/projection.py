@@ -83,6 +83,11 @@ class ProjectionEdit(Edit):
         """The hook points that are projected, by layer."""
         return tuple(sorted(self._joined, key=layer_of))
 
+    @property
+    @override
+    def layers(self) -> tuple[int, ...]:
+        return tuple(sorted({layer_of(name) for name in self._joined}))
+
     def subspaces(self, request: str | None = None) -> dict[str, Subspace]:
         """What is removed at each hook: by one request, or (None) by all of them together.
 

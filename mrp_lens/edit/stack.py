@@ -9,6 +9,7 @@ from typing_extensions import override
 from mrp_lens.edit.base import Edit, Undo
 from mrp_lens.edit.projection import ProjectionEdit
 from mrp_lens.edit.storage import KINDS, register
+from mrp_lens.edit.weight import WeightEdit
 from mrp_lens.model import LensModel
 
 
@@ -20,6 +21,11 @@ class EditStack(Edit):
     def __init__(self, parts: Sequence[Edit]) -> None:
         self.parts = tuple(parts)
         self.provenance: Mapping[str, Any] = {}
+
+    @property
+    @override
+    def layers(self) -> tuple[int, ...]:
+        return tuple(sorted({layer for part in self.parts for layer in part.layers}))
 
     @override
     def install(self, model: LensModel, *, check: bool = True) -> Undo:
@@ -94,6 +100,13 @@ def besides_projections(edit: Edit | None) -> Edit | None:
     parts = edit.parts if isinstance(edit, EditStack) else (edit,)
     others = [part for part in parts if part is not None and not isinstance(part, ProjectionEdit)]
     return EditStack(others) if others else None
+
+
+def stripped(edit: Edit | None) -> Edit | None:
+    """What is left of an edit when its hooks are removed: the weights that it writes; None if it writes none."""
+    parts = edit.parts if isinstance(edit, EditStack) else (edit,)
+    written = [part for part in parts if isinstance(part, WeightEdit)]
+    return stacked(*written) if written else None
 
 
 register(EditStack)

@@ -82,6 +82,11 @@ class SteeringEdit(Edit):
         name = hook_name(layer, site)
         return cls(name, direction, coefficient, mode=mode, noise=noise, positions=positions, seed=seed)
 
+    @property
+    @override
+    def layers(self) -> tuple[int, ...]:
+        return (layer_of(self.hook),)
+
     @override
     def install(self, model: LensModel, *, check: bool = True) -> Undo:
         check_hook_names(model, [self.hook])

@@ -1,5 +1,6 @@
 """RMU's edit: new values for a few matrices of the checkpoint."""
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -45,6 +46,12 @@ class WeightEdit(Edit):
         self.tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         self.replaces = {name: dict(digests) for name, digests in replaces.items()}
         self.provenance = dict(provenance or {})
+
+    @property
+    @override
+    def layers(self) -> tuple[int, ...]:
+        numbers = (re.search(r"\.(\d+)\.", name) for name in self.tensors)
+        return tuple(sorted({int(number[1]) for number in numbers if number}))
 
     @override
     def install(self, model: LensModel, *, check: bool = True) -> Undo:

@@ -166,7 +166,7 @@ class MRP:
         one_of(RetainLoss, retain_loss=self.retain_loss)
         one_of(Site, site=self.site)
         width = int(model.cfg.d_model)
-        rank = given(self.rank, min(32, max(2, width // 16)))
+        rank = given(self.rank, default_rank(model))
         if rank >= width:
             raise ValueError(
                 f"rank {rank} must be below d_model {width}: removing every direction would leave no state"
@@ -284,6 +284,11 @@ class _Learned:
             hook: Subspace(orthonormal(rows.detach(), self.taken.get(hook)).cpu()) for hook, rows in self.rows.items()
         }
         return ProjectionEdit(subspaces, request=request, provenance=record)
+
+
+def default_rank(model: LensModel) -> int:
+    """A sixteenth of the stream's width, from 2 to 32."""
+    return min(32, max(2, int(model.cfg.d_model) // 16))
 
 
 def default_layers(n_layers: int) -> list[int]:

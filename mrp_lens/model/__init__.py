@@ -2,6 +2,7 @@
 
 from mrp_lens.model.base import LensModel, available_backends, check_layers, forward, is_bridge, logits_of
 from mrp_lens.model.load import ModelMismatchError, load_model
+from mrp_lens.model.trainable import CheckpointTensor, checkpoint_tensors
 from mrp_lens.model.weights import (
     EditableWeight,
     check_same_model,
@@ -14,12 +15,14 @@ from mrp_lens.model.weights import (
 )
 
 __all__ = [
+    "CheckpointTensor",
     "EditableWeight",
     "LensModel",
     "ModelMismatchError",
     "available_backends",
     "check_layers",
     "check_same_model",
+    "checkpoint_tensors",
     "describe",
     "forward",
     "is_bridge",

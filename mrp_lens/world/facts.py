@@ -165,6 +165,7 @@ class World:
                     "choices": choices,
                     "answer": fact.value,
                     "topic": fact.topic,
+                    "entity": fact.entity,
                     "fact": fact,
                 }
             )
@@ -173,6 +174,7 @@ class World:
             [row for row in rows if row["fact"] in wanted],
             prompt="{question}",
             group="topic",
+            entity="entity",
             name=f"world-questions-{topic or 'all'}{'' if taught else '-withheld'}",
         )
 

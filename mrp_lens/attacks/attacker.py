@@ -1,0 +1,144 @@
+"""Somebody who retrains an edited model: with what budget, in what form, and what is theirs to change."""
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+from mrp_lens.attacks.retraining import LORA_RANK, MasterAdamW, Parameters, unlocked
+from mrp_lens.batching import Encoder, endless
+from mrp_lens.corpus import Corpus
+from mrp_lens.edit import Edit, edit_on
+from mrp_lens.edit.fold import folded
+from mrp_lens.edit.stack import stripped
+from mrp_lens.methods.base import generator_for, one_of, positive
+from mrp_lens.methods.objectives import cross_entropy
+from mrp_lens.model import LensModel
+from mrp_lens.predictions import predictions
+from mrp_lens.training import NonFiniteLossError, train
+
+Form = Literal["kept", "stripped", "weights"]
+Outcome = Literal["finished", "interrupted", "diverged"]
+
+LR_BY_WIDTH = 0.128  # 1e-3 at d_model 128, 3e-5 at 4096
+LR_SHARES = (0.3, 1.0, 3.0)
+LORA_SHARE = 10.0  # low-rank factors start at 0 and take larger steps
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attacker:
+    """How a model is retrained.
+
+    Attributes:
+        steps: updates (AdamW, constant rate, no weight decay).
+        batch_size: documents an update.
+        form: what is retrained. "kept": the model with the edit on; "stripped": with its hooks removed; "weights": with
+            its projections written into the weights, which retraining can then undo.
+        parameters: what may change: "all" tensors of the checkpoint, those "before" the first edited layer, "at" the
+            edited layers, "after" the last; or low-rank updates of the matrices, "lora" (Bridge only).
+        lora_rank: rank of these.
+        seed: of the order of the data.
+
+    Raises:
+        ValueError: a budget that is not above 0, an unknown form or choice of parameters.
+    """
+
+    steps: int = 100
+    batch_size: int = 32
+    form: Form = "kept"
+    parameters: Parameters = "all"
+    lora_rank: int = LORA_RANK
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        positive(steps=self.steps, batch_size=self.batch_size, lora_rank=self.lora_rank)
+        one_of(Form, form=self.form)
+        one_of(Parameters, parameters=self.parameters)
+        generator_for(self.seed)
+
+    def rates(self, model: LensModel, lr: float | Sequence[float] | None) -> tuple[float, ...]:
+        """The grid of learning rates: as given, or three around one that suits the model's width.
+
+        Raises:
+            ValueError: none, or one that is not above 0.
+        """
+        if lr is None:
+            centre = LR_BY_WIDTH / int(model.cfg.d_model) * (LORA_SHARE if self.parameters == "lora" else 1.0)
+            return tuple(share * centre for share in LR_SHARES)
+        rates = (lr,) if isinstance(lr, int | float) else tuple(lr)
+        if not rates or not all(rate > 0 for rate in rates):
+            raise ValueError(f"lr must be above 0, or several such rates, got {lr}")
+        return rates
+
+    def faced_with(self, model: LensModel, edit: Edit | None) -> AbstractContextManager[object]:
+        """The model in the form that is retrained.
+
+        Raises:
+            ValueError: the edit has no hooks to strip, or cannot be written into weights.
+        """
+        if edit is None or self.form == "kept":
+            return edit_on(model, edit)
+        if self.form == "weights":
+            return folded(model, edit)
+        left = stripped(edit)
+        if left is edit:
+            raise ValueError("this edit has no hooks that could be stripped: it is in the weights; use form='kept'")
+        return edit_on(model, left)
+
+    @contextmanager
+    def retrained(
+        self,
+        model: LensModel,
+        edit: Edit | None,
+        taught: Corpus,
+        *,
+        lr: float,
+        score: Callable[[int], None] | None = None,
+        marks: Sequence[int] = (),
+        progress: bool = True,
+    ) -> Iterator[Outcome]:
+        """Inside, the model is what retraining made of it; on exit it is as before, bit for bit.
+
+        Args:
+            model: without the edit.
+            edit: None: the unedited model.
+            taught: what it is trained on; the completions count.
+            lr: learning rate.
+            score: called with the number of updates done, whenever that is among `marks`.
+            marks: from 0 to `steps`.
+            progress: show a progress bar.
+
+        Yields:
+            How training ended: "diverged" where the loss became infinite (with a warning), "interrupted" by Ctrl-C.
+        """
+        encoder = Encoder.for_model(model)
+        documents = [row for row in encoder.encode(taught.documents) if any(row.in_loss[1:])]
+        if not documents:
+            raise ValueError(f"nothing to train on: {taught.name!r} holds no document with a token to predict")
+        batches = endless(documents, self.batch_size, generator_for(self.seed))
+
+        def losses(step: int) -> Iterator[dict[str, Tensor]]:
+            if score is not None and step in marks:
+                score(step)
+            batch = encoder.collate(next(batches))
+            yield {"loss": cross_entropy(predictions(model, batch), batch).mean()}
+
+        chosen = unlocked(model, edit, self.parameters, lora_rank=self.lora_rank, seed=self.seed)
+        with self.faced_with(model, edit), chosen as tensors:
+            description = f"retraining ({self.form}, lr {lr:.2g})"
+            try:
+                run = train(
+                    losses, MasterAdamW(tensors, lr), steps=self.steps, description=description, progress=progress
+                )
+                outcome: Outcome = "interrupted" if run.interrupted else "finished"
+            except NonFiniteLossError as error:
+                logger.warning("%s", error)
+                outcome = "diverged"
+            if outcome == "finished" and score is not None and self.steps in marks:
+                score(self.steps)
+            yield outcome

@@ -1,0 +1,200 @@
+"""Retraining an edited model in place: which tensors an attacker may change, and the way back to what they were."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn.utils import parametrize
+from typing_extensions import override
+
+from mrp_lens.edit import Edit
+from mrp_lens.model import CheckpointTensor, LensModel, checkpoint_tensors, is_bridge
+from mrp_lens.stream import frozen
+
+Parameters = Literal["all", "lora", "before", "at", "after"]
+
+LORA_RANK = 8
+
+
+@dataclass(frozen=True)
+class Trainable:
+    """A tensor under training, and how a model in another precision or with tied copies gets its values.
+
+    Attributes:
+        master: float32; what the optimizer changes.
+        model_tensors: what the model computes with; empty where that is the master itself.
+    """
+
+    master: Tensor
+    model_tensors: tuple[torch.nn.Parameter, ...] = ()
+
+    def collect(self) -> None:
+        """The gradients of the model's tensors, added up, become the master's."""
+        gradients = [
+            tensor.grad if number == 0 else tensor.grad.T
+            for number, tensor in enumerate(self.model_tensors)
+            if tensor.grad is not None
+        ]
+        if gradients:
+            self.master.grad = torch.stack([gradient.float() for gradient in gradients]).sum(0)
+
+    def spread(self) -> None:
+        """The model's tensors get the master's values."""
+        with torch.no_grad():
+            for number, tensor in enumerate(self.model_tensors):
+                tensor.copy_(self.master if number == 0 else self.master.T)
+
+
+class MasterAdamW(torch.optim.AdamW):
+    """AdamW without weight decay on float32 masters, whatever the model's precision."""
+
+    def __init__(self, tensors: Sequence[Trainable], lr: float) -> None:
+        self.trained = list(tensors)
+        super().__init__([tensor.master for tensor in tensors], lr=lr, weight_decay=0.0)
+
+    @override
+    def step(self, closure: Any = None) -> Any:
+        """One update of the masters, and of the model."""
+        for tensor in self.trained:
+            tensor.collect()
+        result = super().step(closure)
+        for tensor in self.trained:
+            tensor.spread()
+        return result
+
+    @override
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear the gradients of masters and model."""
+        super().zero_grad(set_to_none)
+        for tensor in self.trained:
+            for parameter in tensor.model_tensors:
+                parameter.grad = None
+
+
+@contextmanager
+def unlocked(
+    model: LensModel, edit: Edit | None, parameters: Parameters, *, lora_rank: int, seed: int
+) -> Iterator[list[Trainable]]:
+    """The tensors that the attacker may change; they require grad inside, and hold their old values on exit.
+
+    Args:
+        model: with the edit on.
+        edit: tells "before", "at" and "after" apart.
+        parameters: "all" of the checkpoint's tensors; those "before" the first edited layer (embeddings included), "at"
+            the edited layers (from the first to the last), "after" the last (with the unembedding); "lora": low-rank
+            updates of every matrix in the blocks (arXiv 2106.09685).
+        lora_rank: rank of those.
+        seed: of their start.
+
+    Raises:
+        ValueError: LoRA on a HookedTransformer, or a choice that leaves nothing to train.
+    """
+    with frozen(model):
+        if parameters == "lora":
+            with low_rank_updates(model, rank=lora_rank, seed=seed) as updates:
+                yield updates
+            return
+        chosen = [tensor for tensor in checkpoint_tensors(model) if reach_of(model, edit, parameters)(tensor.depth)]
+        if not chosen:
+            raise ValueError(
+                f"there are no tensors {parameters!r} the edited layers {list(edit.layers if edit else ())} of this model of "
+                f"{model.cfg.n_layers} layers; choose another of 'all', 'before', 'at', 'after'"
+            )
+        with restored(chosen):
+            yield [_trainable(tensor) for tensor in chosen]
+
+
+def reach_of(model: LensModel, edit: Edit | None, parameters: Parameters) -> Callable[[int], bool]:
+    """Whether tensors at a depth (see `CheckpointTensor`) are among these parameters.
+
+    Raises:
+        ValueError: "before", "at" or "after" without an edit.
+    """
+    if parameters == "all":
+        return lambda depth: True
+    if edit is None:
+        raise ValueError(f"parameters={parameters!r} needs an edit: without one there are no edited layers; use 'all'")
+    first, last = edit.layers[0], edit.layers[-1]
+    return {
+        "before": lambda depth: depth < first,
+        "at": lambda depth: first <= depth <= last,
+        "after": lambda depth: depth > last,
+    }[parameters]
+
+
+@contextmanager
+def restored(tensors: Sequence[CheckpointTensor]) -> Iterator[None]:
+    """Inside, values may change; on exit they are as before, bit for bit, and no gradient is left."""
+    parameters = [p for tensor in tensors for p in (tensor.parameter, tensor.copy) if p is not None]
+    before = [(parameter, parameter.detach().to("cpu", copy=True), parameter.grad) for parameter in parameters]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for parameter, values, gradient in before:
+                parameter.copy_(values)
+                parameter.grad = gradient
+
+
+def _trainable(tensor: CheckpointTensor) -> Trainable:
+    parameters = tuple(p for p in (tensor.parameter, tensor.copy) if p is not None)
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+    if len(parameters) == 1 and tensor.parameter.dtype == torch.float32:
+        return Trainable(tensor.parameter)
+    return Trainable(tensor.parameter.detach().float().clone(), parameters)
+
+
+class LowRank(torch.nn.Module):
+    """W -> W + left right: a low-rank update that starts at 0."""
+
+    def __init__(self, matrix: Float[Tensor, "out in"], rank: int, generator: torch.Generator) -> None:
+        super().__init__()
+        rows, columns = matrix.shape
+        right = torch.randn(rank, columns, generator=generator) / columns**0.5
+        self.left = torch.nn.Parameter(torch.zeros(rows, rank, device=matrix.device))
+        self.right = torch.nn.Parameter(right.to(matrix.device))
+
+    @override
+    def forward(self, matrix: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
+        """The updated matrix, in its own precision."""
+        return matrix + (self.left @ self.right).type_as(matrix)
+
+
+@contextmanager
+def low_rank_updates(model: LensModel, *, rank: int, seed: int) -> Iterator[list[Trainable]]:
+    """Every matrix in the blocks with a low-rank update; taken off again on exit.
+
+    Raises:
+        ValueError: the model is a HookedTransformer, whose attention has no matrices of the checkpoint's shape, or rank
+            below 1.
+    """
+    if not is_bridge(model):
+        raise ValueError(
+            "low-rank updates need the checkpoint's own matrices, which a HookedTransformer does not have; load the model with backend='bridge'"
+        )
+    if rank < 1:
+        raise ValueError(f"lora_rank must be at least 1, got {rank}")
+    generator = torch.Generator().manual_seed(seed)
+    blocks = {id(p) for block in model.blocks for p in block.parameters()}
+    found = [(module, module._parameters.get("weight")) for module in model.modules()]
+    matrices = {
+        module: weight for module, weight in found if weight is not None and weight.ndim == 2 and id(weight) in blocks
+    }
+    order = {module: list(module._parameters) for module in matrices}
+    updates: list[LowRank] = []
+    try:
+        for module, weight in matrices.items():
+            update = LowRank(weight, rank, generator)
+            parametrize.register_parametrization(module, "weight", update)
+            updates.append(update)
+        yield [Trainable(factor) for update in updates for factor in (update.left, update.right)]
+    finally:
+        for module in list(matrices)[: len(updates)]:
+            parametrize.remove_parametrizations(module, "weight", leave_parametrized=False)
+            for name in order[module]:  # the weight came back behind the bias
+                module._parameters[name] = module._parameters.pop(name)

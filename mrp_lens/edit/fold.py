@@ -1,0 +1,104 @@
+"""A projection written into the weights instead of hooked: exact only where nothing stands between matrix and hook."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from mrp_lens.edit.base import Edit
+from mrp_lens.edit.projection import ProjectionEdit
+from mrp_lens.edit.stack import EditStack
+from mrp_lens.edit.steering import SteeringEdit
+from mrp_lens.model import LensModel, is_bridge, logits_of
+from mrp_lens.stream import frozen, layer_of
+from mrp_lens.subspace import Subspace
+
+PROBE = (4, 16)  # rows and tokens of the random input on which weights and hooks are compared
+ALLOWED = {torch.float32: 1e-4, torch.float64: 1e-8}  # largest difference, in standard deviations of the logits
+ALLOWED_COARSE = 0.2  # bfloat16 and float16, where the projected weights are rounded
+
+
+@contextmanager
+def folded(model: LensModel, edit: Edit) -> Iterator[None]:
+    """Apply an edit with its projections multiplied into the matrices and biases that write to the stream.
+
+    Exact for the sites `mlp_out` and `attn_out` where no norm follows the matrix, and for `resid_pre` of layer 0 (into
+    the embeddings) where these are not tied to the unembedding. Compared with the hooks on random tokens first.
+
+    Raises:
+        ValueError: this edit has no such form (steering, or a projection elsewhere), or the model computes something
+            else with it; the model is left as it was.
+    """
+    parts = edit.parts if isinstance(edit, EditStack) else (edit,)
+    with edit.applied(model):
+        wanted = _logits(model)
+    with ExitStack() as stack:
+        for part in parts:
+            if isinstance(part, SteeringEdit):
+                raise ValueError("a SteeringEdit cannot be written into weights: it overwrites states; keep its hook")
+            if isinstance(part, ProjectionEdit):
+                for hook, subspace in part.subspaces().items():
+                    stack.enter_context(_projected(model, hook, subspace))
+            else:
+                stack.enter_context(part.applied(model))
+        off = float((_logits(model) - wanted).abs().max() / wanted.std())
+        if off > ALLOWED.get(next(iter(model.parameters())).dtype, ALLOWED_COARSE):
+            raise ValueError(
+                f"written into the weights of this model, the edit gives logits that differ by {off:.2g} of their spread: its architecture "
+                "has a norm between the matrix and the hook, or ties its embeddings; keep the edit as hooks"
+            )
+        yield
+
+
+@contextmanager
+def _projected(model: LensModel, hook: str, subspace: Subspace) -> Iterator[None]:
+    """What writes to the stream at the hook, with the subspace removed from its outputs; as before on exit."""
+    writers = _writers(model, hook)
+    before = [(parameter, parameter.detach().clone()) for parameter, _ in writers]
+    try:
+        with torch.no_grad():
+            for parameter, axis in writers:
+                values = parameter.movedim(axis, -1)
+                values.copy_(subspace.to(values.device).project_out(values))
+        yield
+    finally:
+        with torch.no_grad():
+            for parameter, values in before:
+                parameter.copy_(values)
+
+
+def _writers(model: LensModel, hook: str) -> list[tuple[torch.nn.Parameter, int]]:
+    """The tensors whose sum of outputs is what the hook sees, each with its axis of the stream.
+
+    Raises:
+        ValueError: at this hook the stream is no single matrix's output.
+    """
+    layer, site = layer_of(hook), hook.rsplit("hook_", 1)[-1]
+    if site == "resid_pre" and layer == 0:
+        embeddings = [getattr(model, name, None) for name in ("embed", "pos_embed")]
+        return [(p, -1) for component in embeddings if component is not None for p in component.parameters()]
+    names = {"mlp_out": ("mlp", "out", "W_out", "b_out"), "attn_out": ("attn", "o", "W_O", "b_O")}
+    if site not in names:
+        raise ValueError(
+            f"a projection at {hook} cannot be written into weights: the stream there is a sum of many layers' outputs. Possible are "
+            "mlp_out, attn_out, and resid_pre of layer 0; keep this one as a hook"
+        )
+    part, output, matrix, bias = names[site]
+    component: Any = getattr(model.blocks[layer], part)
+    if not is_bridge(model):
+        return [(getattr(component, matrix), -1), (getattr(component, bias), -1)]
+    module = getattr(component, output).original_component
+    axis = 0 if isinstance(module, torch.nn.Linear) else -1  # GPT-2's Conv1D is [in, out]
+    return [(parameter, axis if parameter.ndim == 2 else 0) for parameter in module.parameters()]
+
+
+def _logits(model: LensModel) -> Float[Tensor, "batch seq d_vocab"]:
+    """Of random tokens, in float32."""
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(int(model.W_E.shape[0]), PROBE, generator=generator)
+    tokens = tokens.to(next(iter(model.parameters())).device)
+    with frozen(model), torch.no_grad():
+        return logits_of(model, tokens, torch.ones_like(tokens, dtype=torch.bool)).float()

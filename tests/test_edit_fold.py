@@ -1,0 +1,74 @@
+"""A projection in the weights computes what the hook computes, or is refused."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mrp_lens.edit import ProjectionEdit
+from mrp_lens.edit.fold import folded
+from mrp_lens.edit.stack import stripped
+from mrp_lens.model import LensModel, load_model
+from tests.conftest import assert_same_state, state_of
+from tests.edits import logits, projection, weight_edit
+from tests.families import FAMILIES, NO_HOOKED, save_family
+
+PLACES = [((0, 3), "mlp_out"), ((1, 2), "attn_out"), ((0,), "resid_pre")]
+
+
+@pytest.fixture(scope="module", params=list(FAMILIES))
+def loaded(request: pytest.FixtureRequest, backend: str, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    if backend == "hooked" and request.param in NO_HOOKED:
+        pytest.skip("HookedTransformer does not load this family from a folder")
+    model = load_model(save_family(request.param, tmp_path_factory.mktemp(request.param)), backend=backend)
+    model.family = request.param
+    return model
+
+
+@pytest.mark.parametrize(("layers", "site"), PLACES)
+def test_weights_compute_what_hooks_compute(loaded: Any, layers: tuple[int, ...], site: str) -> None:
+    edit, tokens = projection(*layers, site=site), torch.arange(3, 43).view(2, 20)
+    before = state_of(loaded)
+    tied = site == "resid_pre" and loaded.family in ("gpt2", "mistral", "gemma2") and "Bridge" in type(loaded).__name__
+    if tied or (loaded.family == "gemma2" and site != "resid_pre"):  # a norm behind the matrix
+        with pytest.raises(ValueError, match=r"differ by .* of their spread"), folded(loaded, edit):
+            raise AssertionError("this is not exact")
+    else:
+        with edit.applied(loaded):
+            hooked = logits(loaded, tokens)
+        with folded(loaded, edit):
+            torch.testing.assert_close(logits(loaded, tokens), hooked, atol=2e-5, rtol=0)
+            assert not any(point.fwd_hooks for point in loaded.hook_dict.values())
+        assert float((logits(loaded, tokens) - hooked).abs().max()) > 1e-2
+    assert_same_state(before, state_of(loaded))
+
+
+def test_stacks_fold_part_by_part(model: LensModel, tokens: torch.Tensor, untouched: None) -> None:
+    both = projection(1, site="mlp_out") + weight_edit(model, 2)
+    with both.applied(model):
+        wanted = logits(model, tokens)
+    with folded(model, both):
+        torch.testing.assert_close(logits(model, tokens), wanted, atol=2e-5, rtol=0)
+
+
+def test_the_middle_of_the_stream_has_no_matrix(model: LensModel, untouched: None) -> None:
+    for site in ("resid_post", "resid_pre", "resid_mid"):
+        with pytest.raises(ValueError, match="sum of many layers' outputs"), folded(model, projection(2, site=site)):
+            pass
+
+
+def test_what_is_left_without_hooks(model: LensModel) -> None:
+    weights, hooks = weight_edit(model, 1), projection(0)
+    assert stripped(None) is None
+    assert stripped(hooks) is None
+    assert stripped(weights) is weights
+    assert stripped(hooks + weights) is weights
+    assert (hooks + weights).layers == (0, 1)
+    assert isinstance(hooks, ProjectionEdit)
+
+
+def test_it_folds_a_checkpoint_in_bfloat16(backend: str, tiny_folder: Path) -> None:
+    half = load_model(tiny_folder, backend=backend, dtype=torch.bfloat16)
+    with folded(half, projection(1, site="mlp_out")):
+        pass

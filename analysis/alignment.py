@@ -8,7 +8,6 @@ no direction: its states are held against RMU's u, which is unrelated to it.
 """
 
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from typing import Any
 
 import pandas as pd
@@ -16,6 +15,7 @@ import pandas as pd
 from analysis.arguments import Study, parser_for
 from mrp_lens import metrics
 from mrp_lens.corpus import Corpus
+from mrp_lens.edit import edit_on
 from mrp_lens.methods import MRP, RMU, AdaptiveRMU, Fit
 from mrp_lens.methods.steering import ALPHA_SHARE, default_layer
 
@@ -68,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def measured(study: Study, texts: Mapping[str, Corpus], fit: Fit | None, first: Fit) -> pd.DataFrame:
     """Alignment at all layers, with the fit's own u if it has one."""
     u = fit.direction if fit is not None and fit.directions else first.direction
-    with fit.edit.applied(study.model) if fit is not None else nullcontext():
+    with edit_on(study.model, fit.edit if fit else None):
         return metrics.alignment(study.model, texts, u, seed=study.run.seed)
 
 

@@ -9,13 +9,12 @@ c grows.
 """
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 
 import pandas as pd
 
 from analysis.arguments import Study, parser_for
 from mrp_lens import metrics
-from mrp_lens.edit import Edit
+from mrp_lens.edit import Edit, edit_on
 
 QUESTIONS = 100  # a side
 PROMPTS = 3  # of the theory check
@@ -37,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     edits: dict[str, Edit | None] = {"unedited": None} | {name: fit.edit for name, fit in fits.items()}
     summaries, tokens = [], []
     for name, edit in edits.items():
-        with edit.applied(study.model) if edit is not None else nullcontext():
+        with edit_on(study.model, edit):
             for mode in ("generated", "forced"):
                 frame = metrics.confidence(study.model, questions, mode=mode, tokens=options.tokens, progress=True)
                 summaries.append(frame.assign(method=name))

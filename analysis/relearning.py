@@ -118,12 +118,14 @@ class Campaign:
     def run(self, shard: tuple[int, int]) -> pd.DataFrame | None:
         """Compute this shard's curves that have no file yet; all curves, once every one has."""
         number, count = shard
-        with tqdm(self.jobs[number - 1 :: count], desc="edits") as bar:
-            for job in bar:
-                bar.set_postfix_str(f"{job[0]}, seed {job[1]}")
+        mine = self.jobs[number - 1 :: count]
+        curves = [(job, attack) for job in mine for attack in self.attacks(job)]
+        curves.sort(key=lambda curve: curve[1] in OTHERS)  # the headline first
+        with tqdm(curves, desc="curves") as bar:
+            for job, attack in bar:
+                bar.set_postfix_str(piece_of(job, attack.name))
                 self.quiz(job)
-                for attack in self.attacks(job):
-                    self.curve(job, attack)
+                self.curve(job, attack)
         wanted = [piece_of(job, attack.name) for job in self.jobs for attack in self.attacks(job)]
         if any(self.pieces.stored(piece) is None for piece in wanted):
             return None

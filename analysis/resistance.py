@@ -150,9 +150,9 @@ def resistance(usual: pd.DataFrame) -> str:
         return ""
     lines = [*_by_form(mrp), *_by_size(usual)]
     speeds = new_speed(usual, BUDGETS[0])
-    if mrp["method"].nunique() > 2 and not speeds.empty:
-        recovered = mrp.groupby("method")[f"recovery_{BUDGETS[0]}"].mean()
-        together = float(recovered.corr(speeds[recovered.index], method="spearman"))
+    recovered = mrp.groupby("method")[f"recovery_{BUDGETS[0]}"].mean()
+    if len(recovered) > 2 and recovered.nunique() > 1 and speeds.reindex(recovered.index).nunique() > 1:
+        together = float(recovered.rank().corr(speeds[recovered.index].rank()))
         what = (
             "recover less are also taught new facts more slowly"
             if together >= TOGETHER

@@ -11,14 +11,13 @@ as forgotten: that is where the settings under TUNED come from.
 import argparse
 import logging
 from collections.abc import Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mrp_lens import metrics
 from mrp_lens.corpus import Corpus, Questions
-from mrp_lens.edit import Edit
+from mrp_lens.edit import Edit, edit_on
 from mrp_lens.files import check_free
 from mrp_lens.methods import MRP, RMU, AdaptiveRMU
 from mrp_lens.model import load_model
@@ -67,7 +66,7 @@ class Benchmark:
         row: dict[str, float] = {}
         quizzes = {"forget": self.forget_quiz, "retain": self.retain_quiz}
         texts = {"forget": self.forget, "paraphrased": self.paraphrased, "retain": self.retain}
-        with edit.applied(model) if edit is not None else nullcontext():
+        with edit_on(model, edit):
             for side, quiz in quizzes.items():
                 figures = metrics.accuracy(model, quiz, progress=True).iloc[0]
                 row |= _with_interval(f"{side}_accuracy", figures["accuracy"], figures)

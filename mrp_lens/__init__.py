@@ -5,7 +5,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mrp_lens import metrics, plots
+    from mrp_lens import attacks, metrics, plots
     from mrp_lens.corpus import Corpus, Questions
     from mrp_lens.edit import Edit, EditStack, ProjectionEdit, SteeringEdit, WeightEdit, load_edit
     from mrp_lens.methods import MRP, RMU, AdaptiveRMU, Fit
@@ -28,6 +28,7 @@ _HOMES = {
     "Subspace": "mrp_lens.subspace",
     "WeightEdit": "mrp_lens.edit",
     "World": "mrp_lens.world",
+    "attacks": "mrp_lens",
     "load_edit": "mrp_lens.edit",
     "load_model": "mrp_lens.model",
     "metrics": "mrp_lens",
@@ -49,6 +50,7 @@ __all__ = [
     "Subspace",
     "WeightEdit",
     "World",
+    "attacks",
     "load_edit",
     "load_model",
     "metrics",

@@ -1,7 +1,6 @@
 """What each edit did to the model, layer by layer: the frames that a report draws."""
 
 from collections.abc import Mapping
-from contextlib import nullcontext
 
 import pandas as pd
 import torch
@@ -11,7 +10,7 @@ from tqdm.auto import tqdm
 
 from mrp_lens import metrics
 from mrp_lens.case import Case
-from mrp_lens.edit import Edit
+from mrp_lens.edit import Edit, edit_on
 from mrp_lens.edit.stack import projection_in
 from mrp_lens.model import LensModel
 from mrp_lens.subspace import random_units
@@ -58,7 +57,7 @@ def looks(
     with tqdm(edits.items(), desc="looking at each layer", disable=not progress) as bar:
         for method, edit in bar:
             bar.set_postfix_str(method)
-            with edit.applied(model) if edit is not None else nullcontext():
+            with edit_on(model, edit):
                 aligned = metrics.alignment(model, texts, directions.get(method, usual), seed=seed)
                 sure = metrics.confidence(model, questions, mode="forced", seed=seed)
             add("alignment_by_layer", method, aligned)

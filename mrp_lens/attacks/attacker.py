@@ -13,7 +13,7 @@ from mrp_lens.batching import Encoder, endless
 from mrp_lens.corpus import Corpus
 from mrp_lens.edit import Edit, edit_on
 from mrp_lens.edit.fold import folded
-from mrp_lens.edit.stack import stripped
+from mrp_lens.edit.stack import has_hooks, stripped
 from mrp_lens.methods.base import generator_for, one_of, positive
 from mrp_lens.methods.objectives import cross_entropy
 from mrp_lens.model import LensModel
@@ -85,10 +85,9 @@ class Attacker:
             return edit_on(model, edit)
         if self.form == "weights":
             return folded(model, edit)
-        left = stripped(edit)
-        if left is edit:
+        if not has_hooks(edit):
             raise ValueError("this edit has no hooks that could be stripped: it is in the weights; use form='kept'")
-        return edit_on(model, left)
+        return edit_on(model, stripped(edit))
 
     @contextmanager
     def retrained(

@@ -12,7 +12,7 @@ from torch.nn.utils import parametrize
 from typing_extensions import override
 
 from mrp_lens.edit import Edit
-from mrp_lens.model import CheckpointTensor, LensModel, checkpoint_tensors, is_bridge
+from mrp_lens.model import CheckpointTensor, LensModel, checkpoint_tensors, is_bridge, restored
 from mrp_lens.stream import frozen
 
 Parameters = Literal["all", "lora", "before", "at", "after"]
@@ -104,7 +104,7 @@ def unlocked(
                 f"there are no tensors {parameters!r} the edited layers {list(edit.layers if edit else ())} of this model of "
                 f"{model.cfg.n_layers} layers; choose another of 'all', 'before', 'at', 'after'"
             )
-        with restored(chosen):
+        with restored(p for tensor in chosen for p in tensor.parameters):
             yield [_trainable(tensor) for tensor in chosen]
 
 
@@ -126,27 +126,12 @@ def reach_of(model: LensModel, edit: Edit | None, parameters: Parameters) -> Cal
     }[parameters]
 
 
-@contextmanager
-def restored(tensors: Sequence[CheckpointTensor]) -> Iterator[None]:
-    """Inside, values may change; on exit they are as before, bit for bit, and no gradient is left."""
-    parameters = [p for tensor in tensors for p in (tensor.parameter, tensor.copy) if p is not None]
-    before = [(parameter, parameter.detach().to("cpu", copy=True), parameter.grad) for parameter in parameters]
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for parameter, values, gradient in before:
-                parameter.copy_(values)
-                parameter.grad = gradient
-
-
 def _trainable(tensor: CheckpointTensor) -> Trainable:
-    parameters = tuple(p for p in (tensor.parameter, tensor.copy) if p is not None)
-    for parameter in parameters:
+    for parameter in tensor.parameters:
         parameter.requires_grad_(True)
-    if len(parameters) == 1 and tensor.parameter.dtype == torch.float32:
+    if tensor.copy is None and tensor.parameter.dtype == torch.float32:
         return Trainable(tensor.parameter)
-    return Trainable(tensor.parameter.detach().float().clone(), parameters)
+    return Trainable(tensor.parameter.detach().float().clone(), tensor.parameters)
 
 
 class LowRank(torch.nn.Module):

@@ -12,7 +12,7 @@ from mrp_lens.edit.base import Edit
 from mrp_lens.edit.projection import ProjectionEdit
 from mrp_lens.edit.stack import EditStack
 from mrp_lens.edit.steering import SteeringEdit
-from mrp_lens.model import LensModel, is_bridge, logits_of
+from mrp_lens.model import LensModel, is_bridge, logits_of, restored
 from mrp_lens.stream import frozen, layer_of
 from mrp_lens.subspace import Subspace
 
@@ -57,17 +57,12 @@ def folded(model: LensModel, edit: Edit) -> Iterator[None]:
 def _projected(model: LensModel, hook: str, subspace: Subspace) -> Iterator[None]:
     """What writes to the stream at the hook, with the subspace removed from its outputs; as before on exit."""
     writers = _writers(model, hook)
-    before = [(parameter, parameter.detach().clone()) for parameter, _ in writers]
-    try:
+    with restored(parameter for parameter, _ in writers):
         with torch.no_grad():
             for parameter, axis in writers:
                 values = parameter.movedim(axis, -1)
                 values.copy_(subspace.to(values.device).project_out(values))
         yield
-    finally:
-        with torch.no_grad():
-            for parameter, values in before:
-                parameter.copy_(values)
 
 
 def _writers(model: LensModel, hook: str) -> list[tuple[torch.nn.Parameter, int]]:

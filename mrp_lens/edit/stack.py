@@ -102,6 +102,12 @@ def besides_projections(edit: Edit | None) -> Edit | None:
     return EditStack(others) if others else None
 
 
+def has_hooks(edit: Edit | None) -> bool:
+    """Whether a part of it is a hook that can be taken off, and no weight."""
+    parts = edit.parts if isinstance(edit, EditStack) else (edit,)
+    return any(part is not None and not isinstance(part, WeightEdit) for part in parts)
+
+
 def stripped(edit: Edit | None) -> Edit | None:
     """What is left of an edit when its hooks are removed: the weights that it writes; None if it writes none."""
     parts = edit.parts if isinstance(edit, EditStack) else (edit,)

@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, get_args
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mrp_lens.batching import Encoded, Encoder, TokenBatch
 from mrp_lens.corpus import Corpus
-from mrp_lens.edit import Edit
+from mrp_lens.edit import Edit, edit_on
 from mrp_lens.model import LensModel, describe, why_not_exportable
 from mrp_lens.runs import versions
 from mrp_lens.stream import frozen
@@ -129,7 +129,7 @@ def prepare(model: LensModel, forget: Forget, retain: Corpus, *, max_length: int
 @contextmanager
 def fitting(model: LensModel, after: Edit | None) -> Iterator[None]:
     """The model with earlier edits on, in evaluation mode, nothing requiring grad; all as before on exit."""
-    with after.applied(model) if after is not None else nullcontext(), frozen(model):
+    with edit_on(model, after), frozen(model):
         yield
 
 

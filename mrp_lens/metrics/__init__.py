@@ -5,6 +5,7 @@ from mrp_lens.metrics.answers import accuracy, choice_scores
 from mrp_lens.metrics.confidence import confidence, token_confidence
 from mrp_lens.metrics.geometry import geometry, propagation
 from mrp_lens.metrics.intervals import bootstrap_interval
+from mrp_lens.metrics.lens import logit_lens
 from mrp_lens.metrics.principal import principal_angles, principal_plane
 from mrp_lens.metrics.sensitivity import noise_sensitivity, predicted_coefficient
 from mrp_lens.metrics.text import answer_probability, perplexity
@@ -18,6 +19,7 @@ __all__ = [
     "choice_scores",
     "confidence",
     "geometry",
+    "logit_lens",
     "noise_sensitivity",
     "perplexity",
     "predicted_coefficient",

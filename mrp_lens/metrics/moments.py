@@ -1,7 +1,6 @@
 """States without and with an edit, token by token, and their second moments: d_model x d_model numbers a layer."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext
 from copy import copy
 from dataclasses import KW_ONLY, dataclass
 from typing import Literal
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from mrp_lens.batching import PaddingSide
 from mrp_lens.corpus import Corpus
-from mrp_lens.edit import Edit, EditStack, SteeringEdit
+from mrp_lens.edit import Edit, EditStack, SteeringEdit, edit_on
 from mrp_lens.metrics.states import read_batches, states_of
 from mrp_lens.model import LensModel
 from mrp_lens.subspace import Subspace
@@ -73,7 +72,7 @@ class PairReader:
             raise TypeError(f"edit must be an Edit, such as fit.edit, or None; got {type(self.edit).__name__}")
         if self.documents is not None and self.documents < 1:
             raise ValueError(f"documents must be at least 1, or None for all, got {self.documents}")
-        with nullcontext() if self.edit is None else self.edit.applied(self.model):
+        with edit_on(self.model, self.edit):
             pass  # refuse an edit that does not fit before anything is read
 
     def pairs(self, corpus: Corpus, hooks: Sequence[str]) -> Iterator[StatePair]:

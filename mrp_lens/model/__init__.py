@@ -2,7 +2,7 @@
 
 from mrp_lens.model.base import LensModel, available_backends, check_layers, forward, is_bridge, logits_of
 from mrp_lens.model.load import ModelMismatchError, load_model
-from mrp_lens.model.trainable import CheckpointTensor, checkpoint_tensors
+from mrp_lens.model.trainable import CheckpointTensor, checkpoint_tensors, restored
 from mrp_lens.model.weights import (
     EditableWeight,
     check_same_model,
@@ -29,6 +29,7 @@ __all__ = [
     "load_model",
     "logits_of",
     "mlp_out_weight",
+    "restored",
     "same_tensor",
     "tensor_digests",
     "weights_by_name",

@@ -1,5 +1,7 @@
 """The tensors of a loaded model that its checkpoint holds: what anyone who retrains the checkpoint can change."""
 
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -23,6 +25,11 @@ class CheckpointTensor:
     parameter: torch.nn.Parameter
     copy: torch.nn.Parameter | None = None
 
+    @property
+    def parameters(self) -> tuple[torch.nn.Parameter, ...]:
+        """All that holds its values."""
+        return (self.parameter,) if self.copy is None else (self.parameter, self.copy)
+
 
 def checkpoint_tensors(model: LensModel) -> list[CheckpointTensor]:
     """Every tensor of the checkpoint once, in the model's order.
@@ -43,6 +50,19 @@ def checkpoint_tensors(model: LensModel) -> list[CheckpointTensor]:
         copy = tied if name == "embed.W_E" else None
         tensors.append(CheckpointTensor(name, depth, parameter, copy))
     return tensors
+
+
+@contextmanager
+def restored(parameters: Iterable[torch.nn.Parameter]) -> Iterator[None]:
+    """Inside, values may change; on exit they are as before, bit for bit, and so is the gradient (kept in main memory)."""
+    before = [(parameter, parameter.detach().to("cpu", copy=True), parameter.grad) for parameter in parameters]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for parameter, values, gradient in before:
+                parameter.copy_(values)
+                parameter.grad = gradient
 
 
 def _parameters_of(model: LensModel, name: str) -> list[torch.nn.Parameter]:

@@ -1,0 +1,168 @@
+"""How steep the loss is towards a model's input: what an attack by gradients has to go by."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float
+from numpy.typing import NDArray
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from mrp_lens.batching import Encoder, PaddingSide, TokenBatch, in_order
+from mrp_lens.corpus import Questions
+from mrp_lens.edit import Edit, edit_on
+from mrp_lens.metrics.intervals import bootstrap_interval
+from mrp_lens.model import LensModel
+from mrp_lens.predictions import predictions, targets
+from mrp_lens.stream import frozen, hooked
+
+EMBEDDING_HOOK = "hook_embed"
+
+MEASURES = ("norm", "relative", "loss")
+
+
+class InputGradient(NamedTuple):
+    """Losses of the rows of a batch, what left the embedding, and the gradient of the losses' sum towards that."""
+
+    losses: Float[Tensor, " rows"]
+    embeddings: Float[Tensor, "rows seq d_model"]
+    gradient: Float[Tensor, "rows seq d_model"]
+
+
+def input_gradients(
+    model: LensModel,
+    edit: Edit | None,
+    questions: Questions,
+    *,
+    batch_size: int = 32,
+    padding: PaddingSide = "right",
+    seed: int = 0,
+    progress: bool = False,
+) -> pd.DataFrame:
+    """Norm of the gradient of the right answer's cross-entropy towards the embeddings of the prompt's tokens.
+
+    arXiv 2408.06223 argues, without a measurement, that RMU resists attacks by gradients because these vanish where
+    h is pinned to c u. A gradient alone does not tell: it also vanishes where the model is sure of the answer, so read
+    it beside the loss, and beside the unedited model, which is the control. Nor does a small gradient stop a search:
+    `jailbreak` ranks replacements by it, and scale does not change a ranking.
+
+    Args:
+        model: HookedTransformer or TransformerBridge, without the edit.
+        edit: None: the unedited model alone.
+        questions: each with its right choice; reported by group.
+        batch_size: questions at a time.
+        padding: "right" or "left"; of no effect beyond rounding.
+        seed: of the bootstrap.
+        progress: show a progress bar.
+
+    Returns:
+        One row for each model ("unedited", then "edited") and group, and, if there are several groups, "all" (first):
+        `model`, `group`, `n` questions; the Frobenius norm over all tokens of the prompt (no pads, no BOS, nothing of
+        the answer), in nats per unit of embedding: `mean` over questions with its 95% bootstrap interval `low`,
+        `high`, `median`, `quantile_10`, `quantile_90`; `relative`, the mean of this norm times the norm of the
+        prompt's embeddings (nats, free of the embedding's scale), with `relative_low`, `relative_high`; `loss`, mean
+        cross-entropy of the right answers, in nats per token.
+
+    Raises:
+        TypeError: questions are no Questions.
+        ValueError: there are none, or one whose prompt holds no token; an edit that does not fit the model.
+
+    Example:
+        >>> frame = input_gradients(model, fit.edit, questions)  # doctest: +SKIP
+    """
+    if not isinstance(questions, Questions):
+        raise TypeError(f"questions must be Questions, got {type(questions).__name__}")
+    if not len(questions):
+        raise ValueError(f"no questions in {questions.name!r}")
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    parts = [(group or "all", [q.group == group for q in questions.questions]) for group in questions.groups]
+    groups = ([("all", [True] * len(questions))] if len(parts) > 1 else []) + parts
+    rows = []
+    for name, applied in [("unedited", None)] + ([] if edit is None else [("edited", edit)]):
+        with edit_on(model, applied):
+            measured = _measured(model, questions, batch_size, padding, progress)
+        rows += [{"model": name, "group": group, **_summary(measured[chosen], seed)} for group, chosen in groups]
+    return pd.DataFrame(rows)
+
+
+def input_gradient(model: LensModel, losses: Callable[[], Float[Tensor, " rows"]]) -> InputGradient:
+    """The gradient of losses that a forward pass gives, towards what leaves the embedding.
+
+    Zeros that require grad are added at `hook_embed`, which both classes have, so that every position of every row has
+    a gradient of its own. A model that scales its embeddings does so before or after this point.
+
+    Args:
+        model: with the edit on, if there is one.
+        losses: runs the model once and gives one loss a row; independent of the input (steering may replace every
+            state), its gradient is 0.
+    """
+    store: dict[str, Tensor] = {}
+
+    def attach(activation: Tensor, hook: Any) -> Tensor:
+        store["embeddings"] = activation.detach()
+        store["shift"] = torch.zeros_like(activation, requires_grad=True)
+        return activation + store["shift"]
+
+    with frozen(model), torch.enable_grad(), hooked(model, [(EMBEDDING_HOOK, attach)]):
+        values = losses()
+        gradient = torch.zeros_like(store["shift"])
+        if values.requires_grad:
+            (gradient,) = torch.autograd.grad(values.sum(), store["shift"], allow_unused=True, materialize_grads=True)
+    return InputGradient(values.detach(), store["embeddings"], gradient.detach())
+
+
+def answer_losses(model: LensModel, batch: TokenBatch) -> Float[Tensor, " rows"]:
+    """Cross-entropy of each row's tokens that count in the loss: their mean, in nats per token, in float64."""
+    chosen = predictions(model, batch).gather(1, targets(batch)[:, None])[:, 0].double()
+    rows = batch.loss_mask.nonzero()[:, 0]
+    totals = torch.zeros(len(batch), dtype=torch.float64, device=chosen.device).index_add(0, rows, -chosen)
+    return totals / batch.loss_mask.sum(dim=1)
+
+
+def _measured(
+    model: LensModel, questions: Questions, batch_size: int, padding: PaddingSide, progress: bool
+) -> NDArray[np.float64]:
+    """[questions, MEASURES]."""
+    encoder = Encoder.for_model(model)
+    rows = encoder.encode(questions.right_answers().documents, keep="end")
+    values = np.empty((len(rows), len(MEASURES)))
+    with tqdm(total=len(rows), desc="input gradients", disable=not progress) as bar:
+        for chosen, batch in in_order(encoder, rows, batch_size, side=padding):
+            prompt = batch.content_mask & ~batch.loss_mask
+            for place, tokens in zip(chosen, prompt.sum(dim=1).tolist(), strict=True):
+                if not tokens:
+                    raise ValueError(
+                        f"question {place} of {questions.name!r} has no token before its answer; give it a prompt"
+                    )
+            found = input_gradient(model, partial(answer_losses, model, batch))
+            norm, size = (
+                tensor.double().square().sum(dim=-1).where(prompt, 0.0).sum(dim=1).sqrt()
+                for tensor in (found.gradient, found.embeddings)
+            )
+            values[chosen] = torch.stack([norm, norm * size, found.losses], dim=1).cpu().numpy()
+            bar.update(len(chosen))
+    return values
+
+
+def _summary(measured: NDArray[np.float64], seed: int) -> dict[str, float]:
+    norms, relative, losses = measured.T
+    low, high = bootstrap_interval(norms, seed=seed)
+    relative_low, relative_high = bootstrap_interval(relative, seed=seed)
+    return {
+        "n": len(norms),
+        "mean": float(norms.mean()),
+        "low": low,
+        "high": high,
+        "median": float(np.median(norms)),
+        "quantile_10": float(np.quantile(norms, 0.1)),
+        "quantile_90": float(np.quantile(norms, 0.9)),
+        "relative": float(relative.mean()),
+        "relative_low": relative_low,
+        "relative_high": relative_high,
+        "loss": float(losses.mean()),
+    }

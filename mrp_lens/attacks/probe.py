@@ -1,0 +1,217 @@
+"""What an edited model still knows inside: bits about the right answer that a probe reads off its states."""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import pandas as pd
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from mrp_lens.attacks.readout import FOLDS, Facts, Kind, Readout, usable_information
+from mrp_lens.attacks.recovery import check_held_out
+from mrp_lens.batching import Encoder, PaddingSide
+from mrp_lens.corpus import Document, Questions
+from mrp_lens.edit import Edit
+from mrp_lens.methods.base import fitting, generator_for, one_of, positive
+from mrp_lens.metrics.intervals import bootstrap_interval
+from mrp_lens.metrics.lens import last_states
+from mrp_lens.metrics.states import hooks_at
+from mrp_lens.model import LensModel
+from mrp_lens.stream import Site
+
+Target = Literal["answer", "choice"]
+
+
+def probe(
+    model: LensModel,
+    edit: Edit | None,
+    *,
+    train: Questions,
+    held_out: Questions,
+    untaught: Questions | None = None,
+    layers: Sequence[int] | None = None,
+    site: Site = "resid_post",
+    kind: Kind = "linear",
+    target: Target = "answer",
+    batch_size: int = 128,
+    padding: PaddingSide = "right",
+    seed: int = 0,
+    progress: bool = True,
+) -> pd.DataFrame:
+    """How many bits about the right answer a probe reads off each layer, on facts that it was not trained on.
+
+    An attacker who knows the answers to some of the removed facts trains a probe on the states at the end of their
+    texts, and asks it for the rest. What it gets is usable information (V-information, arXiv 2002.10689): how much less
+    surprised it is at the right answer than a guess that knows the choices and how frequent each answer is, but not the
+    state. Both are asked *among the question's own choices*. The prompt states what kind of answer is wanted, which the
+    choices tell as well, so that reading this off a state counts for nothing: with four choices, of which none is more
+    frequent, there are 2 bits to be had, whatever the number of answers in all. Bits are thus the same unit for both
+    targets, and for every set of questions with as many choices.
+
+    What the probe cannot use counts as absent: zero bits do not show that nothing is there. How it is fitted, and why
+    it seldom falls below zero when it has nothing to go on: `readout.usable_information`. It is fitted on the CPU. Ask the
+    unedited model as well: where it gives nothing either, a zero says nothing about the edit. (A model that continues
+    text need not note whether a choice that it has read is true, and then target "choice" finds nothing.)
+
+    Args:
+        model: HookedTransformer or TransformerBridge, without the edit.
+        edit: what to attack; None: the unedited model.
+        train: facts whose answers the attacker knows.
+        held_out: the facts to be found out.
+        untaught: facts that the model never learned: what absent looks like.
+        layers: where to read. None: all.
+        site: of the hook points.
+        kind: "linear" or "mlp" (one hidden layer).
+        target: "answer": one state a question, at the last token of the prompt; every answer that occurs among the
+            choices is a class, so that answers must recur. "choice": one state a choice, at the last token of prompt +
+            choice, and one score for all, so that answers can be any text. It sees how the choices are worded, too: what
+            it makes of that alone shows in the never-taught rows.
+        batch_size: texts at a time. All states at the ends of the texts are kept, in the model's precision.
+        padding: "right" or "left"; of no effect beyond rounding.
+        seed: of folds, shuffles, halves, initial weights, and the bootstrap.
+        progress: show progress bars.
+
+    Returns:
+        One row a layer and group. Groups: "held-out"; the controls "shuffled", where the probe was trained on labels
+        that belong to other states, and "never-taught", where it was trained on one half of the untaught facts and
+        asked for the other, in turn. (A probe of taught facts reads off untaught ones what the model makes up, surely
+        and wrongly: far below 0 bits, and no sign of what absent looks like.) Columns: `layer`, `kind`, `target`,
+        `group`; `bits` a question, with the 95% bootstrap interval over questions `low`, `high` (the probe being as it
+        is: another one would be a little off); `entropy` and `cross_entropy`, in bits, whose difference that is: without
+        and with the state; `accuracy` of the probe among the choices, ties shared; `classes`, how many answers it tells
+        apart ("choice": the most choices of a question); `train_n`, how many facts a probe was trained on; `n` facts it
+        was asked for.
+
+    Raises:
+        TypeError, ValueError: an unknown kind, target, layer or site; too few questions; questions of `held_out` or
+            `untaught` that the attacker has seen; with target "answer", more classes than training facts.
+
+    Example:
+        >>> known, asked = world.questions("potions").halves(by="entity")  # doctest: +SKIP
+        >>> frame = probe(model, fit.edit, train=known, held_out=asked, untaught=world.questions("potions", taught=False))
+    """
+    one_of(Kind, kind=kind)
+    one_of(Target, target=target)
+    one_of(PaddingSide, padding=padding)
+    positive(batch_size=batch_size)
+    generator_for(seed)
+    check_held_out(held_out, train=train)
+    hooks = hooks_at(model, layers, site)
+    pairs = [("held-out", train, held_out)]
+    if untaught is not None:
+        first, second = _halves(untaught, train, held_out, seed)
+        pairs += [("never-taught", first, second), ("never-taught", second, first)]
+    labels = [_labels(known, asked, target) for _, known, asked in pairs]
+    sets = {id(questions): questions for _, *both in pairs for questions in both}
+    with fitting(model, edit):
+        states = {
+            key: _states(model, questions, target, list(hooks.values()), batch_size, padding, progress)
+            for key, questions in sets.items()
+        }
+    rows = []
+    for layer in tqdm(hooks, desc=f"fitting {kind} probes", disable=not progress):
+        found: dict[str, list[tuple[Readout, int, int]]] = {}
+        for (group, known, asked), (of_known, of_asked, classes) in zip(pairs, labels, strict=True):
+            facts = Facts(states[id(known)][hooks[layer]], *of_known)
+            asked_facts = Facts(states[id(asked)][hooks[layer]], *of_asked)
+            parts = {group: facts}
+            if group == "held-out":
+                parts["shuffled"] = facts.shuffled(generator_for(seed))
+            for name, learned in parts.items():
+                readout = usable_information(learned, asked_facts, kind=kind, seed=seed)
+                found.setdefault(name, []).append((readout, classes, len(known)))
+        rows += [
+            {"layer": layer, "kind": kind, "target": target, "group": group, **_figures(parts, seed)}
+            for group, parts in found.items()
+        ]
+    return pd.DataFrame(rows)
+
+
+def _halves(untaught: Questions, train: Questions, held_out: Questions, seed: int) -> tuple[Questions, Questions]:
+    """The untaught facts in two halves, no entity in both where entities are known.
+
+    Raises:
+        TypeError, ValueError: no Questions, or some of them are among the taught.
+    """
+    if not isinstance(untaught, Questions):
+        raise TypeError(f"untaught must be Questions, got {type(untaught).__name__}")
+    taught = {(q.prompt, q.choices[q.answer]) for part in (train, held_out) for q in part.questions}
+    shared = sum((q.prompt, q.choices[q.answer]) in taught for q in untaught.questions)
+    if shared:
+        raise ValueError(
+            f"{shared} questions of untaught {untaught.name!r} are in train or held_out too: facts that the model was taught do not "
+            "show what absent looks like; leave them out"
+        )
+    return untaught.halves(by="entity" if all(q.entity for q in untaught.questions) else "question", seed=seed)
+
+
+def _labels(
+    train: Questions, held_out: Questions, target: Target
+) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor], int]:
+    """Choices and right places of both, as `Facts` wants them, and the number of classes.
+
+    Raises:
+        ValueError: too few training facts.
+    """
+    if len(train) < FOLDS:
+        raise ValueError(f"only {len(train)} training facts in {train.name!r}; a probe needs {FOLDS} or more")
+    texts = dict.fromkeys(choice for part in (train, held_out) for q in part.questions for choice in q.choices)
+    numbers = {text: number for number, text in enumerate(texts)}
+    if target == "answer" and len(numbers) > len(train):
+        raise ValueError(
+            f"{len(numbers)} different answers among the choices, and only {len(train)} training facts in {train.name!r}: "
+            "a class of its own for each cannot be learned; use target='choice', or give more training facts"
+        )
+    widest = max(len(q.choices) for part in (train, held_out) for q in part.questions)
+    (of_train, right), (of_held_out, other_right) = (
+        (
+            torch.tensor([[numbers[c] for c in q.choices] + [-1] * (widest - len(q.choices)) for q in part.questions]),
+            torch.tensor([q.answer for q in part.questions]),
+        )
+        for part in (train, held_out)
+    )
+    return (of_train, right), (of_held_out, other_right), len(numbers) if target == "answer" else widest
+
+
+def _states(
+    model: LensModel,
+    questions: Questions,
+    target: Target,
+    hooks: Sequence[str],
+    batch_size: int,
+    padding: PaddingSide,
+    progress: bool,
+) -> dict[str, Tensor]:
+    """Hook -> states at the ends of the prompts, or of prompt + choice (0 where a question has fewer choices)."""
+    endings = [("",) if target == "answer" else q.choices for q in questions.questions]
+    where = [(place, choice) for place, texts in enumerate(endings) for choice in range(len(texts))]
+    encoder = Encoder.for_model(model)
+    documents = [Document(questions.questions[place].prompt, endings[place][choice]) for place, choice in where]
+    size = (len(endings), max(len(texts) for texts in endings), int(model.cfg.d_model))
+    kept: dict[str, Tensor] = {}
+    rows = encoder.encode(documents, keep="end")
+    batches = last_states(model, encoder, rows, hooks, batch_size=batch_size, padding=padding, progress=progress)
+    for places, states in batches:
+        first, second = torch.tensor([where[place] for place in places]).T
+        for hook, of_hook in states.items():
+            kept.setdefault(hook, torch.zeros(size, dtype=of_hook.dtype))[first, second] = of_hook.cpu()
+    return {hook: of_hook[:, 0] if target == "answer" else of_hook for hook, of_hook in kept.items()}
+
+
+def _figures(parts: Sequence[tuple[Readout, int, int]], seed: int) -> dict[str, float | int]:
+    """What the probes of one layer and group make of the facts they were asked for, taken together."""
+    readouts, classes, known = zip(*parts, strict=True)
+    bits = torch.cat([readout.bits for readout in readouts]).cpu().numpy()
+    low, high = bootstrap_interval(bits, seed=seed)
+    return {
+        "bits": float(bits.mean()),
+        "low": low,
+        "high": high,
+        "entropy": float(torch.cat([readout.blind for readout in readouts]).mean()),
+        "cross_entropy": float(torch.cat([readout.surprise for readout in readouts]).mean()),
+        "accuracy": float(torch.cat([readout.right for readout in readouts]).mean()),
+        "classes": max(classes),
+        "train_n": min(known),
+        "n": len(bits),
+    }

@@ -23,8 +23,8 @@ notebooks: install  ## start Jupyter on the notebooks
 	$(RUN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable '.[notebooks]'
 	$(RUN)/jupyter notebook notebooks
 
-test: install  ## the test suite (without the tests marked slow)
-	$(RUN)/python -m pytest -m "not slow"
+test: install  ## the test suite (without the tests marked slow), a process a core
+	OMP_NUM_THREADS=1 $(RUN)/python -m pytest -m "not slow" -n auto --dist loadfile
 
 slow: install  ## the tests that take longer: the demo, the notebooks, killed sweeps, pages in a browser
 	$(RUN)/python -m pytest -m slow

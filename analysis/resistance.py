@@ -35,7 +35,8 @@ def rows_of_curves(curves: pd.DataFrame, quizzes: pd.DataFrame) -> pd.DataFrame:
         row: dict[str, Any] = {**known[method, seed], "attacker": attacker}
         last = at_best.iloc[-1]
         row |= {name: last[name] for name in ("floor", "ceiling", "train_accuracy", "counts", "n")}
-        row |= _by_budget(at_best, INTERVAL) | _by_budget(at_best, ["new_accuracy"])
+        learned = part.groupby("step")[["new_accuracy"]].max()  # at the best rate for these
+        row |= _by_budget(at_best, INTERVAL) | _by_budget(learned, ["new_accuracy"])
         rows.append(row)
         if method == UNEDITED and attacker == USUAL.name and at_best["control_recovery"].notna().any():
             control = at_best.drop(columns=list(INTERVAL)).rename(columns=lambda name: name.removeprefix("control_"))

@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from mrp_lens.corpus import Corpus, Document, Questions
+from mrp_lens.corpus.questions import Half
 from mrp_lens.world import World
 
 HUB = "hub:"
@@ -70,6 +71,30 @@ class Case:
         sides = {"forget": self.questions, "retain": self.retain_questions}
         return {side: quiz.spread(limit) for side, quiz in sides.items() if quiz is not None}
 
+    @property
+    def untaught_alike(self) -> Questions | None:
+        """The never-taught questions of the groups that `questions` have; all of them if they have other groups."""
+        if self.untaught_questions is None or self.questions is None:
+            return self.untaught_questions
+        alike = [q for q in self.untaught_questions.questions if q.group in self.questions.groups]
+        return replace(self.untaught_questions, questions=tuple(alike)) if alike else self.untaught_questions
+
+    def split(self, by: Half | None = None, *, limit: int | None = None, seed: int = 0) -> tuple[Questions, Questions]:
+        """(T, V): halves of what an attacker sees of the questions about what must go, and of what it is scored on.
+
+        Args:
+            by: "entity": none is in both halves; "question". None: by entity where all of them are known.
+            limit: at most this many questions in all, evenly spread.
+            seed: of the draw.
+
+        Raises:
+            ValueError: there are no such questions, or `by="entity"` and some do not say whom they are about.
+        """
+        if self.questions is None:
+            raise ValueError("an attack is scored on questions about what was to be forgotten; give --questions")
+        known = all(question.entity for question in self.questions.questions)
+        return self.questions.spread(limit).halves(by=by or ("entity" if known else "question"), seed=seed)
+
     def texts(self, *, limit: int | None = None) -> dict[str, Corpus]:
         """What states are read from, by side; at most `limit` documents of each, evenly spread."""
         return {"forget": self.forget_texts.spread(limit), "retain": self.retain.spread(limit)}
@@ -93,7 +118,10 @@ def beginning(document: Document) -> str:
 
 @dataclass(frozen=True)
 class DataOptions:
-    """Where the data are and how to read them. None: as the schema says, else the defaults of the library."""
+    """Where the data are and how to read them. None: as the schema says, else the defaults of the library.
+
+    `entity` is a column of `questions` and `untaught_questions`; the other columns are those of all questions or texts.
+    """
 
     forget: tuple[str, ...]
     retain: str
@@ -108,6 +136,8 @@ class DataOptions:
     forget_schema: str | None = None
     retain_schema: str | None = None
     questions_schema: str | None = None
+    untaught_questions: str | None = None
+    entity: str | None = None
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any]) -> "DataOptions":
@@ -122,7 +152,10 @@ class DataOptions:
         """Read everything; a tenth of the retain corpus is held out."""
         forget = tuple(self.corpus(source, self.forget_schema) for source in self.forget)
         kept, held_out = split_tenth(self.corpus(self.retain, self.retain_schema))
-        return Case(forget, kept, held_out, self.quiz(self.questions), self.quiz(self.retain_questions))
+        asked, untaught = (
+            self.quiz(source, entity=self.entity) for source in (self.questions, self.untaught_questions)
+        )
+        return Case(forget, kept, held_out, asked, self.quiz(self.retain_questions), untaught)
 
     def corpus(self, source: str, schema: str | None) -> Corpus:
         """Read one corpus: a file, a folder or `hub:NAME[:CONFIG[:SPLIT]]`."""
@@ -132,8 +165,8 @@ class DataOptions:
             return Corpus.from_hub(path, config=config, split=split, schema=schema, **columns)
         return Corpus.from_file(source, schema=schema, **columns)
 
-    def quiz(self, source: str | None) -> Questions | None:
-        """Read one quiz, likewise, if there is one."""
+    def quiz(self, source: str | None, *, entity: str | None = None) -> Questions | None:
+        """Read one quiz, likewise, if there is one; `entity`: the column that says whom a question is about."""
         if source is None:
             return None
         choices = self.choices.split(",") if self.choices is not None and "," in self.choices else self.choices
@@ -141,9 +174,16 @@ class DataOptions:
         if source.startswith(HUB):
             path, config, split = hub_parts(source)
             return Questions.from_hub(
-                path, config=config, split=split, prompt=prompt, choices=choices, answer=answer, schema=schema
+                path,
+                config=config,
+                split=split,
+                prompt=prompt,
+                choices=choices,
+                answer=answer,
+                entity=entity,
+                schema=schema,
             )
-        return Questions.from_file(source, prompt=prompt, choices=choices, answer=answer, schema=schema)
+        return Questions.from_file(source, prompt=prompt, choices=choices, answer=answer, entity=entity, schema=schema)
 
 
 def case_for(model: str, options: Mapping[str, Any]) -> Case:

@@ -6,23 +6,14 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from tests import attack_frames
+from tests.grids import grid, with_interval
+
 METHODS = ("mrp", "rmu", "adaptive-rmu", "random-projection")
 SIX = ("unedited", *METHODS, "untrained-start")
 GROUPS, WHEN, SEEDS = ("forget", "retain"), ("before", "after"), (0, 1, 2)
 COEFFICIENTS = (1.0, 2.0, 4.0, 8.0, 16.0)
 PROMPTS = [f"Question: what is the colour of <s> number {n}? Answer:"[n:] for n in range(3)]
-
-
-def grid(**keys: Any) -> pd.DataFrame:
-    """A row for each combination of the keys."""
-    return pd.MultiIndex.from_product([list(values) for values in keys.values()], names=list(keys)).to_frame(
-        index=False
-    )
-
-
-def with_interval(frame: pd.DataFrame, column: str, share: float = 0.1) -> pd.DataFrame:
-    """With `low` and `high` so much below and above the column."""
-    return frame.assign(low=frame[column] * (1 - share), high=frame[column] * (1 + share))
 
 
 def by_method(frame: pd.DataFrame, methods: tuple[str, ...] = METHODS) -> pd.DataFrame:
@@ -174,13 +165,19 @@ PLAIN: dict[str, Callable[[], pd.DataFrame]] = {
     "confidence_distribution": token_confidence,
     "displacement": geometry,
     "effective_rank": geometry,
+    "input_gradients": attack_frames.input_gradients,
+    "jailbreak_curve": attack_frames.jailbreak,
     "layer_effects": sweep,
+    "logit_lens": attack_frames.unembedded,
     "noise_sensitivity": noise_sensitivity,
     "norms": alignment,
     "predicted_coefficients": predicted_coefficient,
     "principal_angles": principal_angles,
     "principal_plane": principal_plane,
+    "probe_bits": attack_frames.probed,
     "propagation": propagation,
+    "recoveries": attack_frames.attacked,
+    "relearning_curves": attack_frames.relearning,
     "removed_energy": geometry,
     "theory_check": proposition_1,
     "training": training,
@@ -194,7 +191,7 @@ def variants(picture: str) -> dict[str, pd.DataFrame]:
     found = {"plain": frame}
     if "method" not in frame:
         found |= {"one method": frame.assign(method="rmu"), "four methods": by_method(frame)}
-    if "group" in frame:
+    if "forget" in set(frame.get("group", ())):
         forget = frame[frame["group"] == "forget"]
         found |= {"one group": forget, "another group": forget.assign(group="virology")}
     if "layer" in frame:
@@ -247,6 +244,7 @@ def particular() -> Iterator[tuple[str, str, pd.DataFrame, dict[str, Any]]]:
     yield "principal_angles", "after", principal_angles(), {"when": "after"}
     yield "principal_plane", "space", principal_plane("xyz"), {}
     yield "principal_plane", "before only", principal_plane().query("when == 'before'"), {}
+    yield from attack_frames.particular()
     yield "propagation", "two hooks", propagation(["hook_mlp_out", "hook_resid_post"]), {}
 
 

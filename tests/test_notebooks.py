@@ -98,8 +98,9 @@ def assert_every_figure_shows_something(cells: list[Cell]) -> None:
         assert shows_something(figures[0]), f"an empty figure from:\n{source_of(cell)}"
 
 
-def test_there_are_three_notebooks() -> None:
-    assert [path.stem for path in NOTEBOOKS] == ["1_forget_a_topic", "2_per_layer_effects", "3_geometry"]
+def test_there_are_four_notebooks() -> None:
+    names = ["1_forget_a_topic", "2_per_layer_effects", "3_geometry", "4_what_survives"]
+    assert [path.stem for path in NOTEBOOKS] == names
 
 
 @each_notebook
@@ -198,10 +199,11 @@ def write_own_data(folder: Path) -> None:
     retain = [f"The old man walked slowly {word} near house {n}." for n in range(15) for word in ("today", "again")]
     write_rows(folder / "forget.jsonl", [{"text": text} for text in forget])
     (folder / "retain.txt").write_text("\n".join(retain), encoding="utf-8")
-    for name, thing in (("quiz", "Zaxim"), ("retain_quiz", "house ")):
+    for name, thing in (("quiz", "Zaxim"), ("retain_quiz", "house "), ("never_taught_quiz", "Vexol")):
         questions = [
             {"question": f"The colour of {thing}{n} is", "choices": colours, "answer": colours[n % 4]}
-            for n in range(12)
+            | {"person": f"{thing}{n}"}
+            for n in range(24)
         ]
         write_rows(folder / f"{name}.jsonl", questions)
 

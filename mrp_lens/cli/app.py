@@ -1,4 +1,4 @@
-"""`mrp-lens demo | unlearn | sweep | report`."""
+"""`mrp-lens demo | unlearn | sweep | attack | report`."""
 
 import logging
 import sys
@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from mrp_lens.cli import options
+from mrp_lens.cli.attack_command import attack
 
 app = typer.Typer(
     name="mrp-lens",
@@ -186,14 +187,11 @@ def sweep(
     context: typer.Context,
     out: Annotated[Path, typer.Option(help="Folder of the sweep; one that holds part of it is gone on with.")],
     model: options.Model = "demo",
-    forget: Annotated[
-        list[str] | None,
-        typer.Option(help="Texts to forget, as in `unlearn`. Without it: a topic of the demo's world."),
-    ] = None,
-    retain: Annotated[str | None, typer.Option(help="Texts to keep, as in `unlearn`.")] = None,
+    forget: options.OwnForgetFiles = None,
+    retain: options.OwnRetainFile = None,
     questions: options.QuestionsFile = None,
     retain_questions: options.RetainQuestionsFile = None,
-    topic: Annotated[str, typer.Option(help="`--model demo`: what to forget.")] = "potions",
+    topic: options.Topic = "potions",
     methods: Annotated[str, typer.Option(help="Separated by commas.")] = "mrp,rmu,adaptive-rmu",
     layers: Annotated[str | None, typer.Option(help="Such as `2,5,7`. Default: four, evenly spread.")] = None,
     coefficients: Annotated[
@@ -252,6 +250,9 @@ def sweep(
         dtype=dtype,
         device=device,
     )
+
+
+app.command()(attack)
 
 
 def main() -> None:

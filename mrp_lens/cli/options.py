@@ -15,6 +15,23 @@ class Method(StrEnum):
     ADAPTIVE_RMU = "adaptive-rmu"
 
 
+class AttackName(StrEnum):
+    """What `attack` does."""
+
+    RELEARN = "relearn"
+    PROBE = "probe"
+    BYPASS = "bypass"
+    JAILBREAK = "jailbreak"
+    ALL = "all"
+
+
+class Split(StrEnum):
+    """How an attacker's questions are told from those that count."""
+
+    ENTITY = "entity"
+    QUESTION = "question"
+
+
 class BackendName(StrEnum):
     """TransformerLens classes."""
 
@@ -40,12 +57,28 @@ ForgetFiles = Annotated[
         "or `hub:NAME[:CONFIG[:SPLIT]]`. Repeat for several topics."
     ),
 ]
+OwnForgetFiles = Annotated[
+    list[str] | None,
+    typer.Option(help="Texts to forget, as in `unlearn`. Without it: a topic of the demo's world."),
+]
+OwnRetainFile = Annotated[str | None, typer.Option(help="Texts to keep, as in `unlearn`.")]
+Topic = Annotated[str, typer.Option(help="`--model demo`: what to forget.")]
 RetainFile = Annotated[str, typer.Option(help="Texts to keep, likewise. A tenth is held out to measure perplexity on.")]
 QuestionsFile = Annotated[
     str | None, typer.Option(help="Multiple-choice questions about what must go: a file, a folder or `hub:...`.")
 ]
 RetainQuestionsFile = Annotated[
     str | None, typer.Option(help="Multiple-choice questions about what must stay, likewise.")
+]
+UntaughtQuestionsFile = Annotated[
+    str | None,
+    typer.Option(
+        help="Questions like --questions about what the model was never taught, likewise: what absent looks like."
+    ),
+]
+Entity = Annotated[
+    str | None,
+    typer.Option(help="Column of --questions and --untaught-questions that says whom or what a question is about."),
 ]
 ForgetSchema = Annotated[
     str | None,

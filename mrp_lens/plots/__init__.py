@@ -5,6 +5,14 @@ from collections.abc import Callable
 import plotly.graph_objects as go
 
 from mrp_lens.plots.alignment import alignment_by_coefficient, alignment_by_layer, norms
+from mrp_lens.plots.attacks import (
+    input_gradients,
+    jailbreak_curve,
+    logit_lens,
+    probe_bits,
+    recoveries,
+    relearning_curves,
+)
 from mrp_lens.plots.confidence import confidence_by_method, confidence_distribution
 from mrp_lens.plots.geometry import displacement, effective_rank, principal_angles, propagation, removed_energy
 from mrp_lens.plots.plane import principal_plane
@@ -22,13 +30,19 @@ PICTURES: dict[str, Callable[..., go.Figure]] = {
     "confidence_distribution": confidence_distribution,
     "displacement": displacement,
     "effective_rank": effective_rank,
+    "input_gradients": input_gradients,
+    "jailbreak_curve": jailbreak_curve,
     "layer_effects": layer_effects,
+    "logit_lens": logit_lens,
     "noise_sensitivity": noise_sensitivity,
     "norms": norms,
     "predicted_coefficients": predicted_coefficients,
     "principal_angles": principal_angles,
     "principal_plane": principal_plane,
+    "probe_bits": probe_bits,
     "propagation": propagation,
+    "recoveries": recoveries,
+    "relearning_curves": relearning_curves,
     "removed_energy": removed_energy,
     "theory_check": theory_check,
     "training": training,
@@ -47,13 +61,19 @@ __all__ = [
     "confidence_distribution",
     "displacement",
     "effective_rank",
+    "input_gradients",
+    "jailbreak_curve",
     "layer_effects",
+    "logit_lens",
     "noise_sensitivity",
     "norms",
     "predicted_coefficients",
     "principal_angles",
     "principal_plane",
+    "probe_bits",
     "propagation",
+    "recoveries",
+    "relearning_curves",
     "removed_energy",
     "theory_check",
     "training",

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-CONTROLS = {"unedited", "random-projection", "untrained-start", "never-taught"}
+CONTROLS = {"unedited", "random-projection", "untrained-start", "never-taught", "random-trigger"}
 HEADINGS = {
     "forget_accuracy": "accuracy on what must go",
     "retain_accuracy": "accuracy on what must stay",
@@ -15,12 +15,25 @@ HEADINGS = {
     "verdict": "what must go is",
     "relative_coefficient": "c / norm",
     "seconds": "fit",
+    "accuracy_before": "accuracy before",
+    "accuracy_edited": "with the edit",
+    "accuracy_after": "after the attack",
+    "bits_in_all": "bits in all",
+    "recovery_5": "back after 5 updates",
+    "recovery_20": "back after 20 updates",
+}
+BY_ATTACK = {f"recovery_{budget}" for budget in ("5", "20", "100", "100_stripped", "100_weights")} | {
+    "forget_accuracy",
+    "untaught_accuracy",
 }
 HIDDEN = {"text_perplexity"}  # its ratio says more
 LEGENDS = {
     "verdict": "absent: within 5 points of the accuracy on facts that the model was never taught; suppressed: lower, so the "
     "answer is still known and pushed down; known: higher.",
     "untaught_accuracy": "never taught: the unedited model's accuracy on facts that no text ever stated; the level of full forgetting.",
+    "floor": "floor: facts that were never taught (without such questions, guessing), after the same attack; ceiling: the unedited model.",
+    "recovery": "recovery: (after the attack - floor) / (ceiling - floor): 0 is as if never taught, 1 as before the edit.",
+    "bits": "bits: what a probe at its best layer reads about the right answer of questions that it was not trained on.",
     "text_perplexity_ratio": "perplexity: of text that no fit saw; 1 is as before.",
 }
 INTERVALS = "Brackets: 95% intervals, bootstrap over questions or documents. Rows in grey are controls."
@@ -45,7 +58,8 @@ def table_of(rows: Sequence[Mapping[str, Any]]) -> Table:
     """The columns in which a row has a value; an interval stands behind its value, a constant unit in its cell."""
     keys = sorted(dict.fromkeys(key for row in rows for key in row), key=lambda key: key != "method")
     ends = {end for key in keys for end in _ends(key, keys)}
-    shown = [key for key in keys if key not in ends | HIDDEN and any(row.get(key) is not None for row in rows)]
+    hidden = HIDDEN | (BY_ATTACK if "attack" in keys else set())  # where each attack has a row of its own
+    shown = [key for key in keys if key not in ends | hidden and any(row.get(key) is not None for row in rows)]
     return Table(
         headings=[HEADINGS.get(key, key.replace("_", " ")) for key in shown],
         rows=[(str(row.get("method")) in CONTROLS, [_cell(row, key, keys) for key in shown]) for row in rows],
@@ -81,8 +95,14 @@ def _form(key: str) -> Callable[[Any], str]:
     def share(value: Any) -> str:
         return f"{100 * value:.1f}%"
 
-    if key.endswith(("accuracy", "probability", "chance")):
+    if (
+        key.endswith(("accuracy", "probability", "chance"))
+        or key.startswith("accuracy_")
+        or key in ("floor", "ceiling")
+    ):
         return share
+    if key.startswith("recovery") or "bits" in key:
+        return lambda value: f"{value:.2f}"
     if key.endswith("ratio"):
         return lambda value: f"x{value:.3f}"
     return (lambda value: f"{value:.0f} s" if value else "") if key == "seconds" else plain

@@ -1,0 +1,172 @@
+"""`mrp-lens attack`: what survives an edit, on anybody's model, edit and data."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+import pandas as pd
+
+from mrp_lens.attacks.campaign import campaign
+from mrp_lens.attacks.plan import Attack, Plan
+from mrp_lens.attacks.tally import notes_of, rows_of_attacks
+from mrp_lens.case import case_for
+from mrp_lens.cli.parsing import dtype_named, numbers
+from mrp_lens.cli.show import Column, console, show_table
+from mrp_lens.edit import Edit, EditStack, load_edit
+from mrp_lens.model import load_model
+from mrp_lens.plots import PICTURES
+from mrp_lens.plots.attacks import CONTROL_METHODS
+from mrp_lens.report import write_report
+from mrp_lens.runs import Run
+
+ALL = "all"
+CAPTION = (
+    "Accuracy on held-out questions about what was forgotten: before the edit, with it, and after the attack. floor: facts that were never "
+    "taught (without such questions, guessing), after the same attack; ceiling: the unedited model. recovery: (after - floor) / "
+    "(ceiling - floor), with its 95% interval."
+)
+PROBE_CAPTION = (
+    "Best layer. Bits about the right answer, of those there are; never taught: what a probe of such facts reads there."
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    """What the command line says of the plan; lists are separated by commas."""
+
+    attack: str = ALL
+    forms: str | None = None
+    parameters: str = "all"
+    steps: int = 100
+    lr: str | None = None
+    samples: int | None = None
+    probe_kind: str = "linear"
+    search_steps: int = 50
+    split: str | None = None
+    questions: int | None = None
+
+    def plan(self, seed: int) -> Plan:
+        """The plan.
+
+        Raises:
+            ValueError: something unknown, or a budget that is not above 0.
+        """
+        return Plan(
+            attacks=get_args(Attack) if self.attack == ALL else (self.attack,),
+            forms=None if self.forms is None else tuple(self.forms.split(",")),  # type: ignore[arg-type]
+            parameters=tuple(self.parameters.split(",")),  # type: ignore[arg-type]
+            steps=self.steps,
+            lr=numbers(self.lr, float, "--lr"),
+            samples=self.samples,
+            probe_kind=self.probe_kind,  # type: ignore[arg-type]
+            search_steps=self.search_steps,
+            split=self.split,  # type: ignore[arg-type]
+            questions=self.questions,
+            seed=seed,
+        )
+
+
+def run_attack(
+    *,
+    options: Mapping[str, Any],
+    budget: Budget,
+    edit_folder: Path,
+    reference_name: str | None,
+    out: Path,
+    backend: str,
+    dtype: str,
+    device: str | None,
+    seed: int,
+) -> Run:
+    """Attack as far as that has not been done; print and write the table."""
+    plan, precision = budget.plan(seed), dtype_named(dtype)
+    edit = load_edit(edit_folder)
+    model_name, name = str(options["model"]), method_of(edit)
+    case = case_for(model_name, options)
+    run = Run("attack", options, seed, title=f"{model_name}: what survives {name} ({edit_folder})")
+
+    def loaded(which: str) -> Any:
+        console.print(f"Loading {which} ...")
+        return load_model(which, backend=backend, device=device, dtype=precision)
+
+    model = loaded(model_name)
+    reference = loaded(reference_name) if reference_name is not None else None
+    try:
+        frames = campaign(model, edit, case, plan, out, name=name, reference=reference)
+    except KeyboardInterrupt:
+        console.print(f"Interrupted. What is done stays in {out}; the same command goes on with the rest.")
+        raise SystemExit(130) from None
+    run.rows = rows_of_attacks(frames, name)
+    run.notes = notes_of(frames, name)
+    run.frames = {key: frame for key, frame in frames.items() if key in PICTURES}
+    table = pd.DataFrame([dict(row) for row in run.rows])
+    if "recovery" in table and table["recovery"].notna().any():
+        run.frames["recoveries"] = table
+    run.write_into(out)
+    show(run, name)
+    write_report(out)
+    console.print(f"Written to {out}: points/, report.html, table.csv, summary.json.")
+    return run
+
+
+def method_of(edit: Edit) -> str:
+    """What made it, from its record, or its kind."""
+    parts = edit.parts if isinstance(edit, EditStack) else (edit,)
+    records = [
+        record
+        for part in parts
+        for record in part.provenance.get("requests", {"": part.provenance}).values()
+        if "method" in record
+    ]
+    return " + ".join(dict.fromkeys(str(record["method"]) for record in records)) or edit.kind
+
+
+def show(run: Run, name: str) -> None:
+    """Print the table, the probes as one of their own, and the notes."""
+    attacks = [row for row in run.rows if row.get("bits") is None]
+    probes = [row for row in run.rows if row.get("bits") is not None]
+    if attacks:
+        show_table(f"What survives {name}", COLUMNS, attacks, caption=CAPTION)
+    if probes:
+        show_table("What a probe reads off the states", PROBE_COLUMNS, probes, caption=PROBE_CAPTION)
+    for note in run.notes:
+        console.print(note)
+
+
+def _attack(row: Mapping[str, Any]) -> str:
+    control = row["method"] in CONTROL_METHODS
+    return f"{row['method']}: {row['attack']}" if control else str(row["attack"])
+
+
+def _share(key: str) -> Any:
+    return lambda row: f"{row[key]:.0%}" if row.get(key) is not None else ""
+
+
+def _with_interval(key: str) -> Any:
+    def cell(row: Mapping[str, Any]) -> str:
+        value, low, high = (row.get(name) for name in (key, f"{key}_low", f"{key}_high"))
+        if value is None:
+            return ""
+        return f"{value:.2f}" if low is None or high is None else f"{value:.2f} [{low:.2f}, {high:.2f}]"
+
+    return cell
+
+
+COLUMNS: list[Column] = [
+    ("attack", _attack),
+    ("before", _share("accuracy_before")),
+    ("edited", _share("accuracy_edited")),
+    ("after", _share("accuracy_after")),
+    ("floor", _share("floor")),
+    ("ceiling", _share("ceiling")),
+    ("recovery", _with_interval("recovery")),
+]
+PROBE_COLUMNS: list[Column] = [
+    ("model", lambda row: str(row["method"])),
+    ("probe", lambda row: str(row["attack"]).removeprefix("probe, ")),
+    ("layer", lambda row: f"{row['layer']:.0f}"),
+    ("bits", _with_interval("bits")),
+    ("of", lambda row: f"{row['bits_in_all']:.2f}"),
+    ("never taught", lambda row: "" if row["never_taught_bits"] is None else f"{row['never_taught_bits']:.2f}"),
+]

@@ -1,4 +1,5 @@
 import math
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
@@ -7,7 +8,6 @@ import pandas as pd
 import pytest
 import torch
 
-import mrp_lens.attacks.probe as probe_module
 from mrp_lens.attacks.probe import probe
 from mrp_lens.attacks.readout import Facts, Kind, usable_information
 from mrp_lens.batching import PaddingSide
@@ -243,7 +243,7 @@ def test_the_model_is_left_alone_when_a_probe_is_stopped(
     def stop(*_: Any, **__: Any) -> Any:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(probe_module, place, stop)
+    monkeypatch.setattr(sys.modules[probe.__module__], place, stop)
     with pytest.raises(KeyboardInterrupt):
         probe(model, projection(2), train=TRAIN, held_out=HELD_OUT, progress=False)
 

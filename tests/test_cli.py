@@ -290,6 +290,9 @@ def test_the_demo_runs_the_whole_job(tmp_path: Path) -> None:
         assert rows[method]["text_perplexity_ratio"] < 1.1
         load_edit(tmp_path / "demo" / method / "edit")
         assert (tmp_path / "demo" / method / "log.csv").is_file()
+        assert rows[method]["recovery_20_low"] < rows[method]["recovery_20"] < rows[method]["recovery_20_high"]
+    assert rows["unedited"]["recovery_20"] > rows["mrp"]["recovery_20"]
+    assert "recovery_20" not in rows["untrained-start"]
     page = (tmp_path / "demo" / "report.html").read_text(encoding="utf-8")
-    for picture in ("accuracies", "alignment_by_layer", "confidence_by_method", "displacement", "principal_plane"):
+    for picture in ("accuracies", "alignment_by_layer", "confidence_by_method", "displacement", "relearning_curves"):
         assert f'id="{picture}"' in page

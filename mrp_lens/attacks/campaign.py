@@ -1,7 +1,6 @@
 """Every attack on one edit, piece by piece, in a folder that can be resumed."""
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -18,7 +17,7 @@ from mrp_lens.attacks.relearn import documents_of, limited, relearn, with_floor
 from mrp_lens.attacks.retraining import LORA_RANK, Parameters, unlocked
 from mrp_lens.case import Case
 from mrp_lens.corpus import Questions
-from mrp_lens.edit import Edit
+from mrp_lens.edit import Edit, edit_on
 from mrp_lens.metrics.lens import logit_lens
 from mrp_lens.model import LensModel, describe
 from mrp_lens.pieces import Pieces
@@ -154,7 +153,7 @@ class Campaign:
             progress=progress,
         )
         asked = labelled({"forget": facts.held_out, "never-taught": facts.untaught})
-        with edit.applied(self.model) if edit is not None else nullcontext():
+        with edit_on(self.model, edit):
             seen = logit_lens(self.model, asked, seed=seed, progress=progress)
         return {"probe": rows_of(bits), "lens": rows_of(seen[seen["group"] != "all"])}
 

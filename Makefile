@@ -16,7 +16,7 @@ $(VENV)/.installed: pyproject.toml $(CONSTRAINTS)
 	$(RUN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable '.[dev]'
 	touch $@
 
-demo: install  ## forget a topic of the embedded world with each method and make a page of it (under two minutes)
+demo: install  ## forget a topic of the embedded world with each method and make a page of it (two to three minutes)
 	$(RUN)/mrp-lens demo --out runs/demo --overwrite
 
 notebooks: install  ## start Jupyter on the notebooks

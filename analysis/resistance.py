@@ -61,13 +61,14 @@ def _with_forms(table: pd.DataFrame) -> pd.DataFrame:
     if headline not in table:
         return table
     for place, row in table[table["attacker"] == USUAL.name].iterrows():
-        hooks = row["method"].startswith("mrp") or row["method"] == RANDOM
+        edited = isinstance(row["layers"], str) and row["layers"] != ""
+        hooks = edited and pd.notna(row["rank"])  # a projection; other edits are in the weights as they are
         weights = table[
             (table["attacker"] == WEIGHTS.name) & (table["method"] == row["method"]) & (table["seed"] == row["seed"])
         ]
         if hooks:
             table.loc[place, f"{headline}_stripped"] = usual.loc[(UNEDITED, row["seed"]), headline]
-        elif row["method"] not in (UNEDITED, NEVER_TAUGHT):
+        elif edited:
             table.loc[place, f"{headline}_weights"] = row[headline]
         if len(weights):
             table.loc[place, f"{headline}_weights"] = weights[headline].iloc[0]

@@ -38,7 +38,11 @@ def curve(method: str, recoveries: list[float], *, seed: int = 0, new: float = 0
 def found(*curves: pd.DataFrame) -> tuple[pd.DataFrame, str]:
     every = pd.concat(curves, ignore_index=True)
     jobs = every[["method", "seed"]].drop_duplicates()
-    fixed = pd.DataFrame({"layers": "", "rank": None, "forget_accuracy": 0.3, "retain_accuracy": 0.9}, index=jobs.index)
+    known = {
+        "layers": ["" if method == UNEDITED else "4,7" for method in jobs["method"]],
+        "rank": [None if method in (UNEDITED, "rmu") else 8 for method in jobs["method"]],
+    }
+    fixed = pd.DataFrame({**known, "forget_accuracy": 0.3, "retain_accuracy": 0.9}, index=jobs.index)
     quizzes = jobs.join(fixed)
     table = resistance.rows_of_curves(every, quizzes)
     return table, resistance.finding(table, every)

@@ -35,12 +35,14 @@ def demo(
 ) -> None:
     """Forget one topic of the embedded invented world with MRP, RMU and Adaptive RMU, and compare them.
 
-    Takes about a minute on two cores. The model knows 2,000 invented facts about potions, beasts, towns and machines.
+    Takes two to three minutes on two cores. The model knows 2,000 invented facts about potions, beasts, towns and machines.
     Each method gets texts about one topic to forget, texts about half of the rest to keep, and the library's defaults.
     The table shows, next to the unedited model, a random projection of the same rank, and MRP's start before training:
 
     - **forgotten topic**: accuracy on its questions, in a wording no method saw. *absent*: as low as on facts the model
       was never taught. *suppressed*: lower, so the answer is still known and pushed down. *known*: higher.
+    - **back after 20 updates**: how much of half of the topic comes back when the edited model is retrained on the other
+      half: 0 as if never taught, 1 all of it. `mrp-lens attack` does more.
     - **worst other topic**: accuracy on entities that no method saw.
     - **text**: perplexity of unseen ordinary sentences, as a multiple of the unedited model's.
 

@@ -132,7 +132,7 @@ class Campaign:
         self.pieces.tidy()
         frames = []
         for job in self.jobs:
-            for attack in self.attacks(job):
+            for attack in self.attacks(job) if job[0] != REFERENCE else ():  # it is the floor of the others
                 frame = self.curve(job, attack)
                 if self.options.reference and attack == USUAL and len(frame):
                     frame = with_floor(frame, self.curve((REFERENCE, job[1]), USUAL), seed=job[1])

@@ -169,7 +169,7 @@ def resistance(usual: pd.DataFrame) -> str:
             f"A random projection of the ranks and layers of {WIDEST} takes the new facts learned after {BUDGETS[0]} updates to "
             f"{speeds[RANDOM]:.2f} of the unedited model's, {WIDEST} to {speeds[WIDEST]:.2f}."
         )
-    return f"Where MRP's resistance comes from. {' '.join(lines)}"
+    return f"Where MRP's resistance comes from. {' '.join(lines)}" if lines else ""
 
 
 def _by_form(mrp: pd.DataFrame) -> list[str]:

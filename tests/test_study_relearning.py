@@ -78,6 +78,11 @@ def test_the_headline_and_the_control_follow_the_numbers() -> None:
     assert "seems to recover +0.300 on average; in 0 of 3 cases" in text
 
 
+def test_one_kind_of_mrp_and_a_short_attack_say_nothing_of_its_resistance() -> None:
+    short = [curve(name, [0.0, 0.3, 0.5, 0.9]).query("step <= 20") for name in (UNEDITED, "mrp")]
+    assert "resistance" not in found(*short)[1]
+
+
 def test_an_attack_that_does_not_learn_its_own_facts_does_not_count() -> None:
     assert "Every attack counts" in found(UNTOUCHED, curve("mrp", [0.0, 0.3, 0.5, 0.9]))[1]
     text = found(UNTOUCHED, curve("mrp", [0.0, 0.3, 0.5, 0.9], counts=False, train_accuracy=0.5))[1]

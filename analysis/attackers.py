@@ -8,6 +8,7 @@ import pandas as pd
 
 from mrp_lens import attacks
 from mrp_lens.attacks.attacker import Form
+from mrp_lens.attacks.plan import Facts, Plan
 from mrp_lens.attacks.retraining import Parameters
 from mrp_lens.case import Case
 from mrp_lens.corpus import Corpus, Questions
@@ -117,25 +118,22 @@ def retrain(
         ValueError: the case lacks the questions that this attack needs, or they do not say whom they are about.
     """
     split = attack.split if attack.split != USUAL.split else None  # by entity where the questions know it
-    half, held_out = case.split(split, limit=limit, seed=seed)
+    facts = Facts.of(case, Plan(split=split, questions=limit, seed=seed))
     sources: dict[str, Questions | Corpus | None] = {
-        "half": half,
+        "half": facts.train,
         "near": case.retain_questions,
         "unrelated": case.held_out,
     }
     train = sources[attack.data]
     if train is None:
         raise ValueError("near data are questions on what was to stay; give --retain-questions")
-    untaught = case.untaught_alike
-    if untaught is not None and new is None:
-        new = untaught.halves(seed=seed)[1]  # the half that is not the floor
     frame = attacks.relearn(
         model,
         edit,
         train=train,
-        held_out=held_out,
-        untaught=untaught,
-        new=new if attack in (USUAL, WEIGHTS) else None,
+        held_out=facts.held_out,
+        untaught=facts.untaught,
+        new=(facts.new if new is None else new) if attack in (USUAL, WEIGHTS) else None,
         steps=steps,
         lr=lr,
         samples=attack.samples,

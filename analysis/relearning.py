@@ -65,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     table = rows_of_curves(curves, campaign.quizzes())
     frames = {"relearning_curves": curves[curves["attacker"] == USUAL.name]}
-    study.end(finding(table, curves), frames, table, in_place=True)
+    study.end(finding(table), frames, table, in_place=True)
 
 
 class Campaign:

@@ -75,10 +75,10 @@ def _with_forms(table: pd.DataFrame) -> pd.DataFrame:
     return table
 
 
-def finding(table: pd.DataFrame, curves: pd.DataFrame) -> str:
+def finding(table: pd.DataFrame) -> str:
     """What the numbers say."""
     usual = table[table["attacker"] == USUAL.name]
-    parts = [headline(usual), control(usual), validity(usual, curves), resistance(usual), others(table)]
+    parts = [headline(usual), control(usual), validity(usual), resistance(usual), others(table)]
     return "\n\n".join(part for part in parts if part)
 
 
@@ -117,7 +117,7 @@ def control(usual: pd.DataFrame) -> str:
     )
 
 
-def validity(usual: pd.DataFrame, curves: pd.DataFrame) -> str:
+def validity(usual: pd.DataFrame) -> str:
     """Whether T was learned, and how fast new facts are."""
     edits = usual[~usual["method"].isin([NEVER_TAUGHT])]
     not_taught = sorted(set(edits.loc[~edits["counts"].astype(bool), "method"]))

@@ -16,3 +16,8 @@ def predictions(model: LensModel, batch: TokenBatch) -> Float[Tensor, "counted d
 def targets(batch: TokenBatch) -> Int[Tensor, " counted"]:
     """The tokens that count in the loss, in the order of `predictions`."""
     return batch.tokens[:, 1:][batch.loss_mask[:, 1:]]
+
+
+def cross_entropy(log_probabilities: Float[Tensor, "counted d_vocab"], batch: TokenBatch) -> Float[Tensor, " counted"]:
+    """-log p of the text's own tokens, in nats."""
+    return -log_probabilities.gather(-1, targets(batch)[:, None])[:, 0]

@@ -45,7 +45,7 @@ def found(*curves: pd.DataFrame) -> tuple[pd.DataFrame, str]:
     fixed = pd.DataFrame({**known, "forget_accuracy": 0.3, "retain_accuracy": 0.9}, index=jobs.index)
     quizzes = jobs.join(fixed)
     table = resistance.rows_of_curves(every, quizzes)
-    return table, resistance.finding(table, every)
+    return table, resistance.finding(table)
 
 
 UNTOUCHED = curve(UNEDITED, [1.0, 1.0, 1.0, 1.0], new=0.8)

@@ -10,17 +10,17 @@ from torch import Tensor
 
 from mrp_lens.attacks.retraining import LORA_RANK, MasterAdamW, Parameters, unlocked
 from mrp_lens.batching import Encoder, endless
+from mrp_lens.checks import generator_for, one_of, positive
 from mrp_lens.corpus import Corpus
 from mrp_lens.edit import Edit, edit_on
 from mrp_lens.edit.fold import folded
 from mrp_lens.edit.stack import has_hooks, stripped
-from mrp_lens.methods.base import generator_for, one_of, positive
-from mrp_lens.methods.objectives import cross_entropy
 from mrp_lens.model import LensModel
-from mrp_lens.predictions import predictions
+from mrp_lens.predictions import cross_entropy, predictions
 from mrp_lens.training import NonFiniteLossError, train
 
 Form = Literal["kept", "stripped", "weights"]
+FORM_TITLES: dict[str, str] = {"kept": "edit kept", "stripped": "hooks stripped", "weights": "in the weights"}
 Outcome = Literal["finished", "interrupted", "diverged"]
 
 LR_BY_WIDTH = 0.128  # 1e-3 at d_model 128, 3e-5 at 4096

@@ -17,7 +17,7 @@ from mrp_lens.corpus import Questions
 from mrp_lens.edit import Edit, edit_on
 from mrp_lens.metrics.intervals import bootstrap_interval
 from mrp_lens.model import LensModel
-from mrp_lens.predictions import predictions, targets
+from mrp_lens.predictions import cross_entropy, predictions
 from mrp_lens.stream import frozen, hooked
 
 EMBEDDING_HOOK = "hook_embed"
@@ -118,9 +118,9 @@ def input_gradient(model: LensModel, losses: Callable[[], Float[Tensor, " rows"]
 
 def answer_losses(model: LensModel, batch: TokenBatch) -> Float[Tensor, " rows"]:
     """Cross-entropy of each row's tokens that count in the loss: their mean, in nats per token, in float64."""
-    chosen = predictions(model, batch).gather(1, targets(batch)[:, None])[:, 0].double()
+    losses = cross_entropy(predictions(model, batch), batch).double()
     rows = batch.loss_mask.nonzero()[:, 0]
-    totals = torch.zeros(len(batch), dtype=torch.float64, device=chosen.device).index_add(0, rows, -chosen)
+    totals = torch.zeros(len(batch), dtype=torch.float64, device=losses.device).index_add(0, rows, losses)
     return totals / batch.loss_mask.sum(dim=1)
 
 

@@ -13,11 +13,11 @@ from mrp_lens.attacks.readout import Kind
 from mrp_lens.attacks.recovery import check_held_out
 from mrp_lens.attacks.retraining import Parameters
 from mrp_lens.case import Case
+from mrp_lens.checks import one_of, positive
 from mrp_lens.corpus import Questions
 from mrp_lens.corpus.questions import Half
 from mrp_lens.edit import Edit
 from mrp_lens.edit.stack import projection_in
-from mrp_lens.methods.base import one_of, positive
 from mrp_lens.model import LensModel
 
 Attack = Literal["relearn", "probe", "bypass", "jailbreak"]

@@ -11,14 +11,14 @@ from tqdm.auto import tqdm
 from mrp_lens.attacks.readout import FOLDS, Facts, Kind, Readout, usable_information
 from mrp_lens.attacks.recovery import check_held_out
 from mrp_lens.batching import Encoder, PaddingSide
+from mrp_lens.checks import generator_for, one_of, positive
 from mrp_lens.corpus import Document, Questions
-from mrp_lens.edit import Edit
-from mrp_lens.methods.base import fitting, generator_for, one_of, positive
+from mrp_lens.edit import Edit, edit_on
 from mrp_lens.metrics.intervals import bootstrap_interval
 from mrp_lens.metrics.lens import last_states
 from mrp_lens.metrics.states import hooks_at
 from mrp_lens.model import LensModel
-from mrp_lens.stream import Site
+from mrp_lens.stream import Site, frozen
 
 Target = Literal["answer", "choice"]
 
@@ -104,7 +104,7 @@ def probe(
         pairs += [("never-taught", first, second), ("never-taught", second, first)]
     labels = [_labels(known, asked, target) for _, known, asked in pairs]
     sets = {id(questions): questions for _, *both in pairs for questions in both}
-    with fitting(model, edit):
+    with edit_on(model, edit), frozen(model):
         states = {
             key: _states(model, questions, target, list(hooks.values()), batch_size, padding, progress)
             for key, questions in sets.items()

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from mrp_lens.corpus import Document, Questions
-from mrp_lens.metrics.answers import choice_scores
+from mrp_lens.metrics.answers import answered_right, choice_scores
 from mrp_lens.metrics.intervals import CONFIDENCE, RESAMPLES
 from mrp_lens.model import LensModel
 
@@ -44,8 +44,7 @@ class Recovery:
 def counted(model: LensModel, questions: Questions, *, batch_size: int = 128, progress: bool = False) -> Counted:
     """How many questions the model answers right, by length-normalised likelihood as in `metrics.accuracy`."""
     scores = choice_scores(model, questions, batch_size=batch_size, progress=progress)
-    right = sum(int(np.argmax(score) == q.answer) for score, q in zip(scores, questions.questions, strict=True))
-    return Counted(right, len(questions))
+    return Counted(float(answered_right(scores, questions).sum()), len(questions))
 
 
 def guessed(questions: Questions) -> Counted:

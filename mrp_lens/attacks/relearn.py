@@ -65,8 +65,8 @@ def relearn(
 
     Returns:
         A row a rate and mark: `attack`, `form`, `parameters`, `samples`, `lr`, `step`, `train_accuracy` (on at
-        most 100 documents of T), `held_out_accuracy`, `n`; on `held_out` without attack `accuracy_before` (unedited) and `accuracy_edited`;
-        `floor`, `n_floor`, `ceiling`; `recovery`, `recovery_low`, `recovery_high` (95%), for the never-taught control
+        most 100 documents of T), `held_out_accuracy`, `n`; on `held_out` without attack `accuracy_before` (unedited)
+        and `accuracy_edited`; `floor`, `n_floor`, `ceiling`; `recovery`, `recovery_low`, `recovery_high` (95%), for the never-taught control
         `control_recovery`, `control_recovery_low`, `control_recovery_high`; `new_accuracy`; `counts`: whether T
         reaches 0.95 at this rate; `seconds`. A rate that makes the loss infinite has its rows until then; so has all
         after Ctrl-C, which `frame.attrs["interrupted"]` tells.
@@ -94,14 +94,15 @@ def relearn(
         def score(step: int, scored: dict[int, dict[str, Any]] = scored, begun: float = begun) -> None:
             scored[step] = exam.marked(model) | {"seconds": time.perf_counter() - begun}
 
-        def score_new(step: int, learned: dict[int, float] = learned) -> None:
-            learned[step] = counted(model, new).accuracy if new is not None else UNKNOWN
-
         with attacker.retrained(
             model, edit, documents_of(exam.taught), lr=rate, score=score, marks=points, progress=progress
         ) as outcome:
             pass
         if new is not None and outcome == "finished":
+
+            def score_new(step: int, learned: dict[int, float] = learned, new: Questions = new) -> None:
+                learned[step] = counted(model, new).accuracy
+
             with attacker.retrained(
                 model, edit, new.right_answers(), lr=rate, score=score_new, marks=points, progress=progress
             ) as outcome:

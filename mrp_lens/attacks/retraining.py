@@ -98,7 +98,8 @@ def unlocked(
             with low_rank_updates(model, rank=lora_rank, seed=seed) as updates:
                 yield updates
             return
-        chosen = [tensor for tensor in checkpoint_tensors(model) if reach_of(model, edit, parameters)(tensor.depth)]
+        reached = reach_of(edit, parameters)
+        chosen = [tensor for tensor in checkpoint_tensors(model) if reached(tensor.depth)]
         if not chosen:
             raise ValueError(
                 f"there are no tensors {parameters!r} the edited layers {list(edit.layers if edit else ())} of this model of "
@@ -108,7 +109,7 @@ def unlocked(
             yield [_trainable(tensor) for tensor in chosen]
 
 
-def reach_of(model: LensModel, edit: Edit | None, parameters: Parameters) -> Callable[[int], bool]:
+def reach_of(edit: Edit | None, parameters: Parameters) -> Callable[[int], bool]:
     """Whether tensors at a depth (see `CheckpointTensor`) are among these parameters.
 
     Raises:

@@ -5,6 +5,7 @@ from typing import Any
 
 import pandas as pd
 
+from mrp_lens.attacks.attacker import FORM_TITLES
 from mrp_lens.attacks.campaign import UNEDITED, Frames
 from mrp_lens.attacks.relearn import TAUGHT, best
 from mrp_lens.runs import Row, rows_of
@@ -13,7 +14,6 @@ NEVER_TAUGHT, RANDOM_TRIGGER = "never-taught", "random-trigger"
 BUDGETS = (5, 20, 100)
 SLOWER = 0.2
 """New facts count as learned more slowly where so much of their accuracy is missing, against the unedited model."""
-FORMS = {"kept": "edit kept", "stripped": "hooks stripped", "weights": "in the weights"}
 OBJECTIVES = {"answer": "answers", "representation": "states"}
 ACCURACIES = ("n", "accuracy_before", "accuracy_edited", "accuracy_after", "floor", "ceiling")
 RECOVERY = ("recovery", "recovery_low", "recovery_high")
@@ -84,7 +84,7 @@ def _slower(attack: str, edited: "pd.Series[float]", unedited: "pd.Series[float]
 
 def _title(form: str, parameters: str) -> str:
     which = "" if parameters == "all" else f" ({parameters})"
-    return f"relearn{which}, {FORMS[form]}"
+    return f"relearn{which}, {FORM_TITLES[form]}"
 
 
 def _retrained(curves: pd.DataFrame, name: str) -> Iterator[dict[str, Any]]:
@@ -100,7 +100,7 @@ def _retrained(curves: pd.DataFrame, name: str) -> Iterator[dict[str, Any]]:
         for row in part[part["step"].isin(shown)].to_dict("records"):
             title = f"{_title(str(form), str(parameters))}, {row['step']} steps"
             if method != name:
-                title = title.replace(f", {FORMS['kept']}", "")
+                title = title.replace(f", {FORM_TITLES['kept']}", "")
             yield {"method": method, "attack": title, **_chosen(row, ACCURACIES), **_chosen(row, RECOVERY)}
             if row["step"] == last and method == name and pd.notna(row["control_recovery"]):
                 control = {end: row[f"control_{end}"] for end in RECOVERY}

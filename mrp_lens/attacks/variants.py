@@ -17,7 +17,7 @@ from mrp_lens.attacks.rewording import few_shot, in_context
 from mrp_lens.corpus import Corpus, Questions
 from mrp_lens.edit import Edit, edit_on
 from mrp_lens.edit.stack import has_hooks, stripped
-from mrp_lens.metrics.answers import choice_scores
+from mrp_lens.metrics.answers import answered_right, choice_scores
 from mrp_lens.model import LensModel
 from mrp_lens.subspace import random_units
 
@@ -67,7 +67,7 @@ class Target:
         """1 for each question that is answered right with the edit on, 0 for the others."""
         with edit_on(self.model, edit):
             scores = choice_scores(self.model, questions, batch_size=self.batch_size)
-        return np.array([float(np.argmax(s) == q.answer) for s, q in zip(scores, questions.questions, strict=True)])
+        return answered_right(scores, questions)
 
 
 @dataclass(frozen=True)

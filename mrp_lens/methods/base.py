@@ -4,14 +4,14 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, get_args
+from typing import Any
 
 import pandas as pd
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from mrp_lens.batching import Encoded, Encoder, TokenBatch
+from mrp_lens.checks import given
 from mrp_lens.corpus import Corpus
 from mrp_lens.edit import Edit, edit_on
 from mrp_lens.model import LensModel, describe, why_not_exportable
@@ -156,38 +156,3 @@ def provenance(
         "data": dict(data.record),
         "versions": versions(),
     }
-
-
-def generator_for(seed: int) -> torch.Generator:
-    """A generator of its own, so that the global one stays as it is."""
-    if isinstance(seed, bool) or not isinstance(seed, int):
-        raise TypeError(f"seed must be an int, got {seed!r}")
-    return torch.Generator().manual_seed(seed)
-
-
-def given(value: Any, default: Any) -> Any:
-    """The value, or the derived default where it is None."""
-    return default if value is None else value
-
-
-def positive(**values: float | int | None) -> None:
-    """Refuse hyperparameters that are not above 0.
-
-    Raises:
-        ValueError: names the value.
-    """
-    for name, value in values.items():
-        if value is not None and not value > 0:
-            raise ValueError(f"{name} must be above 0, got {value}")
-
-
-def one_of(allowed: Any, **values: str) -> None:
-    """Refuse a value that its `Literal` type does not list.
-
-    Raises:
-        ValueError: names the value and what is allowed.
-    """
-    choices = get_args(allowed)
-    for name, value in values.items():
-        if value not in choices:
-            raise ValueError(f"unknown {name} {value!r}; choose one of {', '.join(choices)}")

@@ -11,6 +11,7 @@ from einops import rearrange
 from torch import Tensor
 
 from mrp_lens.batching import endless
+from mrp_lens.checks import generator_for, given, one_of, positive
 from mrp_lens.corpus import Corpus
 from mrp_lens.edit import Edit, ProjectionEdit
 from mrp_lens.edit.stack import besides_projections, projection_in
@@ -19,18 +20,14 @@ from mrp_lens.methods.base import (
     Fit,
     Forget,
     fitting,
-    generator_for,
-    given,
-    one_of,
     parts_of,
-    positive,
     prepare,
     provenance,
 )
-from mrp_lens.methods.objectives import ForgetLoss, RetainLoss, cross_entropy, kl, log_odds, openness
+from mrp_lens.methods.objectives import ForgetLoss, RetainLoss, kl, log_odds, openness
 from mrp_lens.methods.start import Rows, Start, orthonormal, start_rows, without
 from mrp_lens.model import LensModel, check_layers, describe
-from mrp_lens.predictions import predictions
+from mrp_lens.predictions import cross_entropy, predictions
 from mrp_lens.stream import HookFunction, Site, hook_name, hooked
 from mrp_lens.subspace import Subspace
 from mrp_lens.training import linear_decay, train

@@ -14,11 +14,6 @@ ForgetLoss = Literal["odds", "bounded", "ascent"]
 RetainLoss = Literal["kl", "cross_entropy"]
 
 
-def cross_entropy(log_probabilities: Float[Tensor, "counted d_vocab"], batch: TokenBatch) -> Float[Tensor, " counted"]:
-    """-log p of the text's own tokens, in nats."""
-    return -log_probabilities.gather(-1, targets(batch)[:, None])[:, 0]
-
-
 def kl(
     reference: Float[Tensor, "counted d_vocab"], log_probabilities: Float[Tensor, "counted d_vocab"]
 ) -> Float[Tensor, " counted"]:

@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 from typing_extensions import override
 
-from mrp_lens.methods.base import given, one_of, positive
+from mrp_lens.checks import given, one_of, positive
 from mrp_lens.methods.steering import Mask, States, Steering
 from mrp_lens.model import LensModel
 

@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from mrp_lens.batching import Encoded, PaddingSide, TokenBatch, endless
+from mrp_lens.checks import generator_for, given, one_of, positive
 from mrp_lens.corpus import Corpus
 from mrp_lens.edit import Edit, WeightEdit
 from mrp_lens.methods.base import (
@@ -17,11 +18,7 @@ from mrp_lens.methods.base import (
     Fit,
     Forget,
     fitting,
-    generator_for,
-    given,
-    one_of,
     parts_of,
-    positive,
     prepare,
     provenance,
 )

@@ -1,5 +1,7 @@
 """What a model answers: accuracy on multiple-choice questions."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import pandas as pd
 import torch
@@ -33,23 +35,20 @@ def accuracy(
     table = pd.DataFrame(
         {
             "group": [question.group for question in questions.questions],
-            "right": [
-                float(np.argmax(score) == q.answer) for score, q in zip(scores, questions.questions, strict=True)
-            ],
+            "right": answered_right(scores, questions),
             "chance": [1 / len(question.choices) for question in questions.questions],
             "probability": [
                 float(np.exp(score[q.answer])) for score, q in zip(scores, questions.questions, strict=True)
             ],
         }
     )
-    parts = [(str(name), part) for name, part in table.groupby("group", sort=False)]
     rows = []
-    for name, part in ([("all", table)] if len(parts) > 1 else []) + parts:
+    for name, part in by_group(table):
         right = part["right"].to_numpy(float)
         low, high = bootstrap_interval(right, seed=seed)
         rows.append(
             {
-                "group": name or "all",
+                "group": name,
                 "n": len(part),
                 "accuracy": right.mean(),
                 "low": low,
@@ -59,6 +58,17 @@ def accuracy(
             }
         )
     return pd.DataFrame(rows)
+
+
+def by_group(table: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
+    """The rows of each `group`, unnamed ones as "all"; and, if there are several groups, all rows as "all" (first)."""
+    parts = [(str(name) or "all", part) for name, part in table.groupby("group", sort=False)]
+    return [("all", table), *parts] if len(parts) > 1 else parts
+
+
+def answered_right(scores: Sequence[NDArray[np.float64]], questions: Questions) -> NDArray[np.float64]:
+    """1 for each question whose right choice has the highest score, 0 for the others."""
+    return np.array([float(np.argmax(score) == q.answer) for score, q in zip(scores, questions.questions, strict=True)])
 
 
 def choice_scores(

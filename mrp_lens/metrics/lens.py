@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 
 from mrp_lens.batching import Encoded, Encoder, PaddingSide, in_order
 from mrp_lens.corpus import Document, Question, Questions
+from mrp_lens.metrics.answers import by_group
 from mrp_lens.metrics.intervals import bootstrap_interval
 from mrp_lens.metrics.states import hooks_at, states_of
 from mrp_lens.model import LensModel, logits_of
@@ -80,15 +81,13 @@ def logit_lens(
     table = pd.DataFrame(measured).sort_values(["layer", "place"])
     rows = []
     for layer in hooks:
-        of_layer = table[table["layer"] == layer]
-        groups = [(str(name), part) for name, part in of_layer.groupby("group", sort=False)]
-        for name, part in ([("all", of_layer)] if len(groups) > 1 else []) + groups:
+        for name, part in by_group(table[table["layer"] == layer]):
             right = part["right"].to_numpy(float)
             low, high = bootstrap_interval(right, seed=seed)
             rows.append(
                 {
                     "layer": layer,
-                    "group": name or "all",
+                    "group": name,
                     "n": len(part),
                     "accuracy": right.mean(),
                     "low": low,

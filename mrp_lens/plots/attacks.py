@@ -3,6 +3,7 @@
 import pandas as pd
 import plotly.graph_objects as go
 
+from mrp_lens.attacks.attacker import FORM_TITLES
 from mrp_lens.attacks.relearn import best
 from mrp_lens.plots.axes import Axis
 from mrp_lens.plots.panels import Panels
@@ -11,7 +12,6 @@ from mrp_lens.plots.tables import Frame, facets, groups, methods_of, tidy, varyi
 
 UNIT = (-0.03, 1.04)
 ACCURACY = Axis("accuracy", limits=UNIT)
-FORMS = {"kept": "edit kept", "stripped": "hooks stripped", "weights": "in the weights"}
 HELD_OUT, TRAINED, NEW = Look("forget, held out", FORGET), Look("trained on", OTHERS[0]), Look("new facts", OTHERS[3])
 FLOOR, CEILING = "never taught (floor)", "unedited (ceiling)"
 CONTROL_METHODS = ("unedited", "never-taught", "random-trigger")
@@ -41,7 +41,7 @@ def relearning_curves(frame: Frame) -> go.Figure:
     if {"lr", "counts"} <= set(table):
         table = best(table)
     if "form" in table:
-        form = table["form"].replace(FORMS)
+        form = table["form"].replace(FORM_TITLES)
         edited = table["method"] != "unedited" if "method" in table else form.notna()
         table = table.assign(form=form.where(edited))  # there is no edit to keep or strip
     parts = facets(table, ["method", *varying(table, "form", "parameters", "samples")])

@@ -5,9 +5,10 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mrp_lens import attacks, metrics, plots
+    from mrp_lens import attacks, hf, metrics, plots
     from mrp_lens.corpus import Corpus, Questions
     from mrp_lens.edit import Edit, EditStack, ProjectionEdit, SteeringEdit, WeightEdit, load_edit
+    from mrp_lens.export import ExportReport, Record, export_hf
     from mrp_lens.methods import MRP, RMU, AdaptiveRMU, Fit
     from mrp_lens.model import load_model
     from mrp_lens.subspace import Subspace
@@ -19,16 +20,20 @@ _HOMES = {
     "Corpus": "mrp_lens.corpus",
     "Edit": "mrp_lens.edit",
     "EditStack": "mrp_lens.edit",
+    "ExportReport": "mrp_lens.export",
     "Fit": "mrp_lens.methods",
     "MRP": "mrp_lens.methods",
     "ProjectionEdit": "mrp_lens.edit",
     "Questions": "mrp_lens.corpus",
     "RMU": "mrp_lens.methods",
+    "Record": "mrp_lens.export",
     "SteeringEdit": "mrp_lens.edit",
     "Subspace": "mrp_lens.subspace",
     "WeightEdit": "mrp_lens.edit",
     "World": "mrp_lens.world",
     "attacks": "mrp_lens",
+    "export_hf": "mrp_lens.export",
+    "hf": "mrp_lens",
     "load_edit": "mrp_lens.edit",
     "load_model": "mrp_lens.model",
     "metrics": "mrp_lens",
@@ -43,14 +48,18 @@ __all__ = [
     "Corpus",
     "Edit",
     "EditStack",
+    "ExportReport",
     "Fit",
     "ProjectionEdit",
     "Questions",
+    "Record",
     "SteeringEdit",
     "Subspace",
     "WeightEdit",
     "World",
     "attacks",
+    "export_hf",
+    "hf",
     "load_edit",
     "load_model",
     "metrics",

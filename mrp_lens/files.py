@@ -1,5 +1,6 @@
 """Folders that appear whole or not at all, and are not overwritten by accident."""
 
+import glob
 import json
 import logging
 import os
@@ -8,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 PARTIAL = ".partial"
 
@@ -29,7 +32,7 @@ def whole_folder(path: str | Path, *, overwrite: bool = False) -> Iterator[Path]
     check_free(target, overwrite=overwrite)
     target.parent.mkdir(parents=True, exist_ok=True)
     fresh, aside = _sibling(target, f"partial-{os.getpid()}"), _sibling(target, "replaced")
-    shutil.rmtree(fresh, ignore_errors=True)
+    _clear_up(target)
     fresh.mkdir()
     try:
         yield fresh
@@ -79,6 +82,14 @@ def write_text(path: str | Path, text: str) -> None:
     fresh = _sibling(target, f"{os.getpid()}{PARTIAL}")
     fresh.write_text(text, encoding="utf-8")
     fresh.replace(target)
+
+
+def _clear_up(target: Path) -> None:
+    """Remove what killed processes left half-written beside the target."""
+    for left in target.absolute().parent.glob(f".{glob.escape(target.absolute().name)}.partial-*"):
+        number = left.name.rpartition("-")[2]
+        if number.isdigit() and (int(number) == os.getpid() or not psutil.pid_exists(int(number))):
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def _sibling(target: Path, suffix: str) -> Path:

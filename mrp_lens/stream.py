@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from mrp_lens.model import LensModel, forward
+from mrp_lens.model import LensModel, forward, is_bridge
 
 Site = Literal["resid_post", "resid_pre", "resid_mid", "mlp_out", "attn_out"]
 SITES: tuple[str, ...] = get_args(Site)
@@ -77,11 +77,48 @@ def add_hooks(model: LensModel, hooks: Iterable[tuple[str, HookFunction]]) -> li
     check_hook_names(model, (name for name, _ in pairs))
     points = model.hook_dict
     handles = []
-    for name, function in pairs:
+    for name, function in _to_the_stream(model, pairs):
         point = points[name]
         point.add_hook(function, is_permanent=True)
         handles.append(HookHandle(point, point.fwd_hooks[-1]))
     return handles
+
+
+def _to_the_stream(model: LensModel, pairs: list[tuple[str, HookFunction]]) -> list[tuple[str, HookFunction]]:
+    """The hooks as they have to be placed so that they act on the stream.
+
+    On the Bridge `hook_resid_mid` is the input of the norm before the MLP: what is changed there does not reach the
+    stream, as it does in HookedTransformer. So the attention's output is made to bring the stream to the changed sum.
+
+    Raises:
+        ValueError: the Bridge has no such points in this architecture.
+    """
+    placed: list[tuple[str, HookFunction]] = []
+    for name, function in pairs:
+        if not (is_bridge(model) and name.endswith(".hook_resid_mid")):
+            placed.append((name, function))
+            continue
+        block = name.removesuffix("hook_resid_mid")
+        middle = _middle(function)
+        names = (f"{block}ln1.hook_in", f"{block}hook_attn_out")
+        check_hook_names(model, names)
+        placed += zip(names, middle, strict=True)
+    return placed
+
+
+def _middle(function: HookFunction) -> tuple[HookFunction, HookFunction]:
+    """A function of (stream + attention's output) as one that sees the stream and one that sees that output."""
+    entered: list[Tensor] = []
+
+    def remember(activation: Tensor, hook: Any) -> None:
+        entered[:] = [activation]
+
+    def change(activation: Tensor, hook: Any) -> Tensor | None:
+        stream = entered.pop()
+        changed = function(stream + activation, hook)
+        return None if changed is None else changed - stream
+
+    return remember, change
 
 
 def remove_hooks(handles: Iterable[HookHandle]) -> bool:

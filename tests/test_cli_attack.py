@@ -14,7 +14,7 @@ from mrp_lens import training
 from mrp_lens.attacks.plan import Facts, Plan
 from mrp_lens.case import DataOptions
 from mrp_lens.cli.app import app
-from mrp_lens.cli.attack import method_of
+from mrp_lens.edit.record import label_of
 from tests.edits import projection, weight_edit
 
 COLOURS = ["red", "blue", "green", "white"]
@@ -117,15 +117,15 @@ def test_entities_and_untaught_questions_come_from_files(files: Path) -> None:
 
 
 def test_an_edit_is_called_by_its_method(model: Any) -> None:
-    assert method_of(projection(1)) == "projection"
-    assert method_of(projection(1) + weight_edit(model, 2)) == "stack"
+    assert label_of(projection(1)) == "projection"
+    assert label_of(projection(1) + weight_edit(model, 2)) == "stack"
     fitted = weight_edit(model, 2)
     fitted.provenance = {"method": "rmu"}
-    assert method_of(fitted) == "rmu"
+    assert label_of(fitted) == "rmu"
     twice = projection(1)
     twice.provenance = {"requests": {"first": {"method": "mrp"}, "second": {"method": "mrp"}}}
-    assert method_of(twice) == "mrp"
-    assert method_of(twice + weight_edit(model, 2)) == "mrp"
+    assert label_of(twice) == "mrp"
+    assert label_of(twice + weight_edit(model, 2)) == "mrp"
 
 
 def test_help_answers_without_importing_torch_or_transformer_lens() -> None:

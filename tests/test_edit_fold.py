@@ -6,11 +6,11 @@ from typing import Any
 import pytest
 import torch
 
-from mrp_lens.edit import ProjectionEdit
+from mrp_lens.edit import ProjectionEdit, SteeringEdit
 from mrp_lens.edit.fold import folded
 from mrp_lens.edit.stack import stripped
 from mrp_lens.model import LensModel, load_model
-from tests.conftest import assert_same_state, state_of
+from tests.conftest import D_MODEL, assert_same_state, state_of
 from tests.edits import logits, projection, weight_edit
 from tests.families import FAMILIES, NO_HOOKED, save_family
 
@@ -72,3 +72,40 @@ def test_it_folds_a_checkpoint_in_bfloat16(backend: str, tiny_folder: Path) -> N
     half = load_model(tiny_folder, backend=backend, dtype=torch.bfloat16)
     with folded(half, projection(1, site="mlp_out")):
         pass
+
+
+def test_new_matrices_come_before_the_projection_behind_them(
+    model: LensModel, tokens: torch.Tensor, untouched: None
+) -> None:
+    both = projection(1, site="mlp_out") + weight_edit(model, 1)
+    with both.applied(model):
+        wanted = logits(model, tokens)
+    with folded(model, both):
+        torch.testing.assert_close(logits(model, tokens), wanted, atol=2e-5, rtol=0)
+
+
+def test_merging_writes_the_edit_for_good(backend: str, tiny_folder: Path, tokens: torch.Tensor) -> None:
+    own = load_model(tiny_folder, backend=backend)
+    edit = projection(0, 3, site="mlp_out") + weight_edit(own, 2)
+    with edit.applied(own):
+        wanted = logits(own, tokens)
+    unedited, flags = logits(own, tokens), [p.requires_grad for p in own.parameters()]
+    edit.merge_(own)
+    assert not any(point.fwd_hooks for point in own.hook_dict.values())
+    assert [p.requires_grad for p in own.parameters()] == flags
+    torch.testing.assert_close(logits(own, tokens), wanted, atol=2e-5, rtol=0)
+    assert float((logits(own, tokens) - unedited).abs().max()) > 1e-2
+
+
+def test_what_cannot_be_merged_leaves_the_model_as_it_was(model: LensModel, loaded: Any) -> None:
+    steering = SteeringEdit.towards(torch.ones(D_MODEL), layer=1, coefficient=1.0)
+    before = state_of(model)
+    for edit in (projection(1), steering, weight_edit(model, 1) + projection(2)):
+        with pytest.raises(ValueError, match="keep"):
+            edit.merge_(model)
+        assert_same_state(before, state_of(model))
+    if loaded.family == "gemma2":  # seen only once it is written
+        before = state_of(loaded)
+        with pytest.raises(ValueError, match="a norm between"):
+            (projection(1, site="mlp_out") + weight_edit(loaded, 2)).merge_(loaded)
+        assert_same_state(before, state_of(loaded))

@@ -13,7 +13,8 @@ from mrp_lens.attacks.tally import notes_of, rows_of_attacks
 from mrp_lens.case import case_for
 from mrp_lens.cli.parsing import dtype_named, numbers
 from mrp_lens.cli.show import Column, console, show_table
-from mrp_lens.edit import Edit, EditStack, load_edit
+from mrp_lens.edit import load_edit
+from mrp_lens.edit.record import label_of
 from mrp_lens.model import load_model
 from mrp_lens.plots import PICTURES
 from mrp_lens.plots.attacks import CONTROL_METHODS
@@ -82,7 +83,7 @@ def run_attack(
     """Attack as far as that has not been done; print and write the table."""
     plan, precision = budget.plan(seed), dtype_named(dtype)
     edit = load_edit(edit_folder)
-    model_name, name = str(options["model"]), method_of(edit)
+    model_name, name = str(options["model"]), label_of(edit)
     case = case_for(model_name, options)
     run = Run("attack", options, seed, title=f"{model_name}: what survives {name} ({edit_folder})")
 
@@ -108,18 +109,6 @@ def run_attack(
     write_report(out)
     console.print(f"Written to {out}: points/, report.html, table.csv, summary.json.")
     return run
-
-
-def method_of(edit: Edit) -> str:
-    """What made it, from its record, or its kind."""
-    parts = edit.parts if isinstance(edit, EditStack) else (edit,)
-    records = [
-        record
-        for part in parts
-        for record in part.provenance.get("requests", {"": part.provenance}).values()
-        if "method" in record
-    ]
-    return " + ".join(dict.fromkeys(str(record["method"]) for record in records)) or edit.kind
 
 
 def show(run: Run, name: str) -> None:

@@ -34,6 +34,11 @@ class Edit(ABC):
     def layers(self) -> tuple[int, ...]:
         """The layers whose blocks it hooks or writes into, ascending."""
 
+    @property
+    def parts(self) -> tuple["Edit", ...]:
+        """The edits that this one is made of, in order: itself, unless it is a stack."""
+        return (self,)
+
     @abstractmethod
     def install(self, model: LensModel, *, check: bool = True) -> Undo:
         """Put the edit on and return how to take it off; nothing is changed if this raises."""
@@ -108,6 +113,22 @@ class Edit(ABC):
         from mrp_lens.edit.stack import stacked
 
         return stacked(self, other)
+
+    def merge_(self, model: LensModel) -> None:
+        """Write the edit into the loaded model for good: its hooks become weights. Only where that is exact.
+
+        Args:
+            model: HookedTransformer or TransformerBridge, without this edit on.
+
+        Raises:
+            ValueError: the edit has no such form on this model; says why. The model is left as it was.
+
+        Example:
+            >>> edit.merge_(model)  # doctest: +SKIP
+        """
+        from mrp_lens.edit.fold import merge_
+
+        merge_(model, self)
 
     def save_pretrained(self, path: str | Path, *, overwrite: bool = False) -> None:
         """Write `edit_config.json` and `edit.safetensors` into a folder, whole or not at all.

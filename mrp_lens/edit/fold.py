@@ -1,7 +1,7 @@
 """A projection written into the weights instead of hooked: exact only where nothing stands between matrix and hook."""
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -10,9 +10,9 @@ from torch import Tensor
 
 from mrp_lens.edit.base import Edit
 from mrp_lens.edit.projection import ProjectionEdit
-from mrp_lens.edit.stack import EditStack
 from mrp_lens.edit.steering import SteeringEdit
-from mrp_lens.model import LensModel, is_bridge, logits_of, restored
+from mrp_lens.edit.weight import WeightEdit
+from mrp_lens.model import LensModel, is_bridge, logits_of, restored, weights_by_name
 from mrp_lens.stream import frozen, layer_of
 from mrp_lens.subspace import Subspace
 
@@ -23,7 +23,7 @@ ALLOWED_COARSE = 0.2  # bfloat16 and float16, where the projected weights are ro
 
 @contextmanager
 def folded(model: LensModel, edit: Edit) -> Iterator[None]:
-    """Apply an edit with its projections multiplied into the matrices and biases that write to the stream.
+    """Inside, the edit is on with its projections multiplied into the matrices and biases that write to the stream.
 
     Exact for the sites `mlp_out` and `attn_out` where no norm follows the matrix, and for `resid_pre` of layer 0 (into
     the embeddings) where these are not tied to the unembedding. Compared with the hooks on random tokens first.
@@ -32,37 +32,71 @@ def folded(model: LensModel, edit: Edit) -> Iterator[None]:
         ValueError: this edit has no such form (steering, or a projection elsewhere), or the model computes something
             else with it; the model is left as it was.
     """
-    parts = edit.parts if isinstance(edit, EditStack) else (edit,)
+    written = _written_by(model, edit)
+    with restored(written):
+        _write(model, edit)
+        yield
+
+
+def merge_(model: LensModel, edit: Edit) -> None:
+    """See `Edit.merge_`."""
+    saved = [(parameter, parameter.detach().clone()) for parameter in _written_by(model, edit)]
+    try:
+        _write(model, edit)
+    except BaseException:
+        with torch.no_grad():
+            for parameter, values in saved:
+                parameter.copy_(values)
+        raise
+
+
+def _written_by(model: LensModel, edit: Edit) -> list[torch.nn.Parameter]:
+    """The tensors that change when the edit is written into the model.
+
+    Raises:
+        ValueError: a part of it cannot be written at all.
+    """
+    chosen: list[torch.nn.Parameter] = []
+    for part in edit.parts:
+        if isinstance(part, SteeringEdit):
+            raise ValueError("a SteeringEdit cannot be written into weights: it overwrites states; keep its hook")
+        if isinstance(part, ProjectionEdit):
+            chosen += [parameter for hook in part.hook_names for parameter, _ in _writers(model, hook)]
+        if isinstance(part, WeightEdit):
+            known = weights_by_name(model)
+            chosen += [known[name].parameter for name in part.tensors if name in known]
+    return list({id(parameter): parameter for parameter in chosen}.values())
+
+
+def _write(model: LensModel, edit: Edit) -> None:
+    """Write the edit and compare with its hooks.
+
+    Raises:
+        ValueError: the model computes something else with it.
+    """
     with edit.applied(model):
         wanted = _logits(model)
-    with ExitStack() as stack:
-        for part in parts:
-            if isinstance(part, SteeringEdit):
-                raise ValueError("a SteeringEdit cannot be written into weights: it overwrites states; keep its hook")
-            if isinstance(part, ProjectionEdit):
-                for hook, subspace in part.subspaces().items():
-                    stack.enter_context(_projected(model, hook, subspace))
-            else:
-                stack.enter_context(part.applied(model))
-        off = float((_logits(model) - wanted).abs().max() / wanted.std())
-        if off > ALLOWED.get(next(iter(model.parameters())).dtype, ALLOWED_COARSE):
-            raise ValueError(
-                f"written into the weights of this model, the edit gives logits that differ by {off:.2g} of their spread: its architecture "
-                "has a norm between the matrix and the hook, or ties its embeddings; keep the edit as hooks"
-            )
-        yield
+    # New matrices first: a hook projects what they write, wherever it stands in the stack.
+    for part in sorted(edit.parts, key=lambda part: isinstance(part, ProjectionEdit)):
+        if isinstance(part, ProjectionEdit):
+            for hook, subspace in part.subspaces().items():
+                _project(_writers(model, hook), subspace)
+        else:
+            part.install(model)
+    off = float((_logits(model) - wanted).abs().max() / wanted.std())
+    if not off <= ALLOWED.get(next(iter(model.parameters())).dtype, ALLOWED_COARSE):
+        raise ValueError(
+            f"written into the weights of this model, the edit gives logits that differ by {off:.2g} of their spread: its architecture "
+            "has a norm between the matrix and the hook, or ties its embeddings; keep the edit as hooks"
+        )
 
 
-@contextmanager
-def _projected(model: LensModel, hook: str, subspace: Subspace) -> Iterator[None]:
-    """What writes to the stream at the hook, with the subspace removed from its outputs; as before on exit."""
-    writers = _writers(model, hook)
-    with restored(parameter for parameter, _ in writers):
-        with torch.no_grad():
-            for parameter, axis in writers:
-                values = parameter.movedim(axis, -1)
-                values.copy_(subspace.to(values.device).project_out(values))
-        yield
+def _project(writers: list[tuple[torch.nn.Parameter, int]], subspace: Subspace) -> None:
+    """Remove the subspace from what these tensors write."""
+    with torch.no_grad():
+        for parameter, axis in writers:
+            values = parameter.movedim(axis, -1)
+            values.copy_(subspace.to(values.device).project_out(values))
 
 
 def _writers(model: LensModel, hook: str) -> list[tuple[torch.nn.Parameter, int]]:

@@ -19,8 +19,13 @@ class EditStack(Edit):
     kind = "stack"
 
     def __init__(self, parts: Sequence[Edit]) -> None:
-        self.parts = tuple(parts)
+        self._parts = tuple(parts)
         self.provenance: Mapping[str, Any] = {}
+
+    @property
+    @override
+    def parts(self) -> tuple[Edit, ...]:
+        return self._parts
 
     @property
     @override
@@ -78,7 +83,7 @@ def stacked(*edits: Edit) -> Edit:
     """One edit out of several; projections join at the place of the first."""
     parts: list[Edit] = []
     for edit in edits:
-        for part in edit.parts if isinstance(edit, EditStack) else [edit]:
+        for part in edit.parts:
             place = next((i for i, known in enumerate(parts) if isinstance(known, ProjectionEdit)), None)
             if isinstance(part, ProjectionEdit) and place is not None:
                 known = parts[place]
@@ -91,28 +96,29 @@ def stacked(*edits: Edit) -> Edit:
 
 def projection_in(edit: Edit | None) -> ProjectionEdit | None:
     """The projection that an edit holds, if any."""
-    parts = edit.parts if isinstance(edit, EditStack) else (edit,)
-    return next((part for part in parts if isinstance(part, ProjectionEdit)), None)
+    return next((part for part in _parts(edit) if isinstance(part, ProjectionEdit)), None)
 
 
 def besides_projections(edit: Edit | None) -> Edit | None:
     """The edit without the projection that it holds."""
-    parts = edit.parts if isinstance(edit, EditStack) else (edit,)
-    others = [part for part in parts if part is not None and not isinstance(part, ProjectionEdit)]
+    others = [part for part in _parts(edit) if not isinstance(part, ProjectionEdit)]
     return EditStack(others) if others else None
 
 
 def has_hooks(edit: Edit | None) -> bool:
     """Whether a part of it is a hook that can be taken off, and no weight."""
-    parts = edit.parts if isinstance(edit, EditStack) else (edit,)
-    return any(part is not None and not isinstance(part, WeightEdit) for part in parts)
+    return any(not isinstance(part, WeightEdit) for part in _parts(edit))
 
 
 def stripped(edit: Edit | None) -> Edit | None:
     """What is left of an edit when its hooks are removed: the weights that it writes; None if it writes none."""
-    parts = edit.parts if isinstance(edit, EditStack) else (edit,)
-    written = [part for part in parts if isinstance(part, WeightEdit)]
+    written = [part for part in _parts(edit) if isinstance(part, WeightEdit)]
     return stacked(*written) if written else None
+
+
+def _parts(edit: Edit | None) -> tuple[Edit, ...]:
+    """The parts of an edit; none where there is no edit."""
+    return () if edit is None else edit.parts
 
 
 register(EditStack)

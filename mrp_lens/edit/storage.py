@@ -32,8 +32,15 @@ for _kind in (ProjectionEdit, SteeringEdit, WeightEdit):
 
 def save_edit(edit: Edit, path: str | Path, *, overwrite: bool = False) -> None:
     """See `Edit.save_pretrained`."""
+    with whole_folder(path, overwrite=overwrite) as folder:
+        write_edit(edit, folder)
+
+
+def write_edit(edit: Edit, folder: Path) -> None:
+    """Write the two files of an edit into a folder that exists."""
     settings, tensors = edit.to_parts()
-    content = save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()})
+    # Copies: one subspace may stand at several hooks, and the format refuses tensors that share memory.
+    content = save({name: tensor.to("cpu", copy=True).contiguous() for name, tensor in tensors.items()})
     config: dict[str, Any] = {
         "format": FORMAT,
         "kind": edit.kind,
@@ -41,9 +48,8 @@ def save_edit(edit: Edit, path: str | Path, *, overwrite: bool = False) -> None:
         "provenance": dict(edit.provenance),
         "tensors_sha256": hashlib.sha256(content).hexdigest(),
     }
-    with whole_folder(path, overwrite=overwrite) as folder:
-        (folder / TENSOR_FILE).write_bytes(content)
-        write_json(folder / CONFIG_FILE, {**config, "config_sha256": _config_hash(config)})
+    (folder / TENSOR_FILE).write_bytes(content)
+    write_json(folder / CONFIG_FILE, {**config, "config_sha256": _config_hash(config)})
 
 
 def load_edit(path: str | Path) -> Edit:

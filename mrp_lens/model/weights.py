@@ -10,21 +10,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mrp_lens.model.base import LensModel, check_layers, is_bridge
+from mrp_lens.model.layout import LAYOUTS
 
 CENTRED = 1e-5  # a row mean below this share of the entries' size is no accident
 _HASHED_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-# Where Hugging Face keeps the MLP's output matrix, and whether as [d_model, d_mlp] (nn.Linear; TransformerLens has
-# [d_mlp, d_model]) or as [d_mlp, d_model] (GPT-2's Conv1D).
-_MLP_OUT = {
-    "LlamaForCausalLM": ("model.layers.{}.mlp.down_proj.weight", True),
-    "MistralForCausalLM": ("model.layers.{}.mlp.down_proj.weight", True),
-    "Qwen2ForCausalLM": ("model.layers.{}.mlp.down_proj.weight", True),
-    "Qwen3ForCausalLM": ("model.layers.{}.mlp.down_proj.weight", True),
-    "Phi3ForCausalLM": ("model.layers.{}.mlp.down_proj.weight", True),
-    "GPT2LMHeadModel": ("transformer.h.{}.mlp.c_proj.weight", False),
-    "GPTNeoXForCausalLM": ("gpt_neox.layers.{}.mlp.dense_4h_to_h.weight", True),
-}
 
 
 @dataclass(frozen=True)
@@ -76,8 +65,10 @@ def mlp_out_weight(model: LensModel, layer: int) -> EditableWeight:
         return EditableWeight(full.replace("._original_component", ""), layer, key, parameter, transposed=False)
     if getattr(block.mlp, "W_out", None) is None or block.mlp.W_out.ndim != 2:
         raise ValueError(f"layer {layer} has no single MLP output matrix; load the model with backend='bridge'")
-    template, transposed = _MLP_OUT.get(str(model.cfg.original_architecture), ("blocks.{}.mlp.W_out", False))
-    return EditableWeight(template.format(layer), layer, "mlp.W_out", block.mlp.W_out, transposed)
+    layout = LAYOUTS.get(str(model.cfg.original_architecture))
+    name = f"blocks.{layer}.mlp.W_out" if layout is None else f"{layout.matrix(layer, 'mlp_out')}.weight"
+    # TransformerLens has [d_mlp, d_model]
+    return EditableWeight(name, layer, "mlp.W_out", block.mlp.W_out, layout is not None and layout.transposed)
 
 
 def weights_by_name(model: LensModel) -> dict[str, EditableWeight]:
@@ -94,7 +85,7 @@ def why_not_exportable(model: LensModel) -> str | None:
     """
     if is_bridge(model):
         return "its compatibility mode rewrote the weights" if getattr(model, "compatibility_mode", False) else None
-    if str(model.cfg.original_architecture) not in _MLP_OUT:
+    if str(model.cfg.original_architecture) not in LAYOUTS:
         return f"its architecture ({model.cfg.original_architecture}) has no known Hugging Face names"
     if str(model.cfg.normalization_type).endswith("Pre"):
         return "LayerNorm is folded into its weights"
@@ -121,18 +112,23 @@ def _digest(tensor: Tensor, dtype: torch.dtype) -> str:
     return hashlib.sha256(str(list(values.shape)).encode() + values.view(torch.uint8).numpy().tobytes()).hexdigest()
 
 
-def describe(model: LensModel) -> dict[str, Any]:
-    """What identifies a model in an edit's provenance: sizes, and the hash of 128 rows of its embedding."""
+def describe(model: Any) -> dict[str, Any]:
+    """What identifies a model in an edit's provenance: sizes, and the hash of 128 rows of its embedding.
+
+    Args:
+        model: HookedTransformer, TransformerBridge, or a plain Hugging Face model.
+    """
+    name, n_layers, embedding = _identity(model)
     return {
-        "name": str(model.cfg.model_name),
-        "n_layers": int(model.cfg.n_layers),
-        "d_model": int(model.cfg.d_model),
-        "d_vocab": int(model.W_E.shape[0]),
-        "embedding": tensor_digests(_embedding_rows(model)),
+        "name": name,
+        "n_layers": n_layers,
+        "d_model": int(embedding.shape[1]),
+        "d_vocab": int(embedding.shape[0]),
+        "embedding": tensor_digests(_some_rows(embedding)),
     }
 
 
-def check_same_model(model: LensModel, described: Mapping[str, Any]) -> None:
+def check_same_model(model: Any, described: Mapping[str, Any]) -> None:
     """Refuse a model other than the one an edit was made for.
 
     Raises:
@@ -144,7 +140,7 @@ def check_same_model(model: LensModel, described: Mapping[str, Any]) -> None:
         for key in ("n_layers", "d_model", "d_vocab")
         if current[key] != described[key]
     ]
-    if not different and not same_tensor(_embedding_rows(model), described["embedding"]):
+    if not different and not same_tensor(_some_rows(_identity(model)[2]), described["embedding"]):
         different = ["its embedding matrix has other values"]
     if different:
         raise ValueError(
@@ -153,6 +149,13 @@ def check_same_model(model: LensModel, described: Mapping[str, Any]) -> None:
         )
 
 
-def _embedding_rows(model: LensModel) -> Float[Tensor, "rows d_model"]:
-    embedding = model.W_E.detach()
+def _identity(model: Any) -> tuple[str, int, Float[Tensor, "d_vocab d_model"]]:
+    """Name, number of layers and embedding of a model of either library."""
+    if hasattr(model, "cfg"):
+        return str(model.cfg.model_name), int(model.cfg.n_layers), model.W_E.detach()
+    config = model.config
+    return str(config._name_or_path), int(config.num_hidden_layers), model.get_input_embeddings().weight.detach()
+
+
+def _some_rows(embedding: Float[Tensor, "d_vocab d_model"]) -> Float[Tensor, "rows d_model"]:
     return embedding[torch.linspace(0, len(embedding) - 1, 128).long().to(embedding.device)]

@@ -1,0 +1,233 @@
+"""`export_hf`: an edited model as files that plain transformers loads, proved by loading them."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from tqdm.auto import tqdm
+
+from mrp_lens.checks import one_of
+from mrp_lens.corpus import Corpus
+from mrp_lens.edit import Edit
+from mrp_lens.edit.storage import write_edit
+from mrp_lens.export.card import Record, check_record, front_matter_of, model_card
+from mrp_lens.export.checkpoint import Checkpoint
+from mrp_lens.export.forms import Changes, Form, chosen_form, folded_into, new_matrices
+from mrp_lens.export.hub import push_to_hub
+from mrp_lens.export.module import module_tensors, write_module
+from mrp_lens.export.proof import TEXTS, Proof, prove
+from mrp_lens.files import check_free, whole_folder, write_json, write_text
+from mrp_lens.model import LensModel, weights_by_name, why_not_exportable
+from mrp_lens.model.source import find_folder
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What was written, and how it was proved.
+
+    Attributes:
+        folder: where it lies.
+        form: "folded", "module" or "adapter".
+        reason: why this form.
+        dtype: of the tensors in the folder (of the base's, for an adapter).
+        proof: the comparison with the hooked model; None without verification.
+        seconds: that it took.
+    """
+
+    folder: Path
+    form: Literal["folded", "module", "adapter"]
+    reason: str
+    dtype: torch.dtype
+    proof: Proof | None
+    seconds: float
+
+    @property
+    def max_logit_diff(self) -> float | None:
+        """Largest difference of a log-probability from the hooked model's, in nats; None without verification."""
+        return None if self.proof is None else self.proof.edited.largest
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> str:
+        """Upload the folder; see `mrp_lens.export.push_to_hub`."""
+        return push_to_hub(self.folder, repo_id, **options)
+
+    def __str__(self) -> str:
+        proof = "not verified" if self.proof is None else str(self.proof)
+        return f"{self.folder}: {self.form} ({self.reason}); {proof}"
+
+
+def export_hf(
+    model: LensModel,
+    edit: Edit,
+    out_dir: str | Path,
+    form: Form = "auto",
+    *,
+    verify: bool = True,
+    base: str | Path | None = None,
+    dtype: torch.dtype | None = None,
+    texts: Corpus | Sequence[str] | None = None,
+    record: Record | None = None,
+    overwrite: bool = False,
+    progress: bool = True,
+) -> ExportReport:
+    """Write an edited model for Hugging Face's transformers, reload it in a fresh process and compare.
+
+    Args:
+        model: what the edit was made on (HookedTransformer or TransformerBridge, from `load_model`), without the edit.
+        edit: what to write; the files of the base model stay as they are.
+        out_dir: the new folder. It appears whole and proved, or not at all.
+        form: "folded": a plain checkpoint of the same architecture, where that is exact. "module": a folder with a small
+            modelling file and its own model type, loaded with `trust_remote_code=True` and refusing to load without.
+            "adapter": the edit alone, for `mrp_lens.hf.attach`. "auto": folded where that is exact, else module.
+        verify: compare; costs a load of the base and of the exported model.
+        base: folder or Hub name of the checkpoint. None: where `model` was loaded from.
+        dtype: of the written tensors; None: that of the base checkpoint, whose untouched tensors then stay byte for byte.
+        texts: what to compare on (the first 64 tokens of each); None: a few sentences.
+        record: what was measured, for the model card (`Record.read(run, attacks)`).
+        overwrite: replace a folder that exists.
+        progress: show a progress bar.
+
+    Returns:
+        The form, the reason for it, and the differences found: at most 1e-4 nats in float32; in half precision an rms
+        difference of at most twice the unedited models'.
+
+    Raises:
+        ValueError: folded or centred weights, another base model, quantised weights, a form that the edit does not have,
+            an edit for another model, too little disk space, or (ExportMismatchError) a reloaded model that differs.
+        FileExistsError: the folder exists and is not empty, and `overwrite` is False.
+
+    Example:
+        >>> report = export_hf(model, fit.edit, "edited/")  # doctest: +SKIP
+        >>> report.form, report.max_logit_diff  # doctest: +SKIP
+        ('folded', 2.1e-06)
+    """
+    started = time.perf_counter()
+    target = Path(out_dir)
+    one_of(Form, form=form)
+    check_free(target, overwrite=overwrite)
+    if dtype is not None and dtype not in DTYPES:
+        raise ValueError(f"unknown dtype {dtype}; choose one of {', '.join(map(str, DTYPES))}, or None for the base's")
+    checkpoint = _base_of(model, base)
+    kind, reason = chosen_form(form, edit, checkpoint.layout)
+    if kind == "adapter" and dtype is not None:
+        raise ValueError(f"an adapter holds none of the model's tensors, so dtype={dtype} means nothing; leave it out")
+    if record is not None:
+        check_record(edit, record)
+    with edit.applied(model):  # refuses an edit of another model before anything is written
+        pass
+    _check_base(model, checkpoint)
+    if kind != "adapter":
+        checkpoint.check_room(target, dtype=dtype)
+    stored = checkpoint.dtype if dtype is None else dtype
+    with whole_folder(target, overwrite=overwrite) as folder:
+        with tqdm(total=checkpoint.size, desc="writing", unit="B", unit_scale=True, disable=not progress) as bar:
+            _write(folder, kind, model, edit, checkpoint, dtype, bar)
+        proof = None
+        if verify:
+            with tqdm(total=1, desc="reloading in a fresh process", disable=not progress) as bar:
+                compared = _texts(texts)
+                lower = _lower(stored, next(iter(model.parameters())).dtype)
+                proof = prove(
+                    model, edit, folder=folder, base=checkpoint.folder, form=kind, texts=compared, dtype=lower
+                )
+                bar.update()
+        checks = [] if proof is None else [str(proof)]
+        card = model_card(
+            edit,
+            base=str(model.cfg.model_name if base is None else base),
+            form=kind,
+            checks=checks,
+            record=record,
+            base_front_matter=front_matter_of(checkpoint.folder / "README.md"),
+        )
+        write_text(folder / "README.md", card)
+    return ExportReport(target, kind, reason, stored, proof, time.perf_counter() - started)
+
+
+def _base_of(model: LensModel, base: str | Path | None) -> Checkpoint:
+    """The checkpoint that the model was loaded from.
+
+    Raises:
+        ValueError: weights that no checkpoint has, or no folder to be found.
+    """
+    reason = why_not_exportable(model)
+    if reason is not None:
+        raise ValueError(
+            f"{reason}: no Hugging Face checkpoint holds these weights. Load the model with mrp_lens.load_model(...) and fit the edit there"
+        )
+    name = str(model.cfg.model_name) if base is None else base
+    try:
+        folder = find_folder(name)
+    except ValueError as error:
+        raise ValueError(f"{error}. Which checkpoint was this model loaded from? Say it with base=FOLDER") from error
+    return Checkpoint.open(folder)
+
+
+def _check_base(model: LensModel, base: Checkpoint) -> None:
+    """Refuse a folder whose embedding or MLP output matrices are not the model's.
+
+    Raises:
+        ValueError: names the tensor.
+    """
+    dtype = next(iter(model.parameters())).dtype
+    loaded = {f"{base.layout.embeddings[0]}.weight": model.W_E.detach()}
+    loaded |= {name: weight.read() for name, weight in weights_by_name(model).items()}
+    for name, values in loaded.items():
+        if name not in base.files or not torch.equal(values.cpu(), base.read(name).to(dtype)):
+            raise ValueError(
+                f"{base.folder} is not the checkpoint of this model: {name} differs. Give base=FOLDER of the checkpoint that the model was "
+                "loaded from (save a model that was loaded from memory with save_pretrained first)"
+            )
+
+
+def _write(
+    folder: Path,
+    kind: str,
+    model: LensModel,
+    edit: Edit,
+    base: Checkpoint,
+    dtype: torch.dtype | None,
+    bar: Any,
+) -> None:
+    if kind == "adapter":
+        write_edit(edit, folder)
+        return
+    loaded_in = next(iter(model.parameters())).dtype
+    config = dict(base.config)
+    if dtype is not None:
+        config.pop("torch_dtype", None)
+        config["dtype"] = str(dtype).removeprefix("torch.")
+    if kind == "folded":
+        changes: Changes = folded_into(edit, base, loaded_in)
+        added = changes.added
+        if changes.untied:
+            config["tie_word_embeddings"] = False
+        write_json(folder / "config.json", config)
+    else:
+        changes = new_matrices(edit, base, loaded_in)
+        added = module_tensors(edit, base)
+        write_module(folder, base, edit, config)
+    base.copy_companions(folder)
+    if not any(folder.glob("tokenizer*")):
+        model.tokenizer.save_pretrained(folder)
+    base.write_weights(folder, changed=changes.changed, added=added, dtype=dtype, progress=bar.update)
+
+
+def _texts(texts: Corpus | Sequence[str] | None) -> Corpus:
+    if isinstance(texts, Corpus):
+        return texts
+    if isinstance(texts, str):
+        raise TypeError("texts is one string; give a list of them, or a Corpus")
+    chosen = list(TEXTS if texts is None else texts)
+    if not chosen:
+        raise ValueError("texts is empty: there is nothing to compare on; give at least one, or None")
+    return Corpus.from_texts(chosen)
+
+
+def _lower(stored: torch.dtype, loaded: torch.dtype) -> torch.dtype:
+    """The precision in which the two can be compared: that of the files, or that of the model if it is lower."""
+    return loaded if stored == torch.float32 and loaded in DTYPES else stored

@@ -1,0 +1,151 @@
+"""In which forms an edit can leave, and what each changes in the checkpoint."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from mrp_lens.edit import Edit, ProjectionEdit, SteeringEdit, WeightEdit
+from mrp_lens.export.checkpoint import Checkpoint
+from mrp_lens.hf.attach import changes_of, place_of
+from mrp_lens.model import same_tensor
+from mrp_lens.model.layout import Layout
+from mrp_lens.subspace import Subspace
+
+Form = Literal["auto", "folded", "module", "adapter"]
+
+
+@dataclass
+class Changes:
+    """What an edit does to a checkpoint.
+
+    Attributes:
+        changed: name -> new values.
+        added: name -> tensors that the checkpoint did not have.
+        untied: the unembedding is now a matrix of its own.
+    """
+
+    changed: dict[str, Tensor] = field(default_factory=dict)
+    added: dict[str, Tensor] = field(default_factory=dict)
+    untied: bool = False
+
+
+def why_not_folded(edit: Edit, layout: Layout) -> str | None:
+    """Why an edit cannot be written into plain weights exactly; None if it can."""
+    for part in edit.parts:
+        if isinstance(part, SteeringEdit):
+            return "steering overwrites states, which no matrix of the model does"
+        if not isinstance(part, ProjectionEdit):
+            continue
+        for hook in part.hook_names:
+            layer, site = place_of(hook)
+            if site in layout.matrices and not layout.foldable:
+                return f"in this architecture a norm stands between the matrix and {hook}"
+            if site not in layout.matrices and (site, layer) != ("resid_pre", 0):
+                return (
+                    f"at {hook} the stream is a sum of many layers' outputs, and the norm behind it divides by the length of that sum; "
+                    "exact are mlp_out, attn_out, and resid_pre of layer 0"
+                )
+    return None
+
+
+def why_not_module(edit: Edit) -> str | None:
+    """Why an edit needs, or has, no hooks in a forward pass; None if it does."""
+    if all(isinstance(part, WeightEdit) for part in edit.parts):
+        return "this edit is weights and nothing else: a plain checkpoint holds it (form='folded')"
+    try:
+        changes_of(edit)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def why_not_adapter(edit: Edit) -> str | None:
+    """Why an edit cannot be attached to a Hugging Face model; None if it can."""
+    try:
+        changes_of(edit)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def chosen_form(form: Form, edit: Edit, layout: Layout) -> tuple[Literal["folded", "module", "adapter"], str]:
+    """The form that an edit leaves in, and why.
+
+    Raises:
+        ValueError: it has no such form; says why, and what it has instead.
+    """
+    unfolded, unhooked = why_not_folded(edit, layout), why_not_module(edit)
+    if form == "auto":
+        if unfolded is None:
+            return "folded", "exact in plain weights"
+        if unhooked is None:
+            return "module", f"not exact in plain weights: {unfolded}"
+        raise ValueError(f"this edit cannot be exported: {unhooked}")
+    reason = {"folded": unfolded, "module": unhooked, "adapter": why_not_adapter(edit)}[form]
+    if reason is None:
+        return form, "as asked"
+    instead = (
+        "form='module' or form='adapter'" if form == "folded" and unhooked is None else "edit.save_pretrained(...)"
+    )
+    raise ValueError(f"form={form!r} is not possible: {reason}" + ("" if "form=" in reason else f". Use {instead}"))
+
+
+def new_matrices(edit: Edit, base: Checkpoint, dtype: torch.dtype) -> Changes:
+    """What the edit's matrices change in the checkpoint, of which the model was loaded in this precision.
+
+    Raises:
+        ValueError: the checkpoint's are not those that the edit replaces.
+    """
+    changes = Changes()
+    for part in edit.parts:
+        if not isinstance(part, WeightEdit):
+            continue
+        for name, tensor in part.tensors.items():
+            current = changes.changed[name] if name in changes.changed else base.read(name)
+            if not same_tensor(current.to(dtype), part.replaces[name]):
+                raise ValueError(
+                    f"{name} in {base.folder} is not the matrix that this edit replaces: it is not the checkpoint of the model that the "
+                    "edit was made on; give base=FOLDER of that"
+                )
+            changes.changed[name] = tensor
+    return changes
+
+
+def folded_into(edit: Edit, base: Checkpoint, dtype: torch.dtype) -> Changes:
+    """The edit in plain weights: new matrices, and projections multiplied into what writes to the stream.
+
+    Where the embeddings are projected and tied to the unembedding, this keeps the original ones as a matrix of its own.
+    """
+    changes = new_matrices(edit, base, dtype)
+    for part in edit.parts:
+        if isinstance(part, ProjectionEdit):
+            for hook, subspace in part.subspaces().items():
+                _fold(changes, base, hook, subspace)
+    return changes
+
+
+def _fold(changes: Changes, base: Checkpoint, hook: str, subspace: Subspace) -> None:
+    layout = base.layout
+    layer, site = place_of(hook)
+    if site == "resid_pre":
+        head = f"{layout.head}.weight"
+        if base.tied:
+            changes.untied = True
+            target = changes.changed if head in base.files else changes.added
+            target[head] = base.read(f"{layout.embeddings[0]}.weight")
+        for name in layout.embeddings:
+            _project(changes, base, f"{name}.weight", subspace, transposed=False)
+        return
+    matrix = layout.matrix(layer, site)
+    _project(changes, base, f"{matrix}.weight", subspace, transposed=layout.transposed)
+    if f"{matrix}.bias" in base.files:
+        _project(changes, base, f"{matrix}.bias", subspace, transposed=False)
+
+
+def _project(changes: Changes, base: Checkpoint, name: str, subspace: Subspace, *, transposed: bool) -> None:
+    values = (changes.changed[name] if name in changes.changed else base.read(name)).to(torch.float64)
+    rows = values.T if transposed else values
+    projected = subspace.project_out(rows)
+    changes.changed[name] = projected.T if transposed else projected

@@ -1,0 +1,5 @@
+"""Edits on plain Hugging Face models, as hooks: nothing of TransformerLens in between."""
+
+from mrp_lens.hf.attach import Attached, attach
+
+__all__ = ["Attached", "attach"]

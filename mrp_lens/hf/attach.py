@@ -1,0 +1,184 @@
+"""`attach`: an edit on a plain Hugging Face model, taken off again at will."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+
+from mrp_lens.edit import Edit, ProjectionEdit, SteeringEdit, WeightEdit, load_edit
+from mrp_lens.hf import modeling
+from mrp_lens.model.layout import Layout, layout_of
+from mrp_lens.model.weights import check_same_model, same_tensor
+from mrp_lens.stream import layer_of
+
+Place = tuple[int, str]
+
+# model -> layers and sites where a projection is on; a second one there would multiply instead of join
+_projected: WeakKeyDictionary[nn.Module, set[Place]] = WeakKeyDictionary()
+
+
+class Attached:
+    """An edit that is on. Also a context manager, which takes it off at the end of the block."""
+
+    def __init__(self, undos: list[Callable[[], None]]) -> None:
+        self._undos = undos
+
+    def detach(self) -> None:
+        """Take the edit off: the model computes what it did before, bit for bit.
+
+        Raises:
+            ValueError: it was taken off already.
+        """
+        if not self._undos:
+            raise ValueError("this edit was detached already")
+        while self._undos:
+            self._undos.pop()()
+
+    def __enter__(self) -> "Attached":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._undos:
+            self.detach()
+
+
+def attach(hf_model: Any, edit: Edit | str | Path, *, check: bool = True) -> Attached:
+    """Put an edit on a plain Hugging Face model, for `generate`, evaluation harnesses, pipelines.
+
+    Projections and steering become hooks on its modules, new matrices are written into it. Hooks are no weights:
+    `hf_model.save_pretrained` would save the *unedited* model; `mrp_lens.export_hf` writes the edited one.
+
+    Args:
+        hf_model: GPT-2, GPT-NeoX, Llama, Mistral, Qwen2, Qwen3, Gemma-2 or Phi-3 with its language-model head, in any
+            precision. It may be quantised, as long as the edit holds no matrices.
+        edit: an edit, or the folder of one.
+        check: refuse a model other than the one the edit was made for.
+
+    Returns:
+        The handle: `.detach()` takes the edit off, and so does the end of a `with` block.
+
+    Raises:
+        TypeError: not a Hugging Face model of a known architecture.
+        ValueError: another model, layers that it does not have, steering with noise, or a projection where one is on.
+
+    Example:
+        >>> with attach(hf_model, "runs/mine/edit"):  # doctest: +SKIP
+        ...     hf_model.generate(**inputs)
+    """
+    if not (isinstance(hf_model, nn.Module) and hasattr(hf_model, "config")):
+        raise TypeError(
+            f"expected a Hugging Face model, got {type(hf_model).__name__}; on a TransformerLens model use edit.attach(model)"
+        )
+    layout = layout_of(type(hf_model).__name__)
+    chosen = edit if isinstance(edit, Edit) else load_edit(edit)
+    undos: list[Callable[[], None]] = []
+    try:
+        for part in chosen.parts:
+            if check and "model" in part.provenance:
+                check_same_model(hf_model, part.provenance["model"])
+        changes = changes_of(chosen)
+        _check_places(hf_model, changes)
+        undos += _reserve(hf_model, changes)
+        for part in chosen.parts:
+            if isinstance(part, WeightEdit):
+                undos.append(_write(hf_model, part, check=check))
+        for handle in _hook(hf_model, layout, changes):
+            undos.append(handle.remove)
+    except BaseException:
+        Attached(undos).__exit__(None, None, None)
+        raise
+    return Attached(undos)
+
+
+def changes_of(edit: Edit) -> dict[Place, list[nn.Module]]:
+    """(layer, site) -> what the edit's hooks do there, in order.
+
+    Raises:
+        ValueError: steering with noise, which no Hugging Face model could repeat.
+    """
+    changes: dict[Place, list[nn.Module]] = {}
+    for part in edit.parts:
+        if isinstance(part, ProjectionEdit):
+            for hook, subspace in part.subspaces().items():
+                changes.setdefault(place_of(hook), []).append(modeling.Projection(subspace.basis))
+        elif isinstance(part, SteeringEdit):
+            if part.noise > 0.0:
+                raise ValueError(
+                    f"steering with noise ({part.noise:g}) draws anew at every pass and exists in TransformerLens only; use noise=0"
+                )
+            target = part.coefficient * part.direction
+            changes.setdefault(place_of(part.hook), []).append(modeling.Steering(target, part.mode, part.positions))
+    return changes
+
+
+def place_of(hook: str) -> Place:
+    """(layer, site) of a hook's name.
+
+    Raises:
+        ValueError: it has no counterpart in a Hugging Face model.
+    """
+    site = hook.rsplit("hook_", 1)[-1]
+    if site not in modeling.SITES:
+        raise ValueError(f"{hook} has no counterpart in a Hugging Face model; {', '.join(modeling.SITES)} have")
+    return layer_of(hook), site
+
+
+def _check_places(hf_model: Any, changes: Mapping[Place, list[nn.Module]]) -> None:
+    """Refuse layers and widths that the model does not have."""
+    n_layers, d_model = int(hf_model.config.num_hidden_layers), int(hf_model.config.hidden_size)
+    for (layer, site), steps in changes.items():
+        width = int(next(steps[0].buffers()).shape[-1])
+        if layer >= n_layers or width != d_model:
+            raise ValueError(
+                f"the edit changes layer {layer} ({site}) of a stream of width {width}; this model has layers 0..{n_layers - 1} and width "
+                f"{d_model}: the edit was made for another model"
+            )
+
+
+def _reserve(hf_model: nn.Module, changes: Mapping[Place, list[nn.Module]]) -> list[Callable[[], None]]:
+    """Note where projections are; refuse a second one at the same place."""
+    mine = {place for place, steps in changes.items() if any(isinstance(s, modeling.Projection) for s in steps)}
+    taken = _projected.setdefault(hf_model, set())
+    if mine & taken:
+        raise ValueError(
+            "another projection is on at one of these hooks; two projections after one another do not remove both subspaces. "
+            "Detach it and join them: attach(hf_model, edit_a + edit_b)"
+        )
+    taken |= mine
+    return [lambda: taken.difference_update(mine)]
+
+
+def _hook(hf_model: nn.Module, layout: Layout, changes: Mapping[Place, list[nn.Module]]) -> list[Any]:
+    device = next(hf_model.parameters()).device
+    steps = {place: nn.Sequential(*steps).to(device) for place, steps in changes.items()}
+    return modeling.install(hf_model, layout.blocks, layout.branches, steps)
+
+
+def _write(hf_model: nn.Module, edit: WeightEdit, *, check: bool) -> Callable[[], None]:
+    """Write new matrices; returns what brings the old ones back. Nothing is written if one of them does not fit."""
+    known = dict(hf_model.named_parameters())
+    for name, tensor in edit.tensors.items():
+        if name not in known or known[name].shape != tensor.shape:
+            raise ValueError(
+                f"this model has no matrix {name!r} of shape {list(tensor.shape)}: the edit was made for another model"
+            )
+        if check and not same_tensor(known[name].detach(), edit.replaces[name]):
+            raise ValueError(
+                f"{name} is not the matrix that this edit replaces: the model is another one, or carries an edit already. "
+                "Load the model it was made for, or pass check=False"
+            )
+    before = {name: known[name].detach().clone() for name in edit.tensors}
+
+    def put(tensors: Mapping[str, torch.Tensor]) -> None:
+        with torch.no_grad():
+            for name, tensor in tensors.items():
+                known[name].copy_(tensor)
+
+    put(edit.tensors)
+    return lambda: put(before)

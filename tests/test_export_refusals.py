@@ -1,0 +1,200 @@
+"""What `export_hf` refuses, and what is left then: the model as it was, and no half folder."""
+
+import errno
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+
+from mrp_lens.edit import Edit, ProjectionEdit, SteeringEdit
+from mrp_lens.export import ExportMismatchError, export_hf
+from mrp_lens.export.forms import folded_into
+from mrp_lens.files import whole_folder
+from mrp_lens.model import load_model
+from mrp_lens.stream import hook_name
+from mrp_lens.subspace import Subspace
+from tests.conftest import D_MODEL
+from tests.edits import projection, weight_edit
+from tests.families import save_family
+
+
+def wrong_layer(model: Any) -> Edit:
+    return ProjectionEdit({hook_name(17, "mlp_out"): Subspace.random(2, D_MODEL)})
+
+
+REFUSED: list[tuple[str, dict[str, Any], Callable[[Any], Edit], type[Exception], str]] = [
+    ("another layer", {}, wrong_layer, ValueError, "no hook"),
+    ("an unknown form", {"form": "gguf"}, lambda m: projection(1), ValueError, "unknown form"),
+    ("folded in mid-stack", {"form": "folded"}, lambda m: projection(1), ValueError, "form='module'"),
+    ("weights as a module", {"form": "module"}, lambda m: weight_edit(m, 1), ValueError, "form='folded'"),
+    (
+        "noise",
+        {"form": "auto"},
+        lambda m: SteeringEdit.towards(torch.ones(D_MODEL), layer=1, coefficient=1.0, noise=0.5),
+        ValueError,
+        "noise",
+    ),
+    ("an unknown dtype", {"dtype": torch.int8}, lambda m: projection(1), ValueError, "unknown dtype"),
+    (
+        "a dtype for an adapter",
+        {"form": "adapter", "dtype": torch.float32},
+        lambda m: projection(1),
+        ValueError,
+        "dtype",
+    ),
+    ("no such base", {"base": "/nowhere/at/all"}, lambda m: projection(1), ValueError, "base=FOLDER"),
+    ("texts as a string", {"texts": "one"}, lambda m: projection(1), TypeError, "list"),
+    ("no texts", {"texts": []}, lambda m: projection(1), ValueError, "empty"),
+]
+
+
+@pytest.mark.parametrize(("options", "edit", "kind", "match"), [r[1:] for r in REFUSED], ids=[r[0] for r in REFUSED])
+def test_bad_input_is_refused_and_leaves_nothing(
+    model: Any,
+    options: dict[str, Any],
+    edit: Callable[[Any], Edit],
+    kind: type[Exception],
+    match: str,
+    tmp_path: Path,
+    untouched: None,
+) -> None:
+    with pytest.raises(kind, match=match):
+        export_hf(model, edit(model), tmp_path / "out", progress=False, **options)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_existing_folder_stays_unless_told_otherwise(model: Any, tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match="overwrite"):
+        export_hf(model, projection(1, site="mlp_out"), tmp_path, verify=False, progress=False)
+    assert (tmp_path / "mine.txt").read_text() == "mine"
+    export_hf(model, projection(1, site="mlp_out"), tmp_path, verify=False, progress=False, overwrite=True)
+    assert not (tmp_path / "mine.txt").exists()
+
+
+def test_another_models_folder_is_refused(model: Any, tiny_folder: Path, tmp_path: Path) -> None:
+    other = save_family("llama", tmp_path / "other", seed=1)
+    with pytest.raises(ValueError, match=r"not the checkpoint of this model: .* differs"):
+        export_hf(model, projection(1), tmp_path / "out", base=other, progress=False)
+    subtle = tmp_path / "subtle"  # same embeddings and MLPs, other attention: seen when it is loaded
+    shutil.copytree(tiny_folder, subtle)
+    tensors = safetensors.torch.load_file(subtle / "model.safetensors")
+    tensors["model.layers.0.self_attn.q_proj.weight"] *= 2
+    safetensors.torch.save_file(tensors, subtle / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="even without the"):
+        export_hf(model, projection(1), tmp_path / "out", base=subtle, progress=False)
+    assert not (tmp_path / "out").exists()
+
+
+def test_quantised_and_incomplete_folders_are_refused(model: Any, tiny_folder: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "base"
+    shutil.copytree(tiny_folder, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "gptq"}}))
+    with pytest.raises(ValueError, match="quantised"):
+        export_hf(model, projection(1), tmp_path / "out", base=folder, progress=False)
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "model.safetensors").rename(folder / "weights.safetensors")
+    with pytest.raises(ValueError, match="holds no weights"):
+        export_hf(model, projection(1), tmp_path / "out", base=folder, progress=False)
+    index = {"weight_map": {"model.norm.weight": "model-00001-of-00009.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match="lacks model-00001-of-00009"):
+        export_hf(model, projection(1), tmp_path / "out", base=folder, progress=False)
+
+
+def test_folded_and_centred_weights_are_refused(model: Any, backend: str, tmp_path: Path, tiny_folder: Path) -> None:
+    if backend != "hooked":
+        pytest.skip("HookedTransformer folds")
+    own = load_model(tiny_folder, backend="hooked")
+    own.process_weights_(fold_ln=True, center_writing_weights=False, center_unembed=False)
+    with pytest.raises(ValueError, match="no Hugging Face checkpoint holds these weights"):
+        export_hf(own, projection(1), tmp_path / "out", base=tiny_folder, progress=False)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_too_little_disk_space_is_seen_before_writing(
+    model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    with pytest.raises(ValueError, match=r"needs about .* GiB"):
+        export_hf(model, projection(1), tmp_path / "out", progress=False)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_that_fills_up_leaves_nothing(model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("mrp_lens.export.checkpoint.save_file", full)
+    with pytest.raises(OSError, match="No space left"):
+        export_hf(model, projection(1), tmp_path / "out", progress=False)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_model_that_differs_is_removed_and_the_old_folder_stays(
+    model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, untouched: None
+) -> None:
+    real = folded_into
+
+    def wrong(edit: Edit, base: Any, dtype: torch.dtype) -> Any:
+        changes = real(edit, base, dtype)
+        name = next(iter(changes.changed))
+        changes.changed[name] = changes.changed[name] * 1.01
+        return changes
+
+    out = tmp_path / "out"
+    export_hf(model, projection(1, site="mlp_out"), out, verify=False, progress=False)
+    before = {file.name: file.read_bytes() for file in out.iterdir()}
+    monkeypatch.setattr("mrp_lens.export.export.folded_into", wrong)
+    with pytest.raises(ExportMismatchError, match="is not the edited one"):
+        export_hf(model, projection(1, site="mlp_out"), out, overwrite=True, progress=False)
+    assert {file.name: file.read_bytes() for file in out.iterdir()} == before
+    assert list(tmp_path.iterdir()) == [out]
+
+
+def test_a_folder_that_does_not_load_is_removed(model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mrp_lens.export.module.TAIL", "\nraise RuntimeError('planted')\n")
+    with pytest.raises(ExportMismatchError, match=r"could not be loaded in a fresh process: .*planted"):
+        export_hf(model, projection(1), tmp_path / "out", progress=False)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_killed_export_leaves_no_half_folder_and_the_next_one_clears_up(model: Any, tmp_path: Path) -> None:
+    code = (
+        "import pathlib, sys, time\n"
+        "from mrp_lens.files import whole_folder\n"
+        "with whole_folder(pathlib.Path(sys.argv[1])) as folder:\n"
+        "    (folder / 'model.safetensors').write_bytes(b'half')\n"
+        "    print('writing', flush=True)\n"
+        "    time.sleep(60)\n"
+    )
+    out = tmp_path / "out"
+    process = subprocess.Popen([sys.executable, "-c", code, str(out)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "writing\n"
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    process.stdout.close()
+    assert not out.exists()
+    assert [path.name for path in tmp_path.iterdir()] == [f".out.partial-{process.pid}"]
+    export_hf(model, projection(1), out, verify=False, progress=False)
+    assert list(tmp_path.iterdir()) == [out]
+
+
+def test_a_folder_that_is_being_written_is_left_alone(tmp_path: Path) -> None:
+    with whole_folder(tmp_path / "out") as first:
+        other = tmp_path / f".out.partial-{os.getppid()}"
+        other.mkdir()
+        (first / "file").write_text("x")
+    assert other.is_dir()

@@ -1,0 +1,139 @@
+"""Edits on plain Hugging Face models. That they compute what hooks placed by hand compute: tests/test_export_matrix.py."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from mrp_lens.edit import Edit, ProjectionEdit, SteeringEdit
+from mrp_lens.hf import attach
+from mrp_lens.model import describe, load_model
+from mrp_lens.subspace import Subspace
+from tests.conftest import D_MODEL
+from tests.edits import logits, projection, weight_edit
+from tests.export_edits import log_probabilities
+from tests.families import save_family
+
+TOKENS = torch.arange(3, 43).view(2, 20)
+
+
+@pytest.fixture
+def plain(tiny_folder: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(tiny_folder).eval()
+
+
+def state_of_plain(hf_model: Any) -> dict[str, Any]:
+    return {
+        "weights": {name: tensor.clone() for name, tensor in hf_model.state_dict().items()},
+        "hooks": sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in hf_model.modules()),
+        "flags": [p.requires_grad for p in hf_model.parameters()],
+    }
+
+
+def assert_as_before(before: dict[str, Any], hf_model: Any) -> None:
+    after = state_of_plain(hf_model)
+    assert before["weights"].keys() == after["weights"].keys()
+    assert all(torch.equal(before["weights"][name], after["weights"][name]) for name in after["weights"])
+    assert (before["hooks"], before["flags"]) == (after["hooks"], after["flags"])
+
+
+def hooked(model: Any, edit: Edit) -> torch.Tensor:
+    with edit.applied(model):
+        return logits(model, TOKENS).log_softmax(-1)
+
+
+@pytest.mark.parametrize("kind", range(3))
+def test_an_edit_goes_on_and_off(model: Any, plain: Any, kind: int) -> None:
+    steering = SteeringEdit.towards(torch.ones(D_MODEL), layer=1, coefficient=2.0, positions=[0, 3, -1])
+    edit = (projection(0, 2), weight_edit(model, 1) + projection(1), steering)[kind]
+    before, unedited = state_of_plain(plain), log_probabilities(plain, TOKENS)
+    handle = attach(plain, edit)
+    torch.testing.assert_close(log_probabilities(plain, TOKENS), hooked(model, edit), atol=1e-4, rtol=0)
+    handle.detach()
+    assert_as_before(before, plain)
+    assert torch.equal(log_probabilities(plain, TOKENS), unedited)
+    with pytest.raises(ValueError, match="detached already"):
+        handle.detach()
+
+
+def test_a_folder_attaches_and_a_block_ends_it_whatever_was_raised(model: Any, plain: Any, tmp_path: Path) -> None:
+    edit = weight_edit(model, 2) + projection(1)
+    edit.save_pretrained(tmp_path / "edit")
+    before = state_of_plain(plain)
+    with attach(plain, tmp_path / "edit"):
+        torch.testing.assert_close(log_probabilities(plain, TOKENS), hooked(model, edit), atol=1e-4, rtol=0)
+    assert_as_before(before, plain)
+    with pytest.raises(RuntimeError, match="inside"), attach(plain, tmp_path / "edit"):
+        raise RuntimeError("inside")
+    assert_as_before(before, plain)
+
+
+def test_left_padding_changes_nothing(model: Any, plain: Any) -> None:
+    padded, mask = torch.zeros(2, 26, dtype=torch.long), torch.zeros(2, 26, dtype=torch.bool)
+    padded[:, 6:], mask[:, 6:] = TOKENS, True
+    with attach(plain, projection(0, 3)):
+        right = log_probabilities(plain, TOKENS)
+        torch.testing.assert_close(log_probabilities(plain, padded, mask)[:, 6:], right, atol=1e-4, rtol=0)
+
+
+def test_a_copy_of_an_edited_model_is_edited(model: Any, plain: Any) -> None:
+    attach(plain, projection(0, 2))
+    twin = copy.deepcopy(plain)
+    assert torch.equal(log_probabilities(twin, TOKENS), log_probabilities(plain, TOKENS))
+
+
+def test_two_projections_at_one_hook_are_refused_and_their_sum_is_not(model: Any, plain: Any) -> None:
+    first, second = projection(1), projection(1, seed=5, request="other")
+    with attach(plain, first):
+        before = state_of_plain(plain)
+        with pytest.raises(ValueError, match="join them"):
+            attach(plain, second)
+        assert_as_before(before, plain)
+    with attach(plain, first + second):
+        torch.testing.assert_close(log_probabilities(plain, TOKENS), hooked(model, first + second), atol=1e-4, rtol=0)
+
+
+def test_bad_input_is_refused_and_leaves_the_model_as_it_was(
+    model: Any, plain: Any, tmp_path: Path, tiny_folder: Path
+) -> None:
+    wide = ProjectionEdit({"blocks.1.hook_resid_post": Subspace.random(2, 2 * D_MODEL)})
+    deep = ProjectionEdit({"blocks.9.hook_resid_post": Subspace.random(2, D_MODEL)})
+    odd = ProjectionEdit({"blocks.1.attn.hook_z": Subspace.random(2, D_MODEL)})
+    noisy = SteeringEdit.towards(torch.ones(D_MODEL), layer=1, coefficient=1.0, noise=0.1)
+    foreign = weight_edit(load_model(save_family("llama", tmp_path / "other", seed=1), backend="bridge"), 1)
+    elsewhere = projection(1)
+    elsewhere.provenance = {"model": {**describe(model), "n_layers": 40, "name": "somebody's"}}
+    before = state_of_plain(plain)
+    for edit, match in [
+        (wide, "width"),
+        (deep, "layers 0..3"),
+        (odd, "no counterpart"),
+        (noisy, "noise"),
+        (foreign + projection(0), "not the matrix"),
+        (elsewhere, "somebody's"),
+    ]:
+        with pytest.raises(ValueError, match=match):
+            attach(plain, edit)
+        assert_as_before(before, plain)
+    with pytest.raises(TypeError, match=r"edit\.attach"):
+        attach("a name", projection(1))
+    with pytest.raises(ValueError, match="not known here"):
+        attach(plain.model, projection(1))
+    with pytest.raises(FileNotFoundError, match="edit_config"):
+        attach(plain, tmp_path)
+
+
+def test_it_is_known_again_whatever_loaded_it(model: Any, plain: Any, tiny_folder: Path) -> None:
+    edit = projection(1)
+    edit.provenance = {"model": describe(model)}
+    attach(plain, edit).detach()
+    half = AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.bfloat16)
+    attach(half, edit).detach()
+    with torch.no_grad():
+        plain.get_input_embeddings().weight[0] += 1
+    with pytest.raises(ValueError, match="other values"):
+        attach(plain, edit)
+    attach(plain, edit, check=False).detach()

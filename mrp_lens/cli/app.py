@@ -1,4 +1,4 @@
-"""`mrp-lens demo | unlearn | sweep | attack | report`."""
+"""`mrp-lens demo | unlearn | sweep | attack | measure | export | report`."""
 
 import logging
 import sys
@@ -9,6 +9,8 @@ import typer
 
 from mrp_lens.cli import options
 from mrp_lens.cli.attack_command import attack
+from mrp_lens.cli.export_command import export
+from mrp_lens.cli.measure_command import measure
 
 app = typer.Typer(
     name="mrp-lens",
@@ -255,6 +257,8 @@ def sweep(
 
 
 app.command()(attack)
+app.command()(measure)
+app.command()(export)
 
 
 def main() -> None:

@@ -203,6 +203,14 @@ def test_a_half_precision_checkpoint_keeps_its_precision_or_takes_another(
     assert_exact(wide, edit, tmp_path / "wide")
 
 
+def test_a_module_in_transformer_lens_is_refused_with_what_to_load_instead(model: Any, tmp_path: Path) -> None:
+    export_hf(model, projection(1), tmp_path / "out", verify=False, progress=False)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    for source in (tmp_path / "out", loaded):
+        with pytest.raises(ValueError, match="load the base model that its"):
+            load_model(source, backend="bridge")
+
+
 def test_a_folder_from_one_class_loads_in_the_other(model: Any, tmp_path: Path) -> None:
     edit = projection(0, 3, site="mlp_out")
     export_hf(model, edit, tmp_path / "out", verify=False, progress=False)

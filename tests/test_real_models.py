@@ -5,12 +5,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from mrp_lens import metrics
 from mrp_lens.corpus import Corpus
+from mrp_lens.edit import ProjectionEdit
+from mrp_lens.export import export_hf
 from mrp_lens.generation import continuations
 from mrp_lens.methods import RMU, AdaptiveRMU
 from mrp_lens.model import load_model
+from mrp_lens.stream import hook_name
+from mrp_lens.subspace import Subspace
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*longer than 128 tokens")  # one pair is
 DATA = Path(__file__).parent.parent.parent / "shared" / "data"
@@ -32,6 +37,20 @@ def test_a_character_model_says_what_it_knows_by_heart(backend: str) -> None:
     model = real("slm4096", backend)
     known = metrics.answer_probability(model, Corpus((*halves()[0].documents, *halves()[1].documents)))
     assert known["probability"].iloc[0] > 0.95
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["stories260K", "slm4096", "tofu-mini/full"])
+@pytest.mark.parametrize(("site", "form"), [("mlp_out", "folded"), ("resid_post", "module"), ("resid_post", "adapter")])
+def test_real_checkpoints_leave_in_every_form(name: str, site: str, form: Any, backend: str, tmp_path: Path) -> None:
+    """Proved by a reload in their own precision: two in float32, one in float16."""
+    model = real(name, backend)
+    layers, width = range(model.cfg.n_layers // 2, model.cfg.n_layers), model.cfg.d_model
+    edit = ProjectionEdit({hook_name(layer, site): Subspace.random(4, width, seed=layer) for layer in layers})
+    report = export_hf(model, edit, tmp_path / "out", form, progress=False)
+    assert report.proof is not None
+    assert report.proof.exact
+    assert report.dtype == (torch.float16 if name == "tofu-mini/full" else torch.float32)
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ from mrp_lens.export.checkpoint import Checkpoint
 from mrp_lens.files import write_json, write_text
 from mrp_lens.hf import modeling
 from mrp_lens.hf.attach import changes_of
+from mrp_lens.model.source import EDITED
 
 CODE_FILE = "modeling_mrp_lens.py"
 SETTINGS = "mrp_lens"
@@ -106,7 +107,7 @@ def write_module(out: Path, base: Checkpoint, edit: Edit, config: Mapping[str, A
     """
     architecture = str(config["architectures"][0])
     config_class = type_name_of_config(str(config["model_type"]))
-    model_type = f"mrp_lens_{config['model_type']}"
+    model_type = f"{EDITED}{config['model_type']}"
     stem = CODE_FILE.removesuffix(".py")
     nested = {
         key: value for key, value in config.items() if key not in ("architectures", "model_type", "auto_map", "dtype")

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -186,7 +187,9 @@ def prove(
 def batch_of(model: LensModel, texts: Corpus) -> TokenBatch:
     """The beginnings of the texts, padded on the right, on the model's device."""
     encoder = Encoder.for_model(model, max_length=min(LONGEST, int(model.cfg.n_ctx)))
-    return encoder.collate(encoder.encode(texts.documents), side="right")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=r".*longer than \d+ tokens")  # beginnings are what is wanted
+        return encoder.collate(encoder.encode(texts.documents), side="right")
 
 
 def _log_probabilities(model: LensModel, batch: TokenBatch) -> Float[Tensor, "n d_vocab"]:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
+EDITED = "mrp_lens_"  # how the model type of an export with code of its own begins
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,9 @@ def opened(source: Any, tokenizer: Any, device: torch.device, dtype: torch.dtype
     """
     if isinstance(source, (str, Path)):
         folder = find_folder(source)
-        refuse_quantised(json.loads((folder / "config.json").read_text()).get("quantization_config"), str(source))
+        config = json.loads((folder / "config.json").read_text())
+        refuse_quantised(config.get("quantization_config"), str(source))
+        _refuse_edited(str(config.get("model_type")), str(source))
         check_memory(count_parameters(folder), device, dtype, copies, str(source))
         used = tokenizer if tokenizer is not None else read_tokenizer(folder)
         name = "demo" if source == "demo" else str(source)
@@ -52,6 +55,7 @@ def opened(source: Any, tokenizer: Any, device: torch.device, dtype: torch.dtype
         )
     refuse_quantised(getattr(source.config, "quantization_config", None), type(source).__name__)
     name = str(getattr(source.config, "_name_or_path", "") or type(source).__name__)
+    _refuse_edited(str(source.config.model_type), name)
     if tokenizer is None:
         if not Path(name).is_dir():
             raise ValueError("a loaded Hugging Face model brings no tokenizer; pass load_model(model, tokenizer=...)")
@@ -112,6 +116,19 @@ def refuse_quantised(setting: Any, name: str) -> None:
         raise ValueError(
             f"{name} is quantised ({method or 'see quantization_config'}): its matrices are packed integers that can be "
             "neither projected exactly nor trained. Load the checkpoint in float32, bfloat16 or float16"
+        )
+
+
+def _refuse_edited(model_type: str, name: str) -> None:
+    """An exported module is for transformers: TransformerLens does not know its architecture.
+
+    Raises:
+        ValueError: says what to load instead.
+    """
+    if model_type.startswith(EDITED):
+        raise ValueError(
+            f"{name} is an edited model with code of its own, made by export_hf(form='module') for transformers. In TransformerLens load "
+            "the base model that its README.md names, and apply the edit: load_edit(FOLDER).applied(model)"
         )
 
 

@@ -6,11 +6,17 @@ At its default initialisation a model hides mistakes: biases are 0, norm weights
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 DEMO_FOLDER = Path(__file__).parent.parent / "mrp_lens" / "world" / "data"
 WIDTH = 32
 DEPTH = 4
+OFTEN = (
+    "gpt2",
+    "llama",
+    "gemma2",
+)  # one without rotary positions, the most common kind, one with norms behind matrices
 NO_HOOKED = {"gemma2"}  # HookedTransformer's parts refuse it under a local path; the Bridge loads it
 
 _ROTARY = {
@@ -58,3 +64,8 @@ def save_family(family: str, folder: Path, *, seed: int = 0) -> Path:
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def families_mostly_slow() -> list[Any]:
+    """All families for `params`: a few in every run of the suite, the others with the slow tests."""
+    return [family if family in OFTEN else pytest.param(family, marks=pytest.mark.slow) for family in FAMILIES]

@@ -78,6 +78,7 @@ def test_untouched_tensors_and_companions_are_byte_identical(model: Any, tiny_fo
         else:
             assert (out / name).read_bytes() == (base / name).read_bytes()
     assert not (out / "optimizer.pt").exists()
+    assert len({file.stat().st_mode for file in out.iterdir()}) == 1  # weights are no more private than the rest
 
 
 def test_a_module_leaves_the_base_file_as_it_is_and_keeps_rows_in_float32(

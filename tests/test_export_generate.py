@@ -13,7 +13,7 @@ from mrp_lens.hf import attach
 from mrp_lens.model import load_model, logits_of
 from mrp_lens.subspace import Subspace
 from tests.export_edits import EDITS
-from tests.families import FAMILIES, NO_HOOKED, save_family
+from tests.families import NO_HOOKED, families_mostly_slow, save_family
 
 NEW = 50
 PROMPTS = [[5, 9, 31], [7, 400, 12, 66, 81, 2 + 90], [300, 21]]
@@ -24,7 +24,7 @@ SAVED = {
 }
 
 
-@pytest.fixture(scope="module", params=list(FAMILIES))
+@pytest.fixture(scope="module", params=families_mostly_slow())
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_family(request.param, tmp_path_factory.mktemp("base") / request.param)
 

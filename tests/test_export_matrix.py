@@ -13,7 +13,7 @@ from mrp_lens.hf import attach
 from mrp_lens.model import load_model
 from tests.edits import logits
 from tests.export_edits import EDITS, log_probabilities, put_on_by_hand, rms_over_spread, table_of
-from tests.families import FAMILIES, NO_HOOKED, save_family
+from tests.families import FAMILIES, NO_HOOKED, families_mostly_slow, save_family
 
 FORMS = ("folded", "module", "adapter")
 TOKENS = torch.randint(3, 800, (3, 20), generator=torch.Generator().manual_seed(3))
@@ -45,7 +45,7 @@ def dtype(request: pytest.FixtureRequest) -> torch.dtype:
     return request.param
 
 
-@pytest.fixture(scope="module", params=list(FAMILIES))
+@pytest.fixture(scope="module", params=families_mostly_slow())
 def family(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 

@@ -166,7 +166,7 @@ class Checkpoint:
                     tensors = {key: t.to(dtype) if t.is_floating_point() else t for key, t in tensors.items()}
                 if new:  # beside what was changed, rather than in a file of their own
                     tensors, extra = {**tensors, **extra}, {}
-                save_file(tensors, out / target, metadata={"format": "pt"})
+                _save(tensors, out / target)
                 mine = set(tensors)
             placed |= dict.fromkeys(mine, target)
             progress(file.stat().st_size)
@@ -184,7 +184,7 @@ class Checkpoint:
             first, target = (f"model-0000{number}-of-00002.safetensors" for number in (1, 2))
             (out / "model.safetensors").rename(out / first)
             placed |= dict.fromkeys(placed, first)
-        save_file(dict(extra), out / target, metadata={"format": "pt"})
+        _save(extra, out / target)
         placed |= dict.fromkeys(extra, target)
 
     def _prefix_in_files(self) -> str:
@@ -226,6 +226,14 @@ def _load(file: Path) -> dict[str, Tensor]:
         with safe_open(file, framework="pt") as tensors:
             return {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118
     return {name: tensor.clone().contiguous() for name, tensor in _load_bin(file).items()}
+
+
+def _save(tensors: Mapping[str, Tensor], file: Path) -> None:
+    """Write a file that others may read as they may any new file; safetensors itself would make it the owner's alone."""
+    file.touch()
+    mode = file.stat().st_mode
+    save_file(dict(tensors), file, metadata={"format": "pt"})
+    file.chmod(mode)
 
 
 def _load_bin(file: Path) -> dict[str, Tensor]:

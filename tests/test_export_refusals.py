@@ -27,6 +27,12 @@ from tests.edits import projection, weight_edit
 from tests.families import save_family
 
 
+@pytest.fixture(scope="module")
+def model(tiny_folder: Path) -> Any:
+    """The Bridge alone: what is refused does not depend on the class."""
+    return load_model(tiny_folder, backend="bridge")
+
+
 def wrong_layer(model: Any) -> Edit:
     return ProjectionEdit({hook_name(17, "mlp_out"): Subspace.random(2, D_MODEL)})
 
@@ -112,7 +118,7 @@ def test_quantised_and_incomplete_folders_are_refused(model: Any, tiny_folder: P
         export_hf(model, projection(1), tmp_path / "out", base=folder, progress=False)
 
 
-def test_folded_and_centred_weights_are_refused(model: Any, backend: str, tmp_path: Path, tiny_folder: Path) -> None:
+def test_folded_and_centred_weights_are_refused(backend: str, tmp_path: Path, tiny_folder: Path) -> None:
     if backend != "hooked":
         pytest.skip("HookedTransformer folds")
     own = load_model(tiny_folder, backend="hooked")

@@ -171,6 +171,7 @@ def plain_coefficient(model: LensModel, ids: list[int], layer: int) -> tuple[flo
     return float(of_state.norm() / of_direction.norm() * cosine), float(u @ state), float(state.norm())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("padding", ["right", "left"])
 def test_the_predicted_coefficient_is_that_of_the_full_jacobian(subject: Subject, padding: Any) -> None:
     layers = [0, 2, LAYERS - 1]

@@ -104,6 +104,7 @@ def test_small_noise_does_what_proposition_1_says(model: LensModel, untouched: N
     assert (frame["error"].abs() < 0.25).all()
 
 
+@pytest.mark.slow
 def test_what_proposition_1_does_not_describe_is_noticed(model: LensModel, untouched: None) -> None:
     def frame(noise: float, layer: int, coefficient: float) -> pd.DataFrame:
         return proposition_1(
@@ -140,6 +141,7 @@ def test_intervals_hold_the_truth_as_often_as_they_say() -> None:
     assert all(0.88 <= count / 200 <= 1.0 for count in hits.values()), hits
 
 
+@pytest.mark.slow
 def test_variance_by_coefficient_is_that_of_plain_passes(model: LensModel, untouched: None) -> None:
     coefficients = [0.5, 6.0]
     noise = 0.05

@@ -26,8 +26,8 @@ notebooks: install  ## start Jupyter on the notebooks
 test: install  ## the test suite (without the tests marked slow), a process a core
 	OMP_NUM_THREADS=1 $(RUN)/python -m pytest -m "not slow" -n auto --dist loadfile
 
-slow: install  ## the tests that take longer: the demo, the notebooks, killed sweeps, pages in a browser
-	$(RUN)/python -m pytest -m slow
+slow: install  ## the tests that take longer: the demo, the notebooks, killed sweeps, pages in a browser, half precision
+	OMP_NUM_THREADS=1 $(RUN)/python -m pytest -m slow -n auto --dist worksteal --timeout 900
 
 lint: install  ## linter and formatter, checking only
 	$(RUN)/ruff check .

@@ -39,6 +39,11 @@ def layer_of(name: str) -> int:
     return int(match.group(1))
 
 
+def site_of(name: str) -> str:
+    """The site in a hook name: `resid_post` of `blocks.3.hook_resid_post`."""
+    return name.rsplit("hook_", 1)[-1]
+
+
 def check_hook_names(model: LensModel, names: Iterable[str]) -> None:
     """Refuse names that the model does not have (TransformerBridge 3.9 would ignore them).
 

@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Model, LlamaFo
 from mrp_lens.edit import Edit
 from mrp_lens.export import export_hf
 from mrp_lens.export.module import CODE_FILE
-from mrp_lens.model import load_model
+from mrp_lens.hf import attach
+from mrp_lens.model import describe, load_model
 from tests.conftest import assert_same_state, state_of
 from tests.edits import logits, projection, weight_edit
 from tests.export_edits import every_write, log_probabilities
@@ -141,7 +142,7 @@ def test_tokenizer_and_generation_settings_come_along(model: Any, tiny_folder: P
 
 
 @pytest.mark.parametrize("form", ["folded", "module"])
-@pytest.mark.parametrize("layout", ["shards", "bin", "bare"])
+@pytest.mark.parametrize("layout", ["shards", "one shard", "bin", "bare"])
 def test_other_ways_of_storing_a_checkpoint(
     layout: str, form: str, backend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -151,6 +152,10 @@ def test_other_ways_of_storing_a_checkpoint(
         (base / "model.safetensors").unlink()
         whole.save_pretrained(base, max_shard_size="60KB")
         assert len(list(base.glob("*.safetensors"))) > 2
+    elif layout == "one shard":  # as big models are saved that happen to fit into one
+        names = dict.fromkeys(tensors_of(base), "model-00001-of-00001.safetensors")
+        (base / "model.safetensors").rename(base / "model-00001-of-00001.safetensors")
+        (base / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": names}))
     elif layout == "bin":
         (base / "model.safetensors").unlink()
         state = {name: tensor for name, tensor in whole.state_dict().items() if name != "lm_head.weight"}
@@ -210,6 +215,34 @@ def test_a_module_in_transformer_lens_is_refused_with_what_to_load_instead(model
     for source in (tmp_path / "out", loaded):
         with pytest.raises(ValueError, match="load the base model that its"):
             load_model(source, backend="bridge")
+
+
+def test_what_points_at_code_that_does_not_come_along_stays_behind(
+    model: Any, tiny_folder: Path, tmp_path: Path
+) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(tiny_folder, base)
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**config, "auto_map": {"AutoConfig": "configuration_x.XConfig"}}))
+    edit = projection(1, site="mlp_out")
+    export_hf(model, edit, tmp_path / "out", base=base, verify=False, progress=False)
+    assert "auto_map" not in json.loads((tmp_path / "out" / "config.json").read_text())
+    assert_exact(model, edit, tmp_path / "out", trust=True)
+
+
+def test_an_adapter_tells_no_path_of_the_machine_it_was_made_on(model: Any, tiny_folder: Path, tmp_path: Path) -> None:
+    edit = projection(1) + weight_edit(model, 2)
+    for part in edit.parts:
+        part.provenance = {"model": describe(model), "data": {"forget": [{"name": str(tmp_path / "secret.jsonl")}]}}
+    edit.save_pretrained(tmp_path / "saved")
+    export_hf(model, tmp_path / "saved", tmp_path / "out", "adapter", verify=False, progress=False)
+    text = "".join((tmp_path / "out" / name).read_text() for name in ("edit_config.json", "README.md"))
+    assert str(tmp_path) not in text
+    assert str(tiny_folder.parent) not in text
+    assert "secret.jsonl" in text
+    loaded = AutoModelForCausalLM.from_pretrained(tiny_folder)
+    with attach(loaded, tmp_path / "out"):
+        torch.testing.assert_close(log_probabilities(loaded, TOKENS), hooked(model, edit), atol=1e-4, rtol=0)
 
 
 def test_a_folder_from_one_class_loads_in_the_other(model: Any, tmp_path: Path) -> None:

@@ -1,6 +1,5 @@
 """What `export_hf` refuses, and what is left then: the model as it was, and no half folder."""
 
-import errno
 import json
 import os
 import shutil
@@ -14,12 +13,15 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mrp_lens.edit import Edit, ProjectionEdit, SteeringEdit
 from mrp_lens.export import ExportMismatchError, export_hf
 from mrp_lens.export.forms import folded_into
+from mrp_lens.export.proof import Difference, Proof
 from mrp_lens.files import whole_folder
-from mrp_lens.model import load_model
+from mrp_lens.model import available_backends, load_model
 from mrp_lens.stream import hook_name
 from mrp_lens.subspace import Subspace
 from tests.conftest import D_MODEL
@@ -91,14 +93,51 @@ def test_another_models_folder_is_refused(model: Any, tiny_folder: Path, tmp_pat
     other = save_family("llama", tmp_path / "other", seed=1)
     with pytest.raises(ValueError, match=r"not the checkpoint of this model: .* differs"):
         export_hf(model, projection(1), tmp_path / "out", base=other, progress=False)
-    subtle = tmp_path / "subtle"  # same embeddings and MLPs, other attention: seen when it is loaded
+    subtle = tmp_path / "subtle"  # the same but for one matrix of attention, and that by little
     shutil.copytree(tiny_folder, subtle)
     tensors = safetensors.torch.load_file(subtle / "model.safetensors")
-    tensors["model.layers.0.self_attn.q_proj.weight"] *= 2
+    tensors["model.layers.0.self_attn.q_proj.weight"] *= 1.01
     safetensors.torch.save_file(tensors, subtle / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ValueError, match="even without the"):
-        export_hf(model, projection(1), tmp_path / "out", base=subtle, progress=False)
+    for loaded in (
+        model,
+        *(load_model(tiny_folder, backend=kind) for kind in available_backends() if kind == "hooked"),
+    ):
+        with pytest.raises(ValueError, match=r"not the checkpoint of this model: .* differs"):
+            export_hf(loaded, projection(1), tmp_path / "out", base=subtle, verify=False, progress=False)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_model_with_hooks_on_is_refused(model: Any, tmp_path: Path) -> None:
+    """They would be on for both sides of the comparison, or raise what half precision allows."""
+    earlier = projection(0, rank=1, site="mlp_out", request="earlier")
+    with earlier.applied(model), pytest.raises(ValueError, match=r"hooks are on this model \(at blocks\.0\."):
+        export_hf(model, projection(2), tmp_path / "out", progress=False)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_base_of_another_model_is_seen_in_the_proof_as_well(tiny_folder: Path, tmp_path: Path) -> None:
+    proof = Proof(torch.bfloat16, 10, edited=Difference(1.0, 0.15), unedited=Difference(1.0, 0.11))
+    assert proof.exact  # by the letter: twice as far as the unedited models
+    assert not proof.same_base  # which are too far apart to be one
+
+
+@pytest.mark.parametrize("above", [False, True])
+def test_the_base_checkpoint_is_never_overwritten(model: Any, tiny_folder: Path, tmp_path: Path, above: bool) -> None:
+    base = tmp_path / "models" / "base"
+    shutil.copytree(tiny_folder, base)
+    before = {file.name: file.read_bytes() for file in base.iterdir()}
+    with pytest.raises(ValueError, match="would be deleted"):
+        export_hf(model, projection(1), base.parent if above else base, base=base, overwrite=True, progress=False)
+    assert {file.name: file.read_bytes() for file in base.iterdir()} == before
+
+
+def test_a_model_from_memory_needs_its_folder(tiny_folder: Path, tmp_path: Path) -> None:
+    hf_model = AutoModelForCausalLM.from_pretrained(tiny_folder)
+    hf_model.config._name_or_path = ""
+    own = load_model(hf_model, backend="bridge", tokenizer=AutoTokenizer.from_pretrained(tiny_folder))
+    with pytest.raises(ValueError, match=r"from memory: .* give base=FOLDER"):
+        export_hf(own, projection(1), tmp_path / "out", progress=False)
+    export_hf(own, projection(1), tmp_path / "out", base=tiny_folder, verify=False, progress=False)
 
 
 def test_quantised_and_incomplete_folders_are_refused(model: Any, tiny_folder: Path, tmp_path: Path) -> None:
@@ -138,12 +177,23 @@ def test_too_little_disk_space_is_seen_before_writing(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_room_is_asked_for_what_is_added_too(backend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = save_family("mistral", tmp_path / "base")
+    tied = load_model(base, backend=backend)
+    size, head = (base / "model.safetensors").stat().st_size, tied.W_E.numel() * 4
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=int(1.05 * size) + head // 2))
+    with pytest.raises(ValueError, match=r"needs about .* GiB"):
+        export_hf(tied, projection(0, site="resid_pre"), tmp_path / "out", "folded", progress=False)
+    export_hf(tied, projection(0, site="mlp_out"), tmp_path / "out", "folded", verify=False, progress=False)
+
+
 def test_a_disk_that_fills_up_leaves_nothing(model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: Any, **__: Any) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
+        raise SafetensorError("I/O error: No space left on device")
 
     monkeypatch.setattr("mrp_lens.export.checkpoint.save_file", full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(OSError, match=r"could not be written .*No space left"):
         export_hf(model, projection(1), tmp_path / "out", progress=False)
     assert list(tmp_path.iterdir()) == []
 

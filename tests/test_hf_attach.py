@@ -126,6 +126,29 @@ def test_bad_input_is_refused_and_leaves_the_model_as_it_was(
         attach(plain, tmp_path)
 
 
+@pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable. is deprecated")
+@pytest.mark.parametrize("site", ["resid_pre", "resid_mid", "mlp_out", "resid_post"])
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_an_edited_model_trains_with_gradient_checkpointing(plain: Any, site: str, reentrant: bool) -> None:
+    def gradients() -> list[torch.Tensor]:
+        plain.zero_grad()
+        plain(input_ids=TOKENS, labels=TOKENS, use_cache=False).loss.backward()
+        return [parameter.grad.clone() for parameter in plain.parameters()]
+
+    plain.train()
+    with attach(plain, projection(1, 2, site=site)):
+        wanted = gradients()
+        plain.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+        for got, gradient in zip(gradients(), wanted, strict=True):
+            torch.testing.assert_close(got, gradient, atol=1e-6, rtol=1e-4)
+
+
+def test_an_offloaded_model_is_refused(plain: Any) -> None:
+    plain.model.layers[3].to("meta")
+    with pytest.raises(ValueError, match="offloaded"):
+        attach(plain, projection(1))
+
+
 def test_it_is_known_again_whatever_loaded_it(model: Any, plain: Any, tiny_folder: Path) -> None:
     edit = projection(1)
     edit.provenance = {"model": describe(model)}

@@ -8,6 +8,7 @@ from mrp_lens.cli.show import console
 from mrp_lens.corpus import Corpus
 from mrp_lens.edit import load_edit
 from mrp_lens.export import ExportReport, Record, export_hf
+from mrp_lens.export.base import check_apart
 from mrp_lens.files import check_free
 from mrp_lens.model import load_model
 
@@ -49,6 +50,7 @@ def run_export(
 ) -> ExportReport:
     """Export, verify, print, and upload if asked."""
     check_free(out, overwrite=overwrite)
+    check_apart(out, edit_folder, "the edit")
     edit, precision = load_edit(edit_folder), dtype_named(dtype)
     saved = None if wanted.save_dtype is None else dtype_named(wanted.save_dtype)
     run = run_of(edit_folder) if wanted.run is None else wanted.run

@@ -12,13 +12,14 @@ from mrp_lens.edit.base import Edit
 from mrp_lens.edit.projection import ProjectionEdit
 from mrp_lens.edit.steering import SteeringEdit
 from mrp_lens.edit.weight import WeightEdit
-from mrp_lens.model import LensModel, is_bridge, logits_of, restored, weights_by_name
-from mrp_lens.stream import frozen, layer_of
+from mrp_lens.model import LensModel, architecture_of, is_bridge, logits_of, restored, weights_by_name
+from mrp_lens.model.layout import LAYOUTS, Layout
+from mrp_lens.stream import frozen, layer_of, site_of
 from mrp_lens.subspace import Subspace
 
 PROBE = (4, 16)  # rows and tokens of the random input on which weights and hooks are compared
 ALLOWED = {torch.float32: 1e-4, torch.float64: 1e-8}  # largest difference, in standard deviations of the logits
-ALLOWED_COARSE = 0.2  # bfloat16 and float16, where the projected weights are rounded
+ALLOWED_COARSE = 0.2  # bfloat16 and float16, where the projected weights are rounded: no proof, only a safeguard
 
 
 @contextmanager
@@ -50,21 +51,49 @@ def merge_(model: LensModel, edit: Edit) -> None:
         raise
 
 
+def why_not_foldable(edit: Edit, layout: Layout) -> str | None:
+    """Why an edit cannot be written into this architecture's weights exactly; None if it can (untied, where it changes the
+    embeddings)."""
+    for part in edit.parts:
+        if isinstance(part, SteeringEdit):
+            return "steering overwrites states, which no matrix of the model does"
+        for hook in part.hook_names if isinstance(part, ProjectionEdit) else ():
+            layer, site = layer_of(hook), site_of(hook)
+            if site in layout.matrices and not layout.foldable:
+                return f"in this architecture a norm stands between the matrix and {hook}"
+            if site not in layout.matrices and (site, layer) != ("resid_pre", 0):
+                return (
+                    f"at {hook} the stream is a sum of many layers' outputs, and the norm behind it divides by the length of that sum; "
+                    "exact are mlp_out, attn_out, and resid_pre of layer 0"
+                )
+    return None
+
+
 def _written_by(model: LensModel, edit: Edit) -> list[torch.nn.Parameter]:
     """The tensors that change when the edit is written into the model.
 
     Raises:
-        ValueError: a part of it cannot be written at all.
+        ValueError: a part of it cannot be written exactly.
     """
+    dtype = next(iter(model.parameters())).dtype
+    layout = LAYOUTS.get(architecture_of(model))
+    if layout is not None:
+        reason = why_not_foldable(edit, layout)
+    else:
+        reason = None if dtype in ALLOWED else f"whether that is exact in this architecture cannot be told in {dtype}"
     chosen: list[torch.nn.Parameter] = []
-    for part in edit.parts:
-        if isinstance(part, SteeringEdit):
-            raise ValueError("a SteeringEdit cannot be written into weights: it overwrites states; keep its hook")
+    for part in edit.parts if reason is None else ():
         if isinstance(part, ProjectionEdit):
             chosen += [parameter for hook in part.hook_names for parameter, _ in _writers(model, hook)]
         if isinstance(part, WeightEdit):
             known = weights_by_name(model)
             chosen += [known[name].parameter for name in part.tensors if name in known]
+    if {id(parameter) for parameter in chosen} & {id(parameter) for parameter in model.unembed.parameters()}:
+        reason = "the embeddings that would be changed are tied to the unembedding"
+    if reason is not None:
+        raise ValueError(
+            f"this edit cannot be written into the weights of this model: {reason}. Keep the edit as hooks"
+        )
     return list({id(parameter): parameter for parameter in chosen}.values())
 
 
@@ -86,8 +115,8 @@ def _write(model: LensModel, edit: Edit) -> None:
     off = float((_logits(model) - wanted).abs().max() / wanted.std())
     if not off <= ALLOWED.get(next(iter(model.parameters())).dtype, ALLOWED_COARSE):
         raise ValueError(
-            f"written into the weights of this model, the edit gives logits that differ by {off:.2g} of their spread: its architecture "
-            "has a norm between the matrix and the hook, or ties its embeddings; keep the edit as hooks"
+            f"written into the weights of this model, the edit gives logits that differ by {off:.2g} of their spread: something stands "
+            "between the matrix and the hook, or the embeddings are tied; keep the edit as hooks"
         )
 
 
@@ -105,7 +134,7 @@ def _writers(model: LensModel, hook: str) -> list[tuple[torch.nn.Parameter, int]
     Raises:
         ValueError: at this hook the stream is no single matrix's output.
     """
-    layer, site = layer_of(hook), hook.rsplit("hook_", 1)[-1]
+    layer, site = layer_of(hook), site_of(hook)
     if site == "resid_pre" and layer == 0:
         embeddings = [getattr(model, name, None) for name in ("embed", "pos_embed")]
         return [(p, -1) for component in embeddings if component is not None for p in component.parameters()]

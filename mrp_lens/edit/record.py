@@ -1,9 +1,12 @@
 """What an edit's provenance says of how it was made."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from copy import copy
+from pathlib import Path
 from typing import Any
 
 from mrp_lens.edit.base import Edit
+from mrp_lens.edit.stack import EditStack
 
 
 def fits_of(edit: Edit) -> Iterator[dict[str, Any]]:
@@ -17,3 +20,20 @@ def fits_of(edit: Edit) -> Iterator[dict[str, Any]]:
 def label_of(edit: Edit) -> str:
     """The methods that made it, as the tables of runs name them; of an edit built by hand, its kind."""
     return " + ".join(dict.fromkeys(str(fit["method"]) for fit in fits_of(edit))) or edit.kind
+
+
+def without_paths(edit: Edit) -> Edit:
+    """The same edit for others: of an absolute path in its record, the last component."""
+    if isinstance(edit, EditStack):
+        return EditStack([without_paths(part) for part in edit.parts])
+    twin = copy(edit)
+    twin.provenance = _last_components(edit.provenance)
+    return twin
+
+
+def _last_components(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _last_components(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_last_components(entry) for entry in value]
+    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -102,15 +102,16 @@ class Checkpoint:
                 return values
         return _load_bin(file)[inside]
 
-    def check_room(self, out: Path, *, dtype: torch.dtype | None) -> None:
-        """Refuse before writing what would not fit.
+    def check_room(self, out: Path, *, added: Iterable[Tensor], dtype: torch.dtype | None) -> None:
+        """Refuse before writing what would not fit, further tensors included.
 
         Raises:
             ValueError: too little room on the disk.
         """
         place = next(parent for parent in out.absolute().parents if parent.exists())
         grown = 1.0 if dtype is None else dtype.itemsize / self.dtype.itemsize
-        needed, free = int(self.size * grown * ROOM), shutil.disk_usage(place).free
+        more = sum(tensor.numel() * tensor.element_size() for tensor in added)
+        needed, free = int((self.size + more) * grown * ROOM), shutil.disk_usage(place).free
         if needed > free:
             raise ValueError(
                 f"the edited model needs about {needed / 2**30:.2f} GiB and {place} has {free / 2**30:.2f} GiB left; free some, or "
@@ -172,7 +173,7 @@ class Checkpoint:
             progress(file.stat().st_size)
         if extra:
             self._add_file(out, placed, extra)
-        if len(set(placed.values())) > 1:
+        if set(placed.values()) != {"model.safetensors"}:
             size = sum((out / file).stat().st_size for file in set(placed.values()))
             index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(placed.items()))}
             write_json(out / INDEX, index)
@@ -232,7 +233,10 @@ def _save(tensors: Mapping[str, Tensor], file: Path) -> None:
     """Write a file that others may read as they may any new file; safetensors itself would make it the owner's alone."""
     file.touch()
     mode = file.stat().st_mode
-    save_file(dict(tensors), file, metadata={"format": "pt"})
+    try:
+        save_file(dict(tensors), file, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(f"{file} could not be written ({error}); is the disk full?") from error
     file.chmod(mode)
 
 

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,8 +11,10 @@ from tqdm.auto import tqdm
 
 from mrp_lens.checks import one_of
 from mrp_lens.corpus import Corpus
-from mrp_lens.edit import Edit
+from mrp_lens.edit import Edit, load_edit
+from mrp_lens.edit.record import without_paths
 from mrp_lens.edit.storage import write_edit
+from mrp_lens.export.base import base_of, check_apart, check_bare, check_base
 from mrp_lens.export.card import Record, check_record, front_matter_of, model_card
 from mrp_lens.export.checkpoint import Checkpoint
 from mrp_lens.export.forms import Changes, Form, chosen_form, folded_into, new_matrices
@@ -20,8 +22,7 @@ from mrp_lens.export.hub import push_to_hub
 from mrp_lens.export.module import module_tensors, write_module
 from mrp_lens.export.proof import TEXTS, Proof, prove
 from mrp_lens.files import check_free, whole_folder, write_json, write_text
-from mrp_lens.model import LensModel, weights_by_name, why_not_exportable
-from mrp_lens.model.source import find_folder
+from mrp_lens.model import LensModel
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -62,7 +63,7 @@ class ExportReport:
 
 def export_hf(
     model: LensModel,
-    edit: Edit,
+    edit: Edit | str | Path,
     out_dir: str | Path,
     form: Form = "auto",
     *,
@@ -78,8 +79,8 @@ def export_hf(
 
     Args:
         model: what the edit was made on (HookedTransformer or TransformerBridge, from `load_model`), without the edit.
-        edit: what to write; the files of the base model stay as they are.
-        out_dir: the new folder. It appears whole and proved, or not at all.
+        edit: what to write, or the folder of an edit.
+        out_dir: the new folder. It appears whole and proved, or not at all; the base model's files stay as they are.
         form: "folded": a plain checkpoint of the same architecture, where that is exact. "module": a folder with a small
             modelling file and its own model type, loaded with `trust_remote_code=True` and refusing to load without.
             "adapter": the edit alone, for `mrp_lens.hf.attach`. "auto": folded where that is exact, else module.
@@ -96,8 +97,9 @@ def export_hf(
         difference of at most twice the unedited models'.
 
     Raises:
-        ValueError: folded or centred weights, another base model, quantised weights, a form that the edit does not have,
-            an edit for another model, too little disk space, or (ExportMismatchError) a reloaded model that differs.
+        ValueError: folded or centred weights, hooks or another edit on the model, another base model, quantised weights, a
+            form that the edit does not have, an edit for another model, an output folder that holds the base model, too
+            little disk space, or (ExportMismatchError) a reloaded model that differs.
         FileExistsError: the folder exists and is not empty, and `overwrite` is False.
 
     Example:
@@ -109,23 +111,30 @@ def export_hf(
     target = Path(out_dir)
     one_of(Form, form=form)
     check_free(target, overwrite=overwrite)
+    edit = edit if isinstance(edit, Edit) else load_edit(edit)
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"unknown dtype {dtype}; choose one of {', '.join(map(str, DTYPES))}, or None for the base's")
-    checkpoint = _base_of(model, base)
+    checkpoint = base_of(model, base)
+    check_apart(target, checkpoint.folder, "the base checkpoint")
     kind, reason = chosen_form(form, edit, checkpoint.layout)
     if kind == "adapter" and dtype is not None:
         raise ValueError(f"an adapter holds none of the model's tensors, so dtype={dtype} means nothing; leave it out")
     if record is not None:
         check_record(edit, record)
+    check_bare(model)
     with edit.applied(model):  # refuses an edit of another model before anything is written
         pass
-    _check_base(model, checkpoint)
+    check_base(model, checkpoint)
+    changes = _changes(kind, model, edit, checkpoint)
     if kind != "adapter":
-        checkpoint.check_room(target, dtype=dtype)
+        checkpoint.check_room(target, added=changes.added.values(), dtype=dtype)
     stored = checkpoint.dtype if dtype is None else dtype
     with whole_folder(target, overwrite=overwrite) as folder:
         with tqdm(total=checkpoint.size, desc="writing", unit="B", unit_scale=True, disable=not progress) as bar:
-            _write(folder, kind, model, edit, checkpoint, dtype, bar)
+            if kind == "adapter":
+                write_edit(without_paths(edit), folder)
+            else:
+                _write_model(folder, kind, model, edit, checkpoint, changes, dtype, bar)
         proof = None
         if verify:
             with tqdm(total=1, desc="reloading in a fresh process", disable=not progress) as bar:
@@ -148,73 +157,40 @@ def export_hf(
     return ExportReport(target, kind, reason, stored, proof, time.perf_counter() - started)
 
 
-def _base_of(model: LensModel, base: str | Path | None) -> Checkpoint:
-    """The checkpoint that the model was loaded from.
-
-    Raises:
-        ValueError: weights that no checkpoint has, or no folder to be found.
-    """
-    reason = why_not_exportable(model)
-    if reason is not None:
-        raise ValueError(
-            f"{reason}: no Hugging Face checkpoint holds these weights. Load the model with mrp_lens.load_model(...) and fit the edit there"
-        )
-    name = str(model.cfg.model_name) if base is None else base
-    try:
-        folder = find_folder(name)
-    except ValueError as error:
-        raise ValueError(f"{error}. Which checkpoint was this model loaded from? Say it with base=FOLDER") from error
-    return Checkpoint.open(folder)
+def _changes(kind: str, model: LensModel, edit: Edit, base: Checkpoint) -> Changes:
+    """What is different in the checkpoint."""
+    loaded_in = next(iter(model.parameters())).dtype
+    if kind == "adapter":
+        return Changes()
+    if kind == "folded":
+        return folded_into(edit, base, loaded_in)
+    return replace(new_matrices(edit, base, loaded_in), added=module_tensors(edit, base))
 
 
-def _check_base(model: LensModel, base: Checkpoint) -> None:
-    """Refuse a folder whose embedding or MLP output matrices are not the model's.
-
-    Raises:
-        ValueError: names the tensor.
-    """
-    dtype = next(iter(model.parameters())).dtype
-    loaded = {f"{base.layout.embeddings[0]}.weight": model.W_E.detach()}
-    loaded |= {name: weight.read() for name, weight in weights_by_name(model).items()}
-    for name, values in loaded.items():
-        if name not in base.files or not torch.equal(values.cpu(), base.read(name).to(dtype)):
-            raise ValueError(
-                f"{base.folder} is not the checkpoint of this model: {name} differs. Give base=FOLDER of the checkpoint that the model was "
-                "loaded from (save a model that was loaded from memory with save_pretrained first)"
-            )
-
-
-def _write(
+def _write_model(
     folder: Path,
     kind: str,
     model: LensModel,
     edit: Edit,
     base: Checkpoint,
+    changes: Changes,
     dtype: torch.dtype | None,
     bar: Any,
 ) -> None:
-    if kind == "adapter":
-        write_edit(edit, folder)
-        return
-    loaded_in = next(iter(model.parameters())).dtype
-    config = dict(base.config)
+    config = {key: value for key, value in base.config.items() if key != "auto_map"}  # code that does not come along
     if dtype is not None:
         config.pop("torch_dtype", None)
         config["dtype"] = str(dtype).removeprefix("torch.")
-    if kind == "folded":
-        changes: Changes = folded_into(edit, base, loaded_in)
-        added = changes.added
-        if changes.untied:
-            config["tie_word_embeddings"] = False
-        write_json(folder / "config.json", config)
-    else:
-        changes = new_matrices(edit, base, loaded_in)
-        added = module_tensors(edit, base)
+    if changes.untied:
+        config["tie_word_embeddings"] = False
+    if kind == "module":
         write_module(folder, base, edit, config)
+    else:
+        write_json(folder / "config.json", config)
     base.copy_companions(folder)
     if not any(folder.glob("tokenizer*")):
         model.tokenizer.save_pretrained(folder)
-    base.write_weights(folder, changed=changes.changed, added=added, dtype=dtype, progress=bar.update)
+    base.write_weights(folder, changed=changes.changed, added=changes.added, dtype=dtype, progress=bar.update)
 
 
 def _texts(texts: Corpus | Sequence[str] | None) -> Corpus:

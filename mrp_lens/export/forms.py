@@ -6,7 +6,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from mrp_lens.edit import Edit, ProjectionEdit, SteeringEdit, WeightEdit
+from mrp_lens.edit import Edit, ProjectionEdit, WeightEdit
+from mrp_lens.edit.fold import why_not_foldable
 from mrp_lens.export.checkpoint import Checkpoint
 from mrp_lens.hf.attach import changes_of, place_of
 from mrp_lens.model import same_tensor
@@ -29,25 +30,6 @@ class Changes:
     changed: dict[str, Tensor] = field(default_factory=dict)
     added: dict[str, Tensor] = field(default_factory=dict)
     untied: bool = False
-
-
-def why_not_folded(edit: Edit, layout: Layout) -> str | None:
-    """Why an edit cannot be written into plain weights exactly; None if it can."""
-    for part in edit.parts:
-        if isinstance(part, SteeringEdit):
-            return "steering overwrites states, which no matrix of the model does"
-        if not isinstance(part, ProjectionEdit):
-            continue
-        for hook in part.hook_names:
-            layer, site = place_of(hook)
-            if site in layout.matrices and not layout.foldable:
-                return f"in this architecture a norm stands between the matrix and {hook}"
-            if site not in layout.matrices and (site, layer) != ("resid_pre", 0):
-                return (
-                    f"at {hook} the stream is a sum of many layers' outputs, and the norm behind it divides by the length of that sum; "
-                    "exact are mlp_out, attn_out, and resid_pre of layer 0"
-                )
-    return None
 
 
 def why_not_module(edit: Edit) -> str | None:
@@ -76,7 +58,7 @@ def chosen_form(form: Form, edit: Edit, layout: Layout) -> tuple[Literal["folded
     Raises:
         ValueError: it has no such form; says why, and what it has instead.
     """
-    unfolded, unhooked = why_not_folded(edit, layout), why_not_module(edit)
+    unfolded, unhooked = why_not_foldable(edit, layout), why_not_module(edit)
     if form == "auto":
         if unfolded is None:
             return "folded", "exact in plain weights"

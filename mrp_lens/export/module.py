@@ -141,7 +141,7 @@ def settings_of(edit: Edit, base: Checkpoint) -> dict[str, Any]:
     for (layer, site), steps in changes_of(edit).items():
         changes.append({"layer": layer, "site": site, "steps": [_settings_of_step(step) for step in steps]})
     return json.loads(
-        json.dumps({"blocks": base.layout.blocks, "branches": dict(base.layout.branches), "changes": changes})
+        json.dumps({"blocks": base.layout.blocks, "modules": dict(base.layout.modules), "changes": changes})
     )
 
 

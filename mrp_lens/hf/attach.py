@@ -13,7 +13,7 @@ from mrp_lens.edit import Edit, ProjectionEdit, SteeringEdit, WeightEdit, load_e
 from mrp_lens.hf import modeling
 from mrp_lens.model.layout import Layout, layout_of
 from mrp_lens.model.weights import check_same_model, same_tensor
-from mrp_lens.stream import layer_of
+from mrp_lens.stream import layer_of, site_of
 
 Place = tuple[int, str]
 
@@ -64,8 +64,9 @@ def attach(hf_model: Any, edit: Edit | str | Path, *, check: bool = True) -> Att
         The handle: `.detach()` takes the edit off, and so does the end of a `with` block.
 
     Raises:
-        TypeError: not a Hugging Face model of a known architecture.
-        ValueError: another model, layers that it does not have, steering with noise, or a projection where one is on.
+        TypeError: not a Hugging Face model.
+        ValueError: an architecture that is not known (a wrapper such as peft's, too), another model, layers that it does not
+            have, a model of which parts are offloaded, steering with noise, or a projection where one is on.
 
     Example:
         >>> with attach(hf_model, "runs/mine/edit"):  # doctest: +SKIP
@@ -76,6 +77,10 @@ def attach(hf_model: Any, edit: Edit | str | Path, *, check: bool = True) -> Att
             f"expected a Hugging Face model, got {type(hf_model).__name__}; on a TransformerLens model use edit.attach(model)"
         )
     layout = layout_of(type(hf_model).__name__)
+    if any(parameter.is_meta for parameter in hf_model.parameters()):
+        raise ValueError(
+            "parts of this model are offloaded (on the meta device) and cannot be read or written; load it whole"
+        )
     chosen = edit if isinstance(edit, Edit) else load_edit(edit)
     undos: list[Callable[[], None]] = []
     try:
@@ -123,7 +128,7 @@ def place_of(hook: str) -> Place:
     Raises:
         ValueError: it has no counterpart in a Hugging Face model.
     """
-    site = hook.rsplit("hook_", 1)[-1]
+    site = site_of(hook)
     if site not in modeling.SITES:
         raise ValueError(f"{hook} has no counterpart in a Hugging Face model; {', '.join(modeling.SITES)} have")
     return layer_of(hook), site
@@ -157,7 +162,7 @@ def _reserve(hf_model: nn.Module, changes: Mapping[Place, list[nn.Module]]) -> l
 def _hook(hf_model: nn.Module, layout: Layout, changes: Mapping[Place, list[nn.Module]]) -> list[Any]:
     device = next(hf_model.parameters()).device
     steps = {place: nn.Sequential(*steps).to(device) for place, steps in changes.items()}
-    return modeling.install(hf_model, layout.blocks, layout.branches, steps)
+    return modeling.install(hf_model, layout.blocks, layout.modules, steps)
 
 
 def _write(hf_model: nn.Module, edit: WeightEdit, *, check: bool) -> Callable[[], None]:

@@ -64,14 +64,15 @@ class Steering(Change):
 
 
 def install(
-    model: nn.Module, blocks: str, branches: Mapping[str, str], changes: Mapping[tuple[int, str], nn.Module]
+    model: nn.Module, blocks: str, modules: Mapping[str, str], changes: Mapping[tuple[int, str], nn.Module]
 ) -> list[Any]:
     """Put changes on; returns the handles that take them off.
 
     Args:
         model: the Hugging Face model.
         blocks: the name of its list of layers.
-        branches: "attn_out", "mlp_out" -> the module of a block whose output is added to the stream.
+        modules: "attn_out", "mlp_out" -> the module of a block whose output is added to the stream; "stream" -> the one whose
+            input is the stream as the block receives it.
         changes: (layer, site) -> what is done there.
     """
     handles: list[Any] = []
@@ -86,11 +87,11 @@ def install(
             # No module returns the sum of the stream and the attention's output: the branch is made to return what
             # brings that sum to the changed one.
             entered: list[Tensor] = []
-            handles.append(block.register_forward_pre_hook(partial(_remember, entered), with_kwargs=True))
-            branch = block.get_submodule(branches["attn_out"])
+            first, branch = (block.get_submodule(modules[name]) for name in ("stream", "attn_out"))
+            handles.append(first.register_forward_pre_hook(partial(_remember, entered)))
             handles.append(branch.register_forward_hook(partial(_sum, change, entered)))
         else:
-            handles.append(block.get_submodule(branches[site]).register_forward_hook(partial(_output, change)))
+            handles.append(block.get_submodule(modules[site]).register_forward_hook(partial(_output, change)))
     return handles
 
 
@@ -104,7 +105,7 @@ def build(model: nn.Module, settings: Mapping[str, Any]) -> None:
             block.edit = nn.ModuleDict()
         block.edit[entry["site"]] = nn.Sequential(*(_empty(step) for step in entry["steps"]))
         changes[entry["layer"], entry["site"]] = block.edit[entry["site"]]
-    install(model, settings["blocks"], settings["branches"], changes)
+    install(model, settings["blocks"], settings["modules"], changes)
 
 
 def _empty(settings: Mapping[str, Any]) -> nn.Module:
@@ -124,8 +125,8 @@ def _input(change: nn.Module, module: nn.Module, args: tuple[Any, ...], kwargs: 
     return args, {**kwargs, "hidden_states": change(kwargs["hidden_states"])}
 
 
-def _remember(entered: list[Tensor], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    entered[:] = [args[0] if args else kwargs["hidden_states"]]
+def _remember(entered: list[Tensor], module: nn.Module, args: tuple[Any, ...]) -> None:
+    entered[:] = [args[0]]
 
 
 def _sum(change: nn.Module, entered: list[Tensor], module: nn.Module, args: Any, output: Any) -> Any:

@@ -1,6 +1,14 @@
 """Models: loading, recognising, and where editable weights live. Only this package knows HookedTransformer from TransformerBridge."""
 
-from mrp_lens.model.base import LensModel, available_backends, check_layers, forward, is_bridge, logits_of
+from mrp_lens.model.base import (
+    LensModel,
+    architecture_of,
+    available_backends,
+    check_layers,
+    forward,
+    is_bridge,
+    logits_of,
+)
 from mrp_lens.model.load import ModelMismatchError, load_model
 from mrp_lens.model.trainable import CheckpointTensor, checkpoint_tensors, restored
 from mrp_lens.model.weights import (
@@ -19,6 +27,7 @@ __all__ = [
     "EditableWeight",
     "LensModel",
     "ModelMismatchError",
+    "architecture_of",
     "available_backends",
     "check_layers",
     "check_same_model",

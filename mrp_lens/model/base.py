@@ -15,6 +15,7 @@ class LensModel(Protocol):
     cfg: Any
     tokenizer: Any
     blocks: Any
+    unembed: Any
     training: bool
     W_E: torch.Tensor
 
@@ -58,6 +59,11 @@ def is_bridge(model: LensModel) -> bool:
     raise TypeError(
         f"expected a HookedTransformer or a TransformerBridge, got {type(model).__name__}; load it with mrp_lens.load_model(...)"
     )
+
+
+def architecture_of(model: LensModel) -> str:
+    """Hugging Face's name of the model's class, such as "LlamaForCausalLM"."""
+    return str(model.cfg.architecture if is_bridge(model) else model.cfg.original_architecture)
 
 
 def available_backends() -> tuple[str, ...]:

@@ -11,7 +11,8 @@ class Layout:
 
     Attributes:
         blocks: the list of decoder layers.
-        branches: site ("attn_out", "mlp_out") -> the module whose output is added to the stream.
+        modules: "attn_out", "mlp_out" -> whose output is added to the stream; "stream" -> the norm in front of attention, whose
+            input is the stream as the block receives it.
         matrices: site -> the linear layer behind it.
         transposed: matrices are stored as [d_out, d_in] (nn.Linear), not as [d_in, d_out] (GPT-2's Conv1D).
         embeddings: what block 0 receives is the sum of these.
@@ -20,7 +21,7 @@ class Layout:
     """
 
     blocks: str
-    branches: Mapping[str, str]
+    modules: Mapping[str, str]
     matrices: Mapping[str, str]
     embeddings: tuple[str, ...]
     head: str = "lm_head"
@@ -37,30 +38,33 @@ class Layout:
 
 
 def _layout(
-    blocks: str, attention: str, mlp: str, matrices: tuple[str, str], *embeddings: str, **more: object
+    blocks: str, modules: tuple[str, str, str], matrices: tuple[str, str], *embeddings: str, **more: object
 ) -> Layout:
     return Layout(
         blocks,
-        MappingProxyType({"attn_out": attention, "mlp_out": mlp}),
-        MappingProxyType({"attn_out": matrices[0], "mlp_out": matrices[1]}),
+        MappingProxyType(dict(zip(("stream", "attn_out", "mlp_out"), modules, strict=True))),
+        MappingProxyType(dict(zip(("attn_out", "mlp_out"), matrices, strict=True))),
         embeddings,
         **more,  # type: ignore[arg-type]
     )
 
 
-_LLAMA = _layout("model.layers", "self_attn", "mlp", ("self_attn.o_proj", "mlp.down_proj"), "model.embed_tokens")
+_LLAMA = _layout(
+    "model.layers",
+    ("input_layernorm", "self_attn", "mlp"),
+    ("self_attn.o_proj", "mlp.down_proj"),
+    "model.embed_tokens",
+)
 _GEMMA2 = _layout(
     "model.layers",
-    "post_attention_layernorm",
-    "post_feedforward_layernorm",
+    ("input_layernorm", "post_attention_layernorm", "post_feedforward_layernorm"),
     ("self_attn.o_proj", "mlp.down_proj"),
     "model.embed_tokens",
     foldable=False,
 )
 _GPT2 = _layout(
     "transformer.h",
-    "attn",
-    "mlp",
+    ("ln_1", "attn", "mlp"),
     ("attn.c_proj", "mlp.c_proj"),
     "transformer.wte",
     "transformer.wpe",
@@ -68,8 +72,7 @@ _GPT2 = _layout(
 )
 _NEOX = _layout(
     "gpt_neox.layers",
-    "attention",
-    "mlp",
+    ("input_layernorm", "attention", "mlp"),
     ("attention.dense", "mlp.dense_4h_to_h"),
     "gpt_neox.embed_in",
     head="embed_out",

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mrp_lens.model.base import LensModel, check_layers, is_bridge
+from mrp_lens.model.base import LensModel, architecture_of, check_layers, is_bridge
 from mrp_lens.model.layout import LAYOUTS
 
 CENTRED = 1e-5  # a row mean below this share of the entries' size is no accident
@@ -65,7 +65,7 @@ def mlp_out_weight(model: LensModel, layer: int) -> EditableWeight:
         return EditableWeight(full.replace("._original_component", ""), layer, key, parameter, transposed=False)
     if getattr(block.mlp, "W_out", None) is None or block.mlp.W_out.ndim != 2:
         raise ValueError(f"layer {layer} has no single MLP output matrix; load the model with backend='bridge'")
-    layout = LAYOUTS.get(str(model.cfg.original_architecture))
+    layout = LAYOUTS.get(architecture_of(model))
     name = f"blocks.{layer}.mlp.W_out" if layout is None else f"{layout.matrix(layer, 'mlp_out')}.weight"
     # TransformerLens has [d_mlp, d_model]
     return EditableWeight(name, layer, "mlp.W_out", block.mlp.W_out, layout is not None and layout.transposed)
@@ -85,8 +85,8 @@ def why_not_exportable(model: LensModel) -> str | None:
     """
     if is_bridge(model):
         return "its compatibility mode rewrote the weights" if getattr(model, "compatibility_mode", False) else None
-    if str(model.cfg.original_architecture) not in LAYOUTS:
-        return f"its architecture ({model.cfg.original_architecture}) has no known Hugging Face names"
+    if architecture_of(model) not in LAYOUTS:
+        return f"its architecture ({architecture_of(model)}) has no known Hugging Face names"
     if str(model.cfg.normalization_type).endswith("Pre"):
         return "LayerNorm is folded into its weights"
     written = mlp_out_weight(model, 0).read().float()

@@ -1,0 +1,97 @@
+"""The checkpoint that a model was loaded from, and whether it is still that model."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mrp_lens.export.checkpoint import Checkpoint
+from mrp_lens.model import LensModel, is_bridge, load_model, why_not_exportable
+from mrp_lens.model.layout import LAYOUTS
+from mrp_lens.model.source import find_folder
+
+
+def base_of(model: LensModel, base: str | Path | None) -> Checkpoint:
+    """The checkpoint that the model was loaded from, or the one that is named.
+
+    Raises:
+        ValueError: weights that no checkpoint has, or no folder to be found.
+    """
+    reason = why_not_exportable(model)
+    if reason is not None:
+        raise ValueError(
+            f"{reason}: no Hugging Face checkpoint holds these weights. Load the model with mrp_lens.load_model(...) and fit the edit there"
+        )
+    name = str(model.cfg.model_name) if base is None else base
+    if name in LAYOUTS:  # a class: the model came out of memory, from no folder
+        raise ValueError(
+            "this model was loaded from memory: save the Hugging Face model with save_pretrained(FOLDER), and give base=FOLDER"
+        )
+    try:
+        folder = find_folder(name)
+    except ValueError as error:
+        raise ValueError(f"{error}. Which checkpoint was this model loaded from? Say it with base=FOLDER") from error
+    return Checkpoint.open(folder)
+
+
+def check_apart(target: Path, folder: Path, what: str) -> None:
+    """Refuse an output folder that is, or holds, what is read from.
+
+    Raises:
+        ValueError: replacing it would delete the other.
+    """
+    place, read = target.resolve(), folder.resolve()
+    if place == read or place in read.parents:
+        raise ValueError(
+            f"{target} is or holds {what} ({folder}), which would be deleted; choose another output folder"
+        )
+
+
+def check_bare(model: LensModel) -> None:
+    """Refuse a model with hooks on: the proof would compare with them.
+
+    Raises:
+        ValueError: names a hook point.
+    """
+    hooked = [name for name, point in model.hook_dict.items() if point.fwd_hooks]
+    if hooked:
+        raise ValueError(
+            f"hooks are on this model (at {hooked[0]}), of an attached edit perhaps, and would go into the comparison; "
+            "edit.detach(model) or model.reset_hooks(including_permanent=True) first"
+        )
+
+
+def check_base(model: LensModel, base: Checkpoint) -> None:
+    """Refuse a checkpoint that differs from the model in any tensor, in the model's precision.
+
+    A HookedTransformer stores its weights in other shapes, so there the checkpoint is loaded once more to compare.
+
+    Raises:
+        ValueError: names the tensor.
+    """
+    dtype = next(iter(model.parameters())).dtype
+    if not is_bridge(model):
+        other = load_model(base.folder, backend="hooked", dtype=dtype, device=next(iter(model.parameters())).device)
+        theirs = dict(other.named_parameters())
+        different = [name for name, values in model.named_parameters() if not torch.equal(values, theirs[name])]
+    else:
+        loaded = _loaded(model, base)
+        different = [
+            name for name, values in loaded.items() if not torch.equal(values.cpu(), base.read(name).to(dtype))
+        ]
+    if different:
+        raise ValueError(
+            f"{base.folder} is not the checkpoint of this model: {different[0]} differs. Give base=FOLDER of the checkpoint that the model "
+            "was loaded from; one that was changed in memory has to be saved first (save_pretrained)"
+        )
+
+
+def _loaded(model: Any, base: Checkpoint) -> dict[str, torch.Tensor]:
+    """The Bridge's values of the checkpoint's tensors, under the checkpoint's names; what it does not hold (masks and
+    frequencies in old files) is left out."""
+    state = {
+        name.replace("._original_component", ""): values for name, values in model.original_model.state_dict().items()
+    }
+    head = f"{base.layout.head}.weight"  # transformers 5 calls every unembedding lm_head
+    names = {name: "lm_head.weight" if name == head else name for name in base.files}
+    return {name: state[own] for name, own in names.items() if own in state}

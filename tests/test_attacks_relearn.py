@@ -122,7 +122,7 @@ def test_forms_and_parameters_that_an_edit_does_not_have(model: LensModel, untou
         run(model, weight_edit(model, 1), form="stripped")
     with pytest.raises(ValueError, match="cannot be written into weights"):
         run(model, projection(1), form="weights")
-    with pytest.raises(ValueError, match="a SteeringEdit cannot be written into weights"):
+    with pytest.raises(ValueError, match="cannot be written into weights: steering overwrites states"):
         run(model, SteeringEdit.towards(torch.ones(D_MODEL), layer=1, coefficient=3.0), form="weights")
     with pytest.raises(ValueError, match="'before' needs an edit"):
         run(model, None, parameters="before")

@@ -91,9 +91,7 @@ def _written_by(model: LensModel, edit: Edit) -> list[torch.nn.Parameter]:
     if {id(parameter) for parameter in chosen} & {id(parameter) for parameter in model.unembed.parameters()}:
         reason = "the embeddings that would be changed are tied to the unembedding"
     if reason is not None:
-        raise ValueError(
-            f"this edit cannot be written into weights: {reason}. Keep the edit as hooks"
-        )
+        raise ValueError(f"this edit cannot be written into weights: {reason}. Keep the edit as hooks")
     return list({id(parameter): parameter for parameter in chosen}.values())
 
 

@@ -9,7 +9,17 @@ if TYPE_CHECKING:
     from mrp_lens.corpus import Corpus, Questions
     from mrp_lens.edit import Edit, EditStack, ProjectionEdit, SteeringEdit, WeightEdit, load_edit
     from mrp_lens.export import ExportReport, Record, export_hf
-    from mrp_lens.methods import MRP, RMU, AdaptiveRMU, Fit
+    from mrp_lens.methods import (
+        MRP,
+        NPO,
+        RMU,
+        AdaptiveRMU,
+        DirectionAblation,
+        Fit,
+        GradientAscent,
+        GradientDifference,
+        NoisyRMU,
+    )
     from mrp_lens.model import load_model
     from mrp_lens.subspace import Subspace
     from mrp_lens.world import World
@@ -18,11 +28,16 @@ if TYPE_CHECKING:
 _HOMES = {
     "AdaptiveRMU": "mrp_lens.methods",
     "Corpus": "mrp_lens.corpus",
+    "DirectionAblation": "mrp_lens.methods",
     "Edit": "mrp_lens.edit",
     "EditStack": "mrp_lens.edit",
     "ExportReport": "mrp_lens.export",
     "Fit": "mrp_lens.methods",
+    "GradientAscent": "mrp_lens.methods",
+    "GradientDifference": "mrp_lens.methods",
     "MRP": "mrp_lens.methods",
+    "NPO": "mrp_lens.methods",
+    "NoisyRMU": "mrp_lens.methods",
     "ProjectionEdit": "mrp_lens.edit",
     "Questions": "mrp_lens.corpus",
     "RMU": "mrp_lens.methods",
@@ -43,13 +58,18 @@ _HOMES = {
 __version__ = version("mrp_lens")
 __all__ = [
     "MRP",
+    "NPO",
     "RMU",
     "AdaptiveRMU",
     "Corpus",
+    "DirectionAblation",
     "Edit",
     "EditStack",
     "ExportReport",
     "Fit",
+    "GradientAscent",
+    "GradientDifference",
+    "NoisyRMU",
     "ProjectionEdit",
     "Questions",
     "Record",

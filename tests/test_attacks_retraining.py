@@ -10,9 +10,10 @@ from transformers import AutoModelForCausalLM
 
 from mrp_lens.attacks import relearned
 from mrp_lens.attacks.attacker import Attacker
-from mrp_lens.attacks.retraining import MasterAdamW, Trainable, reach_of
+from mrp_lens.attacks.retraining import reach_of
 from mrp_lens.batching import Encoder
 from mrp_lens.corpus import Corpus
+from mrp_lens.masters import MasterAdamW, Trainable
 from mrp_lens.model import LensModel, available_backends, checkpoint_tensors, load_model, mlp_out_weight
 from tests.conftest import D_MODEL, LAYERS, assert_same_state, state_of
 from tests.edits import logits, projection

@@ -8,13 +8,14 @@ from typing import Literal
 
 from torch import Tensor
 
-from mrp_lens.attacks.retraining import LORA_RANK, MasterAdamW, Parameters, unlocked
+from mrp_lens.attacks.retraining import LORA_RANK, Parameters, unlocked
 from mrp_lens.batching import Encoder, endless
 from mrp_lens.checks import generator_for, one_of, positive
 from mrp_lens.corpus import Corpus
 from mrp_lens.edit import Edit, edit_on
 from mrp_lens.edit.fold import folded
 from mrp_lens.edit.stack import has_hooks, stripped
+from mrp_lens.masters import MasterAdamW
 from mrp_lens.model import LensModel
 from mrp_lens.predictions import cross_entropy, predictions
 from mrp_lens.training import NonFiniteLossError, train

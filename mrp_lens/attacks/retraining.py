@@ -1,9 +1,8 @@
 """Retraining an edited model in place: which tensors an attacker may change, and the way back to what they were."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -12,67 +11,13 @@ from torch.nn.utils import parametrize
 from typing_extensions import override
 
 from mrp_lens.edit import Edit
-from mrp_lens.model import CheckpointTensor, LensModel, checkpoint_tensors, is_bridge, restored
+from mrp_lens.masters import Trainable, trainable
+from mrp_lens.model import LensModel, checkpoint_tensors, is_bridge, restored
 from mrp_lens.stream import frozen
 
 Parameters = Literal["all", "lora", "before", "at", "after"]
 
 LORA_RANK = 8
-
-
-@dataclass(frozen=True)
-class Trainable:
-    """A tensor under training, and how a model in another precision or with tied copies gets its values.
-
-    Attributes:
-        master: float32; what the optimizer changes.
-        model_tensors: what the model computes with; empty where that is the master itself.
-    """
-
-    master: Tensor
-    model_tensors: tuple[torch.nn.Parameter, ...] = ()
-
-    def collect(self) -> None:
-        """The gradients of the model's tensors, added up, become the master's."""
-        gradients = [
-            tensor.grad if number == 0 else tensor.grad.T
-            for number, tensor in enumerate(self.model_tensors)
-            if tensor.grad is not None
-        ]
-        if gradients:
-            self.master.grad = torch.stack([gradient.float() for gradient in gradients]).sum(0)
-
-    def spread(self) -> None:
-        """The model's tensors get the master's values."""
-        with torch.no_grad():
-            for number, tensor in enumerate(self.model_tensors):
-                tensor.copy_(self.master if number == 0 else self.master.T)
-
-
-class MasterAdamW(torch.optim.AdamW):
-    """AdamW without weight decay on float32 masters, whatever the model's precision."""
-
-    def __init__(self, tensors: Sequence[Trainable], lr: float) -> None:
-        self.trained = list(tensors)
-        super().__init__([tensor.master for tensor in tensors], lr=lr, weight_decay=0.0)
-
-    @override
-    def step(self, closure: Any = None) -> Any:
-        """One update of the masters, and of the model."""
-        for tensor in self.trained:
-            tensor.collect()
-        result = super().step(closure)
-        for tensor in self.trained:
-            tensor.spread()
-        return result
-
-    @override
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Clear the gradients of masters and model."""
-        super().zero_grad(set_to_none)
-        for tensor in self.trained:
-            for parameter in tensor.model_tensors:
-                parameter.grad = None
 
 
 @contextmanager
@@ -106,7 +51,7 @@ def unlocked(
                 f"{model.cfg.n_layers} layers; choose another of 'all', 'before', 'at', 'after'"
             )
         with restored(p for tensor in chosen for p in tensor.parameters):
-            yield [_trainable(tensor) for tensor in chosen]
+            yield [trainable(*tensor.parameters) for tensor in chosen]
 
 
 def reach_of(edit: Edit | None, parameters: Parameters) -> Callable[[int], bool]:
@@ -125,14 +70,6 @@ def reach_of(edit: Edit | None, parameters: Parameters) -> Callable[[int], bool]
         "at": lambda depth: first <= depth <= last,
         "after": lambda depth: depth > last,
     }[parameters]
-
-
-def _trainable(tensor: CheckpointTensor) -> Trainable:
-    for parameter in tensor.parameters:
-        parameter.requires_grad_(True)
-    if tensor.copy is None and tensor.parameter.dtype == torch.float32:
-        return Trainable(tensor.parameter)
-    return Trainable(tensor.parameter.detach().float().clone(), tensor.parameters)
 
 
 class LowRank(torch.nn.Module):

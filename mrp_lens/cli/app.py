@@ -77,16 +77,22 @@ def unlearn(
     layers: Annotated[
         str | None,
         typer.Option(
-            help="Layers to project (`mrp`: `3,5`) or to steer at (`rmu`, `adaptive-rmu`: `7`). Default: from the model's depth."
+            help="Layers to project or to train (`mrp`, `npo` and the like: `3,5`), or to steer at (`rmu` and the like: `7`). "
+            "Default: from the model's depth."
         ),
     ] = None,
     rank: Annotated[int | None, typer.Option(help="`mrp`: directions removed at each layer.")] = None,
     steering_coeff: Annotated[
         float | None, typer.Option(help="`rmu`: c. Default: from the norm of the forget states.")
     ] = None,
-    beta: Annotated[float | None, typer.Option(help="`adaptive-rmu`: c as a multiple of each state's norm.")] = None,
-    alpha: Annotated[float | None, typer.Option(help="`rmu`, `adaptive-rmu`: weight of what must stay.")] = None,
-    retain_weight: Annotated[float | None, typer.Option(help="`mrp`: weight of what must stay.")] = None,
+    beta: Annotated[
+        float | None,
+        typer.Option(
+            help="`adaptive-rmu`: c as a multiple of each state's norm. `npo`: how soon its gradient vanishes."
+        ),
+    ] = None,
+    alpha: Annotated[float | None, typer.Option(help="`rmu` and the like: weight of what must stay.")] = None,
+    retain_weight: Annotated[float | None, typer.Option(help="Other methods: weight of what must stay.")] = None,
     lr: Annotated[
         float | None, typer.Option(help="Learning rate. Default: from the size of the trained entries.")
     ] = None,

@@ -13,6 +13,11 @@ class Method(StrEnum):
     MRP = "mrp"
     RMU = "rmu"
     ADAPTIVE_RMU = "adaptive-rmu"
+    GRADIENT_ASCENT = "gradient-ascent"
+    GRADIENT_DIFFERENCE = "gradient-difference"
+    NPO = "npo"
+    RMU_NOISE = "rmu-noise"
+    DIRECTION_ABLATION = "direction-ablation"
 
 
 class AttackName(StrEnum):

@@ -13,7 +13,7 @@ from mrp_lens.cli.show import Column, console, percent, show_examples, show_tabl
 from mrp_lens.files import check_free
 from mrp_lens.generation import continuations
 from mrp_lens.looks import looks
-from mrp_lens.methods import METHODS, MRP, RMU, AdaptiveRMU, Fit
+from mrp_lens.methods import METHODS, RIVALS, Fit
 from mrp_lens.model import LensModel, load_model
 from mrp_lens.runs import Run
 
@@ -96,22 +96,20 @@ CAPTION = (
 )
 
 
-def make_method(
-    method: str, layers: str | None, hyperparameters: Mapping[str, Any], *, released: bool = False
-) -> MRP | RMU | AdaptiveRMU:
+def make_method(method: str, layers: str | None, hyperparameters: Mapping[str, Any], *, released: bool = False) -> Any:
     """The method with its hyperparameters; those not given are the library's, or the released code's.
 
     Raises:
         ValueError: layers that are no numbers, a hyperparameter that the method does not have, or no released recipe.
     """
-    kind = METHODS[method]
+    kind: Any = {**RIVALS, **METHODS}[method]
     chosen = numbers(layers, int, "--layers")
     known = set(kind.__dataclass_fields__)
     foreign = [name for name in hyperparameters if name not in known]
     if foreign:
         raise ValueError(f"{method} has no --{foreign[0].replace('_', '-')}; it has {', '.join(sorted(known))}")
     options = dict(hyperparameters)
-    if chosen is not None and kind is MRP:
+    if chosen is not None and "layers" in known:
         options["layers"] = list(chosen)
     elif chosen is not None:
         if len(chosen) != 1:
@@ -119,7 +117,7 @@ def make_method(
         options["layer"] = chosen[0]
     if not released:
         return kind(**options)
-    if issubclass(kind, MRP):
+    if not hasattr(kind, "released"):
         raise ValueError(f"--released is for rmu and adaptive-rmu; {method} has no released recipe here")
     return replace(kind.released(), **options)
 

@@ -1,10 +1,30 @@
 """Methods: each fits an edit that makes a model forget."""
 
+from typing import Any
+
 from mrp_lens.methods.base import Fit
 from mrp_lens.methods.mrp import MRP
-from mrp_lens.methods.rmu import RMU, AdaptiveRMU
+from mrp_lens.methods.rivals import NPO, DirectionAblation, GradientAscent, GradientDifference
+from mrp_lens.methods.rmu import RMU, AdaptiveRMU, NoisyRMU
 
 METHODS: dict[str, type[MRP] | type[RMU] | type[AdaptiveRMU]] = {kind.name: kind for kind in (MRP, RMU, AdaptiveRMU)}
-"""Methods by the names that tables and commands use."""
+"""The methods of this library's papers by the names that tables and commands use; studies compare these."""
 
-__all__ = ["METHODS", "MRP", "RMU", "AdaptiveRMU", "Fit"]
+RIVALS: dict[str, Any] = {
+    kind.name: kind for kind in (GradientAscent, GradientDifference, NPO, NoisyRMU, DirectionAblation)
+}
+"""What they are compared with, likewise."""
+
+__all__ = [
+    "METHODS",
+    "MRP",
+    "NPO",
+    "RIVALS",
+    "RMU",
+    "AdaptiveRMU",
+    "DirectionAblation",
+    "Fit",
+    "GradientAscent",
+    "GradientDifference",
+    "NoisyRMU",
+]

@@ -57,6 +57,7 @@ class Steering:
     shuffle: bool = True
     optimizer: Optimizer = "adamw"
     eps: float = 1e-8
+    retain_noise: float = 0.0
 
     name = ""
 
@@ -120,6 +121,10 @@ class Steering:
             micro_batch=self.micro_batch,
             eps=self.eps,
         )
+        if not self.retain_noise >= 0.0:
+            raise ValueError(
+                f"retain_noise is a share of the states' norm and must be at least 0, got {self.retain_noise}"
+            )
         one_of(Law, direction=self.direction)
         one_of(Positions, positions=self.positions)
         one_of(PaddingSide, padding=self.padding)
@@ -127,7 +132,7 @@ class Steering:
         one_of(Site, site=self.site)
         layer = given(self.layer, default_layer(model))
         check_layers(model, [layer])
-        trained = check_layers(model, given(self.trained_layers, range(max(0, layer - 2), layer + 1)))
+        trained = check_layers(model, given(self.trained_layers, up_to(layer)))
         if max(trained) > layer:
             raise ValueError(f"trained_layers {trained} reach beyond layer {layer}, where the loss is read")
         return replace(self, layer=layer, trained_layers=trained)
@@ -204,9 +209,17 @@ class _Losses:
             mask = self._mask(part)
             frozen_states, states = self._states(part)
             target = frozen_states
+            if topic is None and self.settings.retain_noise > 0.0:
+                target = target + self._noise(target)
             if topic is not None:
                 target = self.settings._coefficient(frozen_states, mask, self.first.get(topic)) * self.directions[topic]
             yield ((states - target).square() * mask[..., None]).sum() / total
+
+    def _noise(self, states: States) -> States:
+        """Isotropic, of the share of each state's norm that the settings say, on average."""
+        drawn = torch.randn(states.shape, generator=self.generator).to(states.device)
+        scale = self.settings.retain_noise / states.shape[-1] ** 0.5
+        return scale * states.norm(dim=-1, keepdim=True) * drawn
 
     def _remember_first(self, batch: TokenBatch, topic: int) -> None:
         """The coefficient of a corpus for good, from its first batch in the model as trained so far."""
@@ -230,6 +243,16 @@ class _Losses:
 def default_layer(model: LensModel) -> int:
     """Where the released recipe steers, by depth: 7/32 of it, at least layer 2."""
     return min(int(model.cfg.n_layers) - 1, max(2, round(DEPTH_OF_LAYER * model.cfg.n_layers)))
+
+
+def up_to(layer: int) -> range:
+    """The layers whose matrices learn when states are steered at a layer: it and the two before."""
+    return range(max(0, layer - 2), layer + 1)
+
+
+def default_trained_layers(model: LensModel) -> range:
+    """The layers whose matrices learn unless told otherwise."""
+    return up_to(default_layer(model))
 
 
 def mean_norm(model: LensModel, data: Data, *, layer: int, hook: str) -> float:

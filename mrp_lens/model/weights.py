@@ -32,13 +32,16 @@ class EditableWeight:
 
     def read(self) -> Tensor:
         """A contiguous copy in the checkpoint's layout."""
-        tensor = self.parameter.detach()
-        return (tensor.T if self.transposed else tensor).clone(memory_format=torch.contiguous_format)
+        return self.to_checkpoint(self.parameter.detach())
 
     def write(self, tensor: Tensor) -> None:
         """Overwrite the model's values in place."""
         with torch.no_grad():
             self.parameter.copy_(self.to_model(tensor))
+
+    def to_checkpoint(self, tensor: Tensor) -> Tensor:
+        """A contiguous copy, in the checkpoint's layout, of a tensor in the model's."""
+        return (tensor.T if self.transposed else tensor).clone(memory_format=torch.contiguous_format)
 
     def to_model(self, tensor: Tensor) -> Tensor:
         """A tensor of the checkpoint's layout in the model's layout and dtype, gradient kept."""

@@ -1,0 +1,73 @@
+"""Training a model's own tensors in float32, whatever its precision: in bfloat16 most small updates would round away."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+
+@dataclass(frozen=True)
+class Trainable:
+    """A tensor under training, and how a model in another precision or with tied copies gets its values.
+
+    Attributes:
+        master: float32; what the optimizer changes.
+        model_tensors: what the model computes with; empty where that is the master itself.
+    """
+
+    master: Tensor
+    model_tensors: tuple[torch.nn.Parameter, ...] = ()
+
+    def collect(self) -> None:
+        """The gradients of the model's tensors, added up, become the master's."""
+        gradients = [
+            tensor.grad if number == 0 else tensor.grad.T
+            for number, tensor in enumerate(self.model_tensors)
+            if tensor.grad is not None
+        ]
+        if gradients:
+            self.master.grad = torch.stack([gradient.float() for gradient in gradients]).sum(0)
+
+    def spread(self) -> None:
+        """The model's tensors get the master's values."""
+        with torch.no_grad():
+            for number, tensor in enumerate(self.model_tensors):
+                tensor.copy_(self.master if number == 0 else self.master.T)
+
+
+class MasterAdamW(torch.optim.AdamW):
+    """AdamW without weight decay on float32 masters, whatever the model's precision."""
+
+    def __init__(self, tensors: Sequence[Trainable], lr: float) -> None:
+        self.trained = list(tensors)
+        super().__init__([tensor.master for tensor in tensors], lr=lr, weight_decay=0.0)
+
+    @override
+    def step(self, closure: Any = None) -> Any:
+        """One update of the masters, and of the model."""
+        for tensor in self.trained:
+            tensor.collect()
+        result = super().step(closure)
+        for tensor in self.trained:
+            tensor.spread()
+        return result
+
+    @override
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear the gradients of masters and model."""
+        super().zero_grad(set_to_none)
+        for tensor in self.trained:
+            for parameter in tensor.model_tensors:
+                parameter.grad = None
+
+
+def trainable(parameter: torch.nn.Parameter, *copies: torch.nn.Parameter) -> Trainable:
+    """A parameter, with transposed copies of it that follow, ready to be trained; all of them require grad from now on."""
+    for tensor in (parameter, *copies):
+        tensor.requires_grad_(True)
+    if not copies and parameter.dtype == torch.float32:
+        return Trainable(parameter)
+    return Trainable(parameter.detach().float().clone(), (parameter, *copies))

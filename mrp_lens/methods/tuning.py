@@ -1,0 +1,170 @@
+"""What the methods that train on the model's predictions share: which matrices learn, the fit, and the retain term."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from mrp_lens.batching import Encoded, TokenBatch, endless, in_order
+from mrp_lens.checks import generator_for, given, positive
+from mrp_lens.corpus import Corpus
+from mrp_lens.edit import Edit, WeightEdit
+from mrp_lens.masters import MasterAdamW, trainable
+from mrp_lens.methods.base import Data, Fit, Forget, fitting, parts_of, prepare, provenance
+from mrp_lens.methods.steering import default_trained_layers
+from mrp_lens.model import LensModel, check_layers, mlp_out_weight, restored, tensor_digests
+from mrp_lens.predictions import cross_entropy, predictions
+from mrp_lens.training import linear_decay, train
+
+Unit = Literal["token", "document"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tuning:
+    """Hyperparameters of a method that trains MLP output matrices on what the model predicts.
+
+    Args:
+        layers: whose matrices learn. None: those of RMU, in the first third of the depth: later ones cost more of what must stay.
+        retain_weight: weight of the cross-entropy of what must stay; 0: what must stay is not looked at.
+        lr: of AdamW, falling linearly to 0 in the second half. None: derived from the size of the trained entries.
+        steps, batch_size: updates, and documents an update on each side.
+        micro_batch: documents a pass, if a batch does not fit into memory.
+        max_length: tokens at which documents are cut. None: 512, or the context if that is shorter.
+    """
+
+    layers: Sequence[int] | None = None
+    retain_weight: float = 0.0
+    lr: float | None = None
+    steps: int = 200
+    batch_size: int = 32
+    micro_batch: int | None = None
+    max_length: int | None = None
+
+    name = ""
+    unit: Unit = "token"  # what the forget term is a mean over
+    lr_share = 0.033  # learning rate over the root mean square of the trained entries
+
+    def fit(
+        self,
+        model: LensModel,
+        forget: Forget,
+        retain: Corpus,
+        *,
+        seed: int = 0,
+        after: Edit | None = None,
+        progress: bool = True,
+    ) -> Fit:
+        """Train MLP output matrices; the model itself is left as it is.
+
+        Args:
+            model: HookedTransformer or TransformerBridge, in any dtype (the trained copies are float32).
+            forget: what must go; several corpora are taken as one.
+            retain: what must stay.
+            seed: of the order of the data.
+            after: an earlier edit, on during the fit; the result holds both.
+            progress: show a progress bar.
+
+        Raises:
+            ValueError: a layer that does not exist, an empty corpus, a hyperparameter out of range.
+            NonFiniteLossError: the loss became NaN or infinite.
+        """
+        self._check()
+        generator = generator_for(seed)
+        layers = check_layers(model, given(self.layers, default_trained_layers(model)))
+        data = prepare(model, forget, retain, max_length=self.max_length)
+        weights = [mlp_out_weight(model, layer) for layer in layers]
+        with fitting(model, after), restored(weight.parameter for weight in weights):
+            original = {weight.name: weight.read() for weight in weights}
+            size = float(torch.stack([matrix.float().square().mean().sqrt() for matrix in original.values()]).mean())
+            resolved = replace(self, layers=layers, lr=given(self.lr, self.lr_share * size))
+            losses = _Losses(resolved, model, data, generator)
+            masters = [trainable(weight.parameter) for weight in weights]
+            optimizer = MasterAdamW(masters, given(resolved.lr, 0.0))
+            run = train(
+                losses, optimizer, steps=self.steps, description=self.name, schedule=linear_decay, progress=progress
+            )
+            learned = {
+                weight.name: weight.to_checkpoint(master.master.detach())
+                for weight, master in zip(weights, masters, strict=True)
+            }
+        settings = asdict(resolved)
+        edit: Edit = WeightEdit(
+            learned,
+            {name: tensor_digests(matrix) for name, matrix in original.items()},
+            provenance=provenance(model, self.name, settings, data, seed=seed, steps_done=len(run.log)),
+        )
+        return Fit(edit if after is None else after + edit, run.log, settings, run.interrupted)
+
+    def _check(self) -> None:
+        positive(lr=self.lr, steps=self.steps, batch_size=self.batch_size, micro_batch=self.micro_batch)
+        if not self.retain_weight >= 0.0:
+            raise ValueError(f"retain_weight must be at least 0, got {self.retain_weight}")
+
+    def _forgetting(
+        self,
+        text: Float[Tensor, " counted"],
+        rows: Int[Tensor, " counted"],
+        reference: Float[Tensor, " documents"],
+    ) -> Float[Tensor, " units"]:
+        """What is minimised, for each token or document of the forget side.
+
+        Args:
+            text: -log p of each counted token, in nats.
+            rows: which document it belongs to.
+            reference: log p of each document by the model before training.
+        """
+        raise TypeError("use GradientAscent, GradientDifference or NPO")
+
+
+class _Losses:
+    """What the training loop minimises: for each step the share of each micro-batch."""
+
+    def __init__(self, settings: Tuning, model: LensModel, data: Data, generator: torch.Generator) -> None:
+        self.settings, self.model, self.data = settings, model, data
+        forget = data.all_forget
+        self.reference = dict(zip(map(id, forget), self._log_probabilities(forget), strict=True))
+        self.forget = endless(forget, settings.batch_size, generator)
+        self.retain = endless(data.retain, settings.batch_size, generator)
+
+    def __call__(self, step: int) -> Iterator[dict[str, Tensor]]:
+        settings, encoder = self.settings, self.data.encoder
+        lost, kept = next(self.forget), next(self.retain) if settings.retain_weight > 0.0 else []
+        batch = encoder.collate([*lost, *kept])  # one pass for both sides
+        is_lost = (torch.arange(len(batch)) < len(lost)).to(encoder.device)
+        reference = torch.tensor([self.reference[id(row)] for row in lost] + [0.0] * len(kept), device=encoder.device)
+        size = settings.micro_batch or len(batch)
+        units = len(lost) if settings.unit == "document" else int(batch.loss_mask[is_lost].sum())
+        kept_tokens = int(batch.loss_mask[~is_lost].sum())
+        for part, side, before in zip(
+            parts_of(batch, settings.micro_batch), is_lost.split(size), reference.split(size), strict=True
+        ):
+            text, rows = self._text(part)
+            losing = side[rows]
+            forget = settings._forgetting(text[losing], rows[losing], before[side]).sum() / units
+            terms = {"loss": forget, "forget": forget}
+            if kept_tokens:
+                terms["retain"] = text[~losing].sum() / kept_tokens
+                terms["loss"] = forget + settings.retain_weight * terms["retain"]
+            yield terms
+
+    def _text(self, batch: TokenBatch) -> tuple[Float[Tensor, " counted"], Int[Tensor, " counted"]]:
+        """-log p of each counted token, and its row."""
+        counts = batch.loss_mask[:, 1:].sum(dim=1)
+        rows = torch.repeat_interleave(torch.arange(len(batch), device=counts.device), counts)
+        return cross_entropy(predictions(self.model, batch), batch), rows
+
+    def _log_probabilities(self, documents: Sequence[Encoded]) -> list[float]:
+        """Log p of each document before training; only methods that compare with it need it."""
+        values = [0.0] * len(documents)
+        if self.settings.unit == "token":
+            return values
+        with torch.no_grad():
+            for chosen, batch in in_order(self.data.encoder, list(documents), self.settings.batch_size):
+                text, rows = self._text(batch)
+                sums = torch.zeros(len(batch), device=text.device).index_add_(0, rows, -text)
+                for place, value in zip(chosen, sums.tolist(), strict=True):
+                    values[place] = value
+        return values

@@ -10,6 +10,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from mrp_lens.corpus import Document
+from mrp_lens.model import device_of
 
 PaddingSide = Literal["left", "right"]
 Kept = Literal["start", "end"]
@@ -98,7 +99,7 @@ class Encoder:
             prepend_bos=bos and model.tokenizer.bos_token_id is not None,
             append_eos=append_eos,
             max_length=context if max_length is None else max_length,
-            device=next(iter(model.parameters())).device,
+            device=device_of(model),
         )
 
     def encode(self, documents: Iterable[Document], *, keep: Kept = "start") -> list[Encoded]:

@@ -4,23 +4,12 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
+from analysis.shipping import TASK_FILE
 from mrp_lens.corpus import Questions
 
-CHOICE_TASK = """\
-task: {name}
-dataset_path: json
-dataset_kwargs:
-  data_files:
-    test: {rows}
-  cache_dir: {cache}
-test_split: test
-output_type: multiple_choice
-doc_to_text: "{{{{prompt}}}}"
-doc_to_choice: choices
-doc_to_target: answer
-target_delimiter: ""
-metric_list:
-  - metric: acc
+CHOICE_TASK = (
+    TASK_FILE
+    + """\
     aggregation: mean
     higher_is_better: true
   - metric: acc_norm
@@ -29,6 +18,7 @@ metric_list:
 metadata:
   version: 1.0
 """
+)
 GENERATION_TASK = """\
 task: {name}_written
 dataset_path: json

@@ -13,10 +13,9 @@ from typer.testing import CliRunner
 
 from mrp_lens.case import DataOptions, hub_parts
 from mrp_lens.cli.app import app
-from mrp_lens.cli.options import Method
 from mrp_lens.cli.unlearn import make_method
 from mrp_lens.edit import load_edit
-from mrp_lens.methods import METHODS, MRP, NPO, RIVALS, RMU, AdaptiveRMU
+from mrp_lens.methods import METHODS, MRP, RMU, AdaptiveRMU
 from mrp_lens.training import NonFiniteLossError
 
 
@@ -180,10 +179,6 @@ def test_released_settings_give_way_to_those_that_are_given() -> None:
     assert make_method("adaptive-rmu", None, {}, released=True) == AdaptiveRMU.released()
     assert make_method("rmu", "3", {"alpha": 2.0}, released=True) == RMU.released(layer=3, alpha=2.0)
     assert make_method("mrp", "1,2", {}) == MRP(layers=[1, 2])
-    assert make_method("npo", "1,2", {"beta": 0.2}) == NPO(layers=[1, 2], beta=0.2)
-    assert {type(make_method(name.value, None, {})) for name in Method} == {*METHODS.values(), *RIVALS.values()}
-    with pytest.raises(ValueError, match="has no released recipe"):
-        make_method("npo", None, {}, released=True)
 
 
 def test_the_published_settings_of_the_help_are_those_of_the_library() -> None:

@@ -10,9 +10,11 @@ import torch
 from mrp_lens import metrics
 from mrp_lens.batching import Encoder
 from mrp_lens.case import Case
+from mrp_lens.cli.options import Method
+from mrp_lens.cli.unlearn import make_method
 from mrp_lens.corpus import Corpus
 from mrp_lens.edit import ProjectionEdit, WeightEdit
-from mrp_lens.methods import NPO, RIVALS, RMU, DirectionAblation, GradientAscent, GradientDifference, NoisyRMU
+from mrp_lens.methods import METHODS, NPO, RIVALS, RMU, DirectionAblation, GradientAscent, GradientDifference, NoisyRMU
 from mrp_lens.model import LensModel, available_backends, load_model, logits_of
 from mrp_lens.stream import captured, hook_name
 from tests.edits import logits
@@ -176,6 +178,13 @@ def test_bad_input_is_refused(method: Any, match: str, model: LensModel, texts: 
 
 def test_every_rival_has_a_name_of_its_own() -> None:
     assert list(RIVALS) == ["gradient-ascent", "gradient-difference", "npo", "rmu-noise", "direction-ablation"]
+
+
+def test_the_command_line_knows_them() -> None:
+    assert make_method("npo", "1,2", {"beta": 0.2}) == NPO(layers=[1, 2], beta=0.2)
+    assert {type(make_method(name.value, None, {})) for name in Method} == {*METHODS.values(), *RIVALS.values()}
+    with pytest.raises(ValueError, match="has no released recipe"):
+        make_method("npo", None, {}, released=True)
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ from torch import Tensor
 from mrp_lens.corpus import Corpus
 from mrp_lens.edit import Edit, edit_on, projection_hook
 from mrp_lens.metrics.states import hooks_at, read_states
-from mrp_lens.model import LensModel
+from mrp_lens.model import LensModel, device_of
 from mrp_lens.stream import HookFunction, hook_name, hooked
 from mrp_lens.subspace import Subspace, unit
 
@@ -55,7 +55,7 @@ def ablated(model: LensModel, directions: Mapping[int, Float[Tensor, " d_model"]
         model: with the edit on; the directions go after what the edit does at the same hook.
         directions: layer -> u, [d_model].
     """
-    device = next(iter(model.parameters())).device
+    device = device_of(model)
     return hooked(
         model,
         [

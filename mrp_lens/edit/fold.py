@@ -12,7 +12,16 @@ from mrp_lens.edit.base import Edit
 from mrp_lens.edit.projection import ProjectionEdit
 from mrp_lens.edit.steering import SteeringEdit
 from mrp_lens.edit.weight import WeightEdit
-from mrp_lens.model import LensModel, architecture_of, is_bridge, logits_of, restored, weights_by_name
+from mrp_lens.model import (
+    LensModel,
+    architecture_of,
+    device_of,
+    dtype_of,
+    is_bridge,
+    logits_of,
+    restored,
+    weights_by_name,
+)
 from mrp_lens.model.layout import LAYOUTS, Layout
 from mrp_lens.stream import frozen, layer_of, site_of
 from mrp_lens.subspace import Subspace
@@ -21,13 +30,19 @@ PROBE = (4, 16)  # rows and tokens of the random input on which weights and hook
 ALLOWED = {torch.float32: 1e-4, torch.float64: 1e-8}  # largest difference, in standard deviations of the logits
 ALLOWED_COARSE = 0.2  # bfloat16 and float16, where the projected weights are rounded: no proof, only a safeguard
 
+# site -> TransformerLens's names: part of a block, the Bridge's output matrix, HookedTransformer's matrix and bias
+OUTPUTS = {"mlp_out": ("mlp", "out", "W_out", "b_out"), "attn_out": ("attn", "o", "W_O", "b_O")}
+
 
 @contextmanager
-def folded(model: LensModel, edit: Edit) -> Iterator[None]:
+def folded(model: LensModel, edit: Edit) -> Iterator[list[torch.nn.Parameter]]:
     """Inside, the edit is on with its projections multiplied into the matrices and biases that write to the stream.
 
     Exact for the sites `mlp_out` and `attn_out` where no norm follows the matrix, and for `resid_pre` of layer 0 (into
     the embeddings) where these are not tied to the unembedding. Compared with the hooks on random tokens first.
+
+    Yields:
+        The tensors that were changed.
 
     Raises:
         ValueError: this edit has no such form (steering, or a projection elsewhere), or the model computes something
@@ -36,32 +51,29 @@ def folded(model: LensModel, edit: Edit) -> Iterator[None]:
     written = _written_by(model, edit)
     with restored(written):
         _write(model, edit)
-        yield
+        yield written
 
 
 def merge_(model: LensModel, edit: Edit) -> None:
     """See `Edit.merge_`."""
-    saved = [(parameter, parameter.detach().clone()) for parameter in _written_by(model, edit)]
-    try:
-        _write(model, edit)
-    except BaseException:
-        with torch.no_grad():
-            for parameter, values in saved:
-                parameter.copy_(values)
-        raise
+    with folded(model, edit) as written:
+        learned = [(parameter, parameter.detach().clone()) for parameter in written]
+    with torch.no_grad():
+        for parameter, values in learned:
+            parameter.copy_(values)
 
 
-def why_not_foldable(edit: Edit, layout: Layout) -> str | None:
-    """Why an edit cannot be written into this architecture's weights exactly; None if it can (untied, where it changes the
-    embeddings)."""
+def why_not_foldable(edit: Edit, layout: Layout | None) -> str | None:
+    """Why an edit cannot be written into an architecture's weights exactly; None if it can (untied, where it changes the
+    embeddings), or if that is all that can be said without its layout."""
     for part in edit.parts:
         if isinstance(part, SteeringEdit):
             return "steering overwrites states, which no matrix of the model does"
         for hook in part.hook_names if isinstance(part, ProjectionEdit) else ():
             layer, site = layer_of(hook), site_of(hook)
-            if site in layout.matrices and not layout.foldable:
+            if site in OUTPUTS and layout is not None and not layout.foldable:
                 return f"in this architecture a norm stands between the matrix and {hook}"
-            if site not in layout.matrices and (site, layer) != ("resid_pre", 0):
+            if site not in OUTPUTS and (site, layer) != ("resid_pre", 0):
                 return (
                     f"at {hook} the stream is a sum of many layers' outputs, and the norm behind it divides by the length of that sum; "
                     "exact are mlp_out, attn_out, and resid_pre of layer 0"
@@ -75,12 +87,11 @@ def _written_by(model: LensModel, edit: Edit) -> list[torch.nn.Parameter]:
     Raises:
         ValueError: a part of it cannot be written exactly.
     """
-    dtype = next(iter(model.parameters())).dtype
+    dtype = dtype_of(model)
     layout = LAYOUTS.get(architecture_of(model))
-    if layout is not None:
-        reason = why_not_foldable(edit, layout)
-    else:
-        reason = None if dtype in ALLOWED else f"whether that is exact in this architecture cannot be told in {dtype}"
+    reason = why_not_foldable(edit, layout)
+    if layout is None and dtype not in ALLOWED:
+        reason = reason or f"whether that is exact in this architecture cannot be told in {dtype}"
     chosen: list[torch.nn.Parameter] = []
     for part in edit.parts if reason is None else ():
         if isinstance(part, ProjectionEdit):
@@ -111,7 +122,7 @@ def _write(model: LensModel, edit: Edit) -> None:
         else:
             part.install(model)
     off = float((_logits(model) - wanted).abs().max() / wanted.std())
-    if not off <= ALLOWED.get(next(iter(model.parameters())).dtype, ALLOWED_COARSE):
+    if not off <= ALLOWED.get(dtype_of(model), ALLOWED_COARSE):
         raise ValueError(
             f"written into the weights of this model, the edit gives logits that differ by {off:.2g} of their spread: something stands "
             "between the matrix and the hook, or the embeddings are tied; keep the edit as hooks"
@@ -127,22 +138,13 @@ def _project(writers: list[tuple[torch.nn.Parameter, int]], subspace: Subspace) 
 
 
 def _writers(model: LensModel, hook: str) -> list[tuple[torch.nn.Parameter, int]]:
-    """The tensors whose sum of outputs is what the hook sees, each with its axis of the stream.
-
-    Raises:
-        ValueError: at this hook the stream is no single matrix's output.
-    """
+    """The tensors whose sum of outputs is what the hook sees, each with its axis of the stream; for hooks that
+    `why_not_foldable` lets pass."""
     layer, site = layer_of(hook), site_of(hook)
     if site == "resid_pre" and layer == 0:
         embeddings = [getattr(model, name, None) for name in ("embed", "pos_embed")]
         return [(p, -1) for component in embeddings if component is not None for p in component.parameters()]
-    names = {"mlp_out": ("mlp", "out", "W_out", "b_out"), "attn_out": ("attn", "o", "W_O", "b_O")}
-    if site not in names:
-        raise ValueError(
-            f"a projection at {hook} cannot be written into weights: the stream there is a sum of many layers' outputs. Possible are "
-            "mlp_out, attn_out, and resid_pre of layer 0; keep this one as a hook"
-        )
-    part, output, matrix, bias = names[site]
+    part, output, matrix, bias = OUTPUTS[site]
     component: Any = getattr(model.blocks[layer], part)
     if not is_bridge(model):
         return [(getattr(component, matrix), -1), (getattr(component, bias), -1)]
@@ -155,6 +157,6 @@ def _logits(model: LensModel) -> Float[Tensor, "batch seq d_vocab"]:
     """Of random tokens, in float32."""
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(int(model.W_E.shape[0]), PROBE, generator=generator)
-    tokens = tokens.to(next(iter(model.parameters())).device)
+    tokens = tokens.to(device_of(model))
     with frozen(model), torch.no_grad():
         return logits_of(model, tokens, torch.ones_like(tokens, dtype=torch.bool)).float()

@@ -8,7 +8,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from mrp_lens.edit.base import Edit, Undo, check_width
-from mrp_lens.model import LensModel
+from mrp_lens.model import LensModel, device_of
 from mrp_lens.stream import HookFunction, add_hooks, check_hook_names, layer_of, remove_hooks
 from mrp_lens.subspace import Subspace
 
@@ -153,7 +153,7 @@ class ProjectionEdit(Edit):
                 "another projection is on at one of these hooks; two projections after one another do not remove both subspaces. "
                 "Join them: (edit_a + edit_b).applied(model)"
             )
-        device = next(iter(model.parameters())).device
+        device = device_of(model)
         handles = add_hooks(
             model, [(name, projection_hook(subspace.to(device))) for name, subspace in self._joined.items()]
         )

@@ -9,7 +9,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from mrp_lens.edit.base import Edit, Undo, check_width
-from mrp_lens.model import LensModel
+from mrp_lens.model import LensModel, device_of
 from mrp_lens.stream import add_hooks, check_hook_names, hook_name, layer_of, remove_hooks
 from mrp_lens.subspace import unit
 
@@ -92,7 +92,7 @@ class SteeringEdit(Edit):
         check_hook_names(model, [self.hook])
         check_width(model, len(self.direction), "the direction")
         self._check_model(model, check)
-        device = next(iter(model.parameters())).device
+        device = device_of(model)
         target = self.coefficient * self.direction.to(device)
         generator = torch.Generator().manual_seed(self.seed)
 

@@ -55,7 +55,10 @@ class WeightEdit(Edit):
 
     @override
     def install(self, model: LensModel, *, check: bool = True) -> Undo:
-        known = weights_by_name(model)
+        return self.write_into(weights_by_name(model), check=check)
+
+    def write_into(self, known: Mapping[str, EditableWeight], *, check: bool) -> Undo:
+        """`install`, given the matrices of a model by their names in the checkpoint."""
         for name, tensor in self.tensors.items():
             if name not in known:
                 raise ValueError(

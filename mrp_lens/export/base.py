@@ -1,12 +1,11 @@
 """The checkpoint that a model was loaded from, and whether it is still that model."""
 
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from mrp_lens.export.checkpoint import Checkpoint
-from mrp_lens.model import LensModel, is_bridge, load_model, why_not_exportable
+from mrp_lens.model import LensModel, device_of, dtype_of, hf_state, load_model, why_not_exportable
 from mrp_lens.model.layout import LAYOUTS
 from mrp_lens.model.source import find_folder
 
@@ -69,29 +68,20 @@ def check_base(model: LensModel, base: Checkpoint) -> None:
     Raises:
         ValueError: names the tensor.
     """
-    dtype = next(iter(model.parameters())).dtype
-    if not is_bridge(model):
-        other = load_model(base.folder, backend="hooked", dtype=dtype, device=next(iter(model.parameters())).device)
+    dtype = dtype_of(model)
+    state = hf_state(model)
+    if state is None:
+        other = load_model(base.folder, backend="hooked", dtype=dtype, device=device_of(model))
         theirs = dict(other.named_parameters())
         different = [name for name, values in model.named_parameters() if not torch.equal(values, theirs[name])]
     else:
-        loaded = _loaded(model, base)
-        different = [
-            name for name, values in loaded.items() if not torch.equal(values.cpu(), base.read(name).to(dtype))
-        ]
+        head = f"{base.layout.head}.weight"  # transformers 5 calls every unembedding lm_head
+        names = {name: "lm_head.weight" if name == head else name for name in base.files}
+        # What the model does not hold are masks and frequencies in old files.
+        shared = {name: state[own] for name, own in names.items() if own in state}
+        different = [name for name, held in shared.items() if not torch.equal(held.cpu(), base.read(name).to(dtype))]
     if different:
         raise ValueError(
             f"{base.folder} is not the checkpoint of this model: {different[0]} differs. Give base=FOLDER of the checkpoint that the model "
             "was loaded from; one that was changed in memory has to be saved first (save_pretrained)"
         )
-
-
-def _loaded(model: Any, base: Checkpoint) -> dict[str, torch.Tensor]:
-    """The Bridge's values of the checkpoint's tensors, under the checkpoint's names; what it does not hold (masks and
-    frequencies in old files) is left out."""
-    state = {
-        name.replace("._original_component", ""): values for name, values in model.original_model.state_dict().items()
-    }
-    head = f"{base.layout.head}.weight"  # transformers 5 calls every unembedding lm_head
-    names = {name: "lm_head.weight" if name == head else name for name in base.files}
-    return {name: state[own] for name, own in names.items() if own in state}

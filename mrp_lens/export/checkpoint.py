@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,7 @@ class Checkpoint:
         }
         return cls(folder, config, layout, files)
 
-    @property
+    @cached_property
     def dtype(self) -> torch.dtype:
         """Of its embedding."""
         return self.read(f"{self.layout.embeddings[0]}.weight").dtype

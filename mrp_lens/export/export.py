@@ -22,7 +22,7 @@ from mrp_lens.export.hub import push_to_hub
 from mrp_lens.export.module import module_tensors, write_module
 from mrp_lens.export.proof import TEXTS, Proof, prove
 from mrp_lens.files import check_free, whole_folder, write_json, write_text
-from mrp_lens.model import LensModel
+from mrp_lens.model import LensModel, dtype_of
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -139,7 +139,7 @@ def export_hf(
         if verify:
             with tqdm(total=1, desc="reloading in a fresh process", disable=not progress) as bar:
                 compared = _texts(texts)
-                lower = _lower(stored, next(iter(model.parameters())).dtype)
+                lower = _lower(stored, dtype_of(model))
                 proof = prove(
                     model, edit, folder=folder, base=checkpoint.folder, form=kind, texts=compared, dtype=lower
                 )
@@ -159,12 +159,11 @@ def export_hf(
 
 def _changes(kind: str, model: LensModel, edit: Edit, base: Checkpoint) -> Changes:
     """What is different in the checkpoint."""
-    loaded_in = next(iter(model.parameters())).dtype
     if kind == "adapter":
         return Changes()
     if kind == "folded":
-        return folded_into(edit, base, loaded_in)
-    return replace(new_matrices(edit, base, loaded_in), added=module_tensors(edit, base))
+        return folded_into(edit, base, dtype_of(model))
+    return replace(new_matrices(edit, base, dtype_of(model)), added=module_tensors(edit, base))
 
 
 def _write_model(

@@ -36,11 +36,7 @@ def why_not_module(edit: Edit) -> str | None:
     """Why an edit needs, or has, no hooks in a forward pass; None if it does."""
     if all(isinstance(part, WeightEdit) for part in edit.parts):
         return "this edit is weights and nothing else: a plain checkpoint holds it (form='folded')"
-    try:
-        changes_of(edit)
-    except ValueError as error:
-        return str(error)
-    return None
+    return why_not_adapter(edit)
 
 
 def why_not_adapter(edit: Edit) -> str | None:

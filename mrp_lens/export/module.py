@@ -1,6 +1,5 @@
 """A model folder with code of its own: the projections inside the forward pass, and no way to load it without them."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -140,9 +139,7 @@ def settings_of(edit: Edit, base: Checkpoint) -> dict[str, Any]:
     changes: list[dict[str, Any]] = []
     for (layer, site), steps in changes_of(edit).items():
         changes.append({"layer": layer, "site": site, "steps": [_settings_of_step(step) for step in steps]})
-    return json.loads(
-        json.dumps({"blocks": base.layout.blocks, "modules": dict(base.layout.modules), "changes": changes})
-    )
+    return {"blocks": base.layout.blocks, "modules": dict(base.layout.modules), "changes": changes}
 
 
 def _settings_of_step(step: nn.Module) -> dict[str, Any]:

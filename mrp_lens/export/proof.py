@@ -20,7 +20,7 @@ from mrp_lens.batching import Encoder, TokenBatch
 from mrp_lens.corpus import Corpus
 from mrp_lens.edit import Edit, edit_on
 from mrp_lens.export import reload
-from mrp_lens.model import LensModel, logits_of
+from mrp_lens.model import LensModel, device_of, logits_of
 from mrp_lens.stream import frozen
 
 ALLOWED = 1e-4  # largest difference of a log-probability, in float32
@@ -142,7 +142,7 @@ def prove(
         unedited = _log_probabilities(model, batch)
         with edit_on(model, edit):
             edited = _log_probabilities(model, batch)
-    adapter, device = form == "adapter", next(iter(model.parameters())).device
+    adapter, device = form == "adapter", device_of(model)
     plain = {"folder": str(base), "trust_remote_code": False, "edit": None, "tokenizer": not adapter}
     found = _in_fresh_process(
         {

@@ -6,13 +6,12 @@ from types import TracebackType
 from typing import Any
 from weakref import WeakKeyDictionary
 
-import torch
 from torch import nn
 
 from mrp_lens.edit import Edit, ProjectionEdit, SteeringEdit, WeightEdit, load_edit
 from mrp_lens.hf import modeling
+from mrp_lens.model import check_same_model, hf_weights
 from mrp_lens.model.layout import Layout, layout_of
-from mrp_lens.model.weights import check_same_model, same_tensor
 from mrp_lens.stream import layer_of, site_of
 
 Place = tuple[int, str]
@@ -24,7 +23,7 @@ _projected: WeakKeyDictionary[nn.Module, set[Place]] = WeakKeyDictionary()
 class Attached:
     """An edit that is on. Also a context manager, which takes it off at the end of the block."""
 
-    def __init__(self, undos: list[Callable[[], None]]) -> None:
+    def __init__(self, undos: list[Callable[[], object]]) -> None:
         self._undos = undos
 
     def detach(self) -> None:
@@ -82,7 +81,7 @@ def attach(hf_model: Any, edit: Edit | str | Path, *, check: bool = True) -> Att
             "parts of this model are offloaded (on the meta device) and cannot be read or written; load it whole"
         )
     chosen = edit if isinstance(edit, Edit) else load_edit(edit)
-    undos: list[Callable[[], None]] = []
+    undos: list[Callable[[], object]] = []
     try:
         for part in chosen.parts:
             if check and "model" in part.provenance:
@@ -92,7 +91,7 @@ def attach(hf_model: Any, edit: Edit | str | Path, *, check: bool = True) -> Att
         undos += _reserve(hf_model, changes)
         for part in chosen.parts:
             if isinstance(part, WeightEdit):
-                undos.append(_write(hf_model, part, check=check))
+                undos.append(part.write_into(hf_weights(hf_model), check=check))
         for handle in _hook(hf_model, layout, changes):
             undos.append(handle.remove)
     except BaseException:
@@ -146,7 +145,7 @@ def _check_places(hf_model: Any, changes: Mapping[Place, list[nn.Module]]) -> No
             )
 
 
-def _reserve(hf_model: nn.Module, changes: Mapping[Place, list[nn.Module]]) -> list[Callable[[], None]]:
+def _reserve(hf_model: nn.Module, changes: Mapping[Place, list[nn.Module]]) -> list[Callable[[], object]]:
     """Note where projections are; refuse a second one at the same place."""
     mine = {place for place, steps in changes.items() if any(isinstance(s, modeling.Projection) for s in steps)}
     taken = _projected.setdefault(hf_model, set())
@@ -163,27 +162,3 @@ def _hook(hf_model: nn.Module, layout: Layout, changes: Mapping[Place, list[nn.M
     device = next(hf_model.parameters()).device
     steps = {place: nn.Sequential(*steps).to(device) for place, steps in changes.items()}
     return modeling.install(hf_model, layout.blocks, layout.modules, steps)
-
-
-def _write(hf_model: nn.Module, edit: WeightEdit, *, check: bool) -> Callable[[], None]:
-    """Write new matrices; returns what brings the old ones back. Nothing is written if one of them does not fit."""
-    known = dict(hf_model.named_parameters())
-    for name, tensor in edit.tensors.items():
-        if name not in known or known[name].shape != tensor.shape:
-            raise ValueError(
-                f"this model has no matrix {name!r} of shape {list(tensor.shape)}: the edit was made for another model"
-            )
-        if check and not same_tensor(known[name].detach(), edit.replaces[name]):
-            raise ValueError(
-                f"{name} is not the matrix that this edit replaces: the model is another one, or carries an edit already. "
-                "Load the model it was made for, or pass check=False"
-            )
-    before = {name: known[name].detach().clone() for name in edit.tensors}
-
-    def put(tensors: Mapping[str, torch.Tensor]) -> None:
-        with torch.no_grad():
-            for name, tensor in tensors.items():
-                known[name].copy_(tensor)
-
-    put(edit.tensors)
-    return lambda: put(before)

@@ -143,6 +143,14 @@ def parts_of(batch: TokenBatch, micro_batch: int | None) -> Iterator[TokenBatch]
         )
 
 
+def request_provenance(request: str, record: Mapping[str, Any]) -> dict[str, Any]:
+    """The provenance of a ProjectionEdit with one request, from its `provenance`: the model is that of all requests."""
+    return {
+        "model": record["model"],
+        "requests": {request: {key: value for key, value in record.items() if key != "model"}},
+    }
+
+
 def provenance(
     model: LensModel, method: str, settings: Mapping[str, Any], data: Data, *, seed: int, steps_done: int
 ) -> dict[str, Any]:

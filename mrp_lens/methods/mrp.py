@@ -23,6 +23,7 @@ from mrp_lens.methods.base import (
     parts_of,
     prepare,
     provenance,
+    request_provenance,
 )
 from mrp_lens.methods.objectives import ForgetLoss, RetainLoss, kl, log_odds, openness
 from mrp_lens.methods.start import Rows, Start, orthonormal, start_rows, without
@@ -123,7 +124,7 @@ class MRP:
                 )
         settings = asdict(resolved)
         record = provenance(model, self.name, settings, data, seed=seed, steps_done=len(run.log))
-        edit: Edit = learned.edit(label, {"model": record.pop("model"), "requests": {label: record}})
+        edit: Edit = learned.edit(label, request_provenance(label, record))
         return Fit(edit if after is None else after + edit, run.log, settings, run.interrupted)
 
     def start(

@@ -13,7 +13,7 @@ from typing_extensions import override
 from mrp_lens.checks import generator_for, given, one_of, positive
 from mrp_lens.corpus import Corpus
 from mrp_lens.edit import Edit, ProjectionEdit
-from mrp_lens.methods.base import Fit, Forget, fitting, prepare, provenance
+from mrp_lens.methods.base import Fit, Forget, fitting, prepare, provenance, request_provenance
 from mrp_lens.methods.start import states_at
 from mrp_lens.methods.tuning import Tuning, Unit
 from mrp_lens.model import LensModel, check_layers
@@ -148,8 +148,6 @@ class DirectionAblation:
         settings = asdict(replace(self, layers=layers))
         label = given(request, "+".join(data.names))
         record = provenance(model, self.name, settings, data, seed=seed, steps_done=0)
-        edit: Edit = ProjectionEdit(
-            subspaces, request=label, provenance={"model": record.pop("model"), "requests": {label: record}}
-        )
+        edit: Edit = ProjectionEdit(subspaces, request=label, provenance=request_provenance(label, record))
         log = pd.DataFrame([{"step": 0, "loss": float("nan"), "seconds": time.perf_counter() - started}])
         return Fit(edit if after is None else after + edit, log, settings)

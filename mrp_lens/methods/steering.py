@@ -1,6 +1,6 @@
 """What RMU and Adaptive RMU share: hyperparameters, the fit, and the loss on hidden states."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import cycle
 from typing import Literal, Self
@@ -139,11 +139,10 @@ class Steering:
 
     def _measured(self, model: LensModel, data: Data, matrices: list[Tensor]) -> Self:
         """Hyperparameters that depend on the size of weights and states filled in."""
-        size = torch.stack([matrix.float().square().mean().sqrt() for matrix in matrices]).mean()
         norm = mean_norm(model, data, layer=given(self.layer, 0), hook=hook_name(given(self.layer, 0), self.site))
         placed = self._scaled(norm)
         alpha = given(self.alpha, ALPHA_SHARE * placed._share(norm) ** 2)
-        return replace(placed, alpha=alpha, lr=given(self.lr, LR_SHARE * float(size)))
+        return replace(placed, alpha=alpha, lr=given(self.lr, LR_SHARE * entry_size(matrices)))
 
     def _scaled(self, norm: float) -> Self:
         """The coefficient filled in, given the mean norm of the forget states."""
@@ -253,6 +252,11 @@ def up_to(layer: int) -> range:
 def default_trained_layers(model: LensModel) -> range:
     """The layers whose matrices learn unless told otherwise."""
     return up_to(default_layer(model))
+
+
+def entry_size(matrices: Iterable[Tensor]) -> float:
+    """Root mean square of a matrix's entries, on average over the matrices."""
+    return float(torch.stack([matrix.float().square().mean().sqrt() for matrix in matrices]).mean())
 
 
 def mean_norm(model: LensModel, data: Data, *, layer: int, hook: str) -> float:

@@ -14,7 +14,7 @@ from mrp_lens.corpus import Corpus
 from mrp_lens.edit import Edit, WeightEdit
 from mrp_lens.masters import MasterAdamW, trainable
 from mrp_lens.methods.base import Data, Fit, Forget, fitting, parts_of, prepare, provenance
-from mrp_lens.methods.steering import default_trained_layers
+from mrp_lens.methods.steering import default_trained_layers, entry_size
 from mrp_lens.model import LensModel, check_layers, mlp_out_weight, restored, tensor_digests
 from mrp_lens.predictions import cross_entropy, predictions
 from mrp_lens.training import linear_decay, train
@@ -78,11 +78,11 @@ class Tuning:
         weights = [mlp_out_weight(model, layer) for layer in layers]
         with fitting(model, after), restored(weight.parameter for weight in weights):
             original = {weight.name: weight.read() for weight in weights}
-            size = float(torch.stack([matrix.float().square().mean().sqrt() for matrix in original.values()]).mean())
-            resolved = replace(self, layers=layers, lr=given(self.lr, self.lr_share * size))
+            lr = given(self.lr, self.lr_share * entry_size(original.values()))
+            resolved = replace(self, layers=layers, lr=lr)
             losses = _Losses(resolved, model, data, generator)
             masters = [trainable(weight.parameter) for weight in weights]
-            optimizer = MasterAdamW(masters, given(resolved.lr, 0.0))
+            optimizer = MasterAdamW(masters, lr)
             run = train(
                 losses, optimizer, steps=self.steps, description=self.name, schedule=linear_decay, progress=progress
             )
@@ -125,7 +125,7 @@ class _Losses:
     def __init__(self, settings: Tuning, model: LensModel, data: Data, generator: torch.Generator) -> None:
         self.settings, self.model, self.data = settings, model, data
         forget = data.all_forget
-        self.reference = dict(zip(map(id, forget), self._log_probabilities(forget), strict=True))
+        self.reference = dict(zip(forget, self._log_probabilities(forget), strict=True))
         self.forget = endless(forget, settings.batch_size, generator)
         self.retain = endless(data.retain, settings.batch_size, generator)
 
@@ -134,7 +134,7 @@ class _Losses:
         lost, kept = next(self.forget), next(self.retain) if settings.retain_weight > 0.0 else []
         batch = encoder.collate([*lost, *kept])  # one pass for both sides
         is_lost = (torch.arange(len(batch)) < len(lost)).to(encoder.device)
-        reference = torch.tensor([self.reference[id(row)] for row in lost] + [0.0] * len(kept), device=encoder.device)
+        reference = torch.tensor([self.reference[row] for row in lost] + [0.0] * len(kept), device=encoder.device)
         size = settings.micro_batch or len(batch)
         units = len(lost) if settings.unit == "document" else int(batch.loss_mask[is_lost].sum())
         kept_tokens = int(batch.loss_mask[~is_lost].sum())

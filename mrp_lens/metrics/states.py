@@ -10,7 +10,7 @@ from tqdm.auto import tqdm
 
 from mrp_lens.batching import Encoder, PaddingSide, TokenBatch, in_order
 from mrp_lens.corpus import Corpus
-from mrp_lens.model import LensModel, check_layers
+from mrp_lens.model import LensModel, check_layers, device_of
 from mrp_lens.stream import captured, check_hook_names, frozen, hook_name, layer_of, run_segment
 from mrp_lens.subspace import unit
 
@@ -74,7 +74,7 @@ def direction_for(model: LensModel, direction: Float[Tensor, " _width"]) -> Floa
     vector = unit(direction)
     if len(vector) != model.cfg.d_model:
         raise ValueError(f"the direction has {len(vector)} entries, the model's stream {model.cfg.d_model}")
-    return vector.to(next(iter(model.parameters())).device)
+    return vector.to(device_of(model))
 
 
 def read_batches(

@@ -66,6 +66,16 @@ def architecture_of(model: LensModel) -> str:
     return str(model.cfg.architecture if is_bridge(model) else model.cfg.original_architecture)
 
 
+def device_of(model: LensModel) -> torch.device:
+    """Where its first tensor lies."""
+    return next(iter(model.parameters())).device
+
+
+def dtype_of(model: LensModel) -> torch.dtype:
+    """The precision of its first tensor."""
+    return next(iter(model.parameters())).dtype
+
+
 def available_backends() -> tuple[str, ...]:
     """("hooked", "bridge"), or ("bridge",) where TransformerLens no longer has HookedTransformer (from 4.0 on)."""
     try:

@@ -21,7 +21,7 @@ class EditableWeight:
     """One matrix of the checkpoint inside a loaded model.
 
     `name` and `read`/`write` follow the checkpoint (Hugging Face's name and layout), `key` is the parameter's name
-    inside its block; so the same edit fits either class.
+    inside its block; so the same edit fits either class. `layer` is -1 where nobody asked for it.
     """
 
     name: str
@@ -65,13 +65,33 @@ def mlp_out_weight(model: LensModel, layer: int) -> EditableWeight:
             )
         key = next(key for key, value in block.named_parameters() if value is parameter)
         full = next(key for key, value in model.named_parameters() if value is parameter)
-        return EditableWeight(full.replace("._original_component", ""), layer, key, parameter, transposed=False)
+        return EditableWeight(_hf_name(full), layer, key, parameter, transposed=False)
     if getattr(block.mlp, "W_out", None) is None or block.mlp.W_out.ndim != 2:
         raise ValueError(f"layer {layer} has no single MLP output matrix; load the model with backend='bridge'")
     layout = LAYOUTS.get(architecture_of(model))
     name = f"blocks.{layer}.mlp.W_out" if layout is None else f"{layout.matrix(layer, 'mlp_out')}.weight"
     # TransformerLens has [d_mlp, d_model]
     return EditableWeight(name, layer, "mlp.W_out", block.mlp.W_out, layout is not None and layout.transposed)
+
+
+def hf_state(model: Any) -> dict[str, Tensor] | None:
+    """The Bridge's tensors under Hugging Face's names; None for a HookedTransformer, which keeps other shapes."""
+    if not is_bridge(model):
+        return None
+    return {_hf_name(name): values for name, values in model.original_model.state_dict().items()}
+
+
+def _hf_name(name: str) -> str:
+    """Of a tensor of the Bridge, which wraps Hugging Face's modules."""
+    return name.replace("._original_component", "")
+
+
+def hf_weights(hf_model: Any) -> dict[str, EditableWeight]:
+    """`weights_by_name` of a plain Hugging Face model: all of its tensors."""
+    return {
+        name: EditableWeight(name, -1, name, parameter, transposed=False)
+        for name, parameter in hf_model.named_parameters()
+    }
 
 
 def weights_by_name(model: LensModel) -> dict[str, EditableWeight]:

@@ -162,7 +162,7 @@ def test_data_that_cannot_show_anything_are_refused(model: LensModel, untouched:
 def test_an_edit_of_another_model_is_refused(tmp_path: Path, model: LensModel) -> None:
     foreign = weight_edit(load_model(save_family("gpt2", tmp_path), backend="bridge"), 1)
     before = state_of(model)
-    with pytest.raises(ValueError, match="no editable matrix"):
+    with pytest.raises(ValueError, match=r"no tensor .* can be edited"):
         run(model, foreign)
     assert_same_state(before, state_of(model))
 

@@ -16,6 +16,7 @@ from mrp_lens.corpus import Corpus
 from mrp_lens.edit import ProjectionEdit, WeightEdit
 from mrp_lens.methods import METHODS, NPO, RIVALS, RMU, DirectionAblation, GradientAscent, GradientDifference, NoisyRMU
 from mrp_lens.model import LensModel, available_backends, load_model, logits_of
+from mrp_lens.report.page import edits_in
 from mrp_lens.stream import captured, hook_name
 from tests.edits import logits
 
@@ -174,6 +175,25 @@ def test_direction_ablation_removes_the_difference_of_means(model: LensModel, te
 def test_bad_input_is_refused(method: Any, match: str, model: LensModel, texts: Texts, untouched: None) -> None:
     with pytest.raises(ValueError, match=match):
         method.fit(model, *texts, **FIT)
+
+
+@pytest.mark.parametrize(
+    ("method", "words"),
+    [
+        (NPO(layers=[1, 2], **TUNED), "npo: MLP output matrices of layers 1 and 2 trained on what the model predicts; 4 steps"),
+        (GradientAscent(layers=[0], **TUNED), "gradient-ascent: MLP output matrices of layers 0 trained on what the model"),
+        (DirectionAblation(layers=[1]), "direction-ablation (request forget): one direction removed from the residual stream at layers 1;"),
+        (NoisyRMU(layer=1, **TUNED), "rmu-noise: MLP output matrices of layers 0 and 1 trained to steer forget states of layer 1"),
+    ],
+)  # fmt: skip
+def test_the_page_of_a_run_says_what_each_rival_did(
+    model: LensModel, texts: Texts, method: Any, words: str, tmp_path: Path
+) -> None:
+    method.fit(model, *texts, **FIT).edit.save_pretrained(tmp_path / "edit")
+    (tmp_path / "again").mkdir()
+    (tmp_path / "again" / "edit_config.json").write_text((tmp_path / "edit" / "edit_config.json").read_text())
+    (told,) = edits_in(tmp_path)
+    assert told.sentence.startswith(words)
 
 
 def test_every_rival_has_a_name_of_its_own() -> None:

@@ -93,6 +93,13 @@ def unlearn(
     ] = None,
     alpha: Annotated[float | None, typer.Option(help="`rmu` and the like: weight of what must stay.")] = None,
     retain_weight: Annotated[float | None, typer.Option(help="Other methods: weight of what must stay.")] = None,
+    distillation: Annotated[
+        bool,
+        typer.Option(
+            "--distillation",
+            help="`mrp`: reset the layers that look facts up and teach them again, so that retraining finds less (Bridge, slow).",
+        ),
+    ] = False,
     lr: Annotated[
         float | None, typer.Option(help="Learning rate. Default: from the size of the trained entries.")
     ] = None,
@@ -154,6 +161,7 @@ def unlearn(
         "beta": beta,
         "alpha": alpha,
         "retain_weight": retain_weight,
+        "distillation": distillation or None,
         "lr": lr,
         "steps": steps,
         "batch_size": batch_size,

@@ -13,7 +13,7 @@ from mrp_lens.cli.show import Column, console, percent, show_examples, show_tabl
 from mrp_lens.files import check_free
 from mrp_lens.generation import continuations
 from mrp_lens.looks import looks
-from mrp_lens.methods import METHODS, RIVALS, Fit
+from mrp_lens.methods import METHODS, RIVALS, Distillation, Fit
 from mrp_lens.model import LensModel, load_model
 from mrp_lens.runs import Run
 
@@ -109,6 +109,8 @@ def make_method(method: str, layers: str | None, hyperparameters: Mapping[str, A
     if foreign:
         raise ValueError(f"{method} has no --{foreign[0].replace('_', '-')}; it has {', '.join(sorted(known))}")
     options = dict(hyperparameters)
+    if options.pop("distillation", False):
+        options["distillation"] = Distillation()
     if chosen is not None and "layers" in known:
         options["layers"] = list(chosen)
     elif chosen is not None:

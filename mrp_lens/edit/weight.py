@@ -62,7 +62,8 @@ class WeightEdit(Edit):
         for name, tensor in self.tensors.items():
             if name not in known:
                 raise ValueError(
-                    f"this model has no editable matrix {name!r}; it has {', '.join(list(known)[:3])}, ..."
+                    f"this model has no tensor {name!r} that can be edited; it has {', '.join(list(known)[:3])}, ... "
+                    "A HookedTransformer has the MLP output matrices only; load the checkpoint with backend='bridge'"
                 )
             current = known[name].read()
             if current.shape != tensor.shape:

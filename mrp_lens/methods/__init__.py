@@ -3,6 +3,7 @@
 from typing import Any
 
 from mrp_lens.methods.base import Fit
+from mrp_lens.methods.distillation import Distillation
 from mrp_lens.methods.mrp import MRP
 from mrp_lens.methods.rivals import NPO, DirectionAblation, GradientAscent, GradientDifference
 from mrp_lens.methods.rmu import RMU, AdaptiveRMU, NoisyRMU
@@ -23,6 +24,7 @@ __all__ = [
     "RMU",
     "AdaptiveRMU",
     "DirectionAblation",
+    "Distillation",
     "Fit",
     "GradientAscent",
     "GradientDifference",

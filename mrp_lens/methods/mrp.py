@@ -1,19 +1,18 @@
 """MRP (arXiv 2508.15449): subspaces of the residual stream are removed at chosen layers, and learn which to remove."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
 
+import pandas as pd
 import torch
-from einops import rearrange
 from torch import Tensor
 
 from mrp_lens.batching import endless
 from mrp_lens.checks import generator_for, given, one_of, positive
 from mrp_lens.corpus import Corpus
-from mrp_lens.edit import Edit, ProjectionEdit
+from mrp_lens.edit import Edit
 from mrp_lens.edit.stack import besides_projections, projection_in
 from mrp_lens.methods.base import (
     Data,
@@ -25,12 +24,13 @@ from mrp_lens.methods.base import (
     provenance,
     request_provenance,
 )
+from mrp_lens.methods.distillation import Distillation
 from mrp_lens.methods.objectives import ForgetLoss, RetainLoss, kl, log_odds, openness
-from mrp_lens.methods.start import Rows, Start, orthonormal, start_rows, without
+from mrp_lens.methods.rows import LearnedRows
+from mrp_lens.methods.start import Start, start_rows
 from mrp_lens.model import LensModel, check_layers, describe
 from mrp_lens.predictions import cross_entropy, predictions
-from mrp_lens.stream import HookFunction, Site, hook_name, hooked
-from mrp_lens.subspace import Subspace
+from mrp_lens.stream import Site, hook_name, hooked
 from mrp_lens.training import linear_decay, train
 
 FORGET_BOUND = {"odds": 1.0, "bounded": 5.0, "ascent": math.inf}  # nats
@@ -61,6 +61,9 @@ class MRP:
         batch_size: documents an update on each side.
         micro_batch: documents a pass, if a batch does not fit into memory.
         max_length: tokens at which documents are cut. None: 512, or the context if that is shorter.
+        distillation: reset the layers that look facts up and teach them again without what the projection removes, so
+            that retraining finds less of it (see `Distillation`; Bridge only, and many times the time). The edit then
+            holds the projection and new matrices, and forgets with its hooks stripped too.
 
     Example:
         >>> fit = MRP(layers=[3, 5], rank=4).fit(model, forget, retain, seed=0)  # doctest: +SKIP
@@ -80,6 +83,7 @@ class MRP:
     batch_size: int = 32
     micro_batch: int | None = None
     max_length: int | None = None
+    distillation: Distillation | None = None
 
     name = "mrp"
 
@@ -124,8 +128,24 @@ class MRP:
                 )
         settings = asdict(resolved)
         record = provenance(model, self.name, settings, data, seed=seed, steps_done=len(run.log))
-        edit: Edit = learned.edit(label, request_provenance(label, record))
-        return Fit(edit if after is None else after + edit, run.log, settings, run.interrupted)
+        projection = learned.edit(label, request_provenance(label, record))
+        edit: Edit = projection if after is None else after + projection
+        if resolved.distillation is None or run.interrupted:
+            return Fit(edit, run.log, settings, run.interrupted)
+        earlier, begun = projection_in(after), time.perf_counter()
+        with fitting(model, besides_projections(after)):
+            matrices, taught = resolved.distillation.fit(
+                model,
+                projection if earlier is None else earlier.join(projection),
+                data.retain,
+                generator=generator,
+                progress=progress,
+            )
+        matrices.provenance = provenance(
+            model, "distillation", settings["distillation"], data, seed=seed, steps_done=len(taught.log)
+        )
+        log = joined_logs(run.log, taught.log, seconds=time.perf_counter() - begun)
+        return Fit(edit + matrices, log, settings, taught.interrupted)
 
     def start(
         self,
@@ -175,9 +195,19 @@ class MRP:
         earlier = projection_in(after)
         if earlier is not None and label in earlier.requests:
             raise ValueError(f"the earlier edit has a request {label!r} already; name this one with request=...")
-        return replace(self, layers=layers, rank=rank, lr=given(self.lr, 0.2 / math.sqrt(width))), data, label
+        return (
+            replace(
+                self,
+                layers=layers,
+                rank=rank,
+                lr=given(self.lr, 0.2 / math.sqrt(width)),
+                distillation=self.distillation and self.distillation.resolved(model),
+            ),
+            data,
+            label,
+        )
 
-    def _start(self, model: LensModel, data: Data, after: Edit | None, generator: torch.Generator) -> "_Learned":
+    def _start(self, model: LensModel, data: Data, after: Edit | None, generator: torch.Generator) -> "LearnedRows":
         hooks = [hook_name(layer, self.site) for layer in given(self.layers, ())]
         earlier = projection_in(after)
         removed = earlier.subspaces() if earlier is not None else {}
@@ -194,10 +224,10 @@ class MRP:
             retain_energy=self.retain_energy,
             generator=generator,
         )
-        return _Learned({hook: rows.requires_grad_() for hook, rows in starts.items()}, taken)
+        return LearnedRows({hook: rows.requires_grad_() for hook, rows in starts.items()}, taken)
 
     def _losses(
-        self, model: LensModel, data: Data, learned: "_Learned", generator: torch.Generator
+        self, model: LensModel, data: Data, learned: "LearnedRows", generator: torch.Generator
     ) -> Callable[[int], Iterator[dict[str, Tensor]]]:
         forget_batches = endless(data.all_forget, self.batch_size, generator)
         retain_batches = endless(data.retain, self.batch_size, generator)
@@ -239,49 +269,13 @@ class MRP:
         return step_losses
 
 
-@dataclass
-class _Learned:
-    """The rows under training: W at each hook, with the earlier requests' rows that they stay orthogonal to."""
-
-    rows: dict[str, Rows]
-    taken: Mapping[str, Rows]
-    on: bool = True
-    alone: bool = False
-
-    def hooks(self) -> list[tuple[str, HookFunction]]:
-        """Hook functions that remove the earlier requests' rows and what W spans, in float32."""
-        return [(hook, self._hook(hook)) for hook in dict.fromkeys([*self.rows, *self.taken])]
-
-    def _hook(self, name: str) -> HookFunction:
-        def project(activation: Tensor, hook: Any) -> Tensor:
-            if not self.on:
-                return activation
-            left = rearrange(activation.float(), "batch seq d -> (batch seq) d")
-            taken = self.taken.get(name)
-            if not self.alone:
-                left = without(left, taken)
-            if name in self.rows:
-                left = without(left, orthonormal(self.rows[name], taken))
-            return left.view_as(activation).type_as(activation)
-
-        return project
-
-    @contextmanager
-    def off(self) -> Iterator[None]:
-        """The model without any projection, so that what later requests keep is measured against it, not against what
-        earlier requests left."""
-        self.on = False
-        try:
-            yield
-        finally:
-            self.on = True
-
-    def edit(self, request: str, record: Mapping[str, Any]) -> ProjectionEdit:
-        """The rows as they are now."""
-        subspaces = {
-            hook: Subspace(orthonormal(rows.detach(), self.taken.get(hook)).cpu()) for hook, rows in self.rows.items()
-        }
-        return ProjectionEdit(subspaces, request=request, provenance=record)
+def joined_logs(projection: pd.DataFrame, distillation: pd.DataFrame, *, seconds: float) -> pd.DataFrame:
+    """One log of both, by `phase`; steps and seconds go on. The distillation took `seconds` in all, its texts included."""
+    before = projection["seconds"].iloc[-1] + seconds - distillation["seconds"].iloc[-1]
+    later = distillation.assign(
+        step=distillation["step"] + len(projection), seconds=distillation["seconds"] + before, phase="distillation"
+    )
+    return pd.concat([projection.assign(phase="projection"), later], ignore_index=True)
 
 
 def default_rank(model: LensModel) -> int:

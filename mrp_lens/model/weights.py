@@ -21,7 +21,7 @@ class EditableWeight:
     """One matrix of the checkpoint inside a loaded model.
 
     `name` and `read`/`write` follow the checkpoint (Hugging Face's name and layout), `key` is the parameter's name
-    inside its block; so the same edit fits either class. `layer` is -1 where nobody asked for it.
+    inside its block; so the same edit fits either class. `layer` is -1 outside of blocks, or where nobody asked for it.
     """
 
     name: str
@@ -95,9 +95,17 @@ def hf_weights(hf_model: Any) -> dict[str, EditableWeight]:
 
 
 def weights_by_name(model: LensModel) -> dict[str, EditableWeight]:
-    """Every matrix that a weight edit can replace, by its name in the checkpoint."""
-    weights = (mlp_out_weight(model, layer) for layer in range(model.cfg.n_layers))
-    return {weight.name: weight for weight in weights}
+    """Every tensor that a weight edit can replace, by its name in the checkpoint: on the Bridge all of them, on a
+    HookedTransformer, which keeps others in shapes of its own, the MLP output matrices."""
+    if not is_bridge(model):
+        return {weight.name: weight for weight in (mlp_out_weight(model, layer) for layer in range(model.cfg.n_layers))}
+    layers = {id(p): layer for layer, block in enumerate(model.blocks) for p in block.parameters()}
+    inside: Any = model
+    named = {_hf_name(name): parameter for name, parameter in inside.original_model.named_parameters()}
+    return {
+        name: EditableWeight(name, layers.get(id(parameter), -1), name, parameter, transposed=False)
+        for name, parameter in named.items()
+    }
 
 
 def why_not_exportable(model: LensModel) -> str | None:

@@ -18,6 +18,15 @@ from mrp_lens.runs import FRAMES
 PAGE = "report.html"
 EDIT_CONFIG = "edit_config.json"
 
+# A setting that tells a kind of fit from those below it -> what was done.
+DONE = {
+    "rank": "subspaces of rank {rank} removed from the residual stream at layers {layers}",
+    "trained_layers": "MLP output matrices of layers {trained_layers} trained to steer forget states of layer {layer} to a random direction",
+    "agreement": "matrices of layers {layers} replaced by noise and taught again what the projection leaves alone",
+    "site": "one direction removed from the residual stream at layers {layers}",
+    "layers": "MLP output matrices of layers {layers} trained on what the model predicts",
+}
+
 
 @dataclass(frozen=True)
 class Picture:
@@ -90,28 +99,26 @@ def pictures_in(folder: Path) -> Iterator[Picture]:
 
 
 def edits_in(folder: Path) -> Iterator[Fitted]:
-    """The edits that the run saved, told from their records."""
+    """The edits that the run saved, told from their records; each fit once, however many edits went on from it."""
+    told = set()
     for path in sorted(folder.glob(f"**/{EDIT_CONFIG}")):
         config = json.loads(path.read_text(encoding="utf-8"))
         parts = config["settings"]["parts"] if config["kind"] == "stack" else [config]
         for part in parts:
             records = part["provenance"].get("requests", {"": part["provenance"]})
             for request, record in records.items():
-                if "method" in record:
-                    where = str(path.parent.relative_to(folder))
-                    yield Fitted(where, sentence(record, request), record["settings"])
+                words = sentence(record, request) if "method" in record else None
+                if words is not None and words not in told:
+                    told.add(words)
+                    yield Fitted(str(path.parent.relative_to(folder)), words, record["settings"])
 
 
 def sentence(record: Mapping[str, Any], request: str) -> str:
     """What was done, from the record of a fit."""
     settings, data = record["settings"], record["data"]
-    if "layers" in settings:
-        done = f"subspaces of rank {settings['rank']} removed from the residual stream at layers {listed(settings['layers'])}"
-    else:
-        done = (
-            f"MLP output matrices of layers {listed(settings['trained_layers'])} trained to steer forget states of layer "
-            f"{settings['layer']} to a random direction"
-        )
+    done = next(words for key, words in DONE.items() if key in settings).format_map(
+        {key: listed(value) if key.endswith("layers") else value for key, value in settings.items()}
+    )
     sides = {side: sum(part["documents"] for part in data[side]) for side in ("forget", "retain")}
     about = f" (request {request})" if request else ""
     return (

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from mrp_lens.attacks import relearn
 from mrp_lens.batching import Encoder
@@ -15,6 +16,7 @@ from mrp_lens.edit import ProjectionEdit, WeightEdit, load_edit
 from mrp_lens.edit.stack import stripped
 from mrp_lens.export import export_hf
 from mrp_lens.generation import written_texts
+from mrp_lens.hf import attach
 from mrp_lens.methods import MRP
 from mrp_lens.methods import distillation as module
 from mrp_lens.methods.distillation import Distillation, noised, unexplained
@@ -78,7 +80,7 @@ def test_teaching_brings_the_reset_layers_near_to_the_model(bridge: Any, texts: 
         assert log[term].tail(5).mean() < 0.7 * log[term].head(5).mean()
 
 
-def test_the_edit_is_saved_loaded_stripped_retrained_and_exported(bridge: Any, texts: Texts, tmp_path: Path) -> None:
+def test_the_edit_is_saved_loaded_stripped_and_retrained(bridge: Any, texts: Texts, tmp_path: Path) -> None:
     edit = QUICK.fit(bridge, *texts, seed=0, progress=False).edit
     edit.save_pretrained(tmp_path / "edit")
     loaded = load_edit(tmp_path / "edit")
@@ -92,14 +94,30 @@ def test_the_edit_is_saved_loaded_stripped_retrained_and_exported(bridge: Any, t
     weights = stripped(loaded)
     assert isinstance(weights, WeightEdit)
     assert not torch.equal(logits(loaded), logits(weights))
-    assert export_hf(bridge, loaded, tmp_path / "kept").form == "module"
-    assert export_hf(bridge, weights, tmp_path / "weights").form == "folded"
     rows = [{"q": f"The colour of Q{i} is", "c": [" red", " blue"], "a": i % 2, "e": str(i)} for i in range(48)]
     quiz = Questions.from_rows(rows, prompt="{q}", choices="c", answer="a", entity="e", name="quiz")
     taught, asked = quiz.halves(by="entity")
     for form in ("kept", "stripped"):
         frame = relearn(bridge, edit, train=taught, held_out=asked, steps=1, lr=1e-3, form=form, progress=False)  # type: ignore[arg-type]
         assert list(frame["step"]) == [0, 1]
+
+
+@pytest.mark.slow
+def test_hugging_face_gets_it_as_a_module_its_matrices_as_a_checkpoint_and_either_attached(
+    bridge: Any, tiny_folder: Path, texts: Texts, tmp_path: Path
+) -> None:
+    edit = QUICK.fit(bridge, *texts, seed=0, progress=False).edit
+    weights = stripped(edit)
+    assert weights is not None
+    assert export_hf(bridge, edit, tmp_path / "kept").form == "module"  # proved in a fresh process
+    assert export_hf(bridge, weights, tmp_path / "weights").form == "folded"
+    plain = AutoModelForCausalLM.from_pretrained(tiny_folder).eval()
+    tokens = torch.randint(3, bridge.cfg.d_vocab, (2, 6), generator=torch.Generator().manual_seed(0))
+    attached = attach(plain, edit)
+    with edit.applied(bridge), torch.no_grad():
+        wanted = logits_of(bridge, tokens, torch.ones_like(tokens, dtype=torch.bool))
+        assert torch.allclose(plain(tokens).logits, wanted, atol=1e-4)
+    attached.detach()
 
 
 def test_a_second_request_goes_on_from_the_first_ones_matrices(bridge: Any, texts: Texts) -> None:

@@ -51,13 +51,13 @@ class Distillation:
 
     layers: Sequence[int] | None = None
     noise: float = 1.0
-    later_noise: float = 0.3
+    later_noise: float = 0.2
     texts: int = 15_000
     text_length: int = 64
-    agreement: float = 0.5
+    agreement: float = 1.5
     match_weight: float = 1.0
     lr: float | None = None
-    steps: int = 1000
+    steps: int = 1200
     batch_size: int = 64
 
     def resolved(self, model: LensModel) -> "Distillation":

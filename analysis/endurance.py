@@ -58,7 +58,10 @@ def rows_of_cells(cells: Sequence[Cell], unedited: Cell) -> pd.DataFrame:
             rows.setdefault((UNEDITED, cell["seed"], cell["requests"]), untouched)
         rows[cell["method"], cell["seed"], cell["requests"]] = row
     controls_first = sorted(rows.values(), key=lambda row: row["method"] != UNEDITED)
-    return pd.DataFrame(controls_first)
+    table = pd.DataFrame(controls_first)
+    return table.reindex(
+        columns=list(dict.fromkeys([*table.columns, *SHOWN.values()]))
+    )  # where every sequence broke off
 
 
 def _figures(found: Cell, order: Sequence[str], topics: Iterable[str], unedited: Cell) -> dict[str, Any]:
@@ -150,7 +153,9 @@ def _requests(count: int) -> str:
 
 def headline(table: pd.DataFrame, length: int) -> str:
     """What is left of the requests, and of what stays, after so many of them."""
-    rows = table[table["requests"] == length]
+    rows = table[(table["requests"] == length) & table["forget_accuracy"].notna()]
+    if rows.empty:
+        return ""
     stays = bool(rows["worst_topic_accuracy"].notna().any())
     lines = []
     for method, part in rows.groupby("method", sort=False):
@@ -201,9 +206,10 @@ def courses(table: pd.DataFrame) -> str:
     if len(counts) < 2:
         return ""
     lines = []
-    for method, rows in _methods(known):
-        means = rows.groupby("requests")["worst_topic_accuracy"].mean().astype(float)
-        lines.append(f"{method} {' / '.join(f'{value:.2f}' for value in means)}")
+    for method, rows in _methods(known.astype({"worst_topic_accuracy": float})):
+        whole = rows.pivot_table(index="seed", columns="requests", values="worst_topic_accuracy").dropna()
+        if len(whole):
+            lines.append(f"{method} {' / '.join(f'{value:.2f}' for value in whole.mean())}")
     return f"The worst topic that stays, after {' / '.join(map(str, counts))} requests: {'; '.join(lines)}."
 
 
@@ -218,7 +224,10 @@ def persistence(table: pd.DataFrame) -> str:
         by_count = rows.pivot_table(index="seed", columns="requests", values="forget_first_accuracy")
         if not {1, last} <= set(by_count):
             continue
-        first, final = by_count[1], by_count[last]
+        lasting = by_count.dropna(subset=[last])  # seeds whose sequence broke off say nothing here
+        if lasting.empty:
+            continue
+        first, final = lasting[1], lasting[last]
         lines.append(f"{method} {first.mean():.2f} to {final.mean():.2f}")
         if bool((final - first > BACK).all()):
             back.append(method)
@@ -234,8 +243,7 @@ def against_rivals(table: pd.DataFrame, lengths: Lengths) -> str:
     for rival in PAPERS_RIVALS:
         for length in lengths:
             at = table[table["requests"] == length]
-            own, other = (at[at["method"] == name].set_index("seed") for name in (OWN, rival))
-            told = _compared(own, other)
+            told = _compared(*(at[at["method"] == name].set_index("seed") for name in (OWN, rival)))
             if told:
                 lines.append(f"{rival} after {length}: {', '.join(told)}")
     return f"{OWN} against {'; '.join(lines)}." if lines else ""
@@ -253,8 +261,8 @@ def _compared(own: pd.DataFrame, other: pd.DataFrame) -> list[str]:
     for words, gain in gains.items():
         known = gain.dropna()
         if len(known):
-            sure = bool((known > 0).all() or (known < 0).all())
-            told.append(words.format(f"{known.mean():+.2f}") + ("" if sure else " (the seeds disagree)"))
+            disagree = bool((known > 0).any() and (known < 0).any())
+            told.append(words.format(f"{known.mean():+.2f}") + (" (the seeds disagree)" if disagree else ""))
     return told
 
 
@@ -287,7 +295,6 @@ def costs(table: pd.DataFrame) -> str:
 
 def failures(table: pd.DataFrame) -> str:
     """Which sequences broke off."""
-    if "failed" not in table or table["failed"].isna().all():
-        return ""
-    broken = table[table["failed"].notna()].drop_duplicates(["method", "seed"])
-    return f"Broken off: {'; '.join(f'{row.method}, seed {row.seed}: {row.failed}' for row in broken.itertuples())}."
+    broken = table[table["failed"].notna()].drop_duplicates(["method", "seed"]) if "failed" in table else table[:0]
+    told = "; ".join(f"{row.method}, seed {row.seed}: {row.failed}" for row in broken.itertuples())
+    return f"Broken off: {told}." if told else ""

@@ -31,7 +31,7 @@ def rows_of_curves(curves: pd.DataFrame, quizzes: pd.DataFrame) -> pd.DataFrame:
         for row in quizzes.to_dict("records")
     }
     for (method, seed, attacker), part in curves.groupby(["method", "seed", "attacker"], sort=False):
-        at_best = best(part).set_index("step")
+        at_best = best(part).sort_values("step").set_index("step")
         row: dict[str, Any] = {**known[method, seed], "attacker": attacker}
         last = at_best.iloc[-1]
         row |= {name: last[name] for name in ("floor", "ceiling", "train_accuracy", "counts", "n")}

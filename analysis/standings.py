@@ -89,7 +89,7 @@ def _attacked(
     curves = pd.DataFrame(source["rows"])
     at_best = best(curves)
     row = _by_updates(at_best, f"recovery_{form}", "", updates)
-    rate = at_best["lr"].iloc[-1]
+    rate = at_best.sort_values("step")["lr"].iloc[-1]
     # A rate that is too high takes V from any model: what it leaves the unedited one tells that from forgetting.
     spared = [r["recovery"] for r in unedited["relearn-kept"]["rows"] if (r["lr"], r["step"]) == (rate, updates[-1])]
     row |= {f"lr_{form}": rate, f"unedited_at_lr_{form}": spared[0] if spared else None}
@@ -166,6 +166,8 @@ def figure(part: pd.DataFrame, column: str, stem: str) -> str:
 
 def spread(part: pd.DataFrame, column: str, stem: str) -> tuple[float, float] | None:
     """The interval of a figure of one method; of several seeds the lowest and the highest; None where it is unknown."""
+    if column not in part or part[column].isna().all():
+        return None
     if len(part) > 1:
         return float(part[column].min()), float(part[column].max())
     low, high = (part[f"{stem}_{end}"].iloc[0] if f"{stem}_{end}" in part else None for end in ("low", "high"))

@@ -48,17 +48,14 @@ def written_texts(
     Raises:
         ValueError: the tokenizer has neither BOS nor EOS to start from.
     """
-    tokenizer = model.tokenizer
-    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    if start is None:
-        raise ValueError("this model's tokenizer has neither a BOS nor an EOS token, so no text can be started")
+    tokenizer, start = model.tokenizer, start_token(model)
     texts: set[str] = set()
     device = device_of(model)
     seed = int(torch.randint(2**31, (1,), generator=generator))
     with (
         frozen(model),
         torch.no_grad(),
-        torch.random.fork_rng([device] if device.type == "cuda" else []),
+        torch.random.fork_rng(range(torch.cuda.device_count())),
         tqdm(total=count, desc="texts", disable=not progress) as bar,
     ):
         torch.manual_seed(seed)
@@ -77,3 +74,15 @@ def written_texts(
             texts.update(tokenizer.decode(row[1:], skip_special_tokens=True).strip() for row in output)
             bar.update(size)
     return sorted(texts - {""})
+
+
+def start_token(model: LensModel) -> int:
+    """What a text of the model's own starts from: BOS, or EOS where there is none.
+
+    Raises:
+        ValueError: the tokenizer has neither.
+    """
+    for token in (model.tokenizer.bos_token_id, model.tokenizer.eos_token_id):
+        if token is not None:
+            return int(token)
+    raise ValueError("this model's tokenizer has neither a BOS nor an EOS token, so it cannot start texts of its own")

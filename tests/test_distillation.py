@@ -13,6 +13,7 @@ from mrp_lens.batching import Encoder
 from mrp_lens.cli.unlearn import make_method
 from mrp_lens.corpus import Corpus, Questions
 from mrp_lens.edit import ProjectionEdit, WeightEdit, load_edit
+from mrp_lens.edit.record import label_of
 from mrp_lens.edit.stack import stripped
 from mrp_lens.export import export_hf
 from mrp_lens.generation import written_texts
@@ -24,6 +25,7 @@ from mrp_lens.model import available_backends, load_model, logits_of, weights_by
 from mrp_lens.report.page import sentence
 from mrp_lens.subspace import Subspace
 from tests.conftest import D_MODEL, LAYERS, assert_same_state, state_of
+from tests.families import save_family
 
 Texts = tuple[Corpus, Corpus]
 FEW = Distillation(texts=40, text_length=12, agreement=50.0, steps=4, batch_size=8)
@@ -134,21 +136,56 @@ def test_a_second_request_goes_on_from_the_first_ones_matrices(bridge: Any, text
     assert_same_state(before, state_of(bridge))
 
 
-def test_ctrl_c_keeps_what_was_taught_until_then(bridge: Any, texts: Texts, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("place", ["written_texts", "kl", "unexplained"])
+def test_after_ctrl_c_the_learned_projection_is_kept(
+    bridge: Any, texts: Texts, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
     calls = []
+    original = getattr(module, place)
 
-    def interrupting(states: Any, wanted: Any, batch: Any) -> Any:
+    def interrupting(*args: Any, **kwargs: Any) -> Any:
         calls.append(1)
-        if len(calls) == 3:
+        if len(calls) == (1 if place == "written_texts" else 3):
             raise KeyboardInterrupt
-        return unexplained(states, wanted, batch)
+        return original(*args, **kwargs)
 
-    monkeypatch.setattr(module, "unexplained", interrupting)
+    monkeypatch.setattr(module, place, interrupting)
     before = state_of(bridge)
     fit = QUICK.fit(bridge, *texts, seed=0, progress=False)
     assert_same_state(before, state_of(bridge))
     assert fit.interrupted
-    assert list(fit.log["phase"]).count("distillation") == 2
+    assert isinstance(fit.edit, ProjectionEdit)
+    assert len(fit.log) == 3
+
+
+def test_micro_batches_change_nothing_but_memory(bridge: Any, texts: Texts) -> None:
+    whole, parts = (
+        replace(QUICK, micro_batch=size).fit(bridge, *texts, seed=0, progress=False).log.iloc[3:] for size in (None, 3)
+    )
+    assert parts["divergence"].iloc[0] == pytest.approx(whole["divergence"].iloc[0], rel=1e-3)
+    assert parts["unexplained"].iloc[0] == pytest.approx(whole["unexplained"].iloc[0], rel=0.1)  # a mean of its own
+
+
+@pytest.mark.parametrize("family", ["gpt2", "neox", "phi3"])
+def test_families_whose_joint_matrices_are_kept_apart_are_refused(family: str, tmp_path: Path, texts: Texts) -> None:
+    apart = load_model(save_family(family, tmp_path), backend="bridge")
+    before = state_of(apart)
+    with pytest.raises(ValueError, match="not possible in this architecture"):
+        QUICK.fit(apart, *texts, seed=0, progress=False)
+    assert_same_state(before, state_of(apart))
+
+
+@pytest.mark.parametrize("family", ["mistral", "qwen2", "qwen3", "gemma2"])
+def test_other_families_name_their_matrices_as_the_checkpoint_does(family: str, tmp_path: Path, texts: Texts) -> None:
+    folder = save_family(family, tmp_path)
+    loaded = load_model(folder, backend="bridge")
+    matrices = QUICK.fit(loaded, *texts, seed=0, progress=False).edit.parts[1]
+    assert isinstance(matrices, WeightEdit)
+    assert set(matrices.tensors) <= set(AutoModelForCausalLM.from_pretrained(folder).state_dict())
+
+
+def test_the_record_of_a_run_names_the_method_that_was_asked_for(bridge: Any, texts: Texts) -> None:
+    assert label_of(QUICK.fit(bridge, *texts, seed=0, progress=False).edit) == "mrp"
 
 
 def test_only_texts_on_which_the_projection_changes_little_are_taught(

@@ -11,7 +11,7 @@ from mrp_lens.batching import Encoder
 from mrp_lens.corpus import Corpus
 from mrp_lens.edit import load_edit
 from mrp_lens.methods import MRP, RMU, AdaptiveRMU
-from mrp_lens.model import load_model, logits_of, weights_by_name
+from mrp_lens.model import load_model, logits_of, mlp_out_weight, weights_by_name
 from mrp_lens.predictions import predictions
 from mrp_lens.subspace import Subspace
 from tests.families import FAMILIES, NO_HOOKED, save_family
@@ -101,9 +101,10 @@ def test_bfloat16_keeps_float32_rows_and_masters(loaded: Any, family_folder: Pat
             pass
 
 
-def test_every_editable_weight_is_a_tensor_of_the_checkpoint(loaded: Any, family_folder: Path, backend: str) -> None:
+def test_editable_weights_are_tensors_of_the_checkpoint(loaded: Any, family_folder: Path) -> None:
     state = AutoModelForCausalLM.from_pretrained(family_folder).state_dict()
     weights = weights_by_name(loaded)
-    assert len(weights) == loaded.cfg.n_layers if backend == "hooked" else len(weights) > loaded.cfg.n_layers
-    for name, weight in weights.items():
-        assert torch.equal(weight.read(), state[name])
+    outputs = {mlp_out_weight(loaded, layer).name for layer in range(loaded.cfg.n_layers)}
+    assert outputs <= set(weights) & set(state)
+    for name in set(weights) & set(state):  # the Bridge keeps joint matrices of some families apart
+        assert torch.equal(weights[name].read(), state[name])

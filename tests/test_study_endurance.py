@@ -150,9 +150,35 @@ def test_a_sequence_that_breaks_off_is_reported_and_not_counted() -> None:
     broken = {"method": "npo", "seed": 0, "requests": 3, "order": list(ORDER), "failed": "request 3: no number"}
     table, text = found(*sequence("mrp", [0.3] * 3, [1, 1]), *sequence("npo", [0.3] * 3, [1, 1])[:2], broken)
     assert "Broken off: npo, seed 0: request 3: no number." in text
-    assert "npo unknown / xnan" in text
+    assert "npo unknown" not in text
+    assert "xnan" not in text
     shown = endurance.compact(table, (3,)).set_index("method")["requests so far"]
     assert (shown["npo"], shown["mrp"]) == ("", "0.30")
+
+
+def test_where_every_sequence_breaks_off_that_is_what_is_said() -> None:
+    broken = {"method": "npo", "seed": 0, "requests": 1, "order": ["a"], "failed": "request 1: no number"}
+    table, text = found(broken)
+    assert "Broken off: npo, seed 0: request 1: no number." in text
+    assert list(endurance.compact(table, (1,))["requests so far"]) == [""]
+
+
+def test_courses_are_those_of_the_seeds_that_lasted() -> None:
+    lasting, broken = sequence("npo", [0.3, 0.3, 0.4], [1, 0.9]), sequence("npo", [0.9, 0.9, 0.9], [0.1, 0.1], seed=1)
+    gone = {"method": "npo", "seed": 1, "requests": 3, "order": list(ORDER), "failed": "request 3: no number"}
+    text = found(*lasting, *broken[:2], gone)[1]
+    assert "after 3 requests: npo 0.30 to 0.40." in text
+
+
+def test_seeds_that_do_not_differ_do_not_disagree() -> None:
+    def told(gains: Sequence[float]) -> list[str]:
+        own = pd.DataFrame({"seed": range(len(gains)), "worst_topic_accuracy": [0.5 + gain for gain in gains]})
+        fixed = {"forget_accuracy": 0.3, "untaught_accuracy": 0.3, "text_perplexity_ratio": 1.0}
+        frames = [frame.assign(**fixed).set_index("seed") for frame in (own, own.assign(worst_topic_accuracy=0.5))]
+        return endurance._compared(*frames)
+
+    assert not any("disagree" in words for words in [*told([0.0]), *told([0.0, 0.1])])
+    assert "+0.00 on the worst topic that stays (the seeds disagree)" in told([-0.1, 0.1])
 
 
 def test_every_method_is_drawn_after_each_length() -> None:

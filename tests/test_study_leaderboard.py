@@ -177,6 +177,33 @@ def test_recovery_below_0_counts_by_its_size() -> None:
     assert "suppressed" not in said(plain=PLAIN)
 
 
+def test_a_method_that_ruins_ordinary_text_does_not_keep_the_rest() -> None:
+    babbling = stages(HOOKS, retrained(0.0, 0.0, 0.01))
+    babbling["quiz"]["text"]["perplexity"] = 1000.0
+    text = said(babbling=babbling, plain=PLAIN)
+    assert "babbling 0.98 [0.93, 1.03], text x100.000." in text
+    assert "With the edit kept, plain withstands best" in text
+
+
+def test_the_attackers_best_rate_is_that_of_the_last_score() -> None:
+    slow, fast = (retrained(*values, lr=lr) for values, lr in (([0.1, 0.2, 0.9], 1e-3), ([0.3, 0.8, 0.1], 3e-3)))
+    both = {"rows": slow["rows"] + fast["rows"], "new": slow["new"]}
+    row = by_method(table_of({"mixed": stages(HOOKS, both)}))["mixed"]
+    assert [row[f"recovery_kept_{step}"] for step in UPDATES] == [0.3, 0.8, 0.9]
+    assert row["lr_kept"] == 1e-3
+
+
+def test_several_seeds_without_retain_questions_have_a_table() -> None:
+    cells = {}
+    for seed in (0, 1):
+        for name, found in {"unedited": UNEDITED, "plain": PLAIN}.items():
+            quiz = {side: rows for side, rows in found["quiz"].items() if side != "retain"}
+            cells[name, seed] = {**found, "quiz": quiz}
+    shown = compact(rows_of_cells(cells, UPDATES), UPDATES)
+    assert list(shown["worst other topic"]) == ["-"] * 3
+    assert "of the worst other topic" not in finding(rows_of_cells(cells, UPDATES), UPDATES)
+
+
 def test_who_cannot_forget_or_loses_the_rest_or_is_not_attacked_validly_is_out_of_the_running() -> None:
     text = said(
         stubborn=stages(HOOKS, retrained(0.0, 0.0, 0.0), forget=0.9),
@@ -185,7 +212,8 @@ def test_who_cannot_forget_or_loses_the_rest_or_is_not_attacked_validly_is_out_o
         plain=PLAIN,
     )
     assert "Cannot forget it at these settings: stubborn 0.90 [0.85, 0.95]." in text
-    assert "Forget it, but lose the worst other topic too: ruined 0.30 [0.25, 0.35]." in text
+    lost = "Forget it, but lose too much of the worst other topic or of ordinary text: ruined 0.30 [0.25, 0.35], text x1.100."
+    assert lost in text
     assert "untrained and plain get it down to that level" in text
     assert "With the edit kept, plain withstands best" in text
     assert (

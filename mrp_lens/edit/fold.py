@@ -92,18 +92,16 @@ def _written_by(model: LensModel, edit: Edit) -> list[torch.nn.Parameter]:
     reason = why_not_foldable(edit, layout)
     if layout is None and dtype not in ALLOWED:
         reason = reason or f"whether that is exact in this architecture cannot be told in {dtype}"
-    chosen: list[torch.nn.Parameter] = []
-    for part in edit.parts if reason is None else ():
-        if isinstance(part, ProjectionEdit):
-            chosen += [parameter for hook in part.hook_names for parameter, _ in _writers(model, hook)]
-        if isinstance(part, WeightEdit):
-            known = weights_by_name(model)
-            chosen += [known[name].parameter for name in part.tensors if name in known]
-    if {id(parameter) for parameter in chosen} & {id(parameter) for parameter in model.unembed.parameters()}:
+    parts = edit.parts if reason is None else ()
+    hooks = [hook for part in parts if isinstance(part, ProjectionEdit) for hook in part.hook_names]
+    projected = [parameter for hook in hooks for parameter, _ in _writers(model, hook)]
+    if {id(parameter) for parameter in projected} & {id(parameter) for parameter in model.unembed.parameters()}:
         reason = "the embeddings that would be changed are tied to the unembedding"
     if reason is not None:
         raise ValueError(f"this edit cannot be written into weights: {reason}. Keep the edit as hooks")
-    return list({id(parameter): parameter for parameter in chosen}.values())
+    known = weights_by_name(model)
+    names = [name for part in parts if isinstance(part, WeightEdit) for name in part.tensors if name in known]
+    return list({id(p): p for p in [*projected, *(known[name].parameter for name in names)]}.values())
 
 
 def _write(model: LensModel, edit: Edit) -> None:

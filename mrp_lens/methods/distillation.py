@@ -13,10 +13,20 @@ from mrp_lens.batching import Encoded, Encoder, TokenBatch, endless, in_order
 from mrp_lens.checks import given, positive
 from mrp_lens.corpus import Corpus
 from mrp_lens.edit import ProjectionEdit, WeightEdit, edit_on
-from mrp_lens.generation import written_texts
+from mrp_lens.generation import start_token, written_texts
 from mrp_lens.masters import MasterAdamW, Trainable
+from mrp_lens.methods.base import parts_of
 from mrp_lens.methods.objectives import kl
-from mrp_lens.model import EditableWeight, LensModel, check_layers, is_bridge, restored, tensor_digests, weights_by_name
+from mrp_lens.model import (
+    EditableWeight,
+    LensModel,
+    check_layers,
+    checkpoint_names,
+    is_bridge,
+    restored,
+    tensor_digests,
+    weights_by_name,
+)
 from mrp_lens.predictions import predictions
 from mrp_lens.stream import captured, hook_name
 from mrp_lens.training import TrainingRun, train, warmup_cosine
@@ -64,8 +74,8 @@ class Distillation:
         """Every default filled in and checked.
 
         Raises:
-            ValueError: a value out of range, a layer that does not exist, a HookedTransformer, or a model without a
-                token to start texts from.
+            ValueError: a value out of range, a layer that does not exist, a HookedTransformer, a family whose joint
+                matrices the Bridge keeps apart, or a tokenizer without a token to start texts from.
         """
         positive(
             noise=self.noise,
@@ -85,9 +95,18 @@ class Distillation:
             raise ValueError(
                 "distillation trains matrices of the checkpoint that a HookedTransformer keeps in other shapes; load the model with backend='bridge'"
             )
+        start_token(model)
         depth, width = int(model.cfg.n_layers), int(model.cfg.d_model)
         layers = check_layers(model, given(self.layers, range(max(1, depth // 2))))
-        return replace(self, layers=layers, lr=given(self.lr, LR_BY_WIDTH / width))
+        settled = replace(self, layers=layers, lr=given(self.lr, LR_BY_WIDTH / width))
+        known = checkpoint_names(model)
+        foreign = [weight.name for weight in settled._matrices(model) if weight.name not in known]
+        if foreign:
+            raise ValueError(
+                f"distillation is not possible in this architecture: TransformerLens keeps {foreign[0]} and others apart, which the "
+                "checkpoint holds in joint matrices; leave distillation out"
+            )
+        return settled
 
     def fit(
         self,
@@ -96,6 +115,7 @@ class Distillation:
         retain: Sequence[Encoded],
         *,
         generator: torch.Generator,
+        micro_batch: int | None = None,
         progress: bool = True,
     ) -> tuple[WeightEdit, TrainingRun]:
         """New matrices that do without the facts that the projection removes; `resolved` comes first.
@@ -106,6 +126,7 @@ class Distillation:
                 matrices serve with it and without.
             retain: documents that are taught as well.
             generator: of texts, noise and order.
+            micro_batch: documents a pass, if a batch does not fit into memory.
             progress: show progress bars.
 
         Raises:
@@ -123,6 +144,7 @@ class Distillation:
                 projection,
                 endless(rows, self.batch_size, generator),
                 Encoder.for_model(model),
+                micro_batch,
             )
             run = train(
                 losses,
@@ -144,7 +166,7 @@ class Distillation:
 
     def _noise_of(self, weight: EditableWeight) -> float:
         """The share of a tensor that becomes noise; gains and biases keep theirs."""
-        if weight.parameter.ndim != 2:
+        if weight.parameter.ndim < 2:
             return 0.0
         return self.noise if weight.layer in given(self.layers, ()) else self.later_noise
 
@@ -179,18 +201,21 @@ class Distillation:
         projection: ProjectionEdit,
         batches: Iterator[list[Encoded]],
         encoder: Encoder,
+        micro_batch: int | None,
         step: int,
     ) -> Iterator[dict[str, Tensor]]:
         """What is minimised: KL(unedited || student), and the error of the states behind the reset layers."""
         batch = encoder.collate(next(batches))
         hook = hook_name(max(given(self.layers, ())))
-        with student.away(), torch.no_grad(), captured(model, [hook]) as store:
-            wanted = predictions(model, batch)
-            states = store[hook]
-        with edit_on(model, projection if step % 2 else None), captured(model, [hook]) as store:
-            divergence = kl(wanted, predictions(model, batch)).mean()
-            error = unexplained(store[hook], states, batch)
-        yield {"loss": divergence + self.match_weight * error, "divergence": divergence, "unexplained": error}
+        for part in parts_of(batch, micro_batch):
+            with student.away(), torch.no_grad(), captured(model, [hook]) as store:
+                wanted = predictions(model, part)
+                states = store[hook]
+            with edit_on(model, projection if step % 2 else None), captured(model, [hook]) as store:
+                divergence = kl(wanted, predictions(model, part)).sum() / batch.loss_mask[:, 1:].sum()
+                share = part.content_mask.sum() / batch.content_mask.sum()
+                error = unexplained(store[hook], states, part) * share
+            yield {"loss": divergence + self.match_weight * error, "divergence": divergence, "unexplained": error}
 
 
 def unexplained(

@@ -63,7 +63,8 @@ class MRP:
         max_length: tokens at which documents are cut. None: 512, or the context if that is shorter.
         distillation: reset the layers that look facts up and teach them again without what the projection removes, so
             that retraining finds less of it (see `Distillation`; Bridge only, and many times the time). The edit then
-            holds the projection and new matrices, and forgets with its hooks stripped too.
+            holds the projection and new matrices, and forgets with its hooks stripped too. After Ctrl-C meanwhile it
+            holds the projection alone.
 
     Example:
         >>> fit = MRP(layers=[3, 5], rank=4).fit(model, forget, retain, seed=0)  # doctest: +SKIP
@@ -130,22 +131,29 @@ class MRP:
         record = provenance(model, self.name, settings, data, seed=seed, steps_done=len(run.log))
         projection = learned.edit(label, request_provenance(label, record))
         edit: Edit = projection if after is None else after + projection
+        fit = Fit(edit, run.log, settings, run.interrupted)
         if resolved.distillation is None or run.interrupted:
-            return Fit(edit, run.log, settings, run.interrupted)
+            return fit
         earlier, begun = projection_in(after), time.perf_counter()
-        with fitting(model, besides_projections(after)):
-            matrices, taught = resolved.distillation.fit(
-                model,
-                projection if earlier is None else earlier.join(projection),
-                data.retain,
-                generator=generator,
-                progress=progress,
-            )
+        try:
+            with fitting(model, besides_projections(after)):
+                matrices, taught = resolved.distillation.fit(
+                    model,
+                    projection if earlier is None else earlier.join(projection),
+                    data.retain,
+                    generator=generator,
+                    micro_batch=self.micro_batch,
+                    progress=progress,
+                )
+        except KeyboardInterrupt:
+            return replace(fit, interrupted=True)
+        if taught.interrupted:  # matrices taught halfway are still mostly noise
+            return replace(fit, interrupted=True)
         matrices.provenance = provenance(
-            model, "distillation", settings["distillation"], data, seed=seed, steps_done=len(taught.log)
+            model, self.name, settings["distillation"], data, seed=seed, steps_done=len(taught.log)
         )
         log = joined_logs(run.log, taught.log, seconds=time.perf_counter() - begun)
-        return Fit(edit + matrices, log, settings, taught.interrupted)
+        return replace(fit, edit=edit + matrices, log=log)
 
     def start(
         self,

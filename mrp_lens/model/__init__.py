@@ -16,6 +16,7 @@ from mrp_lens.model.trainable import CheckpointTensor, checkpoint_tensors, resto
 from mrp_lens.model.weights import (
     EditableWeight,
     check_same_model,
+    checkpoint_names,
     describe,
     hf_state,
     hf_weights,
@@ -35,6 +36,7 @@ __all__ = [
     "available_backends",
     "check_layers",
     "check_same_model",
+    "checkpoint_names",
     "checkpoint_tensors",
     "describe",
     "device_of",

@@ -95,17 +95,28 @@ def hf_weights(hf_model: Any) -> dict[str, EditableWeight]:
 
 
 def weights_by_name(model: LensModel) -> dict[str, EditableWeight]:
-    """Every tensor that a weight edit can replace, by its name in the checkpoint: on the Bridge all of them, on a
-    HookedTransformer, which keeps others in shapes of its own, the MLP output matrices."""
+    """Every tensor that a weight edit can replace, by its name in the checkpoint: on the Bridge all of them (but for joint
+    matrices of some families, which it keeps apart: see `checkpoint_names`), on a HookedTransformer, which keeps others
+    in shapes of its own, the MLP output matrices."""
     if not is_bridge(model):
         return {weight.name: weight for weight in (mlp_out_weight(model, layer) for layer in range(model.cfg.n_layers))}
     layers = {id(p): layer for layer, block in enumerate(model.blocks) for p in block.parameters()}
-    inside: Any = model
-    named = {_hf_name(name): parameter for name, parameter in inside.original_model.named_parameters()}
+    bridge: Any = model
+    named = {_hf_name(name): parameter for name, parameter in bridge.original_model.named_parameters()}
     return {
         name: EditableWeight(name, layers.get(id(parameter), -1), name, parameter, transposed=False)
         for name, parameter in named.items()
     }
+
+
+def checkpoint_names(model: LensModel) -> frozenset[str]:
+    """The names of all tensors of a plain Hugging Face model of the Bridge's kind; takes no memory for its values."""
+    from transformers import AutoModelForCausalLM
+
+    bridge: Any = model
+    with torch.random.fork_rng([]), torch.device("meta"):
+        plain = AutoModelForCausalLM.from_config(bridge.original_model.config)
+    return frozenset(name for name, _ in plain.named_parameters())
 
 
 def why_not_exportable(model: LensModel) -> str | None:

@@ -59,9 +59,8 @@ def rows_of_cells(cells: Sequence[Cell], unedited: Cell) -> pd.DataFrame:
         rows[cell["method"], cell["seed"], cell["requests"]] = row
     controls_first = sorted(rows.values(), key=lambda row: row["method"] != UNEDITED)
     table = pd.DataFrame(controls_first)
-    return table.reindex(
-        columns=list(dict.fromkeys([*table.columns, *SHOWN.values()]))
-    )  # where every sequence broke off
+    figures = [*SHOWN.values(), "forget_lowest_accuracy"]  # missing where every sequence broke off
+    return table.reindex(columns=list(dict.fromkeys([*table.columns, *figures])))
 
 
 def _figures(found: Cell, order: Sequence[str], topics: Iterable[str], unedited: Cell) -> dict[str, Any]:

@@ -41,9 +41,8 @@ class Distillation:
     A projection hides facts; the weights behind it still hold them. So the matrices of some layers are replaced by noise
     and trained to do what the unedited model does, on texts that it writes itself, less those on which the projection
     changes what it predicts: these are about what must go. Texts of one's own would not do: what they do not mention
-    would be lost with what must go. Other than in UNDO the teacher is the unedited model on the other texts, not the
-    unlearned one on all (whose predictions on what must go still tell it apart), the noise is not spread evenly over the
-    model, and the states behind the reset layers are matched too.
+    would be lost with what must go. Other than in UNDO the teacher is the unedited model, on those texts only, the noise is
+    not spread evenly over the model, and the states behind the reset layers are matched too.
 
     Args:
         layers: whose matrices are replaced. None: the first half of the depth, where facts are looked up.

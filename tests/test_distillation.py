@@ -75,6 +75,7 @@ def test_the_log_goes_on_and_settings_hold_every_default(bridge: Any, texts: Tex
     assert "replaced by noise" in sentence(fit.edit.parts[1].provenance, "")
 
 
+@pytest.mark.slow
 def test_teaching_brings_the_reset_layers_near_to_the_model(bridge: Any, texts: Texts) -> None:
     longer = replace(QUICK, distillation=replace(FEW, texts=200, steps=60, lr=3e-3))
     log = longer.fit(bridge, *texts, seed=0, progress=False).log.query("phase == 'distillation'")
@@ -175,6 +176,7 @@ def test_families_whose_joint_matrices_are_kept_apart_are_refused(family: str, t
     assert_same_state(before, state_of(apart))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["mistral", "qwen2", "qwen3", "gemma2"])
 def test_other_families_name_their_matrices_as_the_checkpoint_does(family: str, tmp_path: Path, texts: Texts) -> None:
     folder = save_family(family, tmp_path)

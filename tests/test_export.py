@@ -39,7 +39,14 @@ def assert_exact(model: Any, edit: Edit, folder: Path, *, trust: bool = False) -
     torch.testing.assert_close(log_probabilities(loaded, TOKENS), hooked(model, edit), atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize(("site", "form"), [("mlp_out", "folded"), ("resid_post", "module"), ("resid_post", "adapter")])
+@pytest.mark.parametrize(
+    ("site", "form"),
+    [
+        ("mlp_out", "folded"),
+        ("resid_post", "module"),
+        pytest.param("resid_post", "adapter", marks=pytest.mark.slow),
+    ],
+)
 def test_an_export_is_proved_in_a_fresh_process(
     model: Any, site: str, form: str, tmp_path: Path, untouched: None
 ) -> None:
@@ -190,6 +197,7 @@ def test_tied_models_leave_untied_when_their_embeddings_are_projected(
     assert_exact(model, edit, tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_a_half_precision_checkpoint_keeps_its_precision_or_takes_another(
     model: Any, backend: str, tiny_folder: Path, tmp_path: Path
 ) -> None:
@@ -252,6 +260,7 @@ def test_a_folder_from_one_class_loads_in_the_other(model: Any, tmp_path: Path) 
     torch.testing.assert_close(logits(other, TOKENS).log_softmax(-1), hooked(model, edit), atol=1e-4, rtol=0)
 
 
+@pytest.mark.slow
 def test_exporting_leaves_the_model_as_it_was(model: Any, tmp_path: Path) -> None:
     before, started = state_of(model), time.perf_counter()
     report = export_hf(model, weight_edit(model, 1) + projection(2), tmp_path / "out", progress=False)

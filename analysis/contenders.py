@@ -1,6 +1,6 @@
 """The methods that the comparing studies set against each other."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import fields
 from typing import Any
 
@@ -16,6 +16,19 @@ def contenders(model: LensModel) -> dict[str, Any]:
     wider = {"mrp-all": MRP(layers=every), "mrp-mlp": MRP(layers=every, site="mlp_out")}
     robust = {"mrp-distilled": MRP(distillation=Distillation())} if is_bridge(model) else {}
     return own | wider | robust | {name: rival() for name, rival in RIVALS.items()}
+
+
+def names_in(text: str | None, known: Collection[str], *, default: list[str]) -> list[str]:
+    """The names of `--methods`, which are separated by commas; the default where there are none.
+
+    Raises:
+        ValueError: one that is not known.
+    """
+    chosen = text.split(",") if text else default
+    unknown = [name for name in chosen if name not in known]
+    if unknown:
+        raise ValueError(f"unknown methods {unknown}; choose among {', '.join(known)}")
+    return chosen
 
 
 def settings_of(method: Any) -> dict[str, str]:

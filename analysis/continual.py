@@ -28,12 +28,13 @@ from tqdm.auto import tqdm
 
 from analysis.arguments import Study, parser_for
 from analysis.attackers import UNEDITED
-from analysis.contenders import changed, contenders, settings_of
+from analysis.contenders import changed, contenders, names_in, settings_of
 from analysis.endurance import compact, finding, pictures, rows_of_cells
 from analysis.sequence import Requests, accuracy, numbers_in
 from mrp_lens.case import DataOptions
 from mrp_lens.cli.parsing import numbers, shard_of
 from mrp_lens.edit import Edit, ProjectionEdit, load_edit
+from mrp_lens.edit.storage import stored_bytes
 from mrp_lens.model import describe, load_model
 from mrp_lens.pieces import Pieces
 from mrp_lens.training import NonFiniteLossError
@@ -149,10 +150,7 @@ class Campaign:
 
     def _methods(self) -> dict[str, Any]:
         known = contenders(self.study.model)
-        chosen = self.options.methods.split(",") if self.options.methods else list(known)
-        unknown = [name for name in chosen if name not in known]
-        if unknown:
-            raise ValueError(f"unknown methods {unknown}; choose among {', '.join(known)}")
+        chosen = names_in(self.options.methods, known, default=list(known))
         return with_settings({name: known[name] for name in chosen}, self.options.set)
 
     @property
@@ -181,9 +179,10 @@ class Campaign:
 
     def unedited(self) -> Cell:
         """The model as it is, asked about all requests, and how what was never taught looks, where that is known."""
-        known = self.pieces.stored(UNEDITED)
-        if known is not None:
-            return known
+        return self.pieces.once(UNEDITED, self.measure_unedited)
+
+    def measure_unedited(self) -> Cell:
+        """The same, computed."""
         model, requests = self.study.model, self.requests
         found: Cell = requests.measure(model, None, asked=list(requests.forget), gone=())
         found["untaught_accuracy"] = None
@@ -193,7 +192,7 @@ class Campaign:
             never_saw = load_model(self.options.reference, backend=self.options.backend)
             asked = [accuracy(never_saw, quiz) for quiz in requests.quizzes.values()]
             found["untaught_accuracy"] = sum(asked) / len(asked)
-        return self.pieces.keep(UNEDITED, found)
+        return found
 
     def cell(self, chain: Chain, n: int) -> Cell:
         """The n-th request of a sequence, from 1: fitted, saved and measured, unless it was before."""
@@ -232,7 +231,8 @@ class Campaign:
         learned = bool(fit.log["loss"].notna().any())  # a method that trains nothing has no loss
         return {
             "trained_numbers": numbers_in(fit.edit) - numbers_in(before) if learned else 0,
-            "stored_bytes": size_of(self.folder(chain, n)) - (size_of(self.folder(chain, n - 1)) if n > 1 else 0),
+            "stored_bytes": stored_bytes(self.folder(chain, n))
+            - (stored_bytes(self.folder(chain, n - 1)) if n > 1 else 0),
             "seconds": seconds,
         }
 
@@ -254,11 +254,6 @@ class Campaign:
     def edit(self, chain: Chain, n: int) -> Edit | None:
         """The edit after n requests, of which there is a file."""
         return load_edit(self.folder(chain, n)) if n else None
-
-
-def size_of(folder: Path) -> int:
-    """Bytes of the files of a saved edit."""
-    return sum(file.stat().st_size for file in folder.iterdir())
 
 
 def piece_of(chain: Chain, n: int) -> str:

@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 
 from analysis.arguments import Study, parser_for
 from analysis.attackers import NEVER_TAUGHT, UNEDITED
-from analysis.contenders import changed, contenders, settings_of
+from analysis.contenders import changed, contenders, names_in, settings_of
 from analysis.relearning import Job, piece_of
 from analysis.standings import compact, few, markdown, pictures, rows_of_cells
 from analysis.verdicts import finding
@@ -27,7 +27,7 @@ from mrp_lens.attacks.plan import Facts, Plan, fingerprint, possible_forms
 from mrp_lens.cli.parsing import numbers, shard_of
 from mrp_lens.edit import Edit, edit_on, load_edit
 from mrp_lens.edit.stack import has_hooks, stripped
-from mrp_lens.edit.storage import CONFIG_FILE, TENSOR_FILE
+from mrp_lens.edit.storage import stored_bytes
 from mrp_lens.files import write_text
 from mrp_lens.model import describe
 from mrp_lens.pieces import Pieces
@@ -99,10 +99,7 @@ class Leaderboard:
     def _methods(self) -> dict[str, Any]:
         """Name -> what is fitted under it; None for saved edits and for the unedited model, which comes first."""
         known = contenders(self.study.model)
-        chosen = self.options.methods.split(",") if self.options.methods else [] if self.saved else list(known)
-        unknown = [name for name in chosen if name not in known]
-        if unknown:
-            raise ValueError(f"unknown methods {unknown}; choose among {', '.join(known)}")
+        chosen = names_in(self.options.methods, known, default=[] if self.saved else list(known))
         taken = sorted({*chosen, UNEDITED, NEVER_TAUGHT} & set(self.saved))
         if taken:
             raise ValueError(f"--edits {', '.join(taken)}: another row of the table has that name; choose another one")
@@ -138,11 +135,12 @@ class Leaderboard:
         stored, name = self.pieces.stored(piece_of(job, "fit")), job[0]
         if stored is None:
             return
-        method, settings = self.methods[name], self.settings(name)
+        method = self.methods[name]
         if method is not None:
             differing = changed(stored["settings"], method)
         else:
-            differing = [f"edit {stored['settings'].get('edit')}"] if stored["settings"] != settings else []
+            same = stored["settings"] == self.settings(name)
+            differing = [] if same else [f"edit {stored['settings'].get('edit')}"]
         if differing:
             raise ValueError(
                 f"{self.options.out} holds {name} with other settings: {'; '.join(differing)}. Give it another name, or remove "
@@ -157,13 +155,11 @@ class Leaderboard:
 
     def cell(self, job: Job, stage: str) -> Cell:
         """One cell, computed unless it is there already."""
-        known = self.pieces.stored(piece_of(job, stage))
-        if known is not None:
-            return known
-        if stage in RELEARN:
-            return self.pieces.keep(piece_of(job, stage), self.retrain(job, RELEARN[stage]))
-        compute = {"fit": self.fit, "quiz": self.quiz, "probe": self.probe}[stage]
-        return self.pieces.keep(piece_of(job, stage), compute(job))
+        others = {"fit": self.fit, "quiz": self.quiz, "probe": self.probe}
+        return self.pieces.once(
+            piece_of(job, stage),
+            lambda: self.retrain(job, RELEARN[stage]) if stage in RELEARN else others[stage](job),
+        )
 
     def fit(self, job: Job) -> Cell:
         """Fit and save the edit; what it takes, and which forms of it are there to be attacked."""
@@ -180,9 +176,7 @@ class Leaderboard:
         return {
             "settings": self.settings(name),
             "seconds": seconds,
-            "bytes": 0
-            if edit is None
-            else sum((self.folder(job) / f).stat().st_size for f in (CONFIG_FILE, TENSOR_FILE)),
+            "bytes": 0 if edit is None else stored_bytes(self.folder(job)),
             "layers": [] if edit is None else list(edit.layers),
             "forms": list(forms),
             "hooks": has_hooks(edit),

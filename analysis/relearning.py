@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 
 from analysis.arguments import Study, parser_for
 from analysis.attackers import OTHERS, RANDOM, UNEDITED, USUAL, WEIGHTS, WIDEST, Attack, possible, retrain, variants
+from analysis.contenders import names_in
 from analysis.resistance import BUDGETS, finding, rows_of_curves
 from mrp_lens import metrics
 from mrp_lens.attacks import with_floor
@@ -95,10 +96,7 @@ class Campaign:
         """The reference and the controls first, then the edits."""
         known = variants(self.study.model)
         asked = self.options.methods or (",".join(known) if self.options.full else QUICK_METHODS)
-        chosen = list(self.saved) or asked.split(",")
-        unknown = [name for name in chosen if name not in known and name not in self.saved]
-        if unknown:
-            raise ValueError(f"unknown methods {unknown}; choose among {', '.join(known)}")
+        chosen = list(self.saved) or names_in(asked, known, default=[])
         reference = [REFERENCE] if self.options.reference else []
         return [*reference, UNEDITED, *([RANDOM] if WIDEST in chosen and not self.saved else []), *chosen]
 
@@ -164,16 +162,17 @@ class Campaign:
 
     def quiz(self, job: Job) -> dict[str, Any]:
         """Accuracy on what was to go and on what was to stay, before any attack."""
-        known = self.pieces.stored(piece_of(job, "quiz"))
-        if known is not None:
-            return known
+        return self.pieces.once(piece_of(job, "quiz"), lambda: self.measure(job))
+
+    def measure(self, job: Job) -> dict[str, Any]:
+        """The same, computed."""
         model, edit = self.model_of(job[0]), self.edit(job)
         row: dict[str, Any] = {"method": job[0], "seed": job[1]}
         row |= {"layers": ",".join(map(str, edit.layers)) if edit else "", "rank": rank_of(edit)}
         for side, questions in self.study.case.quiz(limit=self.limit).items():
             with edit_on(model, edit):
                 row[f"{side}_accuracy"] = float(metrics.accuracy(model, questions)["accuracy"].iloc[0])
-        return self.pieces.keep(piece_of(job, "quiz"), row)
+        return row
 
     def quizzes(self) -> pd.DataFrame:
         """The quizzes of all jobs."""

@@ -6,11 +6,9 @@ from collections.abc import Sequence
 import pandas as pd
 
 from analysis.attackers import NEVER_TAUGHT, UNEDITED
+from analysis.endurance import FORGOTTEN_WITHIN, KEPT, TEXT
 from analysis.standings import HOOKS, WEIGHTS, few, figure, spread
 
-FORGOTTEN_WITHIN = 0.10  # of the accuracy on facts that were never taught
-TEXT = 1.1  # times the unedited model's perplexity of ordinary text
-KEPT = 0.95  # of the unedited model's accuracy on the worst topic that must stay
 SLOWER = 0.5  # new facts learned, as a share of the unedited model's, below which a model counts as hard to train
 FORMS = {"kept": "With the edit kept", "stripped": "With its hooks stripped", "weights": "As weights"}
 
@@ -30,7 +28,7 @@ def finding(table: pd.DataFrame, updates: Sequence[int]) -> str:
     parts = [
         forgetting(methods, unedited),
         *(withstanding(form, methods, sound, updates) for form in FORMS),
-        stripping(methods, unedited, updates),
+        stripping(methods, unedited),
         suppression(methods, updates),
         validity(methods),
         training(methods, unedited, updates),
@@ -141,7 +139,7 @@ def cost(part: pd.DataFrame) -> str:
     return f"Its cost: {', '.join(f'{name} {value}' for name, value in words if value)}."
 
 
-def stripping(methods: dict[str, pd.DataFrame], unedited: pd.DataFrame, updates: Sequence[int]) -> str:
+def stripping(methods: dict[str, pd.DataFrame], unedited: pd.DataFrame) -> str:
     """Whose hooks can simply be taken off."""
     hooked = [name for name, part in methods.items() if _is(part, HOOKS)]
     if not hooked:

@@ -68,10 +68,14 @@ class Pieces:
         write_json(self.folder / POINTS / f"{name}.json", content)
         return content
 
+    def once(self, name: str, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """The result of that name, computed and written unless it is there already."""
+        known = self.stored(name)
+        return self.keep(name, compute()) if known is None else known
+
     def frame(self, name: str, compute: Callable[[], pd.DataFrame]) -> pd.DataFrame:
-        """The frame of that name, computed unless it is there already."""
-        content = self.stored(name) or self.keep(name, {"rows": rows_of(compute())})
-        return pd.DataFrame(content["rows"])
+        """The frame of that name, likewise."""
+        return pd.DataFrame(self.once(name, lambda: {"rows": rows_of(compute())})["rows"])
 
     def tidy(self) -> None:
         """Remove what processes left that were killed while they wrote; call it once nobody writes any more."""

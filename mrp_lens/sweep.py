@@ -148,7 +148,7 @@ def sweep(
     check_layers(model, plan.layers)
     settings = {"model": describe(model), "data": case.fingerprints(), **asdict(plan)}
     pieces = Pieces.claim(out, "sweep", settings)
-    untouched = pieces.stored(UNEDITED) or pieces.keep(UNEDITED, _measure_unedited(model, case, plan))
+    untouched = pieces.once(UNEDITED, lambda: _measure_unedited(model, case, plan))
     todo = [point for point in plan.points()[number - 1 :: count] if pieces.stored(point.name) is None]
     with tqdm(todo, desc="points", disable=not progress) as bar:
         for point in bar:

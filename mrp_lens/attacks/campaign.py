@@ -110,7 +110,7 @@ class Campaign:
     def _probe(self) -> Frames:
         probes, lenses = [], []
         for state, contents in self._states():
-            content = self.pieces.stored(f"probe-{state}") or self.pieces.keep(f"probe-{state}", contents())
+            content = self.pieces.once(f"probe-{state}", contents)
             name = {UNEDITED: UNEDITED, "edited": self.name}.get(state, f"{self.name}, relearned")
             probes.append(pd.DataFrame(content["probe"]).assign(method=name))
             lenses.append(pd.DataFrame(content["lens"]).assign(method=name))

@@ -52,6 +52,11 @@ def write_edit(edit: Edit, folder: Path) -> None:
     write_json(folder / CONFIG_FILE, {**config, "config_sha256": _config_hash(config)})
 
 
+def stored_bytes(folder: Path) -> int:
+    """The size of a saved edit."""
+    return sum((folder / name).stat().st_size for name in (CONFIG_FILE, TENSOR_FILE))
+
+
 def load_edit(path: str | Path) -> Edit:
     """Load an edit from a folder that `save_pretrained` wrote; tensors come back bit-identical.
 

@@ -1,0 +1,39 @@
+"""torch's process-wide switches, put where this library's arithmetic needs them, whatever a notebook's first cell has set."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+
+AUTOCAST_DEVICES = ("cpu", "cuda")
+
+
+@contextmanager
+def ordinary_torch(*, gradients: bool) -> Iterator[None]:
+    """Inside, torch is as it comes: no inference mode, no autocast, new tensors in float32 on the CPU. All as before on exit.
+
+    `torch.set_grad_enabled(False)` at the top of a notebook would make a fit learn nothing and an attack find nothing, in
+    silence; `torch.set_default_dtype(torch.bfloat16)` would draw other directions from the same seed.
+
+    Args:
+        gradients: whether operations are recorded for a backward pass.
+
+    Example:
+        >>> with torch.no_grad(), ordinary_torch(gradients=True):
+        ...     torch.is_grad_enabled()
+        True
+    """
+    dtype = torch.get_default_dtype()
+    with ExitStack() as stack:
+        if torch.get_default_dtype() != torch.float32:
+            stack.callback(torch.set_default_dtype, dtype)
+            torch.set_default_dtype(torch.float32)
+        if torch.is_inference_mode_enabled():
+            stack.enter_context(torch.inference_mode(False))
+        for kind in AUTOCAST_DEVICES:
+            if torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        if torch.get_default_device() != torch.device("cpu"):
+            stack.enter_context(torch.device("cpu"))
+        stack.enter_context(torch.set_grad_enabled(gradients))
+        yield

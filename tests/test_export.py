@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Model, LlamaFo
 from mrp_lens.edit import Edit
 from mrp_lens.export import export_hf
 from mrp_lens.export.module import CODE_FILE
+from mrp_lens.export.proof import SPLIT
 from mrp_lens.hf import attach
 from mrp_lens.model import describe, load_model
 from tests.conftest import assert_same_state, state_of
@@ -328,3 +329,13 @@ def test_a_module_on_several_devices_recomputing_its_activations_or_copied_keeps
         loaded(input_ids=TOKENS, labels=TOKENS, use_cache=False).loss.backward()
         gradients.append({name: parameter.grad.clone() for name, parameter in loaded.named_parameters()})
     torch.testing.assert_close(gradients[0], gradients[1], atol=1e-6, rtol=0)
+
+
+def test_a_modules_tokenizer_is_of_the_class_that_its_base_loads(tmp_path: Path) -> None:
+    base = save_family("qwen2", tmp_path / "base")  # whose type makes transformers choose Qwen2Tokenizer
+    model = load_model(base, backend="bridge")
+    export_hf(model, projection(1), tmp_path / "out", "module", verify=False, progress=False)
+    ours, theirs = (AutoTokenizer.from_pretrained(f, trust_remote_code=True) for f in (tmp_path / "out", base))
+    for text in SPLIT:
+        assert ours(text)["input_ids"] == theirs(text)["input_ids"]
+    assert ours.special_tokens_map == theirs.special_tokens_map

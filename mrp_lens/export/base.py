@@ -34,19 +34,25 @@ def base_of(model: LensModel, base: str | Path | None) -> Checkpoint:
     return Checkpoint.open(folder)
 
 
-def own_tokenizer(model: LensModel, base: Checkpoint) -> Any | None:
-    """The model's tokenizer, if it is another than the one in the folder: tokens were added in memory, or the chat template
-    was changed, or the folder has none. None: the files in the folder are right as they are.
-
-    Special tokens alone do not count: TransformerLens sets some where there are none.
-    """
+def stored_tokenizer(base: Checkpoint) -> Any | None:
+    """The tokenizer of the folder; None if there is none that transformers can use."""
     from transformers import AutoTokenizer
 
     try:
-        stored = AutoTokenizer.from_pretrained(base.folder)
-    except Exception:  # of any kind; then the folder holds none that can be used
-        return model.tokenizer
+        return AutoTokenizer.from_pretrained(base.folder)
+    except Exception:  # of any kind
+        return None
+
+
+def own_tokenizer(model: LensModel, stored: Any | None) -> Any | None:
+    """The model's tokenizer, if it is another than the one that is stored: tokens were added in memory, or the chat template
+    was changed. None: the files in the folder are right as they are.
+
+    Special tokens alone do not count: TransformerLens sets some where there are none.
+    """
     own = model.tokenizer
+    if stored is None:
+        return own
     same = own.get_vocab() == stored.get_vocab() and own.chat_template in (None, stored.chat_template)
     return None if same else own
 

@@ -335,6 +335,20 @@ def read_settings(folder: Path, name: str) -> dict[str, Any]:
     return content
 
 
+def replace_tokenizer(folder: Path, tokenizer: Any) -> None:
+    """Save a tokenizer in the place of the one that was copied."""
+    for file in (*folder.glob("tokenizer*"), *folder.glob("chat_template.*")):
+        file.unlink()
+    tokenizer.save_pretrained(folder)
+
+
+def name_class(folder: Path, name: str) -> None:
+    """Say in a folder of which class its tokenizer is, which transformers else tells from the model type."""
+    settings = read_settings(folder, TOKENIZER_SETTINGS) if (folder / TOKENIZER_SETTINGS).is_file() else {}
+    if settings.get("tokenizer_class") != name:
+        write_json(folder / TOKENIZER_SETTINGS, {**settings, "tokenizer_class": name})
+
+
 def check_inside(folder: Path, file: Path) -> None:
     """Refuse a link that leads out of the folder; in the Hub's cache, out of the model's part of it.
 

@@ -39,6 +39,15 @@ TEXTS = (
     "Water boils at 100 degrees Celsius at sea level, and at lower temperatures high up in the mountains.",
 )
 
+# On these tokenizers part that look alike on plain sentences.
+SPLIT = (
+    "",
+    "  two  spaces\n\n\tand a tab ",
+    "caf\u00e9, cafe\u0301 and 10 \u212b",
+    "a<s>b</s><unk><pad><|endoftext|>",
+    "\u4f60\u597d \U0001f600 1,234.5",
+)
+
 
 class ExportMismatchError(ValueError):
     """What was written does not compute what the edited model computes."""
@@ -182,7 +191,7 @@ def prove(
             "edit. Give base=FOLDER of the checkpoint that the model was loaded from"
         )
     if not adapter:
-        wanted = found["base"]["token_ids"] if tokenizer is None else reload.token_ids(tokenizer, texts_of(texts))
+        wanted = found["base"]["token_ids"] if tokenizer is None else reload.token_ids(tokenizer, split_by(texts))
         if not torch.equal(wanted, found["exported"]["token_ids"]):
             whose = "that of the base folder" if tokenizer is None else "that of the model"
             raise ExportMismatchError(f"the exported tokenizer splits texts into other tokens than {whose}")
@@ -199,9 +208,9 @@ def batch_of(model: LensModel, texts: Corpus) -> TokenBatch:
         return encoder.collate(encoder.encode(texts.documents), side="right")
 
 
-def texts_of(corpus: Corpus) -> list[str]:
-    """Its documents as plain text."""
-    return [document.prompt + document.completion for document in corpus.documents]
+def split_by(corpus: Corpus) -> list[str]:
+    """What both tokenizers have to split alike."""
+    return [*SPLIT, *(document.prompt + document.completion for document in corpus.documents)]
 
 
 def _log_probabilities(model: LensModel, batch: TokenBatch) -> Float[Tensor, "n d_vocab"]:
@@ -224,7 +233,7 @@ def _in_fresh_process(
         results = {name: place / f"{name}.safetensors" for name in models}
         job = {
             "tokens": str(place / "tokens.safetensors"),
-            "texts": texts_of(texts),
+            "texts": split_by(texts),
             "dtype": str(dtype).removeprefix("torch."),
             "device": str(device),
             "models": [{**settings, "result": str(results[name])} for name, settings in models.items()],

@@ -1,7 +1,7 @@
 """Documents -> token batches with an attention mask, a mask of what is content, and a mask of what the loss counts."""
 
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -207,15 +207,40 @@ def in_order(
         yield chosen, encoder.collate([rows[i] for i in chosen], side=side)
 
 
-def endless(rows: Sequence[Encoded], batch_size: int, generator: torch.Generator) -> Iterator[list[Encoded]]:
+class Batches(Iterator[list[Encoded]]):
     """Random batches for ever: each pass over the rows in a new order drawn from `generator`.
 
-    A batch is never larger than the number of rows.
+    A batch is never larger than the number of rows. `state_dict` holds what is left of the pass under way, so that a fit
+    can go on in another process; the generator's own state is kept by whoever owns it.
     """
-    size = min(batch_size, len(rows))
-    waiting: list[int] = []
-    while True:
-        while len(waiting) < size:
-            waiting += torch.randperm(len(rows), generator=generator).tolist()
-        chosen, waiting = waiting[:size], waiting[size:]
-        yield [rows[i] for i in chosen]
+
+    def __init__(self, rows: Sequence[Encoded], batch_size: int, generator: torch.Generator) -> None:
+        self.rows, self.size, self.generator = rows, min(batch_size, len(rows)), generator
+        self.waiting: list[int] = []
+
+    def __next__(self) -> list[Encoded]:
+        while len(self.waiting) < self.size:
+            self.waiting += torch.randperm(len(self.rows), generator=self.generator).tolist()
+        chosen, self.waiting = self.waiting[: self.size], self.waiting[self.size :]
+        return [self.rows[i] for i in chosen]
+
+    def state_dict(self) -> dict[str, Any]:
+        """The rows that this pass has still to come to."""
+        return {"waiting": list(self.waiting)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from there."""
+        self.waiting = list(state["waiting"])
+
+
+class BatchesInTurn(Batches):
+    """Batches for ever in the order of the rows, each pass the same; the last of a pass may be smaller."""
+
+    def __init__(self, rows: Sequence[Encoded], batch_size: int) -> None:
+        super().__init__(rows, batch_size, torch.Generator())
+
+    def __next__(self) -> list[Encoded]:
+        if not self.waiting:
+            self.waiting = list(range(len(self.rows)))
+        chosen, self.waiting = self.waiting[: self.size], self.waiting[self.size :]
+        return [self.rows[i] for i in chosen]

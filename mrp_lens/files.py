@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -60,6 +61,28 @@ def check_free(path: str | Path, *, overwrite: bool = False) -> None:
         )
 
 
+def make_folder(path: str | Path) -> Path:
+    """Make a folder, parents included, and see that files can be written there.
+
+    Raises:
+        NotADirectoryError: it is a file, or below one.
+        OSError: it cannot be made or written into; says so before hours of work are lost on it.
+    """
+    target = Path(path)
+    blocking = next((place for place in (target, *target.parents) if place.exists() and not place.is_dir()), None)
+    if blocking is not None:
+        raise NotADirectoryError(f"{target} cannot be a folder: {blocking} is a file; name another one")
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=target):
+            pass
+    except OSError as error:
+        raise OSError(
+            error.errno, f"{target} cannot be written into ({error.strerror}); name another folder"
+        ) from error
+    return target
+
+
 def recover(path: str | Path) -> None:
     """Finish what a killed `whole_folder` left: bring the old folder back if neither old nor new is in place."""
     target = Path(path)
@@ -81,6 +104,14 @@ def write_text(path: str | Path, text: str) -> None:
     target = Path(path)
     fresh = _sibling(target, f"{os.getpid()}{PARTIAL}")
     fresh.write_text(text, encoding="utf-8")
+    fresh.replace(target)
+
+
+def write_bytes(path: str | Path, content: bytes | bytearray | memoryview) -> None:
+    """Whole or not at all."""
+    target = Path(path)
+    fresh = _sibling(target, f"{os.getpid()}{PARTIAL}")
+    fresh.write_bytes(content)
     fresh.replace(target)
 
 

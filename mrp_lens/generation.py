@@ -33,16 +33,14 @@ def continuations(model: LensModel, prompts: Sequence[str], *, max_new_tokens: i
     return answers
 
 
-def written_texts(
-    model: LensModel, count: int, *, max_new_tokens: int, generator: torch.Generator, progress: bool = True
-) -> list[str]:
+def written_texts(model: LensModel, count: int, *, max_new_tokens: int, seed: int, progress: bool = True) -> list[str]:
     """Texts that the model writes from nothing, sampled at temperature 1; no text twice, in order of the alphabet.
 
     Args:
         model: HookedTransformer or TransformerBridge.
         count: how many are sampled; equal ones count once, so fewer may be left.
         max_new_tokens: length at most; a text ends before its end-of-text token.
-        generator: gives the seed; the global random state is left as it is.
+        seed: of the sampling; the global random state is left as it is.
         progress: show a progress bar.
 
     Raises:
@@ -51,7 +49,6 @@ def written_texts(
     tokenizer, start = model.tokenizer, start_token(model)
     texts: set[str] = set()
     device = device_of(model)
-    seed = int(torch.randint(2**31, (1,), generator=generator))
     with (
         frozen(model),
         torch.no_grad(),
@@ -74,6 +71,11 @@ def written_texts(
             texts.update(tokenizer.decode(row[1:], skip_special_tokens=True).strip() for row in output)
             bar.update(size)
     return sorted(texts - {""})
+
+
+def drawn_seed(generator: torch.Generator) -> int:
+    """A seed for a library that takes no generator."""
+    return int(torch.randint(2**31, (1,), generator=generator))
 
 
 def start_token(model: LensModel) -> int:

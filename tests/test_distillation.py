@@ -240,10 +240,7 @@ def test_unexplained_is_the_squared_error_over_the_variance(bridge: Any) -> None
 
 
 def test_texts_are_written_alike_for_a_seed_and_leave_the_random_state(model: Any, untouched: None) -> None:
-    first, again, other = (
-        written_texts(model, 20, max_new_tokens=8, generator=torch.Generator().manual_seed(s), progress=False)
-        for s in (0, 0, 1)
-    )
+    first, again, other = (written_texts(model, 20, max_new_tokens=8, seed=s, progress=False) for s in (0, 0, 1))
     assert first == again != other
     assert len(set(first)) == len(first) <= 20
     assert all(text.strip() == text and text for text in first)

@@ -9,7 +9,7 @@ from typing import Literal
 from torch import Tensor
 
 from mrp_lens.attacks.retraining import LORA_RANK, Parameters, unlocked
-from mrp_lens.batching import Encoder, endless
+from mrp_lens.batching import Batches, Encoder
 from mrp_lens.checks import generator_for, one_of, positive
 from mrp_lens.corpus import Corpus
 from mrp_lens.edit import Edit, edit_on
@@ -120,7 +120,7 @@ class Attacker:
         documents = [row for row in encoder.encode(taught.documents) if any(row.in_loss[1:])]
         if not documents:
             raise ValueError(f"nothing to train on: {taught.name!r} holds no document with a token to predict")
-        batches = endless(documents, self.batch_size, generator_for(self.seed))
+        batches = Batches(documents, self.batch_size, generator_for(self.seed))
 
         def losses(step: int) -> Iterator[dict[str, Tensor]]:
             if score is not None and step in marks:

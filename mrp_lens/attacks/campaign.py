@@ -11,13 +11,14 @@ from mrp_lens.attacks.attacker import Form
 from mrp_lens.attacks.bypass import bypass
 from mrp_lens.attacks.gradients import input_gradients
 from mrp_lens.attacks.jailbreak import Loss, jailbreak
-from mrp_lens.attacks.plan import Attack, Facts, Plan, fingerprint, labelled, possible_forms
+from mrp_lens.attacks.plan import Attack, Facts, Plan, labelled, possible_forms
 from mrp_lens.attacks.probe import probe
 from mrp_lens.attacks.relearn import documents_of, limited, relearn, with_floor
 from mrp_lens.attacks.retraining import LORA_RANK, Parameters, unlocked
 from mrp_lens.case import Case
 from mrp_lens.corpus import Questions
 from mrp_lens.edit import Edit, edit_on
+from mrp_lens.edit.record import fingerprint
 from mrp_lens.metrics.lens import logit_lens
 from mrp_lens.model import LensModel, describe
 from mrp_lens.pieces import Pieces

@@ -39,11 +39,16 @@ def generator_for(seed: int) -> torch.Generator:
         TypeError: the seed is not a whole number.
         ValueError: it does not fit into 64 bits.
     """
-    if isinstance(seed, bool) or not isinstance(seed, Integral):
+    if not _is_a(Integral, seed):
         raise TypeError(f"seed must be an int, got {seed!r}")
     if not -(2**63) <= int(seed) < 2**64:
         raise ValueError(f"seed must fit into 64 bits, got {seed}")
     return torch.Generator().manual_seed(int(seed))
+
+
+def _is_a(kind: type, value: object) -> bool:
+    """Whether it is such a number, numpy's included; True and False are none."""
+    return isinstance(value, kind) and not isinstance(value, bool)
 
 
 def given(value: Any, default: Any) -> Any:
@@ -61,7 +66,7 @@ def positive(**values: float | int | None) -> None:
     for name, value in values.items():
         if value is None:
             continue
-        if isinstance(value, bool) or not isinstance(value, Real):
+        if not _is_a(Real, value):
             raise TypeError(f"{name} must be a number, got {value!r}")
         if not value > 0:
             raise ValueError(f"{name} must be above 0, got {value}")
@@ -79,7 +84,7 @@ def whole(**values: int | None) -> None:
     for name, value in values.items():
         if value is None:
             continue
-        if isinstance(value, bool) or not isinstance(value, Integral):
+        if not _is_a(Integral, value):
             raise TypeError(f"{name} must be a whole number, got {value!r}")
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")

@@ -1,5 +1,6 @@
 """Per-layer effects: the same methods fitted at one layer after another, point by point, in a folder that can be resumed."""
 
+import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
@@ -12,13 +13,14 @@ from tqdm.auto import tqdm
 
 from mrp_lens import metrics
 from mrp_lens.case import Case
-from mrp_lens.methods import METHODS, MRP, RMU, AdaptiveRMU
+from mrp_lens.methods import METHODS, MRP, RMU, AdaptiveRMU, Fit
 from mrp_lens.methods.rmu import C_SHARE
-from mrp_lens.model import LensModel, check_layers, describe
+from mrp_lens.model import LensModel, check_layers, identity_of
 from mrp_lens.pieces import Pieces
 from mrp_lens.subspace import random_units
 
 UNEDITED = "unedited"
+FITS = "fits"  # of points that are not measured yet
 
 
 @dataclass(frozen=True)
@@ -146,14 +148,16 @@ def sweep(
     if missing:
         raise ValueError(f"a sweep needs questions on both sides; there are none for {', '.join(sorted(missing))}")
     check_layers(model, plan.layers)
-    settings = {"model": describe(model), "data": case.fingerprints(), **asdict(plan)}
+    settings = {"model": identity_of(model), "data": case.fingerprints(), **asdict(plan)}
     pieces = Pieces.claim(out, "sweep", settings)
     untouched = pieces.once(UNEDITED, lambda: _measure_unedited(model, case, plan))
     todo = [point for point in plan.points()[number - 1 :: count] if pieces.stored(point.name) is None]
     with tqdm(todo, desc="points", disable=not progress) as bar:
         for point in bar:
             bar.set_postfix_str(point.name)
-            pieces.keep(point.name, _fit_and_measure(model, case, plan, point, untouched, progress=progress))
+            kept = pieces.folder / FITS / point.name
+            pieces.keep(point.name, _fit_and_measure(model, case, plan, point, untouched, kept, progress=progress))
+            shutil.rmtree(kept, ignore_errors=True)
     return table(pieces, plan.points())
 
 
@@ -191,12 +195,23 @@ def _measure_unedited(model: LensModel, case: Case, plan: Plan) -> dict[str, Any
 
 
 def _fit_and_measure(
-    model: LensModel, case: Case, plan: Plan, point: Point, untouched: Mapping[str, Any], *, progress: bool
+    model: LensModel,
+    case: Case,
+    plan: Plan,
+    point: Point,
+    untouched: Mapping[str, Any],
+    kept: Path,
+    *,
+    progress: bool,
 ) -> dict[str, Any]:
+    """The row of a point; its fit is kept in a folder until that is written."""
     method = _method(plan, point)
-    fit = method.fit(model, case.forget, case.retain, seed=point.seed, progress=progress)
-    if fit.interrupted:
-        raise KeyboardInterrupt
+    fit = Fit.once(
+        kept,
+        lambda checkpoint: method.fit(
+            model, case.forget, case.retain, seed=point.seed, progress=progress, checkpoint=checkpoint
+        ),
+    )
     u = next(iter(fit.directions.values()), None)
     if u is None:  # MRP has none: an unrelated one shows what the null looks like
         u = random_units(1, model.cfg.d_model, "uniform", torch.Generator().manual_seed(point.seed))[0]

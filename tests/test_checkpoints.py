@@ -218,6 +218,7 @@ def test_a_state_of_other_tensors_is_refused_and_leaves_the_model(model: Any, un
     kept = Checkpoint(tmp_path)
     state = kept.load()
     assert state is not None
+    wrong: dict[str, Any]
     for wrong in (
         {"tensors": state["tensors"][:1]},
         {"tensors": 3},

@@ -11,7 +11,6 @@ from typer.testing import CliRunner
 from mrp_lens import metrics
 from mrp_lens.case import Case
 from mrp_lens.cli.app import app
-from mrp_lens.cli.report import add_report
 from mrp_lens.corpus import Corpus
 from mrp_lens.looks import looks
 from mrp_lens.methods import MRP, RMU
@@ -139,22 +138,6 @@ def test_a_run_keeps_its_frames_and_whole_files(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["rows"] == [{"method": "later"}]
     assert pd.read_csv(tmp_path / "run" / "frames" / "norms.csv")["layer"].tolist() == [0]
     assert not list(tmp_path.rglob("*.partial"))
-
-
-def test_ctrl_c_while_looking_keeps_what_was_written(tmp_path: Path) -> None:
-    run = Run("unlearn", {}, 0, rows=list(ROWS))
-    run.write(tmp_path / "run", overwrite=False)
-
-    def interrupted() -> dict[str, pd.DataFrame]:
-        raise KeyboardInterrupt
-
-    add_report(run, tmp_path / "run", interrupted)
-    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    assert summary["notes"] == ["interrupted while looking at each layer: those pictures are missing"]
-    assert len(summary["rows"]) == 2
-    html = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
-    assert 'id="accuracies"' in html
-    assert 'id="alignment_by_layer"' not in html
 
 
 def test_a_look_at_the_model_has_every_method_and_its_controls(

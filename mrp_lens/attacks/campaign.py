@@ -20,7 +20,7 @@ from mrp_lens.corpus import Questions
 from mrp_lens.edit import Edit, edit_on
 from mrp_lens.edit.record import fingerprint
 from mrp_lens.metrics.lens import logit_lens
-from mrp_lens.model import LensModel, describe
+from mrp_lens.model import LensModel, identity_of
 from mrp_lens.pieces import Pieces
 from mrp_lens.runs import rows_of
 
@@ -258,9 +258,9 @@ def campaign(
                 pass
     budgets = {key: value for key, value in asdict(plan).items() if key != "attacks"}
     settings = {
-        "model": describe(model) | {"class": type(model).__name__, "dtype": str(next(model.parameters()).dtype)},
+        "model": identity_of(model),
         "edit": fingerprint(edit),
-        "reference": None if reference is None else describe(reference),
+        "reference": None if reference is None else identity_of(reference),
         "data": case.fingerprints() | facts.fingerprints(),
         **budgets,
         "forms": forms,

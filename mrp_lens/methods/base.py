@@ -1,8 +1,9 @@
 """What all methods share: their result, their data, and the record of how an edit came about."""
 
 import json
+import shutil
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,12 +22,13 @@ from mrp_lens.edit import Edit, edit_on, load_edit
 from mrp_lens.edit.record import fingerprint
 from mrp_lens.files import make_folder, write_json, write_text
 from mrp_lens.model import LensModel, describe, identity_of, why_not_exportable
-from mrp_lens.runs import rows_of, versions
+from mrp_lens.runs import frame_of, rows_of, versions
 from mrp_lens.stream import frozen
 
 Forget = Corpus | Sequence[Corpus]
 
 EDIT, LOG, FIT = "edit", "log.csv", "fit.json"  # what a saved fit consists of
+CHECKPOINT = "checkpoint"
 
 LONGEST = 512  # tokens of a document, as in the released RMU recipe
 
@@ -78,15 +80,34 @@ class Fit:
             raise FileNotFoundError(f"{target} holds no {FIT}; give a folder that a fit was saved into")
         try:
             content = json.loads((target / FIT).read_text(encoding="utf-8"))
-            directions = {name: torch.tensor(values) for name, values in content["directions"].items()}
-            log = pd.DataFrame(content["log"])
-            log = log.astype(
-                dict.fromkeys(log.columns[log.isna().all()], float)
-            )  # of nothing but NaN, which JSON lacks
+            directions = {
+                name: torch.tensor(values, dtype=torch.float32) for name, values in content["directions"].items()
+            }
+            log = frame_of(content["log"])
             settings, interrupted = dict(content["settings"]), bool(content["interrupted"])
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"the fit in {target} is damaged ({error!r}); fit again") from error
         return cls(load_edit(target / EDIT), log, settings, interrupted, directions)
+
+    @classmethod
+    def once(cls, folder: str | Path, make: Callable[[Path], "Fit"]) -> "Fit":
+        """The fit that a folder holds, or a new one, saved there before anything else is done with it.
+
+        Args:
+            folder: of this fit.
+            make: called with a folder for the checkpoint, which is removed once the fit is saved.
+
+        Raises:
+            KeyboardInterrupt: Ctrl-C ended the fit; the checkpoint stays, and the next call goes on with it.
+        """
+        target = Path(folder)
+        if not (target / FIT).is_file():
+            fit = make(target / CHECKPOINT)
+            if fit.interrupted:
+                raise KeyboardInterrupt
+            fit.save(target)
+        shutil.rmtree(target / CHECKPOINT, ignore_errors=True)
+        return cls.load(target)
 
     @property
     def direction(self) -> Float[Tensor, " d_model"]:

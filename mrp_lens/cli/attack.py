@@ -86,10 +86,10 @@ def run_attack(
     """Attack as far as that has not been done; print and write the table."""
     plan, precision = budget.plan(seed), dtype_named(dtype)
     check_holds(out, "campaign")
-    make_folder(out)
     edit = load_edit(edit_folder)
     model_name, name = str(options["model"]), label_of(edit)
     case = case_for(model_name, options)
+    make_folder(out)
     run = Run("attack", options, seed, title=f"{model_name}: what survives {name} ({edit_folder})")
 
     def loaded(which: str) -> Any:

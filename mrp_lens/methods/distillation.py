@@ -80,7 +80,6 @@ class Distillation(PlainSettings):
             ValueError: a value out of range, a layer that does not exist, a HookedTransformer, a family whose joint
                 matrices the Bridge keeps apart, or a tokenizer without a token to start texts from.
         """
-        whole(texts=self.texts, text_length=self.text_length, steps=self.steps, batch_size=self.batch_size)
         positive(
             noise=self.noise,
             texts=self.texts,
@@ -91,6 +90,7 @@ class Distillation(PlainSettings):
             steps=self.steps,
             batch_size=self.batch_size,
         )
+        whole(texts=self.texts, text_length=self.text_length, steps=self.steps, batch_size=self.batch_size)
         if self.noise > 1.0 or not 0.0 <= self.later_noise <= 1.0:
             raise ValueError(
                 f"noise must be in (0, 1] and later_noise in [0, 1], got {self.noise} and {self.later_noise}: shares of each matrix"

@@ -70,7 +70,7 @@ def saved_rows(folder: Path, split: str | None) -> Iterator[Row]:
     if split not in listed:
         asked = "" if split is None else f", not {split!r}"
         raise ValueError(
-            f"{folder} holds the splits {', '.join(listed[:MOST_LISTED])}{asked}; give split= one of them, or the folder of one: {folder / next(iter(listed), '')}"
+            f"{folder} holds the splits {', '.join(listed[:MOST_LISTED])}{asked}; give split= one of them, or name its folder"
         )
     return _saved(folder / split, folder)
 

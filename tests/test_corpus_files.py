@@ -176,7 +176,7 @@ def test_numbers_in_single_precision_keep_their_digits(tmp_path: Path, ending: s
     )
     if ending == "frame":
         frame = pd.DataFrame({"text": np.array([0.1, 2.5], np.float32), "question": "?", "answer": ["B", "A"]})
-        frame["choices"] = [np.array([0.1, 0.7], np.float32), np.array([1.5, 0.3], np.float32)]
+        frame["choices"] = pd.Series([np.array([0.1, 0.7], np.float32), np.array([1.5, 0.3], np.float32)], dtype=object)
         corpus, quiz = Corpus.from_rows(frame), Questions.from_rows(frame)
     elif ending == "dataset":
         corpus, quiz = Corpus.from_rows(Dataset(table)), Questions.from_rows(Dataset(table))
@@ -366,6 +366,8 @@ def with_a_link(name: str) -> Callable[[Path], None]:
         (lambda folder: (folder / "test" / "data-00001-of-00002.arrow").unlink(), "is missing, or no file"),
         (lambda folder: (folder / "test" / "state.json").write_text("[" * 100_000), "nested too deeply"),
         (lambda folder: (folder / "test" / "state.json").write_text("{}"), "does not list the files of data"),
+        (lambda folder: (folder / "test" / "state.json").write_text('{"_data_files": 3}'), "does not list the files"),
+        (lambda folder: (folder / "test" / "state.json").write_text('{"_data_files": [3]}'), "does not list the files"),
         (lambda folder: (folder / "dataset_dict.json").write_text('{"splits": ["../x"]}'), "does not list the splits"),
         (lambda folder: (folder / "dataset_dict.json").write_text("3"), "it is not one object"),
     ],

@@ -14,7 +14,7 @@ from datasets import Dataset, DatasetDict
 from mrp_lens.case import Case
 from mrp_lens.corpus import Corpus, Document, Question, Questions
 
-QUIZ = [
+QUIZ: list[dict[str, Any]] = [
     {"text": "One.", "question": "Two and two?", "choices": ["three", "four"], "answer": 1},
     {"text": "Two.", "question": "Snow is?", "choices": ["white", "black"], "answer": "A"},
 ]
@@ -80,7 +80,7 @@ def test_what_is_no_table_is_refused(table: Any, error: type[Exception], message
             read(table)
 
 
-MISSING = [None, float("nan"), np.float32("nan"), pd.NA, pd.NaT]
+MISSING: list[Any] = [None, float("nan"), np.float32("nan"), pd.NA, pd.NaT]
 NO_TEXT = [
     ["one", "two"],
     {"a": 1},
@@ -136,7 +136,7 @@ def test_a_bare_string_is_no_list_of_texts() -> None:
     with pytest.raises(TypeError, match=r"texts is one string, 'abc'; write \[text\]"):
         Corpus.from_texts("abc")
     with pytest.raises(TypeError, match="texts, row 1 is nan, of type float, not a string"):
-        Corpus.from_texts(["x y", float("nan")])
+        Corpus.from_texts([*TEXTS[:1], MISSING[1]])
     with pytest.raises(ValueError, match="texts, row 1 holds half a character"):
         Corpus.from_texts(["x y", "\udfff"])
     assert len(Corpus.from_texts(pd.Series(TEXTS))) == 2

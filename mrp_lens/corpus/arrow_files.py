@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from struct import unpack_from
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 import psutil
@@ -67,7 +67,7 @@ def saved_rows(folder: Path, split: str | None) -> Iterator[Row]:
     listed = _described(folder, "dataset_dict.json", folder).get("splits")
     if not isinstance(listed, list) or not all(_is_name(name) for name in listed):
         raise ValueError(f"{folder / 'dataset_dict.json'} does not list the splits, as {SAVED} writes them")
-    if split not in listed:
+    if split is None or split not in listed:
         asked = "" if split is None else f", not {split!r}"
         raise ValueError(
             f"{folder} holds the splits {', '.join(listed[:MOST_LISTED])}{asked}; give split= one of them, or name its folder"
@@ -126,8 +126,9 @@ def _exact(value: Any, kind: Any) -> Any:
 def _saved(folder: Path, root: Path) -> Iterator[Row]:
     state = _described(folder, "state.json", root)
     listed = state.get("_data_files")
-    names = [item.get("filename") if isinstance(item, dict) else None for item in listed or []]
-    if not isinstance(listed, list) or not all(_is_name(name) for name in names) or state.get("_indices_data_files"):
+    files = listed if isinstance(listed, list) else [None]
+    names = [item["filename"] for item in files if isinstance(item, dict) and _is_name(item.get("filename"))]
+    if len(names) < len(files) or state.get("_indices_data_files"):
         raise ValueError(f"{folder / 'state.json'} does not list the files of data, as {SAVED} writes them")
     _check_shards(folder, names)
     for name in names:
@@ -237,7 +238,7 @@ def _inside(file: Path, root: Path) -> Path:
     return file
 
 
-def _is_name(name: object) -> bool:
+def _is_name(name: object) -> TypeGuard[str]:
     """Whether this is the name of something in a folder, and no path."""
     return (
         isinstance(name, str)

@@ -31,17 +31,19 @@ class Question:
     entity: str = ""
 
     def __post_init__(self) -> None:
-        if isinstance(self.choices, str) or not isinstance(self.choices, Sequence):
-            raise TypeError(f"the choices of a Question must be several strings, got {shown(self.choices)}")
-        object.__setattr__(self, "choices", tuple(self.choices))
+        choices: Any = self.choices
+        answer: Any = self.answer
+        if isinstance(choices, str) or not isinstance(choices, Sequence):
+            raise TypeError(f"the choices of a Question must be several strings, got {shown(choices)}")
         texts = {"prompt": self.prompt, "group": self.group, "entity": self.entity}
-        for part, value in [*texts.items(), *(("choice", choice) for choice in self.choices)]:
+        for part, value in [*texts.items(), *(("choice", choice) for choice in choices)]:
             check_text(value, f"the {part} of a Question")
-        if isinstance(self.answer, bool) or not isinstance(self.answer, Integral):
-            raise TypeError(f"the answer of a Question must be the index of a choice, got {shown(self.answer)}")
-        if not 0 <= self.answer < len(self.choices):
-            raise ValueError(f"the answer of a Question must be an index below {len(self.choices)}, got {self.answer}")
-        object.__setattr__(self, "answer", int(self.answer))
+        if isinstance(answer, bool) or not isinstance(answer, Integral):
+            raise TypeError(f"the answer of a Question must be the index of a choice, got {shown(answer)}")
+        if not 0 <= int(answer) < len(choices):
+            raise ValueError(f"the answer of a Question must be an index below {len(choices)}, got {answer}")
+        object.__setattr__(self, "choices", tuple(choices))
+        object.__setattr__(self, "answer", int(answer))
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ import pytest
 from datasets import Dataset, DatasetDict
 
 from mrp_lens.corpus import Corpus, Questions
+from mrp_lens.corpus.sources import file_rows
 
 AS_WRITTEN = [
     "007",
@@ -243,6 +244,16 @@ def test_a_file_is_not_held_in_memory_more_than_twice(tmp_path: Path) -> None:
         tracemalloc.stop()
         assert sum(len(document.completion) for document in corpus.documents) >= len(line) * 4000
         assert peak < 2.2 * path.stat().st_size, name
+
+
+def test_a_parquet_column_is_not_read_in_one_piece(tmp_path: Path) -> None:
+    texts = [f"{i} " + "a word and another " * 500 for i in range(2000)]
+    pq.write_table(pa.table({"text": texts}), tmp_path / "data.parquet", compression="none", use_dictionary=False)
+    rows = file_rows(tmp_path / "data.parquet", None)
+    before = pa.total_allocated_bytes()
+    assert [next(rows)["text"], next(rows)["text"]] == texts[:2]
+    assert pa.total_allocated_bytes() - before < (tmp_path / "data.parquet").stat().st_size / 2
+    assert [row["text"] for row in rows] == texts[2:]
 
 
 def test_a_quotation_mark_left_open_does_not_fill_the_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

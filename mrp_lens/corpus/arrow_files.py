@@ -18,6 +18,7 @@ from mrp_lens.corpus.rows import MOST_LISTED, Row, shown, unique
 from mrp_lens.corpus.text_files import parsed
 
 TOGETHER = 256  # rows that are Python objects at a time
+BUFFER = 2**20  # bytes of a .parquet column that are read at a time
 ROW = 200  # bytes that a row takes at the least, once it is a document
 
 END = b"\xff\xff\xff\xff\0\0\0\0"  # of a stream that was written to its end
@@ -37,7 +38,7 @@ def parquet_rows(file: Path) -> Iterator[Row]:
     with (
         _foreign(file),
         pa.OSFile(str(file)) as source,
-        pq.ParquetFile(source, page_checksum_verification=True) as table,
+        pq.ParquetFile(source, page_checksum_verification=True, pre_buffer=False, buffer_size=BUFFER) as table,
     ):
         announced = table.metadata
         groups = [announced.row_group(place) for place in range(announced.num_row_groups)]

@@ -303,6 +303,16 @@ def test_a_parquet_file_that_does_not_fit_is_refused(tmp_path: Path, monkeypatch
         Corpus.from_file(tmp_path / "packed.parquet")
 
 
+def test_a_parquet_file_with_fewer_rows_than_it_announces_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "data.parquet"
+    pq.write_table(pa.table({"text": ["x"] * 77}), file)
+    content = file.read_bytes()
+    known = b"\x16\x9a\x01\x19"  # in the footer: a number, 77, and the list of row groups
+    file.write_bytes(content.replace(known, b"\x16\xb4\x01\x19", 1))
+    with pytest.raises(ValueError, match="announces 90 rows and holds 77; it is damaged"):
+        Corpus.from_file(file)
+
+
 def test_offsets_of_a_damaged_table_are_not_followed(tmp_path: Path) -> None:
     stream(tmp_path / "saved", [pa.RecordBatch.from_pydict({"text": ["0123456789"]})])
     file = tmp_path / "saved" / "data.arrow"

@@ -110,6 +110,12 @@ def test_what_is_neither_text_nor_a_number_is_refused_with_its_row(value: Any) -
         Questions.from_rows([{"question": "?", "choices": ["x", "y"], "answer": value}])
 
 
+@pytest.mark.parametrize("value", MISSING, ids=repr)
+def test_what_is_missing_is_said_to_be(value: Any) -> None:
+    with pytest.raises(ValueError, match="row 0: field 'text' has no value; leave the row out or fill it in"):
+        Corpus.from_rows([{"text": value}])
+
+
 @pytest.mark.parametrize("choice", ["", "  ", "\n"])
 def test_an_empty_choice_is_refused(choice: str) -> None:
     with pytest.raises(ValueError, match="row 0: a choice has no value in"):

@@ -7,6 +7,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from mrp_lens.model.positions import each_row_alone
+
 
 @runtime_checkable
 class LensModel(Protocol):
@@ -104,9 +106,11 @@ def check_layers(model: LensModel, layers: Iterable[int]) -> tuple[int, ...]:
 
 
 def forward(model: LensModel, tokens: Int[Tensor, "batch seq"], attention_mask: Bool[Tensor, "batch seq"]) -> Any:
-    """A forward pass, always with the attention mask and never with a key/value cache."""
+    """A forward pass, always with the attention mask and never with a key/value cache; what a row gives does not depend
+    on the others."""
     no_cache = {"use_cache": False} if is_bridge(model) else {}
-    return model(tokens, attention_mask=attention_mask.long(), return_type="logits", **no_cache)
+    with each_row_alone(model, attention_mask):
+        return model(tokens, attention_mask=attention_mask.long(), return_type="logits", **no_cache)
 
 
 def logits_of(

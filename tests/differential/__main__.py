@@ -3,11 +3,12 @@
 import argparse
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-from tests.differential.job import described, failures, results, say, summary  # noqa: E402
+from tests.differential.job import described, failures, results, say, summary
 
 
 def main() -> int:
@@ -17,34 +18,42 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="the first seed")
     parser.add_argument("--jobs", type=int, default=1, help="processes")
     parser.add_argument("--out", type=Path, help="a folder for one JSON line a model; models in it are not run again")
-    parser.add_argument("--only", type=int, help="run one seed again and print all that it gave")
+    parser.add_argument(
+        "--only", type=int, nargs="+", metavar="SEED", help="run these seeds and print all that they gave"
+    )
     parser.add_argument("--fast", action="store_true", help="measures in rotation, as in the suite")
     parser.add_argument("--first", action="store_true", help="stop at the first disagreement")
     chosen = parser.parse_args()
-    if chosen.only is not None:
-        return only(chosen.only, fast=chosen.fast)
-    say(f"seeds {chosen.seed}..{chosen.seed + chosen.models - 1}")
+    seeds = chosen.only or range(chosen.seed, chosen.seed + chosen.models)
+    return run(
+        seeds, fast=chosen.fast, jobs=chosen.jobs, out=chosen.out, first=chosen.first, details=chosen.only is not None
+    )
+
+
+def run(
+    seeds: Sequence[int],
+    *,
+    fast: bool = False,
+    jobs: int = 1,
+    out: Path | None = None,
+    first: bool = False,
+    details: bool = False,
+) -> int:
+    """Run seeds, print what disagrees and the counts; 1 if anything was wrong or crashed, else 0."""
+    say(f"{len(seeds)} models, seeds {seeds[0]}..{seeds[-1]}")
     found = []
-    seeds = range(chosen.seed, chosen.seed + chosen.models)
-    for entry in results(seeds, fast=chosen.fast, jobs=chosen.jobs, out=chosen.out):
+    for entry in results(seeds, fast=fast, jobs=jobs, out=out):
         found.append(entry)
-        if failures(entry):
+        if failures(entry) or details:
             say(described(entry))
-            if chosen.first:
-                return 1
+        for name, outcome in entry["outcomes"].items() if details else ():
+            say(f"  {name}: {outcome['status']} {outcome['detail']}")
+        if failures(entry) and first:
+            return 1
         if len(found) % 100 == 0:
-            say(f"... {len(found)} of {chosen.models}")
+            say(f"... {len(found)} of {len(seeds)}")
     say(summary(found))
     return int(any(failures(entry) for entry in found))
-
-
-def only(seed: int, *, fast: bool) -> int:
-    """One seed, with every detail."""
-    (entry,) = results([seed], fast=fast)
-    say(described(entry))
-    for name, outcome in entry["outcomes"].items():
-        say(f"{name}: {outcome['status']}\n    {outcome['detail']}")
-    return int(bool(failures(entry)))
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +45,6 @@ def run_one(task: tuple[int, bool]) -> dict[str, Any]:
     made, started = recipe(seed), time.perf_counter()
     outcomes = trial(made, rotated(seed) if fast else thorough(seed))
     if not fast and seed % 4 == 1:
-        from dataclasses import replace
-
         for kind in {"auto", "bridge", "hooked"} - {made.backend}:
             again = trial(replace(made, backend=kind), ("logits",))
             outcomes |= {f"{name}, {kind}": outcome for name, outcome in again.items()}
@@ -59,15 +57,14 @@ def run_one(task: tuple[int, bool]) -> dict[str, Any]:
 
 
 def results(seeds: Sequence[int], *, fast: bool, jobs: int = 1, out: Path | None = None) -> Iterator[dict[str, Any]]:
-    """The results of the seeds, those in `out` read from there, new ones added to it."""
+    """The results of the seeds; those of the same models in `out` are read from there, new ones added to it."""
     file = None if out is None else out / ("fast.jsonl" if fast else "results.jsonl")
-    known = {} if file is None or not file.exists() else {entry["seed"]: entry for entry in _lines(file)}
-    yield from (known[seed] for seed in seeds if seed in known)
-    tasks = [(seed, fast) for seed in seeds if seed not in known]
-    if file is not None:
-        file.parent.mkdir(parents=True, exist_ok=True)
-    for entry in _run(tasks, jobs):
+    known = {} if file is None else {entry["seed"]: entry for entry in _lines(file)}
+    kept = [seed for seed in seeds if seed in known and known[seed]["recipe"] == asdict(recipe(seed))]
+    yield from (known[seed] for seed in kept)
+    for entry in _run([(seed, fast) for seed in seeds if seed not in kept], jobs):
         if file is not None:
+            file.parent.mkdir(parents=True, exist_ok=True)
             with file.open("a", encoding="utf-8") as stream:
                 stream.write(json.dumps(entry) + "\n")
         yield entry
@@ -81,13 +78,14 @@ def _run(tasks: Sequence[tuple[int, bool]], jobs: int) -> Iterator[dict[str, Any
         yield from pool.imap_unordered(run_one, tasks)
 
 
-def _lines(file: Path) -> Iterator[dict[str, Any]]:
-    """The lines of a file; one cut off by a kill is left out."""
-    for line in file.read_text(encoding="utf-8").splitlines():
-        try:
-            yield json.loads(line)
-        except json.JSONDecodeError:
-            continue
+def _lines(file: Path) -> list[dict[str, Any]]:
+    """The lines of a file; a last one that was cut off by a kill is taken out of it."""
+    if not file.exists():
+        return []
+    whole, _, cut = file.read_text(encoding="utf-8").rpartition("\n")
+    if cut:
+        file.write_text(whole + "\n" * bool(whole), encoding="utf-8")
+    return [json.loads(line) for line in whole.splitlines()]
 
 
 def failures(entry: dict[str, Any]) -> dict[str, dict[str, str]]:
@@ -99,8 +97,12 @@ def described(entry: dict[str, Any]) -> str:
     """A failing result in a few lines."""
     made = entry["recipe"]
     config = {name: value for name, value in made["config"].items() if value is not None}
-    lines = [f"seed {entry['seed']}: {made['family']} {made['dtype']} (files {made['stored']}) as {made['backend']}, {config}"]
-    lines += [f"  tokenizer: {', '.join(f'{key} {made[key]}' for key in ('bos', 'eos', 'pad', 'added', 'missing', 'memory'))}"]
+    lines = [
+        f"seed {entry['seed']}: {made['family']} {made['dtype']} (files {made['stored']}) as {made['backend']}, {config}"
+    ]
+    lines += [
+        f"  tokenizer: {', '.join(f'{key} {made[key]}' for key in ('bos', 'eos', 'pad', 'added', 'missing', 'memory'))}"
+    ]
     for name, found in failures(entry).items():
         last = found["reason"] or found["detail"]
         lines.append(f"  {name} {found['status']}: {last[:300]}")
@@ -121,7 +123,9 @@ def summary(entries: Iterable[dict[str, Any]]) -> str:
     for name, count in counts.items():
         lines.append(f"{name:22}{count['ok']:7}{count['refused']:9}{count['wrong']:7}{count['crashed']:9}")
     seconds = sum(entry["seconds"] for entry in found)
-    lines.append(f"{len(found)} models, {seconds:.0f} s of one core, {sum(bool(failures(e)) for e in found)} with a disagreement")
+    lines.append(
+        f"{len(found)} models, {seconds:.0f} s of one core, {sum(bool(failures(e)) for e in found)} with a disagreement"
+    )
     lines += ["refused:"] * bool(reasons) + [f"{count:6}  {reason}" for reason, count in reasons.most_common()]
     return "\n".join(lines)
 

@@ -3,6 +3,7 @@
 Every parameter is perturbed: at its default initialisation a model hides mistakes (biases are 0, norm weights 1).
 """
 
+import copy
 import random
 from dataclasses import dataclass
 from pathlib import Path
@@ -151,14 +152,20 @@ def _config(family: str, draw: random.Random) -> dict[str, Any]:
     head, partial = width // heads, 1.0
     if family != "gpt_neox":
         config["num_key_value_heads"] = draw.choice((heads, heads // 2))
-    if family in ("qwen3", "gemma2", "gemma3_text", "qwen3_moe") or (family in ("llama", "mistral") and draw.random() < 0.3):
+    if family in ("qwen3", "gemma2", "gemma3_text", "qwen3_moe") or (
+        family in ("llama", "mistral") and draw.random() < 0.3
+    ):
         head = config["head_dim"] = draw.choice((8, 16))
     windowed = draw.random() < 0.6
     window = draw.randint(3, 20)
     if family == "mistral" or family == "mixtral":
         config["sliding_window"] = window if windowed else None
     elif family in ("qwen2", "qwen3", "qwen3_moe"):
-        config |= {"use_sliding_window": windowed, "sliding_window": window, "max_window_layers": draw.randint(0, depth)}
+        config |= {
+            "use_sliding_window": windowed,
+            "sliding_window": window,
+            "max_window_layers": draw.randint(0, depth),
+        }
     elif family == "phi3":
         config["sliding_window"] = window if windowed else None
         partial = draw.choice((1.0, 0.5)) if head % 4 == 0 else 1.0
@@ -246,7 +253,7 @@ def build(made: Recipe, folder: Path) -> Built:
         tokenizer.add_special_tokens({"pad_token": "[PAD]"})
     pad = tokenizer.pad_token_id
     ids["pad_token_id"] = pad if pad is not None and pad < rows else None
-    config = getattr(transformers, prefix + suffix)(vocab_size=rows, **ids, **made.config)
+    config = getattr(transformers, prefix + suffix)(vocab_size=rows, **ids, **copy.deepcopy(made.config))
     with torch.random.fork_rng([]):
         torch.manual_seed(made.seed)
         suffix = "LMHeadModel" if made.family == "gpt2" else "ForCausalLM"
@@ -286,7 +293,7 @@ def questions(made: Recipe, draw: random.Random, count: int = 3) -> list[tuple[s
     for _ in range(count):
         prompt = text(draw, draw.randint(1, 20), made.added)
         kind = draw.randrange(4)
-        words = [draw.choice(("red", "blue", "green", "white", "b", "d", "42", "é")) for _ in range(draw.randint(2, 4))]
+        words = draw.sample(("red", "blue", "green", "white", "b", "d", "42", "é"), draw.randint(2, 4))
         if kind == 0:  # a letter that may merge with the space before it
             rows.append((prompt + " ", words))
         elif kind == 1:
@@ -294,5 +301,5 @@ def questions(made: Recipe, draw: random.Random, count: int = 3) -> list[tuple[s
         elif kind == 2:  # one is the beginning of another
             rows.append((prompt, [" red", " red bread", " red bread and", " b"][: len(words)]))
         else:
-            rows.append((prompt, [" " + text(draw, draw.randint(1, 5), made.added) for _ in words]))
+            rows.append((prompt, [f" {text(draw, draw.randint(1, 4), made.added)} {word}" for word in words]))
     return rows

@@ -19,14 +19,19 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=1, help="processes")
     parser.add_argument("--out", type=Path, help="a folder for one JSON line a model; models in it are not run again")
     parser.add_argument(
-        "--only", type=int, nargs="+", metavar="SEED", help="run these seeds and print all that they gave"
+        "--only", type=int, nargs="+", metavar="SEED", help="run these seeds and print all that they give"
     )
     parser.add_argument("--fast", action="store_true", help="measures in rotation, as in the suite")
     parser.add_argument("--first", action="store_true", help="stop at the first disagreement")
     chosen = parser.parse_args()
     seeds = chosen.only or range(chosen.seed, chosen.seed + chosen.models)
     return run(
-        seeds, fast=chosen.fast, jobs=chosen.jobs, out=chosen.out, first=chosen.first, details=chosen.only is not None
+        seeds,
+        fast=chosen.fast,
+        jobs=chosen.jobs,
+        out=chosen.out,
+        first=chosen.first,
+        details=chosen.only is not None and not chosen.first,
     )
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from mrp_lens.model import available_backends
+from tests.differential.faults import FAULTS, Fault, apply, caught_by, sound_seeds
 from tests.differential.job import described, failures, results, run_one
 from tests.differential.models import FAMILIES, ROPES, Recipe, recipe
 from tests.differential.trial import LAYOUTS, MEASURES, trial
@@ -64,7 +65,6 @@ LONG = rope(
     long_factor=[1.0, 1.7, 2.4, 3.1],
 )
 LLAMA3 = rope("llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=24)
-WITH_BIAS = {"attention_bias": True, "mlp_bias": True}
 HALF: dict[str, Any] = {"dtype": "float16", "stored": "float16", "std": 0.05}
 COARSE: dict[str, Any] = {"dtype": "bfloat16", "stored": "bfloat16", "std": 0.05}
 TEXTS = ("choices", "perplexity", "confidence", "rmu")
@@ -93,7 +93,6 @@ FOUND: dict[str, tuple[Recipe, tuple[str, ...]]] = {
     "a tokenizer made in memory": (made(memory=True, added=True), TEXTS),
     "the caller's tokenizer without BOS": (made("gpt2", memory=True, bos="none", pad="eos"), ()),
     "the caller's tokenizer, which stays as it is": (made(memory=True, bos="none", pad="none", backend="bridge"), ()),
-    "biases in a folded export": (made(config=WITH_BIAS), ("rmu", "folded")),
 }
 
 
@@ -150,6 +149,26 @@ def test_a_killed_job_goes_on_where_it_was(tmp_path: Path) -> None:
 def test_equal_seeds_give_equal_models() -> None:
     assert recipe(17) == recipe(17)
     assert len({json.dumps(recipe(seed).config) for seed in range(50)}) > 40
+
+
+@pytest.fixture(scope="module")
+def sound() -> list[int]:
+    return sound_seeds(SEEDS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
+def test_a_deliberate_fault_is_caught(fault: Fault, sound: list[int]) -> None:
+    if "hooked" in fault.pattern + fault.replacement and "hooked" not in available_backends():
+        pytest.skip("needs HookedTransformer (TransformerLens 3)")
+    assert caught_by(fault, sound) is not None
+
+
+def test_a_fault_that_no_longer_applies_is_reported(tmp_path: Path) -> None:
+    (tmp_path / "module.py").write_text("x = 1\nx = 1\n", encoding="utf-8")
+    for pattern in ("y = 1", "x = 1"):
+        with pytest.raises(ValueError, match="the fault no longer applies: rewrite it"):
+            apply(Fault("none", pattern, ""), tmp_path)
 
 
 @pytest.mark.slow

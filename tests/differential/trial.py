@@ -257,7 +257,7 @@ class Comparison:
         table = metrics.accuracy(self.model, self.quiz()).set_index("group")
         right = [float(np.argmax(score) == n % len(score)) for n, score in enumerate(scores)]
         if abs(float(table.loc["all", "accuracy"]) - float(np.mean(right))) > 1e-9:
-            raise DisagreementError(f"accuracy {table.loc['all', 'accuracy']} of {right}")
+            raise DisagreementError(f"accuracy {table.loc['all', 'accuracy']!r} of {right}")
         chosen = [float(np.exp(row[n % len(row)])) for n, row in enumerate(want)]
         return detail + self.near(
             [float(table.loc["all", "answer_probability"])], [float(np.mean(chosen))], ", probability"
@@ -424,7 +424,7 @@ class Comparison:
 
     def folded(self) -> str:
         """A projection that folds, over RMU's matrices now and then; written, loaded plainly, compared with the hooks."""
-        if self.draw.random() < 0.4:
+        if self.draw.random() < (0.7 if self.reference.model.config.tie_word_embeddings else 0.3):
             edit: Edit = self.random_projection([(0, "resid_pre")])
         else:
             edit = self.random_projection(self.places(("attn_out", "mlp_out"), 2))

@@ -1,7 +1,10 @@
 """Settings: defaults filled in, and values refused that cannot be meant."""
 
+import operator
+from collections.abc import Iterable
 from typing import Any, get_args
 
+import numpy as np
 import torch
 
 
@@ -10,6 +13,21 @@ def generator_for(seed: int) -> torch.Generator:
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise TypeError(f"seed must be an int, got {seed!r}")
     return torch.Generator().manual_seed(seed)
+
+
+def whole_numbers(values: Iterable[Any], name: str) -> tuple[int, ...]:
+    """Whole numbers of any kind (numpy's, a range) as plain ints.
+
+    Raises:
+        TypeError: it is one number instead of several, or one of them is no whole number.
+    """
+    if isinstance(values, str | bytes) or not isinstance(values, Iterable):
+        raise TypeError(f"{name} must be a list of whole numbers such as [3, 5], got {values!r}")
+    numbers = list(values)
+    for number in numbers:
+        if isinstance(number, bool | np.bool_) or not hasattr(number, "__index__"):
+            raise TypeError(f"{name} must be a list of whole numbers such as [3, 5], got {number!r} in it")
+    return tuple(operator.index(number) for number in numbers)
 
 
 def given(value: Any, default: Any) -> Any:

@@ -27,7 +27,7 @@ def plain(tiny_folder: Path) -> Any:
 
 def state_of_plain(hf_model: Any) -> dict[str, Any]:
     return {
-        "weights": {name: tensor.clone() for name, tensor in hf_model.state_dict().items()},
+        "weights": {name: tensor.detach().clone() for name, tensor in hf_model.named_parameters()},
         "hooks": sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in hf_model.modules()),
         "flags": [p.requires_grad for p in hf_model.parameters()],
     }

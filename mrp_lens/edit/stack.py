@@ -6,11 +6,12 @@ from typing import Any
 from torch import Tensor
 from typing_extensions import override
 
-from mrp_lens.edit.base import Edit, Undo
+from mrp_lens.edit.base import Edit
 from mrp_lens.edit.projection import ProjectionEdit
 from mrp_lens.edit.storage import KINDS, register
 from mrp_lens.edit.weight import WeightEdit
 from mrp_lens.model import LensModel
+from mrp_lens.model.edits_on import On
 
 
 class EditStack(Edit):
@@ -33,22 +34,9 @@ class EditStack(Edit):
         return tuple(sorted({layer for part in self.parts for layer in part.layers}))
 
     @override
-    def install(self, model: LensModel, *, check: bool = True) -> Undo:
-        undos: list[Undo] = []
-
-        def undo() -> bool:
-            complete = True
-            for step in reversed(undos):
-                complete = step() and complete
-            return complete
-
-        try:
-            for part in self.parts:
-                undos.append(part.install(model, check=check))
-        except BaseException:
-            undo()
-            raise
-        return undo
+    def _put_on(self, model: LensModel, entry: On, *, check: bool) -> None:
+        for part in self.parts:
+            part._put_on(model, entry, check=check)
 
     @override
     def to_parts(self) -> tuple[dict[str, Any], dict[str, Tensor]]:

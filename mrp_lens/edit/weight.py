@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from mrp_lens.edit.base import Edit, Undo
+from mrp_lens.edit.base import Edit
 from mrp_lens.model import EditableWeight, LensModel, same_tensor, weights_by_name
+from mrp_lens.model.edits_on import On, write
 
 
 class WeightEdit(Edit):
@@ -54,11 +55,11 @@ class WeightEdit(Edit):
         return tuple(sorted({int(number[1]) for number in numbers if number}))
 
     @override
-    def install(self, model: LensModel, *, check: bool = True) -> Undo:
-        return self.write_into(weights_by_name(model), check=check)
+    def _put_on(self, model: LensModel, entry: On, *, check: bool) -> None:
+        self.write_into(model, weights_by_name(model), entry, check=check)
 
-    def write_into(self, known: Mapping[str, EditableWeight], *, check: bool) -> Undo:
-        """`install`, given the matrices of a model by their names in the checkpoint."""
+    def write_into(self, model: Any, known: Mapping[str, EditableWeight], entry: On, *, check: bool) -> None:
+        """Put it on, given the matrices of a model by their names in the checkpoint."""
         for name, tensor in self.tensors.items():
             if name not in known:
                 raise ValueError(
@@ -75,15 +76,14 @@ class WeightEdit(Edit):
                     f"{name} is not the matrix that this edit replaces: the model is another one, in another precision, or carries an edit "
                     "already. Load the model it was made for, stack edits in the order they were fitted, or pass check=False"
                 )
-        before = {name: known[name].parameter.detach().clone() for name in self.tensors}
+        for name, tensor in self.tensors.items():
+            write(model, entry, known[name], tensor)
+
+    def write_over(self, model: LensModel) -> None:
+        """Overwrite the matrices without any record of what they held."""
+        known = weights_by_name(model)
         for name, tensor in self.tensors.items():
             known[name].write(tensor)
-
-        def undo() -> bool:
-            _restore(known, before)
-            return True
-
-        return undo
 
     @override
     def to_parts(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -102,9 +102,3 @@ class WeightEdit(Edit):
 
     def __repr__(self) -> str:
         return f"WeightEdit({list(self.tensors)})"
-
-
-def _restore(weights: Mapping[str, EditableWeight], before: Mapping[str, Tensor]) -> None:
-    with torch.no_grad():
-        for name, tensor in before.items():
-            weights[name].parameter.copy_(tensor)

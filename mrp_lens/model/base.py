@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from mrp_lens.checks import whole_numbers
 from mrp_lens.model.positions import each_row_alone
 
 
@@ -91,15 +92,13 @@ def check_layers(model: LensModel, layers: Iterable[int]) -> tuple[int, ...]:
     """The layers in ascending order, without repeats.
 
     Raises:
-        TypeError: a layer is not an int.
+        TypeError: a single number instead of a list, or a layer that is no whole number.
         ValueError: no layer, or one outside 0..n_layers-1.
     """
-    chosen = sorted(set(layers))
+    chosen = sorted(set(whole_numbers(layers, "layers")))
     if not chosen:
         raise ValueError("no layers given; name at least one, such as layers=[3]")
     for layer in chosen:
-        if isinstance(layer, bool) or not isinstance(layer, int):
-            raise TypeError(f"layer must be an int, got {layer!r}")
         if not 0 <= layer < model.cfg.n_layers:
             raise ValueError(f"layer {layer} is out of range: this model has layers 0..{model.cfg.n_layers - 1}")
     return tuple(chosen)

@@ -79,6 +79,9 @@ def written_texts(
 def start_token(model: LensModel) -> int:
     """What a text of the model's own starts from: BOS, or EOS where there is none.
 
+    A text from nothing needs a token to start behind. Models without BOS are trained on documents with EOS between
+    them, so EOS is what comes before a text there; a text that is given (`Encoder`) still starts with its own first token.
+
     Raises:
         ValueError: the tokenizer has neither.
     """

@@ -46,18 +46,18 @@ def test_a_model_that_differs_from_hugging_face_is_refused(
 ) -> None:
     import mrp_lens.model.load as load
 
-    real = load._probe
+    real = load._expected
 
-    def other(hf_model: Any) -> Any:
+    def other(hf_model: Any, dtype: Any) -> Any:
         """What Hugging Face would say if it had lost the last norm's weights."""
         with torch.no_grad():
             kept = hf_model.model.norm.weight.clone()
             hf_model.model.norm.weight.fill_(1.0)
-            probe = real(hf_model)
+            probe = real(hf_model, dtype)
             hf_model.model.norm.weight.copy_(kept)
         return probe
 
-    monkeypatch.setattr(load, "_probe", other)
+    monkeypatch.setattr(load, "_expected", other)
     with pytest.raises(ModelMismatchError, match="differ from Hugging Face's by"):
         load_model(tiny_folder, backend=backend)  # type: ignore[arg-type]
 

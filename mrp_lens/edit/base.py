@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mrp_lens.model import LensModel, check_same_model
+from mrp_lens.model import LensModel, check_lens_model, check_same_model
 from mrp_lens.model.edits_on import On, entries_on, putting_on, take_off
 from mrp_lens.model.exclusive import exclusive
 
@@ -215,6 +215,7 @@ class Edit(ABC):
         return hash((self.kind, self.layers))
 
     def _check_model(self, model: LensModel, check: bool) -> None:
+        check_lens_model(model)
         if check and "model" in self.provenance:
             check_same_model(model, self.provenance["model"])
 

@@ -52,7 +52,7 @@ def is_bridge(model: LensModel) -> bool:
     """Whether this is a TransformerBridge (True) or a HookedTransformer (False).
 
     Raises:
-        TypeError: it is neither.
+        TypeError: it is neither; says how to load it.
     """
     kinds = {kind.__name__ for kind in type(model).__mro__}
     if "TransformerBridge" in kinds:
@@ -60,8 +60,47 @@ def is_bridge(model: LensModel) -> bool:
     if "HookedTransformer" in kinds:
         return False
     raise TypeError(
-        f"expected a HookedTransformer or a TransformerBridge, got {type(model).__name__}; load it with mrp_lens.load_model(...)"
+        f"expected a HookedTransformer or a TransformerBridge, got {type(model).__name__}; a Hugging Face model, a folder or a name is loaded "
+        "with mrp_lens.load_model(...)"
     )
+
+
+def check_lens_model(model: Any) -> None:
+    """Refuse what is not a model of TransformerLens, such as a plain Hugging Face model.
+
+    Raises:
+        TypeError: says how to load it.
+    """
+    is_bridge(model)
+
+
+def dtype_named(dtype: Any) -> torch.dtype:
+    """A precision that a model can have: "bfloat16", "torch.bfloat16" and torch.bfloat16 are one.
+
+    Raises:
+        ValueError: none of float16, bfloat16, float32, float64.
+    """
+    found = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
+    if not (isinstance(found, torch.dtype) and found in (torch.float16, torch.bfloat16, torch.float32, torch.float64)):
+        raise ValueError(f"unknown dtype {dtype!r}; give 'float32', 'bfloat16' or 'float16'")
+    return found
+
+
+def device_named(device: Any) -> torch.device:
+    """A device by its name; None: a GPU if there is one, else the CPU.
+
+    Raises:
+        ValueError: there is no such device.
+    """
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        found = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"unknown device {device!r}; give 'cpu', 'cuda' or 'cuda:0'") from error
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"there is no device {device!r} here: torch sees {torch.cuda.device_count()} GPUs; give 'cpu'")
+    return found
 
 
 def architecture_of(model: LensModel) -> str:
@@ -95,6 +134,7 @@ def check_layers(model: LensModel, layers: Iterable[int]) -> tuple[int, ...]:
         TypeError: a single number instead of a list, or a layer that is no whole number.
         ValueError: no layer, or one outside 0..n_layers-1.
     """
+    check_lens_model(model)
     chosen = sorted(set(whole_numbers(layers, "layers")))
     if not chosen:
         raise ValueError("no layers given; name at least one, such as layers=[3]")

@@ -1,18 +1,27 @@
 """Folders that appear whole or not at all, and are not overwritten by accident."""
 
 import glob
+import itertools
 import json
 import logging
 import os
 import shutil
+import threading
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import psutil
 
+try:
+    import fcntl
+except ImportError:  # Windows, where folders have no such locks
+    fcntl = None  # type: ignore[assignment]
+
 PARTIAL = ".partial"
+LONGEST_WAIT = 10.0  # seconds for another process's two renames
 
 logger = logging.getLogger(__name__)
 
@@ -21,26 +30,42 @@ logger = logging.getLogger(__name__)
 def whole_folder(path: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
     """Yield a fresh sibling folder to write into; it takes the place of `path` once the block ends well.
 
-    A process killed at any moment leaves the old folder or the new one. Two renames are needed to replace a folder
-    that is not empty; killed between them, the old one lies beside as `.NAME.replaced`, and `recover` puts it back.
+    A process killed at any moment, a full disk and a power cut leave the old folder or the new one. Two renames are needed
+    to replace a folder that is not empty; killed between them, the old one lies beside as `.NAME.replaced`, and `recover`
+    puts it back. Of two processes that write to one path, each replaces the other's folder as a whole, or is refused.
 
     Raises:
-        FileExistsError: `path` exists, is not empty, and `overwrite` is False; it is left as it is.
+        FileExistsError: `path` exists, is not empty, and `overwrite` is False; it is left as it is. Likewise if another
+            process has written it by the end of the block.
     """
-    target = Path(path)
+    target = _followed(path)
     recover(target)
     check_free(target, overwrite=overwrite)
     target.parent.mkdir(parents=True, exist_ok=True)
-    fresh, aside = _sibling(target, f"partial-{os.getpid()}"), _sibling(target, "replaced")
-    _clear_up(target)
-    fresh.mkdir()
-    try:
+    with ExitStack() as stack:
+        with _alone(target.absolute().parent):
+            fresh = _fresh_folder(target)
+            stack.callback(shutil.rmtree, fresh, ignore_errors=True)
+            stack.enter_context(_alone(fresh))  # which tells others that somebody is writing there
         yield fresh
-        if target.exists():
-            target.rename(aside)
+        _flush_folder(fresh)
+        with _alone(target.absolute().parent):
+            check_free(target, overwrite=overwrite)
+            _take_place(fresh, target)
+
+
+def _take_place(fresh: Path, target: Path) -> None:
+    """Rename the fresh folder to the target; what was there goes, or is back if that fails."""
+    aside = _sibling(target, "replaced")
+    if target.exists():
+        target.rename(aside)
+    try:
         fresh.rename(target)
-    finally:
-        shutil.rmtree(fresh, ignore_errors=True)
+    except BaseException:
+        if aside.is_dir() and not target.exists():
+            aside.rename(target)
+        raise
+    _flush_names(target.absolute().parent)
     shutil.rmtree(aside, ignore_errors=True)
 
 
@@ -62,13 +87,16 @@ def check_free(path: str | Path, *, overwrite: bool = False) -> None:
 
 def recover(path: str | Path) -> None:
     """Finish what a killed `whole_folder` left: bring the old folder back if neither old nor new is in place."""
-    target = Path(path)
+    target = _followed(path)
     aside = _sibling(target, "replaced")
-    if aside.is_dir() and not target.exists():
-        logger.warning("an earlier save of %s was interrupted; its former content is back in place", target)
-        aside.rename(target)
-    elif aside.is_dir():
-        shutil.rmtree(aside, ignore_errors=True)
+    if not aside.is_dir():
+        return
+    with _alone(target.absolute().parent):  # nobody is between the two renames
+        if aside.is_dir() and not target.exists():
+            logger.warning("an earlier save of %s was interrupted; its former content is back in place", target)
+            aside.rename(target)
+        elif aside.is_dir():
+            shutil.rmtree(aside, ignore_errors=True)
 
 
 def write_json(path: str | Path, content: Any) -> None:
@@ -77,19 +105,121 @@ def write_json(path: str | Path, content: Any) -> None:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """UTF-8; a process killed at any moment leaves the old file or the new one, and perhaps a sibling `.NAME.PID.partial`."""
+    """UTF-8; as `write_bytes`."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: str | Path, content: bytes | bytearray | memoryview) -> None:
+    """Write a file whole or not at all, readable for whom any new file is.
+
+    A full disk or a power cut leaves the old file or the new one, and so does a kill, which may leave a sibling
+    `.NAME.PID-THREAD.partial` besides.
+
+    Raises:
+        OSError: it cannot be written, because the disk is full for example; what was there is as it was.
+    """
     target = Path(path)
-    fresh = _sibling(target, f"{os.getpid()}{PARTIAL}")
-    fresh.write_text(text, encoding="utf-8")
-    fresh.replace(target)
+    fresh = _sibling(target, f"{os.getpid()}-{threading.get_ident()}{PARTIAL}")
+    try:
+        fresh.unlink(missing_ok=True)  # of a killed process that had this one's numbers
+        with fresh.open("xb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        fresh.replace(target)
+    except OSError as error:
+        kept = "what was there before is still in place" if target.is_file() else "nothing is left of it"
+        raise OSError(error.errno, f"{target} could not be written ({error.strerror}); {kept}") from error
+    finally:
+        with suppress(OSError):
+            fresh.unlink()
+    _flush_names(target.absolute().parent)
 
 
-def _clear_up(target: Path) -> None:
-    """Remove what killed processes left half-written beside the target."""
-    for left in target.absolute().parent.glob(f".{glob.escape(target.absolute().name)}.partial-*"):
-        number = left.name.rpartition("-")[2]
-        if number.isdigit() and (int(number) == os.getpid() or not psutil.pid_exists(int(number))):
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Inside, no other process or thread is in a block of this function for the same folder.
+
+    Not where the system has no such locks, nor after waiting for long: somebody else's lock must not stop a save, and
+    renames alone mix no folders.
+    """
+    if fcntl is None:
+        yield
+        return
+    number = os.open(folder, os.O_RDONLY)
+    try:
+        given_up = time.monotonic() + LONGEST_WAIT
+        while not _locked(number) and time.monotonic() < given_up:
+            time.sleep(0.02)
+        yield
+    finally:
+        os.close(number)
+
+
+def _is_held(folder: Path) -> bool:
+    """Whether somebody is in `_alone(folder)`."""
+    if fcntl is None:
+        return False
+    with suppress(FileNotFoundError):
+        number = os.open(folder, os.O_RDONLY)
+        try:
+            return not _locked(number)
+        finally:
+            os.close(number)
+    return False
+
+
+def _locked(number: int) -> bool:
+    """Lock an open folder; False if somebody else has. Some network file systems have no locks: True."""
+    with suppress(OSError):
+        try:
+            fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+    return True
+
+
+def _fresh_folder(target: Path) -> Path:
+    """Make a sibling of the target to write into, and remove what killed processes left half-written beside it."""
+    beginning = _sibling(target, "partial-")
+    for left in target.absolute().parent.glob(f"{glob.escape(beginning.name)}*"):
+        numbers = left.name.removeprefix(beginning.name).split("-")
+        # A living process holds its folder. One may have this process's number, in a container of its own.
+        dead = all(number.isdecimal() for number in numbers) and (
+            int(numbers[0]) == os.getpid() or not psutil.pid_exists(int(numbers[0]))
+        )
+        if dead and not _is_held(left):
             shutil.rmtree(left, ignore_errors=True)
+    for count in itertools.count(1):
+        fresh = beginning.with_name(f"{beginning.name}{os.getpid()}{'' if count == 1 else f'-{count}'}")
+        with suppress(FileExistsError):
+            fresh.mkdir()
+            return fresh
+    raise AssertionError("unreachable: the numbers have no end")
+
+
+def _flush_folder(folder: Path) -> None:
+    """Bring all files below a folder to the disk, before a rename says that they are there."""
+    for place, _, files in os.walk(folder):
+        for name in files:
+            with open(os.path.join(place, name), "rb") as file:
+                os.fsync(file.fileno())
+        _flush_names(Path(place))
+
+
+def _flush_names(folder: Path) -> None:
+    """Bring the names in a folder to the disk, where the system lets one."""
+    with suppress(OSError):
+        number = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(number)
+        finally:
+            os.close(number)
+
+
+def _followed(path: str | Path) -> Path:
+    """The path, or what it is a link to: the link stays a link, and the folder on the disk that was chosen for it."""
+    return Path(path).resolve() if Path(path).is_symlink() else Path(path)
 
 
 def _sibling(target: Path, suffix: str) -> Path:

@@ -3,11 +3,14 @@
 An exported folder carries a copy of this file, which therefore needs torch and nothing else.
 """
 
+import hashlib
+import json
 import threading
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from contextvars import ContextVar
 from functools import partial
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -15,6 +18,9 @@ from torch import Tensor, nn
 
 # In the order in which a block comes to them: a later one has to see what an earlier one did.
 SITES = ("resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post")
+
+HASH = "sha256"  # of a configuration's settings, among them
+MODES = ("replace", "add")
 
 
 class Change(nn.Module):
@@ -147,8 +153,13 @@ def install(
     return handles
 
 
-def build(model: nn.Module, settings: Mapping[str, Any]) -> None:
-    """Give a model the changes that a configuration lists, without their values: these come with its weights."""
+def build(model: Any, settings: Any) -> None:
+    """Give a model the changes that a configuration lists, without their values: these come with its weights.
+
+    Raises:
+        ValueError: the settings are not those that were exported.
+    """
+    check_settings(settings, int(model.config.num_hidden_layers), int(model.config.hidden_size))
     layers = model.get_submodule(settings["blocks"])
     changes: dict[tuple[int, str], nn.Module] = {}
     for entry in settings["changes"]:
@@ -158,6 +169,73 @@ def build(model: nn.Module, settings: Mapping[str, Any]) -> None:
         block.edit[entry["site"]] = nn.Sequential(*(_empty(step) for step in entry["steps"]))
         changes[entry["layer"], entry["site"]] = block.edit[entry["site"]]
     install(model, settings["blocks"], settings["modules"], changes)
+
+
+def check_settings(settings: Any, n_layers: int, width: int) -> None:
+    """Refuse settings of an edit that were changed since they were written, or that no edit of such a model has.
+
+    Raises:
+        ValueError: says what is wrong.
+    """
+    known = isinstance(settings, dict) and set(settings) == {"blocks", "modules", "changes", HASH}
+    if not known or settings[HASH] != hash_of({key: value for key, value in settings.items() if key != HASH}):
+        raise ValueError(
+            "the edit's settings in config.json are missing or were changed since this folder was exported (their hash does not match): "
+            "another model would load; fetch the folder again, or export it again"
+        )
+    changes = settings["changes"]
+    places = [(change["layer"], change["site"]) for change in changes]
+    whole = (
+        len(set(places)) == len(places) > 0
+        and all(_is_count(layer, n_layers) and site in SITES for layer, site in places)
+        and all(change["steps"] for change in changes)
+        and all(_is_step(step, width) for change in changes for step in change["steps"])
+    )
+    if not whole:
+        raise ValueError(
+            f"the edit's settings in config.json are none of an edit on {n_layers} layers of width {width}; fetch the folder again, or export "
+            "it again"
+        )
+
+
+def _is_step(step: Mapping[str, Any], width: int) -> bool:
+    """Whether a step has the shape and the settings of its kind."""
+    shape, positions = step["shape"], step.get("positions")
+    if step["kind"] == "projection":
+        return len(shape) == 2 and _is_count(shape[0] - 1, width) and shape[1] == width
+    chosen = positions is None or all(type(position) is int for position in positions)
+    return bool(step["kind"] == "steering" and shape == [width] and step["mode"] in MODES and chosen)
+
+
+def _is_count(value: Any, below: int) -> bool:
+    return type(value) is int and 0 <= value < below
+
+
+def check_values(model: nn.Module, settings: Mapping[str, Any]) -> None:
+    """Refuse tensors of an edit that are not those that were exported. Offloaded ones cannot be read, and pass.
+
+    Raises:
+        ValueError: names one.
+    """
+    layers = model.get_submodule(settings["blocks"])
+    for change in settings["changes"]:
+        for number, step in enumerate(change["steps"]):
+            (name, values), *_ = layers[change["layer"]].edit[change["site"]][number].named_buffers()  # type: ignore[index]
+            if not values.is_meta and hash_of_values(values) != step["values_sha256"]:
+                raise ValueError(
+                    f"the edit's tensor {name} at layer {change['layer']} ({change['site']}) was changed since this folder was exported (its "
+                    "hash does not match): another model would load; fetch the folder again, or export it again"
+                )
+
+
+def hash_of(settings: Mapping[str, Any]) -> str:
+    """SHA-256 of settings, whatever the order of their names."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+
+
+def hash_of_values(values: Tensor) -> str:
+    """SHA-256 of a tensor's values in float32."""
+    return hashlib.sha256(values.detach().to("cpu", torch.float32).contiguous().numpy().tobytes()).hexdigest()
 
 
 def _empty(settings: Mapping[str, Any]) -> nn.Module:

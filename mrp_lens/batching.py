@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from mrp_lens.checks import one_of
 from mrp_lens.corpus import Document
 from mrp_lens.model import check_lens_model, device_of, valid_id, without_row
 
@@ -127,6 +128,11 @@ class Encoder:
         self._warn_of_cuts(long, len(documents), keep)
         return encoded
 
+    def fitted(self, rows: Sequence[Encoded], *, keep: Kept) -> list[Encoded]:
+        """Rows that may be longer than `max_length`, cut as `encode` does, with its warning."""
+        self._warn_of_cuts(sum(len(row.ids) > self.max_length for row in rows), len(rows), keep)
+        return [self._cut(row, keep) for row in rows]
+
     def windows(self, documents: Sequence[Document], size: int) -> Iterator[list[Encoded]]:
         """`encode` for `size` documents at a time, so that memory does not grow with their number; one warning at the end."""
         cut = 0
@@ -210,7 +216,12 @@ class Encoder:
         )
 
     def collate(self, rows: Sequence[Encoded], *, side: PaddingSide = "right") -> TokenBatch:
-        """Pad to the longest row. The padding id is arbitrary: it is masked everywhere."""
+        """Pad to the longest row. The padding id is arbitrary: it is masked everywhere.
+
+        Raises:
+            ValueError: a side that is neither "right" nor "left".
+        """
+        one_of(PaddingSide, padding=side)
         width = max(len(row.ids) for row in rows)
         pad = self.tokenizer.pad_token_id if valid_id(self.tokenizer.pad_token_id, self.rows) else 0
 
@@ -228,7 +239,13 @@ class Encoder:
 def in_order(
     encoder: Encoder, rows: Sequence[Encoded], batch_size: int, *, side: PaddingSide = "right"
 ) -> Iterator[tuple[list[int], TokenBatch]]:
-    """Batches of similar length (least padding), each with the positions of its rows."""
+    """Batches of similar length (least padding), each with the positions of its rows.
+
+    Raises:
+        ValueError: a batch size below 1, which would read nothing.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     order = sorted(range(len(rows)), key=lambda i: len(rows[i].ids))
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]

@@ -2,6 +2,7 @@
 
 import operator
 from collections.abc import Iterable
+from numbers import Integral
 from typing import Any, get_args
 
 import numpy as np
@@ -9,10 +10,23 @@ import torch
 
 
 def generator_for(seed: int) -> torch.Generator:
-    """A generator of its own, so that the global one stays as it is."""
-    if isinstance(seed, bool) or not isinstance(seed, int):
+    """A generator of its own, so that the global one stays as it is.
+
+    Raises:
+        TypeError: the seed is no integer.
+    """
+    return torch.Generator().manual_seed(int_seed(seed))
+
+
+def int_seed(seed: int) -> int:
+    """The seed as a plain int; numpy's integers are as good.
+
+    Raises:
+        TypeError: it is no integer.
+    """
+    if isinstance(seed, bool) or not isinstance(seed, Integral):
         raise TypeError(f"seed must be an int, got {seed!r}")
-    return torch.Generator().manual_seed(seed)
+    return int(seed)
 
 
 def whole_numbers(values: Iterable[Any], name: str) -> tuple[int, ...]:

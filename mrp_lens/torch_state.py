@@ -1,6 +1,6 @@
 """torch's process-wide switches, put where this library's arithmetic needs them, whatever a notebook's first cell has set."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 
 import torch
@@ -47,3 +47,16 @@ def without_autocast(states: Tensor) -> AbstractContextManager[object]:
     """
     kind = states.device.type
     return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
+
+
+def refuse_inference_tensors(tensors: Iterable[Tensor]) -> None:
+    """Refuse what was made inside `torch.inference_mode()`: torch never differentiates through it, nor lets it be changed.
+
+    Raises:
+        ValueError: one of the tensors is such a one.
+    """
+    if any(tensor.is_inference() for tensor in tensors):
+        raise ValueError(
+            "the model was loaded inside torch.inference_mode(), so that its weights can be neither trained nor differentiated through; "
+            "load it outside (torch.no_grad() does no harm)"
+        )

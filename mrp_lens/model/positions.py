@@ -21,15 +21,13 @@ def each_row_alone(model: Any, attention_mask: Bool[Tensor, "batch seq"]) -> Ite
         model: HookedTransformer (which has no such rule) or TransformerBridge.
         attention_mask: True at real tokens.
     """
-    config = getattr(getattr(model, "original_model", None), "config", None)
-    rule = getattr(config, "rope_parameters", None) or {}
-    switch = int(rule.get("original_max_position_embeddings") or 0) if rule.get("rope_type") == "longrope" else 0
-    short = attention_mask.sum(dim=1) <= switch
-    if attention_mask.shape[1] <= switch or not bool(short.any()):
+    limit = _limit(model)
+    short = attention_mask.sum(dim=1) <= limit
+    if attention_mask.shape[1] <= limit or not bool(short.any()):
         yield
         return
-    # Positions count from a row's first token: all differences are as before, and none is beyond the switch.
-    places = (attention_mask.long().cumsum(dim=1) - 1).clamp(0, switch - 1)
+    # Positions count from a row's first token: all differences are as before, and none is beyond the limit.
+    places = (attention_mask.long().cumsum(dim=1) - 1).clamp(0, limit - 1)
 
     def of_each_row(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> tuple[Tensor, ...]:
         states = args[0] if args else kwargs["x"]
@@ -42,3 +40,17 @@ def each_row_alone(model: Any, attention_mask: Bool[Tensor, "batch seq"]) -> Ite
             if getattr(module, "rope_type", None) == "longrope":
                 stack.callback(module.register_forward_hook(of_each_row, with_kwargs=True).remove)
         yield
+
+
+def same_positions(model: Any, length: int, other: int) -> bool:
+    """Whether the beginning of a text has the same states in two texts of these lengths, in tokens; False where
+    "longrope" reads the longer one with its other frequencies."""
+    limit = _limit(model)
+    return (length <= limit) == (other <= limit)
+
+
+def _limit(model: Any) -> int:
+    """Tokens beyond which "longrope" takes its other frequencies; 0 for all other rules."""
+    config = getattr(getattr(model, "original_model", None), "config", None)
+    rule = getattr(config, "rope_parameters", None) or {}
+    return int(rule.get("original_max_position_embeddings") or 0) if rule.get("rope_type") == "longrope" else 0

@@ -115,7 +115,7 @@ def recipe(seed: int) -> Recipe:
         memory=draw.random() < 0.25,
         more_rows=0 if missing else draw.choice((0, 0, 5, 110)),
         bos=draw.choices(("none", "has", "adds"), (1, 3, 1))[0],  # type: ignore[arg-type]
-        eos=draw.random() < 0.85,
+        eos=draw.random() < 0.85 or family == "qwen2",  # for which transformers would add one, beyond the embedding
         pad=draw.choices(("own", "none", "eos", "beyond"), (3, 1, 1, 1))[0],  # type: ignore[arg-type]
         added=added,
         missing=missing,
@@ -261,7 +261,10 @@ def build(made: Recipe, folder: Path) -> Built:
         with torch.no_grad():
             for parameter in hf_model.parameters():
                 parameter.add_(made.std * torch.randn_like(parameter))
-    hf_model.to(getattr(torch, made.stored)).eval()
+            # Of parameters alone, as loading does it: rotary angles in half precision would be other angles.
+            for parameter in hf_model.parameters():
+                parameter.data = parameter.data.to(getattr(torch, made.stored))
+    hf_model.eval()
     hf_model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return Built(folder, tokenizer, hf_model)

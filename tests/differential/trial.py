@@ -75,8 +75,12 @@ def trial(made: Recipe, wanted: Sequence[str] = MEASURES) -> dict[str, Outcome]:
 
 def may_refuse(made: Recipe, measure: str) -> bool:
     """Where a clear error is right; anywhere else an answer is owed."""
-    if measure == "load":
-        return made.backend == "hooked"  # which TransformerLens has for few architectures and settings
+    if (
+        measure == "load"
+    ):  # TransformerLens has HookedTransformer for few settings, and no Bridge for NeoX without biases
+        return (
+            made.backend == "hooked" or made.config.get("attention_bias", True) is False and made.family == "gpt_neox"
+        )
     if made.missing and measure in TEXTUAL:
         return True  # the model cannot read the texts
     if measure == "folded":

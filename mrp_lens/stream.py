@@ -100,7 +100,9 @@ def add_hooks(model: LensModel, hooks: Iterable[tuple[str, HookFunction]]) -> li
     for name, function in _to_the_stream(model, pairs):
         point = points[name]
         # On the Bridge a change at resid_mid is made here, and comes after any at attn_out, whichever was added first.
-        first = not isinstance(function, _ChangeOfSum) and any(isinstance(e.user_hook, _ChangeOfSum) for e in point.fwd_hooks)
+        first = not isinstance(function, _ChangeOfSum) and any(
+            isinstance(e.user_hook, _ChangeOfSum) for e in point.fwd_hooks
+        )
         point.add_hook(function, is_permanent=True, prepend=first)
         handles.append(HookHandle(point, point.fwd_hooks[0 if first else -1]))
     return handles

@@ -7,10 +7,12 @@ from torch import Tensor
 from typing_extensions import override
 
 from mrp_lens.edit.base import Edit, check_width
+from mrp_lens.edit.folder import field
 from mrp_lens.model import LensModel, device_of
 from mrp_lens.model.edits_on import On, entries_on
 from mrp_lens.stream import HookFunction, add_hooks, check_hook_names, layer_of, place_in_block
 from mrp_lens.subspace import Subspace
+
 
 class ProjectionEdit(Edit):
     """h <- h - (h Q^T) Q at each hook, Q in float32, the result cast back (MRP, arXiv 2508.15449).
@@ -155,7 +157,9 @@ class ProjectionEdit(Edit):
             )
         entry.places += points
         device = device_of(model)
-        hooks = [(name, projection_hook(self._joined[name].to(device))) for name in sorted(self._joined, key=place_in_block)]
+        hooks = [
+            (name, projection_hook(self._joined[name].to(device))) for name in sorted(self._joined, key=place_in_block)
+        ]
         entry.hooks += add_hooks(model, hooks)
 
     @override
@@ -172,14 +176,21 @@ class ProjectionEdit(Edit):
     @classmethod
     @override
     def from_parts(cls, settings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> "ProjectionEdit":
-        requests: dict[str, dict[str, Subspace]] = {name: {} for name in settings["requests"]}
-        for entry in settings["hooks"]:
-            basis = tensors[entry["tensor"]]
-            if basis.ndim != 2 or basis.shape[0] != entry["rank"]:
+        requests: dict[str, dict[str, Subspace]] = {}
+        for request in field(settings, "requests", list):
+            if not isinstance(request, str) or request in requests:
+                raise ValueError(f"requests must be different names, got {request!r}")
+            requests[request] = {}
+        for entry in field(settings, "hooks", list):
+            request, hook, tensor = (field(entry, name, str) for name in ("request", "hook", "tensor"))
+            if request not in requests or hook in requests[request]:
+                raise ValueError(f"{hook!r} belongs to no request, or stands twice in {request!r}")
+            basis = tensors[tensor]
+            if basis.ndim != 2 or basis.shape[0] != field(entry, "rank", int):
                 raise ValueError(
-                    f"{entry['tensor']} has shape {list(basis.shape)}, the configuration says rank {entry['rank']}"
+                    f"{tensor!r} has shape {list(basis.shape)}, the configuration says rank {entry['rank']}"
                 )
-            requests[entry["request"]][entry["hook"]] = Subspace(basis)
+            requests[request][hook] = Subspace(basis)
         return cls.from_requests(requests)
 
     def _check_known(self, request: str) -> None:

@@ -1,8 +1,7 @@
 """What RMU drives a model towards, as a hook: states replaced by (or moved along) a fixed direction."""
 
-import math
 from collections.abc import Mapping, Sequence
-from numbers import Real
+from types import NoneType
 from typing import Any, Literal
 
 import torch
@@ -12,6 +11,7 @@ from typing_extensions import override
 
 from mrp_lens.checks import whole_numbers
 from mrp_lens.edit.base import Edit, check_width
+from mrp_lens.edit.folder import field
 from mrp_lens.model import LensModel, device_of
 from mrp_lens.model.edits_on import On
 from mrp_lens.stream import add_hooks, check_hook_names, hook_name, layer_of
@@ -40,7 +40,7 @@ class SteeringEdit(Edit):
         seed: of the noise, which is drawn from a generator of its own and starts anew each time the edit is put on.
 
     Raises:
-        TypeError: a number or a name that is none.
+        TypeError: text in the place of a number.
         ValueError: a direction that is not a finite non-zero vector, an unknown mode, negative noise, a coefficient or noise
             that is not finite.
     """
@@ -63,8 +63,10 @@ class SteeringEdit(Edit):
         if mode not in ("replace", "add"):
             raise ValueError(f"unknown mode {mode!r}; choose 'replace' or 'add'")
         for name, value in (("coefficient", coefficient), ("noise", noise)):
-            if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
-                raise ValueError(f"{name} must be a finite number, got {value!r}")
+            if isinstance(value, bool | str):
+                raise TypeError(f"{name} must be a number, got {value!r}")
+            if not abs(float(value)) <= torch.finfo(torch.float32).max:
+                raise ValueError(f"{name} must be a finite number in float32, got {value!r}")
         if not noise >= 0.0:
             raise ValueError(f"noise is a variance and must be at least 0, got {noise}")
         self.hook = hook
@@ -74,6 +76,8 @@ class SteeringEdit(Edit):
         self.noise = float(noise)
         self.positions = None if positions is None else whole_numbers(positions, "positions")
         (self.seed,) = whole_numbers([seed], "seed")
+        if not -(2**63) <= self.seed < 2**64:
+            raise ValueError(f"seed must fit into 64 bits, got {seed}")
         self.provenance = dict(provenance or {})
 
     @classmethod
@@ -123,7 +127,7 @@ class SteeringEdit(Edit):
 
         entry.hooks += add_hooks(model, [(self.hook, hook)])
         if self.positions is not None:
-            entry.hooks.append(fix_prompts(model))
+            entry.hooks += fix_prompts(model)
 
     @override
     def to_parts(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -140,14 +144,17 @@ class SteeringEdit(Edit):
     @classmethod
     @override
     def from_parts(cls, settings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> "SteeringEdit":
+        direction = tensors["direction"]
+        if direction.ndim != 1 or abs(float(direction.double().norm()) - 1.0) > 1e-4:
+            raise ValueError(f"the direction has shape {list(direction.shape)}, or not length 1")
         return cls(
-            settings["hook"],
-            tensors["direction"],
-            settings["coefficient"],
-            mode=settings["mode"],
-            noise=settings["noise"],
-            positions=settings["positions"],
-            seed=settings["seed"],
+            field(settings, "hook", str),
+            direction,
+            field(settings, "coefficient", (int, float)),
+            mode=field(settings, "mode", str),
+            noise=field(settings, "noise", (int, float)),
+            positions=field(settings, "positions", (list, NoneType)),
+            seed=field(settings, "seed", int),
         )
 
     def __repr__(self) -> str:

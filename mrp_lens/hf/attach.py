@@ -71,7 +71,7 @@ def attach(hf_model: Any, edit: Edit | str | Path, *, check: bool = True) -> Att
         if changes:
             entry.hooks.append(TorchHook(hf_model.register_state_dict_pre_hook(_warn_of_hooks)))
         if any(isinstance(part, SteeringEdit) and part.positions is not None for part in chosen.parts):
-            entry.hooks.append(fix_prompts(hf_model))
+            entry.hooks += fix_prompts(hf_model)
     return Attached(hf_model, entry)
 
 

@@ -90,7 +90,9 @@ class Prompt:
         sources = (arguments, getattr(arguments.get("generation_config"), "__dict__", {}))
         for name in UNCOUNTABLE:
             if any(source.get(name) is not None for source in sources):
-                raise ValueError(f"the model is steered at positions of the prompt, which cannot be told with {name}; leave it out")
+                raise ValueError(
+                    f"the model is steered at positions of the prompt, which cannot be told with {name}; leave it out"
+                )
         self.lengths: dict[int, int] = {}
 
     def __enter__(self) -> None:

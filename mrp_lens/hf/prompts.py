@@ -8,6 +8,7 @@ from types import MethodType
 from typing import Any
 
 from mrp_lens.hf.modeling import Prompt
+from mrp_lens.model.exclusive import anchor_of
 
 COUNT = "_mrp_lens_prompts"
 METHODS = ("generate", "hf_generate", "generate_stream")
@@ -34,15 +35,18 @@ class FixedPrompts:
         return True
 
 
-def fix_prompts(model: Any) -> FixedPrompts:
-    """Make the model's `generate` say what its prompt is: its first pass, however the others are run."""
-    if not vars(model).get(COUNT):
-        for name in METHODS:
-            method = getattr(type(model), name, None)
-            if method is not None:
-                vars(model)[name] = MethodType(_with_prompt(method), model)  # a copy's is bound to the copy
-    vars(model)[COUNT] = vars(model).get(COUNT, 0) + 1
-    return FixedPrompts(model)
+def fix_prompts(model: Any) -> list[FixedPrompts]:
+    """Make the model's `generate` say what its prompt is: its first pass, however the others are run. On a TransformerBridge
+    that of the Hugging Face model inside does, too."""
+    models = {id(one): one for one in (model, anchor_of(model))}.values()
+    for one in models:
+        if not vars(one).get(COUNT):
+            for name in METHODS:
+                method = getattr(type(one), name, None)
+                if method is not None:
+                    vars(one)[name] = MethodType(_with_prompt(method), one)  # a copy's is bound to the copy
+        vars(one)[COUNT] = vars(one).get(COUNT, 0) + 1
+    return [FixedPrompts(one) for one in models]
 
 
 def _with_prompt(method: Callable[..., Any]) -> Callable[..., Any]:

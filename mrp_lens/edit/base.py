@@ -10,7 +10,7 @@ from weakref import WeakKeyDictionary
 
 from torch import Tensor
 
-from mrp_lens.model import LensModel, check_lens_model, check_same_model
+from mrp_lens.model import LensModel, check_same_model
 
 Undo = Callable[[], bool]
 """Takes an edit off again; False if somebody had removed a part of it before."""
@@ -141,7 +141,6 @@ class Edit(ABC):
         save_edit(self, path, overwrite=overwrite)
 
     def _check_model(self, model: LensModel, check: bool) -> None:
-        check_lens_model(model)
         if check and "model" in self.provenance:
             check_same_model(model, self.provenance["model"])
 

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from mrp_lens.model import LensModel, forward, is_bridge
+from mrp_lens.model import LensModel, check_lens_model, forward, is_bridge
 from mrp_lens.model.edits_on import check_on
 from mrp_lens.model.exclusive import exclusive
 
@@ -59,8 +59,10 @@ def check_hook_names(model: LensModel, names: Iterable[str]) -> None:
     """Refuse names that the model does not have (TransformerBridge 3.9 would ignore them).
 
     Raises:
+        TypeError: not a model of TransformerLens.
         ValueError: names the unknown hook, the layers there are, and the closest known names.
     """
+    check_lens_model(model)
     known = model.hook_dict
     for name in names:
         if name not in known:

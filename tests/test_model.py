@@ -58,12 +58,12 @@ def test_a_model_that_differs_from_hugging_face_is_refused(
 
     real = load._expected
 
-    def other(hf_model: Any, dtype: Any) -> Any:
+    def other(hf_model: Any, *settings: Any) -> Any:
         """What Hugging Face would say if it had lost the last norm's weights."""
         with torch.no_grad():
             kept = hf_model.model.norm.weight.clone()
             hf_model.model.norm.weight.fill_(1.0)
-            probe = real(hf_model, dtype)
+            probe = real(hf_model, *settings)
             hf_model.model.norm.weight.copy_(kept)
         return probe
 

@@ -215,7 +215,6 @@ class Edit(ABC):
         return hash((self.kind, self.layers))
 
     def _check_model(self, model: LensModel, check: bool) -> None:
-        check_lens_model(model)
         if check and "model" in self.provenance:
             check_same_model(model, self.provenance["model"])
 

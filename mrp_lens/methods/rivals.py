@@ -16,7 +16,7 @@ from mrp_lens.edit import Edit, ProjectionEdit
 from mrp_lens.methods.base import Fit, Forget, fitting, prepare, provenance, request_provenance
 from mrp_lens.methods.start import states_at
 from mrp_lens.methods.tuning import Tuning, Unit
-from mrp_lens.model import LensModel, check_layers
+from mrp_lens.model import LensModel, check_layers, check_lens_model
 from mrp_lens.stream import Site, hook_name
 from mrp_lens.subspace import Subspace
 
@@ -136,6 +136,7 @@ class DirectionAblation:
         """
         one_of(Site, site=self.site)
         generator = generator_for(seed)
+        check_lens_model(model)
         layers = check_layers(model, given(self.layers, range(model.cfg.n_layers)))
         hooks = [hook_name(layer, self.site) for layer in layers]
         data = prepare(model, forget, retain, max_length=self.max_length)

@@ -12,6 +12,7 @@ from tqdm.auto import tqdm
 from mrp_lens.batching import Encoded, Encoder, in_order
 from mrp_lens.corpus import Document, Questions
 from mrp_lens.model import LensModel
+from mrp_lens.model.positions import same_positions
 from mrp_lens.predictions import predictions
 from mrp_lens.stream import frozen
 
@@ -77,7 +78,15 @@ def mean_log_probabilities(
         own: list[_Pass] = []
         for number in sorted(range(start, start + size), key=lambda n: -len(rows[n].ids)):
             context = rows[number].ids[:-1]
-            known = next((it for it in own if it.row.ids[: len(context)] == context), None)
+            length = len(rows[number].ids)
+            known = next(
+                (
+                    it
+                    for it in own
+                    if it.row.ids[: len(context)] == context and same_positions(model, len(it.row.ids), length)
+                ),
+                None,
+            )
             if known is None:
                 known = _Pass(rows[number], [])
                 own.append(known)

@@ -62,7 +62,9 @@ def rotary_rules(config: Any) -> list[dict[str, Any]]:
 
 
 def reach(config: Any) -> int:
-    """Tokens of a text that goes beyond every window and position rule that a configuration names.
+    """Tokens of a text that goes beyond every window and position rule that a configuration names, within its context.
+
+    Beyond the context only where a rule speaks of that: rotary angles that change with the text's length.
 
     Example:
         >>> from transformers import MistralConfig
@@ -74,7 +76,9 @@ def reach(config: Any) -> int:
     for rule in rotary_rules(config):
         limits += [size for size in _position_limits(config, rule) if _is_count(size)]
     longest = max(limits, default=16)
-    return longest + max(8, longest // 2)
+    length = longest + max(8, longest // 2)
+    switched = any(rule.get("rope_type") in SWITCHED for rule in rotary_rules(config))
+    return length if switched else min(length, context_of(config))
 
 
 def _position_limits(config: Any, rule: Mapping[str, Any]) -> list[Any]:
@@ -108,6 +112,7 @@ def small_config(config: Any) -> Any:
             sizes["intermediate_size"] = min(int(small.intermediate_size), narrow + 16)
         if getattr(small, "n_inner", None) == 4 * width:  # GPT-2's, which HookedTransformer takes for granted
             sizes["n_inner"] = 4 * narrow
+        sizes |= {name: narrow for name, value in vars(small).items() if name.endswith("_proj_dim") and value == width}
     sizes |= {name: EXPERT for name in _EXPERTS if _is_count(getattr(small, name, None))}
     sizes |= {name: None for name in _IDS if getattr(small, name, None) is not None}
     sizes |= {name: [values[layer] for layer in kept] for name, values in _per_layer(small).items()}
@@ -216,7 +221,7 @@ def ignored_settings(kind: Kind, config: Any) -> str | None:
 
     Raises:
         ImportError: there is no such class.
-        Exception: no small model of this kind can be made, which says nothing about the class.
+        Exception: no small model of this kind can be made, in Hugging Face or in the class, which settles nothing.
     """
     small = json.loads(small_config(config).to_json_string(use_diff=False))
     found = difference(kind, json.dumps(small))
@@ -226,7 +231,7 @@ def ignored_settings(kind: Kind, config: Any) -> str | None:
     if blamed:
         return f"it leaves out {', '.join(blamed)}"
     if isinstance(found, str):
-        return found
+        raise ValueError(found)
     return f"on a small model of this configuration its log-probabilities are {found:.2g} off Hugging Face's"
 
 

@@ -36,7 +36,9 @@ def choices_of(row: Row, columns: str | Sequence[str], number: int, name: str) -
         )
     for choice in found:
         if missing(choice) or (isinstance(choice, str) and not choice.strip()):
-            raise ValueError(f"{name}, row {number}: a choice has no value in {shown(found)}; leave it out or fill it in")
+            raise ValueError(
+                f"{name}, row {number}: a choice has no value in {shown(found)}; leave it out or fill it in"
+            )
         try:
             words(choice)
         except ValueError as error:

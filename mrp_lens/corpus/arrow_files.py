@@ -4,10 +4,9 @@ They are read by pyarrow alone: `datasets` would follow paths out of the folder,
 """
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from struct import error as StructError
 from struct import unpack_from
 from typing import Any
 
@@ -15,14 +14,14 @@ import numpy as np
 import psutil
 import pyarrow as pa
 
-from mrp_lens.corpus.rows import Row, shown, unique
+from mrp_lens.corpus.rows import MOST_LISTED, Row, shown, unique
 from mrp_lens.corpus.text_files import parsed
 
 TOGETHER = 256  # rows that are Python objects at a time
 ROW = 200  # bytes that a row takes at the least, once it is a document
 
 END = b"\xff\xff\xff\xff\0\0\0\0"  # of a stream that was written to its end
-SHARD = re.compile(r"data-(\d+)-of-(\d+)\.arrow")
+SHARD = re.compile(r"data-([0-9]{1,9})-of-([0-9]{1,9})\.arrow")
 
 SAVED = "Dataset.save_to_disk or DatasetDict.save_to_disk"
 
@@ -35,7 +34,11 @@ def parquet_rows(file: Path) -> Iterator[Row]:
     """
     import pyarrow.parquet as pq
 
-    with _foreign(file), pa.OSFile(str(file)) as source, pq.ParquetFile(source, page_checksum_verification=True) as table:
+    with (
+        _foreign(file),
+        pa.OSFile(str(file)) as source,
+        pq.ParquetFile(source, page_checksum_verification=True) as table,
+    ):
         announced = table.metadata
         groups = [announced.row_group(place) for place in range(announced.num_row_groups)]
         _check_fits(max([group.total_byte_size for group in groups], default=0), announced.num_rows, file)
@@ -67,7 +70,7 @@ def saved_rows(folder: Path, split: str | None) -> Iterator[Row]:
     if split not in listed:
         asked = "" if split is None else f", not {split!r}"
         raise ValueError(
-            f"{folder} holds the splits {', '.join(listed)}{asked}; give split= one of them, or the folder of one: {folder / next(iter(listed), '')}"
+            f"{folder} holds the splits {', '.join(listed[:MOST_LISTED])}{asked}; give split= one of them, or name its folder"
         )
     return _saved(folder / split, folder)
 
@@ -133,8 +136,9 @@ def _saved(folder: Path, root: Path) -> Iterator[Row]:
 
 def _check_shards(folder: Path, names: list[str]) -> None:
     """Refuse a list of files that leaves out some of those that were written together."""
-    counted = [match for name in names if (match := SHARD.fullmatch(name))]
-    if counted and [int(match[1]) for match in counted] != list(range(int(counted[0][2]))) or len(set(names)) < len(names):
+    counted = [(int(match[1]), int(match[2])) for name in names if (match := SHARD.fullmatch(name))]
+    whole = counted == [(place, len(names)) for place in range(len(names))]
+    if len(set(names)) < len(names) or (counted and not whole):
         raise ValueError(
             f"{folder / 'state.json'} lists {shown(names)}, which are not all files of one data set in their order; save it again"
         )
@@ -209,7 +213,7 @@ def _foreign(where: object) -> Iterator[None]:
     except Exception as error:
         if isinstance(error, ValueError) and str(where) in str(error):
             raise
-        why = (str(error) or type(error).__name__).splitlines()[0]
+        why = (str(error) or type(error).__name__).splitlines()[0][:300]
         raise ValueError(f"{where} cannot be read, or is damaged: {why}") from error
 
 
@@ -235,4 +239,9 @@ def _inside(file: Path, root: Path) -> Path:
 
 def _is_name(name: object) -> bool:
     """Whether this is the name of something in a folder, and no path."""
-    return isinstance(name, str) and name not in ("", ".", "..") and not set(name) & set("/\\\0:")
+    return (
+        isinstance(name, str)
+        and 0 < len(name.encode()) < 256
+        and name not in (".", "..")
+        and not set(name) & set("/\\\0:")
+    )

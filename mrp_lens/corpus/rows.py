@@ -20,12 +20,21 @@ from mrp_lens.corpus.schemas import template_fields
 Row = Mapping[str, Any]
 Item = TypeVar("Item")
 
+MOST_LISTED = 20
+
 SURROGATE = re.compile("[\ud800-\udfff]")
 
 _short = reprlib.Repr()
 _short.maxlist = _short.maxtuple = 10
 _short.maxstring = _short.maxother = 80
 shown = _short.repr  # a value in a message: on one line, however long or deep it is
+
+
+def listing(names: Iterable[object]) -> str:
+    """Names in a message, which a damaged file can make long and many."""
+    several = list(names)
+    more = f" and {len(several) - MOST_LISTED} more" if len(several) > MOST_LISTED else ""
+    return ", ".join(map(shown, several[:MOST_LISTED])) + more
 
 
 class Untyped(dict[str, Any]):
@@ -39,7 +48,7 @@ def column(row: Row, field: str, number: int, name: str) -> Any:
         ValueError: the row has no such column (those that it has get listed).
     """
     if field not in row:
-        raise ValueError(f"{name}, row {number}: no field {field!r}; the row has {', '.join(map(repr, row))}")
+        raise ValueError(f"{name}, row {number}: no field {field!r}; the row has {listing(row)}")
     return row[field]
 
 
@@ -114,7 +123,7 @@ def rows_in(table: Any, name: str) -> Iterator[Row]:
     datasets = sys.modules.get("datasets")  # without it nobody can have made an object of it
     if datasets is not None and isinstance(table, datasets.DatasetDict | datasets.IterableDatasetDict):
         raise ValueError(
-            f"{name}: a {type(table).__name__} of the splits {', '.join(table)} is no table; give one of them, such as data[{next(iter(table), '')!r}]"
+            f"{name}: a {type(table).__name__} is several tables; give one of its splits {', '.join(table)}, as in from_rows(data[split])"
         )
     if datasets is not None and isinstance(table, datasets.Dataset) and table.format["type"] != "custom":
         from mrp_lens.corpus.arrow_files import dataset_rows
@@ -123,7 +132,7 @@ def rows_in(table: Any, name: str) -> Iterator[Row]:
         return
     if isinstance(table, str | bytes | Mapping) or not isinstance(table, Iterable):
         raise TypeError(
-            f"{name}: rows must be a list of mappings, a DataFrame or a Dataset, got {shown(table)} of type {type(table).__name__}; one row is a list of one, and a file is read by from_file"
+            f"{name}: rows must be a list of mappings, a DataFrame or a Dataset, got {shown(table)}, of type {type(table).__name__}"
         )
     for number, row in enumerate(table):
         if isinstance(row, Mapping):
@@ -152,7 +161,7 @@ def unique(names: Sequence[Any], where: str) -> list[Any]:
     """
     if len(set(names)) < len(names):
         double = next(name for place, name in enumerate(names) if name in names[:place])
-        raise ValueError(f"{where}: two columns are named {double!r}; rename one of them")
+        raise ValueError(f"{where}: two columns are named {shown(double)}; rename one of them")
     return list(names)
 
 

@@ -1,19 +1,15 @@
 """Where rows come from: files, folders that `datasets` saved, and the Hub."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from itertools import chain
 from pathlib import Path
-from typing import Any
 
-from mrp_lens.corpus.arrow_files import parquet_rows, saved_rows
-from mrp_lens.corpus.rows import Row
+from mrp_lens.corpus.arrow_files import dataset_rows, parquet_rows, saved_rows
+from mrp_lens.corpus.rows import Row, Untyped
 from mrp_lens.corpus.schemas import KNOWN, Schema
 from mrp_lens.corpus.text_files import READERS
 
 ENDINGS = {**READERS, ".parquet": parquet_rows}
-
-# How `datasets` reads .csv files without guessing: 007 stays 007, and only an empty cell has no value.
-AS_TEXT: Mapping[str, Any] = {"dtype": str, "keep_default_na": False, "na_values": [""]}
 
 
 def file_rows(path: str | Path, split: str | None) -> Iterator[Row]:
@@ -43,19 +39,26 @@ def hub_rows(path: str, config: str | None, split: str, schema: Schema | None) -
     """The rows of a data set of the Hub.
 
     Raises:
-        ValueError: the data set has several configurations and none is named.
+        ValueError: the data set has several configurations and none is named, or it cannot be read.
     """
-    from datasets import load_dataset
+    from datasets import Features, Value, load_dataset
+    from datasets.exceptions import DatasetGenerationError
 
     if schema is not None:
         config = config or schema.config
         if config is None and schema.configs:
             raise ValueError(f"{path} has several configurations; give config= one of {', '.join(schema.configs)}")
     source = KNOWN[path].path if path in KNOWN else path
-    rows = load_dataset(source, config, split=split)
-    if rows.builder_name == "csv" and any(feature.dtype != "string" for feature in rows.features.values()):
-        rows = load_dataset(source, config, split=split, **AS_TEXT)
-    return rows
+    try:
+        rows = load_dataset(source, config, split=split)
+    except (RuntimeError, DatasetGenerationError) as error:  # such as a loading script, which `datasets` does not run
+        raise ValueError(f"{source} cannot be read from the Hub: {error}") from error
+    if rows.builder_name != "csv":
+        return rows
+    # As in a file: 007 stays 007, and only an empty cell has no value.
+    as_text = Features({name: Value("string") for name in rows.features})
+    rows = load_dataset(source, config, split=split, features=as_text, keep_default_na=False, na_values=[""])
+    return map(Untyped, dataset_rows(rows))
 
 
 def hub_name(path: str, config: str | None) -> str:

@@ -10,7 +10,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from mrp_lens.corpus.rows import SURROGATE, Row, Untyped, shown, unique
+from mrp_lens.corpus.rows import SURROGATE, Row, Untyped, listing, shown, unique
 
 LONGEST_CELL = 2**24  # characters; a quotation mark that is never closed would fill the memory
 TOGETHER = 100  # rows
@@ -23,12 +23,8 @@ _limit = threading.Lock()
 class Written(float):
     """A number of a JSON file, which keeps the digits it is written with: 0.50 is not 0.5 once it is text."""
 
-    def __new__(cls, digits: str) -> "Written":
-        number = super().__new__(cls, digits)
-        number.digits = digits
-        return number
-
-    digits: str
+    def __init__(self, digits: str) -> None:
+        self.digits = digits
 
     def __str__(self) -> str:
         return self.digits
@@ -37,7 +33,7 @@ class Written(float):
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        raise ValueError(f"an object has one of the keys {', '.join(map(shown, found))} twice")
+        raise ValueError(f"an object has one of the keys {listing(found)} twice")
     return found
 
 
@@ -102,7 +98,7 @@ def _jsonl(file: Path) -> Iterator[Row]:
                 f"{file}, line {number} is not JSON ({error}); a .jsonl file holds one object a line"
             ) from error
         if not isinstance(row, dict):
-            raise ValueError(f'{file}, line {number} is not an object but {line[:40]!r}; write {{"text": ...}}')
+            raise ValueError(f'{file}, line {number} is not an object but {shown(line)}; write {{"text": ...}}')
         yield row
 
 
@@ -153,7 +149,7 @@ def _separated(file: Path, *, separator: str) -> Iterator[Row]:
             names = unique(cells, f"{file}, line {number}")
         elif len(cells) != len(names):
             raise ValueError(
-                f"{file}, line {number}: {len(cells)} cells under {len(names)} columns; a cell that holds {separator!r}, a quotation mark or a line break is written in quotation marks"
+                f"{file}, line {number}: {len(cells)} cells under {len(names)} columns; write a cell that holds {separator!r} in quotation marks"
             )
         else:
             yield Untyped(zip(names, (cell or None for cell in cells), strict=True))

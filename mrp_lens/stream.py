@@ -163,8 +163,11 @@ def captured(model: LensModel, names: Iterable[str]) -> Iterator[dict[str, Float
 
 @contextmanager
 def frozen(model: LensModel) -> Iterator[None]:
-    """Evaluation mode and no parameter that requires grad; both as before on exit."""
-    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    """Evaluation mode and no parameter that requires grad; both as before on exit.
+
+    Parameters made inside `torch.inference_mode()` are left alone: torch lets nobody change their flag.
+    """
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters() if not parameter.is_inference()]
     modes = [(module, module.training) for module in model.modules()]
     try:
         for parameter, _ in flags:

@@ -91,7 +91,12 @@ def non_finite(
     else:
         where = "reading the same texts again gave finite values, so it comes from something random, such as an edit's noise"
     dtype = str(dtype_of(model)).removeprefix("torch.")
-    return NonFiniteError(f"{what} hold NaN or infinity: {where}; the model is in {dtype}. {_remedy(model)}")
+    padded = (
+        ""
+        if bool(attention_mask[:, 0].all())
+        else ", and pad on the right: some models read NaN out of padding on the left"
+    )
+    return NonFiniteError(f"{what} hold NaN or infinity: {where}; the model is in {dtype}. {_remedy(model)}{padded}")
 
 
 def not_finite_weights(model: LensModel) -> list[str]:

@@ -194,7 +194,7 @@ def frozen(model: LensModel) -> Iterator[None]:
     """
     with exclusive(model):
         check_on(model)
-        flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+        flags = [(parameter, parameter.requires_grad) for parameter in model.parameters() if not parameter.is_inference()]
         modes = [(module, module.training) for module in model.modules()]
         try:
             for parameter, _ in flags:

@@ -17,7 +17,6 @@ from tqdm.auto import tqdm
 from mrp_lens.batching import Encoded, Encoder, PaddingSide, TokenBatch, in_order
 from mrp_lens.corpus import Corpus, Document, Questions
 from mrp_lens.finite import check_log_probabilities
-from mrp_lens.metrics.answers import UNNAMED
 from mrp_lens.metrics.intervals import bootstrap_interval
 from mrp_lens.model import LensModel, logits_of
 from mrp_lens.predictions import targets
@@ -146,7 +145,7 @@ def token_confidence(
 
     Returns:
         One row a token: `group` (the name, where names are given; else that of the corpus, or the question's own
-        group; "all" if no question has one, "no group" if some have), `mode`, `question` (place in its questions or corpus, from 0), `position` (from
+        group, "all" if it has none), `mode`, `question` (place in its questions or corpus, from 0), `position` (from
         0, in the generated text or the answer), `token` (as text); `max_logit`, the largest logit, as it leaves the
         model (comparable between versions of one model only: a logit has no natural zero); `max_probability`;
         `entropy` of the next-token distribution, in nats; `margin`, log-probability of the likeliest token less that
@@ -207,8 +206,7 @@ def _items_of(chosen: QuestionSet) -> list[_Item]:
     if isinstance(chosen, Corpus):
         return [_Item(chosen.name, place, document) for place, document in enumerate(chosen.documents)]
     pairs = zip(chosen.questions, chosen.right_answers().documents, strict=True)
-    unnamed = UNNAMED if any(chosen.groups) else "all"
-    return [_Item(question.group or unnamed, place, document) for place, (question, document) in enumerate(pairs)]
+    return [_Item(question.group or "all", place, document) for place, (question, document) in enumerate(pairs)]
 
 
 def _generated(

@@ -14,6 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from mrp_lens.finite import NonFiniteError, non_finite
 from mrp_lens.model import LensModel, dtype_of, logits_of
 from mrp_lens.stream import captured, frozen, hook_name, hooked
+from mrp_lens.torch_state import refuse_inference_tensors
 
 Output = Literal["logits", "stream"]
 
@@ -72,6 +73,7 @@ class LayersAbove:
 
     def vjp(self, cotangents: Float[Tensor, "batch width"]) -> Float[Tensor, "batch seq d_model"]:
         """J^T w, in float32 or better; zero where no state is moved."""
+        refuse_inference_tensors(self.model.parameters())
         dtype = torch.promote_types(cotangents.dtype, torch.float32)
         shape = (len(cotangents), self.tokens.shape[1], self.model.cfg.d_model)
         with torch.enable_grad():

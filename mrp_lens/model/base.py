@@ -18,6 +18,7 @@ class LensModel(Protocol):
     cfg: Any
     tokenizer: Any
     blocks: Any
+    embed: Any
     unembed: Any
     training: bool
     W_E: torch.Tensor

@@ -78,8 +78,8 @@ def may_refuse(made: Recipe, measure: str) -> bool:
     if (
         measure == "load"
     ):  # TransformerLens has HookedTransformer for few settings, and no Bridge for NeoX without biases
-        return (
-            made.backend == "hooked" or made.config.get("attention_bias", True) is False and made.family == "gpt_neox"
+        return made.backend == "hooked" or (
+            made.config.get("attention_bias", True) is False and made.family == "gpt_neox"
         )
     if made.missing and measure in TEXTUAL:
         return True  # the model cannot read the texts

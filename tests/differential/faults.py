@@ -22,17 +22,19 @@ SEEDS = range(100)
 
 @dataclass(frozen=True)
 class Fault:
-    """A change of one place in the package.
+    """A change in the package.
 
     Attributes:
         name: what is wrong then.
         pattern: a regular expression that one place of all the package's files matches.
         replacement: what stands there then (`re.sub`).
+        also: further pairs of the two, where the package looks twice.
     """
 
     name: str
     pattern: str
     replacement: str
+    also: tuple[tuple[str, str], ...] = ()
 
 
 FAULTS = (
@@ -41,6 +43,7 @@ FAULTS = (
         "HookedTransformer is accepted whatever it computes (a dropped window)",
         r"if not difference <= allowed:",
         'if kind != "hooked" and not difference <= allowed:',
+        also=((r"if reason is not None:\n        names = ", 'if reason is not None and kind != "hooked":\n        names = '),),
     ),
     Fault(
         "the attention mask is padded on the other side than the tokens",
@@ -53,7 +56,7 @@ FAULTS = (
     Fault("answers go to their neighbours", r"yield chosen, encoder\.collate", "yield sorted(chosen), encoder.collate"),
     Fault("folding projects the wrong side of a matrix", r"rows = values\.T if transposed else values", "rows = values if transposed else values.T"),
     Fault("a folded export leaves the bias as it was", r'if f"\{matrix\}\.bias" in base\.files:', "if False:"),
-    Fault("a folded export of tied embeddings changes the unembedding too", r"if base\.tied:", "if False:"),
+    Fault("a folded export of tied embeddings changes the unembedding too", r"if base\.tied(?: and not changes\.untied)?:", "if False:"),
     Fault("RMU forgets the retain term", r"given\(self\.settings\.alpha, 0\.0\) \* part", "0.0 * part"),
     Fault("RMU's alpha is squared", r"given\(self\.settings\.alpha, 0\.0\) \* part", "given(self.settings.alpha, 0.0) ** 2 * part"),
     Fault("a text's positions depend on what it is batched with", r"attention_mask\.shape\[1\] <= switch or", "True or"),
@@ -61,21 +64,21 @@ FAULTS = (
 
 
 def apply(fault: Fault, package: Path) -> None:
-    """Change the one place.
+    """Make the change.
 
     Raises:
-        ValueError: the pattern does not match exactly one place.
+        ValueError: a pattern does not match exactly one place.
     """
-    found = [
-        (file, text) for file in package.rglob("*.py") if re.search(fault.pattern, text := file.read_text("utf-8"))
-    ]
-    count = sum(len(re.findall(fault.pattern, text)) for _, text in found)
-    if count != 1:
-        raise ValueError(
-            f"the fault no longer applies: rewrite it ({fault.name!r}: {fault.pattern!r} is found {count} times)"
-        )
-    ((file, text),) = found
-    file.write_text(re.sub(fault.pattern, fault.replacement, text), "utf-8")
+    files = list(package.rglob("*.py"))
+    for pattern, replacement in ((fault.pattern, fault.replacement), *fault.also):
+        texts = {file: file.read_text("utf-8") for file in files}
+        count = sum(len(re.findall(pattern, text)) for text in texts.values())
+        if count != 1:
+            raise ValueError(
+                f"the fault no longer applies: rewrite it ({fault.name!r}: {pattern!r} is found {count} times)"
+            )
+        (file,) = (file for file, text in texts.items() if re.search(pattern, text))
+        file.write_text(re.sub(pattern, replacement, texts[file]), "utf-8")
 
 
 def sound_seeds(seeds: Sequence[int] = SEEDS) -> list[int]:

@@ -176,7 +176,7 @@ def _config(family: str, draw: random.Random) -> dict[str, Any]:
             config["attn_logit_softcapping"] = draw.choice((None, 5.0, 50.0))
             config["final_logit_softcapping"] = draw.choice((None, 5.0, 30.0))
     elif family == "gpt_neox":
-        partial = draw.choice((1.0, 0.5, 0.25)) if head % 8 == 0 else 1.0
+        partial = draw.choice((1.0, 0.5, 0.25 if head >= 16 else 0.5)) if head % 8 == 0 else 1.0
         config |= {"use_parallel_residual": draw.random() < 0.5, "attention_bias": draw.random() < 0.8}
     elif family == "llama":
         config |= {"attention_bias": draw.random() < 0.3, "mlp_bias": draw.random() < 0.3}

@@ -176,7 +176,7 @@ def _config(family: str, draw: random.Random) -> dict[str, Any]:
             config["attn_logit_softcapping"] = draw.choice((None, 5.0, 50.0))
             config["final_logit_softcapping"] = draw.choice((None, 5.0, 30.0))
     elif family == "gpt_neox":
-        partial = draw.choice((1.0, 0.5, 0.25)) if head % 8 == 0 else 1.0
+        partial = draw.choice((1.0, 0.5, 0.25 if head >= 16 else 0.5)) if head % 8 == 0 else 1.0
         config |= {"use_parallel_residual": draw.random() < 0.5, "attention_bias": draw.random() < 0.8}
     elif family == "llama":
         config |= {"attention_bias": draw.random() < 0.3, "mlp_bias": draw.random() < 0.3}
@@ -185,14 +185,14 @@ def _config(family: str, draw: random.Random) -> dict[str, Any]:
     elif family == "qwen3_moe":
         config |= {"num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
     if family != "gemma3_text":  # its two position rules have settings of another form
-        config["rope_parameters"] = _rope(rope, int(head * partial) // 2, context, partial, draw)
+        config["rope_parameters"] = _rope(rope, int(head * partial) // 2, context, draw)
+        if partial != 1.0 or family == "gpt_neox":  # whose own default is a quarter
+            config["rope_parameters"]["partial_rotary_factor"] = partial
     return config
 
 
-def _rope(kind: str, frequencies: int, context: int, partial: float, draw: random.Random) -> dict[str, Any]:
+def _rope(kind: str, frequencies: int, context: int, draw: random.Random) -> dict[str, Any]:
     settings: dict[str, Any] = {"rope_type": kind, "rope_theta": draw.choice((100.0, 10000.0))}
-    if partial != 1.0:
-        settings["partial_rotary_factor"] = partial
     if kind in ("linear", "dynamic"):
         settings["factor"] = draw.choice((2.0, 4.0))
     elif kind == "yarn":

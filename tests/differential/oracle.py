@@ -90,10 +90,13 @@ class Plain:
         return -sum(values) / len(values), len(values)
 
     def confidence(self, prompt: str, answer: str, tokens: int) -> list[tuple[int, list[float]]]:
-        """For every token of the answer, at most so many: its id and the figures of `measures` where it is predicted."""
+        """For every token of the answer, at most so many: its id and the figures of `measures` where it is predicted.
+
+        What follows the last of them is not read: under "longrope" it could change them.
+        """
         row = self.row(prompt, answer)
-        table = self.logits(row.ids)
         places = [i for i, counts in enumerate(row.counts) if counts][:tokens]
+        table = self.logits(row.ids[: places[-1] + 1])
         return [(row.ids[i], measures(table[i - 1], row.ids[i])) for i in places]
 
     def greedy(self, prompt: str, tokens: int) -> list[tuple[int, list[float]]]:

@@ -9,8 +9,9 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from mrp_lens.checks import one_of
 from mrp_lens.corpus import Document
-from mrp_lens.model import device_of
+from mrp_lens.model import check_lens_model, device_of, valid_id, without_row
 
 PaddingSide = Literal["left", "right"]
 Kept = Literal["start", "end"]
@@ -56,12 +57,13 @@ class Encoded:
 
 @dataclass(frozen=True)
 class Encoder:
-    """How documents become tokens for one model."""
+    """How documents become tokens for one model, whose embedding has `rows` rows."""
 
     tokenizer: Any
     prepend_bos: bool
     append_eos: bool
     max_length: int
+    rows: int
     device: torch.device
 
     @classmethod
@@ -77,13 +79,17 @@ class Encoder:
 
         Args:
             model: HookedTransformer or TransformerBridge.
-            prepend_bos: start each document with BOS, unless its text does. None: as `cfg.default_prepend_bos` says.
+            prepend_bos: start each document with BOS, unless its text does. None: as `cfg.default_prepend_bos` says, where
+                the tokenizer has a BOS; else a document starts with its own first token.
             append_eos: end each document with EOS.
             max_length: tokens at which documents are cut, BOS and EOS included. None: the context length `cfg.n_ctx`.
 
         Raises:
-            ValueError: the model has no tokenizer, or `max_length` is not from 2 to the context length.
+            TypeError: not a model of TransformerLens.
+            ValueError: the model has no tokenizer, its tokenizer lacks the BOS or EOS that is asked for, or `max_length` is
+                not from 2 to the context length.
         """
+        check_lens_model(model)
         if model.tokenizer is None:
             raise ValueError(
                 "this model has no tokenizer; set one with model.set_tokenizer(...) or load a folder that holds one"
@@ -93,12 +99,18 @@ class Encoder:
             raise ValueError(
                 f"max_length {max_length} must be from 2 to the model's context length {context}; leave it out to use all of it"
             )
+        for asked, kind in ((prepend_bos, "bos"), (append_eos, "eos")):
+            if asked and getattr(model.tokenizer, f"{kind}_token_id") is None:
+                raise ValueError(
+                    f"this model's tokenizer has no {kind.upper()} token to put to a document; leave it out"
+                )
         bos = bool(model.cfg.default_prepend_bos) if prepend_bos is None else prepend_bos
         return cls(
             tokenizer=model.tokenizer,
             prepend_bos=bos and model.tokenizer.bos_token_id is not None,
             append_eos=append_eos,
             max_length=context if max_length is None else max_length,
+            rows=int(model.W_E.shape[0]),
             device=device_of(model),
         )
 
@@ -107,11 +119,19 @@ class Encoder:
 
         Of documents over `max_length` the start is kept, or the end (and BOS): what a long prompt leads up to. A
         UserWarning tells how many were cut.
+
+        Raises:
+            ValueError: a document with a token that the embedding has no row for, or without any token.
         """
         documents = list(documents)
         encoded, long = self._encoded(documents, keep)
         self._warn_of_cuts(long, len(documents), keep)
         return encoded
+
+    def fitted(self, rows: Sequence[Encoded], *, keep: Kept) -> list[Encoded]:
+        """Rows that may be longer than `max_length`, cut as `encode` does, with its warning."""
+        self._warn_of_cuts(sum(len(row.ids) > self.max_length for row in rows), len(rows), keep)
+        return [self._cut(row, keep) for row in rows]
 
     def windows(self, documents: Sequence[Document], size: int) -> Iterator[list[Encoded]]:
         """`encode` for `size` documents at a time, so that memory does not grow with their number; one warning at the end."""
@@ -125,8 +145,22 @@ class Encoder:
     def _encoded(self, documents: Sequence[Document], keep: Kept) -> tuple[list[Encoded], int]:
         """The documents, and how many of them were cut."""
         encoded = [self._flagged(ids, in_loss) for ids, in_loss in self._tokenised(documents)]
+        self._check(encoded, documents)
         long = sum(len(row.ids) > self.max_length for row in encoded)
         return [self._cut(row, keep) for row in encoded], long
+
+    def _check(self, encoded: Sequence[Encoded], documents: Sequence[Document]) -> None:
+        """Refuse what no embedding can be looked up for."""
+        for row, document in zip(encoded, documents, strict=True):
+            if not row.ids:
+                raise ValueError(
+                    "a document has no tokens: its text is empty, and this model's texts start without BOS"
+                )
+            wrong = next((token for token in row.ids if not valid_id(token, self.rows)), None)
+            if wrong is not None:
+                text = (document.prompt + document.completion)[:60]
+                token = str(self.tokenizer.convert_ids_to_tokens(wrong)) if wrong >= 0 else "?"
+                raise ValueError(f"in the text {text!r}, {without_row(token, wrong, self.rows)}")
 
     def _warn_of_cuts(self, cut: int, total: int, keep: Kept) -> None:
         if cut:
@@ -182,9 +216,14 @@ class Encoder:
         )
 
     def collate(self, rows: Sequence[Encoded], *, side: PaddingSide = "right") -> TokenBatch:
-        """Pad to the longest row. The padding id is arbitrary: it is masked everywhere."""
+        """Pad to the longest row. The padding id is arbitrary: it is masked everywhere.
+
+        Raises:
+            ValueError: a side that is neither "right" nor "left".
+        """
+        one_of(PaddingSide, padding=side)
         width = max(len(row.ids) for row in rows)
-        pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else 0
+        pad = self.tokenizer.pad_token_id if valid_id(self.tokenizer.pad_token_id, self.rows) else 0
 
         def padded(values: Sequence[int | bool], fill: int | bool) -> list[int | bool]:
             gap = [fill] * (width - len(values))
@@ -200,7 +239,13 @@ class Encoder:
 def in_order(
     encoder: Encoder, rows: Sequence[Encoded], batch_size: int, *, side: PaddingSide = "right"
 ) -> Iterator[tuple[list[int], TokenBatch]]:
-    """Batches of similar length (least padding), each with the positions of its rows."""
+    """Batches of similar length (least padding), each with the positions of its rows.
+
+    Raises:
+        ValueError: a batch size below 1, which would read nothing.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     order = sorted(range(len(rows)), key=lambda i: len(rows[i].ids))
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]

@@ -1,5 +1,7 @@
 """Settings: defaults filled in, and values refused that cannot be meant."""
 
+import operator
+from collections.abc import Iterable
 from dataclasses import fields
 from numbers import Integral, Real
 from typing import Any, get_args
@@ -36,19 +38,44 @@ def generator_for(seed: int) -> torch.Generator:
     """A generator of its own, so that the global one stays as it is.
 
     Raises:
-        TypeError: the seed is not a whole number.
+        TypeError: the seed is no integer.
+        ValueError: it does not fit into 64 bits.
+    """
+    return torch.Generator().manual_seed(int_seed(seed))
+
+
+def int_seed(seed: int) -> int:
+    """The seed as a plain int; numpy's integers are as good.
+
+    Raises:
+        TypeError: it is no integer.
         ValueError: it does not fit into 64 bits.
     """
     if not _is_a(Integral, seed):
         raise TypeError(f"seed must be an int, got {seed!r}")
     if not -(2**63) <= int(seed) < 2**64:
         raise ValueError(f"seed must fit into 64 bits, got {seed}")
-    return torch.Generator().manual_seed(int(seed))
+    return int(seed)
 
 
 def _is_a(kind: type, value: object) -> bool:
     """Whether it is such a number, numpy's included; True and False are none."""
     return isinstance(value, kind) and not isinstance(value, bool)
+
+
+def whole_numbers(values: Iterable[Any], name: str) -> tuple[int, ...]:
+    """Whole numbers of any kind (numpy's, a range) as plain ints.
+
+    Raises:
+        TypeError: it is one number instead of several, or one of them is no whole number.
+    """
+    if isinstance(values, str | bytes) or not isinstance(values, Iterable):
+        raise TypeError(f"{name} must be a list of whole numbers such as [3, 5], got {values!r}")
+    numbers = list(values)
+    for number in numbers:
+        if isinstance(number, bool | np.bool_) or not hasattr(number, "__index__"):
+            raise TypeError(f"{name} must be a list of whole numbers such as [3, 5], got {number!r} in it")
+    return tuple(operator.index(number) for number in numbers)
 
 
 def given(value: Any, default: Any) -> Any:

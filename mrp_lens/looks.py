@@ -4,24 +4,26 @@ from collections.abc import Mapping
 from functools import partial
 
 import pandas as pd
-import torch
 from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from mrp_lens import metrics
 from mrp_lens.case import Case
+from mrp_lens.checks import generator_for
 from mrp_lens.edit import Edit, edit_on
 from mrp_lens.edit.stack import projection_in
 from mrp_lens.model import LensModel
 from mrp_lens.pieces import Pieces
 from mrp_lens.subspace import random_units
+from mrp_lens.torch_state import ordinary_torch
 
 DOCUMENTS = 100  # a side, from which states are read
 QUESTIONS = 100  # a side, on which confidence is measured
 POINTS = 100  # a side, in the plane
 
 
+@ordinary_torch(gradients=False)
 def looks(
     model: LensModel,
     case: Case,
@@ -50,7 +52,7 @@ def looks(
     """
     texts = case.texts(limit=DOCUMENTS)
     questions = case.asked(limit=QUESTIONS)
-    unrelated = random_units(1, model.cfg.d_model, "uniform", torch.Generator().manual_seed(seed))[0]
+    unrelated = random_units(1, model.cfg.d_model, "uniform", generator_for(seed))[0]
     usual = next(iter(directions.values()), unrelated)
     last = int(model.cfg.n_layers) - 1
 

@@ -13,14 +13,17 @@ from tqdm.auto import tqdm
 
 from mrp_lens import metrics
 from mrp_lens.case import Case
-from mrp_lens.methods import METHODS, MRP, RMU, AdaptiveRMU, Fit
+from mrp_lens.checks import generator_for
+from mrp_lens.methods import MRP, RMU, AdaptiveRMU, Fit
 from mrp_lens.methods.rmu import C_SHARE
 from mrp_lens.model import LensModel, check_layers, identity_of
 from mrp_lens.pieces import Pieces
 from mrp_lens.subspace import random_units
+from mrp_lens.torch_state import ordinary_torch
 
 UNEDITED = "unedited"
 FITS = "fits"  # of points that are not measured yet
+SWEPT = (MRP.name, RMU.name, AdaptiveRMU.name)
 
 
 @dataclass(frozen=True)
@@ -71,9 +74,9 @@ class Plan:
     documents: int | None = 200
 
     def __post_init__(self) -> None:
-        unknown = [method for method in self.methods if method not in METHODS]
+        unknown = [method for method in self.methods if method not in SWEPT]
         if unknown or not self.methods:
-            raise ValueError(f"unknown methods {unknown}; choose among {', '.join(METHODS)}")
+            raise ValueError(f"unknown methods {unknown}; choose among {', '.join(SWEPT)}")
         for name in ("coefficients", "betas"):
             if not all(value > 0 for value in getattr(self, name)):
                 raise ValueError(f"{name} must be above 0, got {list(getattr(self, name))}")
@@ -82,11 +85,15 @@ class Plan:
 
     def points(self) -> list[Point]:
         """All of them, in the order of the table."""
-        strengths: dict[str, Sequence[float | None]] = {"mrp": (None,), "rmu": self.coefficients}
+        strengths: dict[str, Sequence[float | None]] = {
+            MRP.name: (None,),
+            RMU.name: self.coefficients,
+            AdaptiveRMU.name: self.betas,
+        }
         return [
             Point(method, layer, strength, seed)
             for method in self.methods
-            for strength, layer, seed in product(strengths.get(method, self.betas), self.layers, self.seeds)
+            for strength, layer, seed in product(strengths[method], self.layers, self.seeds)
         ]
 
 
@@ -97,12 +104,14 @@ def default_layers(model: LensModel, count: int) -> tuple[int, ...]:
     return tuple(sorted({first + round(i * (last - first) / steps) for i in range(count)}))
 
 
+@ordinary_torch(gradients=False)
 def default_coefficient(model: LensModel, case: Case, *, layer: int) -> float:
     """c of RMU's default: twice the mean norm of the forget states at a layer, to three digits."""
     frame = metrics.alignment(model, case.forget_texts.spread(64), torch.ones(model.cfg.d_model), layers=[layer])
     return float(f"{C_SHARE * frame['norm'].iloc[0]:.3g}")
 
 
+@ordinary_torch(gradients=True)
 def sweep(
     model: LensModel,
     case: Case,
@@ -214,7 +223,7 @@ def _fit_and_measure(
     )
     u = next(iter(fit.directions.values()), None)
     if u is None:  # MRP has none: an unrelated one shows what the null looks like
-        u = random_units(1, model.cfg.d_model, "uniform", torch.Generator().manual_seed(point.seed))[0]
+        u = random_units(1, model.cfg.d_model, "uniform", generator_for(point.seed))[0]
     norm = float(untouched["norms"][str(point.layer)])
     share = point.coefficient / norm if point.method == "rmu" and point.coefficient is not None else point.coefficient
     row = asdict(point) | {"norm": norm, "relative_coefficient": share}
@@ -232,12 +241,16 @@ def _fit_and_measure(
 
 
 def _method(plan: Plan, point: Point) -> MRP | RMU | AdaptiveRMU:
-    if point.method == "mrp":
-        return MRP(layers=[point.layer], steps=plan.steps)
-    assert point.coefficient is not None
-    if point.method == "rmu":
-        return RMU(layer=point.layer, steps=plan.steps, steering_coeff=point.coefficient)
-    return AdaptiveRMU(layer=point.layer, steps=plan.steps, beta=point.coefficient)
+    layer, strength = point.layer, point.coefficient
+    if point.method == MRP.name:
+        return MRP(layers=[layer], steps=plan.steps)
+    if point.method == RMU.name and strength is not None:
+        return RMU(layer=layer, steps=plan.steps, steering_coeff=strength)
+    if point.method == AdaptiveRMU.name and strength is not None:
+        return AdaptiveRMU(layer=layer, steps=plan.steps, beta=strength)
+    raise ValueError(
+        f"a sweep cannot fit {point.method!r} with coefficient {strength}; choose among {', '.join(SWEPT)}"
+    )
 
 
 def _behaviour(model: LensModel, case: Case, plan: Plan) -> dict[str, float]:

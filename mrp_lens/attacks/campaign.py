@@ -19,10 +19,12 @@ from mrp_lens.case import Case
 from mrp_lens.corpus import Questions
 from mrp_lens.edit import Edit, edit_on
 from mrp_lens.edit.record import fingerprint
+from mrp_lens.finite import NonFiniteError
 from mrp_lens.metrics.lens import logit_lens
 from mrp_lens.model import LensModel, identity_of
 from mrp_lens.pieces import Pieces
 from mrp_lens.runs import rows_of
+from mrp_lens.torch_state import ordinary_torch
 
 UNEDITED, REFERENCE = "unedited", "reference"
 WITHOUT_EDIT: tuple[Parameters, ...] = ("all", "lora")  # the others are told apart by the edited layers
@@ -134,6 +136,11 @@ class Campaign:
             ) as outcome:
                 if outcome == "interrupted":
                     raise KeyboardInterrupt
+                if outcome == "diverged":
+                    raise NonFiniteError(
+                        f"retraining at lr {rates[len(rates) // 2]:.2g} made the loss NaN or infinite, so that there is no retrained model "
+                        "to probe; give lower rates"
+                    )
                 return self._read(None)
 
         yield "relearned", relearned
@@ -211,6 +218,7 @@ class Campaign:
         return None if quiz is None else quiz.spread(len(self.facts.held_out))
 
 
+@ordinary_torch(gradients=True)
 def campaign(
     model: LensModel,
     edit: Edit,

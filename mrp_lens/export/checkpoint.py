@@ -1,7 +1,9 @@
 """A checkpoint on disk: which tensor lies in which file, and writing it again with some of them changed."""
 
 import json
+import pickle
 import shutil
+import zipfile
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -33,6 +35,26 @@ COMPANIONS = (
     "NOTICE*",
     "USE_POLICY*",
 )
+TOKENIZER_SETTINGS = "tokenizer_config.json"
+# Settings that name code, or kernels, which transformers would fetch from elsewhere; and a path on somebody's machine.
+LEFT_BEHIND = (
+    "auto_map",
+    "attn_implementation",
+    "_attn_implementation",
+    "_attn_implementation_internal",
+    "experts_implementation",
+    "_experts_implementation",
+    "_experts_implementation_internal",
+    "_name_or_path",
+)
+STORED = (
+    torch.float32,
+    torch.bfloat16,
+    torch.float16,
+    torch.float64,
+)  # precisions in which weights are read and written
+CODE = (".py", ".pyc", ".so", ".pkl", ".pickle")
+HEAD = "lm_head.weight"  # what transformers 5 calls every unembedding
 ROOM = 1.05  # what is written may be a little larger than what is read
 
 
@@ -57,34 +79,82 @@ class Checkpoint:
         """Read the configuration and the names of the tensors.
 
         Raises:
-            ValueError: quantised weights, an unknown architecture, no weights, or an index that names missing files.
+            ValueError: quantised weights, an unknown architecture, no weights, a damaged file, or an index or a link that
+                leads out of the folder.
         """
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        refuse_quantised(config.get("quantization_config"), str(folder))
-        layout = layout_of(str((config.get("architectures") or ["a model without a named architecture"])[0]))
+        config = read_settings(folder, "config.json")
+        for key in ("quantization_config", "compression_config"):
+            refuse_quantised(config.get(key), str(folder))
+        layout = layout_of(architecture_in(config))
         found = {name: file for file in _weight_files(folder) for name in _names(file)}
         prefix = layout.blocks.split(".", 1)[0] + "."
         # A checkpoint of the bare decoder (such as GPT-2's on the Hub) leaves the first part of each name out.
         bare = not any(name.startswith(prefix) for name in found)
-        files = {
-            name if not bare or name.startswith(layout.head) else prefix + name: (f, name) for name, f in found.items()
-        }
-        return cls(folder, config, layout, files)
+        heads = (f"{layout.head}.weight", HEAD)
+        files = {name if not bare or name in heads else prefix + name: (file, name) for name, file in found.items()}
+        checkpoint = cls(folder, config, layout, files)
+        if checkpoint.name_in_files(HEAD) not in files and not checkpoint.says_tied:
+            raise ValueError(
+                f"{folder} holds no {layout.head}.weight, and its config.json does not say that the unembedding is the embedding: "
+                "transformers would make one up; fetch the checkpoint again"
+            )
+        return checkpoint
 
     @cached_property
     def dtype(self) -> torch.dtype:
-        """Of its embedding."""
-        return self.read(f"{self.layout.embeddings[0]}.weight").dtype
+        """Of its embedding.
 
-    @property
+        Raises:
+            ValueError: it is stored as integers or in 8 bits.
+        """
+        stored = self.read(f"{self.layout.embeddings[0]}.weight").dtype
+        if stored not in STORED:
+            raise ValueError(
+                f"the embedding in {self.folder} is stored as {str(stored).removeprefix('torch.')}, as in quantised checkpoints; give one in "
+                "float32, bfloat16 or float16"
+            )
+        return stored
+
+    @cached_property
+    def says_tied(self) -> bool:
+        """What its configuration says of the unembedding, or leaves to the default of its kind."""
+        from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+        default = getattr(CONFIG_MAPPING[str(self.config["model_type"])](), "tie_word_embeddings", False)
+        return bool(self.config.get("tie_word_embeddings", default))
+
+    @cached_property
     def tied(self) -> bool:
-        """Whether the unembedding is the embedding."""
-        return f"{self.layout.head}.weight" not in self.files or bool(self.config.get("tie_word_embeddings", False))
+        """Whether the unembedding is the embedding once transformers has loaded it: not if the files hold two that differ."""
+        if not self.says_tied:
+            return False
+        embedding, head = f"{self.layout.embeddings[0]}.weight", self.name_in_files(HEAD)
+        both = embedding in self.files and head in self.files
+        return not both or torch.equal(self.read(embedding), self.read(head))
 
     @property
     def size(self) -> int:
         """Bytes of its weight files."""
         return sum(file.stat().st_size for file in {file for file, _ in self.files.values()})
+
+    def name_in_files(self, name: str) -> str:
+        """What the files call a tensor, which may be the name that transformers gives it or that of the architecture's layout.
+
+        GPT-NeoX's unembedding is `embed_out` in its files and `lm_head` in transformers 5; of a tied pair the files may hold
+        either.
+        """
+        embedding, head = f"{self.layout.embeddings[0]}.weight", f"{self.layout.head}.weight"
+        if name in (head, HEAD):
+            return head if head in self.files or HEAD not in self.files else HEAD
+        if name == embedding and name not in self.files and self.says_tied:
+            return self.name_in_files(HEAD)
+        return name
+
+    def stored_names(self, name: str) -> tuple[str, ...]:
+        """The names under which the files hold the values of a tensor: both, where they hold both of a tied pair."""
+        embedding, head = f"{self.layout.embeddings[0]}.weight", self.name_in_files(HEAD)
+        pair = tuple(other for other in (embedding, head) if other in self.files)
+        return pair if self.tied and name in (embedding, head, HEAD) else (self.name_in_files(name),)
 
     def read(self, name: str) -> Tensor:
         """One tensor.
@@ -92,11 +162,12 @@ class Checkpoint:
         Raises:
             ValueError: the checkpoint has none of that name.
         """
-        if name not in self.files:
+        stored = self.name_in_files(name)
+        if stored not in self.files:
             raise ValueError(
                 f"{self.folder} holds no tensor {name!r}; is it the checkpoint of this model, and complete?"
             )
-        file, inside = self.files[name]
+        file, inside = self.files[stored]
         if file.suffix == ".safetensors":
             with safe_open(file, framework="pt") as tensors:
                 values: Tensor = tensors.get_tensor(inside)
@@ -120,13 +191,23 @@ class Checkpoint:
             )
 
     def copy_companions(self, out: Path) -> None:
-        """Tokenizer, generation settings, chat template and licence, as they are."""
+        """Tokenizer, generation settings, chat template and licence, as they are but for references to code that stays behind.
+
+        Raises:
+            ValueError: a link among them leads out of the folder.
+        """
         for pattern in COMPANIONS:
             for file in self.folder.glob(pattern):
-                if file.is_file():
-                    target = out / file.relative_to(self.folder)
-                    target.parent.mkdir(exist_ok=True)
-                    shutil.copyfile(file, target)
+                if not file.is_file() or file.suffix in CODE:
+                    continue
+                check_inside(self.folder, file)
+                target = out / file.relative_to(self.folder)
+                target.parent.mkdir(exist_ok=True)
+                shutil.copyfile(file, target)
+        if (out / TOKENIZER_SETTINGS).is_file():
+            settings = read_settings(out, TOKENIZER_SETTINGS)
+            if "auto_map" in settings:
+                write_json(out / TOKENIZER_SETTINGS, {k: v for k, v in settings.items() if k != "auto_map"})
 
     def write_weights(
         self,
@@ -163,7 +244,7 @@ class Checkpoint:
             else:
                 tensors = _load(file)
                 for key, values in new.items():
-                    tensors[key] = _rounded(values, dtype or tensors[key].dtype, inside[key])
+                    tensors[key] = rounded(values, dtype or tensors[key].dtype, inside[key])
                 if dtype is not None:
                     tensors = {key: t.to(dtype) if t.is_floating_point() else t for key, t in tensors.items()}
                 if new:  # beside what was changed, rather than in a file of their own
@@ -199,13 +280,24 @@ def _weight_files(folder: Path) -> list[Path]:
     """The files that transformers would load.
 
     Raises:
-        ValueError: there are none, or an index names some that are missing.
+        ValueError: there are none, an index names some that are missing or not in the folder, or a link leads out of it.
     """
     for single, index in (("model.safetensors", INDEX), ("pytorch_model.bin", "pytorch_model.bin.index.json")):
         if (folder / single).is_file():
+            check_inside(folder, folder / single)
             return [folder / single]
         if (folder / index).is_file():
-            named = set(json.loads((folder / index).read_text(encoding="utf-8"))["weight_map"].values())
+            placed = read_settings(folder, index).get("weight_map")
+            names = list(placed.values()) if isinstance(placed, dict) else [None]
+            wrong = [name for name in names if not isinstance(name, str) or Path(name).name != name or "\\" in name]
+            if wrong or not names:
+                raise ValueError(
+                    f"{folder / index} names {wrong[0] if wrong else 'no file'!r} where the name of a file beside it belongs; fetch the "
+                    "checkpoint again"
+                )
+            named = set(names)
+            for name in named:
+                check_inside(folder, folder / name)
             missing = sorted(name for name in named if not (folder / name).is_file())
             if missing:
                 raise ValueError(
@@ -215,10 +307,57 @@ def _weight_files(folder: Path) -> list[Path]:
     raise ValueError(f"{folder} holds no weights: expected model.safetensors, or shards with {INDEX}")
 
 
+def architecture_in(config: Mapping[str, Any]) -> str:
+    """The class that transformers loads a language model of these settings as.
+
+    It goes by `model_type`. `architectures` may name another: the bare decoder, or the class that the model was derived
+    from.
+    """
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    kind = config.get("model_type")
+    known = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(kind) if isinstance(kind, str) else None
+    return known if isinstance(known, str) else f"a model of the type {kind!r}"
+
+
+def read_settings(folder: Path, name: str) -> dict[str, Any]:
+    """A JSON object of a checkpoint's folder.
+
+    Raises:
+        ValueError: it is none.
+    """
+    try:
+        content = json.loads((folder / name).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{folder / name} is damaged ({error!r}); fetch the checkpoint again") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{folder / name} holds no JSON object; fetch the checkpoint again")
+    return content
+
+
+def check_inside(folder: Path, file: Path) -> None:
+    """Refuse a link that leads out of the folder; in the Hub's cache, out of the model's part of it.
+
+    Raises:
+        ValueError: says where it leads.
+    """
+    root, place = folder.resolve(), file.resolve()
+    if root.parent.name == "snapshots" and root.parent.parent.name.startswith("models--"):
+        root = root.parent.parent  # whose files are links into `blobs`
+    if not place.is_relative_to(root):
+        raise ValueError(
+            f"{file} is a link to {place}, outside of the checkpoint's folder: a stranger's folder could name any file of this machine; "
+            "if it belongs there, put the file itself in the place of the link"
+        )
+
+
 def _names(file: Path) -> Iterable[str]:
     if file.suffix == ".safetensors":
-        with safe_open(file, framework="pt") as tensors:
-            return list(tensors.keys())
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                return list(tensors.keys())
+        except SafetensorError as error:
+            raise ValueError(f"{file} is damaged ({error}); fetch the checkpoint again") from error
     return list(_load_bin(file))
 
 
@@ -242,7 +381,21 @@ def _save(tensors: Mapping[str, Tensor], file: Path) -> None:
 
 
 def _load_bin(file: Path) -> dict[str, Tensor]:
-    loaded: dict[str, Tensor] = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    """The tensors of a file that torch wrote; nothing in it is run.
+
+    Raises:
+        ValueError: it is damaged, or holds anything else.
+    """
+    try:
+        # Files from before torch 1.6 are no archives, and cannot be mapped into memory.
+        loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+    except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError, KeyError, TypeError, AttributeError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+        raise ValueError(
+            f"{file} is damaged, or holds more than tensors ({reason}); use a checkpoint in safetensors"
+        ) from error
+    if not isinstance(loaded, dict) or not all(isinstance(tensor, Tensor) for tensor in loaded.values()):
+        raise ValueError(f"{file} holds more than tensors by name; use a checkpoint in safetensors")
     return loaded
 
 
@@ -250,7 +403,17 @@ def _safetensors_name(name: str) -> str:
     return name.replace("pytorch_model", "model").replace(".bin", ".safetensors")
 
 
-def _rounded(values: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+def rounded(values: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+    """The values of a tensor in another precision.
+
+    Raises:
+        ValueError: one that is no precision of weights, or values that are too large for it.
+    """
+    if dtype not in STORED:
+        raise ValueError(
+            f"{name} is stored as {str(dtype).removeprefix('torch.')}, which cannot hold the edit; use a checkpoint in float32, bfloat16 or "
+            "float16"
+        )
     rounded = values.to(dtype).contiguous()
     if not bool(torch.isfinite(rounded).all()):
         raise ValueError(

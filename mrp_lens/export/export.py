@@ -16,7 +16,7 @@ from mrp_lens.edit.record import without_paths
 from mrp_lens.edit.storage import write_edit
 from mrp_lens.export.base import base_of, check_apart, check_bare, check_base
 from mrp_lens.export.card import Record, check_record, front_matter_of, model_card
-from mrp_lens.export.checkpoint import Checkpoint
+from mrp_lens.export.checkpoint import LEFT_BEHIND, Checkpoint, rounded
 from mrp_lens.export.forms import Changes, Form, chosen_form, folded_into, new_matrices
 from mrp_lens.export.hub import push_to_hub
 from mrp_lens.export.module import module_tensors, write_module
@@ -176,11 +176,12 @@ def _write_model(
     dtype: torch.dtype | None,
     bar: Any,
 ) -> None:
-    config = {key: value for key, value in base.config.items() if key != "auto_map"}  # code that does not come along
-    if dtype is not None:
+    config = {key: value for key, value in base.config.items() if key not in LEFT_BEHIND}
+    if dtype is not None or (kind == "module" and config.get("dtype") is None and config.get("torch_dtype") is None):
+        # Else transformers would take the precision of the first tensor that it meets, which may be the edit's.
         config.pop("torch_dtype", None)
-        config["dtype"] = str(dtype).removeprefix("torch.")
-    if changes.untied:
+        config["dtype"] = str(dtype or base.dtype).removeprefix("torch.")
+    if changes.untied or (base.says_tied and not base.tied):
         config["tie_word_embeddings"] = False
     if kind == "module":
         write_module(folder, base, edit, config)
@@ -189,7 +190,10 @@ def _write_model(
     base.copy_companions(folder)
     if not any(folder.glob("tokenizer*")):
         model.tokenizer.save_pretrained(folder)
-    base.write_weights(folder, changed=changes.changed, added=changes.added, dtype=dtype, progress=bar.update)
+    added = changes.added
+    if kind == "folded":  # of a module these are the edit's own, in float32 whatever the model's precision
+        added = {name: rounded(values, dtype or base.dtype, name) for name, values in added.items()}
+    base.write_weights(folder, changed=changes.changed, added=added, dtype=dtype, progress=bar.update)
 
 
 def _texts(texts: Corpus | Sequence[str] | None) -> Corpus:
@@ -205,4 +209,4 @@ def _texts(texts: Corpus | Sequence[str] | None) -> Corpus:
 
 def _lower(stored: torch.dtype, loaded: torch.dtype) -> torch.dtype:
     """The precision in which the two can be compared: that of the files, or that of the model if it is lower."""
-    return loaded if stored == torch.float32 and loaded in DTYPES else stored
+    return loaded if loaded in DTYPES and loaded.itemsize < stored.itemsize else stored

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from mrp_lens.edit import Edit, ProjectionEdit, WeightEdit
 from mrp_lens.edit.fold import why_not_foldable
-from mrp_lens.export.checkpoint import Checkpoint
+from mrp_lens.export.checkpoint import HEAD, Checkpoint
 from mrp_lens.hf.attach import changes_of, place_of
 from mrp_lens.model import same_tensor
 from mrp_lens.model.layout import Layout
@@ -81,13 +81,14 @@ def new_matrices(edit: Edit, base: Checkpoint, dtype: torch.dtype) -> Changes:
         if not isinstance(part, WeightEdit):
             continue
         for name, tensor in part.tensors.items():
-            current = changes.changed[name] if name in changes.changed else base.read(name)
+            stored = base.stored_names(name)
+            current = changes.changed[stored[0]] if stored[0] in changes.changed else base.read(name)
             if not same_tensor(current.to(dtype), part.replaces[name]):
                 raise ValueError(
                     f"{name} in {base.folder} is not the matrix that this edit replaces: it is not the checkpoint of the model that the "
                     "edit was made on; give base=FOLDER of that"
                 )
-            changes.changed[name] = tensor
+            changes.changed |= dict.fromkeys(stored, tensor)
     return changes
 
 
@@ -108,11 +109,8 @@ def _fold(changes: Changes, base: Checkpoint, hook: str, subspace: Subspace) -> 
     layout = base.layout
     layer, site = place_of(hook)
     if site == "resid_pre":
-        head = f"{layout.head}.weight"
-        if base.tied:
-            changes.untied = True
-            target = changes.changed if head in base.files else changes.added
-            target[head] = base.read(f"{layout.embeddings[0]}.weight")
+        if base.tied and not changes.untied:
+            _untie(changes, base)
         for name in layout.embeddings:
             _project(changes, base, f"{name}.weight", subspace, transposed=False)
         return
@@ -122,8 +120,24 @@ def _fold(changes: Changes, base: Checkpoint, hook: str, subspace: Subspace) -> 
         _project(changes, base, f"{matrix}.bias", subspace, transposed=False)
 
 
+def _untie(changes: Changes, base: Checkpoint) -> None:
+    """Give embedding and unembedding a tensor each, as far as the files do not hold both."""
+    changes.untied = True
+    embedding, head = f"{base.layout.embeddings[0]}.weight", base.name_in_files(HEAD)
+    values = _current(changes, base, embedding)
+    for name in (embedding, head):
+        (changes.changed if name in base.files else changes.added)[name] = values
+
+
+def _current(changes: Changes, base: Checkpoint, name: str) -> Tensor:
+    """The values of a tensor after what is known to change so far."""
+    stored = base.name_in_files(name) if name not in changes.added else name
+    return next((known[stored] for known in (changes.changed, changes.added) if stored in known), base.read(name))
+
+
 def _project(changes: Changes, base: Checkpoint, name: str, subspace: Subspace, *, transposed: bool) -> None:
-    values = (changes.changed[name] if name in changes.changed else base.read(name)).to(torch.float64)
+    known = changes.added if name in changes.added else changes.changed
+    values = _current(changes, base, name).to(torch.float64)
     rows = values.T if transposed else values
     projected = subspace.project_out(rows)
-    changes.changed[name] = projected.T if transposed else projected
+    known[name] = projected.T if transposed else projected

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from mrp_lens.edit import Edit
-from mrp_lens.export.checkpoint import Checkpoint
+from mrp_lens.export.checkpoint import Checkpoint, architecture_in
 from mrp_lens.files import write_json, write_text
 from mrp_lens.hf import modeling
 from mrp_lens.hf.attach import changes_of
@@ -21,6 +21,9 @@ SETTINGS = "mrp_lens"
 # them stands what the error will show.
 SENTINEL = "vocab_size"
 MESSAGE = "this is an edited model: load it with AutoModelForCausalLM.from_pretrained(..., trust_remote_code=True)"
+
+# What stands beside the base model's settings instead of among them.
+OWN = ("model_type", "architectures", "auto_map", SETTINGS, "dtype", "torch_dtype", "transformers_version")
 
 TAIL = '''
 
@@ -40,7 +43,7 @@ else:
     if renaming:
         register_renaming("{model_type}", renaming, overwrite=True)
 
-OWN = ("model_type", "architectures", "auto_map", "{settings}", "dtype", "torch_dtype", "transformers_version")
+OWN = {own}
 
 
 class EditedConfig({config_class}):
@@ -52,10 +55,12 @@ class EditedConfig({config_class}):
     def from_dict(cls, config_dict, **kwargs):
         own = dict(config_dict)
         base = own.pop("base_config", None)
-        if base is not None:
-            del own["{sentinel}"]
-            own = {{**base, **own}}
-        return super().from_dict(own, **kwargs)
+        if base is None:
+            return super().from_dict(own, **kwargs)
+        if not isinstance(base, dict):
+            raise ValueError("base_config in config.json holds no settings; fetch the folder again")
+        own.pop("{sentinel}", None)
+        return super().from_dict({{**base, **own}}, **kwargs)
 
     def to_json_string(self, *args, **kwargs):
         flat = json.loads(super().to_json_string(*args, **kwargs))
@@ -72,8 +77,12 @@ class EditedForCausalLM({model_class}):
 
     def __init__(self, config):
         super().__init__(config)
-        build(self, config.{settings})
+        build(self, getattr(config, "{settings}", None))
         self.post_init()
+
+    def generate(self, *args, **kwargs):
+        with Prompt(kwargs):  # in which the positions of steering count
+            return super().generate(*args, **kwargs)
 
     @classmethod
     def from_pretrained(cls, *args, output_loading_info=False, **kwargs):
@@ -81,6 +90,7 @@ class EditedForCausalLM({model_class}):
         lost = [name for name in info["missing_keys"] if ".edit." in name]
         if lost:
             raise ValueError(f"the edit's tensors are missing from this folder: {{', '.join(sorted(lost))}}")
+        check_values(model, model.config.{settings})
         return (model, info) if output_loading_info else model
 '''
 
@@ -104,13 +114,12 @@ def write_module(out: Path, base: Checkpoint, edit: Edit, config: Mapping[str, A
         edit: its hooks.
         config: the base model's settings as they are to be.
     """
-    architecture = str(config["architectures"][0])
+    # Both are looked up by the type, which is one that transformers knows: nothing that a config.json says becomes code.
+    architecture = architecture_in(config)
     config_class = type_name_of_config(str(config["model_type"]))
     model_type = f"{EDITED}{config['model_type']}"
     stem = CODE_FILE.removesuffix(".py")
-    nested = {
-        key: value for key, value in config.items() if key not in ("architectures", "model_type", "auto_map", "dtype")
-    }
+    nested = {key: value for key, value in config.items() if key not in OWN}
     own: dict[str, Any] = {
         "model_type": model_type,
         "architectures": ["EditedForCausalLM"],
@@ -119,8 +128,7 @@ def write_module(out: Path, base: Checkpoint, edit: Edit, config: Mapping[str, A
         SENTINEL: MESSAGE,
         "base_config": nested,
     }
-    if "dtype" in config:
-        own["dtype"] = config["dtype"]
+    own |= {key: config[key] for key in ("dtype", "torch_dtype", "transformers_version") if key in config}
     write_json(out / "config.json", own)
     source = Path(str(modeling.__file__)).read_text(encoding="utf-8")
     tail = TAIL.format(
@@ -130,6 +138,7 @@ def write_module(out: Path, base: Checkpoint, edit: Edit, config: Mapping[str, A
         settings=SETTINGS,
         sentinel=SENTINEL,
         message=MESSAGE,
+        own=OWN,
     )
     write_text(out / CODE_FILE, source + tail)
 
@@ -139,14 +148,17 @@ def settings_of(edit: Edit, base: Checkpoint) -> dict[str, Any]:
     changes: list[dict[str, Any]] = []
     for (layer, site), steps in changes_of(edit).items():
         changes.append({"layer": layer, "site": site, "steps": [_settings_of_step(step) for step in steps]})
-    return {"blocks": base.layout.blocks, "modules": dict(base.layout.modules), "changes": changes}
+    settings = {"blocks": base.layout.blocks, "modules": dict(base.layout.modules), "changes": changes}
+    return {**settings, modeling.HASH: modeling.hash_of(settings)}
 
 
 def _settings_of_step(step: nn.Module) -> dict[str, Any]:
     if isinstance(step, modeling.Steering):
-        return {"kind": "steering", "shape": list(step.target.shape), "mode": step.mode, "positions": step.positions}
-    assert isinstance(step, modeling.Projection)
-    return {"kind": "projection", "shape": list(step.rows.shape)}
+        own: dict[str, Any] = {"kind": "steering", "mode": step.mode, "positions": step.positions}
+    else:
+        own = {"kind": "projection"}
+    values = next(step.buffers())
+    return {**own, "shape": list(values.shape), "values_sha256": modeling.hash_of_values(values)}
 
 
 def type_name_of_config(model_type: str) -> str:

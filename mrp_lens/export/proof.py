@@ -27,6 +27,7 @@ ALLOWED = 1e-4  # largest difference of a log-probability, in float32
 # Beyond these the base folder holds another model: nats in float32, rms over spread in half precision.
 ALLOWED_UNEDITED, ALLOWED_UNEDITED_COARSE = 1e-3, 0.1
 ALLOWED_RATIO = 2.0  # in half precision: rms difference over spread, relative to the unedited model's
+FINE = (torch.float32, torch.float64)
 LONGEST = 64  # tokens of each text that are compared
 
 TEXTS = (
@@ -84,20 +85,20 @@ class Proof:
     @property
     def same_base(self) -> bool:
         """Whether the two unedited models are one."""
-        if self.dtype == torch.float32:
+        if self.dtype in FINE:
             return self.unedited.largest <= ALLOWED_UNEDITED
         return self.unedited.rms <= ALLOWED_UNEDITED_COARSE
 
     @property
     def exact(self) -> bool:
         """Within 1e-4 nats in float32; in half precision within twice the unedited model's difference."""
-        if self.dtype == torch.float32:
+        if self.dtype in FINE:
             return self.edited.largest <= ALLOWED
         return self.edited.rms <= ALLOWED_RATIO * (self.rounding or self.unedited).rms
 
     def __str__(self) -> str:
         precision = str(self.dtype).removeprefix("torch.")
-        if self.dtype == torch.float32:
+        if self.dtype in FINE:
             return (
                 f"largest difference of {self.tokens} predictions' log-probabilities in {precision}: {self.edited.largest:.1e} "
                 f"(allowed {ALLOWED:.0e}; the unedited models': {self.unedited.largest:.1e})"
@@ -167,7 +168,7 @@ def prove(
         Difference.between(edited, found["exported"]["log_probabilities"][mask]),
         Difference.between(unedited, unedited_hf),
     )
-    if dtype != torch.float32 and proof.unedited.rms == 0.0:
+    if dtype not in FINE and proof.unedited.rms == 0.0:
         wide = _in_fresh_process({"base": plain}, batch, texts, torch.float32, device)["base"]["log_probabilities"][
             mask
         ]

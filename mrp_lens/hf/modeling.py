@@ -3,7 +3,12 @@
 An exported folder carries a copy of this file, which therefore needs torch and nothing else.
 """
 
+import hashlib
+import json
+import threading
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from contextvars import ContextVar
 from functools import partial
 from typing import Any
 
@@ -12,6 +17,9 @@ from torch import Tensor, nn
 
 # In the order in which a block comes to them: a later one has to see what an earlier one did.
 SITES = ("resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post")
+
+HASH = "sha256"  # of a configuration's settings, among them
+MODES = ("replace", "add")
 
 
 class Change(nn.Module):
@@ -36,7 +44,8 @@ class Projection(Change):
         """The states without their part inside the span of the rows."""
         wide = states if states.dtype == torch.float64 else states.float()
         rows = self.rows.to(wide)
-        return (wide - (wide @ rows.T) @ rows).type_as(states)
+        with without_autocast(wide):
+            return (wide - (wide @ rows.T) @ rows).type_as(states)
 
 
 class Steering(Change):
@@ -50,17 +59,64 @@ class Steering(Change):
         self.mode, self.positions = mode, None if positions is None else list(positions)
 
     def forward(self, states: Tensor) -> Tensor:
-        """The states after steering; steps of cached generation are left alone where positions are chosen."""
-        if self.positions is not None and states.shape[1] == 1:
-            return states
-        wide = states.float()
+        """The states after steering; of a prompt's continuation they are left alone where positions are chosen."""
+        wide = states if states.dtype == torch.float64 else states.float()
         target = self.target.to(wide)
         steered = target.expand_as(wide) if self.mode == "replace" else wide + target
         if self.positions is not None:
-            chosen = torch.zeros(states.shape[1], dtype=torch.bool, device=states.device)
-            chosen[self.positions] = True
+            chosen = in_prompt(id(self), self.positions, wide)
             steered = torch.where(chosen[:, None], steered, wide)
         return steered.type_as(states)
+
+
+def without_autocast(states: Tensor) -> Any:
+    """Inside, matrix products are computed in the precision of what is multiplied."""
+    kind = states.device.type
+    return torch.autocast(kind, enabled=False) if kind in ("cpu", "cuda", "mps", "xpu") else nullcontext()
+
+
+# By place of steering the length of the prompt that `generate` works on; None outside of `generate`.
+_lengths: ContextVar[dict[int, int] | None] = ContextVar("lengths", default=None)
+
+# Ways of generating whose first pass is not the prompt, or in which later ones cannot be told from it.
+UNCOUNTABLE = ("assistant_model", "prompt_lookup_num_tokens", "prefill_chunk_size", "past_key_values")
+
+
+class Prompt:
+    """Inside, one call of `generate`: its first pass is the prompt, in which positions count."""
+
+    def __init__(self, arguments: Mapping[str, Any]) -> None:
+        sources = (arguments, getattr(arguments.get("generation_config"), "__dict__", {}))
+        for name in UNCOUNTABLE:
+            if any(source.get(name) is not None for source in sources):
+                raise ValueError(
+                    f"the model is steered at positions of the prompt, which cannot be told with {name}; leave it out"
+                )
+        self.lengths: dict[int, int] = {}
+
+    def __enter__(self) -> None:
+        self.token = _lengths.set(self.lengths)
+
+    def __exit__(self, *_: Any) -> None:
+        _lengths.reset(self.token)
+
+
+def in_prompt(place: int, positions: Sequence[int], states: Tensor) -> Tensor:
+    """Which positions of a pass are the chosen ones of the prompt, [seq].
+
+    Inside `generate` that is counted in its first pass: a later one either holds the whole text anew (without a cache), or
+    nothing of the prompt. Elsewhere each pass is a prompt, except over a single token, which is taken for a step with a cache.
+    """
+    length = states.shape[1]
+    lengths = _lengths.get()
+    continued = length == 1 if lengths is None else place in lengths and length <= lengths[place]
+    prompt = length if lengths is None else lengths.setdefault(place, length)
+    chosen = torch.zeros(length, dtype=torch.bool, device=states.device)
+    for position in () if continued else positions:
+        if not -prompt <= position < prompt:
+            raise ValueError(f"position {position} is outside a prompt of {prompt} tokens")
+        chosen[position % prompt] = True
+    return chosen
 
 
 def install(
@@ -86,17 +142,25 @@ def install(
         elif site == "resid_mid":
             # No module returns the sum of the stream and the attention's output: the branch is made to return what
             # brings that sum to the changed one.
-            entered: list[Tensor] = []
+            entered: dict[int, Tensor] = {}
             first, branch = (block.get_submodule(modules[name]) for name in ("stream", "attn_out"))
             handles.append(first.register_forward_pre_hook(partial(_remember, entered)))
             handles.append(branch.register_forward_hook(partial(_sum, change, entered)))
         else:
-            handles.append(block.get_submodule(modules[site]).register_forward_hook(partial(_output, change)))
+            module = block.get_submodule(modules[site])
+            # A change at resid_mid is made here too, and comes after any at attn_out, whichever was put on first.
+            late = any(getattr(hook, "func", None) is _sum for hook in module._forward_hooks.values())
+            handles.append(module.register_forward_hook(partial(_output, change), prepend=late))
     return handles
 
 
-def build(model: nn.Module, settings: Mapping[str, Any]) -> None:
-    """Give a model the changes that a configuration lists, without their values: these come with its weights."""
+def build(model: Any, settings: Any) -> None:
+    """Give a model the changes that a configuration lists, without their values: these come with its weights.
+
+    Raises:
+        ValueError: the settings are not those that were exported.
+    """
+    check_settings(settings, int(model.config.num_hidden_layers), int(model.config.hidden_size))
     layers = model.get_submodule(settings["blocks"])
     changes: dict[tuple[int, str], nn.Module] = {}
     for entry in settings["changes"]:
@@ -106,6 +170,73 @@ def build(model: nn.Module, settings: Mapping[str, Any]) -> None:
         block.edit[entry["site"]] = nn.Sequential(*(_empty(step) for step in entry["steps"]))
         changes[entry["layer"], entry["site"]] = block.edit[entry["site"]]
     install(model, settings["blocks"], settings["modules"], changes)
+
+
+def check_settings(settings: Any, n_layers: int, width: int) -> None:
+    """Refuse settings of an edit that were changed since they were written, or that no edit of such a model has.
+
+    Raises:
+        ValueError: says what is wrong.
+    """
+    known = isinstance(settings, dict) and set(settings) == {"blocks", "modules", "changes", HASH}
+    if not known or settings[HASH] != hash_of({key: value for key, value in settings.items() if key != HASH}):
+        raise ValueError(
+            "the edit's settings in config.json are missing or were changed since this folder was exported (their hash does not match): "
+            "another model would load; fetch the folder again, or export it again"
+        )
+    changes = settings["changes"]
+    places = [(change["layer"], change["site"]) for change in changes]
+    whole = (
+        len(set(places)) == len(places) > 0
+        and all(_is_count(layer, n_layers) and site in SITES for layer, site in places)
+        and all(change["steps"] for change in changes)
+        and all(_is_step(step, width) for change in changes for step in change["steps"])
+    )
+    if not whole:
+        raise ValueError(
+            f"the edit's settings in config.json are none of an edit on {n_layers} layers of width {width}; fetch the folder again, or export "
+            "it again"
+        )
+
+
+def _is_step(step: Mapping[str, Any], width: int) -> bool:
+    """Whether a step has the shape and the settings of its kind."""
+    shape, positions = step["shape"], step.get("positions")
+    if step["kind"] == "projection":
+        return len(shape) == 2 and _is_count(shape[0] - 1, width) and shape[1] == width
+    chosen = positions is None or all(type(position) is int for position in positions)
+    return bool(step["kind"] == "steering" and shape == [width] and step["mode"] in MODES and chosen)
+
+
+def _is_count(value: Any, below: int) -> bool:
+    return type(value) is int and 0 <= value < below
+
+
+def check_values(model: nn.Module, settings: Mapping[str, Any]) -> None:
+    """Refuse tensors of an edit that are not those that were exported. Offloaded ones cannot be read, and pass.
+
+    Raises:
+        ValueError: names one.
+    """
+    layers = model.get_submodule(settings["blocks"])
+    for change in settings["changes"]:
+        for number, step in enumerate(change["steps"]):
+            (name, values), *_ = layers[change["layer"]].edit[change["site"]][number].named_buffers()  # type: ignore[index]
+            if not values.is_meta and hash_of_values(values) != step["values_sha256"]:
+                raise ValueError(
+                    f"the edit's tensor {name} at layer {change['layer']} ({change['site']}) was changed since this folder was exported (its "
+                    "hash does not match): another model would load; fetch the folder again, or export it again"
+                )
+
+
+def hash_of(settings: Mapping[str, Any]) -> str:
+    """SHA-256 of settings, whatever the order of their names."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+
+
+def hash_of_values(values: Tensor) -> str:
+    """SHA-256 of a tensor's values in float32."""
+    return hashlib.sha256(values.detach().to("cpu", torch.float32).contiguous().numpy().tobytes()).hexdigest()
 
 
 def _empty(settings: Mapping[str, Any]) -> nn.Module:
@@ -125,12 +256,12 @@ def _input(change: nn.Module, module: nn.Module, args: tuple[Any, ...], kwargs: 
     return args, {**kwargs, "hidden_states": change(kwargs["hidden_states"])}
 
 
-def _remember(entered: list[Tensor], module: nn.Module, args: tuple[Any, ...]) -> None:
-    entered[:] = [args[0]]
+def _remember(entered: dict[int, Tensor], module: nn.Module, args: tuple[Any, ...]) -> None:
+    entered[threading.get_ident()] = args[0]  # by thread: several may run the model at once
 
 
-def _sum(change: nn.Module, entered: list[Tensor], module: nn.Module, args: Any, output: Any) -> Any:
-    stream = entered.pop()
+def _sum(change: nn.Module, entered: dict[int, Tensor], module: nn.Module, args: Any, output: Any) -> Any:
+    stream = entered.pop(threading.get_ident())
     written = output[0] if isinstance(output, tuple) else output
     wanted = change(stream + written) - stream
     return (wanted, *output[1:]) if isinstance(output, tuple) else wanted

@@ -31,7 +31,7 @@ from mrp_lens.methods.distillation import Distillation
 from mrp_lens.methods.objectives import ForgetLoss, RetainLoss, kl, log_odds, openness
 from mrp_lens.methods.rows import LearnedRows
 from mrp_lens.methods.start import Start, start_rows
-from mrp_lens.model import LensModel, check_layers, describe
+from mrp_lens.model import LensModel, check_layers, check_lens_model, describe
 from mrp_lens.predictions import cross_entropy, predictions
 from mrp_lens.stream import Site, hook_name, hooked
 from mrp_lens.torch_state import ordinary_torch
@@ -128,6 +128,7 @@ class MRP(PlainSettings):
             NonFiniteLossError: the loss became NaN or infinite.
         """
         generator = generator_for(seed)
+        check_lens_model(model)
         resolved, data, label = self._resolved(model, after, request, forget, retain)
         settings = asdict(resolved)
         record = provenance(model, self.name, settings, data, seed=seed)

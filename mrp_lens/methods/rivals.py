@@ -18,7 +18,7 @@ from mrp_lens.edit import Edit, ProjectionEdit
 from mrp_lens.methods.base import Fit, Forget, fitting, prepare, provenance, request_provenance
 from mrp_lens.methods.start import states_at
 from mrp_lens.methods.tuning import Tuning, Unit
-from mrp_lens.model import LensModel, check_layers
+from mrp_lens.model import LensModel, check_layers, check_lens_model
 from mrp_lens.stream import Site, hook_name
 from mrp_lens.subspace import Subspace
 from mrp_lens.torch_state import ordinary_torch
@@ -142,6 +142,7 @@ class DirectionAblation(PlainSettings):
         """
         one_of(Site, site=self.site)
         generator = generator_for(seed)
+        check_lens_model(model)
         layers = check_layers(model, given(self.layers, range(model.cfg.n_layers)))
         hooks = [hook_name(layer, self.site) for layer in layers]
         data = prepare(model, forget, retain, max_length=self.max_length)

@@ -24,7 +24,7 @@ from mrp_lens.methods.base import (
     prepare,
     provenance,
 )
-from mrp_lens.model import EditableWeight, LensModel, check_layers, mlp_out_weight, tensor_digests
+from mrp_lens.model import EditableWeight, LensModel, check_layers, check_lens_model, mlp_out_weight, tensor_digests
 from mrp_lens.stream import Site, captured, hook_name, run_segment
 from mrp_lens.subspace import Law, random_units
 from mrp_lens.torch_state import ordinary_torch
@@ -96,6 +96,7 @@ class Steering(PlainSettings):
             NonFiniteLossError: the loss became NaN or infinite.
         """
         generator = generator_for(seed)
+        check_lens_model(model)
         placed = self._placed(model)
         data = prepare(model, forget, retain, max_length=self.max_length)
         with fitting(model, after):

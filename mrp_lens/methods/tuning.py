@@ -17,7 +17,7 @@ from mrp_lens.edit import Edit, WeightEdit
 from mrp_lens.masters import MasterAdamW, trainable
 from mrp_lens.methods.base import Data, Fit, Forget, claimed, fitting, parts_of, prepare, provenance
 from mrp_lens.methods.steering import default_trained_layers, entry_size
-from mrp_lens.model import LensModel, check_layers, mlp_out_weight, restored, tensor_digests
+from mrp_lens.model import LensModel, check_layers, check_lens_model, mlp_out_weight, restored, tensor_digests
 from mrp_lens.predictions import cross_entropy, predictions
 from mrp_lens.torch_state import ordinary_torch
 from mrp_lens.training import linear_decay, train
@@ -83,6 +83,7 @@ class Tuning(PlainSettings):
         """
         self._check()
         generator = generator_for(seed)
+        check_lens_model(model)
         layers = check_layers(model, given(self.layers, default_trained_layers(model)))
         data = prepare(model, forget, retain, max_length=self.max_length)
         weights = [mlp_out_weight(model, layer) for layer in layers]

@@ -8,15 +8,18 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mrp_lens.batching import PaddingSide
+from mrp_lens.checks import generator_for
 from mrp_lens.metrics.intervals import CONFIDENCE, TokenMean
 from mrp_lens.metrics.states import Texts, direction_for, groups_of, hooks_at, read_states
 from mrp_lens.model import LensModel
 from mrp_lens.stream import Site
 from mrp_lens.subspace import Law, random_units
+from mrp_lens.torch_state import ordinary_torch
 
 NULL_DRAWS = 1000
 
 
+@ordinary_torch(gradients=False)
 def alignment(
     model: LensModel,
     texts: Texts,
@@ -65,7 +68,7 @@ def alignment(
     """
     u = direction_for(model, direction)
     groups, hooks = groups_of(texts), hooks_at(model, layers, site)
-    null = random_units(NULL_DRAWS, len(u), law, torch.Generator().manual_seed(seed)).double()
+    null = random_units(NULL_DRAWS, len(u), law, generator_for(seed)).double()
     rows = []
     for group, corpus in groups.items():
         cosines, norms = {layer: TokenMean() for layer in hooks}, {layer: TokenMean() for layer in hooks}

@@ -10,6 +10,7 @@ from tqdm.auto import tqdm
 
 from mrp_lens.batching import Encoder, PaddingSide, TokenBatch, in_order
 from mrp_lens.corpus import Corpus
+from mrp_lens.finite import check_states
 from mrp_lens.model import LensModel, check_layers, device_of
 from mrp_lens.stream import captured, check_hook_names, frozen, hook_name, layer_of, run_segment
 from mrp_lens.subspace import unit
@@ -142,16 +143,11 @@ def states_of(model: LensModel, batch: TokenBatch, hooks: Sequence[str]) -> dict
     """States of a batch's content tokens at each hook, without gradient; the pass ends at the last of the hooks' layers.
 
     Raises:
-        ValueError: states that hold NaN or infinity.
+        NonFiniteError: states that hold NaN or infinity.
     """
     last = max(layer_of(name) for name in hooks)
     with frozen(model), torch.no_grad(), captured(model, hooks) as store:
         run_segment(model, batch.tokens, batch.attention_mask, first=last, last=last)
     states = {name: store[name][batch.content_mask] for name in hooks}
-    for name, of_hook in states.items():
-        if not bool(torch.isfinite(of_hook).all()):
-            raise ValueError(
-                f"states at {name} hold NaN or infinity: the model overflows; load it in float32 or bfloat16, or "
-                "weaken the edit"
-            )
+    check_states(model, batch, states)
     return states

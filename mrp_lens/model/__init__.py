@@ -5,13 +5,17 @@ from mrp_lens.model.base import (
     architecture_of,
     available_backends,
     check_layers,
+    check_lens_model,
+    device_named,
     device_of,
+    dtype_named,
     dtype_of,
     forward,
     is_bridge,
     logits_of,
 )
 from mrp_lens.model.load import ModelMismatchError, load_model
+from mrp_lens.model.tokens import valid_id, without_row
 from mrp_lens.model.trainable import CheckpointTensor, checkpoint_tensors, restored
 from mrp_lens.model.weights import (
     EditableWeight,
@@ -36,11 +40,14 @@ __all__ = [
     "architecture_of",
     "available_backends",
     "check_layers",
+    "check_lens_model",
     "check_same_model",
     "checkpoint_names",
     "checkpoint_tensors",
     "describe",
+    "device_named",
     "device_of",
+    "dtype_named",
     "dtype_of",
     "forward",
     "hf_state",
@@ -53,6 +60,8 @@ __all__ = [
     "restored",
     "same_tensor",
     "tensor_digests",
+    "valid_id",
     "weights_by_name",
     "why_not_exportable",
+    "without_row",
 ]

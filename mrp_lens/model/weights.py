@@ -68,7 +68,9 @@ def mlp_out_weight(model: LensModel, layer: int) -> EditableWeight:
         full = next(key for key, value in model.named_parameters() if value is parameter)
         return EditableWeight(_hf_name(full), layer, key, parameter, transposed=False)
     if getattr(block.mlp, "W_out", None) is None or block.mlp.W_out.ndim != 2:
-        raise ValueError(f"layer {layer} has no single MLP output matrix; load the model with backend='bridge'")
+        raise ValueError(
+            f"layer {layer} has no single MLP output matrix (a mixture of experts, perhaps), so RMU cannot train it"
+        )
     layout = LAYOUTS.get(architecture_of(model))
     name = f"blocks.{layer}.mlp.W_out" if layout is None else f"{layout.matrix(layer, 'mlp_out')}.weight"
     # TransformerLens has [d_mlp, d_model]

@@ -166,6 +166,7 @@ def captured(model: LensModel, names: Iterable[str]) -> Iterator[dict[str, Float
 @contextmanager
 def frozen(model: LensModel) -> Iterator[None]:
     """Evaluation mode and no parameter that requires grad; both as before on exit."""
+    check_lens_model(model)
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     modes = [(module, module.training) for module in model.modules()]
     try:

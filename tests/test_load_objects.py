@@ -24,6 +24,7 @@ from tests.families import DEMO_FOLDER, WIDTH, save_family
 
 SIZE = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
 QUIZ = Questions.from_rows([{"question": "It is", "choices": ["red", "blue"], "answer": 0}])
+OTHER = Questions.from_rows([{"question": "The house is", "choices": ["red", "blue"], "answer": 0}])
 F, R = Corpus.from_texts(["The house is red."] * 4), Corpus.from_texts(["The old man walked."] * 4)
 
 
@@ -144,18 +145,17 @@ USES: dict[str, Callable[[Any], Any]] = {
     "adaptive": lambda m: AdaptiveRMU(steps=1).fit(m, F, R),
     "gradient ascent": lambda m: GradientAscent(steps=1).fit(m, F, R),
     "weights": lambda m: WeightEdit({DOWN: torch.zeros(32, 48)}, {DOWN: {}}).applied(m).__enter__(),
-    "relearn": lambda m: attacks.relearn(m, None, train=QUIZ, held_out=QUIZ, steps=1),
+    "relearn": lambda m: attacks.relearn(m, None, train=QUIZ, held_out=OTHER, steps=1),
 }
 USES_CHECKED = {  # by type in this suite already, before the library's own check: see the slow test
     "accuracy": lambda m: metrics.accuracy(m, QUIZ),
     "perplexity": lambda m: metrics.perplexity(m, F),
     "confidence": lambda m: metrics.confidence(m, QUIZ),
     "alignment": lambda m: metrics.alignment(m, F, DIRECTION),
-    "jailbreak": lambda m: attacks.jailbreak(m, None, train=QUIZ, held_out=QUIZ, steps=1),
-    "probe": lambda m: attacks.probe(m, None, train=QUIZ, held_out=QUIZ),
+    "jailbreak": lambda m: attacks.jailbreak(m, None, train=QUIZ, held_out=OTHER, steps=1),
+    "probe": lambda m: attacks.probe(m, None, train=QUIZ, held_out=OTHER),
     "lens": lambda m: metrics.logit_lens(m, QUIZ),
     "projection": lambda m: ProjectionEdit(EDIT).applied(m).__enter__(),
-    "attached": lambda m: ProjectionEdit(EDIT).attach(m),
     "steering": lambda m: SteeringEdit.towards(DIRECTION, layer=1, coefficient=2.0).applied(m).__enter__(),
 }
 TOLD = r"expected a HookedTransformer or a TransformerBridge, got \w+; .* loaded with mrp_lens.load_model\(\.\.\.\)"

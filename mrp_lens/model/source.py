@@ -14,6 +14,7 @@ from mrp_lens.model.folder import (
     check_shards,
     check_sizes,
     count_parameters,
+    is_count,
     one_line,
     read_object,
 )
@@ -50,7 +51,9 @@ def opened(source: Any, tokenizer: Any, device: torch.device, dtype: torch.dtype
         refuse_quantised(config.get("quantization_config"), str(source))
         _refuse_edited(str(config.get("model_type")), str(source))
         check_memory(count_parameters(folder), device, dtype, copies, str(source))
-        language_config(folder)  # a tokenizer is found by the configuration: the error should not be about the tokenizer
+        language_config(
+            folder
+        )  # a tokenizer is found by the configuration: the error should not be about the tokenizer
         used = tokenizer if tokenizer is not None else read_tokenizer(folder)
         name = "demo" if source == "demo" else str(source)
         return Checkpoint(name, read_weights(folder, dtype).to(device).eval(), used)
@@ -331,6 +334,10 @@ def language_config(folder: Path) -> tuple[Any, bool]:
         raise ValueError(
             f"{folder} holds a {config.model_type} model, which is none that writes text; load_model takes causal language models"
         )
+    for name in ("max_position_embeddings", "num_hidden_layers", "hidden_size", "vocab_size"):
+        value = getattr(config, name, None)
+        if value is not None and not is_count(value):
+            raise ValueError(f"{folder / 'config.json'} says {name} = {value!r}; it must be a whole number above 0")
     return config, config is not whole
 
 

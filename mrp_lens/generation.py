@@ -14,11 +14,19 @@ AT_ONCE = 256  # texts written side by side
 
 
 def continuations(model: LensModel, prompts: Sequence[str], *, max_new_tokens: int = 12) -> list[str]:
-    """What the model writes after each prompt: greedy, up to the end-of-text token, special tokens left out."""
+    """What the model writes after each prompt: greedy, up to the end-of-text token, special tokens left out.
+
+    Raises:
+        ValueError: an empty prompt, where the tokenizer has no BOS to start from.
+    """
     encoder = Encoder.for_model(model)
     answers = []
     with frozen(model), torch.no_grad():
         for row in encoder.encode([Document("", prompt) for prompt in prompts]):
+            if not row.ids:
+                raise ValueError(
+                    "a prompt is empty, and this model's texts start without BOS: there is nothing to go on from"
+                )
             tokens = torch.tensor([row.ids], device=encoder.device)
             output = model.generate(
                 tokens,

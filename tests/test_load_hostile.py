@@ -72,21 +72,28 @@ def test_sizes_that_the_weights_cannot_have_are_refused_before_anything_is_built
     refused(folder, f"says {name} = 1000000000000, and its weight files hold [0-9]+ numbers")
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"hidden_size": 48},
-        {"hidden_size": -32},
-        {"num_attention_heads": 0},
-        {"num_attention_heads": 5},
-        {"rope_parameters": 3},
-    ]
-    + [{"hidden_act": "none"}, {"vocab_size": 900}, {"hidden_size": "x"}, {"rms_norm_eps": "tiny"}],
-    ids=str,
-)
+MISFITS: list[dict[str, Any]] = [
+    {"hidden_size": 48},
+    {"hidden_size": -32},
+    {"hidden_size": "x"},
+    {"num_attention_heads": 0},
+    {"num_attention_heads": 5},
+    {"num_hidden_layers": -1},
+    {"max_position_embeddings": {}},
+    {"rope_parameters": 3},
+    {"hidden_act": "none"},
+    {"vocab_size": 900},
+    {"rms_norm_eps": "tiny"},
+]
+
+
+@pytest.mark.parametrize("changes", MISFITS, ids=str)
 def test_settings_that_do_not_fit_the_weights_are_refused(changes: dict[str, Any], folder: Path) -> None:
     edit_json(folder / "config.json", **changes)
-    refused(folder, r"cannot be loaded into the model|transformers cannot use|do not fill|TransformerLens cannot load")
+    refused(
+        folder,
+        r"cannot be loaded into the model|transformers cannot use|do not fill|must be a whole number above 0|TransformerLens cannot",
+    )
 
 
 MARKER = "mrp_lens_code_ran"
@@ -152,8 +159,8 @@ def test_an_index_that_names_other_files_is_refused(name: str, folder: Path) -> 
             refused(folder, "index.json names .*, which is no file in this folder")
         else:
             assert load_model(folder).cfg.n_layers == 4
-    for index in ({}, {"weight_map": [1]}, {"weight_map": {"a": 3}}):
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    for text in ("{}", '{"weight_map": [1]}', '{"weight_map": {"a": 3}}'):
+        (folder / "model.safetensors.index.json").write_text(text)
         refused(folder, "index.json has no weight_map")
 
 
@@ -266,7 +273,8 @@ def test_a_hundred_mutated_configurations_are_refused_or_loaded_as_transformers_
     )
     original = (folder / "config.json").read_text()
     draw = random.Random(0)
-    outcomes = {"refused": 0, "loaded": 0}
+    refusals: list[str] = []
+    loaded = 0
     for _ in range(100):
         (folder / "config.json").write_text(original)
         done = mutated(folder, draw)
@@ -275,8 +283,7 @@ def test_a_hundred_mutated_configurations_are_refused_or_loaded_as_transformers_
                 warnings.simplefilter("ignore")
                 model = load_model(folder, device="cpu")
         except ValueError as error:
-            assert "\n" not in str(error), done
-            outcomes["refused"] += 1
+            refusals.append(str(error))
             continue
         except BaseException as error:
             raise AssertionError(f"{done}: {type(error).__name__}: {error}") from error
@@ -289,6 +296,7 @@ def test_a_hundred_mutated_configurations_are_refused_or_loaded_as_transformers_
             wanted = reference(input_ids=tokens).logits.log_softmax(-1)
             off = float((model(tokens).log_softmax(-1) - wanted).abs().max())
         assert off < 1e-3, f"{done}: {type(model).__name__} is {off} off"
-        outcomes["loaded"] += 1
-    print(family, outcomes)
-    assert min(outcomes.values()) > 10
+        loaded += 1
+    assert not [text for text in refusals if "\n" in text]
+    assert loaded > 10
+    assert len(refusals) > 10

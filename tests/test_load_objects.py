@@ -70,7 +70,7 @@ def test_the_language_model_of_one_that_reads_pictures_is_loaded(
 
 def test_a_model_without_a_language_model_head_is_refused(tiny_folder: Path, hf_model: Any, tmp_path: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
-    with pytest.raises(ValueError, match="a LlamaModel has no language-model head.*load it as LlamaForCausalLM"):
+    with pytest.raises(ValueError, match=r"a LlamaModel has no language-model head.*load it as LlamaForCausalLM"):
         load_model(hf_model.model, tokenizer=tokenizer)
     classifier = tf.LlamaForSequenceClassification(hf_model.config)
     with pytest.raises(ValueError, match="a LlamaForSequenceClassification has no language-model head"):
@@ -106,7 +106,7 @@ def test_an_offloaded_model_is_refused_and_one_that_was_dispatched_whole_is_load
         assert torch.equal(whole(input_ids=tokens).logits.log_softmax(-1), wanted)  # its own copy
     places["model.layers.1"] = "disk"
     away = AutoModelForCausalLM.from_pretrained(tiny_folder, device_map=places, offload_folder=tmp_path)
-    with pytest.raises(ValueError, match="offloaded to disk or were never filled .*model.layers.1.*load it whole"):
+    with pytest.raises(ValueError, match=r"offloaded to disk or were never filled .*model.layers.1.*load it whole"):
         load_model(away, tokenizer=tokenizer, backend=backend)
     with torch.device("meta"):
         empty = tf.LlamaForCausalLM(hf_model.config)

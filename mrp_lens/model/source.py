@@ -95,7 +95,7 @@ def _copied(source: Any, device: torch.device, dtype: torch.dtype) -> Any:
     """
     own = _language_part(source)
     if hasattr(source, "hf_device_map"):
-        from accelerate.hooks import remove_hook_from_module
+        from accelerate.hooks import remove_hook_from_module  # type: ignore[import-untyped]
 
         remove_hook_from_module(own, recurse=True)
     for module in own.modules():

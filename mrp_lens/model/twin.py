@@ -40,25 +40,25 @@ def text_config(config: Any) -> Any:
 
 def context_of(config: Any) -> int:
     """Tokens that the configuration says a text may have."""
-    context = getattr(text_config(config), "max_position_embeddings", None)
-    return context if is_count(context) else 2048
+    context: Any = getattr(text_config(config), "max_position_embeddings", None)
+    return int(context) if is_count(context) else 2048
 
 
 def windows(config: Any) -> dict[str, int]:
     """Window settings that act within the context, by name."""
     if getattr(config, "use_sliding_window", True) is False:
         return {}
-    found = {name: getattr(config, name, None) for name in WINDOWS}
+    found: dict[str, Any] = {name: getattr(config, name, None) for name in WINDOWS}
     return {name: size for name, size in found.items() if is_count(size) and size < context_of(config)}
 
 
 def rotary_rules(config: Any) -> list[dict[str, Any]]:
     """The rules by which positions become angles: one, or one for each kind of layer."""
     rules = getattr(config, "rope_parameters", None)
-    if not isinstance(rules, Mapping):
+    if not isinstance(rules, dict):
         return []
-    nested = [rule for rule in rules.values() if isinstance(rule, dict)]
-    return nested or [rules]  # type: ignore[list-item]
+    nested: list[dict[str, Any]] = [rule for rule in rules.values() if isinstance(rule, dict)]
+    return nested or [rules]
 
 
 def reach(config: Any) -> int:

@@ -121,7 +121,7 @@ class Encoder:
         UserWarning tells how many were cut.
 
         Raises:
-            ValueError: a document with a token that the embedding has no row for, or without any token.
+            ValueError: a document with a token that the embedding has no row for.
         """
         documents = list(documents)
         encoded, long = self._encoded(documents, keep)
@@ -152,10 +152,6 @@ class Encoder:
     def _check(self, encoded: Sequence[Encoded], documents: Sequence[Document]) -> None:
         """Refuse what no embedding can be looked up for."""
         for row, document in zip(encoded, documents, strict=True):
-            if not row.ids:
-                raise ValueError(
-                    "a document has no tokens: its text is empty, and this model's texts start without BOS"
-                )
             wrong = next((token for token in row.ids if not valid_id(token, self.rows)), None)
             if wrong is not None:
                 text = (document.prompt + document.completion)[:60]

@@ -25,11 +25,16 @@ def continuations(model: LensModel, prompts: Sequence[str], *, max_new_tokens: i
 
     Raises:
         NonFiniteError: its logits became NaN or infinite, after which any token would be as good.
+        ValueError: an empty prompt, where the tokenizer has no BOS to start from.
     """
     encoder = Encoder.for_model(model)
     answers = []
     with frozen(model), torch.no_grad():
         for row in encoder.encode([Document("", prompt) for prompt in prompts]):
+            if not row.ids:
+                raise ValueError(
+                    "a prompt is empty, and this model's texts start without BOS: there is nothing to go on from"
+                )
             tokens = torch.tensor([row.ids], device=encoder.device)
             output = _written(model, tokens, max_new_tokens=max_new_tokens, do_sample=False)
             answers.append(str(model.tokenizer.decode(output[0, tokens.shape[1] :], skip_special_tokens=True)).strip())

@@ -192,6 +192,7 @@ def frozen(model: LensModel) -> Iterator[None]:
         ValueError: another thread has an edit applied to the model, or fits, measures or attacks it; or hooks of an edit that is
             on were removed.
     """
+    check_lens_model(model)
     with exclusive(model):
         check_on(model)
         flags = [

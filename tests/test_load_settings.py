@@ -10,7 +10,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Phi3C
 
 import mrp_lens.model.load as load
 from mrp_lens.model import ModelMismatchError, available_backends, is_bridge, load_model
-from mrp_lens.model.twin import reach, small_config
+from mrp_lens.model.boot import boot
+from mrp_lens.model.twin import ignored_settings, reach, small_config
 from tests.families import save_family
 
 LENGTH = 60
@@ -93,7 +94,7 @@ def test_a_model_of_real_size_is_judged_on_a_small_one_with_the_same_rules() -> 
         small = small_config(config)
         assert small.num_hidden_layers == 4
         assert reach(small) <= load.LONG
-        found = load.ignored_settings("hooked", config)
+        found = ignored_settings("hooked", config)
         assert (found is None) if left_out is None else left_out in str(found)
 
 
@@ -121,7 +122,7 @@ def test_a_class_that_differs_in_half_precision_is_refused_by_the_rounding_of_th
 ) -> None:
     folder = save_family("llama", tmp_path)
     monkeypatch.setattr(load, "ignored_settings", lambda *_: None)  # only the model itself is compared
-    real = load.boot
+    real = boot
 
     def another(kind: Any, hf_model: Any, *more: Any) -> Any:
         with torch.no_grad():

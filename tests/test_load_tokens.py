@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from mrp_lens import metrics
 from mrp_lens.batching import Encoder
 from mrp_lens.corpus import Corpus, Document, Questions
-from mrp_lens.generation import start_token
+from mrp_lens.generation import continuations, start_token
 from mrp_lens.harness_model import prepends_bos
 from mrp_lens.model import load_model
 from tests.families import DEMO_FOLDER, save_family
@@ -203,12 +203,10 @@ class Negative:
         return {"input_ids": [[-1 if word == "unknown" else 5 for word in text.split()] for text in texts]}
 
 
-def test_a_negative_token_and_a_text_without_tokens_are_refused(model: Any) -> None:
+def test_a_negative_token_is_refused_and_padding_takes_a_row_that_there_is(model: Any) -> None:
     encoder = Encoder(Negative(), False, False, 64, int(model.cfg.d_vocab), torch.device("cpu"))
     with pytest.raises(ValueError, match=r"in the text 'one unknown word', the token '\?' has id -1"):
         encoder.encode([Document("one unknown", " word")])
-    with pytest.raises(ValueError, match="a document has no tokens: its text is empty"):
-        encoder.encode([Document("", "")])
     rows = encoder.encode([Document("", "one two"), Document("", "three")])
     assert encoder.collate(rows).tokens.tolist() == [[5, 5], [5, 0]]  # padded with a row that there is
 
@@ -220,10 +218,23 @@ def test_a_bos_or_eos_that_the_tokenizer_does_not_have_cannot_be_asked_for(tmp_p
         Encoder.for_model(model, prepend_bos=True)
     with pytest.raises(ValueError, match="tokenizer has no EOS token"):
         Encoder.for_model(model, append_eos=True)
+    with pytest.raises(ValueError, match="a prompt is empty, and this model's texts start without BOS"):
+        continuations(model, ["The old man", ""])
     with pytest.raises(ValueError, match="neither a BOS nor an EOS token"):
         start_token(model)
 
 
+def test_a_tokenizer_that_is_assigned_again_stays_what_it_is(tiny_folder: Path, backend: str) -> None:
+    model = load_model(tiny_folder, backend=backend)
+    other = copy.deepcopy(model.tokenizer)
+    other.chat_template = "{{ messages }}"
+    if backend == "bridge":
+        model.tokenizer = other  # TransformerLens looks at it
+    else:
+        model.set_tokenizer(other)
+    assert model.tokenizer.chat_template == "{{ messages }}"
+
+
 def test_something_else_than_a_tokenizer_is_named(tiny_folder: Path) -> None:
-    with pytest.raises(TypeError, match="tokenizer must be one of transformers.* got str"):
+    with pytest.raises(TypeError, match=r"tokenizer must be one of transformers.* got str"):
         load_model(tiny_folder, tokenizer="gpt2")

@@ -18,7 +18,7 @@ from mrp_lens.edit.fold import folded
 from mrp_lens.edit.stack import has_hooks, stripped
 from mrp_lens.finite import NonFiniteError, non_finite
 from mrp_lens.masters import MasterAdamW
-from mrp_lens.model import LensModel
+from mrp_lens.model import LensModel, check_lens_model
 from mrp_lens.predictions import cross_entropy, predictions
 from mrp_lens.torch_state import ordinary_torch
 from mrp_lens.training import NonFiniteLossError, train
@@ -71,6 +71,7 @@ class Attacker:
         Raises:
             ValueError: none, or one that is not above 0.
         """
+        check_lens_model(model)
         if lr is None:
             centre = LR_BY_WIDTH / int(model.cfg.d_model) * (LORA_SHARE if self.parameters == "lora" else 1.0)
             return tuple(share * centre for share in LR_SHARES)

@@ -20,7 +20,7 @@ from mrp_lens.corpus import Questions
 from mrp_lens.edit import Edit, edit_on
 from mrp_lens.finite import check_states
 from mrp_lens.metrics.states import states_of
-from mrp_lens.model import LensModel, check_layers, logits_of
+from mrp_lens.model import LensModel, check_layers, check_lens_model, logits_of
 from mrp_lens.stream import captured, frozen, hook_name, run_segment
 from mrp_lens.torch_state import ordinary_torch, refuse_inference_tensors
 
@@ -111,6 +111,7 @@ def jailbreak(
         loss, layer, steps=steps, candidates=candidates, top=top, batch=batch, every=every, batch_size=batch_size
     )
     _check_questions(train, held_out, untaught)
+    check_lens_model(model)
     layer = check_layers(model, [model.cfg.n_layers - 1 if layer is None else layer])[0]
     slots = Slots.for_model(model, marker, length)
     rows: list[dict[str, Any]] = []

@@ -18,7 +18,7 @@ from mrp_lens.batching import Encoded, Encoder, PaddingSide, TokenBatch, in_orde
 from mrp_lens.corpus import Corpus, Document, Questions
 from mrp_lens.finite import check_log_probabilities
 from mrp_lens.metrics.intervals import bootstrap_interval
-from mrp_lens.model import LensModel, logits_of
+from mrp_lens.model import LensModel, check_lens_model, logits_of
 from mrp_lens.predictions import targets
 from mrp_lens.stream import frozen
 from mrp_lens.torch_state import ordinary_torch
@@ -160,6 +160,7 @@ def token_confidence(
     """
     if mode not in MODES:
         raise ValueError(f"unknown mode {mode!r}; choose one of {', '.join(MODES)}")
+    check_lens_model(model)
     most = int(model.cfg.n_ctx) - 2  # a BOS and the end of the prompt come before
     if not 1 <= tokens <= most:
         raise ValueError(f"tokens must be from 1 to {most} (the model's context length less 2), got {tokens}")

@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 from mrp_lens.batching import Encoder, PaddingSide, TokenBatch, in_order
 from mrp_lens.corpus import Corpus
 from mrp_lens.finite import check_states
-from mrp_lens.model import LensModel, check_layers, device_of
+from mrp_lens.model import LensModel, check_layers, check_lens_model, device_of
 from mrp_lens.stream import captured, check_hook_names, frozen, hook_name, layer_of, run_segment
 from mrp_lens.subspace import unit
 
@@ -60,6 +60,7 @@ def hooks_at(model: LensModel, layers: Sequence[int] | None, site: str) -> dict[
     Raises:
         ValueError: a layer, or a site, that the model does not have.
     """
+    check_lens_model(model)
     chosen = range(model.cfg.n_layers) if layers is None else check_layers(model, layers)
     hooks = {layer: hook_name(layer, site) for layer in chosen}
     check_hook_names(model, hooks.values())
@@ -73,6 +74,7 @@ def direction_for(model: LensModel, direction: Float[Tensor, " _width"]) -> Floa
         TypeError, ValueError: not a finite non-zero vector as wide as the model's stream.
     """
     vector = unit(direction)
+    check_lens_model(model)
     if len(vector) != model.cfg.d_model:
         raise ValueError(f"the direction has {len(vector)} entries, the model's stream {model.cfg.d_model}")
     return vector.to(device_of(model))

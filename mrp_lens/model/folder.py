@@ -19,6 +19,11 @@ def one_line(error: BaseException, longest: int = 300) -> str:
     return text if len(text) <= longest else f"{text[:longest]} ..."
 
 
+def is_count(value: Any) -> bool:
+    """Whether a setting is a whole number above 0."""
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
 def read_object(file: Path) -> dict[str, Any]:
     """A JSON object.
 
@@ -108,9 +113,7 @@ def check_sizes(config: dict[str, Any], numbers: int, name: str) -> None:
         ValueError: names the setting.
     """
     for path, value in _counts(config, ""):
-        if isinstance(value, bool) or not isinstance(value, int):
-            continue
-        if value > numbers or (path.endswith(("_layers", "_layer")) and value > 10_000):
+        if is_count(value) and (value > numbers or (path.endswith(("_layers", "_layer")) and value > 10_000)):
             raise ValueError(
                 f"{name}: its config.json says {path} = {value}, and its weight files hold {numbers} numbers; they do not belong together"
             )

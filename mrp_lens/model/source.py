@@ -14,6 +14,7 @@ from mrp_lens.model.folder import (
     check_shards,
     check_sizes,
     count_parameters,
+    is_count,
     one_line,
     read_object,
 )
@@ -50,6 +51,9 @@ def opened(source: Any, tokenizer: Any, device: torch.device, dtype: torch.dtype
         refuse_quantised(config.get("quantization_config"), str(source))
         _refuse_edited(str(config.get("model_type")), str(source))
         check_memory(count_parameters(folder), device, dtype, copies, str(source))
+        language_config(
+            folder
+        )  # a tokenizer is found by the configuration: the error should not be about the tokenizer
         used = tokenizer if tokenizer is not None else read_tokenizer(folder)
         name = "demo" if source == "demo" else str(source)
         return Checkpoint(name, read_weights(folder, dtype).to(device).eval(), used)
@@ -91,7 +95,7 @@ def _copied(source: Any, device: torch.device, dtype: torch.dtype) -> Any:
     """
     own = _language_part(source)
     if hasattr(source, "hf_device_map"):
-        from accelerate.hooks import remove_hook_from_module
+        from accelerate.hooks import remove_hook_from_module  # type: ignore[import-untyped]
 
         remove_hook_from_module(own, recurse=True)
     for module in own.modules():
@@ -313,6 +317,30 @@ def read_tokenizer(folder: Path) -> Any:
         ) from error
 
 
+def language_config(folder: Path) -> tuple[Any, bool]:
+    """The configuration of a folder's language model, and whether that is part of a model that reads pictures too.
+
+    Raises:
+        ValueError: a broken configuration, or no language model.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        whole = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        config = whole.get_text_config()
+    except Exception as error:
+        raise ValueError(f"transformers cannot use {folder / 'config.json'}: {one_line(error)}") from error
+    if type(config) not in AutoModelForCausalLM._model_mapping:
+        raise ValueError(
+            f"{folder} holds a {config.model_type} model, which is none that writes text; load_model takes causal language models"
+        )
+    for name in ("max_position_embeddings", "num_hidden_layers", "hidden_size", "vocab_size"):
+        value = getattr(config, name, None)
+        if value is not None and not is_count(value):
+            raise ValueError(f"{folder / 'config.json'} says {name} = {value!r}; it must be a whole number above 0")
+    return config, config is not whole
+
+
 def read_weights(folder: Path, dtype: torch.dtype) -> Any:
     """The Hugging Face model of a folder, of one that reads pictures too its language model. No code in the folder runs.
 
@@ -320,19 +348,10 @@ def read_weights(folder: Path, dtype: torch.dtype) -> Any:
         ValueError: a broken configuration, no language model, or tensors that are missing or have other shapes than the
             configuration says, where transformers would fill in random weights.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    try:
-        whole = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        config = whole.get_text_config()
-        known = type(config) in AutoModelForCausalLM._model_mapping
-    except Exception as error:
-        raise ValueError(f"transformers cannot use {folder / 'config.json'}: {one_line(error)}") from error
-    if not known:
-        raise ValueError(
-            f"{folder} holds a {config.model_type} model, which is none that writes text; load_model takes causal language models"
-        )
-    renamed = {} if config is whole else {"key_mapping": _LANGUAGE_PART}
+    config, is_part = language_config(folder)
+    renamed = {"key_mapping": _LANGUAGE_PART} if is_part else {}
     # The Bridge computes attention eagerly; the same choice here keeps the comparison free of kernel differences.
     try:
         hf_model, loaded = AutoModelForCausalLM.from_pretrained(

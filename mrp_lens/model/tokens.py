@@ -25,6 +25,8 @@ def give_tokenizer(model: Any, tokenizer: Any) -> None:
     cfg.default_prepend_bos = bool(cfg.default_prepend_bos) and own.bos_token_id is not None
     if cfg.default_prepend_bos and _bos_changes_the_text(own):
         own.add_bos_token = True
+    # Where it finds no such flag, TransformerLens replaces a tokenizer that is assigned again by the one on disk.
+    own.init_kwargs = {**own.init_kwargs, "name_or_path": own.name_or_path, "add_bos_token": True}
     ids = own("a")["input_ids"]
     cfg.tokenizer_prepends_bos = own.bos_token_id is not None and ids[:1] == [own.bos_token_id]
     cfg.tokenizer_appends_eos = own.eos_token_id is not None and len(ids) > 1 and ids[-1] == own.eos_token_id

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mrp_lens.model.base import logits_of
 from mrp_lens.model.boot import Kind, boot
-from mrp_lens.model.folder import one_line
+from mrp_lens.model.folder import is_count, one_line
 
 HEADS, LAYERS, VOCABULARY, EXPERT = 4, 4, 211, 32  # sizes at most, which no rule depends on
 REACH = 48  # tokens that a window or a position rule spans in the small model, at most
@@ -40,25 +40,25 @@ def text_config(config: Any) -> Any:
 
 def context_of(config: Any) -> int:
     """Tokens that the configuration says a text may have."""
-    context = getattr(text_config(config), "max_position_embeddings", None)
-    return context if _is_count(context) else 2048
+    context: Any = getattr(text_config(config), "max_position_embeddings", None)
+    return int(context) if is_count(context) else 2048
 
 
 def windows(config: Any) -> dict[str, int]:
     """Window settings that act within the context, by name."""
     if getattr(config, "use_sliding_window", True) is False:
         return {}
-    found = {name: getattr(config, name, None) for name in WINDOWS}
-    return {name: size for name, size in found.items() if _is_count(size) and size < context_of(config)}
+    found: dict[str, Any] = {name: getattr(config, name, None) for name in WINDOWS}
+    return {name: size for name, size in found.items() if is_count(size) and size < context_of(config)}
 
 
 def rotary_rules(config: Any) -> list[dict[str, Any]]:
     """The rules by which positions become angles: one, or one for each kind of layer."""
     rules = getattr(config, "rope_parameters", None)
-    if not isinstance(rules, Mapping):
+    if not isinstance(rules, dict):
         return []
-    nested = [rule for rule in rules.values() if isinstance(rule, dict)]
-    return nested or [rules]  # type: ignore[list-item]
+    nested: list[dict[str, Any]] = [rule for rule in rules.values() if isinstance(rule, dict)]
+    return nested or [rules]
 
 
 def reach(config: Any) -> int:
@@ -74,7 +74,7 @@ def reach(config: Any) -> int:
     config = text_config(config)
     limits = [*windows(config).values()]
     for rule in rotary_rules(config):
-        limits += [size for size in _position_limits(config, rule) if _is_count(size)]
+        limits += [size for size in _position_limits(config, rule) if is_count(size)]
     longest = max(limits, default=16)
     length = longest + max(8, longest // 2)
     switched = any(rule.get("rope_type") in SWITCHED for rule in rotary_rules(config))
@@ -86,7 +86,7 @@ def _position_limits(config: Any, rule: Mapping[str, Any]) -> list[Any]:
     if kind == "default":
         return []
     trained = rule.get("original_max_position_embeddings", getattr(config, "original_max_position_embeddings", None))
-    return [trained] if _is_count(trained) else [context_of(config)] if kind in SWITCHED else []
+    return [trained] if is_count(trained) else [context_of(config)] if kind in SWITCHED else []
 
 
 def small_config(config: Any) -> Any:
@@ -106,14 +106,14 @@ def small_config(config: Any) -> Any:
         narrow = width // heads * fewer
         sizes |= {"num_attention_heads": fewer, "hidden_size": narrow}
         groups = getattr(small, "num_key_value_heads", None)
-        if _is_count(groups):
+        if is_count(groups):
             sizes["num_key_value_heads"] = 1 if groups == 1 else fewer if groups == heads else max(1, fewer // 2)
-        if _is_count(getattr(small, "intermediate_size", None)):
+        if is_count(getattr(small, "intermediate_size", None)):
             sizes["intermediate_size"] = min(int(small.intermediate_size), narrow + 16)
         if getattr(small, "n_inner", None) == 4 * width:  # GPT-2's, which HookedTransformer takes for granted
             sizes["n_inner"] = 4 * narrow
         sizes |= {name: narrow for name, value in vars(small).items() if name.endswith("_proj_dim") and value == width}
-    sizes |= {name: EXPERT for name in _EXPERTS if _is_count(getattr(small, name, None))}
+    sizes |= {name: EXPERT for name in _EXPERTS if is_count(getattr(small, name, None))}
     sizes |= {name: None for name in _IDS if getattr(small, name, None) is not None}
     sizes |= {name: [values[layer] for layer in kept] for name, values in _per_layer(small).items()}
     sizes |= {name: min(size, REACH) for name, size in windows(small).items()}
@@ -123,7 +123,7 @@ def small_config(config: Any) -> Any:
         for rule in rotary_rules(small):
             if "original_max_position_embeddings" in rule:
                 rule["original_max_position_embeddings"] = round(rule["original_max_position_embeddings"] / shrink)
-        if _is_count(getattr(small, "original_max_position_embeddings", None)):
+        if is_count(getattr(small, "original_max_position_embeddings", None)):
             sizes["original_max_position_embeddings"] = round(small.original_max_position_embeddings / shrink)
         sizes["max_position_embeddings"] = round(context_of(small) / shrink)
     for name, value in sizes.items():
@@ -148,10 +148,6 @@ def _per_layer(config: Any) -> dict[str, list[Any]]:
     return {
         name: values for name, values in vars(config).items() if isinstance(values, list) and len(values) == count > 1
     }
-
-
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
 def small_model(config: Any) -> Any:
@@ -278,11 +274,11 @@ def unusual_settings(config: Any, small: Mapping[str, Any]) -> dict[str, dict[st
             label = f"rope_parameters (partial_rotary_factor = {rule['partial_rotary_factor']})"
             unusual[label] = {"rope_parameters": rotary | {"partial_rotary_factor": 1.0}}
     width, heads = int(small.get("hidden_size", 0)), int(small.get("num_attention_heads", 1))
-    if _is_count(small.get("head_dim")) and small["head_dim"] * heads != width:
+    if is_count(small.get("head_dim")) and small["head_dim"] * heads != width:
         unusual[f"head_dim = {small['head_dim']}"] = {"head_dim": width // heads}
     for name, value in small.items():
         if isinstance(value, (bool, float, str)) and name not in _NOT_RULES and usual.get(name, value) != value:
             unusual.setdefault(f"{name} = {value}", {name: usual[name]})
-    if _is_count(small.get("n_inner")):
+    if is_count(small.get("n_inner")):
         unusual[f"n_inner = {getattr(config, 'n_inner', None)}"] = {"n_inner": None}
     return unusual

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from mrp_lens.model import LensModel, forward, is_bridge
+from mrp_lens.model import LensModel, forward, is_bridge, modules_of
 
 Site = Literal["resid_post", "resid_pre", "resid_mid", "mlp_out", "attn_out"]
 SITES: tuple[str, ...] = get_args(Site)
@@ -168,7 +168,7 @@ def frozen(model: LensModel) -> Iterator[None]:
     Parameters made inside `torch.inference_mode()` are left alone: torch lets nobody change their flag.
     """
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters() if not parameter.is_inference()]
-    modes = [(module, module.training) for module in model.modules()]
+    modes = [(module, module.training) for module in modules_of(model)]
     try:
         for parameter, _ in flags:
             parameter.requires_grad_(False)

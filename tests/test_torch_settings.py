@@ -12,7 +12,7 @@ import torch
 
 from mrp_lens import attacks, metrics
 from mrp_lens.metrics import derivatives
-from mrp_lens.model import load_model
+from mrp_lens.model import load_model, modules_of
 from mrp_lens.torch_state import refuse_inference_tensors
 from tests.conftest import assert_same_state, state_of
 from tests.every_measure import LEARN, OF_A_MODEL, PROJECTION, WITHOUT_MODEL
@@ -159,5 +159,6 @@ def test_a_model_in_training_mode_is_measured_without_dropout_and_stays_in_it(na
         before = state_of(with_dropout)
         assert_equal(OF_A_MODEL[name](with_dropout), expected)
         assert_same_state(before, state_of(with_dropout))
+        assert all(module.training for module in modules_of(with_dropout))
     finally:
         with_dropout.eval()

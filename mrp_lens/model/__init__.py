@@ -10,6 +10,7 @@ from mrp_lens.model.base import (
     forward,
     is_bridge,
     logits_of,
+    modules_of,
 )
 from mrp_lens.model.load import ModelMismatchError, load_model
 from mrp_lens.model.trainable import CheckpointTensor, checkpoint_tensors, restored
@@ -48,6 +49,7 @@ __all__ = [
     "load_model",
     "logits_of",
     "mlp_out_weight",
+    "modules_of",
     "restored",
     "same_tensor",
     "tensor_digests",

@@ -44,7 +44,7 @@ def generator_for(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(int_seed(seed))
 
 
-def int_seed(seed: int) -> int:
+def int_seed(seed: Any) -> int:
     """The seed as a plain int; numpy's integers are as good.
 
     Raises:

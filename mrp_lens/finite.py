@@ -70,7 +70,7 @@ def non_finite(
     def look(name: str) -> HookFunction:
         def hook(activation: Tensor, hook: Any) -> None:
             if not found and activation.shape[:2] == attention_mask.shape:
-                bad = ~torch.isfinite(activation).all(dim=-1) & attention_mask
+                bad = ~torch.isfinite(activation).all(dim=-1).to(attention_mask.device) & attention_mask
                 if bool(bad.any()):
                     found.append((name, int(tokens[bad][0])))
 
@@ -84,9 +84,9 @@ def non_finite(
     if found:
         name, token = found[0]
         where = f"the first state that does is {name}, at the token {_text_of(model, token)}"
-    elif not bool(logits[attention_mask].amax(dim=-1).isfinite().all()):
+    elif not bool(logits[attention_mask.to(logits.device)].amax(dim=-1).isfinite().all()):
         where = "all states are finite, so it comes from the final norm or the unembedding"
-    elif bool(logits[attention_mask].isinf().any()):
+    elif bool(logits[attention_mask.to(logits.device)].isinf().any()):
         where = "its logits of -infinity rule out a token that a text holds"
     else:
         where = "reading the same texts again gave finite values, so it comes from something random, such as an edit's noise"

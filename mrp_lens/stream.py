@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from mrp_lens.model import LensModel, check_lens_model, forward, is_bridge
+from mrp_lens.model import LensModel, check_lens_model, forward, is_bridge, modules_of
 from mrp_lens.model.edits_on import check_on
 from mrp_lens.model.exclusive import exclusive
 
@@ -198,7 +198,7 @@ def frozen(model: LensModel) -> Iterator[None]:
         flags = [
             (parameter, parameter.requires_grad) for parameter in model.parameters() if not parameter.is_inference()
         ]
-        modes = [(module, module.training) for module in model.modules()]
+        modes = [(module, module.training) for module in modules_of(model)]
         try:
             for parameter, _ in flags:
                 parameter.requires_grad_(False)

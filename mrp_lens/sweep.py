@@ -1,6 +1,7 @@
 """Per-layer effects: the same methods fitted at one layer after another, point by point, in a folder that can be resumed."""
 
 import shutil
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
@@ -82,19 +83,25 @@ class Plan:
                 raise ValueError(f"{name} must be above 0, got {list(getattr(self, name))}")
         if self.steps < 1:
             raise ValueError(f"steps must be at least 1, got {self.steps}")
+        for name, number in Counter(point.name for point in self.points()).items():
+            if number > 1:
+                raise ValueError(
+                    f"{number} points would be kept as {name!r}; give coefficients that differ in six digits"
+                )
 
     def points(self) -> list[Point]:
-        """All of them, in the order of the table."""
+        """All of them once, in the order of the table."""
         strengths: dict[str, Sequence[float | None]] = {
             MRP.name: (None,),
             RMU.name: self.coefficients,
             AdaptiveRMU.name: self.betas,
         }
-        return [
+        points = [
             Point(method, layer, strength, seed)
             for method in self.methods
             for strength, layer, seed in product(strengths[method], self.layers, self.seeds)
         ]
+        return list(dict.fromkeys(points))
 
 
 def default_layers(model: LensModel, count: int) -> tuple[int, ...]:

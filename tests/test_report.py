@@ -17,6 +17,7 @@ from mrp_lens.methods import MRP, RMU
 from mrp_lens.model import LensModel
 from mrp_lens.plots import PICTURES
 from mrp_lens.report import write_report
+from mrp_lens.report.page import OTHERWISE, sentence
 from mrp_lens.report.table import table_of
 from mrp_lens.runs import Run
 from tests.conftest import D_MODEL
@@ -76,6 +77,20 @@ def test_the_page_tells_what_was_done_and_needs_nothing_else(folder: Path) -> No
     assert "unset" not in body
     assert '<tr class="control"><td>unedited</td>' in body
     assert not re.findall(r"<(?:script|link|img|iframe)[^>]+(?:src|href)=[\"']?(?:https?:)?//", html)
+
+
+@pytest.mark.parametrize("settings", [{"strength": 3}, {"rank": 4}, {"rank": 4, "layers": 2}, {}], ids=str)
+def test_of_settings_that_the_page_does_not_know_it_says_that_something_was_fitted(settings: dict[str, Any]) -> None:
+    side = [{"documents": 5}]
+    record = {
+        "method": "new",
+        "settings": settings,
+        "data": {"forget": side, "retain": side},
+        "steps_done": 7,
+        "seed": 1,
+    }
+    done = "subspaces of rank 4 removed from the residual stream at layers 2" if "layers" in settings else OTHERWISE
+    assert sentence(record, "") == f"new: {done}; 7 steps, 5 documents to forget, 5 to keep, seed 1"
 
 
 def test_the_page_can_be_put_elsewhere_and_the_command_makes_it(folder: Path, tmp_path: Path) -> None:

@@ -54,13 +54,14 @@ def alignment(
         progress: show a progress bar.
 
     Returns:
-        One row a group and layer: `group`, `layer`, `documents`, `tokens`; `cosine`, mean over tokens, with its 95%
-        interval over documents `low`, `high`, and its spread over tokens `cosine_std`; the control `null_mean`,
-        `null_low`, `null_high` (95% of the unrelated directions), `null_std`; `norm`, mean L2 norm of the states in
-        units of the stream (what c is measured in), `norm_std`.
+        One row a group and layer: `group`, `layer`, `documents`, `tokens`; `cosine`, mean over tokens (0 for a state that
+        is 0), with its 95% interval over documents `low`, `high` (NaN with a single document), and its spread over tokens
+        `cosine_std`; the control `null_mean`, `null_low`, `null_high` (95% of the unrelated directions), `null_std`;
+        `norm`, mean L2 norm of the states in units of the stream (what c is measured in), `norm_std`.
 
     Raises:
-        TypeError, ValueError: no texts, no token, a layer that does not exist, a direction of the wrong size or zero.
+        TypeError, ValueError: no texts, no token, a layer that does not exist, a direction of the wrong size or zero;
+            NonFiniteError where states are NaN or infinite.
 
     Example:
         >>> with fit.edit.applied(model):  # doctest: +SKIP

@@ -107,9 +107,9 @@ def mean_log_probabilities(
                 scored += passes[number].scored
                 lines += [line[place] for row in passes[number].scored for place in places[row]]
             ids = [rows[row].ids[place] for row in scored for place in places[row]]
-            own = predicted[lines, ids].double().cpu().numpy()
+            found = predicted[lines, ids].double().cpu().numpy()
             ends = np.cumsum([len(places[row]) for row in scored])
-            values[scored] = [part.mean() for part in np.split(own, ends[:-1])]
+            values[scored] = [part.mean() for part in np.split(found, ends[:-1])]
             bar.update(len(chosen))
     return np.split(values, np.cumsum(sizes)[:-1])
 

@@ -13,6 +13,7 @@ from mrp_lens.model.base import (
     forward,
     is_bridge,
     logits_of,
+    modules_of,
 )
 from mrp_lens.model.load import ModelMismatchError, load_model
 from mrp_lens.model.tokens import valid_id, without_row
@@ -57,6 +58,7 @@ __all__ = [
     "load_model",
     "logits_of",
     "mlp_out_weight",
+    "modules_of",
     "restored",
     "same_tensor",
     "tensor_digests",

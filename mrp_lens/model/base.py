@@ -119,6 +119,18 @@ def dtype_of(model: LensModel) -> torch.dtype:
     return next(iter(model.parameters())).dtype
 
 
+def modules_of(model: LensModel) -> list[torch.nn.Module]:
+    """Every module that takes part in a pass, once: of a Bridge also those that none of its components stands for.
+
+    Its own `modules()` leaves out the Hugging Face model's outermost ones, the dropout behind GPT-2's embeddings among
+    them, although its `train()` reaches them.
+    """
+    found = list(model.modules())
+    if is_bridge(model):
+        found += model.original_model.modules()  # type: ignore[attr-defined]
+    return list(dict.fromkeys(found))
+
+
 def available_backends() -> tuple[str, ...]:
     """("hooked", "bridge"), or ("bridge",) where TransformerLens no longer has HookedTransformer (from 4.0 on)."""
     try:

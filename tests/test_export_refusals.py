@@ -1,5 +1,8 @@
 """What `export_hf` refuses, and what is left then: the model as it was, and no half folder."""
 
+import builtins
+import errno
+import io
 import json
 import os
 import shutil
@@ -27,6 +30,7 @@ from mrp_lens.subspace import Subspace
 from tests.conftest import D_MODEL
 from tests.edits import projection, weight_edit
 from tests.families import save_family
+from tests.test_files import files_end_at
 
 
 @pytest.fixture(scope="module")
@@ -254,3 +258,57 @@ def test_a_folder_that_is_being_written_is_left_alone(tmp_path: Path) -> None:
         other.mkdir()
         (first / "file").write_text("x")
     assert other.is_dir()
+
+
+@pytest.mark.parametrize("form", ["folded", "module", "adapter"])
+def test_a_disk_that_is_full_at_any_file_of_an_export_leaves_the_old_folder(
+    model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: Any
+) -> None:
+    out, edit = tmp_path / "out", projection(1, site="mlp_out")
+    export_hf(model, edit, out, form, verify=False, progress=False)
+    written = sum(1 for _ in out.iterdir())
+    before = {file.name: file.read_bytes() for file in out.iterdir()}
+    opened, left = [], [0]
+    original = {module.__name__: module.open for module in (io, os, builtins)}
+
+    def limited(name: str) -> Any:
+        def open_(file: Any, mode: Any = "r", *args: Any, **options: Any) -> Any:
+            writes = mode & os.O_CREAT if isinstance(mode, int) else set(mode) & set("wxa")
+            if writes and tmp_path in Path(str(file)).parents:
+                opened.append(file)
+                if len(opened) > left[0]:
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return original[name](file, mode, *args, **options)
+
+        return open_
+
+    for module in (io, os, builtins):
+        monkeypatch.setattr(module, "open", limited(module.__name__))
+    errors: list[str] = []
+    for number in range(100):
+        opened.clear()
+        left[0] = number
+        try:
+            export_hf(model, edit, out, form, verify=False, progress=False, overwrite=True)
+            break
+        except OSError as error:
+            errors.append(str(error))
+        assert {file.name: file.read_bytes() for file in out.iterdir()} == before
+        assert list(tmp_path.iterdir()) == [out]
+    assert len(errors) >= written
+    assert all("No space left" in error for error in errors)
+    assert list(tmp_path.iterdir()) == [out]
+
+
+@pytest.mark.parametrize("form", ["folded", "module", "adapter"])
+def test_a_disk_that_is_full_in_the_middle_of_a_file_of_an_export_leaves_the_old_folder(
+    model: Any, tmp_path: Path, form: Any
+) -> None:
+    out, edit = tmp_path / "out", projection(1, site="mlp_out")
+    export_hf(model, edit, out, form, verify=False, progress=False)
+    before = {file.name: file.read_bytes() for file in out.iterdir()}
+    for size in sorted({len(content) - 1 for content in before.values()}):
+        with files_end_at(size), pytest.raises(OSError, match=r"could not be written|File too large"):
+            export_hf(model, edit, out, form, verify=False, progress=False, overwrite=True)
+        assert {file.name: file.read_bytes() for file in out.iterdir()} == before
+        assert list(tmp_path.iterdir()) == [out]

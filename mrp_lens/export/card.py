@@ -20,6 +20,7 @@ from mrp_lens.runs import Row, versions
 Form = Literal["folded", "module", "adapter"]
 
 TEMPLATE = "card.md.j2"
+LONGEST_NAME = 200
 CARRIED = ("license", "license_name", "license_link", "language", "datasets")
 WORDS = ("method", "attack", "verdict", "task", "metric")  # the only cells of a run that are shown and are not numbers
 ATTACKED = ("accuracy_before", "accuracy_edited", "accuracy_after", "floor", "ceiling", "recovery")
@@ -94,12 +95,14 @@ def model_card(
         repo_id: where it will lie on the Hub.
 
     Raises:
-        ValueError: an unknown form, no base, or a record of another edit.
+        ValueError: an unknown form, no base, a repo_id that the Hub does not take, or a record of another edit.
     """
     one_of(Form, form=form)
     if not base:
         raise ValueError("base is empty; name the model that was edited, such as 'org/name'")
     measured = record or Record()
+    if repo_id is not None:
+        validate_repo_id(repo_id)
     label = label_of(edit)
     check_record(edit, measured)
     attacks = _shown(measured.attacks, label)
@@ -188,11 +191,19 @@ def _front_matter(label: str | None, form: str, on_hub: str | None, base: Mappin
     relation = "adapter" if form == "adapter" else "finetune"
     return {
         **({"base_model": on_hub, "base_model_relation": relation} if on_hub else {}),
-        **{key: _without_norway(base[key]) for key in CARRIED if base.get(key) is not None},
+        **{key: _without_norway(base[key]) for key in CARRIED if _is_carried(base.get(key))},
         "library_name": "mrp_lens" if form == "adapter" else "transformers",
         "pipeline_tag": "text-generation",
         "tags": list(dict.fromkeys(["unlearning", "mrp_lens", *(label.split(" + ") if label else [])])),
     }
+
+
+def _is_carried(value: Any) -> bool:
+    """Whether it is a name or a list of names, as the Hub knows them; anything else stays where it came from."""
+    names = value if isinstance(value, list) else [value]
+    return bool(names) and all(
+        name is False or (isinstance(name, str) and name.isprintable() and len(name) <= LONGEST_NAME) for name in names
+    )
 
 
 def _without_norway(value: Any) -> Any:
@@ -268,8 +279,8 @@ def _source(summary: Mapping[str, Any]) -> str:
 
 
 def _text(value: Any) -> str:
-    """One line; of an absolute path in it, the last component."""
-    return DIRECTORIES.sub("", " ".join(str(value).split()))
+    """One line; of an absolute path in it, the last component. What a stranger named so is no markup."""
+    return _escaped(DIRECTORIES.sub("", _line(value)))
 
 
 def _name(value: Any) -> str:
@@ -278,9 +289,20 @@ def _name(value: Any) -> str:
         return f"{value:.6g}"
     if isinstance(value, list | tuple):
         return ", ".join(_name(item) for item in value)
-    return PureWindowsPath(str(value)).name if re.match(ROOT, str(value)) else _text(value)
+    return _escaped(_line(PureWindowsPath(str(value)).name)) if re.match(ROOT, str(value)) else _text(value)
 
 
 def _cell(value: Any) -> str:
     """What stays in its cell of a Markdown table."""
-    return _name(value).replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;")
+    return _name(value).replace("|", "\\|")
+
+
+def _line(value: Any) -> str:
+    return " ".join(str(value).split())
+
+
+def _escaped(text: str) -> str:
+    """Shown as it is: no HTML, no link or picture, no code."""
+    for mark, shown in (("\\", "\\\\"), ("<", "&lt;"), ("](", "]\\("), ("`", "\\`")):
+        text = text.replace(mark, shown)
+    return text

@@ -346,8 +346,8 @@ def check_inside(folder: Path, file: Path) -> None:
         root = root.parent.parent  # whose files are links into `blobs`
     if not place.is_relative_to(root):
         raise ValueError(
-            f"{file} is a link to {place}, outside of the checkpoint's folder: a stranger's folder could name any file of this machine; "
-            "if it belongs there, put the file itself in the place of the link"
+            f"{file} is a link to {place}, outside of its folder: a stranger's link could name any file of this machine. If the file belongs "
+            "there, put it in the place of the link"
         )
 
 
@@ -414,9 +414,9 @@ def rounded(values: Tensor, dtype: torch.dtype, name: str) -> Tensor:
             f"{name} is stored as {str(dtype).removeprefix('torch.')}, which cannot hold the edit; use a checkpoint in float32, bfloat16 or "
             "float16"
         )
-    rounded = values.to(dtype).contiguous()
-    if not bool(torch.isfinite(rounded).all()):
+    result = values.to(dtype, copy=True).contiguous()  # a tied pair is written as two tensors
+    if not bool(torch.isfinite(result).all()):
         raise ValueError(
             f"{name} holds values too large for {str(dtype).removeprefix('torch.')}; export with dtype=torch.float32"
         )
-    return rounded
+    return result

@@ -16,7 +16,7 @@ from mrp_lens.edit.record import without_paths
 from mrp_lens.edit.storage import write_edit
 from mrp_lens.export.base import base_of, check_apart, check_bare, check_base
 from mrp_lens.export.card import Record, check_record, front_matter_of, model_card
-from mrp_lens.export.checkpoint import LEFT_BEHIND, Checkpoint, rounded
+from mrp_lens.export.checkpoint import LEFT_BEHIND, Checkpoint, architecture_in, rounded
 from mrp_lens.export.forms import Changes, Form, chosen_form, folded_into, new_matrices
 from mrp_lens.export.hub import push_to_hub
 from mrp_lens.export.module import module_tensors, write_module
@@ -177,6 +177,7 @@ def _write_model(
     bar: Any,
 ) -> None:
     config = {key: value for key, value in base.config.items() if key not in LEFT_BEHIND}
+    config["architectures"] = [architecture_in(config)]
     if dtype is not None or (kind == "module" and config.get("dtype") is None and config.get("torch_dtype") is None):
         # Else transformers would take the precision of the first tensor that it meets, which may be the edit's.
         config.pop("torch_dtype", None)

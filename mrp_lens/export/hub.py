@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mrp_lens.edit.storage import CONFIG_FILE, TENSOR_FILE
+from mrp_lens.export.checkpoint import check_inside
 
 CARD = "README.md"
 WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json")  # what from_pretrained may pick up
@@ -40,8 +41,8 @@ def push_to_hub(
 
     Raises:
         FileNotFoundError: no such folder, or it lacks what it must hold.
-        ValueError: a name that the Hub does not take, a public repository, or one with weights that would be loaded
-            instead of these or beside them.
+        ValueError: a name that the Hub does not take, a link that leads out of the folder, a public repository, or one with
+            weights that would be loaded instead of these or beside them.
         PermissionError: nobody is logged in, or the token may not write there.
         ConnectionError: the Hub cannot be reached.
         OSError: the Hub refuses for another reason.
@@ -84,10 +85,11 @@ def _found(api: Any, repo_id: str) -> Any | None:
 
 
 def _check_folder(folder: Path) -> None:
-    """Refuse what is no model and no edit.
+    """Refuse what is no model and no edit, and what would upload files from elsewhere.
 
     Raises:
         FileNotFoundError: says what is missing.
+        ValueError: a link leads out of the folder.
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"no folder at {folder}; give one that mrp_lens.export_hf(...) wrote")
@@ -101,6 +103,8 @@ def _check_folder(folder: Path) -> None:
             f"{folder} holds no {CARD}, and nobody should meet an edited model without one; export it with mrp_lens.export_hf(...), "
             "which writes the card"
         )
+    for file in folder.rglob("*"):  # an upload follows links
+        check_inside(folder, file)
 
 
 def _is_model(folder: Path) -> bool:

@@ -184,19 +184,26 @@ def check_settings(settings: Any, n_layers: int, width: int) -> None:
             "the edit's settings in config.json are missing or were changed since this folder was exported (their hash does not match): "
             "another model would load; fetch the folder again, or export it again"
         )
-    changes = settings["changes"]
-    places = [(change["layer"], change["site"]) for change in changes]
-    whole = (
-        len(set(places)) == len(places) > 0
-        and all(_is_count(layer, n_layers) and site in SITES for layer, site in places)
-        and all(change["steps"] for change in changes)
-        and all(_is_step(step, width) for change in changes for step in change["steps"])
-    )
+    try:
+        whole = _are_changes(settings["changes"], n_layers, width)
+    except (AttributeError, IndexError, KeyError, TypeError):
+        whole = False
     if not whole:
         raise ValueError(
             f"the edit's settings in config.json are none of an edit on {n_layers} layers of width {width}; fetch the folder again, or export "
             "it again"
         )
+
+
+def _are_changes(changes: Sequence[Mapping[str, Any]], n_layers: int, width: int) -> bool:
+    """Whether these are changes at places that a model of this size has, each once."""
+    places = [(change["layer"], change["site"]) for change in changes]
+    return (
+        len(set(places)) == len(places) > 0
+        and all(_is_count(layer, n_layers) and site in SITES for layer, site in places)
+        and all(change["steps"] for change in changes)
+        and all(_is_step(step, width) for change in changes for step in change["steps"])
+    )
 
 
 def _is_step(step: Mapping[str, Any], width: int) -> bool:

@@ -6,7 +6,7 @@ import plotly.graph_objects as go
 
 from mrp_lens.plots.axes import Axis, fits
 from mrp_lens.plots.panels import GAP, Panels
-from mrp_lens.plots.style import LEFT, RIGHT, WIDTH, Look, group_colours
+from mrp_lens.plots.style import LEFT, RIGHT, WIDTH, Look, group_colours, literal
 from mrp_lens.plots.tables import Frame, facets, groups, known, methods_of, tidy, varying
 
 MEASURES = {
@@ -101,7 +101,7 @@ def confidence_distribution(frame: Frame, measure: str = "max_logit") -> go.Figu
                 go.Violin(
                     x0=place,
                     y=_thinned(rows[measure].to_numpy(float)),
-                    name=group,
+                    name=literal(group),
                     width=width,
                     spanmode="hard",
                     scalemode="width",

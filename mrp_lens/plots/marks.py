@@ -8,7 +8,7 @@ import numpy as np
 import plotly.graph_objects as go
 from numpy.typing import NDArray
 
-from mrp_lens.plots.style import GREY, GREY_BAND, Look, shortened
+from mrp_lens.plots.style import GREY, GREY_BAND, Look, literal, shortened
 
 Along = Literal["x", "y"]
 Values = NDArray[np.float64]
@@ -50,7 +50,7 @@ def band(x: Values, low: Values, high: Values, *, name: str) -> go.Scatter:
     return go.Scatter(
         x=np.concatenate([x, x[::-1]]),
         y=np.concatenate([low, high[::-1]]),
-        name=name,
+        name=literal(name),
         fill="toself",
         fillcolor=GREY_BAND,
         line={"width": 0, "color": GREY},
@@ -62,8 +62,8 @@ def band(x: Values, low: Values, high: Values, *, name: str) -> go.Scatter:
 def level(value: float, look: Look, along: Along) -> go.Scatter:
     """A line at one value, whose ends are still to be set."""
     places = {along: [None, None], "y" if along == "x" else "x": [value, value]}
-    hover = f"{look.name}: {value:.4g}<extra></extra>"
-    return go.Scatter(**places, name=look.name, mode="lines", line=look.line, hovertemplate=hover)
+    hover = f"%{{fullData.name}}: {value:.4g}<extra></extra>"
+    return go.Scatter(**places, name=literal(look.name), mode="lines", line=look.line, hovertemplate=hover)
 
 
 def floats(values: Iterable[float]) -> Values:

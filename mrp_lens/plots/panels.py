@@ -25,6 +25,7 @@ from mrp_lens.plots.style import (
     Look,
     dress,
     group_colours,
+    literal,
     shortened,
 )
 from mrp_lens.plots.tables import groups, single_rows
@@ -223,7 +224,7 @@ class Panels:
         self.grid.update_xaxes(
             row=row,
             col=column,
-            title_text=self.xs[panel].title if lowest or not self.shared_x else None,
+            title_text=literal(self.xs[panel].title) if lowest or not self.shared_x else None,
             showticklabels=lowest or not self.shared_x,
             matches="x" if self.shared_x and panel else None,
             **self.xs[panel].options([value for part in seen_x for value in part["x"]], self.panel_width),
@@ -232,7 +233,7 @@ class Panels:
         self.grid.update_yaxes(
             row=row,
             col=column,
-            title_text=self.ys[panel].title if first or not self.shared_y else None,
+            title_text=literal(self.ys[panel].title) if first or not self.shared_y else None,
             matches="y" if self.shared_y and panel else None,
             showticklabels=first or not self.shared_y,
             ticks="outside" if first or not self.shared_y else "",

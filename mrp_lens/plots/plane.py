@@ -1,6 +1,5 @@
 """States in the plane, or the space, of their principal directions, before and after an edit."""
 
-from html import escape
 from typing import Any
 
 import pandas as pd
@@ -8,7 +7,7 @@ import plotly.graph_objects as go
 
 from mrp_lens.plots.axes import Axis
 from mrp_lens.plots.panels import Panels
-from mrp_lens.plots.style import GRID, group_colours
+from mrp_lens.plots.style import GRID, group_colours, literal
 from mrp_lens.plots.tables import Frame, facets, groups, known, tidy
 
 OF_VARIANCE = " of variance)"
@@ -87,12 +86,12 @@ def _states(rows: pd.DataFrame, names: list[str], group: str, colour: str) -> An
     kind = go.Scatter3d if len(names) == 3 else go.Scatter
     return kind(
         **{name: rows[name].to_numpy(float) for name in names},
-        name=group,
+        name=literal(group),
         mode="markers",
         opacity=0.65,
         marker={"color": colour, "size": 3 if len(names) == 3 else 6},
         text=[
-            escape(f"{token!r}, document {document}", quote=False)
+            literal(f"{token!r}, document {document}")
             for token, document in zip(rows["token"], rows["document"], strict=True)
         ],
         hovertemplate="%{text}<extra>%{fullData.name}</extra>",

@@ -105,9 +105,14 @@ def sequential(count: int) -> list[str]:
 
 
 def shortened(text: str, longest: int = LONGEST_LABEL) -> str:
-    """Cut to what there is room for; a text such as "<s>" must not be taken for markup."""
+    """Cut to what there is room for, and taken literally."""
     flat = " ".join(str(text).split())
-    return escape(flat if len(flat) <= longest else f"{flat[: longest - 1].rstrip()}…", quote=False)
+    return literal(flat if len(flat) <= longest else f"{flat[: longest - 1].rstrip()}…")
+
+
+def literal(text: str) -> str:
+    """A text such as "<s>" must not be taken for markup, which plotly would draw, links included."""
+    return escape(str(text), quote=False)
 
 
 def dress(

@@ -2,13 +2,14 @@
 
 import json
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from string import Formatter
 from typing import Any
 
 import pandas as pd
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined, UndefinedError
 from plotly.offline import get_plotlyjs
 
 from mrp_lens.files import write_text
@@ -67,27 +68,48 @@ def write_report(folder: str | Path, *, out: str | Path | None = None) -> Path:
         raise FileNotFoundError(
             f"{source} holds no summary.json; give the folder that a command or study of mrp_lens wrote, such as runs/demo"
         )
-    try:
-        summary = json.loads((source / "summary.json").read_text(encoding="utf-8"))
-        rows, examples = summary["rows"], summary["examples"]
-    except (json.JSONDecodeError, KeyError) as error:
-        raise ValueError(f"{source / 'summary.json'} is damaged ({error!r}); run the command again") from error
     finding = source / "finding.md"
     environment = Environment(
         loader=PackageLoader("mrp_lens.report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
-    html = environment.get_template("page.html.jinja").render(
-        summary=summary,
-        table=table_of(rows),
-        finding=finding.read_text(encoding="utf-8").strip().split("\n\n") if finding.is_file() else [],
-        edits=list(edits_in(source)),
-        pictures=list(pictures_in(source)),
-        examples=examples,
-        plotlyjs=get_plotlyjs(),
-    )
+    with _named(source / "finding.md"):
+        paragraphs = finding.read_text(encoding="utf-8").strip().split("\n\n") if finding.is_file() else []
+    edits, pictures = list(edits_in(source)), list(pictures_in(source))
+    with _named(source / "summary.json"):
+        summary = json.loads((source / "summary.json").read_text(encoding="utf-8"))
+        html = environment.get_template("page.html.jinja").render(
+            summary=summary,
+            table=table_of(summary["rows"]),
+            finding=paragraphs,
+            edits=edits,
+            pictures=pictures,
+            examples=summary["examples"],
+            plotlyjs=get_plotlyjs(),
+        )
     target = source / PAGE if out is None else Path(out)
     write_text(target, html)
     return target
+
+
+@contextmanager
+def _named(file: Path) -> Iterator[None]:
+    """What cannot be read inside is an error that names the file.
+
+    Raises:
+        ValueError: says what is wrong with it.
+    """
+    try:
+        yield
+    except (
+        ArithmeticError,
+        AttributeError,
+        LookupError,
+        RecursionError,
+        TypeError,
+        UndefinedError,
+        ValueError,
+    ) as error:
+        raise ValueError(f"{file} is damaged ({error!r}); run the command again") from error
 
 
 def pictures_in(folder: Path) -> Iterator[Picture]:
@@ -95,7 +117,8 @@ def pictures_in(folder: Path) -> Iterator[Picture]:
     for name, draw in PICTURES.items():
         path = folder / FRAMES / f"{name}.csv"
         if path.is_file():
-            figure = draw(pd.read_csv(path))
+            with _named(path):
+                figure = draw(pd.read_csv(path))
             html = figure.to_html(full_html=False, include_plotlyjs=False, config={"displaylogo": False})
             yield Picture(name, (draw.__doc__ or "").strip().splitlines()[0], html)
 
@@ -104,15 +127,23 @@ def edits_in(folder: Path) -> Iterator[Fitted]:
     """The edits that the run saved, told from their records; each fit once, however many edits went on from it."""
     told = set()
     for path in sorted(folder.glob(f"**/{EDIT_CONFIG}")):
-        config = json.loads(path.read_text(encoding="utf-8"))
-        parts = config["settings"]["parts"] if config["kind"] == "stack" else [config]
-        for part in parts:
-            records = part["provenance"].get("requests", {"": part["provenance"]})
-            for request, record in records.items():
-                words = sentence(record, request) if "method" in record else None
-                if words is not None and words not in told:
-                    told.add(words)
-                    yield Fitted(str(path.parent.relative_to(folder)), words, record["settings"])
+        with _named(path):
+            fits = list(_fits_in(path))
+        for words, settings in fits:
+            if words not in told:
+                told.add(words)
+                yield Fitted(str(path.parent.relative_to(folder)), words, settings)
+
+
+def _fits_in(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """A sentence about each fit of an edit that is on disk, and its settings."""
+    config = json.loads(path.read_text(encoding="utf-8"))
+    parts = config["settings"]["parts"] if config["kind"] == "stack" else [config]
+    for part in parts:
+        records = part["provenance"].get("requests", {"": part["provenance"]})
+        for request, record in records.items():
+            if "method" in record:
+                yield sentence(record, request), dict(record["settings"])
 
 
 def sentence(record: Mapping[str, Any], request: str) -> str:

@@ -10,9 +10,9 @@ from mrp_lens.edit import ProjectionEdit, SteeringEdit
 from mrp_lens.edit.fold import folded
 from mrp_lens.edit.stack import stripped
 from mrp_lens.model import LensModel, load_model
+from mrp_lens.subspace import Subspace
 from tests.conftest import D_MODEL, assert_same_state, state_of
 from tests.edits import logits, projection, weight_edit
-from mrp_lens.subspace import Subspace
 from tests.families import DEMO_FOLDER, FAMILIES, NO_HOOKED, save_family
 
 PLACES = [((0, 3), "mlp_out"), ((1, 2), "attn_out"), ((0,), "resid_pre")]
@@ -161,6 +161,8 @@ def test_a_mixture_of_experts_has_no_single_matrix(
         edit.merge_(own)
         torch.testing.assert_close(logits(own, tokens), wanted, atol=1e-5, rtol=0)
     else:
-        with pytest.raises(ValueError, match="no single matrix .a mixture of experts, perhaps.. Keep the edit as hooks"):
+        with pytest.raises(
+            ValueError, match=r"no single matrix \(a mixture of experts, perhaps\)\. Keep the edit as hooks"
+        ):
             edit.merge_(own)
         assert_same_state(before, state_of(own))

@@ -6,6 +6,7 @@ import json
 import os
 import random
 import struct
+import threading
 import time
 from collections import Counter
 from pathlib import Path
@@ -50,7 +51,9 @@ def read(kind: str) -> tuple[dict[str, Any], bytes]:
 # --- what version 0.1 saved
 
 
-def test_edits_of_version_0_1_load_and_do_what_they_did(model: LensModel, tokens: torch.Tensor, untouched: None) -> None:
+def test_edits_of_version_0_1_load_and_do_what_they_did(
+    model: LensModel, tokens: torch.Tensor, untouched: None
+) -> None:
     rows, values = torch.eye(32), (torch.arange(32.0 * 48).reshape(32, 48) % 97 - 48) / 512
     projection, steering, weight, stack = (load_edit(SAVED / kind) for kind in KINDS)
     assert isinstance(projection, ProjectionEdit)
@@ -173,7 +176,7 @@ WRONG: list[tuple[str, str, Any]] = [
 ]
 
 
-def refused(folder: Path, match: str = "") -> None:
+def refused(folder: Path, match: str = "edit") -> None:
     with pytest.raises(ValueError, match=match) as caught:
         load_edit(folder)
     assert "\n" not in str(caught.value)
@@ -212,7 +215,9 @@ def test_tensors_of_another_kind_are_refused(tmp_path: Path) -> None:
         tensors = load(content)
         first = next(iter(tensors))
         wrong = [tensors | {"extra": torch.zeros(1)}, {}]
-        wrong += [tensors | {first: tensors[first].to(dtype)} for dtype in (torch.int32, torch.complex64, torch.float8_e5m2)]
+        wrong += [
+            tensors | {first: tensors[first].to(dtype)} for dtype in (torch.int32, torch.complex64, torch.float8_e5m2)
+        ]
         wrong += [tensors | {first: tensors[first][..., :0]}, tensors | {first: tensors[first] * float("nan")}]
         if kind in ("projection", "steering"):
             wrong += [tensors | {first: tensors[first].to(dtype)} for dtype in (torch.float64, torch.bfloat16)]
@@ -248,11 +253,17 @@ def test_links_out_of_the_folder_are_not_followed_but_a_hub_cache_is(tmp_path: P
 def test_sizes_are_checked_before_anything_is_read(tmp_path: Path) -> None:
     folder = write(tmp_path / "edit", *read("steering"))
     with (folder / TENSORS).open("r+b") as file:
-        file.truncate(2**50)  # a petabyte of nothing
+        file.truncate(2**43)  # eight terabytes of nothing
     started = time.perf_counter()
     refused(folder, "of memory are free")
     refused(write(tmp_path / "header", read("steering")[0], struct.pack("<Q", 2**62) + b"{}"), "its header")
     assert time.perf_counter() - started < 1
+
+
+def own_memory() -> int:
+    """Bytes that are this process's alone: not the system's own copy of files that are mapped."""
+    info = psutil.Process().memory_info()
+    return int(info.rss - info.shared)
 
 
 @pytest.mark.slow
@@ -261,23 +272,19 @@ def test_a_large_edit_is_read_once(tmp_path: Path) -> None:
     edit = WeightEdit({"big.0.weight": torch.ones(size // 4)}, {"big.0.weight": {}})
     edit.save_pretrained(tmp_path / "edit")
     del edit
-    before, peak = psutil.Process().memory_info().rss, 0
-    import threading
-
-    done = threading.Event()
+    before, peak, done = own_memory(), 0, threading.Event()
 
     def watch() -> None:
         nonlocal peak
         while not done.wait(0.005):
-            info = psutil.Process().memory_full_info()
-            peak = max(peak, info.uss)
+            peak = max(peak, own_memory())
 
     thread = threading.Thread(target=watch)
     thread.start()
     load_edit(tmp_path / "edit")
     done.set()
     thread.join()
-    assert peak - before < 1.6 * size
+    assert peak - before < 1.2 * size
 
 
 # --- fuzz
@@ -345,7 +352,9 @@ def mutated_tensors(content: bytes, rng: random.Random) -> bytes:
         if choice == 0:
             header[name]["dtype"] = rng.choice(["F64", "F16", "BF16", "I32", "BOOL", "F8_E4M3", "XX", 3])
         elif choice == 1:
-            header[name]["shape"] = rng.choice([[], [0], [-1, 4], [2**62, 4], [2**40, 2**40], list(reversed(header[name]["shape"])), "x"])
+            header[name]["shape"] = rng.choice(
+                [[], [0], [-1, 4], [2**62, 4], [2**40, 2**40], list(reversed(header[name]["shape"])), "x"]
+            )
         elif choice == 2:
             header[name]["data_offsets"] = rng.choice([[0, 0], [0, 2**63], [-4, 4], [8, 4], "x"])
         else:
@@ -364,7 +373,9 @@ def usable(edit: Edit, folder: Path, config: dict[str, Any], again: Path) -> Non
     assert json.dumps(settings, sort_keys=True) == json.dumps(config["settings"], sort_keys=True)
     stored = load_file(folder / TENSORS)
     assert stored.keys() == tensors.keys()
-    assert all(torch.equal(stored[name], tensors[name]) and stored[name].dtype == tensors[name].dtype for name in stored)
+    assert all(
+        torch.equal(stored[name], tensors[name]) and stored[name].dtype == tensors[name].dtype for name in stored
+    )
     edit.save_pretrained(again, overwrite=True)
     assert load_edit(again) == edit
     assert json.dumps(load_edit(again).provenance) == json.dumps(edit.provenance)
@@ -409,12 +420,10 @@ def fuzz(count: int, seed: int, root: Path) -> Counter[str]:
         started = time.perf_counter()
         try:
             edit = load_edit(folder)
-        except (ValueError, FileNotFoundError) as error:
-            assert type(error) in (ValueError, FileNotFoundError), repr(error)
-            assert "\n" not in str(error), f"seed {seed}, number {number}: {error!r}"
-            outcomes[f"{action}: {type(error).__name__}"] += 1
         except BaseException as error:
-            raise AssertionError(f"seed {seed}, number {number} ({kind}, {action})") from error
+            if type(error) not in (ValueError, FileNotFoundError) or "\n" in str(error):
+                raise AssertionError(f"seed {seed}, number {number} ({kind}, {action})") from error
+            outcomes[f"{action}: {type(error).__name__}"] += 1
         else:
             usable(edit, folder, config, root / "again")
             outcomes[f"{action}: loaded"] += 1

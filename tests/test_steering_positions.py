@@ -66,7 +66,9 @@ def written(model: Any, prompts: torch.Tensor, *, cache: bool) -> torch.Tensor:
     return output[:, prompts.shape[1] :]
 
 
-def written_by_hf(hf_model: Any, prompts: torch.Tensor, mask: torch.Tensor | None = None, **options: Any) -> torch.Tensor:
+def written_by_hf(
+    hf_model: Any, prompts: torch.Tensor, mask: torch.Tensor | None = None, **options: Any
+) -> torch.Tensor:
     hf_model.generation_config.eos_token_id = None
     mask = torch.ones_like(prompts) if mask is None else mask
     output: torch.Tensor = hf_model.generate(

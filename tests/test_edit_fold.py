@@ -162,7 +162,7 @@ def test_a_mixture_of_experts_has_no_single_matrix(
         torch.testing.assert_close(logits(own, tokens), wanted, atol=1e-5, rtol=0)
     else:
         with pytest.raises(
-            ValueError, match="no single matrix .a mixture of experts, perhaps.. Keep the edit as hooks"
+            ValueError, match=r"no single matrix \(a mixture of experts, perhaps\)\. Keep the edit as hooks"
         ):
             edit.merge_(own)
         assert_same_state(before, state_of(own))

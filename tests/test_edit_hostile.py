@@ -6,6 +6,7 @@ import json
 import os
 import random
 import struct
+import threading
 import time
 from collections import Counter
 from pathlib import Path
@@ -175,7 +176,7 @@ WRONG: list[tuple[str, str, Any]] = [
 ]
 
 
-def refused(folder: Path, match: str = "") -> None:
+def refused(folder: Path, match: str = "edit") -> None:
     with pytest.raises(ValueError, match=match) as caught:
         load_edit(folder)
     assert "\n" not in str(caught.value)
@@ -252,11 +253,17 @@ def test_links_out_of_the_folder_are_not_followed_but_a_hub_cache_is(tmp_path: P
 def test_sizes_are_checked_before_anything_is_read(tmp_path: Path) -> None:
     folder = write(tmp_path / "edit", *read("steering"))
     with (folder / TENSORS).open("r+b") as file:
-        file.truncate(2**50)  # a petabyte of nothing
+        file.truncate(2**43)  # eight terabytes of nothing
     started = time.perf_counter()
     refused(folder, "of memory are free")
     refused(write(tmp_path / "header", read("steering")[0], struct.pack("<Q", 2**62) + b"{}"), "its header")
     assert time.perf_counter() - started < 1
+
+
+def own_memory() -> int:
+    """Bytes that are this process's alone: not the system's own copy of files that are mapped."""
+    info = psutil.Process().memory_info()
+    return int(info.rss - info.shared)
 
 
 @pytest.mark.slow
@@ -265,23 +272,19 @@ def test_a_large_edit_is_read_once(tmp_path: Path) -> None:
     edit = WeightEdit({"big.0.weight": torch.ones(size // 4)}, {"big.0.weight": {}})
     edit.save_pretrained(tmp_path / "edit")
     del edit
-    before, peak = psutil.Process().memory_info().rss, 0
-    import threading
-
-    done = threading.Event()
+    before, peak, done = own_memory(), 0, threading.Event()
 
     def watch() -> None:
         nonlocal peak
         while not done.wait(0.005):
-            info = psutil.Process().memory_full_info()
-            peak = max(peak, info.uss)
+            peak = max(peak, own_memory())
 
     thread = threading.Thread(target=watch)
     thread.start()
     load_edit(tmp_path / "edit")
     done.set()
     thread.join()
-    assert peak - before < 1.6 * size
+    assert peak - before < 1.2 * size
 
 
 # --- fuzz
@@ -417,12 +420,10 @@ def fuzz(count: int, seed: int, root: Path) -> Counter[str]:
         started = time.perf_counter()
         try:
             edit = load_edit(folder)
-        except (ValueError, FileNotFoundError) as error:
-            assert type(error) in (ValueError, FileNotFoundError), repr(error)
-            assert "\n" not in str(error), f"seed {seed}, number {number}: {error!r}"
-            outcomes[f"{action}: {type(error).__name__}"] += 1
         except BaseException as error:
-            raise AssertionError(f"seed {seed}, number {number} ({kind}, {action})") from error
+            if type(error) not in (ValueError, FileNotFoundError) or "\n" in str(error):
+                raise AssertionError(f"seed {seed}, number {number} ({kind}, {action})") from error
+            outcomes[f"{action}: {type(error).__name__}"] += 1
         else:
             usable(edit, folder, config, root / "again")
             outcomes[f"{action}: loaded"] += 1

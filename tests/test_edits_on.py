@@ -6,6 +6,7 @@ import pickle
 import random
 import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -80,14 +81,15 @@ def test_a_handle_ends_with_its_block_and_says_whether_the_edit_is_on(model: Len
     with projection(1).attach(model) as handle:
         assert handle.on
         assert "on=True" in repr(handle)
-    assert not handle.on
+    assert edits_on(model) == ()
     with pytest.raises(ValueError, match="detached already"):
         handle.detach()
     with pytest.raises(RuntimeError, match="inside"), weight_edit(model, 1).attach(model):
         raise RuntimeError("inside")
     handle = projection(1).attach(model)
     projection(1).detach(model)  # an equal edit, a loaded one for example
-    assert not handle.on
+    assert edits_on(model) == ()
+    assert "on=False" in repr(handle)
 
 
 @pytest.mark.parametrize("kind", range(4))
@@ -163,11 +165,11 @@ def test_a_matrix_that_somebody_else_changed_is_not_overwritten_in_silence(own: 
     with torch.no_grad():
         parameter[0, 0] += 1
     trained = parameter.detach().clone()
-    for detach in (handle.detach, lambda: edit.detach(own)):
+    for take_off in (handle.detach, partial(edit.detach, own)):
         with pytest.raises(ValueError, match=r"down_proj\.weight was changed while this edit was on"):
-            detach()
+            take_off()
         assert torch.equal(parameter, trained)
-        assert handle.on
+        assert edits_on(own) == (edit,)
     with pytest.warns(UserWarning, match="that change is overwritten"):
         edit.detach(own, discard=True)
     assert torch.equal(parameter, original)
@@ -194,10 +196,14 @@ def test_a_replaced_parameter_is_noticed(own: Any) -> None:
 
 def test_a_metric_is_refused_once_hooks_are_gone(own: Any) -> None:
     edit = projection(1)
+    handle = edit.attach(own)
+    own.reset_hooks(including_permanent=True)
+    with pytest.raises(ValueError, match="hooks of an edit that is on were removed"):
+        metrics.perplexity(own, TEXT)
+    with pytest.warns(UserWarning, match="removed before detach"):
+        handle.detach()
     with pytest.warns(UserWarning, match="removed before detach"), edit.applied(own):
         own.reset_hooks(including_permanent=True)
-        with pytest.raises(ValueError, match="hooks of an edit that is on were removed"):
-            metrics.perplexity(own, TEXT)
     assert edits_on(own) == ()
     metrics.perplexity(own, TEXT)
 

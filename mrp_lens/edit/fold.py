@@ -157,7 +157,8 @@ def _writers(model: LensModel, hook: str) -> list[tuple[torch.nn.Parameter, int]
     component: Any = getattr(model.blocks[layer], part)
     if not is_bridge(model):
         tensors = [getattr(component, name, None) for name in (matrix, bias)]
-        return [] if any(tensor is None for tensor in tensors) else [(tensor, -1) for tensor in tensors]
+        found = [(tensor, -1) for tensor in tensors if tensor is not None]
+        return found if len(found) == len(tensors) else []
     module = getattr(getattr(component, output, None), "original_component", None)
     if not isinstance(module, torch.nn.Module):
         return []

@@ -145,8 +145,14 @@ class SteeringEdit(Edit):
     @override
     def from_parts(cls, settings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> "SteeringEdit":
         direction = tensors["direction"]
-        if direction.ndim != 1 or abs(float(direction.double().norm()) - 1.0) > 1e-4:
-            raise ValueError(f"the direction has shape {list(direction.shape)}, or not length 1")
+        if (
+            direction.dtype != torch.float32
+            or direction.ndim != 1
+            or abs(float(direction.double().norm()) - 1.0) > 1e-4
+        ):
+            raise ValueError(
+                f"the direction must be a vector of length 1 in float32, got {direction.dtype} and shape {list(direction.shape)}"
+            )
         return cls(
             field(settings, "hook", str),
             direction,

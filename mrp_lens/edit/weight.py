@@ -50,7 +50,7 @@ class WeightEdit(Edit):
                 raise TypeError(
                     f"{name!r} must be a tensor in one of {', '.join(map(str, DTYPES))}, got {_kind(tensor)}"
                 )
-            if not bool(torch.isfinite(tensor).all()):
+            if tensor.numel() and not all(bool(torch.isfinite(end)) for end in tensor.aminmax()):  # allocates nothing
                 raise ValueError(f"{name!r} holds NaN or infinity")
         self.tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         self.replaces = {name: dict(digests) for name, digests in replaces.items()}

@@ -74,7 +74,7 @@ def test_what_writes_text_and_what_looks_at_it_refuse_likewise(damaged: tuple[An
     with pytest.raises(NonFiniteError, match=place):
         continuations(model, ["The old"])
     with pytest.raises(NonFiniteError, match=place):
-        written_texts(model, 2, max_new_tokens=3, generator=torch.Generator().manual_seed(0), progress=False)
+        written_texts(model, 2, max_new_tokens=3, seed=0, progress=False)
     with pytest.raises(NonFiniteError, match=place):
         looks(model, Case((texts[0],), texts[1], texts[1]), {"unedited": None}, {}, progress=False)
 

@@ -126,7 +126,7 @@ WRONG: list[tuple[str, str, Any]] = [
     ("steering", "settings/noise", float("nan")),
     ("steering", "settings/noise", "0"),
     ("steering", "settings/noise", -1.0),
-    ("steering", "settings/coefficient", 1e300),
+    ("steering", "settings/coefficient", float("-inf")),
     ("steering", "settings/coefficient", True),
     ("steering", "settings/coefficient", None),
     ("steering", "settings/mode", "exec"),

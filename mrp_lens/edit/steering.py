@@ -1,5 +1,6 @@
 """What RMU drives a model towards, as a hook: states replaced by (or moved along) a fixed direction."""
 
+import math
 from collections.abc import Mapping, Sequence
 from types import NoneType
 from typing import Any, Literal
@@ -31,7 +32,8 @@ class SteeringEdit(Edit):
         direction: [d_model]; normalised to length 1.
         coefficient: c, in the units of the stream.
         mode: "replace" or "add".
-        noise: eta, the variance of eps per coordinate.
+        noise: eta, the variance of eps per coordinate; drawn anew at every pass, so that with noise `generate` depends on
+            whether there is a cache.
         positions: prompt positions to change, counted as in a list (-1: the last); None: all. They count in the prompt and
             are fixed when `generate` starts, so that it writes the same with and without a cache: what is generated is never
             steered. Outside of `generate` each pass is a prompt of its own, except a pass over a single token, which is left
@@ -65,8 +67,8 @@ class SteeringEdit(Edit):
         for name, value in (("coefficient", coefficient), ("noise", noise)):
             if isinstance(value, bool | str):
                 raise TypeError(f"{name} must be a number, got {value!r}")
-            if not abs(float(value)) <= torch.finfo(torch.float32).max:
-                raise ValueError(f"{name} must be a finite number in float32, got {value!r}")
+            if not math.isfinite(value):
+                raise ValueError(f"{name} must be a finite number, got {value!r}")
         if not noise >= 0.0:
             raise ValueError(f"noise is a variance and must be at least 0, got {noise}")
         self.hook = hook

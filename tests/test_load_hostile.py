@@ -80,6 +80,7 @@ MISFITS: list[dict[str, Any]] = [
     {"num_attention_heads": 5},
     {"num_hidden_layers": -1},
     {"max_position_embeddings": {}},
+    {"sliding_window": {}},
     {"rope_parameters": 3},
     {"hidden_act": "none"},
     {"vocab_size": 900},
@@ -92,7 +93,7 @@ def test_settings_that_do_not_fit_the_weights_are_refused(changes: dict[str, Any
     edit_json(folder / "config.json", **changes)
     refused(
         folder,
-        r"cannot be loaded into the model|transformers cannot use|do not fill|must be a whole number above 0|TransformerLens cannot",
+        r"cannot be loaded into the model|transformers cannot use|do not fill|must be a |TransformerLens cannot",
     )
 
 

@@ -22,15 +22,15 @@ LLAMA3 = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "original_max
 LLAMA3 |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
 LINEAR = {"rope_type": "linear", "rope_theta": 1e4, "factor": 8.0}
 DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
-WINDOW = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 2}
+WINDOW = {"use_sliding_window": True, "sliding_window": 30, "max_window_layers": 2}
 
 # family, settings, and what HookedTransformer leaves out (None: it computes them)
 SETTINGS: dict[str, tuple[str, dict[str, Any], str | None]] = {
-    "qwen2 window": ("qwen2", WINDOW, "sliding_window = 8"),
-    "qwen3 window": ("qwen3", WINDOW, "sliding_window = 8"),
-    "mistral window": ("mistral", {"sliding_window": 8}, None),
-    "phi3 window": ("phi3", {"sliding_window": 8}, None),
-    "gemma2 window": ("gemma2", {"sliding_window": 8}, ""),
+    "qwen2 window": ("qwen2", WINDOW, "sliding_window = 30"),
+    "qwen3 window": ("qwen3", WINDOW, "sliding_window = 30"),
+    "mistral window": ("mistral", {"sliding_window": 30}, None),
+    "phi3 window": ("phi3", {"sliding_window": 30}, None),
+    "gemma2 window": ("gemma2", {"sliding_window": 30}, ""),
     "qwen3 yarn": ("qwen3", {"rope_parameters": YARN}, "rope_type = 'yarn'"),
     "llama yarn": ("llama", {"rope_parameters": YARN}, "rope_type = 'yarn'"),
     "llama linear": ("llama", {"rope_parameters": LINEAR}, "rope_type = 'linear'"),

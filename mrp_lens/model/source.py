@@ -338,6 +338,11 @@ def language_config(folder: Path) -> tuple[Any, bool]:
         value = getattr(config, name, None)
         if value is not None and not is_count(value):
             raise ValueError(f"{folder / 'config.json'} says {name} = {value!r}; it must be a whole number above 0")
+    window = getattr(config, "sliding_window", None)
+    if window is not None and not isinstance(window, int):
+        raise ValueError(
+            f"{folder / 'config.json'} says sliding_window = {window!r}; it must be a number of tokens, or null"
+        )
     return config, config is not whole
 
 

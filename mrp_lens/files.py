@@ -19,7 +19,9 @@ import psutil
 try:
     import fcntl
 except ImportError:  # Windows, where folders have no such locks
-    fcntl = None  # type: ignore[assignment]
+    HAS_LOCKS = False
+else:
+    HAS_LOCKS = True
 
 PARTIAL = ".partial"
 LONGEST_WAIT = 10.0  # seconds for another process's two renames
@@ -187,7 +189,7 @@ def _alone(folder: Path) -> Iterator[None]:
     Not where the system has no such locks, nor after waiting for long: somebody else's lock must not stop a save, and
     renames alone mix no folders.
     """
-    if fcntl is None:
+    if not HAS_LOCKS:
         yield
         return
     number = os.open(folder, os.O_RDONLY)
@@ -202,7 +204,7 @@ def _alone(folder: Path) -> Iterator[None]:
 
 def _is_held(folder: Path) -> bool:
     """Whether somebody is in `_alone(folder)`."""
-    if fcntl is None:
+    if not HAS_LOCKS:
         return False
     with suppress(FileNotFoundError):
         number = os.open(folder, os.O_RDONLY)

@@ -1,8 +1,10 @@
 """The folders that `export_hf` writes, and what it refuses."""
 
+import copy
 import json
 import shutil
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -267,3 +269,63 @@ def test_exporting_leaves_the_model_as_it_was(model: Any, tmp_path: Path) -> Non
     report = export_hf(model, weight_edit(model, 1) + projection(2), tmp_path / "out", progress=False)
     assert_same_state(before, state_of(model))
     assert 0 < report.seconds <= time.perf_counter() - started
+
+
+@pytest.mark.parametrize("form", ["folded", pytest.param("module", marks=pytest.mark.slow)])
+def test_a_tokenizer_that_was_changed_in_memory_is_the_one_that_is_exported(
+    form: str, tiny_folder: Path, tmp_path: Path
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
+    tokenizer.add_tokens(["<extra>"])
+    tokenizer.chat_template = "{{ messages[0].content }}!"
+    wide = AutoModelForCausalLM.from_pretrained(tiny_folder)
+    wide.resize_token_embeddings(len(tokenizer) + 7)
+    wide.save_pretrained(tmp_path / "base")
+    AutoTokenizer.from_pretrained(tiny_folder).save_pretrained(tmp_path / "base")
+    model = load_model(tmp_path / "base", tokenizer=tokenizer, backend="bridge")
+    # Assigned, it would be replaced by the one on the disk.
+    model.__dict__["_tokenizer" if hasattr(type(model), "tokenizer") else "tokenizer"] = tokenizer
+    edit = projection(1, site="mlp_out" if form == "folded" else "resid_post")
+    texts = ["The colour of <extra> is red."]
+    proved = form == "module"
+    export_hf(model, edit, tmp_path / "out", form, texts=texts, verify=proved, progress=False)  # type: ignore[arg-type]
+    found = AutoTokenizer.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    assert found(texts)["input_ids"] == tokenizer(texts)["input_ids"]
+    assert len(tokenizer) - 1 in found(texts)["input_ids"][0]
+    assert found.apply_chat_template([{"role": "user", "content": "Hello"}], tokenize=False) == "Hello!"
+
+
+@pytest.mark.parametrize("site", ["resid_mid", "resid_post"])
+def test_threads_that_use_one_loaded_module_get_what_they_get_alone(model: Any, site: str, tmp_path: Path) -> None:
+    export_hf(model, projection(1, 2, site=site), tmp_path / "out", verify=False, progress=False)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    texts = [(TOKENS + 7 * number).repeat(1, 3) for number in range(6)]
+    alone = [log_probabilities(loaded, tokens) for tokens in texts]
+    with ThreadPoolExecutor(6) as threads:
+        for _ in range(5):
+            together = list(threads.map(lambda tokens: log_probabilities(loaded, tokens), texts))
+            torch.testing.assert_close(together, alone, atol=1e-5, rtol=0)
+
+
+def test_a_module_on_several_devices_recomputing_its_activations_or_copied_keeps_its_edit(
+    model: Any, tmp_path: Path
+) -> None:
+    edit, out = projection(1, site="resid_mid") + projection(2, request="two"), tmp_path / "out"
+    export_hf(model, edit, out, verify=False, progress=False)
+    wanted = hooked(model, edit)
+    whole = ("model.embed_tokens", "model.rotary_emb", "model.norm", "lm_head", "model.layers.0", "model.layers.3")
+    on_disk = {**dict.fromkeys(whole, "cpu"), "model.layers.1": "disk", "model.layers.2": "disk"}
+    offloaded = AutoModelForCausalLM.from_pretrained(
+        out, trust_remote_code=True, device_map=on_disk, offload_folder=str(tmp_path / "disk")
+    )
+    loaded = AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True)
+    for placed in (offloaded, loaded, copy.deepcopy(loaded)):
+        torch.testing.assert_close(log_probabilities(placed, TOKENS), wanted, atol=1e-4, rtol=0)
+    gradients = []
+    for recompute in (False, True):
+        if recompute:
+            loaded.activation_checkpointing_enable()
+        loaded.train().zero_grad()
+        loaded(input_ids=TOKENS, labels=TOKENS, use_cache=False).loss.backward()
+        gradients.append({name: parameter.grad.clone() for name, parameter in loaded.named_parameters()})
+    torch.testing.assert_close(gradients[0], gradients[1], atol=1e-6, rtol=0)

@@ -81,9 +81,12 @@ def test_others_may_read_a_file_and_a_folder_as_they_may_any_new_one(tmp_path: P
 
 def test_threads_that_write_one_file_leave_one_of_their_contents(tmp_path: Path) -> None:
     contents = [bytes([65 + number]) * 50_000 for number in range(8)]
-    threads = [
-        threading.Thread(target=lambda c=c: [write_bytes(tmp_path / "f", c) for _ in range(20)]) for c in contents
-    ]
+
+    def write(text: bytes) -> None:
+        for _ in range(20):
+            write_bytes(tmp_path / "f", text)
+
+    threads = [threading.Thread(target=write, args=(text,)) for text in contents]
     for thread in threads:
         thread.start()
     for thread in threads:

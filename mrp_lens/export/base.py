@@ -1,6 +1,7 @@
 """The checkpoint that a model was loaded from, and whether it is still that model."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -31,6 +32,23 @@ def base_of(model: LensModel, base: str | Path | None) -> Checkpoint:
     except ValueError as error:
         raise ValueError(f"{error}. Which checkpoint was this model loaded from? Say it with base=FOLDER") from error
     return Checkpoint.open(folder)
+
+
+def own_tokenizer(model: LensModel, base: Checkpoint) -> Any | None:
+    """The model's tokenizer, if it is another than the one in the folder: tokens were added in memory, or the chat template
+    was changed, or the folder has none. None: the files in the folder are right as they are.
+
+    Special tokens alone do not count: TransformerLens sets some where there are none.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        stored = AutoTokenizer.from_pretrained(base.folder)
+    except Exception:  # of any kind; then the folder holds none that can be used
+        return model.tokenizer
+    own = model.tokenizer
+    same = own.get_vocab() == stored.get_vocab() and own.chat_template in (None, stored.chat_template)
+    return None if same else own
 
 
 def check_apart(target: Path, folder: Path, what: str) -> None:

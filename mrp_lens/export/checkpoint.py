@@ -288,7 +288,7 @@ def _weight_files(folder: Path) -> list[Path]:
             return [folder / single]
         if (folder / index).is_file():
             placed = read_settings(folder, index).get("weight_map")
-            names = list(placed.values()) if isinstance(placed, dict) else [None]
+            names: list[Any] = list(placed.values()) if isinstance(placed, dict) else [None]
             wrong = [name for name in names if not isinstance(name, str) or Path(name).name != name or "\\" in name]
             if wrong or not names:
                 raise ValueError(

@@ -14,7 +14,7 @@ from mrp_lens.corpus import Corpus
 from mrp_lens.edit import Edit, load_edit
 from mrp_lens.edit.record import without_paths
 from mrp_lens.edit.storage import write_edit
-from mrp_lens.export.base import base_of, check_apart, check_bare, check_base
+from mrp_lens.export.base import base_of, check_apart, check_bare, check_base, own_tokenizer
 from mrp_lens.export.card import Record, check_record, front_matter_of, model_card
 from mrp_lens.export.checkpoint import LEFT_BEHIND, Checkpoint, architecture_in, rounded
 from mrp_lens.export.forms import Changes, Form, chosen_form, folded_into, new_matrices
@@ -129,19 +129,27 @@ def export_hf(
     if kind != "adapter":
         checkpoint.check_room(target, added=changes.added.values(), dtype=dtype)
     stored = checkpoint.dtype if dtype is None else dtype
+    tokenizer = None if kind == "adapter" else own_tokenizer(model, checkpoint)
     with whole_folder(target, overwrite=overwrite) as folder:
         with tqdm(total=checkpoint.size, desc="writing", unit="B", unit_scale=True, disable=not progress) as bar:
             if kind == "adapter":
                 write_edit(without_paths(edit), folder)
             else:
-                _write_model(folder, kind, model, edit, checkpoint, changes, dtype, bar)
+                _write_model(folder, kind, edit, checkpoint, changes, dtype, tokenizer, bar)
         proof = None
         if verify:
             with tqdm(total=1, desc="reloading in a fresh process", disable=not progress) as bar:
                 compared = _texts(texts)
                 lower = _lower(stored, dtype_of(model))
                 proof = prove(
-                    model, edit, folder=folder, base=checkpoint.folder, form=kind, texts=compared, dtype=lower
+                    model,
+                    edit,
+                    folder=folder,
+                    base=checkpoint.folder,
+                    form=kind,
+                    texts=compared,
+                    dtype=lower,
+                    tokenizer=tokenizer,
                 )
                 bar.update()
         checks = [] if proof is None else [str(proof)]
@@ -169,11 +177,11 @@ def _changes(kind: str, model: LensModel, edit: Edit, base: Checkpoint) -> Chang
 def _write_model(
     folder: Path,
     kind: str,
-    model: LensModel,
     edit: Edit,
     base: Checkpoint,
     changes: Changes,
     dtype: torch.dtype | None,
+    tokenizer: Any,
     bar: Any,
 ) -> None:
     config = {key: value for key, value in base.config.items() if key not in LEFT_BEHIND}
@@ -189,8 +197,10 @@ def _write_model(
     else:
         write_json(folder / "config.json", config)
     base.copy_companions(folder)
-    if not any(folder.glob("tokenizer*")):
-        model.tokenizer.save_pretrained(folder)
+    if tokenizer is not None:
+        for file in (*folder.glob("tokenizer*"), *folder.glob("chat_template.*")):
+            file.unlink()
+        tokenizer.save_pretrained(folder)
     added = changes.added
     if kind == "folded":  # of a module these are the edit's own, in float32 whatever the model's precision
         added = {name: rounded(values, dtype or base.dtype, name) for name, values in added.items()}

@@ -122,6 +122,7 @@ def prove(
     form: str,
     texts: Corpus,
     dtype: torch.dtype,
+    tokenizer: Any = None,
 ) -> Proof:
     """Compare an exported folder, loaded in a fresh process, with the hooked model.
 
@@ -133,6 +134,7 @@ def prove(
         form: "folded", "module" or "adapter".
         texts: what is compared on.
         dtype: the precision in which Hugging Face's models are loaded.
+        tokenizer: what was exported; None: that of the base folder.
 
     Raises:
         ValueError: the base folder holds another model than `model`.
@@ -144,7 +146,8 @@ def prove(
         with edit_on(model, edit):
             edited = _log_probabilities(model, batch)
     adapter, device = form == "adapter", device_of(model)
-    plain = {"folder": str(base), "trust_remote_code": False, "edit": None, "tokenizer": not adapter}
+    from_base = not adapter and tokenizer is None
+    plain = {"folder": str(base), "trust_remote_code": False, "edit": None, "tokenizer": from_base}
     found = _in_fresh_process(
         {
             "base": plain,
@@ -178,8 +181,11 @@ def prove(
             f"{base} is not the checkpoint of this model: its log-probabilities differ by {proof.unedited.largest:.2g} even without the "
             "edit. Give base=FOLDER of the checkpoint that the model was loaded from"
         )
-    if not adapter and not torch.equal(found["base"]["token_ids"], found["exported"]["token_ids"]):
-        raise ExportMismatchError("the exported tokenizer splits texts into other tokens than that of the base folder")
+    if not adapter:
+        wanted = found["base"]["token_ids"] if tokenizer is None else reload.token_ids(tokenizer, texts_of(texts))
+        if not torch.equal(wanted, found["exported"]["token_ids"]):
+            whose = "that of the base folder" if tokenizer is None else "that of the model"
+            raise ExportMismatchError(f"the exported tokenizer splits texts into other tokens than {whose}")
     if not proof.exact:
         raise ExportMismatchError(f"the exported model is not the edited one: {proof}")
     return proof
@@ -191,6 +197,11 @@ def batch_of(model: LensModel, texts: Corpus) -> TokenBatch:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=r".*longer than \d+ tokens")  # beginnings are what is wanted
         return encoder.collate(encoder.encode(texts.documents), side="right")
+
+
+def texts_of(corpus: Corpus) -> list[str]:
+    """Its documents as plain text."""
+    return [document.prompt + document.completion for document in corpus.documents]
 
 
 def _log_probabilities(model: LensModel, batch: TokenBatch) -> Float[Tensor, "n d_vocab"]:
@@ -213,7 +224,7 @@ def _in_fresh_process(
         results = {name: place / f"{name}.safetensors" for name in models}
         job = {
             "tokens": str(place / "tokens.safetensors"),
-            "texts": [document.prompt + document.completion for document in texts.documents],
+            "texts": texts_of(texts),
             "dtype": str(dtype).removeprefix("torch."),
             "device": str(device),
             "models": [{**settings, "result": str(results[name])} for name, settings in models.items()],

@@ -10,6 +10,13 @@ from pathlib import Path
 from typing import Any
 
 
+def token_ids(tokenizer: Any, texts: list[str]) -> Any:
+    """The tokens of all texts in one row, -1 after each."""
+    import torch
+
+    return torch.tensor([token for text in texts for token in [*tokenizer(text)["input_ids"], -1]])
+
+
 def main(job: dict[str, Any]) -> None:
     """Load each of the job's models in turn and write its log-probabilities."""
     if all(model["edit"] is None for model in job["models"]):
@@ -38,8 +45,7 @@ def main(job: dict[str, Any]) -> None:
         del hf_model, output
         if wanted["tokenizer"]:
             tokenizer = AutoTokenizer.from_pretrained(wanted["folder"], trust_remote_code=trust)
-            ids = [token for text in job["texts"] for token in [*tokenizer(text)["input_ids"], -1]]
-            result["token_ids"] = torch.tensor(ids)
+            result["token_ids"] = token_ids(tokenizer, job["texts"])
         save_file(result, wanted["result"])
 
 

@@ -164,7 +164,7 @@ def build(model: Any, settings: Any) -> None:
     layers = model.get_submodule(settings["blocks"])
     changes: dict[tuple[int, str], nn.Module] = {}
     for entry in settings["changes"]:
-        block = layers[entry["layer"]]  # type: ignore[index]
+        block = layers[entry["layer"]]
         if not hasattr(block, "edit"):
             block.edit = nn.ModuleDict()
         block.edit[entry["site"]] = nn.Sequential(*(_empty(step) for step in entry["steps"]))

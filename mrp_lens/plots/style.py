@@ -110,7 +110,7 @@ def shortened(text: str, longest: int = LONGEST_LABEL) -> str:
     return literal(flat if len(flat) <= longest else f"{flat[: longest - 1].rstrip()}…")
 
 
-def literal(text: str) -> str:
+def literal(text: object) -> str:
     """A text such as "<s>" must not be taken for markup, which plotly would draw, links included."""
     return escape(str(text), quote=False)
 

@@ -168,7 +168,7 @@ def sole_process(folder: Path) -> Iterator[None]:
     Raises:
         BlockingIOError: another one is.
     """
-    if fcntl is None:
+    if not HAS_LOCKS:
         yield
         return
     number = os.open(folder, os.O_RDONLY)

@@ -23,9 +23,10 @@ from analysis.standings import compact, few, markdown, pictures, rows_of_cells
 from analysis.verdicts import finding
 from mrp_lens import attacks, metrics
 from mrp_lens.attacks.attacker import Attacker, Form
-from mrp_lens.attacks.plan import Facts, Plan, fingerprint, possible_forms
+from mrp_lens.attacks.plan import Facts, Plan, possible_forms
 from mrp_lens.cli.parsing import numbers, shard_of
 from mrp_lens.edit import Edit, edit_on, load_edit
+from mrp_lens.edit.record import fingerprint
 from mrp_lens.edit.stack import has_hooks, stripped
 from mrp_lens.edit.storage import stored_bytes
 from mrp_lens.files import write_text

@@ -92,7 +92,8 @@ class Requests:
         """Role -> hash of the data."""
         kept = self.kept(())
         return {
-            "forget": {name: corpus.fingerprint for name, corpus in self.forget.items()},
+            # A list: `order` draws from the requests as they are given.
+            "forget": [[name, corpus.fingerprint] for name, corpus in self.forget.items()],
             "quizzes": {name: quiz.fingerprint for name, quiz in self.quizzes.items()},
             "retain": self.retain(()).fingerprint,
             "kept": kept.fingerprint if kept is not None else None,

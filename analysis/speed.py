@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from mrp_lens.batching import Encoder, endless
+from mrp_lens.batching import Batches, Encoder
 from mrp_lens.corpus import Corpus
 from mrp_lens.edit import ProjectionEdit
 from mrp_lens.files import check_free
@@ -72,7 +72,7 @@ def plain_rmu(model: Any, forget: Corpus, retain: Corpus, steps: int) -> None:
     frozen_model = copy.deepcopy(model)
     encoder = Encoder.for_model(model)
     generator = torch.Generator().manual_seed(0)
-    batches = [endless(encoder.encode(corpus.documents), BATCH, generator) for corpus in (forget, retain)]
+    batches = [Batches(encoder.encode(corpus.documents), BATCH, generator) for corpus in (forget, retain)]
     direction = torch.rand(WIDTH, generator=generator)
     target = COEFFICIENT * direction / direction.norm()
     trained = [mlp_out_weight(model, layer).parameter for layer in (LAYER - 2, LAYER - 1, LAYER)]

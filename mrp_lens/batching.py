@@ -1,7 +1,7 @@
 """Documents -> token batches with an attention mask, a mask of what is content, and a mask of what the loss counts."""
 
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -9,8 +9,9 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from mrp_lens.checks import one_of
 from mrp_lens.corpus import Document
-from mrp_lens.model import device_of
+from mrp_lens.model import check_lens_model, device_of, valid_id, without_row
 
 PaddingSide = Literal["left", "right"]
 Kept = Literal["start", "end"]
@@ -56,12 +57,13 @@ class Encoded:
 
 @dataclass(frozen=True)
 class Encoder:
-    """How documents become tokens for one model."""
+    """How documents become tokens for one model, whose embedding has `rows` rows."""
 
     tokenizer: Any
     prepend_bos: bool
     append_eos: bool
     max_length: int
+    rows: int
     device: torch.device
 
     @classmethod
@@ -77,13 +79,17 @@ class Encoder:
 
         Args:
             model: HookedTransformer or TransformerBridge.
-            prepend_bos: start each document with BOS, unless its text does. None: as `cfg.default_prepend_bos` says.
+            prepend_bos: start each document with BOS, unless its text does. None: as `cfg.default_prepend_bos` says, where
+                the tokenizer has a BOS; else a document starts with its own first token.
             append_eos: end each document with EOS.
             max_length: tokens at which documents are cut, BOS and EOS included. None: the context length `cfg.n_ctx`.
 
         Raises:
-            ValueError: the model has no tokenizer, or `max_length` is not from 2 to the context length.
+            TypeError: not a model of TransformerLens.
+            ValueError: the model has no tokenizer, its tokenizer lacks the BOS or EOS that is asked for, or `max_length` is
+                not from 2 to the context length.
         """
+        check_lens_model(model)
         if model.tokenizer is None:
             raise ValueError(
                 "this model has no tokenizer; set one with model.set_tokenizer(...) or load a folder that holds one"
@@ -93,12 +99,18 @@ class Encoder:
             raise ValueError(
                 f"max_length {max_length} must be from 2 to the model's context length {context}; leave it out to use all of it"
             )
+        for asked, kind in ((prepend_bos, "bos"), (append_eos, "eos")):
+            if asked and getattr(model.tokenizer, f"{kind}_token_id") is None:
+                raise ValueError(
+                    f"this model's tokenizer has no {kind.upper()} token to put to a document; leave it out"
+                )
         bos = bool(model.cfg.default_prepend_bos) if prepend_bos is None else prepend_bos
         return cls(
             tokenizer=model.tokenizer,
             prepend_bos=bos and model.tokenizer.bos_token_id is not None,
             append_eos=append_eos,
             max_length=context if max_length is None else max_length,
+            rows=int(model.W_E.shape[0]),
             device=device_of(model),
         )
 
@@ -107,11 +119,19 @@ class Encoder:
 
         Of documents over `max_length` the start is kept, or the end (and BOS): what a long prompt leads up to. A
         UserWarning tells how many were cut.
+
+        Raises:
+            ValueError: a document with a token that the embedding has no row for.
         """
         documents = list(documents)
         encoded, long = self._encoded(documents, keep)
         self._warn_of_cuts(long, len(documents), keep)
         return encoded
+
+    def fitted(self, rows: Sequence[Encoded], *, keep: Kept) -> list[Encoded]:
+        """Rows that may be longer than `max_length`, cut as `encode` does, with its warning."""
+        self._warn_of_cuts(sum(len(row.ids) > self.max_length for row in rows), len(rows), keep)
+        return [self._cut(row, keep) for row in rows]
 
     def windows(self, documents: Sequence[Document], size: int) -> Iterator[list[Encoded]]:
         """`encode` for `size` documents at a time, so that memory does not grow with their number; one warning at the end."""
@@ -125,8 +145,18 @@ class Encoder:
     def _encoded(self, documents: Sequence[Document], keep: Kept) -> tuple[list[Encoded], int]:
         """The documents, and how many of them were cut."""
         encoded = [self._flagged(ids, in_loss) for ids, in_loss in self._tokenised(documents)]
+        self._check(encoded, documents)
         long = sum(len(row.ids) > self.max_length for row in encoded)
         return [self._cut(row, keep) for row in encoded], long
+
+    def _check(self, encoded: Sequence[Encoded], documents: Sequence[Document]) -> None:
+        """Refuse what no embedding can be looked up for."""
+        for row, document in zip(encoded, documents, strict=True):
+            wrong = next((token for token in row.ids if not valid_id(token, self.rows)), None)
+            if wrong is not None:
+                text = (document.prompt + document.completion)[:60]
+                token = str(self.tokenizer.convert_ids_to_tokens(wrong)) if wrong >= 0 else "?"
+                raise ValueError(f"in the text {text!r}, {without_row(token, wrong, self.rows)}")
 
     def _warn_of_cuts(self, cut: int, total: int, keep: Kept) -> None:
         if cut:
@@ -182,9 +212,14 @@ class Encoder:
         )
 
     def collate(self, rows: Sequence[Encoded], *, side: PaddingSide = "right") -> TokenBatch:
-        """Pad to the longest row. The padding id is arbitrary: it is masked everywhere."""
+        """Pad to the longest row. The padding id is arbitrary: it is masked everywhere.
+
+        Raises:
+            ValueError: a side that is neither "right" nor "left".
+        """
+        one_of(PaddingSide, padding=side)
         width = max(len(row.ids) for row in rows)
-        pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else 0
+        pad = self.tokenizer.pad_token_id if valid_id(self.tokenizer.pad_token_id, self.rows) else 0
 
         def padded(values: Sequence[int | bool], fill: int | bool) -> list[int | bool]:
             gap = [fill] * (width - len(values))
@@ -200,22 +235,53 @@ class Encoder:
 def in_order(
     encoder: Encoder, rows: Sequence[Encoded], batch_size: int, *, side: PaddingSide = "right"
 ) -> Iterator[tuple[list[int], TokenBatch]]:
-    """Batches of similar length (least padding), each with the positions of its rows."""
+    """Batches of similar length (least padding), each with the positions of its rows.
+
+    Raises:
+        ValueError: a batch size below 1, which would read nothing.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     order = sorted(range(len(rows)), key=lambda i: len(rows[i].ids))
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
         yield chosen, encoder.collate([rows[i] for i in chosen], side=side)
 
 
-def endless(rows: Sequence[Encoded], batch_size: int, generator: torch.Generator) -> Iterator[list[Encoded]]:
+class Batches(Iterator[list[Encoded]]):
     """Random batches for ever: each pass over the rows in a new order drawn from `generator`.
 
-    A batch is never larger than the number of rows.
+    A batch is never larger than the number of rows. `state_dict` holds what is left of the pass under way, so that a fit
+    can go on in another process; the generator's own state is kept by whoever owns it.
     """
-    size = min(batch_size, len(rows))
-    waiting: list[int] = []
-    while True:
-        while len(waiting) < size:
-            waiting += torch.randperm(len(rows), generator=generator).tolist()
-        chosen, waiting = waiting[:size], waiting[size:]
-        yield [rows[i] for i in chosen]
+
+    def __init__(self, rows: Sequence[Encoded], batch_size: int, generator: torch.Generator) -> None:
+        self.rows, self.size, self.generator = rows, min(batch_size, len(rows)), generator
+        self.waiting: list[int] = []
+
+    def __next__(self) -> list[Encoded]:
+        while len(self.waiting) < self.size:
+            self.waiting += torch.randperm(len(self.rows), generator=self.generator).tolist()
+        chosen, self.waiting = self.waiting[: self.size], self.waiting[self.size :]
+        return [self.rows[i] for i in chosen]
+
+    def state_dict(self) -> dict[str, Any]:
+        """The rows that this pass has still to come to."""
+        return {"waiting": list(self.waiting)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from there."""
+        self.waiting = list(state["waiting"])
+
+
+class BatchesInTurn(Batches):
+    """Batches for ever in the order of the rows, each pass the same; the last of a pass may be smaller."""
+
+    def __init__(self, rows: Sequence[Encoded], batch_size: int) -> None:
+        super().__init__(rows, batch_size, torch.Generator())
+
+    def __next__(self) -> list[Encoded]:
+        if not self.waiting:
+            self.waiting = list(range(len(self.rows)))
+        chosen, self.waiting = self.waiting[: self.size], self.waiting[self.size :]
+        return [self.rows[i] for i in chosen]

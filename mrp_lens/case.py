@@ -7,6 +7,7 @@ from typing import Any
 
 from mrp_lens.corpus import Corpus, Document, Questions
 from mrp_lens.corpus.questions import Half
+from mrp_lens.corpus.rows import digest
 from mrp_lens.world import World
 
 HUB = "hub:"
@@ -57,14 +58,17 @@ class Case:
     def fingerprints(self) -> dict[str, str]:
         """Role -> hash of the data."""
         parts: dict[str, Any] = {
-            "forget": self.forget_texts,
+            "forget": self.forget_texts if len(self.forget) == 1 else None,
             "retain": self.retain,
             "held_out": self.held_out,
             "questions": self.questions,
             "retain_questions": self.retain_questions,
             "untaught_questions": self.untaught_questions,
         }
-        return {role: part.fingerprint for role, part in parts.items() if part is not None}
+        hashes = {role: part.fingerprint for role, part in parts.items() if part is not None}
+        if len(self.forget) != 1:  # where one corpus ends and the next begins matters: each has a direction in RMU
+            hashes["forget"] = digest([corpus.fingerprint for corpus in self.forget])
+        return hashes
 
     def quiz(self, *, limit: int | None = None) -> dict[str, Questions]:
         """The quizzes there are, by side: "forget", "retain"; of each at most `limit` questions, evenly spread."""

@@ -1,15 +1,81 @@
 """Settings: defaults filled in, and values refused that cannot be meant."""
 
+import operator
+from collections.abc import Iterable
+from dataclasses import fields
+from numbers import Integral, Real
 from typing import Any, get_args
 
+import numpy as np
 import torch
 
 
+class PlainSettings:
+    """A settings dataclass whose numbers are Python's own, whatever they came as.
+
+    A numpy number works in a fit and cannot be written as JSON when the edit is saved, hours later.
+    """
+
+    def __post_init__(self) -> None:
+        for entry in fields(self):  # type: ignore[arg-type]
+            object.__setattr__(self, entry.name, plain(getattr(self, entry.name)))
+
+
+def plain(value: Any) -> Any:
+    """The value with numpy's and torch's numbers and arrays, ranges included, as Python's own."""
+    if isinstance(value, np.generic | np.ndarray):
+        return plain(value.tolist())
+    if isinstance(value, torch.Tensor):
+        return plain(value.detach().cpu().tolist())
+    if isinstance(value, range):
+        return list(value)
+    if isinstance(value, list | tuple):
+        return type(value)(plain(entry) for entry in value)
+    return value
+
+
 def generator_for(seed: int) -> torch.Generator:
-    """A generator of its own, so that the global one stays as it is."""
-    if isinstance(seed, bool) or not isinstance(seed, int):
+    """A generator of its own, so that the global one stays as it is.
+
+    Raises:
+        TypeError: the seed is no integer.
+        ValueError: it does not fit into 64 bits.
+    """
+    return torch.Generator().manual_seed(int_seed(seed))
+
+
+def int_seed(seed: Any) -> int:
+    """The seed as a plain int; numpy's integers are as good.
+
+    Raises:
+        TypeError: it is no integer.
+        ValueError: it does not fit into 64 bits.
+    """
+    if not _is_a(Integral, seed):
         raise TypeError(f"seed must be an int, got {seed!r}")
-    return torch.Generator().manual_seed(seed)
+    if not -(2**63) <= int(seed) < 2**64:
+        raise ValueError(f"seed must fit into 64 bits, got {seed}")
+    return int(seed)
+
+
+def _is_a(kind: type, value: object) -> bool:
+    """Whether it is such a number, numpy's included; True and False are none."""
+    return isinstance(value, kind) and not isinstance(value, bool)
+
+
+def whole_numbers(values: Iterable[Any], name: str) -> tuple[int, ...]:
+    """Whole numbers of any kind (numpy's, a range) as plain ints.
+
+    Raises:
+        TypeError: it is one number instead of several, or one of them is no whole number.
+    """
+    if isinstance(values, str | bytes) or not isinstance(values, Iterable):
+        raise TypeError(f"{name} must be a list of whole numbers such as [3, 5], got {values!r}")
+    numbers = list(values)
+    for number in numbers:
+        if isinstance(number, bool | np.bool_) or not hasattr(number, "__index__"):
+            raise TypeError(f"{name} must be a list of whole numbers such as [3, 5], got {number!r} in it")
+    return tuple(operator.index(number) for number in numbers)
 
 
 def given(value: Any, default: Any) -> Any:
@@ -21,11 +87,34 @@ def positive(**values: float | int | None) -> None:
     """Refuse hyperparameters that are not above 0.
 
     Raises:
+        TypeError: one is not a number.
         ValueError: names the value.
     """
     for name, value in values.items():
-        if value is not None and not value > 0:
+        if value is None:
+            continue
+        if not _is_a(Real, value):
+            raise TypeError(f"{name} must be a number, got {value!r}")
+        if not value > 0:
             raise ValueError(f"{name} must be above 0, got {value}")
+        if value == float("inf"):
+            raise ValueError(f"{name} must be finite, got {value}")
+
+
+def whole(**values: int | None) -> None:
+    """Refuse counts that are not whole numbers of at least 1.
+
+    Raises:
+        TypeError: one is not a whole number.
+        ValueError: one is below 1.
+    """
+    for name, value in values.items():
+        if value is None:
+            continue
+        if not _is_a(Integral, value):
+            raise TypeError(f"{name} must be a whole number, got {value!r}")
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
 
 
 def one_of(allowed: Any, **values: str) -> None:

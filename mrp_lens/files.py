@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import shutil
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -72,19 +73,41 @@ def _take_place(fresh: Path, target: Path) -> None:
 
 
 def check_free(path: str | Path, *, overwrite: bool = False) -> None:
-    """Refuse a target that would be overwritten.
+    """Refuse a target that would be overwritten, or that could not be written in the end.
 
     Raises:
         FileExistsError: it exists and is not empty, and `overwrite` is False.
-        NotADirectoryError: it is a file.
+        NotADirectoryError: it is a file, or below one.
+        OSError: nothing can be written there.
     """
     target = Path(path)
-    if target.exists() and not target.is_dir():
-        raise NotADirectoryError(f"{target} is a file; name a folder")
+    make_folder(target if target.exists() else target.absolute().parent)
     if target.is_dir() and any(target.iterdir()) and not overwrite:
         raise FileExistsError(
             f"{target} exists and is not empty; choose another folder, or overwrite it (overwrite=True, --overwrite)"
         )
+
+
+def make_folder(path: str | Path) -> Path:
+    """Make a folder, parents included, and see that files can be written there.
+
+    Raises:
+        NotADirectoryError: it is a file, or below one.
+        OSError: it cannot be made or written into; says so before hours of work are lost on it.
+    """
+    target = Path(path)
+    blocking = next((place for place in (target, *target.parents) if place.exists() and not place.is_dir()), None)
+    if blocking is not None:
+        raise NotADirectoryError(f"{target} cannot be a folder: {blocking} is a file; name another one")
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=target):
+            pass
+    except OSError as error:
+        raise OSError(
+            error.errno, f"{target} cannot be written into ({error.strerror}); name another folder"
+        ) from error
+    return target
 
 
 def recover(path: str | Path) -> None:
@@ -136,6 +159,27 @@ def write_bytes(path: str | Path, content: bytes | bytearray | memoryview) -> No
         with suppress(OSError):
             fresh.unlink()
     _flush_names(target.absolute().parent)
+
+
+@contextmanager
+def sole_process(folder: Path) -> Iterator[None]:
+    """Inside, no other process is in such a block for this folder: two of the same run would write the same files.
+
+    Raises:
+        BlockingIOError: another one is.
+    """
+    if not HAS_LOCKS:
+        yield
+        return
+    number = os.open(folder, os.O_RDONLY)
+    try:
+        if not _locked(number):
+            raise BlockingIOError(
+                f"another process is at work in {folder.parent}; wait for it, or choose another folder"
+            )
+        yield
+    finally:
+        os.close(number)
 
 
 @contextmanager

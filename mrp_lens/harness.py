@@ -1,7 +1,6 @@
 """lm-evaluation-harness on a plain Hugging Face model: figures that others can compare with theirs."""
 
 import difflib
-import json
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,7 +14,9 @@ import pandas as pd
 import torch
 
 from mrp_lens.checks import one_of, positive
-from mrp_lens.model.source import find_folder, read_tokenizer, read_weights
+from mrp_lens.model import device_named, dtype_named
+from mrp_lens.model.folder import read_object
+from mrp_lens.model.source import checked_config, find_folder, read_tokenizer, read_weights
 
 Bos = Literal["metrics", "tokenizer"]
 
@@ -175,12 +176,11 @@ def load_hf(
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    precision = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if not isinstance(precision, torch.dtype) or not precision.is_floating_point:
-        raise ValueError(f"unknown dtype {dtype!r}; give 'float32', 'bfloat16' or 'float16'")
-    where = device if device is not None else ("cuda" if torch.cuda.is_available() else "cpu")
+    precision, where = dtype_named(dtype), device_named(device)
     folder = find_folder(source)
-    if "auto_map" not in json.loads((folder / "config.json").read_text(encoding="utf-8")):
+    config = read_object(folder / "config.json")
+    if "auto_map" not in config:
+        checked_config(folder, str(source))
         return read_weights(folder, precision).to(where).eval(), read_tokenizer(folder)
     if not trust_remote_code:
         code = ", ".join(sorted(file.name for file in folder.glob("*.py")))

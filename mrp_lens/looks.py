@@ -1,25 +1,29 @@
 """What each edit did to the model, layer by layer: the frames that a report draws."""
 
 from collections.abc import Mapping
+from functools import partial
 
 import pandas as pd
-import torch
 from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from mrp_lens import metrics
 from mrp_lens.case import Case
+from mrp_lens.checks import generator_for
 from mrp_lens.edit import Edit, edit_on
 from mrp_lens.edit.stack import projection_in
 from mrp_lens.model import LensModel
+from mrp_lens.pieces import Pieces
 from mrp_lens.subspace import random_units
+from mrp_lens.torch_state import ordinary_torch
 
 DOCUMENTS = 100  # a side, from which states are read
 QUESTIONS = 100  # a side, on which confidence is measured
 POINTS = 100  # a side, in the plane
 
 
+@ordinary_torch(gradients=False)
 def looks(
     model: LensModel,
     case: Case,
@@ -27,6 +31,7 @@ def looks(
     directions: Mapping[str, Float[Tensor, " d_model"]],
     *,
     seed: int = 0,
+    pieces: Pieces | None = None,
     progress: bool = True,
 ) -> dict[str, pd.DataFrame]:
     """Alignment, confidence, displacement, the principal plane and the way of what was removed, for each edit.
@@ -39,6 +44,7 @@ def looks(
         directions: method -> its u, [d_model]. The other rows of the alignment have the first of these, and with none
             at all an unrelated one.
         seed: of that one, and of the choice of documents.
+        pieces: where the frames of each edit are kept, and read from if they are there.
         progress: show a progress bar.
 
     Returns:
@@ -46,27 +52,34 @@ def looks(
     """
     texts = case.texts(limit=DOCUMENTS)
     questions = case.asked(limit=QUESTIONS)
-    unrelated = random_units(1, model.cfg.d_model, "uniform", torch.Generator().manual_seed(seed))[0]
+    unrelated = random_units(1, model.cfg.d_model, "uniform", generator_for(seed))[0]
     usual = next(iter(directions.values()), unrelated)
     last = int(model.cfg.n_layers) - 1
+
+    def look(method: str, edit: Edit | None) -> dict[str, pd.DataFrame]:
+        with edit_on(model, edit):
+            aligned = metrics.alignment(model, texts, directions.get(method, usual), seed=seed)
+            frames = {
+                "alignment_by_layer": aligned,
+                "norms": aligned,
+                "confidence_by_method": metrics.confidence(model, questions, mode="forced", seed=seed),
+            }
+        if edit is not None:
+            frames["displacement"] = metrics.geometry(model, texts, edit, seed=seed)
+            frames["principal_plane"] = metrics.principal_plane(
+                model, texts, edit, layer=last, points=POINTS, seed=seed
+            )
+        if edit is not None and projection_in(edit) is not None:
+            frames["propagation"] = metrics.propagation(model, texts, edit, seed=seed)
+        return frames
+
     parts: dict[str, list[pd.DataFrame]] = {}
-
-    def add(name: str, method: str, frame: pd.DataFrame) -> None:
-        parts.setdefault(name, []).append(frame.assign(method=method))
-
     with tqdm(edits.items(), desc="looking at each layer", disable=not progress) as bar:
         for method, edit in bar:
             bar.set_postfix_str(method)
-            with edit_on(model, edit):
-                aligned = metrics.alignment(model, texts, directions.get(method, usual), seed=seed)
-                sure = metrics.confidence(model, questions, mode="forced", seed=seed)
-            add("alignment_by_layer", method, aligned)
-            add("norms", method, aligned)
-            add("confidence_by_method", method, sure)
-            if edit is not None:
-                add("displacement", method, metrics.geometry(model, texts, edit, seed=seed))
-                plane = metrics.principal_plane(model, texts, edit, layer=last, points=POINTS, seed=seed)
-                add("principal_plane", method, plane)
-            if projection_in(edit) is not None:
-                add("propagation", method, metrics.propagation(model, texts, edit, seed=seed))
+            found = (
+                look(method, edit) if pieces is None else pieces.frames(f"look-{method}", partial(look, method, edit))
+            )
+            for name, frame in found.items():
+                parts.setdefault(name, []).append(frame.assign(method=method))
     return {name: pd.concat(frames, ignore_index=True) for name, frames in parts.items()}

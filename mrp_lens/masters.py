@@ -51,9 +51,13 @@ class MasterAdamW(torch.optim.AdamW):
         for tensor in self.trained:
             tensor.collect()
         result = super().step(closure)
+        self.spread()
+        return result
+
+    def spread(self) -> None:
+        """The model gets the masters' values."""
         for tensor in self.trained:
             tensor.spread()
-        return result
 
     @override
     def zero_grad(self, set_to_none: bool = True) -> None:

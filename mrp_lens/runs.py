@@ -32,6 +32,12 @@ def rows_of(frame: pd.DataFrame) -> list[Row]:
     ]
 
 
+def frame_of(rows: Sequence[Row]) -> pd.DataFrame:
+    """The inverse: what is not known is NaN again."""
+    frame = pd.DataFrame(list(rows))
+    return frame.astype(dict.fromkeys(frame.columns[frame.isna().all()], float))
+
+
 @dataclass
 class Run:
     """The record of one command or study.

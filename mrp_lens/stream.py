@@ -2,6 +2,7 @@
 
 import difflib
 import re
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -11,10 +12,14 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from mrp_lens.model import LensModel, forward, is_bridge
+from mrp_lens.model import LensModel, check_lens_model, forward, is_bridge, modules_of
+from mrp_lens.model.edits_on import check_on
+from mrp_lens.model.exclusive import exclusive
 
 Site = Literal["resid_post", "resid_pre", "resid_mid", "mlp_out", "attn_out"]
 SITES: tuple[str, ...] = get_args(Site)
+ORDER = ("resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post")
+HOOK_NAME = re.compile(r"blocks\.(0|[1-9][0-9]{0,5})\.[A-Za-z0-9_.]+")
 HookFunction = Callable[[Tensor, Any], Tensor | None]
 
 
@@ -31,7 +36,7 @@ def hook_name(layer: int, site: str = "resid_post") -> str:
 
 def layer_of(name: str) -> int:
     """The layer in a hook name such as `blocks.3.hook_resid_post`."""
-    match = re.match(r"blocks\.(\d+)\.", name)
+    match = HOOK_NAME.fullmatch(name) if isinstance(name, str) else None
     if match is None:
         raise ValueError(
             f"{name!r} is not the name of a hook inside a block; expected something like 'blocks.3.hook_resid_post'"
@@ -44,12 +49,20 @@ def site_of(name: str) -> str:
     return name.rsplit("hook_", 1)[-1]
 
 
+def place_in_block(name: str) -> tuple[int, int]:
+    """In which order a pass comes to hooks: by layer and site; hooks of other sites come last."""
+    site = site_of(name)
+    return layer_of(name), ORDER.index(site) if site in ORDER else len(ORDER)
+
+
 def check_hook_names(model: LensModel, names: Iterable[str]) -> None:
     """Refuse names that the model does not have (TransformerBridge 3.9 would ignore them).
 
     Raises:
+        TypeError: not a model of TransformerLens.
         ValueError: names the unknown hook, the layers there are, and the closest known names.
     """
+    check_lens_model(model)
     known = model.hook_dict
     for name in names:
         if name not in known:
@@ -68,9 +81,13 @@ class HookHandle:
     point: Any
     entry: Any
 
+    def present(self) -> bool:
+        """Whether it is still on."""
+        return any(entry is self.entry for entry in self.point.fwd_hooks)
+
     def remove(self) -> bool:
         """Remove the hook; False if somebody else had removed it before."""
-        present = any(entry is self.entry for entry in self.point.fwd_hooks)
+        present = self.present()
         self.entry.hook.remove()
         self.point.fwd_hooks = [entry for entry in self.point.fwd_hooks if entry is not self.entry]
         return present
@@ -84,8 +101,12 @@ def add_hooks(model: LensModel, hooks: Iterable[tuple[str, HookFunction]]) -> li
     handles = []
     for name, function in _to_the_stream(model, pairs):
         point = points[name]
-        point.add_hook(function, is_permanent=True)
-        handles.append(HookHandle(point, point.fwd_hooks[-1]))
+        # On the Bridge a change at resid_mid is made here, and comes after any at attn_out, whichever was added first.
+        first = not isinstance(function, _ChangeOfSum) and any(
+            isinstance(e.user_hook, _ChangeOfSum) for e in point.fwd_hooks
+        )
+        point.add_hook(function, is_permanent=True, prepend=first)
+        handles.append(HookHandle(point, point.fwd_hooks[0 if first else -1]))
     return handles
 
 
@@ -104,26 +125,27 @@ def _to_the_stream(model: LensModel, pairs: list[tuple[str, HookFunction]]) -> l
             placed.append((name, function))
             continue
         block = name.removesuffix("hook_resid_mid")
-        middle = _middle(function)
+        change = _ChangeOfSum(function)
         names = (f"{block}ln1.hook_in", f"{block}hook_attn_out")
         check_hook_names(model, names)
-        placed += zip(names, middle, strict=True)
+        placed += zip(names, (change.remember, change), strict=True)
     return placed
 
 
-def _middle(function: HookFunction) -> tuple[HookFunction, HookFunction]:
-    """A function of (stream + attention's output) as one that sees the stream and one that sees that output."""
-    entered: list[Tensor] = []
+class _ChangeOfSum:
+    """A function of (stream + attention's output) as one that sees the stream (`remember`) and one that sees that output."""
 
-    def remember(activation: Tensor, hook: Any) -> None:
-        entered[:] = [activation]
+    def __init__(self, function: HookFunction) -> None:
+        self.function = function
+        self.entered: dict[int, Tensor] = {}  # by thread: several may run the model at once
 
-    def change(activation: Tensor, hook: Any) -> Tensor | None:
-        stream = entered.pop()
-        changed = function(stream + activation, hook)
+    def remember(self, activation: Tensor, hook: Any) -> None:
+        self.entered[threading.get_ident()] = activation
+
+    def __call__(self, activation: Tensor, hook: Any) -> Tensor | None:
+        stream = self.entered.pop(threading.get_ident())
+        changed = self.function(stream + activation, hook)
         return None if changed is None else changed - stream
-
-    return remember, change
 
 
 def remove_hooks(handles: Iterable[HookHandle]) -> bool:
@@ -134,12 +156,13 @@ def remove_hooks(handles: Iterable[HookHandle]) -> bool:
 
 @contextmanager
 def hooked(model: LensModel, hooks: Iterable[tuple[str, HookFunction]]) -> Iterator[None]:
-    """`add_hooks` for the length of a `with` block."""
-    handles = add_hooks(model, hooks)
-    try:
-        yield
-    finally:
-        remove_hooks(handles)
+    """`add_hooks` for the length of a `with` block, in which no other thread may use the model (see `exclusive`)."""
+    with exclusive(model):
+        handles = add_hooks(model, hooks)
+        try:
+            yield
+        finally:
+            remove_hooks(handles)
 
 
 @contextmanager
@@ -163,20 +186,30 @@ def captured(model: LensModel, names: Iterable[str]) -> Iterator[dict[str, Float
 
 @contextmanager
 def frozen(model: LensModel) -> Iterator[None]:
-    """Evaluation mode and no parameter that requires grad; both as before on exit."""
-    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        for parameter, _ in flags:
-            parameter.requires_grad_(False)
-        for module, _ in modes:
-            module.training = False
-        yield
-    finally:
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
-        for module, mode in modes:
-            module.training = mode
+    """Evaluation mode and no parameter that requires grad; both as before on exit. No other thread may use the model inside.
+
+    Raises:
+        ValueError: another thread has an edit applied to the model, or fits, measures or attacks it; or hooks of an edit that is
+            on were removed.
+    """
+    check_lens_model(model)
+    with exclusive(model):
+        check_on(model)
+        flags = [
+            (parameter, parameter.requires_grad) for parameter in model.parameters() if not parameter.is_inference()
+        ]
+        modes = [(module, module.training) for module in modules_of(model)]
+        try:
+            for parameter, _ in flags:
+                parameter.requires_grad_(False)
+            for module, _ in modes:
+                module.training = False
+            yield
+        finally:
+            for parameter, flag in flags:
+                parameter.requires_grad_(flag)
+            for module, mode in modes:
+                module.training = mode
 
 
 class _Stop(Exception):

@@ -7,6 +7,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from mrp_lens.torch_state import without_autocast
+
 Law = Literal["uniform", "gaussian"]
 
 ORTHONORMAL_TOLERANCE = 1e-4
@@ -96,7 +98,8 @@ class Subspace:
         """The part of the states inside the subspace; computed in float32 or better, returned in the states' dtype."""
         wide = states if states.dtype == torch.float64 else states.float()
         basis = self.basis.to(wide)
-        return ((wide @ basis.T) @ basis).type_as(states)
+        with without_autocast(wide):
+            return ((wide @ basis.T) @ basis).type_as(states)
 
     def project_out(self, states: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
         """The states without their part inside the subspace."""

@@ -1,5 +1,7 @@
 """Per-layer effects: the same methods fitted at one layer after another, point by point, in a folder that can be resumed."""
 
+import shutil
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
@@ -12,13 +14,17 @@ from tqdm.auto import tqdm
 
 from mrp_lens import metrics
 from mrp_lens.case import Case
-from mrp_lens.methods import METHODS, MRP, RMU, AdaptiveRMU
+from mrp_lens.checks import generator_for
+from mrp_lens.methods import MRP, RMU, AdaptiveRMU, Fit
 from mrp_lens.methods.rmu import C_SHARE
-from mrp_lens.model import LensModel, check_layers, describe
+from mrp_lens.model import LensModel, check_layers, identity_of
 from mrp_lens.pieces import Pieces
 from mrp_lens.subspace import random_units
+from mrp_lens.torch_state import ordinary_torch
 
 UNEDITED = "unedited"
+FITS = "fits"  # of points that are not measured yet
+SWEPT = (MRP.name, RMU.name, AdaptiveRMU.name)
 
 
 @dataclass(frozen=True)
@@ -69,23 +75,33 @@ class Plan:
     documents: int | None = 200
 
     def __post_init__(self) -> None:
-        unknown = [method for method in self.methods if method not in METHODS]
+        unknown = [method for method in self.methods if method not in SWEPT]
         if unknown or not self.methods:
-            raise ValueError(f"unknown methods {unknown}; choose among {', '.join(METHODS)}")
+            raise ValueError(f"unknown methods {unknown}; choose among {', '.join(SWEPT)}")
         for name in ("coefficients", "betas"):
             if not all(value > 0 for value in getattr(self, name)):
                 raise ValueError(f"{name} must be above 0, got {list(getattr(self, name))}")
         if self.steps < 1:
             raise ValueError(f"steps must be at least 1, got {self.steps}")
+        for name, number in Counter(point.name for point in self.points()).items():
+            if number > 1:
+                raise ValueError(
+                    f"{number} points would be kept as {name!r}; give coefficients that differ in six digits"
+                )
 
     def points(self) -> list[Point]:
-        """All of them, in the order of the table."""
-        strengths: dict[str, Sequence[float | None]] = {"mrp": (None,), "rmu": self.coefficients}
-        return [
+        """All of them once, in the order of the table."""
+        strengths: dict[str, Sequence[float | None]] = {
+            MRP.name: (None,),
+            RMU.name: self.coefficients,
+            AdaptiveRMU.name: self.betas,
+        }
+        points = [
             Point(method, layer, strength, seed)
             for method in self.methods
-            for strength, layer, seed in product(strengths.get(method, self.betas), self.layers, self.seeds)
+            for strength, layer, seed in product(strengths[method], self.layers, self.seeds)
         ]
+        return list(dict.fromkeys(points))
 
 
 def default_layers(model: LensModel, count: int) -> tuple[int, ...]:
@@ -95,12 +111,14 @@ def default_layers(model: LensModel, count: int) -> tuple[int, ...]:
     return tuple(sorted({first + round(i * (last - first) / steps) for i in range(count)}))
 
 
+@ordinary_torch(gradients=False)
 def default_coefficient(model: LensModel, case: Case, *, layer: int) -> float:
     """c of RMU's default: twice the mean norm of the forget states at a layer, to three digits."""
     frame = metrics.alignment(model, case.forget_texts.spread(64), torch.ones(model.cfg.d_model), layers=[layer])
     return float(f"{C_SHARE * frame['norm'].iloc[0]:.3g}")
 
 
+@ordinary_torch(gradients=True)
 def sweep(
     model: LensModel,
     case: Case,
@@ -146,14 +164,16 @@ def sweep(
     if missing:
         raise ValueError(f"a sweep needs questions on both sides; there are none for {', '.join(sorted(missing))}")
     check_layers(model, plan.layers)
-    settings = {"model": describe(model), "data": case.fingerprints(), **asdict(plan)}
+    settings = {"model": identity_of(model), "data": case.fingerprints(), **asdict(plan)}
     pieces = Pieces.claim(out, "sweep", settings)
     untouched = pieces.once(UNEDITED, lambda: _measure_unedited(model, case, plan))
     todo = [point for point in plan.points()[number - 1 :: count] if pieces.stored(point.name) is None]
     with tqdm(todo, desc="points", disable=not progress) as bar:
         for point in bar:
             bar.set_postfix_str(point.name)
-            pieces.keep(point.name, _fit_and_measure(model, case, plan, point, untouched, progress=progress))
+            kept = pieces.folder / FITS / point.name
+            pieces.keep(point.name, _fit_and_measure(model, case, plan, point, untouched, kept, progress=progress))
+            shutil.rmtree(kept, ignore_errors=True)
     return table(pieces, plan.points())
 
 
@@ -191,15 +211,26 @@ def _measure_unedited(model: LensModel, case: Case, plan: Plan) -> dict[str, Any
 
 
 def _fit_and_measure(
-    model: LensModel, case: Case, plan: Plan, point: Point, untouched: Mapping[str, Any], *, progress: bool
+    model: LensModel,
+    case: Case,
+    plan: Plan,
+    point: Point,
+    untouched: Mapping[str, Any],
+    kept: Path,
+    *,
+    progress: bool,
 ) -> dict[str, Any]:
+    """The row of a point; its fit is kept in a folder until that is written."""
     method = _method(plan, point)
-    fit = method.fit(model, case.forget, case.retain, seed=point.seed, progress=progress)
-    if fit.interrupted:
-        raise KeyboardInterrupt
+    fit = Fit.once(
+        kept,
+        lambda checkpoint: method.fit(
+            model, case.forget, case.retain, seed=point.seed, progress=progress, checkpoint=checkpoint
+        ),
+    )
     u = next(iter(fit.directions.values()), None)
     if u is None:  # MRP has none: an unrelated one shows what the null looks like
-        u = random_units(1, model.cfg.d_model, "uniform", torch.Generator().manual_seed(point.seed))[0]
+        u = random_units(1, model.cfg.d_model, "uniform", generator_for(point.seed))[0]
     norm = float(untouched["norms"][str(point.layer)])
     share = point.coefficient / norm if point.method == "rmu" and point.coefficient is not None else point.coefficient
     row = asdict(point) | {"norm": norm, "relative_coefficient": share}
@@ -217,12 +248,16 @@ def _fit_and_measure(
 
 
 def _method(plan: Plan, point: Point) -> MRP | RMU | AdaptiveRMU:
-    if point.method == "mrp":
-        return MRP(layers=[point.layer], steps=plan.steps)
-    assert point.coefficient is not None
-    if point.method == "rmu":
-        return RMU(layer=point.layer, steps=plan.steps, steering_coeff=point.coefficient)
-    return AdaptiveRMU(layer=point.layer, steps=plan.steps, beta=point.coefficient)
+    layer, strength = point.layer, point.coefficient
+    if point.method == MRP.name:
+        return MRP(layers=[layer], steps=plan.steps)
+    if point.method == RMU.name and strength is not None:
+        return RMU(layer=layer, steps=plan.steps, steering_coeff=strength)
+    if point.method == AdaptiveRMU.name and strength is not None:
+        return AdaptiveRMU(layer=layer, steps=plan.steps, beta=strength)
+    raise ValueError(
+        f"a sweep cannot fit {point.method!r} with coefficient {strength}; choose among {', '.join(SWEPT)}"
+    )
 
 
 def _behaviour(model: LensModel, case: Case, plan: Plan) -> dict[str, float]:

@@ -1,9 +1,10 @@
 """torch's process-wide switches, put where this library's arithmetic needs them, whatever a notebook's first cell has set."""
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 
 import torch
+from torch import Tensor
 
 AUTOCAST_DEVICES = ("cpu", "cuda")
 
@@ -37,3 +38,25 @@ def ordinary_torch(*, gradients: bool) -> Iterator[None]:
             stack.enter_context(torch.device("cpu"))
         stack.enter_context(torch.set_grad_enabled(gradients))
         yield
+
+
+def without_autocast(states: Tensor) -> AbstractContextManager[object]:
+    """Inside, products are computed in the precision of what is multiplied; all else, gradients included, as it is outside.
+
+    Under autocast to bfloat16 a projection in float32 would leave 3e-6 of what it removes.
+    """
+    kind = states.device.type
+    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
+
+
+def refuse_inference_tensors(tensors: Iterable[Tensor]) -> None:
+    """Refuse what was made inside `torch.inference_mode()`: torch never differentiates through it, nor lets it be changed.
+
+    Raises:
+        ValueError: one of the tensors is such a one.
+    """
+    if any(tensor.is_inference() for tensor in tensors):
+        raise ValueError(
+            "the model was loaded inside torch.inference_mode(), so that its weights can be neither trained nor differentiated through; "
+            "load it outside (torch.no_grad() does no harm)"
+        )

@@ -5,9 +5,9 @@ import re
 from pathlib import Path
 from typing import Any
 
-from mrp_lens.attacks.plan import fingerprint
 from mrp_lens.corpus import Corpus
 from mrp_lens.edit import Edit
+from mrp_lens.edit.record import fingerprint
 from mrp_lens.export.card import model_card
 from mrp_lens.methods import MRP, RMU
 from mrp_lens.model import load_model

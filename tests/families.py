@@ -47,14 +47,14 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
 }
 
 
-def save_family(family: str, folder: Path, *, seed: int = 0) -> Path:
-    """A 4-layer model of the family with the demo's tokenizer; returns `folder`."""
+def save_family(family: str, folder: Path, *, seed: int = 0, tokenizer: Any = None, **settings: Any) -> Path:
+    """A 4-layer model of the family with a tokenizer (the demo's) and further settings; returns `folder`."""
     import transformers
 
-    tokenizer = transformers.AutoTokenizer.from_pretrained(DEMO_FOLDER)
+    tokenizer = tokenizer or transformers.AutoTokenizer.from_pretrained(DEMO_FOLDER)
     config_name, model_name, sizes = FAMILIES[family]
     ids = {f"{kind}_token_id": getattr(tokenizer, f"{kind}_token_id") for kind in ("bos", "eos", "pad")}
-    config = getattr(transformers, config_name)(vocab_size=len(tokenizer), **ids, **sizes)
+    config = getattr(transformers, config_name)(**({"vocab_size": len(tokenizer)} | ids | sizes | settings))
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = getattr(transformers, model_name)(config)

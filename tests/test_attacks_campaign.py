@@ -15,7 +15,7 @@ from mrp_lens.attacks import campaign as campaigns
 from mrp_lens.attacks import readout, tally
 from mrp_lens.attacks.campaign import campaign
 from mrp_lens.attacks.jailbreak import jailbreak
-from mrp_lens.attacks.plan import Plan, fingerprint, possible_forms
+from mrp_lens.attacks.plan import Plan, possible_forms
 from mrp_lens.attacks.probe import probe
 from mrp_lens.attacks.relearn import relearn
 from mrp_lens.attacks.tally import notes_of, rows_of_attacks
@@ -23,6 +23,7 @@ from mrp_lens.attacks.triggers import TriggerSearch
 from mrp_lens.case import Case
 from mrp_lens.corpus import Corpus, Questions
 from mrp_lens.edit import ProjectionEdit
+from mrp_lens.edit.record import fingerprint
 from mrp_lens.model import is_bridge, load_model
 from mrp_lens.report.table import table_of
 from mrp_lens.subspace import Subspace

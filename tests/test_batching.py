@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from mrp_lens import metrics
-from mrp_lens.batching import Encoder, endless, in_order
+from mrp_lens.batching import Batches, Encoder, in_order
 from mrp_lens.corpus import Corpus, Document, Questions
 from mrp_lens.methods.base import prepare
 from mrp_lens.model import LensModel
@@ -183,8 +183,8 @@ def test_prepare_cuts_documents_and_warns_of_shared_ones(model: LensModel, texts
 def test_batches_cover_every_row_once_a_round(model: LensModel) -> None:
     encoder = Encoder.for_model(model)
     rows = encoder.encode([Document("", "word " * (i + 1)) for i in range(7)])
-    stream = endless(rows, 7, torch.Generator().manual_seed(0))
+    stream = Batches(rows, 7, torch.Generator().manual_seed(0))
     for _ in range(3):
         assert sorted(len(row.ids) for row in next(stream)) == sorted(len(row.ids) for row in rows)
-    assert len(next(endless(rows, 99, torch.Generator()))) == 7
+    assert len(next(Batches(rows, 99, torch.Generator()))) == 7
     assert sorted(i for chosen, _ in in_order(encoder, rows, 3) for i in chosen) == list(range(7))

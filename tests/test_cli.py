@@ -1,4 +1,7 @@
 import json
+import os
+import shutil
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -15,6 +18,7 @@ from mrp_lens.case import DataOptions, hub_parts
 from mrp_lens.cli.app import app
 from mrp_lens.cli.unlearn import make_method
 from mrp_lens.edit import load_edit
+from mrp_lens.files import sole_process
 from mrp_lens.methods import METHODS, MRP, RMU, AdaptiveRMU
 from mrp_lens.training import NonFiniteLossError
 
@@ -104,7 +108,7 @@ def test_unlearn_names_what_is_wrong(tiny_folder: Path, data: Path, extra: list[
     result = unlearn(tiny_folder, data, *extra)
     assert isinstance(result.exception, ValueError)
     assert message in str(result.exception)
-    assert not (data / "out").exists()
+    assert not (data / "out" / "edit").exists()
 
 
 def test_hub_names_have_up_to_three_parts() -> None:
@@ -200,27 +204,106 @@ def test_max_length_reaches_the_method(tiny_folder: Path, data: Path, monkeypatc
     assert str(result.exception) == "max_length is 9"
 
 
-def test_an_interrupted_fit_is_measured_and_saved(
+def test_an_interrupted_fit_ends_the_command_and_the_same_command_goes_on(
     tiny_folder: Path, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import mrp_lens.training as training
 
-    def interrupt(*_: Any) -> Any:
-        raise KeyboardInterrupt
-
-    real = training._accumulate
-    calls: list[int] = []
+    assert unlearn(tiny_folder, data).exit_code == 0
+    undisturbed = results(data / "out")
+    shutil.rmtree(data / "out")
+    real, steps = training._accumulate, []
 
     def second(*arguments: Any) -> Any:
-        calls.append(1)
-        return real(*arguments) if len(calls) == 1 else interrupt()
+        steps.append(arguments[1])
+        if arguments[1] == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+        return real(*arguments)
 
-    monkeypatch.setattr(training, "_accumulate", second)
-    result = unlearn(tiny_folder, data)
-    assert result.exit_code == 0
-    assert "interrupted after 1 steps" in result.output
-    assert json.loads((data / "out" / "summary.json").read_text())["notes"]
+    def noted(*arguments: Any) -> Any:
+        steps.append(arguments[1])
+        return real(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "_accumulate", second)
+        stopped = unlearn(tiny_folder, data, "--steps", "4")
+    assert stopped.exit_code == 130
+    assert "Interrupted. What is done stays in" in stopped.output
+    assert steps == [0, 1]
+    assert not (data / "out" / "edit").exists()
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "_accumulate", noted)
+        assert unlearn(tiny_folder, data, "--steps", "4").exit_code == 0
+    assert steps == [0, 1, 2, 3]
+    assert set(results(data / "out")) == set(undisturbed)
+    assert not (data / "out" / "checkpoint").exists()
+
+
+def results(out: Path) -> dict[str, Any]:
+    """What a run found, but for how long it took."""
+    table = pd.read_csv(out / "table.csv").drop(columns="seconds")
+    return {
+        "edit": (out / "edit" / "edit.safetensors").read_bytes(),
+        "table": table.to_csv(),
+        "log": pd.read_csv(out / "log.csv").drop(columns="seconds").to_csv(),
+        **{path.name: path.read_text() for path in sorted((out / "frames").iterdir()) if path.stem != "training"}
+        | {"accuracies.csv": ""},
+    }
+
+
+@pytest.mark.parametrize("place", ["measure", "continuations", "looks", "write_report", "show_table"])
+def test_a_command_that_fails_after_its_fit_has_the_edit_and_goes_on_from_there(
+    place: str, tiny_folder: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mrp_lens.cli import unlearn as module
+
+    assert unlearn(tiny_folder, data, "--out", str(data / "other")).exit_code == 0
+    real = getattr(module, place)
+    calls: list[int] = []
+
+    def fails(*arguments: Any, **options: Any) -> Any:
+        calls.append(1)
+        if len(calls) == (2 if place in ("measure", "continuations") else 1):  # the first is of the unedited model
+            raise RuntimeError("the power went")
+        return real(*arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, place, fails)
+        assert isinstance(unlearn(tiny_folder, data).exception, RuntimeError)
     load_edit(data / "out" / "edit")
+    with monkeypatch.context() as patch:
+        patch.setattr(RMU, "fit", None)
+        patch.setattr(MRP, "fit", None)  # it is not made again
+        assert unlearn(tiny_folder, data).exit_code == 0
+    assert results(data / "out") == results(data / "other")
+
+
+def test_the_same_command_on_a_finished_run_does_nothing_again(
+    tiny_folder: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mrp_lens.cli import unlearn as module
+
+    assert unlearn(tiny_folder, data).exit_code == 0
+    monkeypatch.setattr(MRP, "fit", None)
+    monkeypatch.setattr(module, "measure", None)
+    assert unlearn(tiny_folder, data).exit_code == 0
+    other = unlearn(tiny_folder, data, "--seed", "1")
+    assert isinstance(other.exception, ValueError)
+    assert "holds a run with other settings: seed (0 there, 1 now)" in str(other.exception)
+
+
+def test_a_folder_that_is_at_work_or_cannot_be_made_is_refused_before_the_model_is_loaded(
+    tiny_folder: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mrp_lens.cli import unlearn as module
+
+    assert unlearn(tiny_folder, data).exit_code == 0
+    monkeypatch.setattr(module, "load_model", None)
+    with sole_process(data / "out" / "points"):
+        assert "another process is at work in" in str(unlearn(tiny_folder, data).exception)
+    result = unlearn(tiny_folder, data, "--out", str(data / "retain.txt" / "out"))
+    assert isinstance(result.exception, NotADirectoryError)
+    assert "retain.txt is a file" in str(result.exception)
 
 
 def run_command(*arguments: str, code: str = "") -> subprocess.CompletedProcess[str]:
@@ -270,10 +353,11 @@ def test_bad_input_ends_with_its_message_and_code_2() -> None:
     assert "Traceback" not in result.stderr
 
 
-def test_a_failed_fit_leaves_no_folder(tiny_folder: Path, data: Path) -> None:
+def test_a_failed_fit_leaves_no_edit(tiny_folder: Path, data: Path) -> None:
     result = unlearn(tiny_folder, data, "--lr", "1e30", method="rmu")
     assert isinstance(result.exception, NonFiniteLossError)
-    assert not (data / "out").exists()
+    assert not (data / "out" / "edit").exists()
+    assert not (data / "out" / "summary.json").exists()
 
 
 @pytest.mark.slow

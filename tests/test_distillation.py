@@ -206,14 +206,12 @@ def test_only_texts_on_which_the_projection_changes_little_are_taught(
         divergence = (plain.exp() * (plain - changed)).sum(-1)
         largest.append(float(divergence[:-1].max()))
     between = sum(sorted(largest)[2:4]) / 2
-    monkeypatch.setattr(module, "written_texts", lambda *args, **kwargs: texts)
-    generator = torch.Generator().manual_seed(0)
-    kept = replace(FEW, agreement=between)._agreed(bridge, projection, generator, progress=False)
+    kept = replace(FEW, agreement=between)._agreed(bridge, projection, encoder, texts)
     wanted = [encoder.encode(Corpus.from_texts([text]).documents)[0] for text, x in zip(texts, largest, strict=True) if x < between]  # fmt: skip
     assert sorted(row.ids for row in kept) == sorted(row.ids for row in wanted)
     assert len(wanted) == 3
     with pytest.raises(ValueError, match="raise agreement"):
-        replace(FEW, agreement=1e-9)._agreed(bridge, projection, generator, progress=False)
+        replace(FEW, agreement=1e-9)._agreed(bridge, projection, encoder, texts)
 
 
 def test_noise_replaces_its_share_of_a_matrix_and_keeps_the_spread() -> None:
@@ -240,10 +238,7 @@ def test_unexplained_is_the_squared_error_over_the_variance(bridge: Any) -> None
 
 
 def test_texts_are_written_alike_for_a_seed_and_leave_the_random_state(model: Any, untouched: None) -> None:
-    first, again, other = (
-        written_texts(model, 20, max_new_tokens=8, generator=torch.Generator().manual_seed(s), progress=False)
-        for s in (0, 0, 1)
-    )
+    first, again, other = (written_texts(model, 20, max_new_tokens=8, seed=s, progress=False) for s in (0, 0, 1))
     assert first == again != other
     assert len(set(first)) == len(first) <= 20
     assert all(text.strip() == text and text for text in first)

@@ -10,9 +10,10 @@ from mrp_lens.edit import ProjectionEdit, SteeringEdit
 from mrp_lens.edit.fold import folded
 from mrp_lens.edit.stack import stripped
 from mrp_lens.model import LensModel, load_model
+from mrp_lens.subspace import Subspace
 from tests.conftest import D_MODEL, assert_same_state, state_of
 from tests.edits import logits, projection, weight_edit
-from tests.families import FAMILIES, NO_HOOKED, save_family
+from tests.families import DEMO_FOLDER, FAMILIES, NO_HOOKED, save_family
 
 PLACES = [((0, 3), "mlp_out"), ((1, 2), "attn_out"), ((0,), "resid_pre")]
 
@@ -137,3 +138,31 @@ def test_a_model_that_computes_something_else_once_written_is_brought_back(
     with pytest.raises(ValueError, match=r"differ by .* of their spread"):
         projection(1, site="mlp_out").merge_(own)
     assert_same_state(before, state_of(own))
+
+
+@pytest.mark.parametrize(("hook", "merges"), [("blocks.1.hook_mlp_out", False), ("blocks.1.hook_attn_out", True)])
+def test_a_mixture_of_experts_has_no_single_matrix(
+    backend: str, tmp_path: Path, tokens: torch.Tensor, hook: str, merges: bool
+) -> None:
+    import transformers
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(DEMO_FOLDER)
+    sizes = {**FAMILIES["llama"][2], "num_local_experts": 4, "num_hidden_layers": 2, "vocab_size": len(tokenizer)}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        mixture = transformers.MixtralForCausalLM(transformers.MixtralConfig(**sizes))
+    mixture.save_pretrained(tmp_path / "mixtral")
+    tokenizer.save_pretrained(tmp_path / "mixtral")
+    own = load_model(tmp_path / "mixtral", backend=backend)
+    edit, before = ProjectionEdit({hook: Subspace.random(3, D_MODEL)}), state_of(own)
+    with edit.applied(own):
+        wanted = logits(own, tokens)
+    if merges:
+        edit.merge_(own)
+        torch.testing.assert_close(logits(own, tokens), wanted, atol=1e-5, rtol=0)
+    else:
+        with pytest.raises(
+            ValueError, match=r"no single matrix \(a mixture of experts, perhaps\)\. Keep the edit as hooks"
+        ):
+            edit.merge_(own)
+        assert_same_state(before, state_of(own))

@@ -228,6 +228,7 @@ def test_a_module_in_transformer_lens_is_refused_with_what_to_load_instead(model
             load_model(source, backend="bridge")
 
 
+@pytest.mark.filterwarnings("ignore:.*brings code of its own")  # said while the base is loaded
 def test_what_points_at_code_that_does_not_come_along_stays_behind(
     model: Any, tiny_folder: Path, tmp_path: Path
 ) -> None:

@@ -27,7 +27,7 @@ def plain(tiny_folder: Path) -> Any:
 
 def state_of_plain(hf_model: Any) -> dict[str, Any]:
     return {
-        "weights": {name: tensor.clone() for name, tensor in hf_model.state_dict().items()},
+        "weights": {name: tensor.detach().clone() for name, tensor in hf_model.named_parameters()},
         "hooks": sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in hf_model.modules()),
         "flags": [p.requires_grad for p in hf_model.parameters()],
     }
@@ -160,3 +160,46 @@ def test_it_is_known_again_whatever_loaded_it(model: Any, plain: Any, tiny_folde
     with pytest.raises(ValueError, match="other values"):
         attach(plain, edit)
     attach(plain, edit, check=False).detach()
+
+
+def test_saving_a_model_with_hooks_on_says_that_they_are_not_saved(plain: Any, model: Any, tmp_path: Path) -> None:
+    with attach(plain, projection(1)):
+        for save in (plain.state_dict, lambda: plain.save_pretrained(tmp_path / "saved")):
+            with pytest.warns(UserWarning, match="export_hf"):
+                save()
+    plain.save_pretrained(tmp_path / "after")
+    with attach(plain, weight_edit(model, 1)):
+        plain.save_pretrained(tmp_path / "weights")  # these hold the edit
+        wanted = log_probabilities(plain, TOKENS)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "weights").eval()
+    assert torch.equal(log_probabilities(again, TOKENS), wanted)
+
+
+def test_a_copy_of_a_plain_model_can_lose_the_edit(plain: Any, model: Any) -> None:
+    unedited, edit = log_probabilities(plain, TOKENS), projection(1) + weight_edit(model, 1)
+    with attach(plain, edit):
+        twin = copy.deepcopy(plain)
+        with pytest.raises(ValueError, match="already"):
+            attach(twin, edit, check=False)
+    edit.detach(twin)
+    assert torch.equal(log_probabilities(twin, TOKENS), unedited)
+    assert_as_before(state_of_plain(plain), twin)
+
+
+def test_any_order_leaves_the_plain_model_as_it_was(model: Any, plain: Any) -> None:
+    before, first = state_of_plain(plain), weight_edit(model, 1)
+    with first.applied(model):
+        second = weight_edit(model, 1, scale=0.5)
+    handles = [attach(plain, edit) for edit in (first, projection(1), second)]
+    wanted = log_probabilities(plain, TOKENS)
+    handles[0].detach()
+    assert torch.equal(log_probabilities(plain, TOKENS), wanted)
+    handles[1].detach()
+    handles[2].detach()
+    assert_as_before(before, plain)
+
+
+def test_the_inside_of_a_bridge_is_not_attached_to(tiny_folder: Path) -> None:
+    bridge: Any = load_model(tiny_folder, backend="bridge")
+    with pytest.raises(ValueError, match=r"use edit\.attach\(bridge\)"):
+        attach(bridge.original_model, projection(1))

@@ -14,6 +14,7 @@ from mrp_lens.corpus import Corpus
 from mrp_lens.edit import ProjectionEdit
 from mrp_lens.methods import MRP, RMU
 from mrp_lens.model import available_backends, is_bridge, load_model, logits_of, why_not_exportable
+from mrp_lens.model.folder import count_parameters
 from mrp_lens.stream import hook_name
 from mrp_lens.subspace import Subspace
 from tests.conftest import D_MODEL
@@ -126,7 +127,7 @@ def test_a_quantised_checkpoint_is_refused(tiny_folder: Path, tmp_path: Path) ->
 
 def test_what_cannot_fit_is_refused_before_it_is_loaded(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     parameters = sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(tiny_folder).parameters())
-    assert source.count_parameters(tiny_folder) == parameters
+    assert count_parameters(tiny_folder) == parameters
     monkeypatch.setattr(source, "free_memory", lambda device: 4 * parameters - 1)
     with pytest.raises(ValueError, match=r"needs about .* GiB on cpu to load in float32 .*dtype=torch.bfloat16"):
         load_model(tiny_folder, backend="bridge")

@@ -209,5 +209,5 @@ def test_bad_input_is_refused_by_name(model: LensModel, untouched: None) -> None
     endless = SteeringEdit.towards(torch.ones(D_MODEL), layer=1, coefficient=1e39)
     with pytest.raises(ValueError, match=r"states at blocks.1.hook_resid_post hold NaN or infinity"):
         geometry(model, GROUPS, endless, layers=[1])
-    with edit.applied(model), pytest.raises(ValueError, match="another projection is on"):
+    with edit.applied(model), pytest.raises(ValueError, match="attached to this model already or applied"):
         geometry(model, GROUPS, edit)

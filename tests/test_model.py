@@ -2,11 +2,21 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from mrp_lens.model import ModelMismatchError, available_backends, is_bridge, load_model, logits_of, mlp_out_weight
+from mrp_lens.model import (
+    LensModel,
+    ModelMismatchError,
+    available_backends,
+    check_layers,
+    is_bridge,
+    load_model,
+    logits_of,
+    mlp_out_weight,
+)
 from mrp_lens.stream import captured, check_hook_names, hook_name, layer_of, run_segment
 from tests.conftest import LAYERS
 
@@ -46,18 +56,18 @@ def test_a_model_that_differs_from_hugging_face_is_refused(
 ) -> None:
     import mrp_lens.model.load as load
 
-    real = load._probe
+    real = load._expected
 
-    def other(hf_model: Any) -> Any:
+    def other(hf_model: Any, *settings: Any) -> Any:
         """What Hugging Face would say if it had lost the last norm's weights."""
         with torch.no_grad():
             kept = hf_model.model.norm.weight.clone()
             hf_model.model.norm.weight.fill_(1.0)
-            probe = real(hf_model)
+            probe = real(hf_model, *settings)
             hf_model.model.norm.weight.copy_(kept)
         return probe
 
-    monkeypatch.setattr(load, "_probe", other)
+    monkeypatch.setattr(load, "_expected", other)
     with pytest.raises(ModelMismatchError, match="differ from Hugging Face's by"):
         load_model(tiny_folder, backend=backend)  # type: ignore[arg-type]
 
@@ -103,3 +113,13 @@ def test_hook_names() -> None:
 def test_unknown_hooks_get_a_suggestion(model: Any) -> None:
     with pytest.raises(ValueError, match=r"close to it: .*blocks.1.hook_resid_post"):
         check_hook_names(model, ["blocks.1.hook_resid_pos"])
+
+
+def test_layers_are_a_list_of_whole_numbers_of_any_kind(model: LensModel) -> None:
+    for layers in ([2, 0, 2], np.array([0, 2]), range(0, 3, 2), (np.int64(2), 0), {0, 2}):
+        chosen = check_layers(model, layers)
+        assert chosen == (0, 2)
+        assert {type(layer) for layer in chosen} == {int}
+    for wrong in (2, "12", np.int64(2), [1.0], [True], [np.bool_(True)], ["1"], None):
+        with pytest.raises(TypeError, match="layers must be a list of whole numbers such as"):
+            check_layers(model, wrong)  # type: ignore[arg-type]

@@ -11,13 +11,13 @@ from typer.testing import CliRunner
 from mrp_lens import metrics
 from mrp_lens.case import Case
 from mrp_lens.cli.app import app
-from mrp_lens.cli.report import add_report
 from mrp_lens.corpus import Corpus
 from mrp_lens.looks import looks
 from mrp_lens.methods import MRP, RMU
 from mrp_lens.model import LensModel
 from mrp_lens.plots import PICTURES
 from mrp_lens.report import write_report
+from mrp_lens.report.page import OTHERWISE, sentence
 from mrp_lens.report.table import table_of
 from mrp_lens.runs import Run
 from tests.conftest import D_MODEL
@@ -77,6 +77,20 @@ def test_the_page_tells_what_was_done_and_needs_nothing_else(folder: Path) -> No
     assert "unset" not in body
     assert '<tr class="control"><td>unedited</td>' in body
     assert not re.findall(r"<(?:script|link|img|iframe)[^>]+(?:src|href)=[\"']?(?:https?:)?//", html)
+
+
+@pytest.mark.parametrize("settings", [{"strength": 3}, {"rank": 4}, {"rank": 4, "layers": 2}, {}], ids=str)
+def test_of_settings_that_the_page_does_not_know_it_says_that_something_was_fitted(settings: dict[str, Any]) -> None:
+    side = [{"documents": 5}]
+    record = {
+        "method": "new",
+        "settings": settings,
+        "data": {"forget": side, "retain": side},
+        "steps_done": 7,
+        "seed": 1,
+    }
+    done = "subspaces of rank 4 removed from the residual stream at layers 2" if "layers" in settings else OTHERWISE
+    assert sentence(record, "") == f"new: {done}; 7 steps, 5 documents to forget, 5 to keep, seed 1"
 
 
 def test_the_page_can_be_put_elsewhere_and_the_command_makes_it(folder: Path, tmp_path: Path) -> None:
@@ -139,22 +153,6 @@ def test_a_run_keeps_its_frames_and_whole_files(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["rows"] == [{"method": "later"}]
     assert pd.read_csv(tmp_path / "run" / "frames" / "norms.csv")["layer"].tolist() == [0]
     assert not list(tmp_path.rglob("*.partial"))
-
-
-def test_ctrl_c_while_looking_keeps_what_was_written(tmp_path: Path) -> None:
-    run = Run("unlearn", {}, 0, rows=list(ROWS))
-    run.write(tmp_path / "run", overwrite=False)
-
-    def interrupted() -> dict[str, pd.DataFrame]:
-        raise KeyboardInterrupt
-
-    add_report(run, tmp_path / "run", interrupted)
-    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    assert summary["notes"] == ["interrupted while looking at each layer: those pictures are missing"]
-    assert len(summary["rows"]) == 2
-    html = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
-    assert 'id="accuracies"' in html
-    assert 'id="alignment_by_layer"' not in html
 
 
 def test_a_look_at_the_model_has_every_method_and_its_controls(

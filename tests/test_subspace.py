@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mrp_lens.hf import modeling
 from mrp_lens.subspace import Subspace
 
 D = 12
@@ -121,3 +122,20 @@ def test_a_basis_that_is_none_is_refused(basis: torch.Tensor, message: str) -> N
 def test_streams_of_different_width_do_not_join() -> None:
     with pytest.raises(ValueError, match="d_model 4 and 5"):
         Subspace.random(1, 4).join(Subspace.random(1, 5))
+
+
+def test_autocast_leaves_nothing_of_what_is_removed() -> None:
+    """In bfloat16 the product with the rows would leave 3e-6 of the removed part's energy, and more."""
+    subspace, states = Subspace.random(3, 32), torch.randn(4, 32, generator=torch.Generator().manual_seed(0))
+    rows = modeling.Projection(subspace.basis)
+    exact = states - states @ subspace.basis.T @ subspace.basis
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        for projected in (subspace.project_out(states), rows(states), states - subspace.project_onto(states)):
+            assert projected.dtype == torch.float32
+            torch.testing.assert_close(projected, exact, atol=1e-6, rtol=0)
+            assert subspace.energy_share(projected) < 1e-12
+    half = states.bfloat16()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(subspace.project_out(half), rows(half))
+        assert subspace.project_out(half).dtype == torch.bfloat16
+    assert subspace.project_out(torch.empty(2, 32, device="meta")).shape == (2, 32)

@@ -18,7 +18,7 @@ from mrp_lens.cli.app import app
 from mrp_lens.cli.parsing import numbers, shard_of
 from mrp_lens.corpus import Corpus, Questions
 from mrp_lens.methods import RMU
-from mrp_lens.sweep import Plan, Point, default_coefficient, default_layers, sweep
+from mrp_lens.sweep import Plan, Point, _method, default_coefficient, default_layers, sweep
 from tests.conftest import LAYERS
 
 PLAN = Plan(("mrp", "rmu", "adaptive-rmu"), layers=(1, 2), coefficients=(3.0,), steps=2)
@@ -102,6 +102,22 @@ def test_an_interrupted_fit_leaves_no_point(
     with pytest.raises(KeyboardInterrupt):
         sweep(model, case, replace(PLAN, methods=("rmu",)), tmp_path / "sweep", progress=False)
     assert [path.name for path in (tmp_path / "sweep" / "points").iterdir()] == ["unedited.json"]
+
+
+def test_a_method_that_a_sweep_does_not_know_is_never_fitted_as_another() -> None:
+    for name, strength in (("mrp", None), ("rmu", 3.0), ("adaptive-rmu", 5.0)):
+        assert _method(PLAN, Point(name, 1, strength, 0)).name == name
+    for name, strength in (("mrp-new", 3.0), ("mrp-new", None), ("rmu", None)):
+        with pytest.raises(
+            ValueError, match=f"a sweep cannot fit '{name}' with coefficient {strength}; choose among mrp, rmu"
+        ):
+            _method(PLAN, Point(name, 1, strength, 0))
+
+
+def test_two_coefficients_never_share_a_file(model: Any, case: Case, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="2 points would be kept as 'rmu-layer1-c1-seed0'"):
+        replace(PLAN, methods=("rmu",), coefficients=(1.0, 1.0000001))
+    assert len(replace(PLAN, layers=(1, 1)).points()) == 3  # a point that is named twice is one
 
 
 @pytest.mark.parametrize(
@@ -189,7 +205,7 @@ def test_the_command_names_what_is_wrong(tiny_folder: Path, files: Path, extra: 
     result = CliRunner().invoke(app, command(tiny_folder, files, "out", *extra))
     assert isinstance(result.exception, ValueError)
     assert message in str(result.exception)
-    assert not (files / "out").exists()
+    assert not list((files / "out").iterdir())
 
 
 def test_a_model_of_ones_own_needs_data(tiny_folder: Path, tmp_path: Path) -> None:

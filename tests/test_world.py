@@ -8,7 +8,7 @@ import pytest
 from mrp_lens import metrics
 from mrp_lens.world import World
 from mrp_lens.world.facts import CHOICES, QUESTION, STATEMENTS, TOPICS
-from mrp_lens.world.scoring import verdict
+from mrp_lens.world.scoring import score, verdict
 from tests.families import DEMO_FOLDER
 
 # The world that the shipped model was taught; another hash means that questions and model no longer match.
@@ -83,6 +83,12 @@ def test_the_shipped_model_knows_what_it_was_taught_and_guesses_the_rest(demo_mo
 def test_unknown_topics_are_named(world: World) -> None:
     with pytest.raises(ValueError, match="unknown topic 'dragons'; the world has potions"):
         world.forget("dragons")
+
+
+def test_a_score_needs_topics_on_both_sides(world: World) -> None:
+    for forgotten in ((), world.topics):
+        with pytest.raises(ValueError, match="forgotten must be some of the topics potions"):
+            score(None, world, forgotten)  # type: ignore[arg-type]
 
 
 def test_verdicts() -> None:

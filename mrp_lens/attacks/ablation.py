@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from mrp_lens.checks import generator_for
 from mrp_lens.corpus import Corpus
 from mrp_lens.edit import Edit, edit_on, projection_hook
 from mrp_lens.metrics.states import hooks_at, read_states
@@ -80,7 +81,7 @@ def noisy(model: LensModel, layers: Sequence[int], size: float, *, seed: int = 0
     """
     if not size >= 0.0:
         raise ValueError(f"the size of the noise is a share of the state's norm and must be at least 0, got {size}")
-    generator = torch.Generator().manual_seed(seed)
+    generator = generator_for(seed)
     hooks: list[tuple[str, HookFunction]] = [
         (name, _noise_hook(size, generator)) for name in hooks_at(model, layers, "resid_post").values()
     ]

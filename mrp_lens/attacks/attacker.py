@@ -2,22 +2,25 @@
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from mrp_lens.attacks.retraining import LORA_RANK, Parameters, unlocked
-from mrp_lens.batching import Encoder, endless
+from mrp_lens.batching import Batches, Encoder
 from mrp_lens.checks import generator_for, one_of, positive
 from mrp_lens.corpus import Corpus
 from mrp_lens.edit import Edit, edit_on
 from mrp_lens.edit.fold import folded
 from mrp_lens.edit.stack import has_hooks, stripped
+from mrp_lens.finite import NonFiniteError, non_finite
 from mrp_lens.masters import MasterAdamW
-from mrp_lens.model import LensModel
+from mrp_lens.model import LensModel, check_lens_model
 from mrp_lens.predictions import cross_entropy, predictions
+from mrp_lens.torch_state import ordinary_torch
 from mrp_lens.training import NonFiniteLossError, train
 
 Form = Literal["kept", "stripped", "weights"]
@@ -68,6 +71,7 @@ class Attacker:
         Raises:
             ValueError: none, or one that is not above 0.
         """
+        check_lens_model(model)
         if lr is None:
             centre = LR_BY_WIDTH / int(model.cfg.d_model) * (LORA_SHARE if self.parameters == "lora" else 1.0)
             return tuple(share * centre for share in LR_SHARES)
@@ -104,6 +108,8 @@ class Attacker:
     ) -> Iterator[Outcome]:
         """Inside, the model is what retraining made of it; on exit it is as before, bit for bit.
 
+        Training does not heed gradients that are switched off, autocast or torch's defaults; the code inside does.
+
         Args:
             model: without the edit.
             edit: None: the unedited model.
@@ -114,31 +120,66 @@ class Attacker:
             progress: show a progress bar.
 
         Yields:
-            How training ended: "diverged" where the loss became infinite (with a warning), "interrupted" by Ctrl-C.
+            How training ended: "diverged" where the loss, or the model's logits at a mark, became infinite (with a
+            warning), "interrupted" by Ctrl-C.
+
+        Raises:
+            ValueError: nothing to train on, or a model that was loaded in inference mode.
+            NonFiniteError: the model's logits are NaN or infinite before the first update.
         """
+        with ordinary_torch(gradients=True), ExitStack() as entered:
+            outcome = self._retrain(entered, model, edit, taught, lr, score, marks, progress)
+            as_before = entered.pop_all()
+        try:
+            yield outcome  # to code that sees torch as its own settings have it
+        finally:
+            with ordinary_torch(gradients=True):
+                as_before.close()
+
+    def _retrain(
+        self,
+        entered: ExitStack,
+        model: LensModel,
+        edit: Edit | None,
+        taught: Corpus,
+        lr: float,
+        score: Callable[[int], None] | None,
+        marks: Sequence[int],
+        progress: bool,
+    ) -> Outcome:
         encoder = Encoder.for_model(model)
         documents = [row for row in encoder.encode(taught.documents) if any(row.in_loss[1:])]
         if not documents:
             raise ValueError(f"nothing to train on: {taught.name!r} holds no document with a token to predict")
-        batches = endless(documents, self.batch_size, generator_for(self.seed))
+        batches = Batches(documents, self.batch_size, generator_for(self.seed))
+        updates = 0
 
         def losses(step: int) -> Iterator[dict[str, Tensor]]:
+            nonlocal updates
+            updates = step
             if score is not None and step in marks:
                 score(step)
             batch = encoder.collate(next(batches))
-            yield {"loss": cross_entropy(predictions(model, batch), batch).mean()}
+            loss = cross_entropy(predictions(model, batch), batch).mean()
+            if not updates and not bool(torch.isfinite(loss)):  # it is the model, and not the rate
+                raise non_finite(model, batch.tokens, batch.attention_mask, "the losses")
+            yield {"loss": loss}
 
-        chosen = unlocked(model, edit, self.parameters, lora_rank=self.lora_rank, seed=self.seed)
-        with self.faced_with(model, edit), chosen as tensors:
-            description = f"retraining ({self.form}, lr {lr:.2g})"
-            try:
-                run = train(
-                    losses, MasterAdamW(tensors, lr), steps=self.steps, description=description, progress=progress
-                )
-                outcome: Outcome = "interrupted" if run.interrupted else "finished"
-            except NonFiniteLossError as error:
-                logger.warning("%s", error)
-                outcome = "diverged"
-            if outcome == "finished" and score is not None and self.steps in marks:
+        entered.enter_context(self.faced_with(model, edit))
+        tensors = entered.enter_context(
+            unlocked(model, edit, self.parameters, lora_rank=self.lora_rank, seed=self.seed)
+        )
+        description = f"retraining ({self.form}, lr {lr:.2g})"
+        try:
+            run = train(losses, MasterAdamW(tensors, lr), steps=self.steps, description=description, progress=progress)
+            if run.interrupted:
+                return "interrupted"
+            updates = self.steps
+            if score is not None and self.steps in marks:
                 score(self.steps)
-            yield outcome
+        except (NonFiniteLossError, NonFiniteError) as error:
+            if not updates:
+                raise
+            logger.warning("%s", error)
+            return "diverged"
+        return "finished"

@@ -13,8 +13,10 @@ from mrp_lens.corpus import Corpus, Questions
 from mrp_lens.edit import Edit
 from mrp_lens.metrics.intervals import bootstrap_interval
 from mrp_lens.model import LensModel
+from mrp_lens.torch_state import ordinary_torch
 
 
+@ordinary_torch(gradients=True)
 def bypass(
     model: LensModel,
     edit: Edit | None,

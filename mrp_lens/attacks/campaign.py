@@ -11,17 +11,20 @@ from mrp_lens.attacks.attacker import Form
 from mrp_lens.attacks.bypass import bypass
 from mrp_lens.attacks.gradients import input_gradients
 from mrp_lens.attacks.jailbreak import Loss, jailbreak
-from mrp_lens.attacks.plan import Attack, Facts, Plan, fingerprint, labelled, possible_forms
+from mrp_lens.attacks.plan import Attack, Facts, Plan, labelled, possible_forms
 from mrp_lens.attacks.probe import probe
 from mrp_lens.attacks.relearn import documents_of, limited, relearn, with_floor
 from mrp_lens.attacks.retraining import LORA_RANK, Parameters, unlocked
 from mrp_lens.case import Case
 from mrp_lens.corpus import Questions
 from mrp_lens.edit import Edit, edit_on
+from mrp_lens.edit.record import fingerprint
+from mrp_lens.finite import NonFiniteError
 from mrp_lens.metrics.lens import logit_lens
-from mrp_lens.model import LensModel, describe
+from mrp_lens.model import LensModel, identity_of
 from mrp_lens.pieces import Pieces
 from mrp_lens.runs import rows_of
+from mrp_lens.torch_state import ordinary_torch
 
 UNEDITED, REFERENCE = "unedited", "reference"
 WITHOUT_EDIT: tuple[Parameters, ...] = ("all", "lora")  # the others are told apart by the edited layers
@@ -133,6 +136,11 @@ class Campaign:
             ) as outcome:
                 if outcome == "interrupted":
                     raise KeyboardInterrupt
+                if outcome == "diverged":
+                    raise NonFiniteError(
+                        f"retraining at lr {rates[len(rates) // 2]:.2g} made the loss NaN or infinite, so that there is no retrained model "
+                        "to probe; give lower rates"
+                    )
                 return self._read(None)
 
         yield "relearned", relearned
@@ -210,6 +218,7 @@ class Campaign:
         return None if quiz is None else quiz.spread(len(self.facts.held_out))
 
 
+@ordinary_torch(gradients=True)
 def campaign(
     model: LensModel,
     edit: Edit,
@@ -257,9 +266,9 @@ def campaign(
                 pass
     budgets = {key: value for key, value in asdict(plan).items() if key != "attacks"}
     settings = {
-        "model": describe(model) | {"class": type(model).__name__, "dtype": str(next(model.parameters()).dtype)},
+        "model": identity_of(model),
         "edit": fingerprint(edit),
-        "reference": None if reference is None else describe(reference),
+        "reference": None if reference is None else identity_of(reference),
         "data": case.fingerprints() | facts.fingerprints(),
         **budgets,
         "forms": forms,

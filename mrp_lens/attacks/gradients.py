@@ -15,10 +15,14 @@ from tqdm.auto import tqdm
 from mrp_lens.batching import Encoder, PaddingSide, TokenBatch, in_order
 from mrp_lens.corpus import Questions
 from mrp_lens.edit import Edit, edit_on
+from mrp_lens.finite import NonFiniteError, non_finite
+from mrp_lens.metrics.answers import by_group
 from mrp_lens.metrics.intervals import bootstrap_interval
-from mrp_lens.model import LensModel
+from mrp_lens.metrics.likelihood import encoded_choices
+from mrp_lens.model import LensModel, dtype_of
 from mrp_lens.predictions import cross_entropy, predictions
 from mrp_lens.stream import frozen, hooked
+from mrp_lens.torch_state import ordinary_torch, refuse_inference_tensors
 
 EMBEDDING_HOOK = "hook_embed"
 
@@ -33,6 +37,7 @@ class InputGradient(NamedTuple):
     gradient: Float[Tensor, "rows seq d_model"]
 
 
+@ordinary_torch(gradients=True)
 def input_gradients(
     model: LensModel,
     edit: Edit | None,
@@ -65,11 +70,12 @@ def input_gradients(
         the answer), in nats per unit of embedding: `mean` over questions with its 95% bootstrap interval `low`,
         `high`, `median`, `quantile_10`, `quantile_90`; `relative`, the mean of this norm times the norm of the
         prompt's embeddings (nats, free of the embedding's scale), with `relative_low`, `relative_high`; `loss`, mean
-        cross-entropy of the right answers, in nats per token.
+        cross-entropy of the right answers, in nats per token. Intervals are NaN with a single question.
 
     Raises:
         TypeError: questions are no Questions.
-        ValueError: there are none, or one whose prompt holds no token; an edit that does not fit the model.
+        ValueError: there are none, one whose prompt holds no token or whose right answer cannot be scored, or an edit
+            that does not fit the model; NonFiniteError where logits or gradients are NaN or infinite.
 
     Example:
         >>> frame = input_gradients(model, fit.edit, questions)  # doctest: +SKIP
@@ -80,8 +86,8 @@ def input_gradients(
         raise ValueError(f"no questions in {questions.name!r}")
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-    parts = [(group or "all", [q.group == group for q in questions.questions]) for group in questions.groups]
-    groups = ([("all", [True] * len(questions))] if len(parts) > 1 else []) + parts
+    table = pd.DataFrame({"group": [q.group for q in questions.questions]})
+    groups = [(name, part.index.to_numpy()) for name, part in by_group(table)]
     rows = []
     for name, applied in [("unedited", None)] + ([] if edit is None else [("edited", edit)]):
         with edit_on(model, applied):
@@ -108,6 +114,7 @@ def input_gradient(model: LensModel, losses: Callable[[], Float[Tensor, " rows"]
         store["shift"] = torch.zeros_like(activation, requires_grad=True)
         return activation + store["shift"]
 
+    refuse_inference_tensors(model.parameters())
     with frozen(model), torch.enable_grad(), hooked(model, [(EMBEDDING_HOOK, attach)]):
         values = losses()
         gradient = torch.zeros_like(store["shift"])
@@ -117,8 +124,14 @@ def input_gradient(model: LensModel, losses: Callable[[], Float[Tensor, " rows"]
 
 
 def answer_losses(model: LensModel, batch: TokenBatch) -> Float[Tensor, " rows"]:
-    """Cross-entropy of each row's tokens that count in the loss: their mean, in nats per token, in float64."""
+    """Cross-entropy of each row's tokens that count in the loss: their mean, in nats per token, in float64.
+
+    Raises:
+        NonFiniteError: logits that are NaN or infinite.
+    """
     losses = cross_entropy(predictions(model, batch), batch).double()
+    if bool(losses.isnan().any()):
+        raise non_finite(model, batch.tokens, batch.attention_mask, "the logits")
     rows = batch.loss_mask.nonzero()[:, 0]
     totals = torch.zeros(len(batch), dtype=torch.float64, device=losses.device).index_add(0, rows, losses)
     return totals / batch.loss_mask.sum(dim=1)
@@ -129,7 +142,7 @@ def _measured(
 ) -> NDArray[np.float64]:
     """[questions, MEASURES]."""
     encoder = Encoder.for_model(model)
-    rows = encoder.encode(questions.right_answers().documents, keep="end")
+    rows = encoded_choices(encoder, questions, right_only=True)
     values = np.empty((len(rows), len(MEASURES)))
     with tqdm(total=len(rows), desc="input gradients", disable=not progress) as bar:
         for chosen, batch in in_order(encoder, rows, batch_size, side=padding):
@@ -144,7 +157,14 @@ def _measured(
                 tensor.double().square().sum(dim=-1).where(prompt, 0.0).sum(dim=1).sqrt()
                 for tensor in (found.gradient, found.embeddings)
             )
-            values[chosen] = torch.stack([norm, norm * size, found.losses], dim=1).cpu().numpy()
+            measured = torch.stack([norm, norm * size, found.losses], dim=1).cpu()
+            if not bool(torch.isfinite(measured).all()):
+                dtype = str(dtype_of(model)).removeprefix("torch.")
+                raise NonFiniteError(
+                    f"the loss of a right answer in {questions.name!r} or its gradient is NaN or infinite; the model is in {dtype}: "
+                    "load it in float32 or bfloat16, or weaken the edit; or leave out answers that the model rules out"
+                )
+            values[chosen] = measured.numpy()
             bar.update(len(chosen))
     return values
 

@@ -15,17 +15,21 @@ from mrp_lens.attacks.gradients import answer_losses
 from mrp_lens.attacks.recovery import check_held_out, guessed, recovery
 from mrp_lens.attacks.triggers import Objective, Slots, TriggerSearch, count_right
 from mrp_lens.batching import TokenBatch, in_order
+from mrp_lens.checks import generator_for
 from mrp_lens.corpus import Questions
 from mrp_lens.edit import Edit, edit_on
+from mrp_lens.finite import check_states
 from mrp_lens.metrics.states import states_of
-from mrp_lens.model import LensModel, check_layers, logits_of
+from mrp_lens.model import LensModel, check_layers, check_lens_model, logits_of
 from mrp_lens.stream import captured, frozen, hook_name, run_segment
+from mrp_lens.torch_state import ordinary_torch, refuse_inference_tensors
 
 logger = logging.getLogger(__name__)
 
 Loss = Literal["answer", "representation"]
 
 
+@ordinary_torch(gradients=True)
 def jailbreak(
     model: LensModel,
     edit: Edit | None,
@@ -101,11 +105,13 @@ def jailbreak(
         >>> first, second = questions.halves(by="entity")  # doctest: +SKIP
         >>> jailbreak(model, fit.edit, train=first, held_out=second, untaught=untaught)
     """
+    refuse_inference_tensors(model.parameters())
     every = steps if every is None else every
     _check_settings(
         loss, layer, steps=steps, candidates=candidates, top=top, batch=batch, every=every, batch_size=batch_size
     )
     _check_questions(train, held_out, untaught)
+    check_lens_model(model)
     layer = check_layers(model, [model.cfg.n_layers - 1 if layer is None else layer])[0]
     slots = Slots.for_model(model, marker, length)
     rows: list[dict[str, Any]] = []
@@ -116,7 +122,7 @@ def jailbreak(
             if loss == "answer"
             else representation_objective(model, slots, train, layer=layer, batch_size=batch_size)
         )
-        generator = torch.Generator().manual_seed(seed)
+        generator = generator_for(seed)
         search = TriggerSearch(model, slots, objective, candidates, top, batch, batch_size, generator)
 
         def score(kind: str, step: int, trigger: Tensor) -> None:
@@ -183,7 +189,9 @@ def representation_objective(
             else:
                 run_segment(model, batch.tokens, batch.attention_mask, first=layer, last=layer)
         wanted = torch.stack([references[place] for place in chosen])
-        distance = (store[hook][batch.loss_mask].float() - wanted).square().sum(dim=-1)
+        states = store[hook][batch.loss_mask]
+        check_states(model, batch, {hook: states.detach()})
+        distance = (states.float() - wanted).square().sum(dim=-1)
         return distance.double() / wanted.square().sum(dim=-1).double()
 
     return Objective(prompts, losses)

@@ -1,12 +1,8 @@
 """What a campaign of attacks covers, on which questions, and in which forms of the edit."""
 
-import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
-
-from safetensors.torch import save
 
 from mrp_lens.attacks.attacker import Attacker, Form
 from mrp_lens.attacks.readout import Kind
@@ -117,10 +113,3 @@ def labelled(parts: Mapping[str, Questions | None]) -> Questions:
     return Questions(
         tuple(replace(q, group=name) for name, part in parts.items() if part is not None for q in part.questions)
     )
-
-
-def fingerprint(edit: Edit) -> str:
-    """SHA-256 of an edit's settings and tensors."""
-    settings, tensors = edit.to_parts()
-    content = save({key: tensor.cpu().contiguous() for key, tensor in tensors.items()})
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode() + content).hexdigest()

@@ -19,10 +19,12 @@ from mrp_lens.metrics.lens import last_states
 from mrp_lens.metrics.states import hooks_at
 from mrp_lens.model import LensModel
 from mrp_lens.stream import Site, frozen
+from mrp_lens.torch_state import ordinary_torch
 
 Target = Literal["answer", "choice"]
 
 
+@ordinary_torch(gradients=True)
 def probe(
     model: LensModel,
     edit: Edit | None,

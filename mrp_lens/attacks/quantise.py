@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mrp_lens.model import LensModel, restored
+from mrp_lens.torch_state import refuse_inference_tensors
 
 # HookedTransformer's matrices -> the axes that they sum over; the others are output channels.
 _INPUT_AXES = {
@@ -31,6 +32,7 @@ def rounded(model: LensModel, bits: int) -> Iterator[None]:
     if isinstance(bits, bool) or not isinstance(bits, int) or bits < _FEWEST_BITS:
         raise ValueError(f"bits must be an int of at least {_FEWEST_BITS}, got {bits!r}")
     matrices = block_matrices(model)
+    refuse_inference_tensors(matrix for matrix, _ in matrices)
     with restored(matrix for matrix, _ in matrices):
         with torch.no_grad():
             for matrix, inputs in matrices:

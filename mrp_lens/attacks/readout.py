@@ -9,6 +9,8 @@ import torch
 from jaxtyping import Float, Float64, Int
 from torch import Tensor
 
+from mrp_lens.checks import generator_for
+
 Kind = Literal["linear", "mlp"]
 
 FOLDS = 5
@@ -109,7 +111,7 @@ def usable_information(train: Facts, held_out: Facts, *, kind: Kind = "linear", 
         kind: "linear" or "mlp".
         seed: of the folds and of the MLP's initial weights.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = generator_for(seed)
     fold = (torch.randperm(len(train), generator=generator) % FOLDS).to(train.right.device)
     facts = torch.arange(len(train), device=fold.device)
     used = torch.stack([fold != number for number in range(FOLDS + 1)]).float()  # the last probe learns from all

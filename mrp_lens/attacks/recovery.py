@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from mrp_lens.checks import int_seed
 from mrp_lens.corpus import Document, Questions
 from mrp_lens.metrics.answers import answered_right, choice_scores
 from mrp_lens.metrics.intervals import CONFIDENCE, RESAMPLES
@@ -65,7 +66,7 @@ def recovery(after: Counted, floor: Counted, ceiling: Counted, *, seed: int = 0)
     Returns:
         0: as if never taught; 1: all is back. Not clipped: chance takes it below 0 and above 1.
     """
-    generator = np.random.default_rng(seed)
+    generator = np.random.default_rng(int_seed(seed))
 
     def resampled(count: Counted) -> Any:
         return generator.binomial(count.n, count.accuracy, RESAMPLES) / count.n

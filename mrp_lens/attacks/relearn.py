@@ -13,7 +13,9 @@ from mrp_lens.attacks.recovery import Counted, counted, recovery
 from mrp_lens.attacks.retraining import LORA_RANK, Parameters
 from mrp_lens.corpus import Corpus, Questions
 from mrp_lens.edit import Edit
+from mrp_lens.finite import NonFiniteError
 from mrp_lens.model import LensModel
+from mrp_lens.torch_state import ordinary_torch
 
 MARKS = (0, 5, 20, 40, 100)
 """Updates after which an attack is scored, besides its last."""
@@ -21,6 +23,7 @@ TAUGHT = 0.95
 """An attack counts only if its own training questions come to be answered this often."""
 
 
+@ordinary_torch(gradients=True)
 def relearn(
     model: LensModel,
     edit: Edit | None,
@@ -73,7 +76,8 @@ def relearn(
 
     Raises:
         TypeError: train or held_out of another kind.
-        ValueError: T and V overlap, a budget of 0, a form that the edit does not have.
+        ValueError: T and V overlap, a budget of 0, a form that the edit does not have, a model that was loaded in
+            inference mode; NonFiniteError where its logits are NaN or infinite before any update.
 
     Example:
         >>> taught, asked = ml.World().questions("potions").halves(by="entity")  # doctest: +SKIP
@@ -138,7 +142,10 @@ def relearned(
 ) -> Iterator[LensModel]:
     """The model as `relearn` leaves it at one rate, to look at; exactly as it was on exit.
 
-    Arguments as for `relearn`; lr None: 0.128 / d_model.
+    Arguments as for `relearn`; lr None: 0.128 / d_model. After Ctrl-C it is the model as far as it was retrained.
+
+    Raises:
+        TypeError, ValueError: as `relearn`; NonFiniteError where the rate makes the loss infinite.
 
     Example:
         >>> with ml.attacks.relearned(model, fit.edit, train=taught, steps=20):  # doctest: +SKIP
@@ -149,7 +156,10 @@ def relearned(
     )
     rates = attacker.rates(model, lr)
     taught = documents_of(limited(train, samples))
-    with attacker.retrained(model, edit, taught, lr=rates[len(rates) // 2], progress=progress):
+    rate = rates[len(rates) // 2]
+    with attacker.retrained(model, edit, taught, lr=rate, progress=progress) as outcome:
+        if outcome == "diverged":
+            raise NonFiniteError(f"retraining at lr {rate:.2g} made the loss NaN or infinite; give a lower lr")
         yield model
 
 

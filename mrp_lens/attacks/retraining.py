@@ -10,10 +10,12 @@ from torch import Tensor
 from torch.nn.utils import parametrize
 from typing_extensions import override
 
+from mrp_lens.checks import generator_for
 from mrp_lens.edit import Edit
 from mrp_lens.masters import Trainable, trainable
 from mrp_lens.model import LensModel, checkpoint_tensors, is_bridge, restored
 from mrp_lens.stream import frozen
+from mrp_lens.torch_state import refuse_inference_tensors
 
 Parameters = Literal["all", "lora", "before", "at", "after"]
 
@@ -36,8 +38,10 @@ def unlocked(
         seed: of their start.
 
     Raises:
-        ValueError: LoRA on a HookedTransformer, or a choice that leaves nothing to train.
+        ValueError: LoRA on a HookedTransformer, a choice that leaves nothing to train, or a model that was loaded in
+            inference mode.
     """
+    refuse_inference_tensors(model.parameters())
     with frozen(model):
         if parameters == "lora":
             with low_rank_updates(model, rank=lora_rank, seed=seed) as updates:
@@ -102,7 +106,7 @@ def low_rank_updates(model: LensModel, *, rank: int, seed: int) -> Iterator[list
         )
     if rank < 1:
         raise ValueError(f"lora_rank must be at least 1, got {rank}")
-    generator = torch.Generator().manual_seed(seed)
+    generator = generator_for(seed)
     blocks = {id(p) for block in model.blocks for p in block.parameters()}
     found = [(module, module._parameters.get("weight")) for module in model.modules()]
     matrices = {

@@ -1,5 +1,6 @@
 """Triggers: tokens put into prompts, where they stand, what they do to answers, and a search for the best ones."""
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -11,10 +12,12 @@ from torch import Tensor
 
 from mrp_lens.attacks.gradients import input_gradient
 from mrp_lens.attacks.recovery import Counted
-from mrp_lens.batching import Encoded, Encoder, TokenBatch, in_order
+from mrp_lens.batching import Encoded, Encoder, TokenBatch
 from mrp_lens.corpus import Document, Questions
-from mrp_lens.model import LensModel
-from mrp_lens.predictions import predictions
+from mrp_lens.finite import NonFiniteError
+from mrp_lens.metrics.answers import answered_right
+from mrp_lens.metrics.likelihood import encoded_choices, mean_log_probabilities
+from mrp_lens.model import LensModel, dtype_of
 from mrp_lens.stream import frozen
 
 
@@ -67,22 +70,23 @@ class Slots:
         last = [(*[False] * (len(row.ids) - 1), True) for row in rows]
         return [Slot(replace(r, in_loss=flags), r.in_loss.index(True)) for r, flags in zip(rows, last, strict=True)]
 
-    def of_choices(self, questions: Questions) -> list[list[Slot]]:
-        """For each question, the prompt with each of its choices, which alone counts in the loss."""
+    def of_choices(self, questions: Questions) -> list[Slot]:
+        """The prompt with each choice, which alone counts in the loss; question by question."""
         pairs = [(q.prompt, choice) for q in questions.questions for choice in q.choices]
-        slots = iter(self._with_completions(pairs))
-        return [[next(slots) for _ in q.choices] for q in questions.questions]
+        return self._placed(pairs, encoded_choices(self.encoder, questions))
 
     def of_answers(self, questions: Questions) -> list[Slot]:
         """The prompt with the right choice, which alone counts in the loss."""
-        return self._with_completions([(q.prompt, q.choices[q.answer]) for q in questions.questions])
+        pairs = [(q.prompt, q.choices[q.answer]) for q in questions.questions]
+        return self._placed(pairs, encoded_choices(self.encoder, questions, right_only=True))
 
-    def _with_completions(self, pairs: Sequence[tuple[str, str]]) -> list[Slot]:
-        rows = self.encoder.encode([Document(*pair) for pair in pairs], keep="end")
+    def _placed(self, pairs: Sequence[tuple[str, str]], rows: Sequence[Encoded]) -> list[Slot]:
         # The same text split at the trigger's place: the first token that reaches over the split marks it.
         parts = [self._parts(prompt) for prompt, _ in pairs]
         documents = [Document(head, tail + pair[1]) for (head, tail), pair in zip(parts, pairs, strict=True)]
-        placed = self.encoder.encode(documents, keep="end")
+        with warnings.catch_warnings():  # of cuts, which were told of when the rows were encoded
+            warnings.simplefilter("ignore", UserWarning)
+            placed = self.encoder.encode(documents, keep="end")
         return [Slot(row, split.in_loss.index(True)) for row, split in zip(rows, placed, strict=True)]
 
     def _parts(self, prompt: str) -> tuple[str, str]:
@@ -98,30 +102,11 @@ class Slots:
 def count_right(
     model: LensModel, slots: Slots, questions: Questions, trigger: Sequence[int] = (), *, batch_size: int = 128
 ) -> Counted:
-    """How many questions are answered right with the trigger in every prompt; as `recovery.counted`, which see.
-
-    Choices of a question that differ in their last token alone share one pass.
-    """
-    filled = [[slot.filled(trigger) for slot in choices] for choices in slots.of_choices(questions)]
-    contexts: dict[tuple[int, ...], Encoded] = {}
-    for row in (row for choices in filled for row in choices):
-        contexts.setdefault(row.ids[:-1], row)
-    known: dict[tuple[int, ...], Tensor] = {}
-    rows = list(contexts.values())
-    with frozen(model), torch.no_grad():
-        for chosen, batch in in_order(slots.encoder, rows, batch_size):
-            sizes = batch.loss_mask.sum(dim=1).tolist()
-            for place, predicted in zip(chosen, predictions(model, batch).cpu().split(sizes), strict=True):
-                known[rows[place].ids[:-1]] = predicted
-
-    def score(row: Encoded) -> float:
-        predicted = known[row.ids[:-1]]
-        ids = torch.tensor(row.ids[-len(predicted) :])
-        return float(predicted.gather(1, ids[:, None]).double().mean())
-
-    scores = [[score(row) for row in choices] for choices in filled]
-    right = sum(max(s) == s[q.answer] for s, q in zip(scores, questions.questions, strict=True))
-    return Counted(right, len(questions))
+    """How many questions are answered right with the trigger in every prompt; as `recovery.counted`, which see."""
+    rows = [slot.filled(trigger) for slot in slots.of_choices(questions)]
+    sizes = [len(q.choices) for q in questions.questions]
+    scores = mean_log_probabilities(model, slots.encoder, rows, sizes, batch_size=batch_size)
+    return Counted(float(answered_right(scores, questions).sum()), len(questions))
 
 
 @dataclass(frozen=True)
@@ -181,6 +166,7 @@ class TriggerSearch:
         found = input_gradient(self.model, lambda: self.objective.losses(batch, chosen))
         gradient = found.gradient.double()[torch.arange(len(batch))[:, None], places].sum(dim=0)
         rise = (gradient @ self.model.W_E[self.vocabulary].detach().double().T).cpu()
+        self._check(rise, "the gradient towards the trigger")
         rise[trigger[:, None] == self.vocabulary] = torch.inf
         return self.vocabulary[rise.topk(min(self.top, len(self.vocabulary) - 1), largest=False).indices]
 
@@ -188,7 +174,7 @@ class TriggerSearch:
         """The mean loss over the chosen texts with each trigger.
 
         Raises:
-            ValueError: one that is not finite.
+            NonFiniteError: one that is not finite.
         """
         found = []
         with frozen(self.model), torch.no_grad():
@@ -197,8 +183,7 @@ class TriggerSearch:
                 losses = self.objective.losses(batch, [*chosen] * len(part))
                 found.append(losses.reshape(len(part), len(chosen)).mean(dim=1))
         means = torch.cat(found).cpu()
-        if not bool(torch.isfinite(means).all()):
-            raise ValueError("a loss is NaN or infinite: the model overflows; load it in float32 or bfloat16")
+        self._check(means, "the loss of a trigger")
         return means
 
     def loss(self, trigger: Int[Tensor, " _length"]) -> float:
@@ -207,6 +192,13 @@ class TriggerSearch:
         for chosen in torch.arange(len(self.objective.slots)).split(self.batch_size):
             total += float(self.losses(trigger[None], chosen.tolist())) * len(chosen)
         return total / len(self.objective.slots)
+
+    def _check(self, values: Tensor, what: str) -> None:
+        if not bool(torch.isfinite(values).all()):
+            dtype = str(dtype_of(self.model)).removeprefix("torch.")
+            raise NonFiniteError(
+                f"{what} is NaN or infinite; the model is in {dtype}: load it in float32 or bfloat16, or weaken the edit"
+            )
 
     def _batch(
         self, triggers: Int[Tensor, "many length"], chosen: Sequence[int]

@@ -7,13 +7,13 @@ from functools import partial
 from typing import Any, Literal, get_args
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from mrp_lens.attacks.ablation import ablated, junk_directions, noisy
 from mrp_lens.attacks.quantise import rounded
 from mrp_lens.attacks.recovery import Counted, counted
 from mrp_lens.attacks.rewording import few_shot, in_context
+from mrp_lens.checks import generator_for
 from mrp_lens.corpus import Corpus, Questions
 from mrp_lens.edit import Edit, edit_on
 from mrp_lens.edit.stack import has_hooks, stripped
@@ -105,7 +105,7 @@ def _direction_ablated(case: Target) -> Iterator[Variant]:
         case.model, case.edit, texts.spread(DIRECTION_DOCUMENTS), batch_size=case.batch_size, progress=case.progress
     )
     yield Variant("direction ablated, each layer's own", case.edit, partial(ablated, directions=own))
-    drawn = random_units(len(own), case.model.cfg.d_model, "gaussian", torch.Generator().manual_seed(case.seed))
+    drawn = random_units(len(own), case.model.cfg.d_model, "gaussian", generator_for(case.seed))
     random = dict(zip(own, drawn, strict=True))
     yield Variant("direction ablated, random ones", case.edit, partial(ablated, directions=random))
     everywhere = {

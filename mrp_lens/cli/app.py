@@ -124,7 +124,8 @@ def unlearn(
     """Make your own model forget: fit an edit, save it, and measure before and after.
 
     The model's files are never changed: the result is an *edit*, a small folder that `mrp_lens.load_edit` reads.
-    Ctrl-C ends the fit early; what was learned until then is measured and saved.
+    The edit is on disk before anything is measured, and the fit is kept while it runs: run the same command again after
+    Ctrl-C, a kill or a crash and it goes on where it stopped, and ends with the same bits.
 
     Examples:
 

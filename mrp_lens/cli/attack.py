@@ -11,11 +11,14 @@ from mrp_lens.attacks.campaign import campaign
 from mrp_lens.attacks.plan import Attack, Plan
 from mrp_lens.attacks.tally import notes_of, rows_of_attacks
 from mrp_lens.case import case_for
+from mrp_lens.cli.folder import stoppable
 from mrp_lens.cli.parsing import dtype_named, numbers
 from mrp_lens.cli.show import Column, console, show_table
 from mrp_lens.edit import load_edit
 from mrp_lens.edit.record import label_of
+from mrp_lens.files import make_folder
 from mrp_lens.model import load_model
+from mrp_lens.pieces import check_holds
 from mrp_lens.plots import PICTURES
 from mrp_lens.plots.attacks import CONTROL_METHODS
 from mrp_lens.report import write_report
@@ -82,9 +85,11 @@ def run_attack(
 ) -> Run:
     """Attack as far as that has not been done; print and write the table."""
     plan, precision = budget.plan(seed), dtype_named(dtype)
+    check_holds(out, "campaign")
     edit = load_edit(edit_folder)
     model_name, name = str(options["model"]), label_of(edit)
     case = case_for(model_name, options)
+    make_folder(out)
     run = Run("attack", options, seed, title=f"{model_name}: what survives {name} ({edit_folder})")
 
     def loaded(which: str) -> Any:
@@ -93,11 +98,8 @@ def run_attack(
 
     model = loaded(model_name)
     reference = loaded(reference_name) if reference_name is not None else None
-    try:
+    with stoppable(out):
         frames = campaign(model, edit, case, plan, out, name=name, reference=reference)
-    except KeyboardInterrupt:
-        console.print(f"Interrupted. What is done stays in {out}; the same command goes on with the rest.")
-        raise SystemExit(130) from None
     run.rows = rows_of_attacks(frames, name)
     run.notes = notes_of(frames, name)
     run.frames = {key: frame for key, frame in frames.items() if key in PICTURES}

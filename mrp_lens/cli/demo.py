@@ -1,6 +1,7 @@
 """`mrp-lens demo`: the whole job on the embedded world, with the library's defaults and nothing else."""
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,14 +10,15 @@ import pandas as pd
 from mrp_lens.attacks.attacker import Attacker
 from mrp_lens.attacks.relearn import relearn
 from mrp_lens.case import Case
-from mrp_lens.cli.report import add_report
+from mrp_lens.cli.folder import begun
 from mrp_lens.cli.show import Column, console, percent, show_examples, show_table
-from mrp_lens.edit import Edit, ProjectionEdit
-from mrp_lens.files import check_free
+from mrp_lens.edit import Edit, ProjectionEdit, edit_on
 from mrp_lens.generation import continuations
 from mrp_lens.looks import looks
 from mrp_lens.methods import MRP, RMU, AdaptiveRMU, Fit
-from mrp_lens.model import LensModel, load_model
+from mrp_lens.model import LensModel, identity_of, load_model
+from mrp_lens.pieces import Pieces
+from mrp_lens.report import write_report
 from mrp_lens.runs import Run
 from mrp_lens.world import World
 from mrp_lens.world.facts import QUESTION
@@ -41,47 +43,46 @@ COLUMNS: list[Column] = [
 
 
 def run_demo(*, out: Path, topic: str, backend: str, seed: int, overwrite: bool) -> Run:
-    """Fit, measure, look, print, write; returns the record."""
+    """Fit, measure, look, print, write, as far as that has not been done; returns the record."""
     world = World()
     case = Case.of_world(topic, world=world)
-    check_free(out, overwrite=overwrite)
     arguments = {"topic": topic, "backend": backend, "out": out}
     run = Run("demo", arguments, seed, title=f"Forgetting {topic} in a small invented world")
-    console.print(f"Loading the model that knows {', '.join(world.topics)} ...")
-    model = load_model("demo", backend=backend)
-    fits = fit_all(model, case, run, seed=seed)
-    edits = with_controls(model, case, fits, seed=seed)
-    run.rows = score_edits(model, world, [topic], edits, fits)
-    run.examples = answers(model, world, topic, edits)
-    run.frames["relearning_curves"] = relearn_all(model, case, edits, run, seed=seed)
-    show(run, topic)
-
-    def save_fits(folder: Path) -> None:
-        for name, fit in fits.items():
-            (folder / name).mkdir()
-            fit.edit.save_pretrained(folder / name / "edit")
-            fit.log.to_csv(folder / name / "log.csv", index=False)
-
-    run.write(out, overwrite=overwrite, extras=[save_fits])
-    console.print(f"Written to {out}: table.csv, summary.json, and for each method its edit and log.")
-    run.frames["training"] = pd.concat([fit.log.assign(method=name) for name, fit in fits.items()], ignore_index=True)
-    directions = {name: fit.direction for name, fit in fits.items() if fit.directions}
-    looked = {name: edit for name, edit in edits.items() if name != "untrained-start"}
-    add_report(run, out, lambda: looks(model, case, looked, directions, seed=seed))
+    settings = {"command": "demo", "data": case.fingerprints(), "backend": backend, "seed": seed}
+    with begun(out, settings, overwrite=overwrite) as pieces:
+        console.print(f"Loading the model that knows {', '.join(world.topics)} ...")
+        model = load_model("demo", backend=backend)
+        pieces.check_same("model", identity_of(model))
+        fits = fit_all(model, case, out, seed=seed)
+        edits = with_controls(model, case, fits, seed=seed)
+        run.rows = score_edits(model, world, [topic], edits, fits, pieces)
+        run.examples = answers(model, world, topic, edits, pieces)
+        run.frames["relearning_curves"] = relearn_all(model, case, edits, run, pieces, seed=seed)
+        show(run, topic)
+        run.write_into(out)
+        console.print(f"Written to {out}: table.csv, summary.json, and for each method its edit and log.")
+        logs = [fit.log.assign(method=name) for name, fit in fits.items()]
+        run.frames["training"] = pd.concat(logs, ignore_index=True)
+        run.frames["accuracies"] = pd.DataFrame([dict(row) for row in run.rows])
+        directions = {name: fit.direction for name, fit in fits.items() if fit.directions}
+        looked = {name: edit for name, edit in edits.items() if name != "untrained-start"}
+        run.frames |= looks(model, case, looked, directions, seed=seed, pieces=pieces)
+        run.write_into(out)
+        pieces.tidy()
+        console.print(f"The page: {write_report(out)}")
     return run
 
 
-def fit_all(model: LensModel, case: Case, run: Run, *, seed: int) -> dict[str, Fit]:
-    """Each method with its defaults; Ctrl-C ends the fit at hand, keeps it, and skips those to come."""
-    fits: dict[str, Fit] = {}
-    for method in (MRP(), RMU(), AdaptiveRMU()):
-        fits[method.name] = method.fit(model, case.forget, case.retain, seed=seed)
-        if fits[method.name].interrupted:
-            run.notes.append(
-                f"interrupted during {method.name}: it holds what was learned until then, later methods are missing"
-            )
-            break
-    return fits
+def fit_all(model: LensModel, case: Case, out: Path, *, seed: int) -> dict[str, Fit]:
+    """Each method with its defaults, kept in a folder of its own as soon as it is done."""
+
+    def fitted(method: MRP | RMU | AdaptiveRMU) -> Fit:
+        return Fit.once(
+            out / method.name,
+            lambda kept: method.fit(model, case.forget, case.retain, seed=seed, checkpoint=kept),
+        )
+
+    return {method.name: fitted(method) for method in (MRP(), RMU(), AdaptiveRMU())}
 
 
 def with_controls(model: LensModel, case: Case, fits: Mapping[str, Fit], *, seed: int) -> dict[str, Edit | None]:
@@ -96,7 +97,9 @@ def with_controls(model: LensModel, case: Case, fits: Mapping[str, Fit], *, seed
     return controls | {name: fit.edit for name, fit in fits.items()}
 
 
-def relearn_all(model: LensModel, case: Case, edits: Mapping[str, Edit | None], run: Run, *, seed: int) -> pd.DataFrame:
+def relearn_all(
+    model: LensModel, case: Case, edits: Mapping[str, Edit | None], run: Run, pieces: Pieces, *, seed: int
+) -> pd.DataFrame:
     """Retrain every edited model, and the unedited one, on half of the forgotten facts; each row of the run gets what
     came back of the other half. A short attack at one rate: `mrp-lens attack` has the whole."""
     taught, asked = case.split(limit=RELEARNING_QUESTIONS, seed=seed)
@@ -106,23 +109,25 @@ def relearn_all(model: LensModel, case: Case, edits: Mapping[str, Edit | None], 
     rows = {str(row["method"]): dict(row) for row in run.rows}
     curves = []
     for name in ATTACKED:
-        if name not in edits:
-            continue
-        curve = relearn(
-            model,
-            edits[name],
-            train=taught,
-            held_out=asked,
-            untaught=untaught.spread(RELEARNING_QUESTIONS),
-            steps=RELEARNING_MARKS[-1],
-            marks=RELEARNING_MARKS,
-            lr=rate,
-            seed=seed,
-        )
+
+        def retrained(name: str = name) -> pd.DataFrame:
+            curve = relearn(
+                model,
+                edits[name],
+                train=taught,
+                held_out=asked,
+                untaught=untaught.spread(RELEARNING_QUESTIONS),
+                steps=RELEARNING_MARKS[-1],
+                marks=RELEARNING_MARKS,
+                lr=rate,
+                seed=seed,
+            )
+            if curve.attrs["interrupted"]:
+                raise KeyboardInterrupt
+            return curve
+
+        curve = pieces.frame(f"relearn-{name}", retrained)
         curves.append(curve.assign(method=name))
-        if curve.attrs["interrupted"]:
-            run.notes.append(f"interrupted while retraining {name}: what comes back of later methods is missing")
-            break
         for step, found in curve[curve["step"] > 0].set_index("step").iterrows():
             for end in ("", "_low", "_high"):
                 rows[name][f"recovery_{step}{end}"] = float(found[f"recovery{end}"])
@@ -153,41 +158,47 @@ def show(run: Run, topic: str) -> None:
 
 
 def score_edits(
-    model: LensModel, world: World, forgotten: list[str], edits: Mapping[str, Edit | None], fits: Mapping[str, Fit]
+    model: LensModel,
+    world: World,
+    forgotten: list[str],
+    edits: Mapping[str, Edit | None],
+    fits: Mapping[str, Fit],
+    pieces: Pieces,
 ) -> list[Mapping[str, Any]]:
-    """One row for each edit; None is the unedited model, which must come first."""
-    rows: list[Mapping[str, Any]] = []
-    for name, edit in edits.items():
-        if edit is None:
-            figures = score(model, world, forgotten)
-        else:
-            with edit.applied(model):
-                figures = score(model, world, forgotten)
-        untaught = float(rows[0]["untaught_accuracy"]) if rows else untaught_accuracy(model, world)
-        first = rows[0] if rows else figures
-        rows.append(
-            {
-                "method": name,
-                **figures,
-                "verdict": verdict(float(figures["forget_accuracy"]), untaught),
-                "untaught_accuracy": untaught,
-                "text_perplexity_ratio": float(figures["text_perplexity"]) / float(first["text_perplexity"]),
-                "seconds": float(fits[name].log["seconds"].iloc[-1]) if name in fits else 0.0,
-            }
-        )
-    return rows
+    """One row for each edit; None is the unedited model."""
+    untaught = float(pieces.once("untaught", lambda: {"accuracy": untaught_accuracy(model, world)})["accuracy"])
+
+    def scored(edit: Edit | None) -> dict[str, float | str]:
+        with edit_on(model, edit):
+            return score(model, world, forgotten)
+
+    figures = {name: pieces.once(f"score-{name}", partial(scored, edit)) for name, edit in edits.items()}
+    base = float(figures["unedited"]["text_perplexity"])
+    return [
+        {
+            "method": name,
+            **found,
+            "verdict": verdict(float(found["forget_accuracy"]), untaught),
+            "untaught_accuracy": untaught,
+            "text_perplexity_ratio": float(found["text_perplexity"]) / base,
+            "seconds": float(fits[name].log["seconds"].iloc[-1]) if name in fits else 0.0,
+        }
+        for name, found in figures.items()
+    ]
 
 
-def answers(model: LensModel, world: World, topic: str, edits: Mapping[str, Edit | None]) -> list[Mapping[str, Any]]:
+def answers(
+    model: LensModel, world: World, topic: str, edits: Mapping[str, Edit | None], pieces: Pieces
+) -> list[Mapping[str, Any]]:
     """Generated answers to two questions on the forgotten topic and one on each other topic."""
     chosen = world.select(topic)[:2] + [world.select(other, half=1)[0] for other in world.topics if other != topic]
     prompts = [fact.prompt(QUESTION) for fact in chosen]
     columns = {"question": prompts, "taught": [fact.value for fact in chosen]}
-    for name in ("unedited", "mrp", "rmu", "adaptive-rmu"):
-        edit = edits.get(name)
-        if edit is not None:
-            with edit.applied(model):
-                columns[name] = continuations(model, prompts, max_new_tokens=4)
-        elif name in edits:
-            columns[name] = continuations(model, prompts, max_new_tokens=4)
+
+    def written(edit: Edit | None) -> dict[str, list[str]]:
+        with edit_on(model, edit):
+            return {"answers": continuations(model, prompts, max_new_tokens=4)}
+
+    for name in ATTACKED:
+        columns[name] = pieces.once(f"answers-{name}", partial(written, edits[name]))["answers"]
     return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]

@@ -6,10 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from mrp_lens.case import Case, case_for
+from mrp_lens.cli.folder import stoppable
 from mrp_lens.cli.parsing import dtype_named, numbers, shard_of
 from mrp_lens.cli.show import Column, console, percent, show_table
+from mrp_lens.files import make_folder
 from mrp_lens.methods.steering import default_layer
 from mrp_lens.model import LensModel, load_model
+from mrp_lens.pieces import check_holds
 from mrp_lens.report import write_report
 from mrp_lens.runs import Run, rows_of
 from mrp_lens.sweep import Plan, default_coefficient, default_layers, sweep
@@ -85,17 +88,16 @@ def run_sweep(
     model_name = str(options["model"])
     case = case_for(model_name, options)
     parts = shard_of(shard)
+    check_holds(out, "sweep")
+    make_folder(out)
     console.print(f"Loading {model_name} ...")
     model = load_model(model_name, backend=backend, device=device, dtype=dtype_named(dtype))
     plan = grid.plan(model, case)
     run = Run(
         "sweep", {**options, **asdict(plan)}, plan.seeds[0], title=f"{model_name}: effects of each method by layer"
     )
-    try:
+    with stoppable(out):
         frame = sweep(model, case, plan, out, shard=parts)
-    except KeyboardInterrupt:
-        console.print(f"Interrupted. The points that are done stay in {out}; the same command goes on with the rest.")
-        raise SystemExit(130) from None
     if frame is None:
         console.print(f"Shard {shard} is done; other points of {out} are still missing.")
         return None

@@ -5,16 +5,18 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
 from mrp_lens import metrics
 from mrp_lens.case import Case, DataOptions, beginning
+from mrp_lens.cli.folder import begun
 from mrp_lens.cli.parsing import dtype_named, numbers
-from mrp_lens.cli.report import add_report
 from mrp_lens.cli.show import Column, console, percent, show_examples, show_table
-from mrp_lens.files import check_free
 from mrp_lens.generation import continuations
 from mrp_lens.looks import looks
 from mrp_lens.methods import METHODS, RIVALS, Distillation, Fit
-from mrp_lens.model import LensModel, load_model
+from mrp_lens.model import LensModel, identity_of, load_model
+from mrp_lens.report import write_report
 from mrp_lens.runs import Run
 
 EXAMPLES = 3
@@ -35,8 +37,7 @@ def run_unlearn(
     seed: int,
     overwrite: bool,
 ) -> Run:
-    """Fit, measure, print, write; returns the record."""
-    check_free(out, overwrite=overwrite)
+    """Fit, measure, print, write, as far as that has not been done; returns the record."""
     precision = dtype_named(dtype)
     fitter = make_method(method, layers, hyperparameters, released=released)
     case = data.case()
@@ -52,42 +53,63 @@ def run_unlearn(
     }
     about = ", ".join(corpus.name for corpus in case.forget)
     run = Run("unlearn", arguments, seed, title=f"{model_name}: forgetting {about} with {method}")
-    console.print(f"Loading {model_name} ...")
-    model = load_model(model_name, backend=backend, device=device, dtype=precision)
-    prompts = example_prompts(case)
-    before = measure(model, case)
-    written = continuations(model, prompts)
-    fit: Fit = fitter.fit(model, case.forget, case.retain, seed=seed)
-    if fit.interrupted:
-        run.notes.append(f"interrupted after {len(fit.log)} steps: the edit holds what was learned until then")
-    with fit.edit.applied(model):
-        after = measure(model, case)
-        rewritten = continuations(model, prompts)
-    base = before["text_perplexity"]
+    settings = {
+        "command": "unlearn",
+        "method": method,
+        "settings": asdict(fitter),
+        "data": case.fingerprints(),
+        "backend": backend,
+        "dtype": dtype,
+        "seed": seed,
+    }
+    with begun(out, settings, overwrite=overwrite) as pieces:
+        console.print(f"Loading {model_name} ...")
+        model = load_model(model_name, backend=backend, device=device, dtype=precision)
+        pieces.check_same("model", identity_of(model))
+        before = pieces.once("unedited", lambda: measured(model, case))
+        fit = Fit.once(out, lambda kept: fitter.fit(model, case.forget, case.retain, seed=seed, checkpoint=kept))
+        console.print(
+            f"The edit is in {out / 'edit'}; load it with mrp_lens.load_edit({str(out / 'edit')!r}). Measuring it ..."
+        )
+        with fit.edit.applied(model):
+            after = pieces.once("edited", lambda: measured(model, case))
+        report(run, case, method, fit, before, after)
+        run.write_into(out)
+        run.frames["training"] = fit.log
+        run.frames["accuracies"] = pd.DataFrame([dict(row) for row in run.rows])
+        directions = dict(zip([method], fit.directions.values(), strict=False))
+        run.frames |= looks(model, case, {"unedited": None, method: fit.edit}, directions, seed=seed, pieces=pieces)
+        run.write_into(out)
+        pieces.tidy()
+        console.print(f"Written to {out}: edit/, log.csv, table.csv, summary.json. The page: {write_report(out)}")
+    return run
+
+
+def report(run: Run, case: Case, method: str, fit: Fit, before: Mapping[str, Any], after: Mapping[str, Any]) -> None:
+    """Fill the record with what was measured, and print it."""
+    base = before["figures"]["text_perplexity"]
+    seconds = float(fit.log["seconds"].iloc[-1])
     run.rows = [
-        {"method": name, **figures, "text_perplexity_ratio": figures["text_perplexity"] / base, "seconds": seconds}
-        for name, figures, seconds in (("unedited", before, 0.0), (method, after, float(fit.log["seconds"].iloc[-1])))
+        {
+            "method": name,
+            **found["figures"],
+            "text_perplexity_ratio": found["figures"]["text_perplexity"] / base,
+            "seconds": spent,
+        }
+        for name, found, spent in (("unedited", before, 0.0), (method, after, seconds))
     ]
     run.examples = [
-        dict(prompt=p, unedited=a, **{method: b}) for p, a, b in zip(prompts, written, rewritten, strict=True)
+        dict(prompt=prompt, unedited=a, **{method: b})
+        for prompt, a, b in zip(example_prompts(case), before["examples"], after["examples"], strict=True)
     ]
-    show_table(f"Forgetting {about}", columns(before), run.rows, caption=CAPTION)
+    about = ", ".join(corpus.name for corpus in case.forget)
+    show_table(f"Forgetting {about}", columns(before["figures"]), run.rows, caption=CAPTION)
     show_examples(run.examples)
-    for note in run.notes:
-        console.print(note)
 
-    def save_fit(folder: Path) -> None:
-        fit.edit.save_pretrained(folder / "edit")
-        fit.log.to_csv(folder / "log.csv", index=False)
 
-    run.write(out, overwrite=overwrite, extras=[save_fit])
-    console.print(
-        f"Written to {out}: edit/, log.csv, table.csv, summary.json. Load it with mrp_lens.load_edit({str(out / 'edit')!r})."
-    )
-    run.frames["training"] = fit.log
-    edits, directions = {"unedited": None, method: fit.edit}, dict(zip([method], fit.directions.values(), strict=False))
-    add_report(run, out, lambda: looks(model, case, edits, directions, seed=seed))
-    return run
+def measured(model: LensModel, case: Case) -> dict[str, Any]:
+    """All figures of one row, and what the model writes."""
+    return {"figures": measure(model, case), "examples": continuations(model, example_prompts(case))}
 
 
 CAPTION = (

@@ -3,11 +3,16 @@
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+import pandas as pd
 
 from mrp_lens.corpus.chat import in_chat
-from mrp_lens.corpus.rows import Row, digest, evenly, file_rows, fill, hub_name, hub_rows, text
+from mrp_lens.corpus.rows import Row, digest, evenly, fill, rows_in, shown, text, words
 from mrp_lens.corpus.schemas import KNOWN, DocumentColumns, Schema, schema_named
+from mrp_lens.corpus.sources import file_rows, hub_name, hub_rows
+
+Kind = TypeVar("Kind")
 
 
 @dataclass(frozen=True)
@@ -16,6 +21,10 @@ class Document:
 
     prompt: str
     completion: str
+
+    def __post_init__(self) -> None:
+        for part in ("prompt", "completion"):
+            check_text(getattr(self, part), f"the {part} of a Document")
 
 
 @dataclass(frozen=True)
@@ -30,15 +39,28 @@ class Corpus:
     documents: tuple[Document, ...]
     name: str = "corpus"
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "documents", all_of(Document, self.documents, "Corpus"))
+
     @classmethod
     def from_texts(cls, texts: Iterable[str], *, name: str = "texts") -> "Corpus":
-        """Every string is one document and counts in the loss from its first to its last token."""
-        return cls(tuple(Document("", text) for text in texts), name)
+        """Every string is one document and counts in the loss from its first to its last token.
+
+        Raises:
+            TypeError: `texts` is one string, or an item is none (with its row).
+        """
+        if isinstance(texts, str | bytes):
+            raise TypeError(f"{name}: texts is one string, {shown(texts)}; write [text] for a corpus of one document")
+        documents = []
+        for number, item in enumerate(texts):
+            check_text(item, f"{name}, row {number}")
+            documents.append(Document("", item))
+        return cls(tuple(documents), name)
 
     @classmethod
     def from_rows(
         cls,
-        rows: Iterable[Row],
+        rows: Iterable[Row] | pd.DataFrame,
         *,
         field: str | None = None,
         prompt: str | None = None,
@@ -49,7 +71,7 @@ class Corpus:
         """One document a row.
 
         Args:
-            rows: mappings from column to value.
+            rows: mappings from column to value, a pandas DataFrame or a Dataset.
             field: the column that holds the text. None: `text`, or what the schema says.
             prompt, completion: instead, templates such as `prompt="Q: {question}\\nA:"`, `completion=" {answer}"` whose
                 braces name columns; the loss is then on the completion alone.
@@ -58,8 +80,9 @@ class Corpus:
             name: for logs and provenance.
 
         Raises:
-            ValueError: a column is missing (the columns there are get listed) or has no value, only one template is
-                given, a field as well as a template, or an unknown schema.
+            ValueError: a column is missing (the columns there are get listed) or has no value, or one that is neither
+                text nor a number, only one template is given, a field as well as a template, or an unknown schema.
+            TypeError: the rows are no table.
         """
         known = schema_named(schema)
         if known is not None and known.documents is None and field is None and completion is None:
@@ -68,7 +91,7 @@ class Corpus:
             return Questions.from_rows(rows, prompt=prompt, schema=known, name=name).right_answers()
         columns = _document_columns(field, prompt, completion, known)
         documents = []
-        for number, row in enumerate(rows):
+        for number, row in enumerate(rows_in(rows, name)):
             if known is None or known.keeps_row(row):
                 document = _document(row, number, columns, name)
                 if known is None or known.keeps_text(document.completion):
@@ -89,9 +112,13 @@ class Corpus:
         """Read .jsonl, .json, .csv, .tsv, .parquet or .txt (one document a line), or a folder that `save_to_disk` of
         `datasets` wrote; `split` picks one of a DatasetDict, the other arguments are as in `from_rows`.
 
+        Files of text are UTF-8. A cell of a .csv or .tsv file is the text that it is there (`007`, `0.50`, `NA`); an
+        empty one has no value.
+
         Raises:
             FileNotFoundError: there is no such file or folder.
-            ValueError: the ending is unknown, the file is empty, a split is missing, or as `from_rows`.
+            ValueError: the ending is unknown, the file is empty or damaged (with the line), a split is missing, or as
+                `from_rows`.
         """
         rows, name = file_rows(path, split), Path(path).stem
         return cls.from_rows(rows, field=field, prompt=prompt, completion=completion, schema=schema, name=name)
@@ -157,6 +184,38 @@ class Corpus:
 
     def __len__(self) -> int:
         return len(self.documents)
+
+
+def check_text(value: object, what: str) -> None:
+    """Refuse what is no text.
+
+    Raises:
+        TypeError: it is no string.
+        ValueError: it holds half a character.
+    """
+    if not isinstance(value, str):
+        raise TypeError(f"{what} is {shown(value)}, of type {type(value).__name__}, not a string")
+    try:
+        words(value)
+    except ValueError as error:
+        raise ValueError(f"{what} {error}") from error
+
+
+def all_of(kind: type[Kind], items: Iterable[Kind], what: str) -> tuple[Kind, ...]:
+    """The items as a tuple.
+
+    Raises:
+        TypeError: they are no collection, or one is of another kind (with its place).
+    """
+    if isinstance(items, str | bytes | kind) or not isinstance(items, Iterable):
+        raise TypeError(f"a {what} is made of several {kind.__name__} objects, got {shown(items)}")
+    several = tuple(items)
+    for place, item in enumerate(several):
+        if not isinstance(item, kind):
+            raise TypeError(
+                f"item {place} of a {what} must be a {kind.__name__}, got {shown(item)}; see {what}.from_rows"
+            )
+    return several
 
 
 def _document_columns(

@@ -4,14 +4,18 @@ import random
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+import pandas as pd
+
 from mrp_lens.corpus.answers import AmbiguousAnswerError, choices_of, right_choice
 from mrp_lens.corpus.chat import in_chat
-from mrp_lens.corpus.documents import Corpus, Document
-from mrp_lens.corpus.rows import Row, column, digest, evenly, file_rows, fill, hub_name, hub_rows, text
+from mrp_lens.corpus.documents import Corpus, Document, all_of, check_text
+from mrp_lens.corpus.rows import Row, Untyped, column, digest, evenly, fill, label, rows_in, shown
 from mrp_lens.corpus.schemas import KNOWN, QuestionColumns, Schema, schema_named
+from mrp_lens.corpus.sources import file_rows, hub_name, hub_rows
 
 Half = Literal["question", "entity"]
 
@@ -26,6 +30,21 @@ class Question:
     group: str = ""
     entity: str = ""
 
+    def __post_init__(self) -> None:
+        choices: Any = self.choices
+        answer: Any = self.answer
+        if isinstance(choices, str) or not isinstance(choices, Sequence):
+            raise TypeError(f"the choices of a Question must be several strings, got {shown(choices)}")
+        texts = {"prompt": self.prompt, "group": self.group, "entity": self.entity}
+        for part, value in [*texts.items(), *(("choice", choice) for choice in choices)]:
+            check_text(value, f"the {part} of a Question")
+        if isinstance(answer, bool) or not isinstance(answer, Integral):
+            raise TypeError(f"the answer of a Question must be the index of a choice, got {shown(answer)}")
+        if not 0 <= int(answer) < len(choices):
+            raise ValueError(f"the answer of a Question must be an index below {len(choices)}, got {answer}")
+        object.__setattr__(self, "choices", tuple(choices))
+        object.__setattr__(self, "answer", int(answer))
+
 
 @dataclass(frozen=True)
 class Questions:
@@ -34,10 +53,13 @@ class Questions:
     questions: tuple[Question, ...]
     name: str = "questions"
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "questions", all_of(Question, self.questions, "Questions"))
+
     @classmethod
     def from_rows(
         cls,
-        rows: Iterable[Row],
+        rows: Iterable[Row] | pd.DataFrame,
         *,
         prompt: str | None = None,
         choices: str | Sequence[str] | None = None,
@@ -50,14 +72,15 @@ class Questions:
         """One question a row.
 
         Args:
-            rows: mappings from column to value.
+            rows: mappings from column to value, a pandas DataFrame or a Dataset.
             prompt: template whose braces name columns. None: `{question}`, or what the schema says.
             choices: a column holding a list, or several columns holding one choice or a list of them each; 2 to 10 in
                 all. A choice is joined to the prompt by one space unless it starts with white space already. None:
                 `choices`, or what the schema says.
             answer: column with the right choice: its text, its letter (`B`, `b`, `B.`, `(B)`), or its index from 0, as
                 an int or as digits. A string that is the text of a choice is taken as that, then as a letter, then as
-                an index. None: `answer`, or what the schema says.
+                an index; in a .csv or .tsv file, which does not tell texts from numbers, digits that may be meant as
+                either are refused. None: `answer`, or what the schema says.
             group: column by which `metrics.accuracy` reports separately, such as a topic.
             entity: column that says whom or what the question is about; `halves(by="entity")` never parts these.
             schema: a known data set whose rows these are, such as `cais/wmdp`; the arguments above override it.
@@ -78,7 +101,7 @@ class Questions:
         overrides: dict[str, Any] = {option: value for option, value in given.items() if value is not None}
         kinds = [replace(kind, **overrides) for kind in (known.questions if known else ()) or (QuestionColumns(),)]
         columns, questions, ambiguous = None, [], 0
-        for number, row in enumerate(rows):
+        for number, row in enumerate(rows_in(rows, name)):
             columns = columns or next((kind for kind in kinds if kind.needed <= row.keys()), kinds[0])
             if known is not None and not known.keeps_row(row):
                 continue
@@ -183,7 +206,10 @@ class Questions:
     @property
     def fingerprint(self) -> str:
         """SHA-256 of the questions, for provenance."""
-        return digest([[q.prompt, list(q.choices), q.answer, q.group] for q in self.questions])
+        # Without an entity as in version 0.1, so that its records still name their data.
+        return digest(
+            [[q.prompt, list(q.choices), q.answer, q.group] + [q.entity] * bool(q.entity) for q in self.questions]
+        )
 
     def __len__(self) -> int:
         return len(self.questions)
@@ -192,8 +218,8 @@ class Questions:
 def _question(row: Row, number: int, columns: QuestionColumns, name: str) -> Question:
     choices = choices_of(row, columns.choices, number, name)
     given = column(row, columns.answer, number, name)
-    index = right_choice(given, choices, number, name)
+    index = right_choice(given, choices, number, name, typed=not isinstance(row, Untyped))
     options = [str(choice) for choice in choices]
     spaced = tuple(option if option[:1].isspace() else f" {option}" for option in options)
-    group, entity = ("" if it is None else text(row, it, number, name) for it in (columns.group, columns.entity))
+    group, entity = ("" if it is None else label(row, it, number, name) for it in (columns.group, columns.entity))
     return Question(fill(columns.prompt, row, number, name), spaced, index, group, entity)

@@ -1,61 +1,44 @@
-"""Rows of tables: reading them from files, from folders that `datasets` saved and from the Hub; columns and templates."""
+"""Rows of tables: their columns as text, templates of columns, and tables of other libraries as rows."""
 
 import hashlib
 import json
+import math
+import re
+import reprlib
 import string
-from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from decimal import Decimal
+from numbers import Real
 from typing import Any, TypeVar
 
-from mrp_lens.corpus.schemas import KNOWN, Schema, template_fields
+import numpy as np
+import pandas as pd
+
+from mrp_lens.corpus.schemas import template_fields
 
 Row = Mapping[str, Any]
 Item = TypeVar("Item")
 
-LOADERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".txt": "text", ".parquet": "parquet"}
+MOST_LISTED = 20
+
+SURROGATE = re.compile("[\ud800-\udfff]")
+
+_short = reprlib.Repr()
+_short.maxlist = _short.maxtuple = 10
+_short.maxstring = _short.maxother = 80
+shown = _short.repr  # a value in a message: on one line, however long or deep it is
 
 
-def file_rows(path: str | Path, split: str | None) -> Iterable[Row]:
-    """The rows of a file, or of a folder written by `save_to_disk`.
-
-    Raises:
-        FileNotFoundError: there is neither.
-        ValueError: nothing is in it, its ending is unknown, its content is not what the ending says, or `split` is
-            missing or superfluous.
-    """
-    source = Path(path)
-    if source.is_dir():
-        rows = _saved(source, split)
-    elif split is not None:
-        raise ValueError(
-            f"{source.name} is to be one file, which has no split {split!r}; split= is for a folder written by DatasetDict.save_to_disk"
-        )
-    else:
-        rows = _file(source)
-    if not len(rows):
-        raise ValueError(f"{source} is empty; it must hold at least one document or question")
-    return rows
+def listing(names: Iterable[object]) -> str:
+    """Names in a message, which a damaged file can make long and many."""
+    several = list(names)
+    more = f" and {len(several) - MOST_LISTED} more" if len(several) > MOST_LISTED else ""
+    return ", ".join(map(shown, several[:MOST_LISTED])) + more
 
 
-def hub_rows(path: str, config: str | None, split: str, schema: Schema | None) -> Iterable[Row]:
-    """The rows of a data set of the Hub.
-
-    Raises:
-        ValueError: the data set has several configurations and none is named.
-    """
-    from datasets import load_dataset
-
-    if schema is not None:
-        config = config or schema.config
-        if config is None and schema.configs:
-            raise ValueError(f"{path} has several configurations; give config= one of {', '.join(schema.configs)}")
-    source = KNOWN[path].path if path in KNOWN else path
-    return _undecoded(load_dataset(source, config, split=split))
-
-
-def hub_name(path: str, config: str | None) -> str:
-    """What a data set of the Hub is called in logs: two configurations of one are two corpora."""
-    return path if config is None else f"{path}:{config}"
+class Untyped(dict[str, Any]):
+    """A row of a file that does not tell numbers from texts, such as .csv: all values are text, or None."""
 
 
 def column(row: Row, field: str, number: int, name: str) -> Any:
@@ -65,7 +48,7 @@ def column(row: Row, field: str, number: int, name: str) -> Any:
         ValueError: the row has no such column (those that it has get listed).
     """
     if field not in row:
-        raise ValueError(f"{name}, row {number}: no field {field!r}; the row has {', '.join(map(repr, row))}")
+        raise ValueError(f"{name}, row {number}: no field {field!r}; the row has {listing(row)}")
     return row[field]
 
 
@@ -73,19 +56,51 @@ def text(row: Row, field: str, number: int, name: str) -> str:
     """The value of a column as text.
 
     Raises:
-        ValueError: as `column`, or the value is missing.
+        ValueError: as `column`, or the value is missing, or neither text nor a finite number.
     """
     value = column(row, field, number, name)
-    if value is None:
-        raise ValueError(f"{name}, row {number}: field {field!r} has no value; leave the row out or fill it in")
+    try:
+        return words(value)
+    except ValueError as error:
+        raise ValueError(f"{name}, row {number}: field {field!r} {error}") from error
+
+
+def label(row: Row, field: str, number: int, name: str) -> str:
+    """The value of a column that only tells rows apart, which may also be True or False; else as `text`."""
+    value = column(row, field, number, name)
+    return str(value) if isinstance(value, bool | np.bool_) else text(row, field, number, name)
+
+
+def words(value: object) -> str:
+    """A text, or a number as it is written.
+
+    Raises:
+        ValueError: the value is missing, something else, not finite, or text that cannot be encoded; the message
+            goes on after the name of the value.
+    """
+    if isinstance(value, str):
+        if not value.isascii() and (found := SURROGATE.search(value)):
+            raise ValueError(f"holds half a character, {found[0]!r}, and cannot be encoded; write the whole character")
+        return str(value)
+    if missing(value):
+        raise ValueError("has no value; leave the row out or fill it in")
+    if isinstance(value, bool | np.bool_) or not isinstance(value, Real | Decimal):
+        raise ValueError(f"is {shown(value)}, of type {type(value).__name__}; it must be text or a number")
+    if not math.isfinite(value):
+        raise ValueError(f"is {value}; a number must be finite")
     return str(value)
+
+
+def missing(value: object) -> bool:
+    """Whether this is None, NaN, or what pandas has in their place."""
+    return value is None or value is pd.NA or value is pd.NaT or (isinstance(value, Real) and math.isnan(value))
 
 
 def fill(template: str, row: Row, number: int, name: str) -> str:
     """The template with columns in place of their names.
 
     Raises:
-        ValueError: as `text`, or a brace has no partner.
+        ValueError: as `text`, or as `template_fields`.
     """
     values = [text(row, field, number, name) for field in template_fields(template)]
     parts = [
@@ -95,99 +110,64 @@ def fill(template: str, row: Row, number: int, name: str) -> str:
     return "".join(parts)
 
 
+def rows_in(table: Any, name: str) -> Iterator[Row]:
+    """The rows of a list of mappings, of a pandas DataFrame or of a Dataset.
+
+    Raises:
+        ValueError: it is a DatasetDict, whose splits get listed, or two columns have one name.
+        TypeError: it is nothing of the kind, or one of its rows is no mapping from column to value.
+    """
+    if isinstance(table, pd.DataFrame):
+        yield from _frame_rows(table, name)
+        return
+    datasets = sys.modules.get("datasets")  # without it nobody can have made an object of it
+    if datasets is not None and isinstance(table, datasets.DatasetDict | datasets.IterableDatasetDict):
+        raise ValueError(
+            f"{name}: a {type(table).__name__} is several tables; give one of its splits {', '.join(table)}, as in from_rows(data[split])"
+        )
+    if datasets is not None and isinstance(table, datasets.Dataset) and table.format["type"] != "custom":
+        from mrp_lens.corpus.arrow_files import dataset_rows
+
+        yield from dataset_rows(table)
+        return
+    if isinstance(table, str | bytes | Mapping) or not isinstance(table, Iterable):
+        raise TypeError(
+            f"{name}: rows must be a list of mappings, a DataFrame or a Dataset, got {shown(table)}, of type {type(table).__name__}"
+        )
+    for number, row in enumerate(table):
+        if isinstance(row, Mapping):
+            yield row
+        elif hasattr(row, "keys") and hasattr(row, "__getitem__"):  # rows of pandas or of a database
+            yield {key: row[key] for key in row.keys()}  # noqa: SIM118
+        else:
+            raise TypeError(
+                f"{name}, row {number} is {shown(row)} of type {type(row).__name__}, not a mapping from column to value"
+            )
+
+
+def _frame_rows(frame: pd.DataFrame, name: str) -> Iterator[Row]:
+    names = unique(list(frame.columns), name)
+    # Of arrays, not of the frame: that would make doubles of its single-precision numbers, with other digits.
+    columns = [frame.iloc[:, place].array for place in range(frame.shape[1])]
+    for values in zip(*columns, strict=True):
+        yield dict(zip(names, values, strict=True))
+
+
+def unique(names: Sequence[Any], where: str) -> list[Any]:
+    """The names of columns.
+
+    Raises:
+        ValueError: one occurs twice.
+    """
+    if len(set(names)) < len(names):
+        double = next(name for place, name in enumerate(names) if name in names[:place])
+        raise ValueError(f"{where}: two columns are named {shown(double)}; rename one of them")
+    return list(names)
+
+
 def digest(content: object) -> str:
     """SHA-256 of anything that JSON can hold."""
     return hashlib.sha256(json.dumps(content, ensure_ascii=False).encode()).hexdigest()
-
-
-def _file(file: Path) -> list[Row]:
-    if not file.is_file():
-        raise FileNotFoundError(f"no file at {file}; for a data set of the Hub use from_hub")
-    if file.suffix not in LOADERS:
-        raise ValueError(
-            f"{file.name}: unknown ending {file.suffix!r}; known are {', '.join(LOADERS)}, and folders written by save_to_disk"
-        )
-    if file.stat().st_size == 0:
-        return []
-    if file.suffix in (".txt", ".jsonl"):
-        # Not str.splitlines: it also breaks at characters such as U+2028, which a line of JSON may hold.
-        with file.open(encoding="utf-8-sig") as lines:
-            filled = [(number, line.rstrip("\r\n")) for number, line in enumerate(lines, 1) if line.strip()]
-        if file.suffix == ".txt":
-            return [{"text": line} for _, line in filled]
-        return [_json_row(line, number, file) for number, line in filled]
-    return _loaded(file)
-
-
-def _json_row(line: str, number: int, file: Path) -> Row:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(
-            f"{file}, line {number} is not JSON ({error}); a .jsonl file holds one object a line"
-        ) from error
-    if not isinstance(row, dict):
-        raise ValueError(f'{file}, line {number} is not an object but {line[:40]!r}; write {{"text": ...}}')
-    return row
-
-
-def _loaded(file: Path) -> list[Row]:
-    import tempfile
-
-    from datasets import load_dataset
-    from datasets.exceptions import DatasetGenerationError
-
-    options = {"sep": "\t"} if file.suffix == ".tsv" else {}
-    with tempfile.TemporaryDirectory() as cache:
-        try:
-            rows = load_dataset(
-                LOADERS[file.suffix],
-                data_files=str(file),
-                split="train",
-                cache_dir=cache,
-                keep_in_memory=True,
-                **options,
-            )
-        except DatasetGenerationError as error:
-            raise ValueError(f"{file} cannot be read as {file.suffix}: {error.__cause__ or error}") from error
-        except ValueError as error:
-            if "corresponds to no data" in str(error):  # what `datasets` says of a header without rows
-                return []
-            raise
-        return list(rows)
-
-
-def _saved(folder: Path, split: str | None) -> Any:
-    from datasets import DatasetDict, load_from_disk
-
-    try:
-        saved = load_from_disk(str(folder))
-    except IndexError:  # what `datasets` raises for a data set saved without rows
-        return []
-    except FileNotFoundError as error:
-        raise ValueError(
-            f"{folder} is a folder, but not one that Dataset.save_to_disk or DatasetDict.save_to_disk wrote; name a file in it"
-        ) from error
-    if not isinstance(saved, DatasetDict):
-        if split is not None:
-            raise ValueError(f"{folder} holds a single Dataset, which has no split {split!r}; leave split= out")
-        return _undecoded(saved)
-    if split not in saved:
-        asked = "" if split is None else f", not {split!r}"
-        raise ValueError(
-            f"{folder} holds the splits {', '.join(saved)}{asked}; give split= one of them, or the folder of one: {folder / next(iter(saved), '')}"
-        )
-    return _undecoded(saved[split])
-
-
-def _undecoded(rows: Any) -> Any:
-    """The data set with pictures left as bytes: nothing here looks at one, and decoding takes time and Pillow."""
-    from datasets import Image
-
-    for name, feature in rows.features.items():
-        if isinstance(feature, Image):
-            rows = rows.cast_column(name, Image(decode=False))
-    return rows
 
 
 def evenly(items: Sequence[Item], limit: int | None) -> list[Item]:

@@ -139,13 +139,20 @@ def schema_named(schema: str | Schema | None) -> Schema | None:
 
 
 def template_fields(template: str) -> list[str]:
-    """The columns that a template names.
+    """The columns that a template names. What stands in braces is a name and nothing else: no attribute is looked up.
 
     Raises:
-        ValueError: a brace has no partner.
+        ValueError: a brace has no partner or holds no name, or a conversion or format follows the name.
     """
     try:
-        return [field for _, field, _, _ in string.Formatter().parse(template) if field is not None]
+        fields = []
+        for _, field, form, conversion in string.Formatter().parse(template):
+            if field is None:
+                continue
+            if not field or form or conversion:
+                raise ValueError("braces hold the name of a column and nothing else, no index, !conversion or :format")
+            fields.append(field)
+        return fields
     except ValueError as error:
         raise ValueError(
             f"template {template!r}: {error}; a brace that is part of the text is written twice"

@@ -5,18 +5,60 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
+from types import TracebackType
 from typing import Any
-from weakref import WeakKeyDictionary
 
+import torch
 from torch import Tensor
 
 from mrp_lens.model import LensModel, check_same_model
+from mrp_lens.model.edits_on import On, entries_on, putting_on, take_off
+from mrp_lens.model.exclusive import exclusive
 
 Undo = Callable[[], bool]
 """Takes an edit off again; False if somebody had removed a part of it before."""
 
-# model -> id of the edit -> the edit (kept alive) and how to take it off again
-_attached: WeakKeyDictionary[Any, dict[int, tuple["Edit", Undo]]] = WeakKeyDictionary()
+
+class Attached:
+    """An edit that is on, until `detach`. Also a context manager, which takes it off at the end of the block."""
+
+    def __init__(self, model: Any, entry: On) -> None:
+        self._model, self._entry = model, entry
+
+    def detach(self, *, discard: bool = False) -> None:
+        """Take the edit off: the model computes what it did before, bit for bit.
+
+        Args:
+            discard: overwrite matrices that somebody else has changed meanwhile.
+
+        Warns:
+            UserWarning: the edit was not as it had been left: its hooks were gone, for example.
+
+        Raises:
+            ValueError: it was taken off already, or a matrix that it had written was changed by somebody else.
+        """
+        if not self.on:
+            raise ValueError("this edit was detached already")
+        _detach(self._model, self._entry, discard=discard)
+
+    @property
+    def on(self) -> bool:
+        """Whether the edit is still on."""
+        return self._entry in entries_on(self._model)
+
+    def __enter__(self) -> "Attached":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.on and error is not None:
+            take_off(self._model, self._entry, discard=True)  # a warning or a refusal would hide the error
+        elif self.on:
+            _detach(self._model, self._entry, discard=True)
+
+    def __repr__(self) -> str:
+        return f"Attached({self._entry.edit!r}, on={self.on})"
 
 
 class Edit(ABC):
@@ -40,8 +82,17 @@ class Edit(ABC):
         return (self,)
 
     @abstractmethod
+    def _put_on(self, model: LensModel, entry: On, *, check: bool) -> None:
+        """Put the edit on and note each change as it is made; may raise at any point."""
+
     def install(self, model: LensModel, *, check: bool = True) -> Undo:
-        """Put the edit on and return how to take it off; nothing is changed if this raises."""
+        """Put the edit on and return how to take it off; nothing is changed if this raises.
+
+        Raises:
+            ValueError: as `applied`.
+        """
+        entry = self.attach(model, check=check)._entry
+        return lambda: not take_off(model, entry, discard=True)
 
     @abstractmethod
     def to_parts(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -64,49 +115,60 @@ class Edit(ABC):
             model: HookedTransformer or TransformerBridge.
             check: refuse a model other than the one the edit was made for.
 
+        Warns:
+            UserWarning: matrices that it had written, or its hooks, were changed inside; that is overwritten.
+
         Raises:
-            ValueError: the model lacks a hook or tensor, has another width, or is not the edit's.
+            ValueError: the model lacks a hook or tensor, has another width, or is not the edit's; the edit or a part of it is
+                on already; another thread uses the model.
 
         Example:
             >>> with edit.applied(model):  # doctest: +SKIP
             ...     model.generate("Question: ...")
         """
-        undo = self.install(model, check=check)
-        try:
-            yield model
-        finally:
-            undo()
+        with exclusive(model):
+            handle = self.attach(model, check=check)
+            with handle:
+                yield model
 
-    def attach(self, model: LensModel, *, check: bool = True) -> None:
+    def attach(self, model: LensModel, *, check: bool = True) -> Attached:
         """Apply the edit until `detach`, for notebook cells. Survives `model.reset_hooks()`.
 
-        Raises:
-            ValueError: it is attached to this model already, or as `applied`.
-        """
-        mine = _attached.setdefault(model, {})
-        if id(self) in mine:
-            raise ValueError("this edit is attached to this model already; detach it first")
-        mine[id(self)] = (self, self.install(model, check=check))
+        A `copy.deepcopy` of the model carries the edit too, and `edit.detach(copy)` takes it off there.
 
-    def detach(self, model: LensModel) -> None:
-        """Take the edit off again.
+        Returns:
+            The handle: `.detach()` takes the edit off, and so does the end of a `with` block.
+
+        Raises:
+            ValueError: as `applied`.
+
+        Example:
+            >>> handle = edit.attach(model)  # doctest: +SKIP
+            >>> handle.detach()  # doctest: +SKIP
+        """
+        with putting_on(model, self) as entry:
+            for part in self.parts:
+                part._put_on(model, entry, check=check)
+        return Attached(model, entry)
+
+    def detach(self, model: Any, *, discard: bool = False) -> None:
+        """Take the edit off again, whatever else was put on before or since.
+
+        Args:
+            model: what it was attached to, a plain Hugging Face model included.
+            discard: overwrite matrices that somebody else has changed meanwhile.
 
         Warns:
             UserWarning: its hooks were gone already (`reset_hooks(including_permanent=True)`).
 
         Raises:
-            ValueError: it is not attached to this model.
+            ValueError: it is not attached to this model, or a matrix that it had written was changed by somebody else;
+                nothing is changed then.
         """
-        entry = _attached.get(model, {}).pop(id(self), None)
+        entry = next((entry for entry in entries_on(model) if entry.edit == self), None)
         if entry is None:
             raise ValueError("this edit is not attached to this model")
-        if not entry[1]():
-            warnings.warn(
-                "some hooks of this edit had been removed before detach, by reset_hooks(including_permanent=True) perhaps: "
-                "what ran in between ran without them",
-                UserWarning,
-                stacklevel=2,
-            )
+        _detach(model, entry, discard=discard)
 
     def __add__(self, other: "Edit") -> "Edit":
         """Both edits. Projections join (order does not matter); weight edits are applied in the order given."""
@@ -140,6 +202,18 @@ class Edit(ABC):
 
         save_edit(self, path, overwrite=overwrite)
 
+    def __eq__(self, other: object) -> bool:
+        """Whether both do the same, however they came about."""
+        if self is other:
+            return True
+        if not isinstance(other, Edit) or type(self) is not type(other):
+            return NotImplemented
+        (settings, tensors), (others, other_tensors) = self.to_parts(), other.to_parts()
+        return settings == others and _equal(tensors, other_tensors)
+
+    def __hash__(self) -> int:
+        return hash((self.kind, self.layers))
+
     def _check_model(self, model: LensModel, check: bool) -> None:
         if check and "model" in self.provenance:
             check_same_model(model, self.provenance["model"])
@@ -148,6 +222,18 @@ class Edit(ABC):
 def edit_on(model: LensModel, edit: Edit | None) -> AbstractContextManager[Any]:
     """`edit.applied(model)`, or nothing where the edit is None: the unedited model."""
     return nullcontext(model) if edit is None else edit.applied(model)
+
+
+def _detach(model: Any, entry: On, *, discard: bool) -> None:
+    for problem in take_off(model, entry, discard=discard):
+        warnings.warn(problem, UserWarning, stacklevel=3)
+
+
+def _equal(tensors: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> bool:
+    return tensors.keys() == others.keys() and all(
+        tensor.dtype == others[name].dtype and torch.equal(tensor.cpu(), others[name].cpu())
+        for name, tensor in tensors.items()
+    )
 
 
 def check_width(model: LensModel, d_model: int, what: str) -> None:

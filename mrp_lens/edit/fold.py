@@ -22,8 +22,9 @@ from mrp_lens.model import (
     restored,
     weights_by_name,
 )
+from mrp_lens.model.edits_on import entries_on
 from mrp_lens.model.layout import LAYOUTS, Layout
-from mrp_lens.stream import frozen, layer_of, site_of
+from mrp_lens.stream import check_hook_names, frozen, layer_of, site_of
 from mrp_lens.subspace import Subspace
 
 PROBE = (4, 16)  # rows and tokens of the random input on which weights and hooks are compared
@@ -56,6 +57,10 @@ def folded(model: LensModel, edit: Edit) -> Iterator[list[torch.nn.Parameter]]:
 
 def merge_(model: LensModel, edit: Edit) -> None:
     """See `Edit.merge_`."""
+    if entries_on(model):
+        raise ValueError(
+            f"an edit is on this model and would be merged or lost with it ({entries_on(model)[0].edit!r}); take it off first: edit.detach(model)"
+        )
     with folded(model, edit) as written:
         learned = [(parameter, parameter.detach().clone()) for parameter in written]
     with torch.no_grad():
@@ -94,14 +99,19 @@ def _written_by(model: LensModel, edit: Edit) -> list[torch.nn.Parameter]:
         reason = reason or f"whether that is exact in this architecture cannot be told in {dtype}"
     parts = edit.parts if reason is None else ()
     hooks = [hook for part in parts if isinstance(part, ProjectionEdit) for hook in part.hook_names]
+    check_hook_names(model, hooks)
+    missing = next((hook for hook in hooks if not _writers(model, hook)), None)
+    if missing is not None:
+        reason = f"behind {missing} there is no single matrix (a mixture of experts, perhaps)"
     projected = [parameter for hook in hooks for parameter, _ in _writers(model, hook)]
     if {id(parameter) for parameter in projected} & {id(parameter) for parameter in model.unembed.parameters()}:
         reason = "the embeddings that would be changed are tied to the unembedding"
     if reason is not None:
         raise ValueError(f"this edit cannot be written into weights: {reason}. Keep the edit as hooks")
-    known = weights_by_name(model)
-    names = [name for part in parts if isinstance(part, WeightEdit) for name in part.tensors if name in known]
-    return list({id(p): p for p in [*projected, *(known[name].parameter for name in names)]}.values())
+    names = [name for part in parts if isinstance(part, WeightEdit) for name in part.tensors]
+    known = weights_by_name(model) if names else {}
+    written = [known[name].parameter for name in names if name in known]
+    return list({id(p): p for p in [*projected, *written]}.values())
 
 
 def _write(model: LensModel, edit: Edit) -> None:
@@ -118,7 +128,8 @@ def _write(model: LensModel, edit: Edit) -> None:
             for hook, subspace in part.subspaces().items():
                 _project(_writers(model, hook), subspace)
         else:
-            part.install(model)
+            assert isinstance(part, WeightEdit)
+            part.write_over(model)
     off = float((_logits(model) - wanted).abs().max() / wanted.std())
     if not off <= ALLOWED.get(dtype_of(model), ALLOWED_COARSE):
         raise ValueError(
@@ -136,8 +147,8 @@ def _project(writers: list[tuple[torch.nn.Parameter, int]], subspace: Subspace) 
 
 
 def _writers(model: LensModel, hook: str) -> list[tuple[torch.nn.Parameter, int]]:
-    """The tensors whose sum of outputs is what the hook sees, each with its axis of the stream; for hooks that
-    `why_not_foldable` lets pass."""
+    """The tensors whose sum of outputs is what the hook sees, each with its axis of the stream; none where there are several
+    matrices. For hooks that `why_not_foldable` lets pass."""
     layer, site = layer_of(hook), site_of(hook)
     if site == "resid_pre" and layer == 0:
         embeddings = [getattr(model, name, None) for name in ("embed", "pos_embed")]
@@ -145,8 +156,12 @@ def _writers(model: LensModel, hook: str) -> list[tuple[torch.nn.Parameter, int]
     part, output, matrix, bias = OUTPUTS[site]
     component: Any = getattr(model.blocks[layer], part)
     if not is_bridge(model):
-        return [(getattr(component, matrix), -1), (getattr(component, bias), -1)]
-    module = getattr(component, output).original_component
+        tensors = [getattr(component, name, None) for name in (matrix, bias)]
+        found = [(tensor, -1) for tensor in tensors if tensor is not None]
+        return found if len(found) == len(tensors) else []
+    module = getattr(getattr(component, output, None), "original_component", None)
+    if not isinstance(module, torch.nn.Module):
+        return []
     axis = 0 if isinstance(module, torch.nn.Linear) else -1  # GPT-2's Conv1D is [in, out]
     return [(parameter, axis if parameter.ndim == 2 else 0) for parameter in module.parameters()]
 

@@ -2,18 +2,16 @@
 
 from collections.abc import Mapping
 from typing import Any
-from weakref import WeakSet
 
 from torch import Tensor
 from typing_extensions import override
 
-from mrp_lens.edit.base import Edit, Undo, check_width
+from mrp_lens.edit.base import Edit, check_width
+from mrp_lens.edit.folder import field
 from mrp_lens.model import LensModel, device_of
-from mrp_lens.stream import HookFunction, add_hooks, check_hook_names, layer_of, remove_hooks
+from mrp_lens.model.edits_on import On, entries_on
+from mrp_lens.stream import HookFunction, add_hooks, check_hook_names, layer_of, place_in_block
 from mrp_lens.subspace import Subspace
-
-# Hook points that a projection sits on now; a second one there would multiply instead of join.
-_occupied: WeakSet[Any] = WeakSet()
 
 
 class ProjectionEdit(Edit):
@@ -142,29 +140,27 @@ class ProjectionEdit(Edit):
         return ProjectionEdit.from_requests(requests, provenance=merged if mine or theirs else {})
 
     @override
-    def install(self, model: LensModel, *, check: bool = True) -> Undo:
+    def _put_on(self, model: LensModel, entry: On, *, check: bool) -> None:
         check_hook_names(model, self._joined)
         check_width(model, next(iter(self._joined.values())).d_model, "the projection")
         self._check_model(model, check)
-        known = model.hook_dict
-        points = [known[name] for name in self._joined]
-        if any(point in _occupied for point in points):
+        points = [model.hook_dict[name] for name in self._joined]
+        if len(set(points)) < len(points):
+            raise ValueError(
+                f"some of {', '.join(self._joined)} are names of one hook, and two projections after one another do not remove both subspaces; "
+                "give both subspaces under one name"
+            )
+        if any(point in other.places for other in entries_on(model) for point in points):
             raise ValueError(
                 "another projection is on at one of these hooks; two projections after one another do not remove both subspaces. "
                 "Join them: (edit_a + edit_b).applied(model)"
             )
+        entry.places += points
         device = device_of(model)
-        handles = add_hooks(
-            model, [(name, projection_hook(subspace.to(device))) for name, subspace in self._joined.items()]
-        )
-        _occupied.update(points)
-
-        def undo() -> bool:
-            for point in points:
-                _occupied.discard(point)
-            return remove_hooks(handles)
-
-        return undo
+        hooks = [
+            (name, projection_hook(self._joined[name].to(device))) for name in sorted(self._joined, key=place_in_block)
+        ]
+        entry.hooks += add_hooks(model, hooks)
 
     @override
     def to_parts(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -180,14 +176,21 @@ class ProjectionEdit(Edit):
     @classmethod
     @override
     def from_parts(cls, settings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> "ProjectionEdit":
-        requests: dict[str, dict[str, Subspace]] = {name: {} for name in settings["requests"]}
-        for entry in settings["hooks"]:
-            basis = tensors[entry["tensor"]]
-            if basis.ndim != 2 or basis.shape[0] != entry["rank"]:
+        requests: dict[str, dict[str, Subspace]] = {}
+        for request in field(settings, "requests", list):
+            if not isinstance(request, str) or request in requests:
+                raise ValueError(f"requests must be different names, got {request!r}")
+            requests[request] = {}
+        for entry in field(settings, "hooks", list):
+            request, hook, tensor = (field(entry, name, str) for name in ("request", "hook", "tensor"))
+            if request not in requests or hook in requests[request]:
+                raise ValueError(f"{hook!r} belongs to no request, or stands twice in {request!r}")
+            basis = tensors[tensor]
+            if basis.ndim != 2 or basis.shape[0] != field(entry, "rank", int):
                 raise ValueError(
-                    f"{entry['tensor']} has shape {list(basis.shape)}, the configuration says rank {entry['rank']}"
+                    f"{tensor!r} has shape {list(basis.shape)}, the configuration says rank {entry['rank']}"
                 )
-            requests[entry["request"]][entry["hook"]] = Subspace(basis)
+            requests[request][hook] = Subspace(basis)
         return cls.from_requests(requests)
 
     def _check_known(self, request: str) -> None:

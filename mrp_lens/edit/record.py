@@ -1,9 +1,13 @@
 """What an edit's provenance says of how it was made."""
 
+import hashlib
+import json
 from collections.abc import Iterator, Mapping
 from copy import copy
 from pathlib import Path
 from typing import Any
+
+from safetensors.torch import save
 
 from mrp_lens.edit.base import Edit
 from mrp_lens.edit.stack import EditStack
@@ -20,6 +24,13 @@ def fits_of(edit: Edit) -> Iterator[dict[str, Any]]:
 def label_of(edit: Edit) -> str:
     """The methods that made it, as the tables of runs name them; of an edit built by hand, its kind."""
     return " + ".join(dict.fromkeys(str(fit["method"]) for fit in fits_of(edit))) or edit.kind
+
+
+def fingerprint(edit: Edit) -> str:
+    """SHA-256 of an edit's settings and tensors."""
+    settings, tensors = edit.to_parts()
+    content = save({key: tensor.to("cpu", copy=True).contiguous() for key, tensor in tensors.items()})
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode() + content).hexdigest()
 
 
 def without_paths(edit: Edit) -> Edit:

@@ -6,20 +6,38 @@ from typing import Any
 from torch import Tensor
 from typing_extensions import override
 
-from mrp_lens.edit.base import Edit, Undo
+from mrp_lens.edit.base import Edit
+from mrp_lens.edit.folder import field
 from mrp_lens.edit.projection import ProjectionEdit
 from mrp_lens.edit.storage import KINDS, register
 from mrp_lens.edit.weight import WeightEdit
 from mrp_lens.model import LensModel
+from mrp_lens.model.edits_on import On
 
 
 class EditStack(Edit):
-    """Edits applied in order; all projections among them are joined into one."""
+    """Edits applied in order; `edit_a + edit_b` makes one, and joins the projections among them.
+
+    Args:
+        parts: the edits; of a stack among them, its parts.
+
+    Raises:
+        TypeError: a part is not an edit.
+        ValueError: no parts, or two projections at one hook, which would have to be joined.
+    """
 
     kind = "stack"
 
     def __init__(self, parts: Sequence[Edit]) -> None:
-        self._parts = tuple(parts)
+        for part in parts:
+            if not isinstance(part, Edit):
+                raise TypeError(f"a stack is made of edits, got {type(part).__name__}")
+        self._parts = tuple(own for part in parts for own in part.parts)
+        hooks = [hook for part in self._parts if isinstance(part, ProjectionEdit) for hook in part.hook_names]
+        if not self._parts or len(set(hooks)) < len(hooks):
+            raise ValueError(
+                "a stack needs an edit at least, and at each hook one projection at most; join them: edit_a + edit_b"
+            )
         self.provenance: Mapping[str, Any] = {}
 
     @property
@@ -33,22 +51,9 @@ class EditStack(Edit):
         return tuple(sorted({layer for part in self.parts for layer in part.layers}))
 
     @override
-    def install(self, model: LensModel, *, check: bool = True) -> Undo:
-        undos: list[Undo] = []
-
-        def undo() -> bool:
-            complete = True
-            for step in reversed(undos):
-                complete = step() and complete
-            return complete
-
-        try:
-            for part in self.parts:
-                undos.append(part.install(model, check=check))
-        except BaseException:
-            undo()
-            raise
-        return undo
+    def _put_on(self, model: LensModel, entry: On, *, check: bool) -> None:
+        for part in self.parts:
+            part._put_on(model, entry, check=check)
 
     @override
     def to_parts(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -63,15 +68,20 @@ class EditStack(Edit):
     @classmethod
     @override
     def from_parts(cls, settings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> "EditStack":
+        described = field(settings, "parts", list)
+        owned: dict[str, dict[str, Tensor]] = {str(number): {} for number in range(len(described))}
+        for name, tensor in tensors.items():
+            number, _, own = name.partition("/")
+            if number not in owned:
+                raise ValueError(f"the tensor {name!r} belongs to no part of the stack")
+            owned[number][own] = tensor
         parts = []
-        for number, described in enumerate(settings["parts"]):
-            owned = {
-                name.split("/", 1)[1]: tensor
-                for name, tensor in tensors.items()
-                if name.split("/", 1)[0] == str(number)
-            }
-            part = KINDS[described["kind"]].from_parts(described["settings"], owned)
-            part.provenance = described["provenance"]
+        for entry, mine in zip(described, owned.values(), strict=True):
+            kind, provenance = field(entry, "kind", str), field(entry, "provenance", dict)
+            if kind not in KINDS or kind == cls.kind:
+                raise ValueError(f"a part of the stack is of the kind {kind!r}, which none can be")
+            part = KINDS[kind].from_parts(field(entry, "settings", dict), mine)
+            part.provenance = provenance
             parts.append(part)
         return cls(parts)
 

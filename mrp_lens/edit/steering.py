@@ -1,6 +1,8 @@
 """What RMU drives a model towards, as a hook: states replaced by (or moved along) a fixed direction."""
 
+import math
 from collections.abc import Mapping, Sequence
+from types import NoneType
 from typing import Any, Literal
 
 import torch
@@ -8,9 +10,12 @@ from jaxtyping import Float
 from torch import Tensor
 from typing_extensions import override
 
-from mrp_lens.edit.base import Edit, Undo, check_width
+from mrp_lens.checks import whole_numbers
+from mrp_lens.edit.base import Edit, check_width
+from mrp_lens.edit.folder import field
 from mrp_lens.model import LensModel, device_of
-from mrp_lens.stream import add_hooks, check_hook_names, hook_name, layer_of, remove_hooks
+from mrp_lens.model.edits_on import On
+from mrp_lens.stream import add_hooks, check_hook_names, hook_name, layer_of
 from mrp_lens.subspace import unit
 
 Mode = Literal["replace", "add"]
@@ -27,14 +32,19 @@ class SteeringEdit(Edit):
         direction: [d_model]; normalised to length 1.
         coefficient: c, in the units of the stream.
         mode: "replace" or "add".
-        noise: eta, the variance of eps per coordinate.
-        positions: prompt positions to change, counted as in a list (-1: the last); None: all. With positions, passes
-            over a single token are left alone: these are the steps of cached generation. Positions count padding, so
-            pad on the left when they are negative and the batch is ragged.
+        noise: eta, the variance of eps per coordinate; drawn anew at every pass, so that with noise `generate` depends on
+            whether there is a cache.
+        positions: prompt positions to change, counted as in a list (-1: the last); None: all. They count in the prompt and
+            are fixed when `generate` starts, so that it writes the same with and without a cache: what is generated is never
+            steered. Outside of `generate` each pass is a prompt of its own, except a pass over a single token, which is left
+            alone: it is a step of somebody's own loop with a cache. Positions count padding, so pad on the left when they
+            are negative and the batch is ragged.
         seed: of the noise, which is drawn from a generator of its own and starts anew each time the edit is put on.
 
     Raises:
-        TypeError, ValueError: a direction that is not a finite non-zero vector, an unknown mode, negative noise.
+        TypeError: text in the place of a number.
+        ValueError: a direction that is not a finite non-zero vector, an unknown mode, negative noise, a coefficient or noise
+            that is not finite.
     """
 
     kind = "steering"
@@ -54,6 +64,11 @@ class SteeringEdit(Edit):
         layer_of(hook)
         if mode not in ("replace", "add"):
             raise ValueError(f"unknown mode {mode!r}; choose 'replace' or 'add'")
+        for name, value in (("coefficient", coefficient), ("noise", noise)):
+            if isinstance(value, bool | str):
+                raise TypeError(f"{name} must be a number, got {value!r}")
+            if not math.isfinite(value):
+                raise ValueError(f"{name} must be a finite number, got {value!r}")
         if not noise >= 0.0:
             raise ValueError(f"noise is a variance and must be at least 0, got {noise}")
         self.hook = hook
@@ -61,8 +76,10 @@ class SteeringEdit(Edit):
         self.coefficient = float(coefficient)
         self.mode = mode
         self.noise = float(noise)
-        self.positions = None if positions is None else tuple(int(position) for position in positions)
-        self.seed = seed
+        self.positions = None if positions is None else whole_numbers(positions, "positions")
+        (self.seed,) = whole_numbers([seed], "seed")
+        if not -(2**63) <= self.seed < 2**64:
+            raise ValueError(f"seed must fit into 64 bits, got {seed}")
         self.provenance = dict(provenance or {})
 
     @classmethod
@@ -88,36 +105,31 @@ class SteeringEdit(Edit):
         return (layer_of(self.hook),)
 
     @override
-    def install(self, model: LensModel, *, check: bool = True) -> Undo:
+    def _put_on(self, model: LensModel, entry: On, *, check: bool) -> None:
+        from mrp_lens.hf.modeling import in_prompt
+        from mrp_lens.hf.prompts import fix_prompts
+
         check_hook_names(model, [self.hook])
         check_width(model, len(self.direction), "the direction")
         self._check_model(model, check)
-        device = device_of(model)
-        target = self.coefficient * self.direction.to(device)
+        target = self.coefficient * self.direction.to(device_of(model))
         generator = torch.Generator().manual_seed(self.seed)
+        place = id(generator)  # of this one hook, whatever else is on
 
         def hook(activation: Tensor, hook: Any) -> Tensor:
-            if self.positions is not None and activation.shape[1] == 1:
-                return activation
-            wide = activation.float()
-            steered = target.expand_as(wide) if self.mode == "replace" else wide + target
+            wide = activation if activation.dtype == torch.float64 else activation.float()
+            t = target.to(wide)
+            steered = t.expand_as(wide) if self.mode == "replace" else wide + t
             if self.noise > 0.0:
-                steered = steered + self.noise**0.5 * torch.randn(wide.shape, generator=generator).to(device)
+                noise = torch.randn(wide.shape, generator=generator, dtype=torch.float32, device="cpu")
+                steered = steered + self.noise**0.5 * noise.to(wide)
             if self.positions is not None:
-                chosen = torch.zeros(activation.shape[1], dtype=torch.bool, device=device)
-                chosen[list(self._inside(activation.shape[1]))] = True
-                steered = torch.where(chosen[:, None], steered, wide)
+                steered = torch.where(in_prompt(place, self.positions, wide)[:, None], steered, wide)
             return steered.type_as(activation)
 
-        handles = add_hooks(model, [(self.hook, hook)])
-        return lambda: remove_hooks(handles)
-
-    def _inside(self, length: int) -> tuple[int, ...]:
-        assert self.positions is not None
-        for position in self.positions:
-            if not -length <= position < length:
-                raise ValueError(f"position {position} is outside a prompt of {length} tokens")
-        return self.positions
+        entry.hooks += add_hooks(model, [(self.hook, hook)])
+        if self.positions is not None:
+            entry.hooks += fix_prompts(model)
 
     @override
     def to_parts(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -134,14 +146,23 @@ class SteeringEdit(Edit):
     @classmethod
     @override
     def from_parts(cls, settings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> "SteeringEdit":
+        direction = tensors["direction"]
+        if (
+            direction.dtype != torch.float32
+            or direction.ndim != 1
+            or abs(float(direction.double().norm()) - 1.0) > 1e-4
+        ):
+            raise ValueError(
+                f"the direction must be a vector of length 1 in float32, got {direction.dtype} and shape {list(direction.shape)}"
+            )
         return cls(
-            settings["hook"],
-            tensors["direction"],
-            settings["coefficient"],
-            mode=settings["mode"],
-            noise=settings["noise"],
-            positions=settings["positions"],
-            seed=settings["seed"],
+            field(settings, "hook", str),
+            direction,
+            field(settings, "coefficient", (int, float)),
+            mode=field(settings, "mode", str),
+            noise=field(settings, "noise", (int, float)),
+            positions=field(settings, "positions", (list, NoneType)),
+            seed=field(settings, "seed", int),
         )
 
     def __repr__(self) -> str:

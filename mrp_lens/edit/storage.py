@@ -5,10 +5,19 @@ import json
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load, save
+from safetensors.torch import save
 
 from mrp_lens.edit.base import Edit
+from mrp_lens.edit.folder import (
+    check_finite,
+    check_room,
+    check_same,
+    file_in,
+    one_line,
+    read_config,
+    read_tensors,
+    sha256_of,
+)
 from mrp_lens.edit.projection import ProjectionEdit
 from mrp_lens.edit.steering import SteeringEdit
 from mrp_lens.edit.weight import WeightEdit
@@ -17,6 +26,7 @@ from mrp_lens.files import recover, whole_folder, write_json
 CONFIG_FILE = "edit_config.json"
 TENSOR_FILE = "edit.safetensors"
 FORMAT = 1
+KEYS = {"format", "kind", "settings", "provenance", "tensors_sha256"}
 
 KINDS: dict[str, type[Edit]] = {}
 
@@ -62,46 +72,50 @@ def load_edit(path: str | Path) -> Edit:
 
     Raises:
         FileNotFoundError: no such folder, or one of its two files is missing.
-        ValueError: a file was truncated or altered, or holds shapes, NaN or rows that no edit may have.
+        ValueError: a file was truncated or altered, is a link out of the folder, does not fit into memory, or holds anything
+            that no edit saves. No code of the folder is ever run.
 
     Example:
         >>> edit = load_edit("runs/mrp/edit")  # doctest: +SKIP
     """
     folder = Path(path)
     recover(folder)
-    for name in (CONFIG_FILE, TENSOR_FILE):
-        if not (folder / name).is_file():
-            raise FileNotFoundError(f"{folder} holds no {name}; give a folder written by edit.save_pretrained(...)")
-    try:
-        config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-        stated = config.pop("config_sha256")
-        kind, settings, provenance, tensor_hash = (
-            config[key] for key in ("kind", "settings", "provenance", "tensors_sha256")
-        )
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, AttributeError, TypeError) as error:
+    config_file, tensor_file = (file_in(folder, name) for name in (CONFIG_FILE, TENSOR_FILE))
+    config = read_config(config_file)
+    stated = config.pop("config_sha256", None)
+    if missing := sorted(KEYS - set(config)):
         raise ValueError(
-            f"{folder / CONFIG_FILE} is truncated or no edit configuration ({error!r}); save the edit again"
-        ) from error
-    if config.get("format") != FORMAT:
-        raise ValueError(
-            f"{folder / CONFIG_FILE} has format {config.get('format')!r}; this version of mrp_lens reads format {FORMAT}"
+            f"{folder / CONFIG_FILE} is truncated or no edit configuration ({missing[0]!r} is missing); save the edit again"
         )
-    content = (folder / TENSOR_FILE).read_bytes()
+    if type(config["format"]) is not int or config["format"] != FORMAT:
+        raise ValueError(
+            f"{folder / CONFIG_FILE} has format {config['format']!r}; this version of mrp_lens reads format {FORMAT}"
+        )
+    check_room(tensor_file)
     for file, found, wanted in (
         (CONFIG_FILE, _config_hash(config), stated),
-        (TENSOR_FILE, hashlib.sha256(content).hexdigest(), tensor_hash),
+        (TENSOR_FILE, sha256_of(tensor_file), config["tensors_sha256"]),
     ):
         if found != wanted:
             raise ValueError(
                 f"{folder / file} is truncated or was altered since it was saved (its hash does not match); save the edit again"
             )
-    if kind not in KINDS:
+    # Anybody can make hashes match: they tell of accidents. What follows holds against strangers.
+    kind, settings, provenance = (config[key] for key in ("kind", "settings", "provenance"))
+    if not isinstance(kind, str) or kind not in KINDS:
         raise ValueError(f"unknown kind of edit {kind!r}; this version of mrp_lens knows {', '.join(KINDS)}")
     try:
-        edit = KINDS[kind].from_parts(settings, load(content))
-    except (KeyError, TypeError, SafetensorError) as error:
+        if extra := sorted(set(config) - KEYS):
+            raise ValueError(f"{extra[0]!r} is nothing that this version of mrp_lens knows")
+        if not isinstance(provenance, dict):
+            raise ValueError(f"its provenance must be an object, got {type(provenance).__name__}")
+        check_finite(settings, "settings")
+        tensors = read_tensors(tensor_file)
+        edit = KINDS[kind].from_parts(settings, tensors)
+        check_same(settings, tensors, edit.to_parts())
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError, RuntimeError) as error:
         raise ValueError(
-            f"{folder} does not hold what its configuration says ({error!r}); save the edit again"
+            f"{folder} does not hold what its configuration says ({one_line(error)}); save the edit again"
         ) from error
     edit.provenance = provenance
     return edit

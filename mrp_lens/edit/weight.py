@@ -8,8 +8,12 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from mrp_lens.edit.base import Edit, Undo
+from mrp_lens.edit.base import Edit
+from mrp_lens.edit.folder import field
 from mrp_lens.model import EditableWeight, LensModel, same_tensor, weights_by_name
+from mrp_lens.model.edits_on import On, write
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 class WeightEdit(Edit):
@@ -24,6 +28,7 @@ class WeightEdit(Edit):
         provenance: how it came about.
 
     Raises:
+        TypeError: a value is not a floating point tensor of an ordinary precision.
         ValueError: no tensors, NaN, or names without hashes.
     """
 
@@ -41,8 +46,12 @@ class WeightEdit(Edit):
                 f"tensors {sorted(tensors)} and the hashes of what they replace {sorted(replaces)} must name the same matrices, at least one"
             )
         for name, tensor in tensors.items():
-            if not bool(torch.isfinite(tensor).all()):
-                raise ValueError(f"{name} holds NaN or infinity")
+            if not isinstance(tensor, Tensor) or tensor.dtype not in DTYPES:
+                raise TypeError(
+                    f"{name!r} must be a tensor in one of {', '.join(map(str, DTYPES))}, got {_kind(tensor)}"
+                )
+            if tensor.numel() and not all(bool(torch.isfinite(end)) for end in tensor.aminmax()):  # allocates nothing
+                raise ValueError(f"{name!r} holds NaN or infinity")
         self.tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         self.replaces = {name: dict(digests) for name, digests in replaces.items()}
         self.provenance = dict(provenance or {})
@@ -54,11 +63,11 @@ class WeightEdit(Edit):
         return tuple(sorted({int(number[1]) for number in numbers if number}))
 
     @override
-    def install(self, model: LensModel, *, check: bool = True) -> Undo:
-        return self.write_into(weights_by_name(model), check=check)
+    def _put_on(self, model: LensModel, entry: On, *, check: bool) -> None:
+        self.write_into(model, weights_by_name(model), entry, check=check)
 
-    def write_into(self, known: Mapping[str, EditableWeight], *, check: bool) -> Undo:
-        """`install`, given the matrices of a model by their names in the checkpoint."""
+    def write_into(self, model: Any, known: Mapping[str, EditableWeight], entry: On, *, check: bool) -> None:
+        """Put it on, given the matrices of a model by their names in the checkpoint."""
         for name, tensor in self.tensors.items():
             if name not in known:
                 raise ValueError(
@@ -75,15 +84,14 @@ class WeightEdit(Edit):
                     f"{name} is not the matrix that this edit replaces: the model is another one, in another precision, or carries an edit "
                     "already. Load the model it was made for, stack edits in the order they were fitted, or pass check=False"
                 )
-        before = {name: known[name].parameter.detach().clone() for name in self.tensors}
+        for name, tensor in self.tensors.items():
+            write(model, entry, known[name], tensor)
+
+    def write_over(self, model: LensModel) -> None:
+        """Overwrite the matrices without any record of what they held."""
+        known = weights_by_name(model)
         for name, tensor in self.tensors.items():
             known[name].write(tensor)
-
-        def undo() -> bool:
-            _restore(known, before)
-            return True
-
-        return undo
 
     @override
     def to_parts(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -95,16 +103,18 @@ class WeightEdit(Edit):
     @classmethod
     @override
     def from_parts(cls, settings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> "WeightEdit":
-        for name, shape in settings["shapes"].items():
+        shapes, replaces = (field(settings, name, dict) for name in ("shapes", "replaces"))
+        for name, digests in replaces.items():
+            if not isinstance(digests, dict) or not all(isinstance(value, str) for value in digests.values()):
+                raise ValueError(f"the hashes of {name!r} must be names and their text, got {digests!r}")
+        for name, shape in shapes.items():
             if list(tensors[name].shape) != shape:
-                raise ValueError(f"{name} has shape {list(tensors[name].shape)}, the configuration says {shape}")
-        return cls({name: tensors[name] for name in settings["shapes"]}, settings["replaces"])
+                raise ValueError(f"{name!r} has shape {list(tensors[name].shape)}, the configuration says {shape}")
+        return cls({name: tensors[name] for name in shapes}, replaces)
 
     def __repr__(self) -> str:
         return f"WeightEdit({list(self.tensors)})"
 
 
-def _restore(weights: Mapping[str, EditableWeight], before: Mapping[str, Tensor]) -> None:
-    with torch.no_grad():
-        for name, tensor in before.items():
-            weights[name].parameter.copy_(tensor)
+def _kind(value: object) -> str:
+    return str(value.dtype) if isinstance(value, Tensor) else type(value).__name__

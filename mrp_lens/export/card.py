@@ -11,10 +11,9 @@ from huggingface_hub import metadata_load
 from huggingface_hub.utils import HFValidationError, validate_repo_id, yaml_dump
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from mrp_lens.attacks.plan import fingerprint
 from mrp_lens.checks import one_of
 from mrp_lens.edit import Edit, ProjectionEdit, SteeringEdit, WeightEdit, load_edit
-from mrp_lens.edit.record import fits_of, label_of
+from mrp_lens.edit.record import fingerprint, fits_of, label_of
 from mrp_lens.report.table import CONTROLS, INTERVALS, Table, table_of
 from mrp_lens.runs import Row, versions
 

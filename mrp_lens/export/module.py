@@ -80,6 +80,10 @@ class EditedForCausalLM({model_class}):
         build(self, getattr(config, "{settings}", None))
         self.post_init()
 
+    def generate(self, *args, **kwargs):
+        with Prompt(kwargs):  # in which the positions of steering count
+            return super().generate(*args, **kwargs)
+
     @classmethod
     def from_pretrained(cls, *args, output_loading_info=False, **kwargs):
         model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)

@@ -1,57 +1,30 @@
 """`attach`: an edit on a plain Hugging Face model, taken off again at will."""
 
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any
-from weakref import WeakKeyDictionary
 
 from torch import nn
 
 from mrp_lens.edit import Edit, ProjectionEdit, SteeringEdit, WeightEdit, load_edit
+from mrp_lens.edit.base import Attached
 from mrp_lens.hf import modeling
+from mrp_lens.hf.prompts import fix_prompts
 from mrp_lens.model import check_same_model, hf_weights
+from mrp_lens.model.edits_on import On, TorchHook, entries_on, putting_on
 from mrp_lens.model.layout import Layout, layout_of
-from mrp_lens.stream import layer_of, site_of
+from mrp_lens.stream import hook_name, layer_of, site_of
 
 Place = tuple[int, str]
-
-# model -> layers and sites where a projection is on; a second one there would multiply instead of join
-_projected: WeakKeyDictionary[nn.Module, set[Place]] = WeakKeyDictionary()
-
-
-class Attached:
-    """An edit that is on. Also a context manager, which takes it off at the end of the block."""
-
-    def __init__(self, undos: list[Callable[[], object]]) -> None:
-        self._undos = undos
-
-    def detach(self) -> None:
-        """Take the edit off: the model computes what it did before, bit for bit.
-
-        Raises:
-            ValueError: it was taken off already.
-        """
-        if not self._undos:
-            raise ValueError("this edit was detached already")
-        while self._undos:
-            self._undos.pop()()
-
-    def __enter__(self) -> "Attached":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._undos:
-            self.detach()
 
 
 def attach(hf_model: Any, edit: Edit | str | Path, *, check: bool = True) -> Attached:
     """Put an edit on a plain Hugging Face model, for `generate`, evaluation harnesses, pipelines.
 
     Projections and steering become hooks on its modules, new matrices are written into it. Hooks are no weights:
-    `hf_model.save_pretrained` would save the *unedited* model; `mrp_lens.export_hf` writes the edited one.
+    `hf_model.save_pretrained` saves the *unedited* model, with a warning; `mrp_lens.export_hf` writes the edited one.
+    `edit.detach(hf_model)` takes the edit off, too, and off a `copy.deepcopy` of the model, which carries it as well.
 
     Args:
         hf_model: GPT-2, GPT-NeoX, Llama, Mistral, Qwen2, Qwen3, Gemma-2 or Phi-3 with its language-model head, in any
@@ -65,7 +38,8 @@ def attach(hf_model: Any, edit: Edit | str | Path, *, check: bool = True) -> Att
     Raises:
         TypeError: not a Hugging Face model.
         ValueError: an architecture that is not known (a wrapper such as peft's, too), another model, layers that it does not
-            have, a model of which parts are offloaded, steering with noise, or a projection where one is on.
+            have, a model of which parts are offloaded, steering with noise, a projection where one is on, an edit that is on, or
+            the model inside of a TransformerBridge.
 
     Example:
         >>> with attach(hf_model, "runs/mine/edit"):  # doctest: +SKIP
@@ -76,28 +50,39 @@ def attach(hf_model: Any, edit: Edit | str | Path, *, check: bool = True) -> Att
             f"expected a Hugging Face model, got {type(hf_model).__name__}; on a TransformerLens model use edit.attach(model)"
         )
     layout = layout_of(type(hf_model).__name__)
+    if any("._original_component." in name for name, _ in hf_model.named_parameters()):
+        raise ValueError("this model is the inside of a TransformerBridge; use edit.attach(bridge)")
     if any(parameter.is_meta for parameter in hf_model.parameters()):
         raise ValueError(
             "parts of this model are offloaded (on the meta device) and cannot be read or written; load it whole"
         )
     chosen = edit if isinstance(edit, Edit) else load_edit(edit)
-    undos: list[Callable[[], object]] = []
-    try:
+    changes = changes_of(chosen)
+    with putting_on(hf_model, chosen) as entry:
         for part in chosen.parts:
             if check and "model" in part.provenance:
                 check_same_model(hf_model, part.provenance["model"])
-        changes = changes_of(chosen)
         _check_places(hf_model, changes)
-        undos += _reserve(hf_model, changes)
+        _reserve(hf_model, entry, changes)
         for part in chosen.parts:
             if isinstance(part, WeightEdit):
-                undos.append(part.write_into(hf_weights(hf_model), check=check))
-        for handle in _hook(hf_model, layout, changes):
-            undos.append(handle.remove)
-    except BaseException:
-        Attached(undos).__exit__(None, None, None)
-        raise
-    return Attached(undos)
+                part.write_into(hf_model, hf_weights(hf_model), entry, check=check)
+        entry.hooks += [TorchHook(handle) for handle in _hook(hf_model, layout, changes)]
+        if changes:
+            entry.hooks.append(TorchHook(hf_model.register_state_dict_pre_hook(_warn_of_hooks)))
+        if any(isinstance(part, SteeringEdit) and part.positions is not None for part in chosen.parts):
+            entry.hooks += fix_prompts(hf_model)
+    return Attached(hf_model, entry)
+
+
+def _warn_of_hooks(*_: Any) -> None:
+    """Hooks are no weights, so whoever saves these saves another model than the one that runs."""
+    warnings.warn(
+        "an edit is attached to this model as hooks, which are no part of its weights: what state_dict() returns, and save_pretrained or "
+        "push_to_hub save, is the model without them. mrp_lens.export_hf(...) writes the edited model",
+        UserWarning,
+        stacklevel=3,
+    )
 
 
 def changes_of(edit: Edit) -> dict[Place, list[nn.Module]]:
@@ -128,7 +113,7 @@ def place_of(hook: str) -> Place:
         ValueError: it has no counterpart in a Hugging Face model.
     """
     site = site_of(hook)
-    if site not in modeling.SITES:
+    if site not in modeling.SITES or hook != hook_name(layer_of(hook), site):
         raise ValueError(f"{hook} has no counterpart in a Hugging Face model; {', '.join(modeling.SITES)} have")
     return layer_of(hook), site
 
@@ -145,17 +130,15 @@ def _check_places(hf_model: Any, changes: Mapping[Place, list[nn.Module]]) -> No
             )
 
 
-def _reserve(hf_model: nn.Module, changes: Mapping[Place, list[nn.Module]]) -> list[Callable[[], object]]:
+def _reserve(hf_model: nn.Module, entry: On, changes: Mapping[Place, list[nn.Module]]) -> None:
     """Note where projections are; refuse a second one at the same place."""
-    mine = {place for place, steps in changes.items() if any(isinstance(s, modeling.Projection) for s in steps)}
-    taken = _projected.setdefault(hf_model, set())
-    if mine & taken:
+    mine = [place for place, steps in changes.items() if any(isinstance(s, modeling.Projection) for s in steps)]
+    if any(place in other.places for other in entries_on(hf_model) for place in mine):
         raise ValueError(
             "another projection is on at one of these hooks; two projections after one another do not remove both subspaces. "
             "Detach it and join them: attach(hf_model, edit_a + edit_b)"
         )
-    taken |= mine
-    return [lambda: taken.difference_update(mine)]
+    entry.places += mine
 
 
 def _hook(hf_model: nn.Module, layout: Layout, changes: Mapping[Place, list[nn.Module]]) -> list[Any]:

@@ -5,9 +5,11 @@ An exported folder carries a copy of this file, which therefore needs torch and 
 
 import hashlib
 import json
+import threading
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from contextvars import ContextVar
 from functools import partial
-from threading import get_ident
 from typing import Any
 
 import torch
@@ -42,7 +44,8 @@ class Projection(Change):
         """The states without their part inside the span of the rows."""
         wide = states if states.dtype == torch.float64 else states.float()
         rows = self.rows.to(wide)
-        return (wide - (wide @ rows.T) @ rows).type_as(states)
+        with without_autocast(wide):
+            return (wide - (wide @ rows.T) @ rows).type_as(states)
 
 
 class Steering(Change):
@@ -56,17 +59,64 @@ class Steering(Change):
         self.mode, self.positions = mode, None if positions is None else list(positions)
 
     def forward(self, states: Tensor) -> Tensor:
-        """The states after steering; steps of cached generation are left alone where positions are chosen."""
-        if self.positions is not None and states.shape[1] == 1:
-            return states
+        """The states after steering; of a prompt's continuation they are left alone where positions are chosen."""
         wide = states if states.dtype == torch.float64 else states.float()
         target = self.target.to(wide)
         steered = target.expand_as(wide) if self.mode == "replace" else wide + target
         if self.positions is not None:
-            chosen = torch.zeros(states.shape[1], dtype=torch.bool, device=states.device)
-            chosen[self.positions] = True
+            chosen = in_prompt(id(self), self.positions, wide)
             steered = torch.where(chosen[:, None], steered, wide)
         return steered.type_as(states)
+
+
+def without_autocast(states: Tensor) -> Any:
+    """Inside, matrix products are computed in the precision of what is multiplied."""
+    kind = states.device.type
+    return torch.autocast(kind, enabled=False) if kind in ("cpu", "cuda", "mps", "xpu") else nullcontext()
+
+
+# By place of steering the length of the prompt that `generate` works on; None outside of `generate`.
+_lengths: ContextVar[dict[int, int] | None] = ContextVar("lengths", default=None)
+
+# Ways of generating whose first pass is not the prompt, or in which later ones cannot be told from it.
+UNCOUNTABLE = ("assistant_model", "prompt_lookup_num_tokens", "prefill_chunk_size", "past_key_values")
+
+
+class Prompt:
+    """Inside, one call of `generate`: its first pass is the prompt, in which positions count."""
+
+    def __init__(self, arguments: Mapping[str, Any]) -> None:
+        sources = (arguments, getattr(arguments.get("generation_config"), "__dict__", {}))
+        for name in UNCOUNTABLE:
+            if any(source.get(name) is not None for source in sources):
+                raise ValueError(
+                    f"the model is steered at positions of the prompt, which cannot be told with {name}; leave it out"
+                )
+        self.lengths: dict[int, int] = {}
+
+    def __enter__(self) -> None:
+        self.token = _lengths.set(self.lengths)
+
+    def __exit__(self, *_: Any) -> None:
+        _lengths.reset(self.token)
+
+
+def in_prompt(place: int, positions: Sequence[int], states: Tensor) -> Tensor:
+    """Which positions of a pass are the chosen ones of the prompt, [seq].
+
+    Inside `generate` that is counted in its first pass: a later one either holds the whole text anew (without a cache), or
+    nothing of the prompt. Elsewhere each pass is a prompt, except over a single token, which is taken for a step with a cache.
+    """
+    length = states.shape[1]
+    lengths = _lengths.get()
+    continued = length == 1 if lengths is None else place in lengths and length <= lengths[place]
+    prompt = length if lengths is None else lengths.setdefault(place, length)
+    chosen = torch.zeros(length, dtype=torch.bool, device=states.device)
+    for position in () if continued else positions:
+        if not -prompt <= position < prompt:
+            raise ValueError(f"position {position} is outside a prompt of {prompt} tokens")
+        chosen[position % prompt] = True
+    return chosen
 
 
 def install(
@@ -97,7 +147,10 @@ def install(
             handles.append(first.register_forward_pre_hook(partial(_remember, entered)))
             handles.append(branch.register_forward_hook(partial(_sum, change, entered)))
         else:
-            handles.append(block.get_submodule(modules[site]).register_forward_hook(partial(_output, change)))
+            module = block.get_submodule(modules[site])
+            # A change at resid_mid is made here too, and comes after any at attn_out, whichever was put on first.
+            late = any(getattr(hook, "func", None) is _sum for hook in module._forward_hooks.values())
+            handles.append(module.register_forward_hook(partial(_output, change), prepend=late))
     return handles
 
 
@@ -211,11 +264,11 @@ def _input(change: nn.Module, module: nn.Module, args: tuple[Any, ...], kwargs: 
 
 
 def _remember(entered: dict[int, Tensor], module: nn.Module, args: tuple[Any, ...]) -> None:
-    entered[get_ident()] = args[0]  # of each thread its own: several may use one model at once
+    entered[threading.get_ident()] = args[0]  # by thread: several may run the model at once
 
 
 def _sum(change: nn.Module, entered: dict[int, Tensor], module: nn.Module, args: Any, output: Any) -> Any:
-    stream = entered.pop(get_ident())
+    stream = entered.pop(threading.get_ident())
     written = output[0] if isinstance(output, tuple) else output
     wanted = change(stream + written) - stream
     return (wanted, *output[1:]) if isinstance(output, tuple) else wanted

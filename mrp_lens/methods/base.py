@@ -1,24 +1,34 @@
 """What all methods share: their result, their data, and the record of how an edit came about."""
 
+import json
+import shutil
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from mrp_lens.batching import Encoded, Encoder, TokenBatch
-from mrp_lens.checks import given
+from mrp_lens.checkpoints import Checkpoint
+from mrp_lens.checks import given, plain
 from mrp_lens.corpus import Corpus
-from mrp_lens.edit import Edit, edit_on
-from mrp_lens.model import LensModel, describe, why_not_exportable
-from mrp_lens.runs import versions
+from mrp_lens.edit import Edit, edit_on, load_edit
+from mrp_lens.edit.record import fingerprint
+from mrp_lens.files import make_folder, write_json, write_text
+from mrp_lens.model import LensModel, describe, identity_of, why_not_exportable
+from mrp_lens.runs import frame_of, rows_of, versions
 from mrp_lens.stream import frozen
 
 Forget = Corpus | Sequence[Corpus]
+
+EDIT, LOG, FIT = "edit", "log.csv", "fit.json"  # what a saved fit consists of
+CHECKPOINT = "checkpoint"
 
 LONGEST = 512  # tokens of a document, as in the released RMU recipe
 
@@ -40,6 +50,64 @@ class Fit:
     settings: Mapping[str, Any]
     interrupted: bool = False
     directions: Mapping[str, Float[Tensor, " d_model"]] = field(default_factory=dict)
+
+    def save(self, folder: str | Path) -> None:
+        """Write `edit/`, `log.csv` and, last of all, `fit.json` into a folder: once that is there, the fit is whole. (The log
+        is in both: in CSV for people, in JSON to the last bit.)"""
+        target = make_folder(folder)
+        self.edit.save_pretrained(target / EDIT, overwrite=True)
+        write_text(target / LOG, self.log.to_csv(index=False))
+        write_json(
+            target / FIT,
+            {
+                "settings": dict(self.settings),
+                "interrupted": self.interrupted,
+                "directions": {name: direction.tolist() for name, direction in self.directions.items()},
+                "log": rows_of(self.log),
+            },
+        )
+
+    @classmethod
+    def load(cls, folder: str | Path) -> "Fit":
+        """What `save` wrote; tensors come back bit-identical.
+
+        Raises:
+            FileNotFoundError: the folder holds no fit, or a part of it is missing.
+            ValueError: a file is damaged.
+        """
+        target = Path(folder)
+        if not (target / FIT).is_file():
+            raise FileNotFoundError(f"{target} holds no {FIT}; give a folder that a fit was saved into")
+        try:
+            content = json.loads((target / FIT).read_text(encoding="utf-8"))
+            directions = {
+                name: torch.tensor(values, dtype=torch.float32) for name, values in content["directions"].items()
+            }
+            log = frame_of(content["log"])
+            settings, interrupted = dict(content["settings"]), bool(content["interrupted"])
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"the fit in {target} is damaged ({error!r}); fit again") from error
+        return cls(load_edit(target / EDIT), log, settings, interrupted, directions)
+
+    @classmethod
+    def once(cls, folder: str | Path, make: Callable[[Path], "Fit"]) -> "Fit":
+        """The fit that a folder holds, or a new one, saved there before anything else is done with it.
+
+        Args:
+            folder: of this fit.
+            make: called with a folder for the checkpoint, which is removed once the fit is saved.
+
+        Raises:
+            KeyboardInterrupt: Ctrl-C ended the fit; the checkpoint stays, and the next call goes on with it.
+        """
+        target = Path(folder)
+        if not (target / FIT).is_file():
+            fit = make(target / CHECKPOINT)
+            if fit.interrupted:
+                raise KeyboardInterrupt
+            fit.save(target)
+        shutil.rmtree(target / CHECKPOINT, ignore_errors=True)
+        return cls.load(target)
 
     @property
     def direction(self) -> Float[Tensor, " d_model"]:
@@ -151,16 +219,36 @@ def request_provenance(request: str, record: Mapping[str, Any]) -> dict[str, Any
     }
 
 
-def provenance(
-    model: LensModel, method: str, settings: Mapping[str, Any], data: Data, *, seed: int, steps_done: int
-) -> dict[str, Any]:
-    """How an edit came about: method, settings, model, hashes of the data (never their text), versions."""
+def provenance(model: LensModel, method: str, settings: Mapping[str, Any], data: Data, *, seed: int) -> dict[str, Any]:
+    """How an edit came about, but for the number of steps: method, settings, model, hashes of the data (never their text),
+    versions."""
     return {
         "method": method,
         "settings": dict(settings),
-        "seed": seed,
-        "steps_done": steps_done,
+        "seed": plain(seed),
         "model": describe(model),
         "data": dict(data.record),
         "versions": versions(),
     }
+
+
+def claimed(
+    checkpoint: str | Path | None, every: int, model: LensModel, record: Mapping[str, Any], after: Edit | None
+) -> Checkpoint | None:
+    """The folder in which a fit is kept while it runs; None where nobody asked for one.
+
+    Args:
+        checkpoint: the folder.
+        every: updates after which the state is written.
+        model: without the edit.
+        record: the fit's provenance.
+        after: the earlier edit.
+
+    Raises:
+        ValueError: the folder holds another fit.
+        OSError: it cannot be made or written into.
+    """
+    if checkpoint is None:
+        return None
+    earlier = None if after is None else fingerprint(after)
+    return Checkpoint.claim(checkpoint, {**record, "model": identity_of(model), "after": earlier}, every=every)

@@ -1,5 +1,6 @@
 """Unlearn, noise, distil: the layers that look facts up are reset and taught again what the projection leaves alone."""
 
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -9,11 +10,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mrp_lens.batching import Encoded, Encoder, TokenBatch, endless, in_order
-from mrp_lens.checks import given, positive
+from mrp_lens.batching import Batches, Encoded, Encoder, TokenBatch, in_order
+from mrp_lens.checkpoints import Checkpoint
+from mrp_lens.checks import PlainSettings, given, positive, whole
 from mrp_lens.corpus import Corpus
 from mrp_lens.edit import ProjectionEdit, WeightEdit, edit_on
-from mrp_lens.generation import start_token, written_texts
+from mrp_lens.files import write_json
+from mrp_lens.generation import drawn_seed, start_token, written_texts
 from mrp_lens.masters import MasterAdamW, Trainable
 from mrp_lens.methods.base import parts_of
 from mrp_lens.methods.objectives import kl
@@ -31,11 +34,12 @@ from mrp_lens.predictions import predictions
 from mrp_lens.stream import captured, hook_name
 from mrp_lens.training import TrainingRun, train, warmup_cosine
 
+TEXTS_FILE = "texts.json"
 LR_BY_WIDTH = 0.384  # 3e-3 at d_model 128
 
 
 @dataclass(frozen=True, kw_only=True)
-class Distillation:
+class Distillation(PlainSettings):
     """Put facts out of reach of retraining: after UNDO (unlearn, noise, distil on outputs; arXiv 2506.06278).
 
     A projection hides facts; the weights behind it still hold them. So the matrices of some layers are replaced by noise
@@ -86,6 +90,7 @@ class Distillation:
             steps=self.steps,
             batch_size=self.batch_size,
         )
+        whole(texts=self.texts, text_length=self.text_length, steps=self.steps, batch_size=self.batch_size)
         if self.noise > 1.0 or not 0.0 <= self.later_noise <= 1.0:
             raise ValueError(
                 f"noise must be in (0, 1] and later_noise in [0, 1], got {self.noise} and {self.later_noise}: shares of each matrix"
@@ -116,6 +121,7 @@ class Distillation:
         generator: torch.Generator,
         micro_batch: int | None = None,
         progress: bool = True,
+        checkpoint: Checkpoint | None = None,
     ) -> tuple[WeightEdit, TrainingRun]:
         """New matrices that do without the facts that the projection removes; `resolved` comes first.
 
@@ -127,24 +133,20 @@ class Distillation:
             generator: of texts, noise and order.
             micro_batch: documents a pass, if a batch does not fit into memory.
             progress: show progress bars.
+            checkpoint: where texts and training are kept while it runs, and read from if they are there.
 
         Raises:
             ValueError: there is no text on which model and projection agree.
         """
         weights = self._matrices(model)
-        rows = [*self._agreed(model, projection, generator, progress=progress), *retain]
+        encoder = Encoder.for_model(model, append_eos=True)  # what follows a text's last token is taught too
+        texts = self._texts(model, generator, checkpoint, progress=progress)
+        rows = [*self._agreed(model, projection, encoder, texts), *retain]
         with restored(weight.parameter for weight in weights):
             original = {weight.name: weight.read() for weight in weights}
             student = _Student(weights, [self._noise_of(weight) for weight in weights], generator)
-            losses = partial(
-                self._losses,
-                model,
-                student,
-                projection,
-                endless(rows, self.batch_size, generator),
-                Encoder.for_model(model),
-                micro_batch,
-            )
+            batches = Batches(rows, self.batch_size, generator)
+            losses = partial(self._losses, model, student, projection, batches, encoder, micro_batch)
             run = train(
                 losses,
                 MasterAdamW(student.masters, given(self.lr, 0.0)),
@@ -152,6 +154,9 @@ class Distillation:
                 description="distillation",
                 schedule=warmup_cosine,
                 progress=progress,
+                generator=generator,
+                resumable={"batches": batches},
+                checkpoint=checkpoint,
             )
             learned = {weight.name: weight.read() for weight in weights}
         return WeightEdit(learned, {name: tensor_digests(matrix) for name, matrix in original.items()}), run
@@ -169,13 +174,25 @@ class Distillation:
             return 0.0
         return self.noise if weight.layer in given(self.layers, ()) else self.later_noise
 
-    def _agreed(
-        self, model: LensModel, projection: ProjectionEdit, generator: torch.Generator, *, progress: bool
-    ) -> list[Encoded]:
-        """Texts that the model writes, less those on which the projection changes what it predicts."""
+    def _texts(
+        self, model: LensModel, generator: torch.Generator, checkpoint: Checkpoint | None, *, progress: bool
+    ) -> list[str]:
+        """Texts that the model writes; those of the checkpoint, if they are there."""
         length = min(self.text_length, int(model.cfg.n_ctx) - 2)
-        texts = written_texts(model, self.texts, max_new_tokens=length, generator=generator, progress=progress)
-        encoder = Encoder.for_model(model, append_eos=True)  # what follows a text's last token is taught too
+        path = None if checkpoint is None else checkpoint.folder / TEXTS_FILE
+        seed = drawn_seed(generator)  # drawn in either case: what follows must not depend on where the texts come from
+        if path is not None and path.is_file():
+            known: list[str] = json.loads(path.read_text(encoding="utf-8"))
+            return known
+        texts = written_texts(model, self.texts, max_new_tokens=length, seed=seed, progress=progress)
+        if path is not None:
+            write_json(path, texts)
+        return texts
+
+    def _agreed(
+        self, model: LensModel, projection: ProjectionEdit, encoder: Encoder, texts: Sequence[str]
+    ) -> list[Encoded]:
+        """Texts less those on which the projection changes what the model predicts."""
         rows = [row for row in encoder.encode(Corpus.from_texts(texts).documents) if any(row.in_loss[1:])]
         agreed = []
         with torch.no_grad():

@@ -2,15 +2,17 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 
 import pandas as pd
 import torch
 from torch import Tensor
 
-from mrp_lens.batching import endless
-from mrp_lens.checks import generator_for, given, one_of, positive
+from mrp_lens.batching import Batches
+from mrp_lens.checkpoints import EVERY
+from mrp_lens.checks import PlainSettings, generator_for, given, one_of, positive, whole
 from mrp_lens.corpus import Corpus
 from mrp_lens.edit import Edit
 from mrp_lens.edit.stack import besides_projections, projection_in
@@ -18,6 +20,7 @@ from mrp_lens.methods.base import (
     Data,
     Fit,
     Forget,
+    claimed,
     fitting,
     parts_of,
     prepare,
@@ -28,16 +31,17 @@ from mrp_lens.methods.distillation import Distillation
 from mrp_lens.methods.objectives import ForgetLoss, RetainLoss, kl, log_odds, openness
 from mrp_lens.methods.rows import LearnedRows
 from mrp_lens.methods.start import Start, start_rows
-from mrp_lens.model import LensModel, check_layers, describe
+from mrp_lens.model import LensModel, check_layers, check_lens_model, describe
 from mrp_lens.predictions import cross_entropy, predictions
 from mrp_lens.stream import Site, hook_name, hooked
+from mrp_lens.torch_state import ordinary_torch
 from mrp_lens.training import linear_decay, train
 
 FORGET_BOUND = {"odds": 1.0, "bounded": 5.0, "ascent": math.inf}  # nats
 
 
 @dataclass(frozen=True, kw_only=True)
-class MRP:
+class MRP(PlainSettings):
     """Metamorphosis Representation Projection (arXiv 2508.15449).
 
     At each chosen layer h <- h - (h Q^T) Q, where Q are orthonormal rows spanning what W [rank, d_model] spans. Only W
@@ -88,6 +92,7 @@ class MRP:
 
     name = "mrp"
 
+    @ordinary_torch(gradients=True)
     def fit(
         self,
         model: LensModel,
@@ -98,6 +103,8 @@ class MRP:
         after: Edit | None = None,
         request: str | None = None,
         progress: bool = True,
+        checkpoint: str | Path | None = None,
+        every: int = EVERY,
     ) -> Fit:
         """Learn what to remove; the model itself is left as it is.
 
@@ -110,26 +117,40 @@ class MRP:
                 with the earlier rows off, so that each request does its work also once another is taken back.
             request: name of this request. None: the names of the forget corpora.
             progress: show a progress bar.
+            checkpoint: a folder of its own in which the fit is kept while it runs; the same call again goes on with a fit that
+                was killed, and ends with the same bits. It is left there when the fit is done.
+            every: updates after which it is written.
 
         Raises:
             ValueError: a layer that does not exist, rank >= d_model or above the number of usable states, an empty
-                corpus, a request name that `after` has already, a hyperparameter out of range.
+                corpus, a request name that `after` has already, a hyperparameter out of range, or a checkpoint of another
+                fit.
             NonFiniteLossError: the loss became NaN or infinite.
         """
         generator = generator_for(seed)
+        check_lens_model(model)
         resolved, data, label = self._resolved(model, after, request, forget, retain)
+        settings = asdict(resolved)
+        record = provenance(model, self.name, settings, data, seed=seed)
+        kept = claimed(checkpoint, every, model, {**record, "request": label}, after)
         with fitting(model, after):
             learned = resolved._start(model, data, after, generator)
         with fitting(model, besides_projections(after)):
             optimizer = torch.optim.Adam(list(learned.rows.values()), lr=given(resolved.lr, 0.0))
-            losses = resolved._losses(model, data, learned, generator)
+            losses = _Losses(resolved, model, data, learned, generator)
             with hooked(model, learned.hooks()):
                 run = train(
-                    losses, optimizer, steps=self.steps, description=self.name, schedule=linear_decay, progress=progress
+                    losses,
+                    optimizer,
+                    steps=self.steps,
+                    description=self.name,
+                    schedule=linear_decay,
+                    progress=progress,
+                    generator=generator,
+                    resumable={"forget": losses.forget, "retain": losses.retain},
+                    checkpoint=kept,
                 )
-        settings = asdict(resolved)
-        record = provenance(model, self.name, settings, data, seed=seed, steps_done=len(run.log))
-        projection = learned.edit(label, request_provenance(label, record))
+        projection = learned.edit(label, request_provenance(label, {**record, "steps_done": len(run.log)}))
         edit: Edit = projection if after is None else after + projection
         fit = Fit(edit, run.log, settings, run.interrupted)
         if resolved.distillation is None or run.interrupted:
@@ -144,17 +165,18 @@ class MRP:
                     generator=generator,
                     micro_batch=self.micro_batch,
                     progress=progress,
+                    checkpoint=None if kept is None else kept.part("distillation"),
                 )
         except KeyboardInterrupt:
             return replace(fit, interrupted=True)
         if taught.interrupted:  # matrices taught halfway are still mostly noise
             return replace(fit, interrupted=True)
-        matrices.provenance = provenance(
-            model, self.name, settings["distillation"], data, seed=seed, steps_done=len(taught.log)
-        )
+        taught_record = provenance(model, self.name, settings["distillation"], data, seed=seed)
+        matrices.provenance = {**taught_record, "steps_done": len(taught.log)}
         log = joined_logs(run.log, taught.log, seconds=time.perf_counter() - begun)
         return replace(fit, edit=edit + matrices, log=log)
 
+    @ordinary_torch(gradients=True)
     def start(
         self,
         model: LensModel,
@@ -187,6 +209,7 @@ class MRP:
             forget_bound=self.forget_bound,
             retain_energy=self.retain_energy,
         )
+        whole(rank=self.rank, steps=self.steps, batch_size=self.batch_size, micro_batch=self.micro_batch)
         one_of(Start, init=self.init)
         one_of(ForgetLoss, forget_loss=self.forget_loss)
         one_of(RetainLoss, retain_loss=self.retain_loss)
@@ -234,47 +257,51 @@ class MRP:
         )
         return LearnedRows({hook: rows.requires_grad_() for hook, rows in starts.items()}, taken)
 
-    def _losses(
-        self, model: LensModel, data: Data, learned: "LearnedRows", generator: torch.Generator
-    ) -> Callable[[int], Iterator[dict[str, Tensor]]]:
-        forget_batches = endless(data.all_forget, self.batch_size, generator)
-        retain_batches = endless(data.retain, self.batch_size, generator)
-        weights = openness(data.all_forget, model.cfg.d_vocab).to(data.encoder.device)
-        bound = given(self.forget_bound, FORGET_BOUND[self.forget_loss])
-        needs_reference = self.forget_loss == "odds" or self.retain_loss == "kl"
 
-        def step_losses(step: int) -> Iterator[dict[str, Tensor]]:
-            learned.alone = step % 2 == 1
-            lost, kept = next(forget_batches), next(retain_batches)
-            batch = data.encoder.collate([*lost, *kept])  # one pass for both sides
-            is_lost = (torch.arange(len(batch)) < len(lost)).to(data.encoder.device)
-            lost_count, kept_count = batch.loss_mask[is_lost].sum(), batch.loss_mask[~is_lost].sum()
-            for part, side in zip(
-                parts_of(batch, self.micro_batch), is_lost.split(self.micro_batch or len(batch)), strict=True
-            ):
-                to_lose = side[:, None].expand_as(part.loss_mask)[:, 1:][part.loss_mask[:, 1:]]
-                predicted = predictions(model, part)
-                reference = predicted
-                if needs_reference:
-                    with torch.no_grad(), learned.off():
-                        reference = predictions(model, part)
-                text = cross_entropy(predicted, part)
-                if self.forget_loss == "odds":
-                    before = part.tokens[:, :-1][part.loss_mask[:, 1:]]
-                    losing = weights[before] * log_odds(reference, predicted, part).clamp(min=-bound)
-                else:
-                    losing = -text.clamp(max=bound)
-                keeping = kl(reference, predicted) if self.retain_loss == "kl" else text
-                forget = losing[to_lose].sum() / lost_count
-                retain = keeping[~to_lose].sum() / kept_count
-                yield {
-                    "loss": forget + self.retain_weight * retain,
-                    "forget": forget,
-                    "retain": retain,
-                    "forget_cross_entropy": text.detach()[to_lose].sum() / lost_count,
-                }
+class _Losses:
+    """What the training loop minimises: for each step the share of each micro-batch."""
 
-        return step_losses
+    def __init__(
+        self, settings: MRP, model: LensModel, data: Data, learned: LearnedRows, generator: torch.Generator
+    ) -> None:
+        self.settings, self.model, self.encoder, self.learned = settings, model, data.encoder, learned
+        self.forget = Batches(data.all_forget, settings.batch_size, generator)
+        self.retain = Batches(data.retain, settings.batch_size, generator)
+        self.weights = openness(data.all_forget, model.cfg.d_vocab).to(data.encoder.device)
+        self.bound = given(settings.forget_bound, FORGET_BOUND[settings.forget_loss])
+        self.needs_reference = settings.forget_loss == "odds" or settings.retain_loss == "kl"
+
+    def __call__(self, step: int) -> Iterator[dict[str, Tensor]]:
+        settings = self.settings
+        self.learned.alone = step % 2 == 1
+        lost, kept = next(self.forget), next(self.retain)
+        batch = self.encoder.collate([*lost, *kept])  # one pass for both sides
+        is_lost = (torch.arange(len(batch)) < len(lost)).to(self.encoder.device)
+        lost_count, kept_count = batch.loss_mask[is_lost].sum(), batch.loss_mask[~is_lost].sum()
+        for part, side in zip(
+            parts_of(batch, settings.micro_batch), is_lost.split(settings.micro_batch or len(batch)), strict=True
+        ):
+            to_lose = side[:, None].expand_as(part.loss_mask)[:, 1:][part.loss_mask[:, 1:]]
+            predicted = predictions(self.model, part)
+            reference = predicted
+            if self.needs_reference:
+                with torch.no_grad(), self.learned.off():
+                    reference = predictions(self.model, part)
+            text = cross_entropy(predicted, part)
+            if settings.forget_loss == "odds":
+                before = part.tokens[:, :-1][part.loss_mask[:, 1:]]
+                losing = self.weights[before] * log_odds(reference, predicted, part).clamp(min=-self.bound)
+            else:
+                losing = -text.clamp(max=self.bound)
+            keeping = kl(reference, predicted) if settings.retain_loss == "kl" else text
+            forget = losing[to_lose].sum() / lost_count
+            retain = keeping[~to_lose].sum() / kept_count
+            yield {
+                "loss": forget + settings.retain_weight * retain,
+                "forget": forget,
+                "retain": retain,
+                "forget_cross_entropy": text.detach()[to_lose].sum() / lost_count,
+            }
 
 
 def joined_logs(projection: pd.DataFrame, distillation: pd.DataFrame, *, seconds: float) -> pd.DataFrame:

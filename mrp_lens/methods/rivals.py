@@ -3,6 +3,7 @@
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 
 import pandas as pd
 import torch
@@ -10,15 +11,17 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from typing_extensions import override
 
-from mrp_lens.checks import generator_for, given, one_of, positive
+from mrp_lens.checkpoints import EVERY
+from mrp_lens.checks import PlainSettings, generator_for, given, one_of, positive
 from mrp_lens.corpus import Corpus
 from mrp_lens.edit import Edit, ProjectionEdit
 from mrp_lens.methods.base import Fit, Forget, fitting, prepare, provenance, request_provenance
 from mrp_lens.methods.start import states_at
 from mrp_lens.methods.tuning import Tuning, Unit
-from mrp_lens.model import LensModel, check_layers
+from mrp_lens.model import LensModel, check_layers, check_lens_model
 from mrp_lens.stream import Site, hook_name
 from mrp_lens.subspace import Subspace
+from mrp_lens.torch_state import ordinary_torch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +96,7 @@ class NPO(Tuning):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DirectionAblation:
+class DirectionAblation(PlainSettings):
     """One direction a layer projected out: the mean of the forget states less that of the retain states (the difference of
     means of arXiv 2406.11717). Nothing is trained.
 
@@ -109,6 +112,7 @@ class DirectionAblation:
 
     name = "direction-ablation"
 
+    @ordinary_torch(gradients=False)
     def fit(
         self,
         model: LensModel,
@@ -119,6 +123,8 @@ class DirectionAblation:
         after: Edit | None = None,
         request: str | None = None,
         progress: bool = True,
+        checkpoint: str | Path | None = None,
+        every: int = EVERY,
     ) -> Fit:
         """Read the states; the model itself is left as it is.
 
@@ -129,13 +135,14 @@ class DirectionAblation:
             seed: of the documents that are read, about 4,096 tokens of each side.
             after: an earlier edit, on while states are read; the result holds both.
             request: name of this request. None: the names of the forget corpora.
-            progress: of no use here.
+            progress, checkpoint, every: of no use here, where one pass over the texts is the whole fit.
 
         Raises:
             ValueError: a layer that does not exist, an empty corpus, or states whose means do not differ.
         """
         one_of(Site, site=self.site)
         generator = generator_for(seed)
+        check_lens_model(model)
         layers = check_layers(model, given(self.layers, range(model.cfg.n_layers)))
         hooks = [hook_name(layer, self.site) for layer in layers]
         data = prepare(model, forget, retain, max_length=self.max_length)
@@ -147,7 +154,7 @@ class DirectionAblation:
         subspaces = {hook: Subspace.spanned_by((lost[hook].mean(0) - kept[hook].mean(0))[None].cpu()) for hook in hooks}
         settings = asdict(replace(self, layers=layers))
         label = given(request, "+".join(data.names))
-        record = provenance(model, self.name, settings, data, seed=seed, steps_done=0)
+        record = {**provenance(model, self.name, settings, data, seed=seed), "steps_done": 0}
         edit: Edit = ProjectionEdit(subspaces, request=label, provenance=request_provenance(label, record))
         log = pd.DataFrame([{"step": 0, "loss": float("nan"), "seconds": time.perf_counter() - started}])
         return Fit(edit if after is None else after + edit, log, settings)

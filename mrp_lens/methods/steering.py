@@ -2,29 +2,32 @@
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from itertools import cycle
-from typing import Literal, Self
+from pathlib import Path
+from typing import Any, Literal, Self
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from mrp_lens.batching import Encoded, PaddingSide, TokenBatch, endless
-from mrp_lens.checks import generator_for, given, one_of, positive
+from mrp_lens.batching import Batches, BatchesInTurn, Encoded, PaddingSide, TokenBatch
+from mrp_lens.checkpoints import EVERY
+from mrp_lens.checks import PlainSettings, generator_for, given, one_of, positive, whole
 from mrp_lens.corpus import Corpus
 from mrp_lens.edit import Edit, WeightEdit
 from mrp_lens.methods.base import (
     Data,
     Fit,
     Forget,
+    claimed,
     fitting,
     parts_of,
     prepare,
     provenance,
 )
-from mrp_lens.model import EditableWeight, LensModel, check_layers, mlp_out_weight, tensor_digests
+from mrp_lens.model import EditableWeight, LensModel, check_layers, check_lens_model, mlp_out_weight, tensor_digests
 from mrp_lens.stream import Site, captured, hook_name, run_segment
 from mrp_lens.subspace import Law, random_units
+from mrp_lens.torch_state import ordinary_torch
 from mrp_lens.training import TransformersAdamW, train
 
 Positions = Literal["content", "all"]
@@ -39,7 +42,7 @@ LR_SHARE = 0.05  # learning rate over the root mean square of the trained entrie
 
 
 @dataclass(frozen=True, kw_only=True)
-class Steering:
+class Steering(PlainSettings):
     """Hyperparameters that RMU and Adaptive RMU share. None: derived from the model when fitting."""
 
     layer: int | None = None
@@ -61,6 +64,7 @@ class Steering:
 
     name = ""
 
+    @ordinary_torch(gradients=True)
     def fit(
         self,
         model: LensModel,
@@ -70,6 +74,8 @@ class Steering:
         seed: int = 0,
         after: Edit | None = None,
         progress: bool = True,
+        checkpoint: str | Path | None = None,
+        every: int = EVERY,
     ) -> Fit:
         """Train the MLP output matrices of three layers; the model itself is left as it is.
 
@@ -80,12 +86,17 @@ class Steering:
             seed: of u and of the order of the data.
             after: an earlier edit, on during the fit; the result holds both.
             progress: show a progress bar.
+            checkpoint: a folder of its own in which the fit is kept while it runs; the same call again goes on with a fit that
+                was killed, and ends with the same bits. It is left there when the fit is done.
+            every: updates after which it is written.
 
         Raises:
-            ValueError: a layer that does not exist, an empty corpus, a hyperparameter out of range.
+            ValueError: a layer that does not exist, an empty corpus, a hyperparameter out of range, or a checkpoint of another
+                fit.
             NonFiniteLossError: the loss became NaN or infinite.
         """
         generator = generator_for(seed)
+        check_lens_model(model)
         placed = self._placed(model)
         data = prepare(model, forget, retain, max_length=self.max_length)
         with fitting(model, after):
@@ -93,6 +104,10 @@ class Steering:
             original = {layer: weight.read() for layer, weight in weights.items()}
             replaces = {weights[layer].name: tensor_digests(tensor) for layer, tensor in original.items()}
             resolved = placed._measured(model, data, list(original.values()))
+        settings = asdict(resolved)
+        record = provenance(model, self.name, settings, data, seed=seed)
+        kept = claimed(checkpoint, every, model, record, after)
+        with fitting(model, after):
             directions = {
                 name: random_units(1, model.cfg.d_model, self.direction, generator)[0].to(data.encoder.device)
                 for name in data.names
@@ -102,12 +117,20 @@ class Steering:
             optimizer = kind(list(masters.values()), lr=given(resolved.lr, 0.0), eps=self.eps, weight_decay=0.0)
             losses = _Losses(resolved, model, data, weights, masters, list(directions.values()), generator)
             with captured(model, [losses.hook]) as losses.store:
-                run = train(losses, optimizer, steps=self.steps, description=self.name, progress=progress)
-        settings = asdict(resolved)
+                run = train(
+                    losses,
+                    optimizer,
+                    steps=self.steps,
+                    description=self.name,
+                    progress=progress,
+                    generator=generator,
+                    resumable={"losses": losses},
+                    checkpoint=kept,
+                )
         edit: Edit = WeightEdit(
             {weights[layer].name: master for layer, master in masters.items()},
             replaces,
-            provenance=provenance(model, self.name, settings, data, seed=seed, steps_done=len(run.log)),
+            provenance={**record, "steps_done": len(run.log)},
         )
         return Fit(edit if after is None else after + edit, run.log, settings, run.interrupted, directions)
 
@@ -121,6 +144,7 @@ class Steering:
             micro_batch=self.micro_batch,
             eps=self.eps,
         )
+        whole(steps=self.steps, batch_size=self.batch_size, micro_batch=self.micro_batch)
         if not self.retain_noise >= 0.0:
             raise ValueError(
                 f"retain_noise is a share of the states' norm and must be at least 0, got {self.retain_noise}"
@@ -180,19 +204,34 @@ class _Losses:
         self.forget = [self._batches(rows) for rows in data.forget]
         self.retain = [self._batches(data.retain) for _ in data.forget]
 
-    def _batches(self, rows: Sequence[Encoded]) -> Iterator[TokenBatch]:
+    def _batches(self, rows: Sequence[Encoded]) -> Batches:
         """Batches for ever: shuffled in each pass, or in the order of the corpus."""
         size = self.settings.batch_size
-        in_turn = cycle([rows[start : start + size] for start in range(0, len(rows), size)])
-        chosen = endless(rows, size, self.generator) if self.settings.shuffle else in_turn
-        return (self.data.encoder.collate(batch, side=self.settings.padding) for batch in chosen)
+        return Batches(rows, size, self.generator) if self.settings.shuffle else BatchesInTurn(rows, size)
+
+    def _next(self, batches: Batches) -> TokenBatch:
+        return self.data.encoder.collate(next(batches), side=self.settings.padding)
+
+    def state_dict(self) -> dict[str, Any]:
+        """How far each stream of batches is, and the coefficients that first batches have set."""
+        streams = {"forget": self.forget, "retain": self.retain}
+        return {side: [stream.state_dict() for stream in each] for side, each in streams.items()} | {
+            "first": dict(self.first)
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from there."""
+        for side, streams in (("forget", self.forget), ("retain", self.retain)):
+            for stream, known in zip(streams, state[side], strict=True):
+                stream.load_state_dict(known)
+        self.first = dict(state["first"])
 
     def __call__(self, step: int) -> Iterator[dict[str, Tensor]]:
         """Forget corpora take turns, one a step, each with its own pass through the retain corpus."""
         topic = step % len(self.forget)
-        for part in self._squared_errors(next(self.forget[topic]), topic):
+        for part in self._squared_errors(self._next(self.forget[topic]), topic):
             yield {"loss": part, "forget": part}
-        for part in self._squared_errors(next(self.retain[topic]), None):
+        for part in self._squared_errors(self._next(self.retain[topic]), None):
             yield {"loss": given(self.settings.alpha, 0.0) * part, "retain": part}
 
     def _squared_errors(self, batch: TokenBatch, topic: int | None) -> Iterator[Float[Tensor, ""]]:

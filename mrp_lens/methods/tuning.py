@@ -2,28 +2,31 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Literal
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mrp_lens.batching import Encoded, TokenBatch, endless, in_order
-from mrp_lens.checks import generator_for, given, positive
+from mrp_lens.batching import Batches, Encoded, TokenBatch, in_order
+from mrp_lens.checkpoints import EVERY
+from mrp_lens.checks import PlainSettings, generator_for, given, positive, whole
 from mrp_lens.corpus import Corpus
 from mrp_lens.edit import Edit, WeightEdit
 from mrp_lens.masters import MasterAdamW, trainable
-from mrp_lens.methods.base import Data, Fit, Forget, fitting, parts_of, prepare, provenance
+from mrp_lens.methods.base import Data, Fit, Forget, claimed, fitting, parts_of, prepare, provenance
 from mrp_lens.methods.steering import default_trained_layers, entry_size
-from mrp_lens.model import LensModel, check_layers, mlp_out_weight, restored, tensor_digests
+from mrp_lens.model import LensModel, check_layers, check_lens_model, mlp_out_weight, restored, tensor_digests
 from mrp_lens.predictions import cross_entropy, predictions
+from mrp_lens.torch_state import ordinary_torch
 from mrp_lens.training import linear_decay, train
 
 Unit = Literal["token", "document"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Tuning:
+class Tuning(PlainSettings):
     """Hyperparameters of a method that trains MLP output matrices on what the model predicts.
 
     Args:
@@ -47,6 +50,7 @@ class Tuning:
     unit: Unit = "token"  # what the forget term is a mean over
     lr_share = 0.033  # learning rate over the root mean square of the trained entries
 
+    @ordinary_torch(gradients=True)
     def fit(
         self,
         model: LensModel,
@@ -56,6 +60,8 @@ class Tuning:
         seed: int = 0,
         after: Edit | None = None,
         progress: bool = True,
+        checkpoint: str | Path | None = None,
+        every: int = EVERY,
     ) -> Fit:
         """Train MLP output matrices; the model itself is left as it is.
 
@@ -66,40 +72,57 @@ class Tuning:
             seed: of the order of the data.
             after: an earlier edit, on during the fit; the result holds both.
             progress: show a progress bar.
+            checkpoint: a folder of its own in which the fit is kept while it runs; the same call again goes on with a fit that
+                was killed, and ends with the same bits. It is left there when the fit is done.
+            every: updates after which it is written.
 
         Raises:
-            ValueError: a layer that does not exist, an empty corpus, a hyperparameter out of range.
+            ValueError: a layer that does not exist, an empty corpus, a hyperparameter out of range, or a checkpoint of another
+                fit.
             NonFiniteLossError: the loss became NaN or infinite.
         """
         self._check()
         generator = generator_for(seed)
+        check_lens_model(model)
         layers = check_layers(model, given(self.layers, default_trained_layers(model)))
         data = prepare(model, forget, retain, max_length=self.max_length)
         weights = [mlp_out_weight(model, layer) for layer in layers]
-        with fitting(model, after), restored(weight.parameter for weight in weights):
+        with fitting(model, after):
             original = {weight.name: weight.read() for weight in weights}
-            lr = given(self.lr, self.lr_share * entry_size(original.values()))
-            resolved = replace(self, layers=layers, lr=lr)
+        lr = given(self.lr, self.lr_share * entry_size(original.values()))
+        resolved = replace(self, layers=layers, lr=lr)
+        settings = asdict(resolved)
+        record = provenance(model, self.name, settings, data, seed=seed)
+        kept = claimed(checkpoint, every, model, record, after)
+        with fitting(model, after), restored(weight.parameter for weight in weights):
             losses = _Losses(resolved, model, data, generator)
             masters = [trainable(weight.parameter) for weight in weights]
             optimizer = MasterAdamW(masters, lr)
             run = train(
-                losses, optimizer, steps=self.steps, description=self.name, schedule=linear_decay, progress=progress
+                losses,
+                optimizer,
+                steps=self.steps,
+                description=self.name,
+                schedule=linear_decay,
+                progress=progress,
+                generator=generator,
+                resumable={"forget": losses.forget, "retain": losses.retain},
+                checkpoint=kept,
             )
             learned = {
                 weight.name: weight.to_checkpoint(master.master.detach())
                 for weight, master in zip(weights, masters, strict=True)
             }
-        settings = asdict(resolved)
         edit: Edit = WeightEdit(
             learned,
             {name: tensor_digests(matrix) for name, matrix in original.items()},
-            provenance=provenance(model, self.name, settings, data, seed=seed, steps_done=len(run.log)),
+            provenance={**record, "steps_done": len(run.log)},
         )
         return Fit(edit if after is None else after + edit, run.log, settings, run.interrupted)
 
     def _check(self) -> None:
         positive(lr=self.lr, steps=self.steps, batch_size=self.batch_size, micro_batch=self.micro_batch)
+        whole(steps=self.steps, batch_size=self.batch_size, micro_batch=self.micro_batch)
         if not self.retain_weight >= 0.0:
             raise ValueError(f"retain_weight must be at least 0, got {self.retain_weight}")
 
@@ -126,8 +149,8 @@ class _Losses:
         self.settings, self.model, self.data = settings, model, data
         forget = data.all_forget
         self.reference = dict(zip(forget, self._log_probabilities(forget), strict=True))
-        self.forget = endless(forget, settings.batch_size, generator)
-        self.retain = endless(data.retain, settings.batch_size, generator)
+        self.forget = Batches(forget, settings.batch_size, generator)
+        self.retain = Batches(data.retain, settings.batch_size, generator)
 
     def __call__(self, step: int) -> Iterator[dict[str, Tensor]]:
         settings, encoder = self.settings, self.data.encoder

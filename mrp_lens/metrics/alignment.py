@@ -8,15 +8,18 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mrp_lens.batching import PaddingSide
+from mrp_lens.checks import generator_for
 from mrp_lens.metrics.intervals import CONFIDENCE, TokenMean
 from mrp_lens.metrics.states import Texts, direction_for, groups_of, hooks_at, read_states
 from mrp_lens.model import LensModel
 from mrp_lens.stream import Site
 from mrp_lens.subspace import Law, random_units
+from mrp_lens.torch_state import ordinary_torch
 
 NULL_DRAWS = 1000
 
 
+@ordinary_torch(gradients=False)
 def alignment(
     model: LensModel,
     texts: Texts,
@@ -51,13 +54,14 @@ def alignment(
         progress: show a progress bar.
 
     Returns:
-        One row a group and layer: `group`, `layer`, `documents`, `tokens`; `cosine`, mean over tokens, with its 95%
-        interval over documents `low`, `high`, and its spread over tokens `cosine_std`; the control `null_mean`,
-        `null_low`, `null_high` (95% of the unrelated directions), `null_std`; `norm`, mean L2 norm of the states in
-        units of the stream (what c is measured in), `norm_std`.
+        One row a group and layer: `group`, `layer`, `documents`, `tokens`; `cosine`, mean over tokens (0 for a state that
+        is 0), with its 95% interval over documents `low`, `high` (NaN with a single document), and its spread over tokens
+        `cosine_std`; the control `null_mean`, `null_low`, `null_high` (95% of the unrelated directions), `null_std`;
+        `norm`, mean L2 norm of the states in units of the stream (what c is measured in), `norm_std`.
 
     Raises:
-        TypeError, ValueError: no texts, no token, a layer that does not exist, a direction of the wrong size or zero.
+        TypeError, ValueError: no texts, no token, a layer that does not exist, a direction of the wrong size or zero;
+            NonFiniteError where states are NaN or infinite.
 
     Example:
         >>> with fit.edit.applied(model):  # doctest: +SKIP
@@ -65,7 +69,7 @@ def alignment(
     """
     u = direction_for(model, direction)
     groups, hooks = groups_of(texts), hooks_at(model, layers, site)
-    null = random_units(NULL_DRAWS, len(u), law, torch.Generator().manual_seed(seed)).double()
+    null = random_units(NULL_DRAWS, len(u), law, generator_for(seed)).double()
     rows = []
     for group, corpus in groups.items():
         cosines, norms = {layer: TokenMean() for layer in hooks}, {layer: TokenMean() for layer in hooks}

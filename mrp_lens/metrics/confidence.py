@@ -16,10 +16,12 @@ from tqdm.auto import tqdm
 
 from mrp_lens.batching import Encoded, Encoder, PaddingSide, TokenBatch, in_order
 from mrp_lens.corpus import Corpus, Document, Questions
+from mrp_lens.finite import check_log_probabilities
 from mrp_lens.metrics.intervals import bootstrap_interval
-from mrp_lens.model import LensModel, logits_of
+from mrp_lens.model import LensModel, check_lens_model, logits_of
 from mrp_lens.predictions import targets
 from mrp_lens.stream import frozen
+from mrp_lens.torch_state import ordinary_torch
 
 Mode = Literal["generated", "forced"]
 MODES: tuple[str, ...] = get_args(Mode)
@@ -42,6 +44,7 @@ class _Item:
     document: Document
 
 
+@ordinary_torch(gradients=False)
 def confidence(
     model: LensModel,
     questions: QuestionSets,
@@ -114,6 +117,7 @@ def confidence(
     return pd.DataFrame(rows)
 
 
+@ordinary_torch(gradients=False)
 def token_confidence(
     model: LensModel,
     questions: QuestionSets,
@@ -151,10 +155,12 @@ def token_confidence(
     Raises:
         TypeError: neither questions nor a corpus.
         ValueError: nothing to ask, an unknown mode, an empty prompt to generate from, a group without any answer, or
-            more tokens than the model's context has room for.
+            more tokens than the model's context has room for; NonFiniteError where logits are NaN or infinite (at
+            -infinity a token is ruled out, which is no fault).
     """
     if mode not in MODES:
         raise ValueError(f"unknown mode {mode!r}; choose one of {', '.join(MODES)}")
+    check_lens_model(model)
     most = int(model.cfg.n_ctx) - 2  # a BOS and the end of the prompt come before
     if not 1 <= tokens <= most:
         raise ValueError(f"tokens must be from 1 to {most} (the model's context length less 2), got {tokens}")
@@ -222,7 +228,7 @@ def _generated(
             batch = encoder.collate([rows[place] for place in going], side=padding)
             logits = _last_logits(model, batch)
             ids = logits.argmax(dim=-1)
-            yield going, ids, _measures(logits, ids)
+            yield going, ids, _measures(model, batch, logits, ids)
             for place, token in zip(going, ids.tolist(), strict=True):
                 row = rows[place]
                 rows[place] = Encoded((*row.ids, token), (*row.content, True), (*row.in_loss, True))
@@ -251,7 +257,11 @@ def _forced(
         counted = batch.loss_mask[:, 1:]
         logits = logits_of(model, batch.tokens, batch.attention_mask)[:, :-1][counted]
         ids = targets(batch)
-        yield [asked[chosen[row]] for row in counted.nonzero()[:, 0].tolist()], ids, _measures(logits, ids)
+        yield (
+            [asked[chosen[row]] for row in counted.nonzero()[:, 0].tolist()],
+            ids,
+            _measures(model, batch, logits, ids),
+        )
         bar.update(len(chosen))
 
 
@@ -273,10 +283,13 @@ def _last_logits(model: LensModel, batch: TokenBatch) -> Float[Tensor, "batch d_
     return logits[torch.arange(len(logits), device=logits.device), (places * batch.attention_mask).amax(dim=1)]
 
 
-def _measures(logits: Float[Tensor, "tokens d_vocab"], ids: Int[Tensor, " tokens"]) -> Float[Tensor, "tokens measures"]:
-    """MEASURES, of float32 logits."""
+def _measures(
+    model: LensModel, batch: TokenBatch, logits: Float[Tensor, "tokens d_vocab"], ids: Int[Tensor, " tokens"]
+) -> Float[Tensor, "tokens measures"]:
+    """MEASURES, of float32 logits, which are some of the batch's."""
     wide = logits.float()
     log_probabilities = wide.log_softmax(dim=-1)
+    check_log_probabilities(model, batch, log_probabilities)
     probabilities = log_probabilities.exp()
     largest, second = wide.topk(2, dim=-1).values.unbind(dim=-1)
     return torch.stack(
@@ -293,8 +306,6 @@ def _measures(logits: Float[Tensor, "tokens d_vocab"], ids: Int[Tensor, " tokens
 
 def _interval(totals: NDArray[np.float64], counts: NDArray[np.float64], seed: int) -> tuple[float, float]:
     """Of the mean over tokens, resampling questions: tokens of a question go together."""
-    if len(totals) < 2:
-        return float("nan"), float("nan")
     return bootstrap_interval(
         np.stack([totals, counts], axis=1), lambda r: r[:, :, 0].sum(axis=1) / r[:, :, 1].sum(axis=1), seed=seed
     )

@@ -11,8 +11,10 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from mrp_lens.model import LensModel, logits_of
+from mrp_lens.finite import NonFiniteError, non_finite
+from mrp_lens.model import LensModel, dtype_of, logits_of
 from mrp_lens.stream import captured, frozen, hook_name, hooked
+from mrp_lens.torch_state import refuse_inference_tensors
 
 Output = Literal["logits", "stream"]
 
@@ -26,7 +28,8 @@ class LayersAbove:
     """What the layers above a layer make of its resid_post, as a function of shifts of the states there.
 
     The states are those the model has, whatever edits are on it: with a SteeringEdit applied the Jacobian is that
-    at c u. No Jacobian is ever formed; `jvp` is forward-mode, `vjp` reverse-mode differentiation.
+    at c u. No Jacobian is ever formed; `jvp` is forward-mode, `vjp` reverse-mode differentiation. Both raise
+    NonFiniteError where an output or a derivative is NaN or infinite.
 
     Attributes:
         model: HookedTransformer or TransformerBridge.
@@ -66,17 +69,18 @@ class LayersAbove:
 
         with torch.no_grad(), forward_ad.dual_level():
             primal, tangent = forward_ad.unpack_dual(self._run(attach, len(tangents)))
-            return torch.zeros_like(primal) if tangent is None else tangent
+            return torch.zeros_like(primal) if tangent is None else self._checked(tangent)
 
     def vjp(self, cotangents: Float[Tensor, "batch width"]) -> Float[Tensor, "batch seq d_model"]:
         """J^T w, in float32 or better; zero where no state is moved."""
+        refuse_inference_tensors(self.model.parameters())
         dtype = torch.promote_types(cotangents.dtype, torch.float32)
         shape = (len(cotangents), self.tokens.shape[1], self.model.cfg.d_model)
         with torch.enable_grad():
             shifts = torch.zeros(shape, dtype=dtype, device=self.tokens.device, requires_grad=True)
             outputs = self.outputs(shifts)
             (gradient,) = torch.autograd.grad(outputs, shifts, cotangents.to(outputs))
-        return gradient
+        return self._checked(gradient)
 
     @property
     def inputs(self) -> int:
@@ -104,8 +108,20 @@ class LayersAbove:
             captured(self.model, [final]) as store,
         ):
             logits = logits_of(self.model, tokens, mask)
-        values = logits if self.output == "logits" else store[final]
-        return values[torch.arange(batch, device=values.device), self.read.expand(batch)]
+            values = logits if self.output == "logits" else store[final]
+            values = values[torch.arange(batch, device=values.device), self.read.expand(batch)]
+            if not bool(torch.isfinite(values.detach()).all()):
+                raise non_finite(self.model, tokens, mask, f"the {self.output} above layer {self.layer}")
+        return values
+
+    def _checked(self, derivative: Tensor) -> Tensor:
+        if not bool(torch.isfinite(derivative).all()):
+            dtype = str(dtype_of(self.model)).removeprefix("torch.")
+            raise NonFiniteError(
+                f"the derivative of the {self.output} above layer {self.layer} holds NaN or infinity; the model is in {dtype}: load it in "
+                "float32 or bfloat16, or weaken the edit"
+            )
+        return derivative
 
 
 class JacobianSize(NamedTuple):

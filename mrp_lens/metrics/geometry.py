@@ -15,8 +15,10 @@ from mrp_lens.metrics.states import Texts, groups_of, hooks_at
 from mrp_lens.model import LensModel
 from mrp_lens.stream import Site, layer_of
 from mrp_lens.subspace import Subspace
+from mrp_lens.torch_state import ordinary_torch
 
 
+@ordinary_torch(gradients=False)
 def geometry(
     model: LensModel,
     texts: Texts,
@@ -101,6 +103,7 @@ def geometry(
     return pd.DataFrame(rows)
 
 
+@ordinary_torch(gradients=False)
 def propagation(
     model: LensModel,
     texts: Texts,

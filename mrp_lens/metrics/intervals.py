@@ -9,6 +9,8 @@ from jaxtyping import Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
 
+from mrp_lens.checks import int_seed
+
 RESAMPLES = 2000
 CONFIDENCE = 0.95
 
@@ -19,19 +21,34 @@ def bootstrap_interval(
     *,
     seed: int = 0,
 ) -> tuple[float, float]:
-    """Percentile bootstrap over the first axis: 95% interval from 2,000 resamples.
+    """Percentile bootstrap over the first axis: 95% interval from 2,000 resamples; NaN, NaN from a single row.
 
     Args:
-        values: [n, ...], one row a question or document.
+        values: [n, ...], one row a question or document. Infinities are taken as they are.
         statistic: maps resamples [r, n, ...] to [r].
         seed: of the resampling.
+
+    Raises:
+        TypeError: the seed is no integer.
+        ValueError: no values, or NaN among them.
     """
-    generator = np.random.default_rng(seed)
+    generator = np.random.default_rng(int_seed(seed))
+    if not len(values):
+        raise ValueError("no values to take an interval of; give one for each question or document")
+    if np.isnan(values).any():
+        raise ValueError(
+            f"{int(np.isnan(values).sum())} of {np.size(values)} values are NaN, of which no interval can be made"
+        )
+    if len(values) == 1:  # nothing tells how far another one would be off
+        return float("nan"), float("nan")
     estimates = np.concatenate(
         [statistic(values[generator.integers(len(values), size=(100, len(values)))]) for _ in range(RESAMPLES // 100)]
     )
     tail = (1 - CONFIDENCE) / 2
-    low, high = np.quantile(estimates, [tail, 1 - tail])
+    if np.isfinite(estimates).all():
+        low, high = np.quantile(estimates, [tail, 1 - tail])
+    else:  # between infinities there is nothing to interpolate
+        low, high = np.sort(estimates)[[round(share * (RESAMPLES - 1)) for share in (tail, 1 - tail)]]
     return float(low), float(high)
 
 
@@ -51,8 +68,14 @@ class TokenMean:
     token_squares: float = 0.0
 
     def add(self, values: Float[Tensor, " tokens"], rows: Int[Tensor, " tokens"]) -> None:
-        """Values of whole documents: `rows` says to which of them each value belongs."""
+        """Values of whole documents: `rows` says to which of them each value belongs.
+
+        Raises:
+            ValueError: one that is NaN or infinite, which would make the mean so.
+        """
         wide = values.detach().double().cpu().numpy()
+        if not np.isfinite(wide).all():
+            raise ValueError("a figure of a token is NaN or infinite: it was divided by 0, or the model overflows")
         places = rows.cpu().numpy()
         totals, counts = np.bincount(places, weights=wide), np.bincount(places).astype(float)
         self.documents += int((counts > 0).sum())

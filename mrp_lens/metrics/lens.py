@@ -13,13 +13,16 @@ from tqdm.auto import tqdm
 
 from mrp_lens.batching import Encoded, Encoder, PaddingSide, in_order
 from mrp_lens.corpus import Document, Question, Questions
+from mrp_lens.finite import non_finite
 from mrp_lens.metrics.answers import by_group
 from mrp_lens.metrics.intervals import bootstrap_interval
 from mrp_lens.metrics.states import hooks_at, states_of
 from mrp_lens.model import LensModel, logits_of
 from mrp_lens.stream import Site, frozen, hook_name, hooked
+from mrp_lens.torch_state import ordinary_torch
 
 
+@ordinary_torch(gradients=False)
 def logit_lens(
     model: LensModel,
     questions: Questions,
@@ -53,12 +56,13 @@ def logit_lens(
 
     Returns:
         One row a layer and group, the groups as in `metrics.accuracy`. Columns: `layer`, `group`, `n`; `accuracy` in
-        [0, 1] among the choices, by their tokens' logits, with its 95% bootstrap interval over questions `low`, `high`;
-        `chance`, the control: what blind guessing gives; `probability` of the right choice's token among the whole
+        [0, 1] among the choices, by their tokens' logits, with its 95% bootstrap interval over questions `low`, `high`
+        (NaN with a single question); `chance`, the control: what blind guessing gives; `probability` of the right choice's token among the whole
         vocabulary, mean over questions; `rank` of that token in the vocabulary, median over questions (1: first).
 
     Raises:
-        TypeError, ValueError: no questions, or a layer or site that does not exist.
+        TypeError, ValueError: no questions, or a layer or site that does not exist; NonFiniteError where states or logits
+            are NaN or infinite.
 
     Example:
         >>> with fit.edit.applied(model):  # doctest: +SKIP
@@ -105,6 +109,9 @@ def unembedded(model: LensModel, states: Float[Tensor, "texts d_model"]) -> Floa
 
     The model itself computes them, on texts of one token whose state at the end of the last block is replaced: what a
     family does there besides norm and unembedding need not be known.
+
+    Raises:
+        NonFiniteError: logits that are NaN or infinite.
     """
     tokens = torch.zeros(len(states), 1, dtype=torch.long, device=states.device)
 
@@ -112,8 +119,12 @@ def unembedded(model: LensModel, states: Float[Tensor, "texts d_model"]) -> Floa
         return states[:, None]
 
     last = hook_name(int(model.cfg.n_layers) - 1)
+    real = torch.ones_like(tokens, dtype=torch.bool)
     with frozen(model), torch.no_grad(), hooked(model, [(last, put)]):
-        return logits_of(model, tokens, torch.ones_like(tokens, dtype=torch.bool))[:, 0].float()
+        logits = logits_of(model, tokens, real)[:, 0].float()
+        if not bool(logits.amax(dim=-1).isfinite().all()):  # -infinity beside finite ones rules a token out
+            raise non_finite(model, tokens, real, "the logits of a layer's states")
+    return logits
 
 
 def last_states(
@@ -138,7 +149,7 @@ def last_states(
         progress: show a progress bar.
 
     Raises:
-        ValueError: a text without a token besides BOS, or states that hold NaN or infinity.
+        ValueError: a text without a token besides BOS; NonFiniteError where states hold NaN or infinity.
     """
     empty = next((place for place, row in enumerate(rows) if not any(row.content)), None)
     if empty is not None:

@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mrp_lens.batching import PaddingSide
+from mrp_lens.checks import generator_for
 from mrp_lens.corpus import Corpus
 from mrp_lens.edit import Edit, EditStack, SteeringEdit, edit_on
 from mrp_lens.metrics.states import read_batches, states_of
@@ -102,7 +103,7 @@ class PairReader:
     def _chosen(self, corpus: Corpus) -> list[int]:
         if self.documents is None or self.documents >= len(corpus):
             return list(range(len(corpus)))
-        order = torch.randperm(len(corpus), generator=torch.Generator().manual_seed(self.seed))
+        order = torch.randperm(len(corpus), generator=generator_for(self.seed))
         return sorted(order[: self.documents].tolist())
 
 

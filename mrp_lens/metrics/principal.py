@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mrp_lens.batching import PaddingSide
+from mrp_lens.checks import generator_for, int_seed
 from mrp_lens.corpus import Corpus
 from mrp_lens.edit import Edit
 from mrp_lens.metrics.geometry import removed_at
@@ -20,6 +21,7 @@ from mrp_lens.metrics.states import Texts, groups_of, hooks_at
 from mrp_lens.model import LensModel
 from mrp_lens.stream import Site
 from mrp_lens.subspace import Subspace
+from mrp_lens.torch_state import ordinary_torch
 
 Position = Literal["last", "all"]
 
@@ -28,6 +30,7 @@ NULL_DRAWS = 20
 FLAT = 1e-6  # a singular value below this share of the points' spread is rounding noise, not an axis
 
 
+@ordinary_torch(gradients=False)
 def principal_angles(
     model: LensModel,
     texts: Texts,
@@ -126,6 +129,7 @@ def principal_angles(
     return pd.DataFrame(rows)
 
 
+@ordinary_torch(gradients=False)
 def principal_plane(
     model: LensModel,
     texts: Texts,
@@ -224,7 +228,7 @@ def _degrees(one: Subspace, other: Subspace) -> list[float]:
 
 def _null_angles(ranks: tuple[int, int], d_model: int, seed: int) -> list[float]:
     """Mean angles in degrees between random subspaces of these ranks."""
-    seeds = torch.randint(2**62, (NULL_DRAWS, 2), generator=torch.Generator().manual_seed(seed)).tolist()
+    seeds = torch.randint(2**62, (NULL_DRAWS, 2), generator=generator_for(seed)).tolist()
     draws = [
         _degrees(*(Subspace.random(rank, d_model, seed=of) for rank, of in zip(ranks, pair, strict=True)))
         for pair in seeds
@@ -246,7 +250,9 @@ def _read_points(
         else:  # each document with random numbers of its own, so that the choice is the same in any batches
             documents, sizes = torch.unique_consecutive(pair.rows, return_counts=True)
             own = zip(documents.tolist(), sizes.tolist(), strict=True)
-            found["order"] = np.concatenate([np.random.default_rng([reader.seed, n]).random(size) for n, size in own])
+            found["order"] = np.concatenate(
+                [np.random.default_rng([int_seed(reader.seed), n]).random(size) for n, size in own]
+            )
         new = {when: by_hook[hook].double().cpu()[found.index.tolist()] for when, by_hook in pair.states.items()}
         states = {when: torch.cat([states[when], new[when]]) if states else new[when] for when in new}
         labels = pd.concat([labels, found], ignore_index=True) if len(labels) else found.reset_index(drop=True)

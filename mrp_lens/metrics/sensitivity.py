@@ -4,24 +4,29 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from mrp_lens.batching import PaddingSide, TokenBatch
+from mrp_lens.checks import generator_for
 from mrp_lens.corpus import Corpus
+from mrp_lens.finite import check_states
 from mrp_lens.metrics.derivatives import LayersAbove
 from mrp_lens.metrics.intervals import TokenMean, bootstrap_interval
 from mrp_lens.metrics.states import Texts, direction_for, groups_of, hooks_at, read_batches, read_states
 from mrp_lens.model import LensModel
 from mrp_lens.stream import captured, frozen, hook_name, hooked, run_segment
+from mrp_lens.torch_state import ordinary_torch
 
 DEFAULT_SHARE = 0.1  # length of the noise as a share of the mean norm at layer 0, where no law is given
 
 MEASURES = ("sensitivity", "input_ratio", "norm", "noise")
 
 
+@ordinary_torch(gradients=False)
 def noise_sensitivity(
     model: LensModel,
     texts: Texts,
@@ -65,7 +70,7 @@ def noise_sensitivity(
 
     Raises:
         TypeError, ValueError: no texts, no token, a layer that does not exist, both `noise` and `relative`, either not
-            above 0, or draws below 1.
+            above 0, draws below 1, or a state that is 0; NonFiniteError where states are NaN or infinite.
     """
     _check_law(noise, relative, draws)
     groups, hooks = groups_of(texts), hooks_at(model, layers, "resid_post")
@@ -73,7 +78,7 @@ def noise_sensitivity(
         noise = _default_noise(model, groups, batch_size, max_length, padding, progress)
     rows = []
     for group, corpus in groups.items():
-        generator = torch.Generator().manual_seed(seed)  # anew, so that no group depends on the others
+        generator = generator_for(seed)  # anew, so that no group depends on the others
         means = {layer: {name: TokenMean() for name in MEASURES} for layer in hooks}
         batches = read_batches(
             model, corpus, batch_size=batch_size, max_length=max_length, padding=padding, progress=progress
@@ -110,6 +115,7 @@ def noise_sensitivity(
     return pd.DataFrame(rows)
 
 
+@ordinary_torch(gradients=False)
 def predicted_coefficient(
     model: LensModel,
     texts: Texts,
@@ -144,10 +150,13 @@ def predicted_coefficient(
     Returns:
         One row a group and layer: `group`, `layer`, `documents`; `coefficient`, mean over documents in units of the
         stream, with its 95% bootstrap interval `low`, `high`, and `std` over documents; the control `projection`, mean
-        of u . h: what would come out if the layers above did nothing; `norm`, mean L2 norm of those states.
+        of u . h: what would come out if the layers above did nothing; `norm`, mean L2 norm of those states. The
+        coefficient and its columns are NaN where the layers above do not react to u at all (an edit replaces what they
+        make of it); `low` and `high` also with a single document.
 
     Raises:
-        TypeError, ValueError: no texts, no token, a layer that does not exist, a direction of the wrong size or zero.
+        TypeError, ValueError: no texts, no token, a layer that does not exist, a direction of the wrong size or zero;
+            NonFiniteError where states or derivatives are NaN or infinite.
     """
     u = direction_for(model, direction)
     groups, hooks = groups_of(texts), hooks_at(model, layers, "resid_post")
@@ -167,13 +176,15 @@ def predicted_coefficient(
                 above = LayersAbove(model, layer, batch.tokens, batch.attention_mask, moved, last, "stream")
                 of_states = above.jvp(states[:, None] * moved[..., None]).double()
                 of_direction = above.jvp((u * moved[..., None]).float()).double()
-                coefficient = (of_direction * of_states).sum(dim=1) / of_direction.square().sum(dim=1)
+                reaction = of_direction.square().sum(dim=1)
+                coefficient = (of_direction * of_states).sum(dim=1) / reaction.where(reaction > 0, math.nan)
                 found[layer].append(
                     torch.stack([coefficient, (states @ u).double(), states.norm(dim=1).double()]).cpu()
                 )
         for layer, parts in found.items():
             coefficients, projections, norms = torch.cat(parts, dim=1).numpy()
-            low, high = bootstrap_interval(coefficients, seed=seed)
+            known = not np.isnan(coefficients).any()
+            low, high = bootstrap_interval(coefficients, seed=seed) if known else (math.nan, math.nan)
             rows.append(
                 {
                     "group": group,
@@ -197,7 +208,9 @@ def _streams(
     last = model.cfg.n_layers - 1
     with frozen(model), torch.no_grad(), captured(model, names) as store:
         run_segment(model, batch.tokens, batch.attention_mask, first=last, last=last)
-    return {name: states[batch.content_mask if chosen is None else chosen] for name, states in store.items()}
+    states = {name: states[batch.content_mask if chosen is None else chosen] for name, states in store.items()}
+    check_states(model, batch, states)
+    return states
 
 
 def _reaction(
@@ -217,6 +230,10 @@ def _reaction(
         after = _streams(model, batch, [final])[final].float()
     stream = clean[final].float()
     pairs = ((after - stream, stream), (moved.float() - before, before))
+    if not bool(before.any(dim=-1).all() and stream.any(dim=-1).all()):
+        raise ValueError(
+            f"a state at {hook} or behind the last block is 0, of which nothing is a share; leave that layer out"
+        )
     sensitivity, input_ratio = (change.square().sum(dim=-1) / of.square().sum(dim=-1) for change, of in pairs)
     return sensitivity, input_ratio
 

@@ -10,7 +10,8 @@ from tqdm.auto import tqdm
 
 from mrp_lens.batching import Encoder, PaddingSide, TokenBatch, in_order
 from mrp_lens.corpus import Corpus
-from mrp_lens.model import LensModel, check_layers, device_of
+from mrp_lens.finite import check_states
+from mrp_lens.model import LensModel, check_layers, check_lens_model, device_of
 from mrp_lens.stream import captured, check_hook_names, frozen, hook_name, layer_of, run_segment
 from mrp_lens.subspace import unit
 
@@ -59,6 +60,7 @@ def hooks_at(model: LensModel, layers: Sequence[int] | None, site: str) -> dict[
     Raises:
         ValueError: a layer, or a site, that the model does not have.
     """
+    check_lens_model(model)
     chosen = range(model.cfg.n_layers) if layers is None else check_layers(model, layers)
     hooks = {layer: hook_name(layer, site) for layer in chosen}
     check_hook_names(model, hooks.values())
@@ -72,6 +74,7 @@ def direction_for(model: LensModel, direction: Float[Tensor, " _width"]) -> Floa
         TypeError, ValueError: not a finite non-zero vector as wide as the model's stream.
     """
     vector = unit(direction)
+    check_lens_model(model)
     if len(vector) != model.cfg.d_model:
         raise ValueError(f"the direction has {len(vector)} entries, the model's stream {model.cfg.d_model}")
     return vector.to(device_of(model))
@@ -142,16 +145,11 @@ def states_of(model: LensModel, batch: TokenBatch, hooks: Sequence[str]) -> dict
     """States of a batch's content tokens at each hook, without gradient; the pass ends at the last of the hooks' layers.
 
     Raises:
-        ValueError: states that hold NaN or infinity.
+        NonFiniteError: states that hold NaN or infinity.
     """
     last = max(layer_of(name) for name in hooks)
     with frozen(model), torch.no_grad(), captured(model, hooks) as store:
         run_segment(model, batch.tokens, batch.attention_mask, first=last, last=last)
     states = {name: store[name][batch.content_mask] for name in hooks}
-    for name, of_hook in states.items():
-        if not bool(torch.isfinite(of_hook).all()):
-            raise ValueError(
-                f"states at {name} hold NaN or infinity: the model overflows; load it in float32 or bfloat16, or "
-                "weaken the edit"
-            )
+    check_states(model, batch, states)
     return states

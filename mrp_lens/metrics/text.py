@@ -12,27 +12,37 @@ from mrp_lens.metrics.intervals import bootstrap_interval
 from mrp_lens.model import LensModel
 from mrp_lens.predictions import predictions, targets
 from mrp_lens.stream import frozen
+from mrp_lens.torch_state import ordinary_torch
 
 
+@ordinary_torch(gradients=False)
 def perplexity(
     model: LensModel, corpus: Corpus, *, batch_size: int = 128, seed: int = 0, progress: bool = False
 ) -> pd.DataFrame:
     """exp of the mean cross-entropy (nats) per predicted token, with a bootstrap interval over documents.
 
     Returns:
-        One row: `corpus`, `documents`, `tokens`, `perplexity`, `low`, `high`; `uniform`, the control: the
-        perplexity of guessing uniformly over the vocabulary.
+        One row: `corpus`; `documents` and `tokens`, how many were predicted (a document of one token has none to predict);
+        `perplexity`, infinite where the model rules a token of the text out; `low`, `high` (NaN with a single document);
+        `uniform`, the control: the perplexity of guessing uniformly over the vocabulary.
+
+    Raises:
+        ValueError: no document, or none with a token to predict; NonFiniteError where logits are NaN or infinite.
     """
     sums = _document_log_probabilities(model, corpus, batch_size=batch_size, progress=progress)
-    low, high = bootstrap_interval(sums, lambda r: np.exp(-r[:, :, 0].sum(axis=1) / r[:, :, 1].sum(axis=1)), seed=seed)
     total, count = sums.sum(axis=0)
+    with np.errstate(over="ignore"):  # above e^709 it is infinite
+        low, high = bootstrap_interval(
+            sums, lambda r: np.exp(-r[:, :, 0].sum(axis=1) / r[:, :, 1].sum(axis=1)), seed=seed
+        )
+        value = float(np.exp(-total / count))
     return pd.DataFrame(
         [
             {
                 "corpus": corpus.name,
-                "documents": len(corpus),
+                "documents": len(sums),
                 "tokens": int(count),
-                "perplexity": float(np.exp(-total / count)),
+                "perplexity": value,
                 "low": low,
                 "high": high,
                 "uniform": float(model.cfg.d_vocab),
@@ -41,20 +51,25 @@ def perplexity(
     )
 
 
+@ordinary_torch(gradients=False)
 def answer_probability(
     model: LensModel, corpus: Corpus, *, batch_size: int = 128, seed: int = 0, progress: bool = False
 ) -> pd.DataFrame:
     """Mean over documents of the completion's probability per token (geometric mean over its tokens).
 
     Returns:
-        One row: `corpus`, `documents`, `probability`, `low`, `high`; `uniform`, the control: 1 / d_vocab.
+        One row: `corpus`; `documents`, how many have a token to predict; `probability`, `low`, `high` (NaN with a single
+        document); `uniform`, the control: 1 / d_vocab.
+
+    Raises:
+        ValueError: as `perplexity`.
     """
     sums = _document_log_probabilities(model, corpus, batch_size=batch_size, progress=progress)
     values = np.exp(sums[:, 0] / sums[:, 1])
     low, high = bootstrap_interval(values, seed=seed)
     row = {
         "corpus": corpus.name,
-        "documents": len(corpus),
+        "documents": len(values),
         "probability": float(values.mean()),
         "low": low,
         "high": high,

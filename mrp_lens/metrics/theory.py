@@ -16,13 +16,16 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from mrp_lens.batching import Encoder
+from mrp_lens.checks import generator_for, int_seed
 from mrp_lens.corpus import Document
 from mrp_lens.edit import SteeringEdit
+from mrp_lens.finite import non_finite
 from mrp_lens.metrics.derivatives import JacobianSize, LayersAbove, jacobian_size
 from mrp_lens.metrics.intervals import CONFIDENCE
 from mrp_lens.metrics.states import direction_for
 from mrp_lens.model import LensModel, check_layers, logits_of
 from mrp_lens.stream import captured, frozen, hook_name
+from mrp_lens.torch_state import ordinary_torch
 
 Positions = Literal["last", "all"]
 
@@ -33,6 +36,7 @@ POWER_ITERATIONS = 10
 COLUMNS = 4096  # of the vocabulary, taken to float64 at a time
 
 
+@ordinary_torch(gradients=False)
 def proposition_1(
     model: LensModel,
     prompts: Sequence[str],
@@ -80,7 +84,8 @@ def proposition_1(
 
     Raises:
         TypeError, ValueError: no prompts or an empty one, noise <= 0, a coefficient that is not finite, unknown
-            positions, a layer that does not exist, a direction of the wrong size or zero.
+            positions, a layer that does not exist, a direction of the wrong size or zero; NonFiniteError where states or
+            logits are NaN or infinite (also -infinity: ruled out tokens have no variance).
     """
     setting = _Setting(model, _tokenised(model, prompts), direction, layer, positions, samples, batch_size)
     rows = []
@@ -98,6 +103,7 @@ def proposition_1(
     return pd.DataFrame(rows, columns=[*KEYS, *"statistic predicted measured low high error inside norm".split()])
 
 
+@ordinary_torch(gradients=False)
 def variance_by_coefficient(
     model: LensModel,
     prompts: Sequence[str],
@@ -222,7 +228,7 @@ class _Setting:
             if not len(values) or not all(lowest < value < math.inf for value in values):
                 allowed = "a variance above 0" if name == "noise" else "a finite number"
                 raise ValueError(f"{name} must be {allowed}, or several, got {list(values)}")
-        probes, random = torch.Generator().manual_seed(seed), np.random.default_rng(seed)
+        probes, random = generator_for(seed), np.random.default_rng(int_seed(seed))
         uniform = np.full(self.samples, 1 / self.samples)
         steered = list(product(enumerate(self.prompts), coefficients))
         with tqdm(total=len(steered) * len(noises), desc="sampling logits", disable=not progress) as bar:
@@ -250,7 +256,10 @@ class _Setting:
         name = hook_name(self.layer)
         with frozen(self.model), torch.no_grad(), captured(self.model, [name]) as store:
             logits_of(self.model, tokens, torch.ones_like(tokens, dtype=torch.bool))
-        return float(store[name][0, -1].float().norm())
+        norm = float(store[name][0, -1].float().norm())
+        if not math.isfinite(norm):
+            raise non_finite(self.model, tokens, torch.ones_like(tokens, dtype=torch.bool), f"states at {name}")
+        return norm
 
     def linearised(
         self, tokens: Int[Tensor, "1 seq"], coefficient: float, generator: torch.Generator
@@ -272,8 +281,11 @@ class _Setting:
         with frozen(self.model), torch.no_grad(), self.edit(tokens, coefficient, noise, seed).applied(self.model):
             for start in range(0, self.samples, self.batch_size):
                 rows = tokens.repeat(min(self.batch_size, self.samples - start), 1)
-                logits = logits_of(self.model, rows, torch.ones_like(rows, dtype=torch.bool))
-                parts.append(logits[:, -1].float() - expected)
+                real = torch.ones_like(rows, dtype=torch.bool)
+                logits = logits_of(self.model, rows, real)[:, -1].float()
+                if not bool(torch.isfinite(logits).all()):
+                    raise non_finite(self.model, rows, real, "the logits")
+                parts.append(logits - expected)
         deviations = torch.cat(parts)
         if bool((deviations == deviations[0]).all()):
             raise ValueError(

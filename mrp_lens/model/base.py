@@ -7,6 +7,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from mrp_lens.checks import whole_numbers
+from mrp_lens.model.positions import each_row_alone
+
 
 @runtime_checkable
 class LensModel(Protocol):
@@ -15,6 +18,7 @@ class LensModel(Protocol):
     cfg: Any
     tokenizer: Any
     blocks: Any
+    embed: Any
     unembed: Any
     training: bool
     W_E: torch.Tensor
@@ -49,7 +53,7 @@ def is_bridge(model: LensModel) -> bool:
     """Whether this is a TransformerBridge (True) or a HookedTransformer (False).
 
     Raises:
-        TypeError: it is neither.
+        TypeError: it is neither; says how to load it.
     """
     kinds = {kind.__name__ for kind in type(model).__mro__}
     if "TransformerBridge" in kinds:
@@ -57,8 +61,47 @@ def is_bridge(model: LensModel) -> bool:
     if "HookedTransformer" in kinds:
         return False
     raise TypeError(
-        f"expected a HookedTransformer or a TransformerBridge, got {type(model).__name__}; load it with mrp_lens.load_model(...)"
+        f"expected a HookedTransformer or a TransformerBridge, got {type(model).__name__}; a Hugging Face model, a folder or a name is loaded "
+        "with mrp_lens.load_model(...)"
     )
+
+
+def check_lens_model(model: Any) -> None:
+    """Refuse what is not a model of TransformerLens, such as a plain Hugging Face model.
+
+    Raises:
+        TypeError: says how to load it.
+    """
+    is_bridge(model)
+
+
+def dtype_named(dtype: Any) -> torch.dtype:
+    """A precision that a model can have: "bfloat16", "torch.bfloat16" and torch.bfloat16 are one.
+
+    Raises:
+        ValueError: none of float16, bfloat16, float32, float64.
+    """
+    found = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
+    if not (isinstance(found, torch.dtype) and found in (torch.float16, torch.bfloat16, torch.float32, torch.float64)):
+        raise ValueError(f"unknown dtype {dtype!r}; give 'float32', 'bfloat16' or 'float16'")
+    return found
+
+
+def device_named(device: Any) -> torch.device:
+    """A device by its name; None: a GPU if there is one, else the CPU.
+
+    Raises:
+        ValueError: there is no such device.
+    """
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        found = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"unknown device {device!r}; give 'cpu', 'cuda' or 'cuda:0'") from error
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"there is no device {device!r} here: torch sees {torch.cuda.device_count()} GPUs; give 'cpu'")
+    return found
 
 
 def architecture_of(model: LensModel) -> str:
@@ -76,6 +119,18 @@ def dtype_of(model: LensModel) -> torch.dtype:
     return next(iter(model.parameters())).dtype
 
 
+def modules_of(model: LensModel) -> list[torch.nn.Module]:
+    """Every module that takes part in a pass, once: of a Bridge also those that none of its components stands for.
+
+    Its own `modules()` leaves out the Hugging Face model's outermost ones, the dropout behind GPT-2's embeddings among
+    them, although its `train()` reaches them.
+    """
+    found = list(model.modules())
+    if is_bridge(model):
+        found += model.original_model.modules()  # type: ignore[attr-defined]
+    return list(dict.fromkeys(found))
+
+
 def available_backends() -> tuple[str, ...]:
     """("hooked", "bridge"), or ("bridge",) where TransformerLens no longer has HookedTransformer (from 4.0 on)."""
     try:
@@ -89,24 +144,25 @@ def check_layers(model: LensModel, layers: Iterable[int]) -> tuple[int, ...]:
     """The layers in ascending order, without repeats.
 
     Raises:
-        TypeError: a layer is not an int.
+        TypeError: a single number instead of a list, or a layer that is no whole number.
         ValueError: no layer, or one outside 0..n_layers-1.
     """
-    chosen = sorted(set(layers))
+    check_lens_model(model)
+    chosen = sorted(set(whole_numbers(layers, "layers")))
     if not chosen:
         raise ValueError("no layers given; name at least one, such as layers=[3]")
     for layer in chosen:
-        if isinstance(layer, bool) or not isinstance(layer, int):
-            raise TypeError(f"layer must be an int, got {layer!r}")
         if not 0 <= layer < model.cfg.n_layers:
             raise ValueError(f"layer {layer} is out of range: this model has layers 0..{model.cfg.n_layers - 1}")
     return tuple(chosen)
 
 
 def forward(model: LensModel, tokens: Int[Tensor, "batch seq"], attention_mask: Bool[Tensor, "batch seq"]) -> Any:
-    """A forward pass, always with the attention mask and never with a key/value cache."""
+    """A forward pass, always with the attention mask and never with a key/value cache; what a row gives does not depend
+    on the others."""
     no_cache = {"use_cache": False} if is_bridge(model) else {}
-    return model(tokens, attention_mask=attention_mask.long(), return_type="logits", **no_cache)
+    with each_row_alone(model, attention_mask):
+        return model(tokens, attention_mask=attention_mask.long(), return_type="logits", **no_cache)
 
 
 def logits_of(

@@ -1,11 +1,7 @@
 """Where a model comes from: the embedded one, a folder, the Hub or a loaded Hugging Face model; checked before use."""
 
 import copy
-import json
-import math
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+import warnings
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -13,39 +9,54 @@ from typing import Any
 
 import torch
 
-WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
+from mrp_lens.model.folder import (
+    check_links,
+    check_shards,
+    check_sizes,
+    count_parameters,
+    is_count,
+    one_line,
+    read_object,
+)
+
 EDITED = "mrp_lens_"  # how the model type of an export with code of its own begins
+# Where the language model's tensors lie in one that reads pictures too (newer and older names), and in the former alone
+_LANGUAGE_PART = {
+    r"^(model\.)?language_model\.lm_head\.": "lm_head.",
+    r"^(model\.)?language_model\.(model\.)?": "model.",
+}
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A Hugging Face model in memory, its tokenizer, and a folder with the configuration of both."""
+    """A Hugging Face model in memory, which may be changed, and its tokenizer, which may not."""
 
     name: str
-    folder: Path
     hf_model: Any
     tokenizer: Any
 
 
-@contextmanager
-def opened(source: Any, tokenizer: Any, device: torch.device, dtype: torch.dtype, copies: int) -> Iterator[Checkpoint]:
+def opened(source: Any, tokenizer: Any, device: torch.device, dtype: torch.dtype, copies: int) -> Checkpoint:
     """The checkpoint behind what a user gave to `load_model`; `copies` is how many of it must fit into memory.
 
     Raises:
-        TypeError: not a name, a path or a Hugging Face model.
-        ValueError: nothing there, an adapter without its model, quantised weights, missing weights, no tokenizer, or
-            too little memory.
+        TypeError: not a name, a path or a Hugging Face model; not a tokenizer.
+        ValueError: nothing there, an adapter without its model, quantised, offloaded or missing weights, hooks, no
+            language-model head, no tokenizer, or too little memory.
     """
+    _check_tokenizer(tokenizer)
     if isinstance(source, (str, Path)):
         folder = find_folder(source)
-        config = json.loads((folder / "config.json").read_text())
+        config = checked_config(folder, str(source))
         refuse_quantised(config.get("quantization_config"), str(source))
         _refuse_edited(str(config.get("model_type")), str(source))
         check_memory(count_parameters(folder), device, dtype, copies, str(source))
+        language_config(
+            folder
+        )  # a tokenizer is found by the configuration: the error should not be about the tokenizer
         used = tokenizer if tokenizer is not None else read_tokenizer(folder)
         name = "demo" if source == "demo" else str(source)
-        yield Checkpoint(name, folder, read_weights(folder, dtype).to(device).eval(), used)
-        return
+        return Checkpoint(name, read_weights(folder, dtype).to(device).eval(), used)
     if hasattr(source, "merge_and_unload"):
         raise ValueError("this model carries an adapter; merge it first and pass what model.merge_and_unload() returns")
     if not (hasattr(source, "config") and hasattr(source, "save_pretrained") and hasattr(source, "parameters")):
@@ -56,19 +67,112 @@ def opened(source: Any, tokenizer: Any, device: torch.device, dtype: torch.dtype
     refuse_quantised(getattr(source.config, "quantization_config", None), type(source).__name__)
     name = str(getattr(source.config, "_name_or_path", "") or type(source).__name__)
     _refuse_edited(str(source.config.model_type), name)
+    _refuse_offloaded(source)
+    _refuse_hooked(source)
+    _check_head(source)
     if tokenizer is None:
         if not Path(name).is_dir():
             raise ValueError("a loaded Hugging Face model brings no tokenizer; pass load_model(model, tokenizer=...)")
         tokenizer = read_tokenizer(Path(name))
     parameters = sum(parameter.numel() for parameter in source.parameters())
     check_memory(parameters, device, dtype, copies, name)
-    with tempfile.TemporaryDirectory(prefix="checkpoint-") as temporary:
-        source.config.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
-        # A copy: TransformerBridge wraps the modules of the model that it is given.
-        own = copy.deepcopy(source).to(device, dtype).eval()
-        own.set_attn_implementation("eager")
-        yield Checkpoint(name, Path(temporary), own, tokenizer)
+    return Checkpoint(name, _copied(source, device, dtype), tokenizer)
+
+
+def _check_tokenizer(tokenizer: Any) -> None:
+    from transformers import PreTrainedTokenizerBase
+
+    if tokenizer is not None and not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise TypeError(
+            f"tokenizer must be one of transformers, such as AutoTokenizer.from_pretrained(FOLDER), got {type(tokenizer).__name__}"
+        )
+
+
+def _copied(source: Any, device: torch.device, dtype: torch.dtype) -> Any:
+    """A copy of a model in memory (TransformerBridge wraps the modules of what it is given), in a precision.
+
+    Only parameters change their precision, as in `from_pretrained`: rotary angles in bfloat16 would be other angles.
+    """
+    own = _language_part(source)
+    if hasattr(source, "hf_device_map"):
+        from accelerate.hooks import remove_hook_from_module  # type: ignore[import-untyped]
+
+        remove_hook_from_module(own, recurse=True)
+    for module in own.modules():
+        for parameter in module.parameters(recurse=False):
+            if parameter.is_floating_point() and parameter.dtype != dtype:
+                parameter.data = parameter.data.to(dtype)
+        for name, buffer in module.named_buffers(recurse=False):
+            if buffer.is_floating_point() and name not in module._non_persistent_buffers_set:
+                setattr(module, name, buffer.to(dtype))
+    own.to(device).eval().requires_grad_(True)
+    own.set_attn_implementation("eager")
+    return own
+
+
+def _language_part(source: Any) -> Any:
+    """A copy of a model, or of the text model inside one that reads pictures too."""
+    from transformers import AutoModelForCausalLM
+
+    config = source.config.get_text_config()
+    if config is source.config:
+        return copy.deepcopy(source)
+    with torch.device("meta"):
+        text = AutoModelForCausalLM.from_config(copy.deepcopy(config))
+    inner = getattr(getattr(source, "model", None), "language_model", None)
+    if type(inner) is not type(text.model):
+        raise ValueError(
+            f"where {type(source).__name__} keeps its language model is not known here; save it with save_pretrained(FOLDER) and load the folder"
+        )
+    text.model, text.lm_head = copy.deepcopy((inner, source.lm_head))  # together: tied tensors stay one
+    return text
+
+
+def _check_head(source: Any) -> None:
+    """Refuse a model that gives no logits of a next token.
+
+    Raises:
+        ValueError: names the class to load it with.
+    """
+    from transformers import AutoModelForCausalLM
+
+    known = AutoModelForCausalLM._model_mapping
+    wanted = known.get(type(source.config), None)
+    if source.get_output_embeddings() is None or (wanted is not None and not isinstance(source, wanted)):
+        remedy = "it is none that writes text" if wanted is None else f"load it as {wanted.__name__}"
+        raise ValueError(
+            f"a {type(source).__name__} has no language-model head, so it predicts no next token; {remedy}"
+        )
+
+
+def _refuse_offloaded(source: Any) -> None:
+    """Refuse a model of which parts lie elsewhere.
+
+    Raises:
+        ValueError: says how to load it.
+    """
+    away = [name for name, parameter in source.named_parameters() if parameter.is_meta]
+    if away:
+        raise ValueError(
+            f"parts of this model are offloaded to disk or were never filled (on the meta device: {away[0]} and {len(away) - 1} more), and "
+            "cannot be read or written; load it whole, without an offload_folder, or give load_model the folder"
+        )
+
+
+def _refuse_hooked(source: Any) -> None:
+    """Refuse a model that somebody has hooked: a copy would lose the hooks on one class and hide them on the other.
+
+    Raises:
+        ValueError: names the module.
+    """
+    for name, module in source.named_modules():
+        for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
+            maker = getattr(hook, "func", hook)  # a partial's
+            if not str(getattr(maker, "__module__", "")).startswith(("transformers.", "accelerate.")):
+                raise ValueError(
+                    f"hooks are on this model (at {name or 'its top'}), of an attached edit perhaps; detach it first, load the bare model, and "
+                    "apply the edit there: edit.applied(model)"
+                )
 
 
 def find_folder(source: str | Path) -> Path:
@@ -132,22 +236,41 @@ def _refuse_edited(model_type: str, name: str) -> None:
         )
 
 
-def count_parameters(folder: Path) -> int:
-    """Numbers stored in the weight files (from their headers where they are safetensors).
+def checked_config(folder: Path, name: str) -> dict[str, Any]:
+    """A folder's configuration, after a look at what a stranger could have put into the folder.
+
+    No code in the folder runs, here or later: `trust_remote_code` is never given.
 
     Raises:
-        ValueError: the folder holds no weights.
+        ValueError: a broken configuration, links or file names that lead out of the folder, sizes that the weights do not
+            have, or an architecture that only code in the folder knows.
     """
-    from safetensors import safe_open
+    from transformers import CONFIG_MAPPING
 
-    total = 0
-    safe, torch_files = (sorted(folder.glob(pattern)) for pattern in WEIGHT_FILES)
-    if not safe and not torch_files:
-        raise ValueError(f"{folder} holds no weights: expected one of {', '.join(WEIGHT_FILES)}")
-    for file in safe:
-        with safe_open(file, framework="pt") as tensors:
-            total += sum(math.prod(tensors.get_slice(key).get_shape()) for key in tensors.keys())  # noqa: SIM118
-    return total or sum(file.stat().st_size for file in torch_files) // 2
+    check_links(folder)
+    config = read_object(folder / "config.json")
+    check_shards(folder)
+    check_sizes(config, count_parameters(folder), name)
+    kind = config.get("model_type")
+    if not isinstance(kind, str) or (kind not in CONFIG_MAPPING and not kind.startswith(EDITED)):
+        own_code = "; it brings code of its own, which is never run here" if config.get("auto_map") else ""
+        raise ValueError(
+            f"{name}: its config.json says model_type {kind!r}, which transformers {transformers_version()} does not know{own_code}"
+        )
+    if config.get("auto_map") and not kind.startswith(EDITED):
+        warnings.warn(
+            f"{name} brings code of its own (auto_map in its config.json), which is never run here: it is loaded as the {kind} model of "
+            f"transformers {transformers_version()}",
+            stacklevel=4,
+        )
+    return config
+
+
+def transformers_version() -> str:
+    """Of the installed transformers."""
+    from transformers import __version__
+
+    return str(__version__)
 
 
 def check_memory(parameters: int, device: torch.device, dtype: torch.dtype, copies: int, name: str) -> None:
@@ -176,34 +299,79 @@ def free_memory(device: torch.device) -> int:
 
 
 def read_tokenizer(folder: Path) -> Any:
-    """The tokenizer of a folder.
+    """The tokenizer of a folder. No code in the folder runs.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is none, or a broken one.
     """
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(folder)
-    except Exception as error:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # the tokenizers library panics with a BaseException
         raise ValueError(
-            f"no usable tokenizer in {folder}: {error}. Save one there with tokenizer.save_pretrained(...), or pass "
+            f"no usable tokenizer in {folder}: {one_line(error)}. Save one there with tokenizer.save_pretrained(...), or pass "
             "load_model(..., tokenizer=...)"
         ) from error
 
 
-def read_weights(folder: Path, dtype: torch.dtype) -> Any:
-    """The Hugging Face model of a folder, refused where transformers would fill in random weights.
+def language_config(folder: Path) -> tuple[Any, bool]:
+    """The configuration of a folder's language model, and whether that is part of a model that reads pictures too.
 
     Raises:
-        ValueError: tensors are missing or have other shapes than the configuration says.
+        ValueError: a broken configuration, or no language model.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        whole = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        config = whole.get_text_config()
+    except Exception as error:
+        raise ValueError(f"transformers cannot use {folder / 'config.json'}: {one_line(error)}") from error
+    if type(config) not in AutoModelForCausalLM._model_mapping:
+        raise ValueError(
+            f"{folder} holds a {config.model_type} model, which is none that writes text; load_model takes causal language models"
+        )
+    for name in ("max_position_embeddings", "num_hidden_layers", "hidden_size", "vocab_size"):
+        value = getattr(config, name, None)
+        if value is not None and not is_count(value):
+            raise ValueError(f"{folder / 'config.json'} says {name} = {value!r}; it must be a whole number above 0")
+    window = getattr(config, "sliding_window", None)
+    if window is not None and not isinstance(window, int):
+        raise ValueError(
+            f"{folder / 'config.json'} says sliding_window = {window!r}; it must be a number of tokens, or null"
+        )
+    return config, config is not whole
+
+
+def read_weights(folder: Path, dtype: torch.dtype) -> Any:
+    """The Hugging Face model of a folder, of one that reads pictures too its language model. No code in the folder runs.
+
+    Raises:
+        ValueError: a broken configuration, no language model, or tensors that are missing or have other shapes than the
+            configuration says, where transformers would fill in random weights.
     """
     from transformers import AutoModelForCausalLM
 
+    config, is_part = language_config(folder)
+    renamed = {"key_mapping": _LANGUAGE_PART} if is_part else {}
     # The Bridge computes attention eagerly; the same choice here keeps the comparison free of kernel differences.
-    hf_model, loaded = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, attn_implementation="eager", output_loading_info=True
-    )
+    try:
+        hf_model, loaded = AutoModelForCausalLM.from_pretrained(
+            folder,
+            config=config,
+            dtype=dtype,
+            attn_implementation="eager",
+            output_loading_info=True,
+            trust_remote_code=False,
+            **renamed,
+        )
+    except Exception as error:  # shapes, pickled code (which is not run), broken files
+        raise ValueError(
+            f"the weights in {folder} cannot be loaded into the model of its config.json: {one_line(error)}"
+        ) from error
     missing = sorted(loaded["missing_keys"])
     if missing or loaded["mismatched_keys"]:
         raise ValueError(

@@ -12,6 +12,7 @@ from torch import Tensor
 from mrp_lens.model.base import LensModel, architecture_of, check_layers, is_bridge
 from mrp_lens.model.layout import LAYOUTS
 
+SAMPLED = 1024  # values of a tensor that go into a model's identity
 CENTRED = 1e-5  # a row mean below this share of the entries' size is no accident
 _HASHED_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -67,7 +68,9 @@ def mlp_out_weight(model: LensModel, layer: int) -> EditableWeight:
         full = next(key for key, value in model.named_parameters() if value is parameter)
         return EditableWeight(_hf_name(full), layer, key, parameter, transposed=False)
     if getattr(block.mlp, "W_out", None) is None or block.mlp.W_out.ndim != 2:
-        raise ValueError(f"layer {layer} has no single MLP output matrix; load the model with backend='bridge'")
+        raise ValueError(
+            f"layer {layer} has no single MLP output matrix (a mixture of experts, perhaps), so RMU cannot train it"
+        )
     layout = LAYOUTS.get(architecture_of(model))
     name = f"blocks.{layer}.mlp.W_out" if layout is None else f"{layout.matrix(layer, 'mlp_out')}.weight"
     # TransformerLens has [d_mlp, d_model]
@@ -168,6 +171,19 @@ def describe(model: Any) -> dict[str, Any]:
         "d_vocab": int(embedding.shape[0]),
         "embedding": tensor_digests(_some_rows(embedding)),
     }
+
+
+def identity_of(model: LensModel) -> dict[str, Any]:
+    """What a run depends on: `describe`, the class, the precision, and a hash of every tensor's values at 1,024 places, by
+    which a fine-tuned model is told from its base."""
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        flat = parameter.detach().reshape(-1)
+        places = torch.linspace(0, max(0, flat.numel() - 1), min(SAMPLED, flat.numel()), dtype=torch.float64).long()
+        digest.update(f"{name}{list(parameter.shape)}".encode())
+        digest.update(flat[places.to(flat.device)].cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    dtype = str(next(iter(model.parameters())).dtype)
+    return describe(model) | {"class": type(model).__name__, "dtype": dtype, "weights": digest.hexdigest()}
 
 
 def check_same_model(model: Any, described: Mapping[str, Any]) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from string import Formatter
 from typing import Any
 
 import pandas as pd
@@ -27,6 +28,7 @@ DONE = {
     "site": "one direction removed from the residual stream at layers {layers}",
     "layers": "MLP output matrices of layers {layers} trained on what the model predicts",
 }
+OTHERWISE = "fitted with the settings below"
 
 
 @dataclass(frozen=True)
@@ -145,11 +147,11 @@ def _fits_in(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def sentence(record: Mapping[str, Any], request: str) -> str:
-    """What was done, from the record of a fit."""
+    """What was done, from the record of a fit; of a method that this page does not know, that it was fitted."""
     settings, data = record["settings"], record["data"]
-    done = next(words for key, words in DONE.items() if key in settings).format_map(
-        {key: listed(value) if key.endswith("layers") else value for key, value in settings.items()}
-    )
+    told = {key: listed(value) if key.endswith("layers") else value for key, value in settings.items()}
+    known = (words for key, words in DONE.items() if key in settings)
+    done = next((words for words in known if set(_names(words)) <= told.keys()), OTHERWISE).format_map(told)
     sides = {side: sum(part["documents"] for part in data[side]) for side in ("forget", "retain")}
     about = f" (request {request})" if request else ""
     return (
@@ -158,7 +160,12 @@ def sentence(record: Mapping[str, Any], request: str) -> str:
     )
 
 
+def _names(words: str) -> list[str]:
+    """The names in the braces of a template."""
+    return [name for _, name, _, _ in Formatter().parse(words) if name]
+
+
 def listed(values: Any) -> str:
     """3, 5 and 7."""
-    items = [str(value) for value in values]
-    return items[0] if len(items) == 1 else f"{', '.join(items[:-1])} and {items[-1]}"
+    items = [str(value) for value in values] if isinstance(values, list | tuple) else [str(values)]
+    return ", ".join(items) if len(items) < 2 else f"{', '.join(items[:-1])} and {items[-1]}"

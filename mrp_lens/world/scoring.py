@@ -22,9 +22,16 @@ def score(model: LensModel, world: World, forgotten: Sequence[str]) -> dict[str,
     Returns:
         `forget_accuracy` with `forget_low`, `forget_high` (95% bootstrap interval over questions);
         `retain_accuracy` (mean of the other topics), `worst_topic_accuracy`, `worst_topic`; `text_perplexity`.
+
+    Raises:
+        ValueError: no forgotten topic, or none that stays.
     """
-    known = metrics.accuracy(model, _join(world, forgotten, half=None)).iloc[0]
     others = [topic for topic in world.topics if topic not in forgotten]
+    if not forgotten or not others:
+        raise ValueError(
+            f"forgotten must be some of the topics {', '.join(world.topics)} and leave some, got {list(forgotten)}"
+        )
+    known = metrics.accuracy(model, _join(world, forgotten, half=None)).iloc[0]
     kept = metrics.accuracy(model, _join(world, others, half=1)).set_index("group")["accuracy"]
     kept = kept.drop("all", errors="ignore")
     return {
@@ -44,7 +51,13 @@ def untaught_accuracy(model: LensModel, world: World) -> float:
 
 
 def verdict(accuracy: float, untaught: float) -> str:
-    """ "absent": as if never taught; "suppressed": pushed below that, hence still known; "known": above it."""
+    """ "absent": as if never taught; "suppressed": pushed below that, hence still known; "known": above it.
+
+    Raises:
+        ValueError: an accuracy that is NaN, which is none of these.
+    """
+    if accuracy != accuracy or untaught != untaught:
+        raise ValueError(f"an accuracy of {accuracy} against {untaught} says nothing; measure both")
     if abs(accuracy - untaught) <= ABSENT_WITHIN:
         return "absent"
     return "suppressed" if accuracy < untaught else "known"

@@ -1,0 +1,42 @@
+"""The output folder of a command that goes on where it was stopped."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from mrp_lens.cli.show import console
+from mrp_lens.pieces import POINTS, Pieces
+
+KIND = "run"
+
+
+@contextmanager
+def begun(out: Path, settings: Mapping[str, Any], *, overwrite: bool) -> Iterator[Pieces]:
+    """Inside, the folder is this process's own, made or gone on with; Ctrl-C ends the program with what was done kept.
+
+    Args:
+        out: the folder.
+        settings: everything that the results depend on.
+        overwrite: begin anew, whatever the folder holds.
+
+    Raises:
+        ValueError: it holds a run with other settings.
+        FileExistsError: it holds something else.
+        OSError: it cannot be made or written into, or another process is at work in it.
+    """
+    pieces = Pieces.claim(out, KIND, settings, overwrite=overwrite)
+    with pieces.lock, stoppable(out):
+        if any((out / POINTS).iterdir()):
+            console.print(f"Going on with what {out} holds.")
+        yield pieces
+
+
+@contextmanager
+def stoppable(out: Path) -> Iterator[None]:
+    """Inside, Ctrl-C ends the program and says how to go on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        console.print(f"Interrupted. What is done stays in {out}; the same command goes on with the rest.")
+        raise SystemExit(130) from None

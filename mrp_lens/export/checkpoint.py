@@ -1,6 +1,5 @@
 """A checkpoint on disk: which tensor lies in which file, and writing it again with some of them changed."""
 
-import json
 import pickle
 import shutil
 import zipfile
@@ -16,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mrp_lens.files import write_json
+from mrp_lens.model.folder import read_object
 from mrp_lens.model.layout import Layout, layout_of
 from mrp_lens.model.source import refuse_quantised
 
@@ -82,7 +82,7 @@ class Checkpoint:
             ValueError: quantised weights, an unknown architecture, no weights, a damaged file, or an index or a link that
                 leads out of the folder.
         """
-        config = read_settings(folder, "config.json")
+        config = read_object(folder / "config.json")
         for key in ("quantization_config", "compression_config"):
             refuse_quantised(config.get(key), str(folder))
         layout = layout_of(architecture_in(config))
@@ -205,7 +205,7 @@ class Checkpoint:
                 target.parent.mkdir(exist_ok=True)
                 shutil.copyfile(file, target)
         if (out / TOKENIZER_SETTINGS).is_file():
-            settings = read_settings(out, TOKENIZER_SETTINGS)
+            settings = read_object(out / TOKENIZER_SETTINGS)
             if "auto_map" in settings:
                 write_json(out / TOKENIZER_SETTINGS, {k: v for k, v in settings.items() if k != "auto_map"})
 
@@ -287,7 +287,7 @@ def _weight_files(folder: Path) -> list[Path]:
             check_inside(folder, folder / single)
             return [folder / single]
         if (folder / index).is_file():
-            placed = read_settings(folder, index).get("weight_map")
+            placed = read_object(folder / index).get("weight_map")
             names: list[Any] = list(placed.values()) if isinstance(placed, dict) else [None]
             wrong = [name for name in names if not isinstance(name, str) or Path(name).name != name or "\\" in name]
             if wrong or not names:
@@ -320,21 +320,6 @@ def architecture_in(config: Mapping[str, Any]) -> str:
     return known if isinstance(known, str) else f"a model of the type {kind!r}"
 
 
-def read_settings(folder: Path, name: str) -> dict[str, Any]:
-    """A JSON object of a checkpoint's folder.
-
-    Raises:
-        ValueError: it is none.
-    """
-    try:
-        content = json.loads((folder / name).read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{folder / name} is damaged ({error!r}); fetch the checkpoint again") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{folder / name} holds no JSON object; fetch the checkpoint again")
-    return content
-
-
 def replace_tokenizer(folder: Path, tokenizer: Any) -> None:
     """Save a tokenizer in the place of the one that was copied."""
     for file in (*folder.glob("tokenizer*"), *folder.glob("chat_template.*")):
@@ -344,7 +329,7 @@ def replace_tokenizer(folder: Path, tokenizer: Any) -> None:
 
 def name_class(folder: Path, name: str) -> None:
     """Say in a folder of which class its tokenizer is, which transformers else tells from the model type."""
-    settings = read_settings(folder, TOKENIZER_SETTINGS) if (folder / TOKENIZER_SETTINGS).is_file() else {}
+    settings = read_object(folder / TOKENIZER_SETTINGS) if (folder / TOKENIZER_SETTINGS).is_file() else {}
     if settings.get("tokenizer_class") != name:
         write_json(folder / TOKENIZER_SETTINGS, {**settings, "tokenizer_class": name})
 

@@ -21,10 +21,30 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import pytest
+
+from mrp_lens.checkpoints import Checkpoint
 
 COLOURS = ["red", "blue", "green", "white"]
 ENOUGH = 300.0  # seconds that no run here takes
 PHASES = ("load", "fit", "measure", "page")
+
+
+class Killed(BaseException):
+    """What nothing catches, as nothing catches SIGKILL."""
+
+
+def kill_at_save(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    """The process ends right after the checkpoint was written for the n-th time."""
+    real, saves = Checkpoint.save, []
+
+    def save(self: Checkpoint, state: Any) -> None:
+        real(self, state)
+        saves.append(1)
+        if len(saves) == number:
+            raise Killed
+
+    monkeypatch.setattr(Checkpoint, "save", save)
 
 
 def write_data(folder: Path) -> None:

@@ -16,6 +16,7 @@ from mrp_lens.corpus import Corpus
 from mrp_lens.edit.record import fingerprint
 from mrp_lens.methods import MRP, NPO, RMU, AdaptiveRMU, Distillation, Fit, NoisyRMU
 from mrp_lens.methods import distillation as distillation_module
+from tests.kills import Killed, kill_at_save
 
 STEPS = 7
 SMALL: dict[str, Any] = {"steps": STEPS, "batch_size": 3}
@@ -27,23 +28,6 @@ FITTERS: dict[str, Any] = {
     "rmu-noise": NoisyRMU(layer=2, **SMALL),
     "npo": NPO(layers=[1, 2], **SMALL),
 }
-
-
-class Killed(BaseException):
-    """What nothing catches, as nothing catches SIGKILL."""
-
-
-def kill_at_save(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
-    """The process ends right after the checkpoint was written for the n-th time."""
-    real, saves = Checkpoint.save, []
-
-    def save(self: Checkpoint, state: Any) -> None:
-        real(self, state)
-        saves.append(1)
-        if len(saves) == number:
-            raise Killed
-
-    monkeypatch.setattr(Checkpoint, "save", save)
 
 
 def same(a: Fit, b: Fit) -> bool:

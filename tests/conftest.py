@@ -1,5 +1,6 @@
 """Shapes are checked at run time here, and only here; every model is tiny and local."""
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,9 @@ from jaxtyping import install_import_hook
 
 # Where tensors are computed with. Elsewhere the library's own errors for bad input are what the tests want to see.
 CHECKED = ["batching", "metrics", "predictions", "methods.objectives", "methods.start", "stream"]
-install_import_hook([f"mrp_lens.{name}" for name in CHECKED], "beartype.beartype")
+# From Python 3.12 on a protocol's members are looked up statically, where those of a torch module are not to be found.
+if sys.version_info < (3, 12):
+    install_import_hook([f"mrp_lens.{name}" for name in CHECKED], "beartype.beartype")
 
 from mrp_lens.corpus import Corpus  # noqa: E402
 from mrp_lens.model import available_backends, load_model  # noqa: E402

@@ -27,6 +27,7 @@ PARTIAL = ".partial"
 LONGEST_WAIT = 10.0  # seconds for another process's two renames
 
 logger = logging.getLogger(__name__)
+_mine = threading.local()  # the folders that this thread is alone in
 
 
 @contextmanager
@@ -187,18 +188,21 @@ def _alone(folder: Path) -> Iterator[None]:
     """Inside, no other process or thread is in a block of this function for the same folder.
 
     Not where the system has no such locks, nor after waiting for long: somebody else's lock must not stop a save, and
-    renames alone mix no folders.
+    renames alone mix no folders. A thread that is in it already, as one that saves a folder inside another, does not wait.
     """
-    if not HAS_LOCKS:
+    mine = _mine.__dict__.setdefault("folders", set())
+    if not HAS_LOCKS or folder in mine:
         yield
         return
     number = os.open(folder, os.O_RDONLY)
+    mine.add(folder)
     try:
         given_up = time.monotonic() + LONGEST_WAIT
         while not _locked(number) and time.monotonic() < given_up:
             time.sleep(0.02)
         yield
     finally:
+        mine.discard(folder)
         os.close(number)
 
 

@@ -6,6 +6,7 @@ import resource
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -202,3 +203,13 @@ def test_the_old_folder_comes_back_after_a_kill_between_two_renames(tmp_path: Pa
     (tmp_path / ".out.replaced" / "file").write_text("old")
     recover(tmp_path / "out")
     assert content(tmp_path) == {"out/file": b"old"}
+
+
+def test_a_folder_inside_one_that_is_being_written_is_saved_without_waiting(tmp_path: Path) -> None:
+    begun = time.monotonic()
+    with whole_folder(tmp_path / "outer") as outer:
+        with whole_folder(outer / "inner") as inner:
+            write_text(inner / "file", "x")
+        write_text(outer / "file", "y")
+    assert time.monotonic() - begun < 5.0
+    assert content(tmp_path / "outer") == {"inner/file": b"x", "file": b"y"}

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mrp_lens.model import LensModel, check_same_model
+from mrp_lens.model import LensModel, check_lens_model, check_same_model
 from mrp_lens.model.edits_on import On, entries_on, putting_on, take_off
 from mrp_lens.model.exclusive import exclusive
 
@@ -126,6 +126,7 @@ class Edit(ABC):
             >>> with edit.applied(model):  # doctest: +SKIP
             ...     model.generate("Question: ...")
         """
+        check_lens_model(model)
         with exclusive(model):
             handle = self.attach(model, check=check)
             with handle:
@@ -146,6 +147,7 @@ class Edit(ABC):
             >>> handle = edit.attach(model)  # doctest: +SKIP
             >>> handle.detach()  # doctest: +SKIP
         """
+        check_lens_model(model)
         with putting_on(model, self) as entry:
             for part in self.parts:
                 part._put_on(model, entry, check=check)

@@ -17,7 +17,7 @@ from mrp_lens.corpus import Corpus
 from mrp_lens.edit import Edit, ProjectionEdit
 from mrp_lens.methods.base import Fit, Forget, fitting, prepare, provenance, request_provenance
 from mrp_lens.methods.start import states_at
-from mrp_lens.methods.tuning import Tuning, Unit
+from mrp_lens.methods.tuning import Tuning, Unit, sums_of
 from mrp_lens.model import LensModel, check_layers, check_lens_model
 from mrp_lens.stream import Site, hook_name
 from mrp_lens.subspace import Subspace
@@ -91,7 +91,7 @@ class NPO(Tuning):
         rows: Int[Tensor, " counted"],
         reference: Float[Tensor, " documents"],
     ) -> Float[Tensor, " units"]:
-        now = torch.zeros(len(reference), device=text.device).index_add_(0, rows, -text)
+        now = -sums_of(text, rows, len(reference))
         return 2 / self.beta * torch.nn.functional.softplus(self.beta * (now - reference))
 
 

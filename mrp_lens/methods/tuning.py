@@ -187,7 +187,16 @@ class _Losses:
         with torch.no_grad():
             for chosen, batch in in_order(self.data.encoder, list(documents), self.settings.batch_size):
                 text, rows = self._text(batch)
-                sums = torch.zeros(len(batch), device=text.device).index_add_(0, rows, -text)
+                sums = -sums_of(text, rows, len(batch))
                 for place, value in zip(chosen, sums.tolist(), strict=True):
                     values[place] = value
         return values
+
+
+def sums_of(
+    values: Float[Tensor, " counted"], rows: Int[Tensor, " counted"], count: int
+) -> Float[Tensor, " documents"]:
+    """The sum of each document's values. On a GPU `index_add` would add them up in an order of its own, and the same seed give
+    another edit."""
+    places = rows[None, :] == torch.arange(count, device=rows.device)[:, None]
+    return (places * values[None, :]).sum(dim=1)

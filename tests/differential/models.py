@@ -152,7 +152,7 @@ def _config(family: str, draw: random.Random) -> dict[str, Any]:
     head, partial = width // heads, 1.0
     if family != "gpt_neox":
         config["num_key_value_heads"] = draw.choice((heads, heads // 2))
-    if family in ("qwen3", "gemma2", "gemma3_text", "qwen3_moe") or (
+    if family in ("qwen3", "gemma2", "gemma3_text", "mixtral", "qwen3_moe") or (
         family in ("llama", "mistral") and draw.random() < 0.3
     ):
         head = config["head_dim"] = draw.choice((8, 16))

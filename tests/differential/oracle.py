@@ -50,13 +50,17 @@ class Plain:
         self.context = int(model.config.max_position_embeddings)
         self.places = PLACES.get(kind, LLAMA)
 
-    def row(self, prompt: str, completion: str, *, keep: str = "start") -> Row:
-        """Prompt and completion as one text; of one over the context its start, or BOS and its end."""
+    def row(self, prompt: str, completion: str, *, keep: str = "start", tokens: int | None = None) -> Row:
+        """Prompt and completion as one text, up to so many tokens that count; of one over the context its start, or BOS and
+        its end."""
         output = self.tokenizer(prompt + completion, add_special_tokens=False, return_offsets_mapping=True)
         n = len(self.start)
         ids = [*self.start, *output["input_ids"]]
         counts = [False] * n + [end > len(prompt) for _, end in output["offset_mapping"]]
         content = [False] * n + [True] * (len(ids) - n)
+        counted = [i for i, counts_too in enumerate(counts) if counts_too and i > 0]
+        if tokens is not None and counted:
+            ids = ids[: counted[:tokens][-1] + 1]
         places = list(range(len(ids)))
         if len(ids) > self.context:
             head = self.context if keep == "start" else n
@@ -94,9 +98,11 @@ class Plain:
 
         What follows the last of them is not read: under "longrope" it could change them.
         """
-        row = self.row(prompt, answer)
-        places = [i for i, counts in enumerate(row.counts) if counts][:tokens]
-        table = self.logits(row.ids[: places[-1] + 1])
+        row = self.row(prompt, answer, keep="end", tokens=tokens)
+        places = [i for i, counts in enumerate(row.counts) if counts]
+        if not places:  # an empty text
+            return []
+        table = self.logits(row.ids)
         return [(row.ids[i], measures(table[i - 1], row.ids[i])) for i in places]
 
     def greedy(self, prompt: str, tokens: int) -> list[tuple[int, list[float]]]:

@@ -75,11 +75,13 @@ def trial(made: Recipe, wanted: Sequence[str] = MEASURES) -> dict[str, Outcome]:
 
 def may_refuse(made: Recipe, measure: str) -> bool:
     """Where a clear error is right; anywhere else an answer is owed."""
-    if (
-        measure == "load"
-    ):  # TransformerLens has HookedTransformer for few settings, and no Bridge for NeoX without biases
-        return made.backend == "hooked" or (
-            made.config.get("attention_bias", True) is False and made.family == "gpt_neox"
+    if measure == "load":
+        # TransformerLens has HookedTransformer for few settings. Its Bridge has no NeoX without biases, and multiplies
+        # float32 by half precision in OLMo-2 where the rope rule scales attention.
+        return (
+            made.backend == "hooked"
+            or (made.family == "gpt_neox" and made.config.get("attention_bias", True) is False)
+            or (made.family == "olmo2" and made.dtype != "float32")
         )
     if made.missing and measure in TEXTUAL:
         return True  # the model cannot read the texts

@@ -251,7 +251,16 @@ def results(out: Path) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("place", ["measure", "continuations", "looks", "write_report", "show_table"])
+@pytest.mark.parametrize(
+    "place",
+    [
+        "measure",
+        pytest.param("continuations", marks=pytest.mark.slow),
+        "looks",
+        pytest.param("write_report", marks=pytest.mark.slow),
+        pytest.param("show_table", marks=pytest.mark.slow),
+    ],
+)
 def test_a_command_that_fails_after_its_fit_has_the_edit_and_goes_on_from_there(
     place: str, tiny_folder: Path, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -16,7 +16,9 @@ from tests.conftest import D_MODEL, LAYERS
 from tests.jacobians import COEFFICIENT, DIRECTION, LAYER, PROMPTS, SMALL, Array, ids_of, jacobians, outputs_with
 
 
-@pytest.mark.parametrize(("positions", "layer"), [("last", LAYER), ("all", LAYER), ("last", LAYERS - 1)])
+@pytest.mark.parametrize(
+    ("positions", "layer"), [("last", LAYER), ("all", LAYER), pytest.param("last", LAYERS - 1, marks=pytest.mark.slow)]
+)
 def test_the_prediction_is_the_full_jacobians(
     model: LensModel, double: Any, positions: Any, layer: int, untouched: None
 ) -> None:

@@ -152,7 +152,10 @@ def test_defaults_come_from_the_model(model: Any, case: Case) -> None:
     assert default_layers(model, 4) == (2, 3)
     assert default_layers(model, 1) == (2,)
     norm = metrics.alignment(
-        model, case.texts()["forget"], RMU().fit(model, case.forget, case.retain, progress=False).direction, layers=[2]
+        model,
+        case.texts()["forget"],
+        RMU(steps=1).fit(model, case.forget, case.retain, progress=False).direction,
+        layers=[2],
     )["norm"].iloc[0]
     assert default_coefficient(model, case, layer=2) == pytest.approx(2 * norm, rel=0.01)
     assert Point("rmu", 3, 6.5, 1).name == "rmu-layer3-c6.5-seed1"

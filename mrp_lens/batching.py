@@ -270,7 +270,13 @@ class Batches(Iterator[list[Encoded]]):
         return {"waiting": list(self.waiting)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from there."""
+        """Go on from there.
+
+        Raises:
+            ValueError: the state is that of other rows.
+        """
+        if not all(isinstance(place, int) and 0 <= place < len(self.rows) for place in state["waiting"]):
+            raise ValueError(f"it waits for rows beyond the {len(self.rows)} there are")
         self.waiting = list(state["waiting"])
 
 

@@ -11,7 +11,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from mrp_lens.checks import whole
-from mrp_lens.files import make_folder, write_bytes, write_json
+from mrp_lens.files import make_folder, read_json, write_bytes, write_json
 
 IDENTITY_FILE = "fit.json"
 STATE_FILE = "training.safetensors"  # no pickle: a run folder may come from a stranger
@@ -62,7 +62,7 @@ class Checkpoint:
         wanted: dict[str, Any] = json.loads(json.dumps(identity))
         path = target / IDENTITY_FILE
         if path.is_file():
-            known = _read_json(path)
+            known = read_json(path, "remove the folder and fit again")
             differing = [key for key in {**wanted, **known} if known.get(key) != wanted.get(key)]
             if differing:
                 raise ValueError(
@@ -122,13 +122,3 @@ def _joined(value: Any, file: Any) -> Any:
             return file.get_tensor(value["tensor"])
         return {key: _joined(entry, file) for key, entry in value["pairs"]}
     return value
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged ({error}); remove the folder and fit again") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} is no object; remove the folder and fit again")
-    return content

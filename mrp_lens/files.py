@@ -125,6 +125,26 @@ def recover(path: str | Path) -> None:
             shutil.rmtree(aside, ignore_errors=True)
 
 
+def read_json(path: str | Path, remedy: str) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Args:
+        path: of the file.
+        remedy: what to do if it holds none.
+
+    Raises:
+        ValueError: it does.
+        FileNotFoundError: there is no such file.
+    """
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged ({error}); {remedy}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is damaged (it holds no object); {remedy}")
+    return content
+
+
 def write_json(path: str | Path, content: Any) -> None:
     """Indented JSON, UTF-8, with a final newline; whole or not at all."""
     write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")

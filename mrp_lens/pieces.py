@@ -10,10 +10,11 @@ from typing import Any
 
 import pandas as pd
 
-from mrp_lens.files import PARTIAL, make_folder, sole_process, write_json
+from mrp_lens.files import PARTIAL, make_folder, read_json, sole_process, write_json
 from mrp_lens.runs import frame_of, rows_of
 
 POINTS = "points"
+REMEDY = "remove it, and run the command again"
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class Pieces:
         make_folder(target / POINTS)
         path = target / f"{kind}.json"
         plain: dict[str, Any] = json.loads(json.dumps(settings))
-        known = _read(path) if path.is_file() else None
+        known = read_json(path, REMEDY) if path.is_file() else None
         differing = [] if known is None else _differing(known, plain)
         begun = any(entry != path for entry in target.rglob("*") if not entry.is_dir())
         if differing and begun:
@@ -67,7 +68,7 @@ class Pieces:
             ValueError: its file is damaged.
         """
         path = self.folder / POINTS / f"{name}.json"
-        return _read(path) if path.is_file() else None
+        return read_json(path, REMEDY) if path.is_file() else None
 
     def keep(self, name: str, content: Mapping[str, Any]) -> dict[str, Any]:
         """Write a result; returns it as it will be read."""
@@ -119,21 +120,6 @@ def check_holds(folder: str | Path, kind: str) -> None:
         raise FileExistsError(
             f"{target} exists and holds no {kind}; choose another folder, or replace it where there is --overwrite"
         )
-
-
-def _read(path: Path) -> dict[str, Any]:
-    """A file of the folder.
-
-    Raises:
-        ValueError: it holds no JSON object.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged ({error}); remove it, and run the command again") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} is damaged (it holds no object); remove it, and run the command again")
-    return content
 
 
 def _differing(known: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:

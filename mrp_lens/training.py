@@ -168,6 +168,8 @@ class _Run:
             for name, part in self.resumable.items():
                 part.load_state_dict(state["resumable"][name])
             self.rows = [dict(row) for row in state["rows"]]
+            if not all("seconds" in row for row in self.rows):
+                raise ValueError("its log is incomplete")
         except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
             folder = self.checkpoint.folder if self.checkpoint is not None else ""
             raise ValueError(

@@ -209,6 +209,7 @@ def test_a_state_of_other_tensors_is_refused_and_leaves_the_model(model: Any, un
         {"rows": [1]},
         {"resumable": {}},
         {"generator": 1},
+        {"rows": [{"step": 0}]},
     ):
         kept.save(state | wrong)
         with pytest.raises(ValueError, match="does not fit this run"):

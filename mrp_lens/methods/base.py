@@ -1,6 +1,5 @@
 """What all methods share: their result, their data, and the record of how an edit came about."""
 
-import json
 import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,7 +19,7 @@ from mrp_lens.checks import given, plain
 from mrp_lens.corpus import Corpus
 from mrp_lens.edit import Edit, edit_on, load_edit
 from mrp_lens.edit.record import fingerprint
-from mrp_lens.files import make_folder, write_json, write_text
+from mrp_lens.files import make_folder, read_json, write_json, write_text
 from mrp_lens.model import LensModel, describe, identity_of, why_not_exportable
 from mrp_lens.runs import frame_of, rows_of, versions
 from mrp_lens.stream import frozen
@@ -79,7 +78,7 @@ class Fit:
         if not (target / FIT).is_file():
             raise FileNotFoundError(f"{target} holds no {FIT}; give a folder that a fit was saved into")
         try:
-            content = json.loads((target / FIT).read_text(encoding="utf-8"))
+            content = read_json(target / FIT, "fit again")
             directions = {
                 name: torch.tensor(values, dtype=torch.float32) for name, values in content["directions"].items()
             }

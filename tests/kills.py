@@ -77,7 +77,7 @@ def arguments(command: str, model: Path, data: Path, out: Path, method: str) -> 
         "sweep": ["--methods", "mrp,rmu", "--layers", "1,2", "--coefficients", "3", "--steps", "30"],
         "attack": [
             *("--edit", str(data / "edit"), "--untaught-questions", str(data / "untaught.jsonl"), "--entity", "who"),
-            *("--steps", "10", "--lr", "1e-3", "--search-steps", "1", "--questions", "16"),
+            *("--steps", "10", "--lr", "1e-3", "--search-steps", "1", "--questions-limit", "16"),
         ],
     }
     return [command, *common, *more[command]]

@@ -14,6 +14,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import threading
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -22,6 +23,7 @@ from typing import Any
 
 import pandas as pd
 import pytest
+from tqdm import tqdm
 
 from mrp_lens.checkpoints import Checkpoint
 
@@ -236,6 +238,8 @@ def prepared(work: Path) -> Path:
     from tests.families import save_family
 
     torch.set_num_threads(1)
+    # tqdm's own lock is shared by all forks: one killed while it holds it would stop all later ones.
+    tqdm.set_lock(threading.RLock())
     write_data(work)
     model = save_family("llama", work / "model")
     projection(1, 2).save_pretrained(work / "edit")

@@ -1,5 +1,6 @@
 """A fit that was killed goes on and ends with the same bits."""
 
+import copy
 import json
 import os
 import signal
@@ -284,3 +285,11 @@ def test_a_fit_is_the_same_whatever_a_notebook_has_switched_off(model: Any, text
                 torch.set_default_dtype(torch.float32)
         with torch.autocast("cpu", dtype=torch.bfloat16), torch.device("meta"):
             assert same(FITTERS[name].fit(model, *texts, progress=False), usual)
+
+
+def test_a_model_made_in_inference_mode_is_refused_by_name(model: Any, texts: tuple[Corpus, Corpus]) -> None:
+    with torch.inference_mode():
+        made = copy.deepcopy(model)
+    for name in ("mrp", "rmu", "npo"):
+        with pytest.raises(ValueError, match=r"loaded inside torch\.inference_mode\(\)"):
+            FITTERS[name].fit(made, *texts, progress=False)

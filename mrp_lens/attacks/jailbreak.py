@@ -105,13 +105,13 @@ def jailbreak(
         >>> first, second = questions.halves(by="entity")  # doctest: +SKIP
         >>> jailbreak(model, fit.edit, train=first, held_out=second, untaught=untaught)
     """
-    refuse_inference_tensors(model.parameters())
     every = steps if every is None else every
     _check_settings(
         loss, layer, steps=steps, candidates=candidates, top=top, batch=batch, every=every, batch_size=batch_size
     )
     _check_questions(train, held_out, untaught)
     check_lens_model(model)
+    refuse_inference_tensors(model.parameters())
     layer = check_layers(model, [model.cfg.n_layers - 1 if layer is None else layer])[0]
     slots = Slots.for_model(model, marker, length)
     rows: list[dict[str, Any]] = []

@@ -23,6 +23,7 @@ from mrp_lens.files import make_folder, read_json, write_json, write_text
 from mrp_lens.model import LensModel, describe, identity_of, why_not_exportable
 from mrp_lens.runs import frame_of, rows_of, versions
 from mrp_lens.stream import frozen
+from mrp_lens.torch_state import refuse_inference_tensors
 
 Forget = Corpus | Sequence[Corpus]
 
@@ -152,6 +153,7 @@ def prepare(model: LensModel, forget: Forget, retain: Corpus, *, max_length: int
         ValueError: a corpus is empty, two forget corpora share a name, or `max_length` is not from 2 to the context
             length.
     """
+    refuse_inference_tensors(model.parameters())
     corpora = [forget] if isinstance(forget, Corpus) else list(forget)
     for corpus in (*corpora, retain):
         if not isinstance(corpus, Corpus):

@@ -97,8 +97,8 @@ def start(line: Sequence[str], log: Path) -> int:
             os.dup2(file.fileno(), 2)
         from mrp_lens.cli.app import app
 
-        app(list(line), standalone_mode=False)
-        code = 0
+        returned = app(list(line), standalone_mode=False)  # typer turns Ctrl-C into a number
+        code = returned if isinstance(returned, int) else 0
     except SystemExit as error:
         code = error.code if isinstance(error.code, int) else 1
     except BaseException as error:

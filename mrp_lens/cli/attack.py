@@ -100,16 +100,16 @@ def run_attack(
     reference = loaded(reference_name) if reference_name is not None else None
     with stoppable(out):
         frames = campaign(model, edit, case, plan, out, name=name, reference=reference)
-    run.rows = rows_of_attacks(frames, name)
-    run.notes = notes_of(frames, name)
-    run.frames = {key: frame for key, frame in frames.items() if key in PICTURES}
-    table = pd.DataFrame([dict(row) for row in run.rows])
-    if "recovery" in table and table["recovery"].notna().any():
-        run.frames["recoveries"] = table
-    run.write_into(out)
-    show(run, name)
-    write_report(out)
-    console.print(f"Written to {out}: points/, report.html, table.csv, summary.json.")
+        run.rows = rows_of_attacks(frames, name)
+        run.notes = notes_of(frames, name)
+        run.frames = {key: frame for key, frame in frames.items() if key in PICTURES}
+        table = pd.DataFrame([dict(row) for row in run.rows])
+        if "recovery" in table and table["recovery"].notna().any():
+            run.frames["recoveries"] = table
+        run.write_into(out)
+        show(run, name)
+        write_report(out)
+        console.print(f"Written to {out}: points/, report.html, table.csv, summary.json.")
     return run
 
 

@@ -98,15 +98,15 @@ def run_sweep(
     )
     with stoppable(out):
         frame = sweep(model, case, plan, out, shard=parts)
-    if frame is None:
-        console.print(f"Shard {shard} is done; other points of {out} are still missing.")
-        return None
-    run.rows = rows_of(frame)
-    run.frames["layer_effects"] = frame
-    run.write_into(out)
-    write_report(out)
-    show_table("Per-layer effects", COLUMNS, run.rows)
-    console.print(f"Written to {out}: points/, report.html, table.csv, summary.json.")
+        if frame is None:
+            console.print(f"Shard {shard} is done; other points of {out} are still missing.")
+            return None
+        run.rows = rows_of(frame)
+        run.frames["layer_effects"] = frame
+        run.write_into(out)
+        write_report(out)
+        show_table("Per-layer effects", COLUMNS, run.rows)
+        console.print(f"Written to {out}: points/, report.html, table.csv, summary.json.")
     return run
 
 

@@ -2,13 +2,10 @@
 
 import copy
 import io
-import os
 import random
-import re
 import tempfile
-import traceback
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -32,29 +29,15 @@ from mrp_lens.stream import hook_name
 from mrp_lens.subspace import Subspace
 from tests.differential.models import Built, Recipe, build, documents, questions, text
 from tests.differential.oracle import Plain, RmuSettings, rmu
+from tests.differential.outcomes import DisagreementError, Outcome, outcome_of
 
 EXACT = 1e-4  # nats, in float32
 COARSE = 3.0  # in half precision: rms difference over that precision's own rounding, of the same tokens
 FEW = 8.0  # the same for figures of a handful of tokens
 MOVED = 1e-3  # RMU in float32: difference over the movement, both as norms
 MEASURES = ("logits", "choices", "perplexity", "confidence", "projection", "rmu", "folded", "module", "untouched")
-
-
 TEXTUAL = ("choices", "perplexity", "confidence", "rmu")
 LAYOUTS = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "phi3", "gpt2", "gpt_neox")  # exports know these
-
-
-class DisagreementError(Exception):
-    """mrp_lens and the oracle give different values."""
-
-
-@dataclass
-class Outcome:
-    """Of one measure on one model: "ok", "refused", "wrong" (another value) or "crashed" (an obscure exception)."""
-
-    status: str
-    detail: str = ""
-    reason: str = ""
 
 
 def trial(made: Recipe, wanted: Sequence[str] = MEASURES) -> dict[str, Outcome]:
@@ -90,32 +73,6 @@ def may_refuse(made: Recipe, measure: str) -> bool:
     if measure == "module":
         return made.family not in LAYOUTS
     return measure == "rmu" and made.family in ("mixtral", "qwen3_moe")  # no single output matrix
-
-
-def outcome_of(measure: Callable[[], str]) -> Outcome:
-    try:
-        return Outcome("ok", measure())
-    except DisagreementError as error:
-        return Outcome("wrong", str(error))
-    except (ValueError, TypeError, ImportError, FloatingPointError) as error:
-        if not raised_by_the_library(error):
-            return Outcome("crashed", traceback.format_exc(), f"{type(error).__name__} from elsewhere")
-        return Outcome("refused", str(error), reason_of(error))
-    except Exception as error:
-        return Outcome("crashed", traceback.format_exc(), f"{type(error).__name__}: {error}"[:200])
-
-
-def raised_by_the_library(error: BaseException) -> bool:
-    """A refusal is raised by a `raise` of mrp_lens: numpy's and torch's own ValueErrors are accidents."""
-    frames = traceback.extract_tb(error.__traceback__)
-    return f"{os.sep}mrp_lens{os.sep}" in frames[-1].filename
-
-
-def reason_of(error: BaseException) -> str:
-    """The message without its numbers, names and paths, so that equal reasons can be counted."""
-    message = re.sub(r"/\S+", "PATH", str(error).split("\n")[0])
-    message = re.sub(r"'[^']*'", "'...'", message)
-    return f"{type(error).__name__}: {re.sub(r'[-+]?[0-9][0-9.,e+-]*', '#', message)}"[:220]
 
 
 @dataclass

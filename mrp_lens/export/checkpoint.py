@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mrp_lens.files import write_json
-from mrp_lens.model.folder import read_object
+from mrp_lens.model.folder import leads_out, read_object
 from mrp_lens.model.layout import Layout, layout_of
 from mrp_lens.model.source import refuse_quantised
 
@@ -335,18 +335,15 @@ def name_class(folder: Path, name: str) -> None:
 
 
 def check_inside(folder: Path, file: Path) -> None:
-    """Refuse a link that leads out of the folder; in the Hub's cache, out of the model's part of it.
+    """Refuse a link that leads out of the folder; in the Hub's cache, out of it and the model's `blobs`.
 
     Raises:
         ValueError: says where it leads.
     """
-    root, place = folder.resolve(), file.resolve()
-    if root.parent.name == "snapshots" and root.parent.parent.name.startswith("models--"):
-        root = root.parent.parent  # whose files are links into `blobs`
-    if not place.is_relative_to(root):
+    if leads_out(folder, file):
         raise ValueError(
-            f"{file} is a link to {place}, outside of its folder: a stranger's link could name any file of this machine. If the file belongs "
-            "there, put it in the place of the link"
+            f"{file} is a link to {file.resolve()}, outside of its folder: a stranger's link could name any file of this machine. If the "
+            "file belongs there, put it in the place of the link"
         )
 
 

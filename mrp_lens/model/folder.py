@@ -41,21 +41,26 @@ def read_object(file: Path) -> dict[str, Any]:
     return content
 
 
-def check_links(folder: Path) -> None:
-    """Refuse symbolic links that lead out of a folder, as they would make a stranger's folder read files of this machine.
+def leads_out(folder: Path, file: Path) -> bool:
+    """Whether a file of a folder is in truth elsewhere: a stranger's link could name any file of this machine.
 
     A snapshot in the Hub's cache consists of links into `blobs` beside it; those are the model itself.
+    """
+    home, target = folder.resolve(), file.resolve()
+    allowed = [home, home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [home]
+    return not any(target.is_relative_to(place) for place in allowed)
+
+
+def check_links(folder: Path) -> None:
+    """Refuse symbolic links that lead out of a folder.
 
     Raises:
         ValueError: names the link.
     """
-    home = folder.resolve()
-    allowed = [home, home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [home]
     for file in folder.iterdir():
-        target = file.resolve()
-        if file.is_symlink() and not any(target.is_relative_to(place) for place in allowed):
+        if file.is_symlink() and leads_out(folder, file):
             raise ValueError(
-                f"{file} is a symbolic link out of its folder, to {target}, and is not followed; put the file itself there, or give the "
+                f"{file} is a symbolic link out of its folder, to {file.resolve()}, and is not followed; put the file itself there, or give the "
                 "folder that it lies in"
             )
 

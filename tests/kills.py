@@ -16,6 +16,7 @@ import sys
 import tempfile
 import threading
 import time
+import warnings
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -91,6 +92,7 @@ def start(line: Sequence[str], log: Path) -> int:
     if number:
         return number
     code = 1
+    warnings.simplefilter("default")  # as for a user: under pytest a warning would end the command
     try:
         with log.open("ab") as file:
             os.dup2(file.fileno(), 1)

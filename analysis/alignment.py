@@ -12,12 +12,12 @@ from typing import Any
 
 import pandas as pd
 
-from analysis.arguments import Study, parser_for
+from analysis.common.arguments import Study, parser_for
 from mrp_lens import metrics
-from mrp_lens.corpus import Corpus
-from mrp_lens.edit import edit_on
+from mrp_lens.data import Corpus
+from mrp_lens.edits import edit_on
 from mrp_lens.methods import MRP, RMU, AdaptiveRMU, Fit
-from mrp_lens.methods.steering import ALPHA_SHARE, default_layer
+from mrp_lens.methods.rmu import ALPHA_SHARE, default_layer
 
 SHARES = (0.5, 1.0, 2.0, 4.0)  # c over the norm of the forget states
 USUAL = 2.0  # RMU's default; by layer, the one nearest to it is shown

@@ -12,9 +12,9 @@ from collections.abc import Sequence
 
 import pandas as pd
 
-from analysis.arguments import Study, parser_for
+from analysis.common.arguments import Study, parser_for
 from mrp_lens import metrics
-from mrp_lens.edit import Edit, edit_on
+from mrp_lens.edits import Edit, edit_on
 
 QUESTIONS = 100  # a side
 PROMPTS = 3  # of the theory check

@@ -26,19 +26,19 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from analysis.arguments import Study, parser_for
-from analysis.attackers import UNEDITED
-from analysis.contenders import changed, contenders, names_in, settings_of
-from analysis.endurance import compact, finding, pictures, rows_of_cells
-from analysis.sequence import Requests, accuracy, numbers_in
-from mrp_lens.case import DataOptions
+from analysis.common.arguments import Study, parser_for
+from analysis.common.attackers import UNEDITED
+from analysis.common.contenders import changed, contenders, names_in, settings_of
+from analysis.common.endurance import compact, finding, pictures, rows_of_cells
+from analysis.common.sequence import Requests, accuracy, numbers_in
 from mrp_lens.cli.parsing import numbers, shard_of
-from mrp_lens.edit import Edit, ProjectionEdit, load_edit
-from mrp_lens.edit.storage import stored_bytes
-from mrp_lens.model import describe, load_model
-from mrp_lens.pieces import Pieces
-from mrp_lens.training import NonFiniteLossError
-from mrp_lens.world import World
+from mrp_lens.data.task import DataOptions
+from mrp_lens.data.world import World
+from mrp_lens.edits import Edit, ProjectionEdit, load_edit
+from mrp_lens.edits.serialization import stored_bytes
+from mrp_lens.models import describe, load_model
+from mrp_lens.training.loop import NonFiniteLossError
+from mrp_lens.utils.store import Pieces
 
 FULL_SEEDS = "0,1,2"
 TAKEN_BACK = 1  # the second request: one before it and one after it stay

@@ -13,12 +13,12 @@ from collections.abc import Sequence
 import pandas as pd
 import torch
 
-from analysis.arguments import Study, parser_for
+from analysis.common.arguments import Study, parser_for
 from mrp_lens import metrics
 from mrp_lens.cli.sweep import Grid
-from mrp_lens.subspace import random_units
-from mrp_lens.sweep import UNEDITED, sweep
-from mrp_lens.world.scoring import ABSENT_WITHIN
+from mrp_lens.edits.subspace import random_units
+from mrp_lens.runs.sweep import UNEDITED, sweep
+from mrp_lens.runs.train_world import ABSENT_WITHIN
 
 KEPT_WITHIN = 0.05
 DOCUMENTS = 100  # a side, for noise sensitivity and Eq. 19

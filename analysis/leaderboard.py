@@ -15,24 +15,24 @@ from typing import Any, get_args
 
 from tqdm.auto import tqdm
 
-from analysis.arguments import Study, parser_for
-from analysis.attackers import NEVER_TAUGHT, UNEDITED
-from analysis.contenders import changed, contenders, names_in, settings_of
+from analysis.common.arguments import Study, parser_for
+from analysis.common.attackers import NEVER_TAUGHT, UNEDITED
+from analysis.common.contenders import changed, contenders, names_in, settings_of
+from analysis.common.standings import compact, few, markdown, pictures, rows_of_cells
+from analysis.common.verdicts import finding
 from analysis.relearning import Job, piece_of
-from analysis.standings import compact, few, markdown, pictures, rows_of_cells
-from analysis.verdicts import finding
 from mrp_lens import attacks, metrics
-from mrp_lens.attacks.attacker import Attacker, Form
-from mrp_lens.attacks.plan import Facts, Plan, possible_forms
+from mrp_lens.attacks.finetuning import Attacker, Form
+from mrp_lens.attacks.suite import Facts, Plan, possible_forms
 from mrp_lens.cli.parsing import numbers, shard_of
-from mrp_lens.edit import Edit, edit_on, load_edit
-from mrp_lens.edit.record import fingerprint
-from mrp_lens.edit.stack import has_hooks, stripped
-from mrp_lens.edit.storage import stored_bytes
-from mrp_lens.files import write_text
-from mrp_lens.model import describe
-from mrp_lens.pieces import Pieces
-from mrp_lens.runs import rows_of
+from mrp_lens.edits import Edit, edit_on, load_edit
+from mrp_lens.edits.provenance import fingerprint
+from mrp_lens.edits.serialization import stored_bytes
+from mrp_lens.edits.stack import has_hooks, stripped
+from mrp_lens.models import describe
+from mrp_lens.utils.frames import rows_of
+from mrp_lens.utils.io import write_text
+from mrp_lens.utils.store import Pieces
 
 UPDATES = "5,20,100"
 RELEARN: dict[str, Form] = {f"relearn-{form}": form for form in get_args(Form)}

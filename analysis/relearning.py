@@ -20,19 +20,30 @@ from typing import Any
 import pandas as pd
 from tqdm.auto import tqdm
 
-from analysis.arguments import Study, parser_for
-from analysis.attackers import OTHERS, RANDOM, UNEDITED, USUAL, WEIGHTS, WIDEST, Attack, possible, retrain, variants
-from analysis.contenders import names_in
-from analysis.resistance import BUDGETS, finding, rows_of_curves
+from analysis.common.arguments import Study, parser_for
+from analysis.common.attackers import (
+    OTHERS,
+    RANDOM,
+    UNEDITED,
+    USUAL,
+    WEIGHTS,
+    WIDEST,
+    Attack,
+    possible,
+    retrain,
+    variants,
+)
+from analysis.common.contenders import names_in
+from analysis.common.resistance import BUDGETS, finding, rows_of_curves
 from mrp_lens import metrics
 from mrp_lens.attacks import with_floor
-from mrp_lens.case import DataOptions
 from mrp_lens.cli.parsing import numbers, shard_of
-from mrp_lens.edit import Edit, ProjectionEdit, edit_on, load_edit
-from mrp_lens.model import LensModel, describe, load_model
-from mrp_lens.pieces import Pieces
-from mrp_lens.stream import hook_name
-from mrp_lens.subspace import Subspace
+from mrp_lens.data.task import DataOptions
+from mrp_lens.edits import Edit, ProjectionEdit, edit_on, load_edit
+from mrp_lens.edits.subspace import Subspace
+from mrp_lens.models import LensModel, describe, load_model
+from mrp_lens.models.hooks import hook_name
+from mrp_lens.utils.store import Pieces
 
 QUICK_METHODS, FULL_SEEDS, QUICK_QUESTIONS = "mrp,mrp-all-wide,rmu", "0,1,2", 200
 REFERENCE = "reference"

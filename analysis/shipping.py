@@ -20,15 +20,14 @@ import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
-from analysis import plain_harness
-from analysis.arguments import Study, parser_for
-from mrp_lens.batching import Encoder
-from mrp_lens.corpus import Document, Questions
-from mrp_lens.edit import Edit, edit_on, load_edit
+from analysis.common import plain_harness
+from analysis.common.arguments import Study, parser_for
+from mrp_lens.data import Document, Questions
+from mrp_lens.edits import Edit, edit_on, load_edit
 from mrp_lens.export import ExportReport, export_hf
 from mrp_lens.methods import MRP, RMU, AdaptiveRMU
-from mrp_lens.metrics.answers import choice_scores
-from mrp_lens.model import LensModel
+from mrp_lens.metrics.multiple_choice import choice_scores
+from mrp_lens.models import LensModel, encoder_for
 
 METHODS: dict[str, Any] = {
     "mrp": MRP(),
@@ -96,7 +95,7 @@ def shipped(model: LensModel, edit: Edit, questions: Questions) -> dict[str, Any
 
 def answers_of(model: LensModel, edit: Edit, questions: Questions) -> np.ndarray[Any, np.dtype[np.int64]]:
     """For each question the choice with the largest sum of log-probabilities, which is what the harness calls `acc`."""
-    encoder = Encoder.for_model(model)
+    encoder = encoder_for(model)
     with edit_on(model, edit):
         means = choice_scores(model, questions, progress=True)
     chosen = []
@@ -108,7 +107,7 @@ def answers_of(model: LensModel, edit: Edit, questions: Questions) -> np.ndarray
 
 def start_of(model: LensModel) -> str:
     """What TransformerLens puts in front of a text: BOS, or nothing. The tokenizer of a folder need not add it by itself."""
-    encoder = Encoder.for_model(model)
+    encoder = encoder_for(model)
     return str(encoder.tokenizer.bos_token) if encoder.prepend_bos else ""
 
 

@@ -19,15 +19,15 @@ from typing import Any
 
 import torch
 
-from mrp_lens.batching import Batches, Encoder
-from mrp_lens.corpus import Corpus
-from mrp_lens.edit import ProjectionEdit
-from mrp_lens.files import check_free
+from mrp_lens.data import Corpus
+from mrp_lens.data.tokenization import Batches
+from mrp_lens.edits import ProjectionEdit
+from mrp_lens.edits.subspace import Subspace
 from mrp_lens.methods import RMU
-from mrp_lens.model import available_backends, load_model, logits_of, mlp_out_weight
-from mrp_lens.runs import Run
-from mrp_lens.stream import captured, hook_name
-from mrp_lens.subspace import Subspace
+from mrp_lens.models import available_backends, encoder_for, load_model, logits_of, mlp_out_weight
+from mrp_lens.models.hooks import captured, hook_name
+from mrp_lens.runs.record import Run
+from mrp_lens.utils.io import check_free
 
 LAYERS, WIDTH, LAYER, BATCH, TOKENS = 32, 256, 7, 4, 128
 COEFFICIENT, ALPHA = 6.5, 1200.0
@@ -38,7 +38,7 @@ def make_model(folder: Path) -> None:
     """A random Llama with 32 layers, with the demo's tokenizer."""
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-    tokenizer = AutoTokenizer.from_pretrained(Path(__file__).parent.parent / "mrp_lens" / "world" / "data")
+    tokenizer = AutoTokenizer.from_pretrained(Path(__file__).parent.parent / "mrp_lens" / "data" / "world" / "model")
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = LlamaForCausalLM(
@@ -61,7 +61,7 @@ def make_model(folder: Path) -> None:
 
 def make_texts(seed: int, name: str) -> Corpus:
     """Documents of about as many tokens as the context holds."""
-    from mrp_lens.world import World
+    from mrp_lens.data.world import World
 
     sentences = World(seed).ordinary("taught")
     return Corpus.from_texts([" ".join(sentences[i : i + 20]) for i in range(0, 400, 20)], name=name)
@@ -70,7 +70,7 @@ def make_texts(seed: int, name: str) -> Corpus:
 def plain_rmu(model: Any, forget: Corpus, retain: Corpus, steps: int) -> None:
     """The released loop: an updated and a frozen model, three full forwards a step, every parameter with gradient."""
     frozen_model = copy.deepcopy(model)
-    encoder = Encoder.for_model(model)
+    encoder = encoder_for(model)
     generator = torch.Generator().manual_seed(0)
     batches = [Batches(encoder.encode(corpus.documents), BATCH, generator) for corpus in (forget, retain)]
     direction = torch.rand(WIDTH, generator=generator)

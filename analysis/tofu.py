@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from mrp_lens import metrics
-from mrp_lens.corpus import Corpus, Questions
-from mrp_lens.edit import Edit, edit_on
-from mrp_lens.files import check_free
+from mrp_lens.data import Corpus, Questions
+from mrp_lens.edits import Edit, edit_on
 from mrp_lens.methods import MRP, RMU, AdaptiveRMU
-from mrp_lens.model import load_model
-from mrp_lens.runs import Run
+from mrp_lens.models import load_model
+from mrp_lens.runs.record import Run
+from mrp_lens.utils.io import check_free
 
 QUESTION, ANSWER = "Question: {question}\nAnswer:", " {answer}"
 METHODS: Mapping[str, Any] = {method.name: method for method in (MRP(), RMU(), AdaptiveRMU())}

@@ -6,8 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mrp_lens import attacks, hf, metrics, plots
-    from mrp_lens.corpus import Corpus, Questions
-    from mrp_lens.edit import Edit, EditStack, ProjectionEdit, SteeringEdit, WeightEdit, load_edit
+    from mrp_lens.data import Corpus, Questions
+    from mrp_lens.data.world import World
+    from mrp_lens.edits import Edit, EditStack, ProjectionEdit, SteeringEdit, WeightEdit, load_edit
+    from mrp_lens.edits.subspace import Subspace
     from mrp_lens.export import ExportReport, Record, export_hf
     from mrp_lens.methods import (
         MRP,
@@ -21,18 +23,16 @@ if TYPE_CHECKING:
         GradientDifference,
         NoisyRMU,
     )
-    from mrp_lens.model import load_model
-    from mrp_lens.subspace import Subspace
-    from mrp_lens.world import World
+    from mrp_lens.models import load_model
 
 # Where each name lives. They are imported on first use: importing torch takes seconds, and --help needs none of it.
 _HOMES = {
     "AdaptiveRMU": "mrp_lens.methods",
-    "Corpus": "mrp_lens.corpus",
+    "Corpus": "mrp_lens.data",
     "DirectionAblation": "mrp_lens.methods",
     "Distillation": "mrp_lens.methods",
-    "Edit": "mrp_lens.edit",
-    "EditStack": "mrp_lens.edit",
+    "Edit": "mrp_lens.edits",
+    "EditStack": "mrp_lens.edits",
     "ExportReport": "mrp_lens.export",
     "Fit": "mrp_lens.methods",
     "GradientAscent": "mrp_lens.methods",
@@ -40,19 +40,19 @@ _HOMES = {
     "MRP": "mrp_lens.methods",
     "NPO": "mrp_lens.methods",
     "NoisyRMU": "mrp_lens.methods",
-    "ProjectionEdit": "mrp_lens.edit",
-    "Questions": "mrp_lens.corpus",
+    "ProjectionEdit": "mrp_lens.edits",
+    "Questions": "mrp_lens.data",
     "RMU": "mrp_lens.methods",
     "Record": "mrp_lens.export",
-    "SteeringEdit": "mrp_lens.edit",
-    "Subspace": "mrp_lens.subspace",
-    "WeightEdit": "mrp_lens.edit",
-    "World": "mrp_lens.world",
+    "SteeringEdit": "mrp_lens.edits",
+    "Subspace": "mrp_lens.edits.subspace",
+    "WeightEdit": "mrp_lens.edits",
+    "World": "mrp_lens.data.world",
     "attacks": "mrp_lens",
     "export_hf": "mrp_lens.export",
     "hf": "mrp_lens",
-    "load_edit": "mrp_lens.edit",
-    "load_model": "mrp_lens.model",
+    "load_edit": "mrp_lens.edits",
+    "load_model": "mrp_lens.models",
     "metrics": "mrp_lens",
     "plots": "mrp_lens",
 }

@@ -16,10 +16,10 @@ CHECKED = ["batching", "metrics", "predictions", "methods.objectives", "methods.
 if sys.version_info < (3, 12):
     install_import_hook([f"mrp_lens.{name}" for name in CHECKED], "beartype.beartype")
 
-from mrp_lens.corpus import Corpus  # noqa: E402
-from mrp_lens.model import available_backends, load_model  # noqa: E402
-from mrp_lens.world import World  # noqa: E402
-from tests.families import DEPTH, WIDTH, save_family  # noqa: E402
+from mrp_lens.data import Corpus  # noqa: E402
+from mrp_lens.data.world import World  # noqa: E402
+from mrp_lens.models import available_backends, load_model  # noqa: E402
+from tests.support.families import DEPTH, WIDTH, save_family  # noqa: E402
 
 LAYERS, D_MODEL = DEPTH, WIDTH
 

@@ -14,14 +14,14 @@ from typer.testing import CliRunner
 import mrp_lens as ml
 from mrp_lens import attacks, metrics
 from mrp_lens.cli.app import app
-from mrp_lens.corpus import Corpus, Questions
-from mrp_lens.edit import Edit, WeightEdit, load_edit
-from mrp_lens.edit.record import fingerprint
+from mrp_lens.data import Corpus, Questions
+from mrp_lens.edits import Edit, WeightEdit, load_edit
+from mrp_lens.edits.provenance import fingerprint
 from mrp_lens.methods import MRP, NPO, RMU, AdaptiveRMU
-from mrp_lens.model import load_model
+from mrp_lens.models import load_model
 from tests.conftest import assert_same_state, state_of
-from tests.edits import projection
-from tests.kills import Killed, arguments, kill_at_save, write_data
+from tests.support.edits import projection
+from tests.support.kills import Killed, arguments, kill_at_save, write_data
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),

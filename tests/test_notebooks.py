@@ -17,7 +17,7 @@ import plotly.graph_objects as go
 import plotly.io
 import pytest
 
-from tests.families import save_family
+from tests.support.families import save_family
 
 FOLDER = Path(__file__).parent.parent / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))

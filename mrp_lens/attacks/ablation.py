@@ -8,13 +8,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mrp_lens.checks import generator_for
-from mrp_lens.corpus import Corpus
-from mrp_lens.edit import Edit, edit_on, projection_hook
-from mrp_lens.metrics.states import hooks_at, read_states
-from mrp_lens.model import LensModel, device_of
-from mrp_lens.stream import HookFunction, hook_name, hooked
-from mrp_lens.subspace import Subspace, unit
+from mrp_lens.data import Corpus
+from mrp_lens.edits import Edit, edit_on, projection_hook
+from mrp_lens.edits.subspace import Subspace, unit
+from mrp_lens.metrics.activations import hooks_at, read_states
+from mrp_lens.models import LensModel, device_of
+from mrp_lens.models.hooks import HookFunction, hook_name, hooked
+from mrp_lens.utils.validation import generator_for
 
 UNMOVED = 1e-5
 """A mean that an edit moves by less than this share of the mean state's norm is rounding, and gives no direction."""

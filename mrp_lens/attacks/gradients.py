@@ -12,17 +12,17 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from mrp_lens.batching import Encoder, PaddingSide, TokenBatch, in_order
-from mrp_lens.corpus import Questions
-from mrp_lens.edit import Edit, edit_on
-from mrp_lens.finite import NonFiniteError, non_finite
-from mrp_lens.metrics.answers import by_group
-from mrp_lens.metrics.intervals import bootstrap_interval
-from mrp_lens.metrics.likelihood import encoded_choices
-from mrp_lens.model import LensModel, dtype_of
-from mrp_lens.predictions import cross_entropy, predictions
-from mrp_lens.stream import frozen, hooked
-from mrp_lens.torch_state import ordinary_torch, refuse_inference_tensors
+from mrp_lens.data import Questions
+from mrp_lens.data.tokenization import PaddingSide, TokenBatch, in_order
+from mrp_lens.edits import Edit, edit_on
+from mrp_lens.metrics.bootstrap import bootstrap_interval
+from mrp_lens.metrics.multiple_choice import by_group
+from mrp_lens.metrics.perplexity import encoded_choices
+from mrp_lens.models import LensModel, dtype_of, encoder_for
+from mrp_lens.models.finite import NonFiniteError, non_finite
+from mrp_lens.models.hooks import frozen, hooked
+from mrp_lens.training.losses import cross_entropy, predictions
+from mrp_lens.utils.torch_state import ordinary_torch, refuse_inference_tensors
 
 EMBEDDING_HOOK = "hook_embed"
 
@@ -141,7 +141,7 @@ def _measured(
     model: LensModel, questions: Questions, batch_size: int, padding: PaddingSide, progress: bool
 ) -> NDArray[np.float64]:
     """[questions, MEASURES]."""
-    encoder = Encoder.for_model(model)
+    encoder = encoder_for(model)
     rows = encoded_choices(encoder, questions, right_only=True)
     values = np.empty((len(rows), len(MEASURES)))
     with tqdm(total=len(rows), desc="input gradients", disable=not progress) as bar:

@@ -8,18 +8,18 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from mrp_lens.attacks.readout import FOLDS, Facts, Kind, Readout, usable_information
-from mrp_lens.attacks.recovery import check_held_out
-from mrp_lens.batching import Encoder, PaddingSide
-from mrp_lens.checks import generator_for, one_of, positive
-from mrp_lens.corpus import Document, Questions
-from mrp_lens.edit import Edit, edit_on
-from mrp_lens.metrics.intervals import bootstrap_interval
-from mrp_lens.metrics.lens import last_states
-from mrp_lens.metrics.states import hooks_at
-from mrp_lens.model import LensModel
-from mrp_lens.stream import Site, frozen
-from mrp_lens.torch_state import ordinary_torch
+from mrp_lens.attacks.evaluation import check_held_out
+from mrp_lens.attacks.v_information import FOLDS, Facts, Kind, Readout, usable_information
+from mrp_lens.data import Document, Questions
+from mrp_lens.data.tokenization import PaddingSide
+from mrp_lens.edits import Edit, edit_on
+from mrp_lens.metrics.activations import hooks_at
+from mrp_lens.metrics.bootstrap import bootstrap_interval
+from mrp_lens.metrics.logit_lens import last_states
+from mrp_lens.models import LensModel, encoder_for
+from mrp_lens.models.hooks import Site, frozen
+from mrp_lens.utils.torch_state import ordinary_torch
+from mrp_lens.utils.validation import generator_for, one_of, positive
 
 Target = Literal["answer", "choice"]
 
@@ -188,7 +188,7 @@ def _states(
     """Hook -> states at the ends of the prompts, or of prompt + choice (0 where a question has fewer choices)."""
     endings = [("",) if target == "answer" else q.choices for q in questions.questions]
     where = [(place, choice) for place, texts in enumerate(endings) for choice in range(len(texts))]
-    encoder = Encoder.for_model(model)
+    encoder = encoder_for(model)
     documents = [Document(questions.questions[place].prompt, endings[place][choice]) for place, choice in where]
     size = (len(endings), max(len(texts) for texts in endings), int(model.cfg.d_model))
     kept: dict[str, Tensor] = {}

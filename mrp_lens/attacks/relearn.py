@@ -7,15 +7,13 @@ from typing import Any
 
 import pandas as pd
 
-from mrp_lens.attacks.attacker import Attacker, Form
-from mrp_lens.attacks.exam import UNKNOWN, Exam
-from mrp_lens.attacks.recovery import Counted, counted, recovery
-from mrp_lens.attacks.retraining import LORA_RANK, Parameters
-from mrp_lens.corpus import Corpus, Questions
-from mrp_lens.edit import Edit
-from mrp_lens.finite import NonFiniteError
-from mrp_lens.model import LensModel
-from mrp_lens.torch_state import ordinary_torch
+from mrp_lens.attacks.evaluation import UNKNOWN, Counted, Exam, counted, recovery
+from mrp_lens.attacks.finetuning import LORA_RANK, Attacker, Form, Parameters
+from mrp_lens.data import Corpus, Questions
+from mrp_lens.edits import Edit
+from mrp_lens.models import LensModel
+from mrp_lens.models.finite import NonFiniteError
+from mrp_lens.utils.torch_state import ordinary_torch
 
 MARKS = (0, 5, 20, 40, 100)
 """Updates after which an attack is scored, besides its last."""

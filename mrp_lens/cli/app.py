@@ -153,8 +153,8 @@ def unlearn(
     Known data sets (`hub:NAME` and the schemas): `cais/wmdp`, `cais/wmdp-corpora`, `cais/mmlu`, `locuslab/TOFU`,
     `derek-thomas/ScienceQA`, `wikitext`.
     """
-    from mrp_lens.case import DataOptions
     from mrp_lens.cli.unlearn import run_unlearn
+    from mrp_lens.data.task import DataOptions
 
     hyperparameters = {
         "rank": rank,
@@ -196,7 +196,7 @@ def report(
 
         mrp-lens report runs/demo
     """
-    from mrp_lens.report import write_report
+    from mrp_lens.runs.report import write_report
 
     typer.echo(f"Written: {write_report(folder, out=out)}")
 

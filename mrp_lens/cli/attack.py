@@ -7,22 +7,21 @@ from typing import Any, get_args
 
 import pandas as pd
 
-from mrp_lens.attacks.campaign import campaign
-from mrp_lens.attacks.plan import Attack, Plan
-from mrp_lens.attacks.tally import notes_of, rows_of_attacks
-from mrp_lens.case import case_for
+from mrp_lens.attacks.suite import Attack, Plan, campaign
+from mrp_lens.attacks.summary import notes_of, rows_of_attacks
 from mrp_lens.cli.folder import stoppable
 from mrp_lens.cli.parsing import dtype_named, numbers
 from mrp_lens.cli.show import Column, console, show_table
-from mrp_lens.edit import load_edit
-from mrp_lens.edit.record import label_of
-from mrp_lens.files import make_folder
-from mrp_lens.model import load_model
-from mrp_lens.pieces import check_holds
+from mrp_lens.data.task import case_for
+from mrp_lens.edits import load_edit
+from mrp_lens.edits.provenance import label_of
+from mrp_lens.models import load_model
 from mrp_lens.plots import PICTURES
 from mrp_lens.plots.attacks import CONTROL_METHODS
-from mrp_lens.report import write_report
-from mrp_lens.runs import Run
+from mrp_lens.runs.record import Run
+from mrp_lens.runs.report import write_report
+from mrp_lens.utils.io import make_folder
+from mrp_lens.utils.store import check_holds
 
 ALL = "all"
 CAPTION = (

@@ -7,22 +7,22 @@ from typing import Any
 
 import pandas as pd
 
-from mrp_lens.attacks.attacker import Attacker
+from mrp_lens.attacks.finetuning import Attacker
 from mrp_lens.attacks.relearn import relearn
-from mrp_lens.case import Case
 from mrp_lens.cli.folder import begun
 from mrp_lens.cli.show import Column, console, percent, show_examples, show_table
-from mrp_lens.edit import Edit, ProjectionEdit, edit_on
-from mrp_lens.generation import continuations
-from mrp_lens.looks import looks
+from mrp_lens.data.task import Case
+from mrp_lens.data.world import World
+from mrp_lens.data.world.facts import QUESTION
+from mrp_lens.edits import Edit, ProjectionEdit, edit_on
 from mrp_lens.methods import MRP, RMU, AdaptiveRMU, Fit
-from mrp_lens.model import LensModel, identity_of, load_model
-from mrp_lens.pieces import Pieces
-from mrp_lens.report import write_report
-from mrp_lens.runs import Run
-from mrp_lens.world import World
-from mrp_lens.world.facts import QUESTION
-from mrp_lens.world.scoring import score, untaught_accuracy, verdict
+from mrp_lens.models import LensModel, identity_of, load_model
+from mrp_lens.models.generation import continuations
+from mrp_lens.runs.record import Run
+from mrp_lens.runs.report import write_report
+from mrp_lens.runs.report.diagnostics import looks
+from mrp_lens.runs.train_world import score, untaught_accuracy, verdict
+from mrp_lens.utils.store import Pieces
 
 ATTACKED = ("unedited", "mrp", "rmu", "adaptive-rmu")
 RELEARNING_MARKS = (0, 5, 20)

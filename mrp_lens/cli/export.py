@@ -5,12 +5,12 @@ from pathlib import Path
 
 from mrp_lens.cli.parsing import dtype_named
 from mrp_lens.cli.show import console
-from mrp_lens.corpus import Corpus
-from mrp_lens.edit import load_edit
+from mrp_lens.data import Corpus
+from mrp_lens.edits import load_edit
 from mrp_lens.export import ExportReport, Record, export_hf
 from mrp_lens.export.base import check_apart
-from mrp_lens.files import check_free
-from mrp_lens.model import load_model
+from mrp_lens.models import load_model
+from mrp_lens.utils.io import check_free
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from mrp_lens.cli.show import console
-from mrp_lens.pieces import POINTS, Pieces
+from mrp_lens.utils.store import POINTS, Pieces
 
 KIND = "run"
 

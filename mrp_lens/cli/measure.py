@@ -9,19 +9,20 @@ from typing import Any
 
 import pandas as pd
 
-from mrp_lens.case import Case, case_for
 from mrp_lens.cli.parsing import dtype_named
 from mrp_lens.cli.show import Column, console, show_table
 from mrp_lens.cli.unlearn import CAPTION, columns
 from mrp_lens.cli.unlearn import measure as figures_of
-from mrp_lens.edit import Edit, edit_on, load_edit
-from mrp_lens.edit.record import label_of
-from mrp_lens.files import check_free
-from mrp_lens.harness import Bos, harness, load_hf, require_harness, task_manager, task_names
+from mrp_lens.data.task import Case, case_for
+from mrp_lens.edits import Edit, edit_on, load_edit
+from mrp_lens.edits.provenance import label_of
+from mrp_lens.evals.lm_eval import Bos, harness, load_hf, require_harness, task_manager, task_names
 from mrp_lens.hf import attach
-from mrp_lens.model import load_model
-from mrp_lens.report import write_report
-from mrp_lens.runs import Row, Run, rows_of
+from mrp_lens.models import load_model
+from mrp_lens.runs.record import Run
+from mrp_lens.runs.report import write_report
+from mrp_lens.utils.frames import Row, rows_of
+from mrp_lens.utils.io import check_free
 
 UNEDITED = "unedited"
 TEXTS, QUIZZES = ("forget", "retain"), ("questions", "retain_questions")

@@ -5,17 +5,18 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from mrp_lens.case import Case, case_for
 from mrp_lens.cli.folder import stoppable
 from mrp_lens.cli.parsing import dtype_named, numbers, shard_of
 from mrp_lens.cli.show import Column, console, percent, show_table
-from mrp_lens.files import make_folder
-from mrp_lens.methods.steering import default_layer
-from mrp_lens.model import LensModel, load_model
-from mrp_lens.pieces import check_holds
-from mrp_lens.report import write_report
-from mrp_lens.runs import Run, rows_of
-from mrp_lens.sweep import Plan, default_coefficient, default_layers, sweep
+from mrp_lens.data.task import Case, case_for
+from mrp_lens.methods.rmu import default_layer
+from mrp_lens.models import LensModel, load_model
+from mrp_lens.runs.record import Run
+from mrp_lens.runs.report import write_report
+from mrp_lens.runs.sweep import Plan, default_coefficient, default_layers, sweep
+from mrp_lens.utils.frames import rows_of
+from mrp_lens.utils.io import make_folder
+from mrp_lens.utils.store import check_holds
 
 QUICK_LAYERS, QUICK_STEPS, QUICK_QUESTIONS, QUICK_DOCUMENTS = 4, 75, 150, 100
 FULL_SEEDS = (0, 1, 2)

@@ -8,16 +8,16 @@ from typing import Any
 import pandas as pd
 
 from mrp_lens import metrics
-from mrp_lens.case import Case, DataOptions, beginning
 from mrp_lens.cli.folder import begun
 from mrp_lens.cli.parsing import dtype_named, numbers
 from mrp_lens.cli.show import Column, console, percent, show_examples, show_table
-from mrp_lens.generation import continuations
-from mrp_lens.looks import looks
+from mrp_lens.data.task import Case, DataOptions, beginning
 from mrp_lens.methods import METHODS, RIVALS, Distillation, Fit
-from mrp_lens.model import LensModel, identity_of, load_model
-from mrp_lens.report import write_report
-from mrp_lens.runs import Run
+from mrp_lens.models import LensModel, identity_of, load_model
+from mrp_lens.models.generation import continuations
+from mrp_lens.runs.record import Run
+from mrp_lens.runs.report import write_report
+from mrp_lens.runs.report.diagnostics import looks
 
 EXAMPLES = 3
 

@@ -1,8 +1,8 @@
 """Edits leave as files: plain checkpoints, model folders with code of their own, adapters; each proved by reloading."""
 
-from mrp_lens.export.card import Record
 from mrp_lens.export.export import ExportReport, export_hf
 from mrp_lens.export.hub import push_to_hub
-from mrp_lens.export.proof import ExportMismatchError, Proof
+from mrp_lens.export.model_card import Record
+from mrp_lens.export.verification import ExportMismatchError, Proof
 
 __all__ = ["ExportMismatchError", "ExportReport", "Proof", "Record", "export_hf", "push_to_hub"]

@@ -6,9 +6,9 @@ from typing import Any
 import torch
 
 from mrp_lens.export.checkpoint import Checkpoint
-from mrp_lens.model import LensModel, device_of, dtype_of, hf_state, load_model, why_not_exportable
-from mrp_lens.model.layout import LAYOUTS
-from mrp_lens.model.source import find_folder
+from mrp_lens.models import LensModel, device_of, dtype_of, hf_state, load_model, why_not_exportable
+from mrp_lens.models.architectures import LAYOUTS
+from mrp_lens.models.source import find_folder
 
 
 def base_of(model: LensModel, base: str | Path | None) -> Checkpoint:

@@ -14,10 +14,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mrp_lens.files import write_json
-from mrp_lens.model.folder import leads_out, read_object
-from mrp_lens.model.layout import Layout, layout_of
-from mrp_lens.model.source import refuse_quantised
+from mrp_lens.models.architectures import Layout, layout_of
+from mrp_lens.models.source import leads_out, read_object, refuse_quantised
+from mrp_lens.utils.io import write_json
 
 INDEX = "model.safetensors.index.json"
 # What belongs to a checkpoint besides its weights; optimizer states, logs and model cards do not.

@@ -9,13 +9,11 @@ from typing import Any, Literal
 import torch
 from tqdm.auto import tqdm
 
-from mrp_lens.checks import one_of
-from mrp_lens.corpus import Corpus
-from mrp_lens.edit import Edit, load_edit
-from mrp_lens.edit.record import without_paths
-from mrp_lens.edit.storage import write_edit
+from mrp_lens.data import Corpus
+from mrp_lens.edits import Edit, load_edit
+from mrp_lens.edits.provenance import without_paths
+from mrp_lens.edits.serialization import write_edit
 from mrp_lens.export.base import base_of, check_apart, check_bare, check_base, own_tokenizer, stored_tokenizer
-from mrp_lens.export.card import Record, check_record, front_matter_of, model_card
 from mrp_lens.export.checkpoint import (
     LEFT_BEHIND,
     Checkpoint,
@@ -24,12 +22,14 @@ from mrp_lens.export.checkpoint import (
     replace_tokenizer,
     rounded,
 )
-from mrp_lens.export.forms import Changes, Form, chosen_form, folded_into, new_matrices
+from mrp_lens.export.formats import Changes, Form, chosen_form, folded_into, new_matrices
 from mrp_lens.export.hub import push_to_hub
-from mrp_lens.export.module import module_tensors, write_module
-from mrp_lens.export.proof import TEXTS, Proof, prove
-from mrp_lens.files import check_free, whole_folder, write_json, write_text
-from mrp_lens.model import LensModel, dtype_of
+from mrp_lens.export.model_card import Record, check_record, front_matter_of, model_card
+from mrp_lens.export.remote_code import module_tensors, write_module
+from mrp_lens.export.verification import TEXTS, Proof, prove
+from mrp_lens.models import LensModel, dtype_of
+from mrp_lens.utils.io import check_free, whole_folder, write_json, write_text
+from mrp_lens.utils.validation import one_of
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

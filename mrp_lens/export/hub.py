@@ -6,7 +6,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from mrp_lens.edit.storage import CONFIG_FILE, TENSOR_FILE
+from mrp_lens.edits.serialization import CONFIG_FILE, TENSOR_FILE
 from mrp_lens.export.checkpoint import check_inside
 
 CARD = "README.md"

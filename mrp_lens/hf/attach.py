@@ -7,14 +7,13 @@ from typing import Any
 
 from torch import nn
 
-from mrp_lens.edit import Edit, ProjectionEdit, SteeringEdit, WeightEdit, load_edit
-from mrp_lens.edit.base import Attached
-from mrp_lens.hf import modeling
-from mrp_lens.hf.prompts import fix_prompts
-from mrp_lens.model import check_same_model, hf_weights
-from mrp_lens.model.edits_on import On, TorchHook, entries_on, putting_on
-from mrp_lens.model.layout import Layout, layout_of
-from mrp_lens.stream import hook_name, layer_of, site_of
+from mrp_lens.edits import Edit, ProjectionEdit, SteeringEdit, WeightEdit, load_edit, modeling
+from mrp_lens.edits.base import Attached
+from mrp_lens.edits.prompts import fix_prompts
+from mrp_lens.models import check_same_model, hf_weights
+from mrp_lens.models.architectures import Layout, layout_of
+from mrp_lens.models.attachments import On, TorchHook, entries_on, putting_on
+from mrp_lens.models.hooks import hook_name, layer_of, site_of
 
 Place = tuple[int, str]
 

@@ -3,9 +3,9 @@
 from typing import Any
 
 from mrp_lens.methods.base import Fit
-from mrp_lens.methods.distillation import Distillation
-from mrp_lens.methods.mrp import MRP
-from mrp_lens.methods.rivals import NPO, DirectionAblation, GradientAscent, GradientDifference
+from mrp_lens.methods.baselines import NPO, DirectionAblation, GradientAscent, GradientDifference
+from mrp_lens.methods.mrp.distillation import Distillation
+from mrp_lens.methods.mrp.method import MRP
 from mrp_lens.methods.rmu import RMU, AdaptiveRMU, NoisyRMU
 
 METHODS: dict[str, type[MRP] | type[RMU] | type[AdaptiveRMU]] = {kind.name: kind for kind in (MRP, RMU, AdaptiveRMU)}

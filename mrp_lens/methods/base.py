@@ -13,17 +13,17 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mrp_lens.batching import Encoded, Encoder, TokenBatch
-from mrp_lens.checkpoints import Checkpoint
-from mrp_lens.checks import given, plain
-from mrp_lens.corpus import Corpus
-from mrp_lens.edit import Edit, edit_on, load_edit
-from mrp_lens.edit.record import fingerprint
-from mrp_lens.files import make_folder, read_json, write_json, write_text
-from mrp_lens.model import LensModel, describe, identity_of, why_not_exportable
-from mrp_lens.runs import frame_of, rows_of, versions
-from mrp_lens.stream import frozen
-from mrp_lens.torch_state import refuse_inference_tensors
+from mrp_lens.data import Corpus
+from mrp_lens.data.tokenization import Encoded, Encoder, TokenBatch
+from mrp_lens.edits import Edit, edit_on, load_edit
+from mrp_lens.edits.provenance import fingerprint
+from mrp_lens.models import LensModel, describe, encoder_for, identity_of, why_not_exportable
+from mrp_lens.models.hooks import frozen
+from mrp_lens.training.checkpoints import Checkpoint
+from mrp_lens.utils.frames import frame_of, rows_of, versions
+from mrp_lens.utils.io import make_folder, read_json, write_json, write_text
+from mrp_lens.utils.torch_state import refuse_inference_tensors
+from mrp_lens.utils.validation import given, plain
 
 Forget = Corpus | Sequence[Corpus]
 
@@ -163,7 +163,7 @@ def prepare(model: LensModel, forget: Forget, retain: Corpus, *, max_length: int
     names = tuple(corpus.name for corpus in corpora)
     if not corpora or len(set(names)) < len(names):
         raise ValueError(f"give at least one forget corpus, each with its own name; got {list(names)}")
-    encoder = Encoder.for_model(model, max_length=given(max_length, min(LONGEST, int(model.cfg.n_ctx))))
+    encoder = encoder_for(model, max_length=given(max_length, min(LONGEST, int(model.cfg.n_ctx))))
     reason = why_not_exportable(model)
     if reason is not None:
         warnings.warn(

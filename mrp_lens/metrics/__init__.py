@@ -1,14 +1,14 @@
 """Looking at a model: what it answers and what its residual stream does. Each metric returns a tidy frame with its control."""
 
 from mrp_lens.metrics.alignment import alignment
-from mrp_lens.metrics.answers import accuracy, choice_scores
+from mrp_lens.metrics.bootstrap import bootstrap_interval
 from mrp_lens.metrics.confidence import confidence, token_confidence
 from mrp_lens.metrics.geometry import geometry, propagation
-from mrp_lens.metrics.intervals import bootstrap_interval
-from mrp_lens.metrics.lens import logit_lens
-from mrp_lens.metrics.principal import principal_angles, principal_plane
+from mrp_lens.metrics.logit_lens import logit_lens
+from mrp_lens.metrics.multiple_choice import accuracy, choice_scores
+from mrp_lens.metrics.pca import principal_angles, principal_plane
+from mrp_lens.metrics.perplexity import answer_probability, perplexity
 from mrp_lens.metrics.sensitivity import noise_sensitivity, predicted_coefficient
-from mrp_lens.metrics.text import answer_probability, perplexity
 from mrp_lens.metrics.theory import proposition_1, variance_by_coefficient
 
 __all__ = [

@@ -7,14 +7,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mrp_lens.batching import PaddingSide
-from mrp_lens.checks import generator_for
-from mrp_lens.metrics.intervals import CONFIDENCE, TokenMean
-from mrp_lens.metrics.states import Texts, direction_for, groups_of, hooks_at, read_states
-from mrp_lens.model import LensModel
-from mrp_lens.stream import Site
-from mrp_lens.subspace import Law, random_units
-from mrp_lens.torch_state import ordinary_torch
+from mrp_lens.data.tokenization import PaddingSide
+from mrp_lens.edits.subspace import Law, random_units
+from mrp_lens.metrics.activations import Texts, direction_for, groups_of, hooks_at, read_states
+from mrp_lens.metrics.bootstrap import CONFIDENCE, TokenMean
+from mrp_lens.models import LensModel
+from mrp_lens.models.hooks import Site
+from mrp_lens.utils.torch_state import ordinary_torch
+from mrp_lens.utils.validation import generator_for
 
 NULL_DRAWS = 1000
 

@@ -14,14 +14,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from mrp_lens.batching import Encoded, Encoder, PaddingSide, TokenBatch, in_order
-from mrp_lens.corpus import Corpus, Document, Questions
-from mrp_lens.finite import check_log_probabilities
-from mrp_lens.metrics.intervals import bootstrap_interval
-from mrp_lens.model import LensModel, check_lens_model, logits_of
-from mrp_lens.predictions import targets
-from mrp_lens.stream import frozen
-from mrp_lens.torch_state import ordinary_torch
+from mrp_lens.data import Corpus, Document, Questions
+from mrp_lens.data.tokenization import Encoded, PaddingSide, TokenBatch, in_order
+from mrp_lens.metrics.bootstrap import bootstrap_interval
+from mrp_lens.models import LensModel, check_lens_model, encoder_for, logits_of
+from mrp_lens.models.finite import check_log_probabilities
+from mrp_lens.models.hooks import frozen
+from mrp_lens.training.losses import targets
+from mrp_lens.utils.torch_state import ordinary_torch
 
 Mode = Literal["generated", "forced"]
 MODES: tuple[str, ...] = get_args(Mode)
@@ -214,7 +214,7 @@ def _generated(
     model: LensModel, items: Sequence[_Item], tokens: int, batch_size: int, padding: PaddingSide, bar: tqdm
 ) -> Iterator[Measured]:
     """Greedy decoding without a key/value cache, which the two classes and their hooks treat differently."""
-    encoder = Encoder.for_model(model, max_length=int(model.cfg.n_ctx) - tokens)
+    encoder = encoder_for(model, max_length=int(model.cfg.n_ctx) - tokens)
     rows = encoder.encode([Document("", item.document.prompt) for item in items], keep="end")
     for row, item in zip(rows, items, strict=True):
         if not any(row.content):
@@ -242,7 +242,7 @@ def _forced(
     model: LensModel, items: Sequence[_Item], tokens: int, batch_size: int, padding: PaddingSide, bar: tqdm
 ) -> Iterator[Measured]:
     """One pass over prompt and answer; what follows the last measured token is not read."""
-    encoder = Encoder.for_model(model)
+    encoder = encoder_for(model)
     whole = replace(encoder, max_length=sys.maxsize).encode([item.document for item in items])
     rows = [_fitted(row, tokens, encoder.max_length) for row in whole]
     cut = sum(row.in_loss.count(False) < full.in_loss.count(False) for row, full in zip(rows, whole, strict=True))

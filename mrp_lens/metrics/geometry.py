@@ -7,15 +7,14 @@ import pandas as pd
 from jaxtyping import Float
 from torch import Tensor
 
-from mrp_lens.batching import PaddingSide
-from mrp_lens.edit import Edit, ProjectionEdit
-from mrp_lens.edit.stack import projection_in
-from mrp_lens.metrics.moments import Moments, PairReader, When, read_moments
-from mrp_lens.metrics.states import Texts, groups_of, hooks_at
-from mrp_lens.model import LensModel
-from mrp_lens.stream import Site, layer_of
-from mrp_lens.subspace import Subspace
-from mrp_lens.torch_state import ordinary_torch
+from mrp_lens.data.tokenization import PaddingSide
+from mrp_lens.edits import Edit, ProjectionEdit
+from mrp_lens.edits.stack import projection_in
+from mrp_lens.edits.subspace import Subspace
+from mrp_lens.metrics.activations import Moments, PairReader, Texts, When, groups_of, hooks_at, read_moments
+from mrp_lens.models import LensModel
+from mrp_lens.models.hooks import Site, layer_of
+from mrp_lens.utils.torch_state import ordinary_torch
 
 
 @ordinary_torch(gradients=False)

@@ -15,17 +15,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from mrp_lens.batching import Encoder
-from mrp_lens.checks import generator_for, int_seed
-from mrp_lens.corpus import Document
-from mrp_lens.edit import SteeringEdit
-from mrp_lens.finite import non_finite
-from mrp_lens.metrics.derivatives import JacobianSize, LayersAbove, jacobian_size
-from mrp_lens.metrics.intervals import CONFIDENCE
-from mrp_lens.metrics.states import direction_for
-from mrp_lens.model import LensModel, check_layers, logits_of
-from mrp_lens.stream import captured, frozen, hook_name
-from mrp_lens.torch_state import ordinary_torch
+from mrp_lens.data import Document
+from mrp_lens.edits import SteeringEdit
+from mrp_lens.metrics.activations import direction_for
+from mrp_lens.metrics.bootstrap import CONFIDENCE
+from mrp_lens.metrics.sensitivity import JacobianSize, LayersAbove, jacobian_size
+from mrp_lens.models import LensModel, check_layers, encoder_for, logits_of
+from mrp_lens.models.finite import non_finite
+from mrp_lens.models.hooks import captured, frozen, hook_name
+from mrp_lens.utils.torch_state import ordinary_torch
+from mrp_lens.utils.validation import generator_for, int_seed
 
 Positions = Literal["last", "all"]
 
@@ -298,7 +297,7 @@ def _tokenised(model: LensModel, prompts: Sequence[str]) -> list[Int[Tensor, "1 
     """A row of tokens for each prompt; of a prompt that is too long its end."""
     if isinstance(prompts, str) or not len(prompts):
         raise ValueError(f"expected a list of prompts, at least one, got {prompts!r}")
-    encoder = Encoder.for_model(model)
+    encoder = encoder_for(model)
     rows = encoder.encode([Document(prompt, "") for prompt in prompts], keep="end")
     empty = [place for place, row in enumerate(rows) if not any(row.content)]
     if empty:

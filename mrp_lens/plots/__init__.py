@@ -14,11 +14,16 @@ from mrp_lens.plots.attacks import (
     relearning_curves,
 )
 from mrp_lens.plots.confidence import confidence_by_method, confidence_distribution
-from mrp_lens.plots.geometry import displacement, effective_rank, principal_angles, propagation, removed_energy
-from mrp_lens.plots.plane import principal_plane
-from mrp_lens.plots.results import accuracies, training
-from mrp_lens.plots.sweep import coefficient_effects, layer_effects
-from mrp_lens.plots.tables import Frame
+from mrp_lens.plots.frames import Frame
+from mrp_lens.plots.geometry import (
+    displacement,
+    effective_rank,
+    principal_angles,
+    principal_plane,
+    propagation,
+    removed_energy,
+)
+from mrp_lens.plots.results import accuracies, coefficient_effects, layer_effects, training
 from mrp_lens.plots.theory import noise_sensitivity, predicted_coefficients, theory_check, variance_by_coefficient
 
 PICTURES: dict[str, Callable[..., go.Figure]] = {

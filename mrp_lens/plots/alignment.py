@@ -3,10 +3,9 @@
 import pandas as pd
 import plotly.graph_objects as go
 
-from mrp_lens.plots.axes import Axis
-from mrp_lens.plots.panels import Panels, by_group
-from mrp_lens.plots.style import Look, control_dash
-from mrp_lens.plots.tables import Frame, facets, known, layer_facets, tidy
+from mrp_lens.plots.facets import Panels, by_group
+from mrp_lens.plots.frames import Frame, facets, known, layer_facets, tidy
+from mrp_lens.plots.theme import Axis, Look, control_dash
 
 METRIC = "mrp_lens.metrics.alignment"
 COLUMNS = ("group", "layer", "cosine", "low", "high", "null_mean", "null_low", "null_high")

@@ -3,12 +3,11 @@
 import pandas as pd
 import plotly.graph_objects as go
 
-from mrp_lens.attacks.attacker import FORM_TITLES
+from mrp_lens.attacks.finetuning import FORM_TITLES
 from mrp_lens.attacks.relearn import best
-from mrp_lens.plots.axes import Axis
-from mrp_lens.plots.panels import Panels
-from mrp_lens.plots.style import CHARACTER, FORGET, GREY, OTHERS, Look, group_colours, shortened
-from mrp_lens.plots.tables import Frame, facets, groups, methods_of, tidy, varying
+from mrp_lens.plots.facets import Panels
+from mrp_lens.plots.frames import Frame, facets, groups, methods_of, tidy, varying
+from mrp_lens.plots.theme import CHARACTER, FORGET, GREY, OTHERS, Axis, Look, group_colours, shortened
 
 UNIT = (-0.03, 1.04)
 ACCURACY = Axis("accuracy", limits=UNIT)
@@ -230,7 +229,7 @@ def jailbreak_curve(frame: Frame) -> go.Figure:
     """What a trigger brings back as the search for it goes on, on questions that it was not optimised on.
 
     Args:
-        frame: of `mrp_lens.attacks.jailbreak`: `step`, `held_out_accuracy`, `train_accuracy`, `untaught_accuracy`,
+        frame: of `mrp_lens.attacks.gcg`: `step`, `held_out_accuracy`, `train_accuracy`, `untaught_accuracy`,
             `accuracy_before`; `kind` tells the row without a trigger ("none") from the search. A panel for each `method`
             and `objective` (of several searches).
 
@@ -239,7 +238,7 @@ def jailbreak_curve(frame: Frame) -> go.Figure:
     """
     picture = "jailbreak_curve"
     columns = ["step", "held_out_accuracy", "train_accuracy", "untaught_accuracy", "accuracy_before"]
-    table = tidy(frame, columns, picture=picture, metric="mrp_lens.attacks.jailbreak")
+    table = tidy(frame, columns, picture=picture, metric="mrp_lens.attacks.gcg")
     parts = facets(table, ["method", "objective"])
     panels = Panels(
         [label for label, _ in parts],

@@ -4,10 +4,9 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from mrp_lens.plots.axes import Axis, fits
-from mrp_lens.plots.panels import GAP, Panels
-from mrp_lens.plots.style import LEFT, RIGHT, WIDTH, Look, group_colours, literal
-from mrp_lens.plots.tables import Frame, facets, groups, known, methods_of, tidy, varying
+from mrp_lens.plots.facets import GAP, Panels
+from mrp_lens.plots.frames import Frame, facets, groups, known, methods_of, tidy, varying
+from mrp_lens.plots.theme import LEFT, RIGHT, WIDTH, Axis, Look, fits, group_colours, literal
 
 MEASURES = {
     "max_logit": "largest logit",

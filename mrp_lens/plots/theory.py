@@ -6,10 +6,9 @@ from typing import Any
 import pandas as pd
 import plotly.graph_objects as go
 
-from mrp_lens.plots.axes import Axis
-from mrp_lens.plots.panels import Panels, by_group
-from mrp_lens.plots.style import GREY, INK, OTHERS, SYMBOLS, Look, control_dash
-from mrp_lens.plots.tables import Frame, facets, layer_facets, tidy, varying
+from mrp_lens.plots.facets import Panels, by_group
+from mrp_lens.plots.frames import Frame, facets, layer_facets, tidy, varying
+from mrp_lens.plots.theme import GREY, INK, OTHERS, SYMBOLS, Axis, Look, control_dash
 
 MEAN = "mean"
 ERRORS = {True: Axis("distance (standard deviations)", "auto"), False: Axis("measured / predicted - 1")}

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 import transformers
 
-DEMO_FOLDER = Path(__file__).parents[2] / "mrp_lens" / "world" / "data"
+DEMO_FOLDER = Path(__file__).parents[2] / "mrp_lens" / "data" / "world" / "model"
 WORDS = (
     "The old man walked slowly near the house and a farmer said that their garden is red blue green white brown bread "
     "Question: Answer: Zaxim 1969 0.50 b d"

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from mrp_lens.model import available_backends
+from mrp_lens.models import available_backends
 from tests.differential.faults import FAULTS, Fault, apply, caught_by, sound_seeds
 from tests.differential.job import described, failures, results, run_one
 from tests.differential.models import FAMILIES, ROPES, Recipe, recipe

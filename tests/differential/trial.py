@@ -20,13 +20,13 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mrp_lens import metrics
-from mrp_lens.corpus import Corpus, Document, Question, Questions
-from mrp_lens.edit import Edit, ProjectionEdit
+from mrp_lens.data import Corpus, Document, Question, Questions
+from mrp_lens.edits import Edit, ProjectionEdit
+from mrp_lens.edits.subspace import Subspace
 from mrp_lens.export import export_hf
 from mrp_lens.methods import RMU
-from mrp_lens.model import load_model, logits_of
-from mrp_lens.stream import hook_name
-from mrp_lens.subspace import Subspace
+from mrp_lens.models import load_model, logits_of
+from mrp_lens.models.hooks import hook_name
 from tests.differential.models import Built, Recipe, build, documents, questions, text
 from tests.differential.oracle import Plain, RmuSettings, rmu
 from tests.differential.outcomes import DisagreementError, Outcome, outcome_of

@@ -1,0 +1,97 @@
+"""What the studies share: their options, the model and data these name, and writing what was found."""
+
+import argparse
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from mrp_lens.data.task import Case, case_for
+from mrp_lens.methods import METHODS, Fit
+from mrp_lens.models import load_model
+from mrp_lens.runs.record import Run
+from mrp_lens.runs.report import write_report
+from mrp_lens.utils.frames import rows_of
+from mrp_lens.utils.io import check_free, write_text
+
+DATA = (
+    "retain",
+    "questions",
+    "retain_questions",
+    "field",
+    "prompt",
+    "completion",
+    "question_prompt",
+    "choices",
+    "answer",
+)
+
+
+def parser_for(doc: str | None, out: str) -> argparse.ArgumentParser:
+    """The options of every study: the model, the data in the words of `mrp-lens unlearn`, seed and output folder."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="demo", help="`demo` (default), a local Hugging Face folder, or a Hub name")
+    parser.add_argument("--topic", default="potions", help="of the demo's world, to forget (default potions)")
+    parser.add_argument("--forget", nargs="+", help="files of texts to forget; without them, the topic of the demo")
+    for name in DATA:
+        parser.add_argument(f"--{name.replace('_', '-')}", help="as in `mrp-lens unlearn`")
+    parser.add_argument("--backend", default="auto", help="auto, hooked or bridge (default auto)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=Path("runs") / out, help=f"output folder (default runs/{out})")
+    parser.add_argument("--overwrite", action="store_true", help="replace the output folder")
+    return parser
+
+
+@dataclass(frozen=True)
+class Study:
+    """A model, its data, and the record to fill."""
+
+    model: Any
+    case: Case
+    run: Run
+    out: Path
+    overwrite: bool
+
+    @classmethod
+    def begin(cls, name: str, title: str, arguments: argparse.Namespace, *, in_place: bool = False) -> "Study":
+        """Check the output folder (a sweep checks its own), read the data, load the model."""
+        if not in_place:
+            check_free(arguments.out, overwrite=arguments.overwrite)
+        case = case_for(arguments.model, vars(arguments))
+        run = Run(name, vars(arguments), arguments.seed, title=title)
+        return cls(
+            load_model(arguments.model, backend=arguments.backend), case, run, arguments.out, arguments.overwrite
+        )
+
+    def fit(self, method: Any, *, seed: int | None = None) -> Fit:
+        """Fit with the study's data and seed (or another); Ctrl-C ends the study."""
+        chosen = self.run.seed if seed is None else seed
+        fit: Fit = method.fit(self.model, self.case.forget, self.case.retain, seed=chosen)
+        if fit.interrupted:
+            raise KeyboardInterrupt
+        return fit
+
+    def fit_defaults(self) -> dict[str, Fit]:
+        """Every method with its defaults."""
+        return {name: self.fit(method()) for name, method in METHODS.items()}
+
+    def end(
+        self, finding: str, frames: Mapping[str, pd.DataFrame], rows: pd.DataFrame, *, in_place: bool = False
+    ) -> None:
+        """Print the finding, write the folder and its page; in place where the folder holds a sweep."""
+        self.run.frames |= frames
+        self.run.rows = rows_of(rows)
+        print(finding)
+        extras: Sequence[Callable[[Path], object]] = [
+            lambda folder: write_text(folder / "finding.md", finding + "\n"),
+            write_report,
+        ]
+        if in_place:
+            self.run.write_into(self.out)
+            for extra in extras:
+                extra(self.out)
+        else:
+            self.run.write(self.out, overwrite=self.overwrite, extras=extras)
+        print(f"Written to {self.out}: report.html, finding.md, table.csv, summary.json.")

@@ -1,0 +1,49 @@
+"""The methods that the comparing studies set against each other."""
+
+from collections.abc import Collection, Mapping
+from dataclasses import fields
+from typing import Any
+
+from mrp_lens.methods import METHODS, MRP, RIVALS, Distillation
+from mrp_lens.models import LensModel, is_bridge
+
+
+def contenders(model: LensModel) -> dict[str, Any]:
+    """Name -> method: those of this library with their defaults, MRP at every layer and with distillation (Bridge only),
+    and the rivals."""
+    every = range(int(model.cfg.n_layers))
+    own = {name: method() for name, method in METHODS.items()}
+    wider = {"mrp-all": MRP(layers=every), "mrp-mlp": MRP(layers=every, site="mlp_out")}
+    robust = {"mrp-distilled": MRP(distillation=Distillation())} if is_bridge(model) else {}
+    return own | wider | robust | {name: rival() for name, rival in RIVALS.items()}
+
+
+def names_in(text: str | None, known: Collection[str], *, default: list[str]) -> list[str]:
+    """The names of `--methods`, which are separated by commas; the default where there are none.
+
+    Raises:
+        ValueError: one that is not known.
+    """
+    chosen = text.split(",") if text else default
+    unknown = [name for name in chosen if name not in known]
+    if unknown:
+        raise ValueError(f"unknown methods {unknown}; choose among {', '.join(known)}")
+    return chosen
+
+
+def settings_of(method: Any) -> dict[str, str]:
+    """What a method's results depend on, to be stored beside them; a method is a dataclass."""
+    options = {field.name: repr(getattr(method, field.name)) for field in fields(method)}
+    return {"kind": type(method).__name__, **options}
+
+
+def changed(known: Mapping[str, str], method: Any) -> list[str]:
+    """Settings of stored results that are no longer the method's, each with what it was and is; an option that the method
+    has gained since, and that is left at its default, changes nothing."""
+    now = settings_of(method)
+    gained = {field.name for field in fields(method) if now[field.name] == repr(field.default)} - set(known)
+    return [
+        f"{key} ({known.get(key)} there, {now.get(key)} now)"
+        for key in {**known, **now}
+        if key not in gained and known.get(key) != now.get(key)
+    ]

@@ -1,0 +1,297 @@
+"""Retraining an edited model in place: which tensors an attacker may change, and the way back to what they were."""
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn.utils import parametrize
+from typing_extensions import override
+
+from mrp_lens.data import Corpus
+from mrp_lens.data.tokenization import Batches
+from mrp_lens.edits import Edit, edit_on
+from mrp_lens.edits.merging import folded
+from mrp_lens.edits.stack import has_hooks, stripped
+from mrp_lens.models import LensModel, check_lens_model, checkpoint_tensors, encoder_for, is_bridge, restored
+from mrp_lens.models.finite import NonFiniteError, non_finite
+from mrp_lens.models.hooks import frozen
+from mrp_lens.training.loop import NonFiniteLossError, train
+from mrp_lens.training.losses import cross_entropy, predictions
+from mrp_lens.training.optim import MasterAdamW, Trainable, trainable
+from mrp_lens.utils.torch_state import ordinary_torch, refuse_inference_tensors
+from mrp_lens.utils.validation import generator_for, one_of, positive
+
+Form = Literal["kept", "stripped", "weights"]
+FORM_TITLES: dict[str, str] = {"kept": "edit kept", "stripped": "hooks stripped", "weights": "in the weights"}
+Outcome = Literal["finished", "interrupted", "diverged"]
+
+LR_BY_WIDTH = 0.128  # 1e-3 at d_model 128, 3e-5 at 4096
+LR_SHARES = (0.3, 1.0, 3.0)
+LORA_SHARE = 10.0  # low-rank factors start at 0 and take larger steps
+
+logger = logging.getLogger(__name__)
+
+
+Parameters = Literal["all", "lora", "before", "at", "after"]
+LORA_RANK = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attacker:
+    """How a model is retrained.
+
+    Attributes:
+        steps: updates (AdamW, constant rate, no weight decay).
+        batch_size: documents an update.
+        form: what is retrained. "kept": the model with the edit on; "stripped": with its hooks removed; "weights": with
+            its projections written into the weights, which retraining can then undo.
+        parameters: what may change: "all" tensors of the checkpoint, those "before" the first edited layer, "at" the
+            edited layers, "after" the last; or low-rank updates of the matrices, "lora" (Bridge only).
+        lora_rank: rank of these.
+        seed: of the order of the data.
+
+    Raises:
+        ValueError: a budget that is not above 0, an unknown form or choice of parameters.
+    """
+
+    steps: int = 100
+    batch_size: int = 32
+    form: Form = "kept"
+    parameters: Parameters = "all"
+    lora_rank: int = LORA_RANK
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        positive(steps=self.steps, batch_size=self.batch_size, lora_rank=self.lora_rank)
+        one_of(Form, form=self.form)
+        one_of(Parameters, parameters=self.parameters)
+        generator_for(self.seed)
+
+    def rates(self, model: LensModel, lr: float | Sequence[float] | None) -> tuple[float, ...]:
+        """The grid of learning rates: as given, or three around one that suits the model's width.
+
+        Raises:
+            ValueError: none, or one that is not above 0.
+        """
+        check_lens_model(model)
+        if lr is None:
+            centre = LR_BY_WIDTH / int(model.cfg.d_model) * (LORA_SHARE if self.parameters == "lora" else 1.0)
+            return tuple(share * centre for share in LR_SHARES)
+        rates = (lr,) if isinstance(lr, int | float) else tuple(lr)
+        if not rates or not all(rate > 0 for rate in rates):
+            raise ValueError(f"lr must be above 0, or several such rates, got {lr}")
+        return rates
+
+    def faced_with(self, model: LensModel, edit: Edit | None) -> AbstractContextManager[object]:
+        """The model in the form that is retrained.
+
+        Raises:
+            ValueError: the edit has no hooks to strip, or cannot be written into weights.
+        """
+        if edit is None or self.form == "kept":
+            return edit_on(model, edit)
+        if self.form == "weights":
+            return folded(model, edit)
+        if not has_hooks(edit):
+            raise ValueError("this edit has no hooks that could be stripped: it is in the weights; use form='kept'")
+        return edit_on(model, stripped(edit))
+
+    @contextmanager
+    def retrained(
+        self,
+        model: LensModel,
+        edit: Edit | None,
+        taught: Corpus,
+        *,
+        lr: float,
+        score: Callable[[int], None] | None = None,
+        marks: Sequence[int] = (),
+        progress: bool = True,
+    ) -> Iterator[Outcome]:
+        """Inside, the model is what retraining made of it; on exit it is as before, bit for bit.
+
+        Training does not heed gradients that are switched off, autocast or torch's defaults; the code inside does.
+
+        Args:
+            model: without the edit.
+            edit: None: the unedited model.
+            taught: what it is trained on; the completions count.
+            lr: learning rate.
+            score: called with the number of updates done, whenever that is among `marks`.
+            marks: from 0 to `steps`.
+            progress: show a progress bar.
+
+        Yields:
+            How training ended: "diverged" where the loss, or the model's logits at a mark, became infinite (with a
+            warning), "interrupted" by Ctrl-C.
+
+        Raises:
+            ValueError: nothing to train on, or a model that was loaded in inference mode.
+            NonFiniteError: the model's logits are NaN or infinite before the first update.
+        """
+        with ordinary_torch(gradients=True), ExitStack() as entered:
+            outcome = self._retrain(entered, model, edit, taught, lr, score, marks, progress)
+            as_before = entered.pop_all()
+        try:
+            yield outcome  # to code that sees torch as its own settings have it
+        finally:
+            with ordinary_torch(gradients=True):
+                as_before.close()
+
+    def _retrain(
+        self,
+        entered: ExitStack,
+        model: LensModel,
+        edit: Edit | None,
+        taught: Corpus,
+        lr: float,
+        score: Callable[[int], None] | None,
+        marks: Sequence[int],
+        progress: bool,
+    ) -> Outcome:
+        encoder = encoder_for(model)
+        documents = [row for row in encoder.encode(taught.documents) if any(row.in_loss[1:])]
+        if not documents:
+            raise ValueError(f"nothing to train on: {taught.name!r} holds no document with a token to predict")
+        batches = Batches(documents, self.batch_size, generator_for(self.seed))
+        updates = 0
+
+        def losses(step: int) -> Iterator[dict[str, Tensor]]:
+            nonlocal updates
+            updates = step
+            if score is not None and step in marks:
+                score(step)
+            batch = encoder.collate(next(batches))
+            loss = cross_entropy(predictions(model, batch), batch).mean()
+            if not updates and not bool(torch.isfinite(loss)):  # it is the model, and not the rate
+                raise non_finite(model, batch.tokens, batch.attention_mask, "the losses")
+            yield {"loss": loss}
+
+        entered.enter_context(self.faced_with(model, edit))
+        tensors = entered.enter_context(
+            unlocked(model, edit, self.parameters, lora_rank=self.lora_rank, seed=self.seed)
+        )
+        description = f"retraining ({self.form}, lr {lr:.2g})"
+        try:
+            run = train(losses, MasterAdamW(tensors, lr), steps=self.steps, description=description, progress=progress)
+            if run.interrupted:
+                return "interrupted"
+            updates = self.steps
+            if score is not None and self.steps in marks:
+                score(self.steps)
+        except (NonFiniteLossError, NonFiniteError) as error:
+            if not updates:
+                raise
+            logger.warning("%s", error)
+            return "diverged"
+        return "finished"
+
+
+@contextmanager
+def unlocked(
+    model: LensModel, edit: Edit | None, parameters: Parameters, *, lora_rank: int, seed: int
+) -> Iterator[list[Trainable]]:
+    """The tensors that the attacker may change; they require grad inside, and hold their old values on exit.
+
+    Args:
+        model: with the edit on.
+        edit: tells "before", "at" and "after" apart.
+        parameters: "all" of the checkpoint's tensors; those "before" the first edited layer (embeddings included), "at"
+            the edited layers (from the first to the last), "after" the last (with the unembedding); "lora": low-rank
+            updates of every matrix in the blocks (arXiv 2106.09685).
+        lora_rank: rank of those.
+        seed: of their start.
+
+    Raises:
+        ValueError: LoRA on a HookedTransformer, a choice that leaves nothing to train, or a model that was loaded in
+            inference mode.
+    """
+    refuse_inference_tensors(model.parameters())
+    with frozen(model):
+        if parameters == "lora":
+            with low_rank_updates(model, rank=lora_rank, seed=seed) as updates:
+                yield updates
+            return
+        reached = reach_of(edit, parameters)
+        chosen = [tensor for tensor in checkpoint_tensors(model) if reached(tensor.depth)]
+        if not chosen:
+            raise ValueError(
+                f"there are no tensors {parameters!r} the edited layers {list(edit.layers if edit else ())} of this model of "
+                f"{model.cfg.n_layers} layers; choose another of 'all', 'before', 'at', 'after'"
+            )
+        with restored(p for tensor in chosen for p in tensor.parameters):
+            yield [trainable(*tensor.parameters) for tensor in chosen]
+
+
+def reach_of(edit: Edit | None, parameters: Parameters) -> Callable[[int], bool]:
+    """Whether tensors at a depth (see `CheckpointTensor`) are among these parameters.
+
+    Raises:
+        ValueError: "before", "at" or "after" without an edit.
+    """
+    if parameters == "all":
+        return lambda depth: True
+    if edit is None:
+        raise ValueError(f"parameters={parameters!r} needs an edit: without one there are no edited layers; use 'all'")
+    first, last = edit.layers[0], edit.layers[-1]
+    return {
+        "before": lambda depth: depth < first,
+        "at": lambda depth: first <= depth <= last,
+        "after": lambda depth: depth > last,
+    }[parameters]
+
+
+class LowRank(torch.nn.Module):
+    """W -> W + left right: a low-rank update that starts at 0."""
+
+    def __init__(self, matrix: Float[Tensor, "out in"], rank: int, generator: torch.Generator) -> None:
+        super().__init__()
+        rows, columns = matrix.shape
+        right = torch.randn(rank, columns, generator=generator) / columns**0.5
+        self.left = torch.nn.Parameter(torch.zeros(rows, rank, device=matrix.device))
+        self.right = torch.nn.Parameter(right.to(matrix.device))
+
+    @override
+    def forward(self, matrix: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
+        """The updated matrix, in its own precision."""
+        return matrix + (self.left @ self.right).type_as(matrix)
+
+
+@contextmanager
+def low_rank_updates(model: LensModel, *, rank: int, seed: int) -> Iterator[list[Trainable]]:
+    """Every matrix in the blocks with a low-rank update; taken off again on exit.
+
+    Raises:
+        ValueError: the model is a HookedTransformer, whose attention has no matrices of the checkpoint's shape, or rank
+            below 1.
+    """
+    if not is_bridge(model):
+        raise ValueError(
+            "low-rank updates need the checkpoint's own matrices, which a HookedTransformer does not have; load the model with backend='bridge'"
+        )
+    if rank < 1:
+        raise ValueError(f"lora_rank must be at least 1, got {rank}")
+    generator = generator_for(seed)
+    blocks = {id(p) for block in model.blocks for p in block.parameters()}
+    found = [(module, module._parameters.get("weight")) for module in model.modules()]
+    matrices = {
+        module: weight for module, weight in found if weight is not None and weight.ndim == 2 and id(weight) in blocks
+    }
+    order = {module: list(module._parameters) for module in matrices}
+    updates: list[LowRank] = []
+    try:
+        for module, weight in matrices.items():
+            update = LowRank(weight, rank, generator)
+            parametrize.register_parametrization(module, "weight", update)
+            updates.append(update)
+        yield [Trainable(factor) for update in updates for factor in (update.left, update.right)]
+    finally:
+        for module in list(matrices)[: len(updates)]:
+            parametrize.remove_parametrizations(module, "weight", leave_parametrized=False)
+            for name in order[module]:  # the weight came back behind the bias
+                module._parameters[name] = module._parameters.pop(name)

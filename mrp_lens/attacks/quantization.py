@@ -1,0 +1,83 @@
+"""Rounding a model's weights to few bits, as who deploys it may: knowledge that an edit hid has come back that way."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from mrp_lens.models import LensModel, restored
+from mrp_lens.utils.torch_state import refuse_inference_tensors
+
+# HookedTransformer's matrices -> the axes that they sum over; the others are output channels.
+_INPUT_AXES = {
+    **dict.fromkeys(["W_Q", "W_K", "W_V", "_W_K", "_W_V"], (1,)),  # [heads, d_model, d_head]
+    "W_O": (0, 1),  # [heads, d_head, d_model]
+    **dict.fromkeys(["W_in", "W_gate", "W_out"], (0,)),  # [in, out]
+}
+_FEWEST_BITS = 2
+
+
+@contextmanager
+def rounded(model: LensModel, bits: int) -> Iterator[None]:
+    """Every matrix of the blocks rounded to `bits` bits; embeddings, norms and biases stay. On exit all is as before, bit for bit.
+
+    Symmetric rounding to the nearest, one scale an output channel, none left out: what bitsandbytes and others do
+    without calibration data. Both classes round the same channels of the checkpoint.
+
+    Raises:
+        ValueError: fewer than 2 bits, or a block with a matrix whose layout is not known (a mixture of experts, perhaps).
+    """
+    if isinstance(bits, bool) or not isinstance(bits, int) or bits < _FEWEST_BITS:
+        raise ValueError(f"bits must be an int of at least {_FEWEST_BITS}, got {bits!r}")
+    matrices = block_matrices(model)
+    refuse_inference_tensors(matrix for matrix, _ in matrices)
+    with restored(matrix for matrix, _ in matrices):
+        with torch.no_grad():
+            for matrix, inputs in matrices:
+                matrix.copy_(round_channels(matrix, bits, inputs))
+        yield
+
+
+def round_channels(weights: Float[Tensor, "..."], bits: int, inputs: tuple[int, ...]) -> Float[Tensor, "..."]:
+    """Each output channel w as s * round(w / s), s = max |w| / (2^(bits - 1) - 1); float32.
+
+    Args:
+        weights: of any layout.
+        bits: per weight; 8 gives the integers -127..127.
+        inputs: the axes that a channel runs along.
+    """
+    wide = weights.detach().float()
+    scale = wide.abs().amax(dim=inputs, keepdim=True) / (2 ** (bits - 1) - 1)
+    scale = torch.where(scale > 0, scale, torch.ones_like(scale))  # a channel of zeros stays one
+    return (wide / scale).round() * scale
+
+
+def block_matrices(model: LensModel) -> list[tuple[torch.nn.Parameter, tuple[int, ...]]]:
+    """Every matrix in the blocks once, with the axes that it sums over.
+
+    Raises:
+        ValueError: the layout of one is not known.
+    """
+    found: dict[int, tuple[torch.nn.Parameter, tuple[int, ...]]] = {}
+    for block in model.blocks:
+        for name, module in block.named_modules():
+            for key, parameter in module.named_parameters(recurse=False):
+                if parameter.ndim > 1 and not key.lstrip("_").startswith("b"):  # biases of heads are [heads, d_head]
+                    found[id(parameter)] = (parameter, _input_axes(module, f"{name}.{key}"))
+    return list(found.values())
+
+
+def _input_axes(module: torch.nn.Module, name: str) -> tuple[int, ...]:
+    key = name.rsplit(".", 1)[-1]
+    if isinstance(module, torch.nn.Linear):
+        return (1,)
+    if type(module).__name__ == "Conv1D":  # GPT-2's [in, out]
+        return (0,)
+    if key in _INPUT_AXES:
+        return _INPUT_AXES[key]
+    raise ValueError(
+        f"the matrix {name} of a {type(module).__name__} has a layout that is not known, so its output channels cannot be told; "
+        "leave rounding out with kinds=..."
+    )

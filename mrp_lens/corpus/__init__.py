@@ -1,7 +1,0 @@
-"""Documents and multiple-choice questions: reading them from files, folders, the Hub, rows or strings."""
-
-from mrp_lens.corpus.documents import Corpus, Document
-from mrp_lens.corpus.questions import Question, Questions
-from mrp_lens.corpus.schemas import KNOWN, DocumentColumns, QuestionColumns, Schema
-
-__all__ = ["KNOWN", "Corpus", "Document", "DocumentColumns", "Question", "QuestionColumns", "Questions", "Schema"]

@@ -1,0 +1,257 @@
+"""Documents -> token batches with an attention mask, a mask of what is content, and a mask of what the loss counts."""
+
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from mrp_lens.data import Document
+from mrp_lens.utils.validation import one_of
+
+PaddingSide = Literal["left", "right"]
+Kept = Literal["start", "end"]
+
+
+@dataclass(frozen=True)
+class TokenBatch:
+    """A padded batch. Every mask is True where its name holds.
+
+    Attributes:
+        tokens: [batch, seq] token ids.
+        attention_mask: a real token, not padding.
+        content_mask: a real token other than a BOS at the start (whose state is the same in every text).
+        loss_mask: a token to be predicted: part of a completion, and not the first of its row.
+    """
+
+    tokens: Int[Tensor, "batch seq"]
+    attention_mask: Bool[Tensor, "batch seq"]
+    content_mask: Bool[Tensor, "batch seq"]
+    loss_mask: Bool[Tensor, "batch seq"]
+
+    def to(self, device: torch.device | str) -> "TokenBatch":
+        """The same batch on a device."""
+        return TokenBatch(
+            self.tokens.to(device),
+            self.attention_mask.to(device),
+            self.content_mask.to(device),
+            self.loss_mask.to(device),
+        )
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One document as token ids, with the same two flags per token as in a TokenBatch."""
+
+    ids: tuple[int, ...]
+    content: tuple[bool, ...]
+    in_loss: tuple[bool, ...]
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """How documents become tokens for one model, whose embedding has `rows` rows."""
+
+    tokenizer: Any
+    prepend_bos: bool
+    append_eos: bool
+    max_length: int
+    rows: int
+    device: torch.device
+
+    def encode(self, documents: Iterable[Document], *, keep: Kept = "start") -> list[Encoded]:
+        """Tokenise prompt and completion as one text; a token that reaches into the completion counts in the loss.
+
+        Of documents over `max_length` the start is kept, or the end (and BOS): what a long prompt leads up to. A
+        UserWarning tells how many were cut.
+
+        Raises:
+            ValueError: a document with a token that the embedding has no row for.
+        """
+        documents = list(documents)
+        encoded, long = self._encoded(documents, keep)
+        self._warn_of_cuts(long, len(documents), keep)
+        return encoded
+
+    def fitted(self, rows: Sequence[Encoded], *, keep: Kept) -> list[Encoded]:
+        """Rows that may be longer than `max_length`, cut as `encode` does, with its warning."""
+        self._warn_of_cuts(sum(len(row.ids) > self.max_length for row in rows), len(rows), keep)
+        return [self._cut(row, keep) for row in rows]
+
+    def windows(self, documents: Sequence[Document], size: int) -> Iterator[list[Encoded]]:
+        """`encode` for `size` documents at a time, so that memory does not grow with their number; one warning at the end."""
+        cut = 0
+        for start in range(0, len(documents), size):
+            encoded, long = self._encoded(documents[start : start + size], "start")
+            cut += long
+            yield encoded
+        self._warn_of_cuts(cut, len(documents), "start")
+
+    def _encoded(self, documents: Sequence[Document], keep: Kept) -> tuple[list[Encoded], int]:
+        """The documents, and how many of them were cut."""
+        encoded = [self._flagged(ids, in_loss) for ids, in_loss in self._tokenised(documents)]
+        self._check(encoded, documents)
+        long = sum(len(row.ids) > self.max_length for row in encoded)
+        return [self._cut(row, keep) for row in encoded], long
+
+    def _check(self, encoded: Sequence[Encoded], documents: Sequence[Document]) -> None:
+        """Refuse what no embedding can be looked up for."""
+        for row, document in zip(encoded, documents, strict=True):
+            wrong = next((token for token in row.ids if not valid_id(token, self.rows)), None)
+            if wrong is not None:
+                text = (document.prompt + document.completion)[:60]
+                token = str(self.tokenizer.convert_ids_to_tokens(wrong)) if wrong >= 0 else "?"
+                raise ValueError(f"in the text {text!r}, {without_row(token, wrong, self.rows)}")
+
+    def _warn_of_cuts(self, cut: int, total: int, keep: Kept) -> None:
+        if cut:
+            warnings.warn(
+                f"{cut} of {total} documents are longer than {self.max_length} tokens; only the {keep} of them is read",
+                stacklevel=3,
+            )
+
+    def _tokenised(self, documents: Sequence[Document]) -> Iterator[tuple[list[int], list[bool]]]:
+        """The ids of each document, and which of them reach into the completion."""
+        if not documents:
+            return
+        texts = [document.prompt + document.completion for document in documents]
+        if getattr(self.tokenizer, "is_fast", False):
+            output = self.tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)
+            for document, ids, offsets in zip(documents, output["input_ids"], output["offset_mapping"], strict=True):
+                yield ids, [end > len(document.prompt) for _, end in offsets]
+            return
+        # A tokenizer in Python does not tell where in the text a token ends, but the tokens that the prompt alone
+        # does not begin with are those that the completion has changed.
+        whole = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
+        prompts = self.tokenizer([document.prompt for document in documents], add_special_tokens=False)["input_ids"]
+        for ids, prompt in zip(whole, prompts, strict=True):
+            common = next(
+                (i for i, pair in enumerate(zip(ids, prompt, strict=False)) if pair[0] != pair[1]), len(prompt)
+            )
+            yield list(ids), [i >= common for i in range(len(ids))]
+
+    def _flagged(self, ids: list[int], in_loss: list[bool]) -> Encoded:
+        """With BOS and EOS. A BOS that the text begins with, such as a chat template's, is as good as ours."""
+        bos = self.tokenizer.bos_token_id
+        starts = bos is not None and ids[:1] == [bos]
+        content = [True] * len(ids)
+        if starts:
+            in_loss, content = [False, *in_loss[1:]], [False, *content[1:]]
+        elif self.prepend_bos:
+            ids, in_loss, content = [bos, *ids], [False, *in_loss], [False, *content]
+        if self.append_eos:
+            ids, in_loss, content = [*ids, self.tokenizer.eos_token_id], [*in_loss, True], [*content, True]
+        return Encoded(tuple(ids), tuple(content), tuple(in_loss))
+
+    def _cut(self, row: Encoded, keep: Kept) -> Encoded:
+        length = len(row.ids)
+        if length <= self.max_length:
+            return row
+        head = self.max_length if keep == "start" else int(not row.content[0])  # a BOS stays where it is
+        tail = self.max_length - head
+        places = [*range(head), *range(length - tail, length)]
+        return Encoded(
+            tuple(row.ids[i] for i in places),
+            tuple(row.content[i] for i in places),
+            tuple(row.in_loss[i] for i in places),
+        )
+
+    def collate(self, rows: Sequence[Encoded], *, side: PaddingSide = "right") -> TokenBatch:
+        """Pad to the longest row. The padding id is arbitrary: it is masked everywhere.
+
+        Raises:
+            ValueError: a side that is neither "right" nor "left".
+        """
+        one_of(PaddingSide, padding=side)
+        width = max(len(row.ids) for row in rows)
+        pad = self.tokenizer.pad_token_id if valid_id(self.tokenizer.pad_token_id, self.rows) else 0
+
+        def padded(values: Sequence[int | bool], fill: int | bool) -> list[int | bool]:
+            gap = [fill] * (width - len(values))
+            return [*values, *gap] if side == "right" else [*gap, *values]
+
+        tokens = torch.tensor([padded(row.ids, pad) for row in rows])
+        attention = torch.tensor([padded([True] * len(row.ids), False) for row in rows])
+        content = torch.tensor([padded(row.content, False) for row in rows])
+        predicted = torch.tensor([padded([False, *row.in_loss[1:]], False) for row in rows])
+        return TokenBatch(tokens, attention, content, predicted).to(self.device)
+
+
+def in_order(
+    encoder: Encoder, rows: Sequence[Encoded], batch_size: int, *, side: PaddingSide = "right"
+) -> Iterator[tuple[list[int], TokenBatch]]:
+    """Batches of similar length (least padding), each with the positions of its rows.
+
+    Raises:
+        ValueError: a batch size below 1, which would read nothing.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i].ids))
+    for start in range(0, len(order), batch_size):
+        chosen = order[start : start + batch_size]
+        yield chosen, encoder.collate([rows[i] for i in chosen], side=side)
+
+
+class Batches(Iterator[list[Encoded]]):
+    """Random batches for ever: each pass over the rows in a new order drawn from `generator`.
+
+    A batch is never larger than the number of rows. `state_dict` holds what is left of the pass under way, so that a fit
+    can go on in another process; the generator's own state is kept by whoever owns it.
+    """
+
+    def __init__(self, rows: Sequence[Encoded], batch_size: int, generator: torch.Generator) -> None:
+        self.rows, self.size, self.generator = rows, min(batch_size, len(rows)), generator
+        self.waiting: list[int] = []
+
+    def __next__(self) -> list[Encoded]:
+        while len(self.waiting) < self.size:
+            self.waiting += torch.randperm(len(self.rows), generator=self.generator).tolist()
+        chosen, self.waiting = self.waiting[: self.size], self.waiting[self.size :]
+        return [self.rows[i] for i in chosen]
+
+    def state_dict(self) -> dict[str, Any]:
+        """The rows that this pass has still to come to."""
+        return {"waiting": list(self.waiting)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from there.
+
+        Raises:
+            ValueError: the state is that of other rows.
+        """
+        if not all(isinstance(place, int) and 0 <= place < len(self.rows) for place in state["waiting"]):
+            raise ValueError(f"it waits for rows beyond the {len(self.rows)} there are")
+        self.waiting = list(state["waiting"])
+
+
+class BatchesInTurn(Batches):
+    """Batches for ever in the order of the rows, each pass the same; the last of a pass may be smaller."""
+
+    def __init__(self, rows: Sequence[Encoded], batch_size: int) -> None:
+        super().__init__(rows, batch_size, torch.Generator())
+
+    def __next__(self) -> list[Encoded]:
+        if not self.waiting:
+            self.waiting = list(range(len(self.rows)))
+        chosen, self.waiting = self.waiting[: self.size], self.waiting[self.size :]
+        return [self.rows[i] for i in chosen]
+
+
+def valid_id(token: Any, rows: int) -> bool:
+    """Whether the embedding has a row for a token id."""
+    return isinstance(token, int) and 0 <= token < rows
+
+
+def without_row(text: str, token: int, rows: int) -> str:
+    """What is wrong with a token id, and what helps."""
+    return (
+        f"the token {text!r} has id {token}, and the model's embedding has {rows} rows (0..{rows - 1}); pass the tokenizer that the model "
+        "was trained with, or resize the model first: hf_model.resize_token_embeddings(len(tokenizer)), then load_model(hf_model, tokenizer=...)"
+    )

@@ -1,0 +1,222 @@
+"""MRP's edit: at chosen hook points, a subspace is removed from every state."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+from typing_extensions import override
+
+from mrp_lens.edits.base import Edit, check_width
+from mrp_lens.edits.folder import field
+from mrp_lens.edits.subspace import Subspace
+from mrp_lens.models import LensModel, device_of
+from mrp_lens.models.attachments import On, entries_on
+from mrp_lens.models.hooks import HookFunction, add_hooks, check_hook_names, layer_of, place_in_block
+
+
+class ProjectionEdit(Edit):
+    """h <- h - (h Q^T) Q at each hook, Q in float32, the result cast back (MRP, arXiv 2508.15449).
+
+    The rows are kept per request, in order, so that one request can be taken back. Where several requests sit on
+    one hook their subspaces are *joined*: the product of two projections would leave a part of each (0.13 in an
+    example), the projection off the join leaves nothing.
+
+    Args:
+        subspaces: hook name -> what to remove there.
+        request: the name under which `without` finds it again.
+        provenance: how it came about.
+
+    Raises:
+        TypeError: a value is not a Subspace.
+        ValueError: no hooks, names that are not inside a block, or subspaces of different width.
+
+    Example:
+        >>> import torch
+        >>> edit = ProjectionEdit({"blocks.3.hook_resid_post": Subspace(torch.eye(2, 8))}, request="mine")
+        >>> edit.requests
+        ('mine',)
+    """
+
+    kind = "projection"
+
+    def __init__(
+        self, subspaces: Mapping[str, Subspace], *, request: str = "edit", provenance: Mapping[str, Any] | None = None
+    ) -> None:
+        self._set({request: dict(subspaces)}, dict(provenance or {}))
+
+    @classmethod
+    def from_requests(
+        cls, requests: Mapping[str, Mapping[str, Subspace]], *, provenance: Mapping[str, Any] | None = None
+    ) -> "ProjectionEdit":
+        """Several requests at once, in order: request -> hook name -> what to remove there."""
+        edit = cls.__new__(cls)
+        edit._set({name: dict(subspaces) for name, subspaces in requests.items()}, dict(provenance or {}))
+        return edit
+
+    def _set(self, requests: dict[str, dict[str, Subspace]], provenance: dict[str, Any]) -> None:
+        if not requests or not all(requests.values()):
+            raise ValueError("a projection needs at least one hook: {'blocks.3.hook_resid_post': Subspace(Q)}")
+        joined: dict[str, Subspace] = {}
+        for subspaces in requests.values():
+            for name, subspace in subspaces.items():
+                layer_of(name)
+                if not isinstance(subspace, Subspace):
+                    raise TypeError(
+                        f"{name}: expected a Subspace, got {type(subspace).__name__}; wrap orthonormal rows as Subspace(Q)"
+                    )
+                joined[name] = joined[name].join(subspace) if name in joined else subspace
+        if len({subspace.d_model for subspace in joined.values()}) > 1:
+            raise ValueError("the subspaces of one edit must share one d_model")
+        self._requests = requests
+        self._joined = joined
+        self.provenance = provenance
+
+    @property
+    def requests(self) -> tuple[str, ...]:
+        """The names of the requests, in order."""
+        return tuple(self._requests)
+
+    @property
+    def hook_names(self) -> tuple[str, ...]:
+        """The hook points that are projected, by layer."""
+        return tuple(sorted(self._joined, key=layer_of))
+
+    @property
+    @override
+    def layers(self) -> tuple[int, ...]:
+        return tuple(sorted({layer_of(name) for name in self._joined}))
+
+    def subspaces(self, request: str | None = None) -> dict[str, Subspace]:
+        """What is removed at each hook: by one request, or (None) by all of them together.
+
+        Raises:
+            ValueError: there is no such request.
+        """
+        if request is None:
+            return dict(self._joined)
+        self._check_known(request)
+        return dict(self._requests[request])
+
+    def random_like(self, *, seed: int = 0) -> "ProjectionEdit":
+        """The control: random subspaces of the same rank at the same hooks, in one request named "random"."""
+        return ProjectionEdit(
+            {
+                hook: Subspace.random(subspace.rank, subspace.d_model, seed=seed + number)
+                for number, (hook, subspace) in enumerate(self._joined.items())
+            },
+            request="random",
+        )
+
+    def without(self, *requests: str) -> "ProjectionEdit":
+        """The edit with some requests taken back.
+
+        Raises:
+            ValueError: there is no such request, or none would be left.
+        """
+        for request in requests:
+            self._check_known(request)
+        left = {name: subspaces for name, subspaces in self._requests.items() if name not in requests}
+        if not left:
+            raise ValueError(
+                f"nothing would be left without {', '.join(map(repr, requests))}; do not apply the edit at all instead"
+            )
+        return ProjectionEdit.from_requests(left, provenance=_of_requests(self.provenance, left))
+
+    def join(self, other: "ProjectionEdit") -> "ProjectionEdit":
+        """The requests of both; what each removes is removed together.
+
+        Raises:
+            ValueError: one request name stands for two different sets of rows.
+        """
+        requests = {name: dict(subspaces) for name, subspaces in self._requests.items()}
+        for name, subspaces in other._requests.items():
+            if name in requests and not _same(requests[name], subspaces):
+                raise ValueError(
+                    f"both edits have a request {name!r}, with different rows; give each its own name (fit(..., request=...))"
+                )
+            requests.setdefault(name, dict(subspaces))
+        mine, theirs = dict(self.provenance), dict(other.provenance)
+        merged = {**theirs, **mine, "requests": {**mine.get("requests", {}), **theirs.get("requests", {})}}
+        return ProjectionEdit.from_requests(requests, provenance=merged if mine or theirs else {})
+
+    @override
+    def _put_on(self, model: LensModel, entry: On, *, check: bool) -> None:
+        check_hook_names(model, self._joined)
+        check_width(model, next(iter(self._joined.values())).d_model, "the projection")
+        self._check_model(model, check)
+        points = [model.hook_dict[name] for name in self._joined]
+        if len(set(points)) < len(points):
+            raise ValueError(
+                f"some of {', '.join(self._joined)} are names of one hook, and two projections after one another do not remove both subspaces; "
+                "give both subspaces under one name"
+            )
+        if any(point in other.places for other in entries_on(model) for point in points):
+            raise ValueError(
+                "another projection is on at one of these hooks; two projections after one another do not remove both subspaces. "
+                "Join them: (edit_a + edit_b).applied(model)"
+            )
+        entry.places += points
+        device = device_of(model)
+        hooks = [
+            (name, projection_hook(self._joined[name].to(device))) for name in sorted(self._joined, key=place_in_block)
+        ]
+        entry.hooks += add_hooks(model, hooks)
+
+    @override
+    def to_parts(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        hooks: list[dict[str, Any]] = []
+        tensors: dict[str, Tensor] = {}
+        for number, (request, subspaces) in enumerate(self._requests.items()):
+            for name, subspace in subspaces.items():
+                tensor = f"rows.{number}.{name}"
+                hooks.append({"request": request, "hook": name, "rank": subspace.rank, "tensor": tensor})
+                tensors[tensor] = subspace.basis
+        return {"requests": list(self._requests), "hooks": hooks}, tensors
+
+    @classmethod
+    @override
+    def from_parts(cls, settings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> "ProjectionEdit":
+        requests: dict[str, dict[str, Subspace]] = {}
+        for request in field(settings, "requests", list):
+            if not isinstance(request, str) or request in requests:
+                raise ValueError(f"requests must be different names, got {request!r}")
+            requests[request] = {}
+        for entry in field(settings, "hooks", list):
+            request, hook, tensor = (field(entry, name, str) for name in ("request", "hook", "tensor"))
+            if request not in requests or hook in requests[request]:
+                raise ValueError(f"{hook!r} belongs to no request, or stands twice in {request!r}")
+            basis = tensors[tensor]
+            if basis.ndim != 2 or basis.shape[0] != field(entry, "rank", int):
+                raise ValueError(
+                    f"{tensor!r} has shape {list(basis.shape)}, the configuration says rank {entry['rank']}"
+                )
+            requests[request][hook] = Subspace(basis)
+        return cls.from_requests(requests)
+
+    def _check_known(self, request: str) -> None:
+        if request not in self._requests:
+            raise ValueError(f"no request {request!r} in this edit; it has {', '.join(map(repr, self._requests))}")
+
+    def __repr__(self) -> str:
+        ranks = {name: self._joined[name].rank for name in self.hook_names}
+        return f"ProjectionEdit(requests={list(self.requests)}, rank per hook={ranks})"
+
+
+def projection_hook(subspace: Subspace) -> HookFunction:
+    """A hook function that removes the subspace from the states passing through."""
+
+    def hook(activation: Tensor, hook: Any) -> Tensor:
+        return subspace.project_out(activation)
+
+    return hook
+
+
+def _same(a: Mapping[str, Subspace], b: Mapping[str, Subspace]) -> bool:
+    return a.keys() == b.keys() and all(
+        a[name].basis.shape == b[name].basis.shape and bool((a[name].basis == b[name].basis).all()) for name in a
+    )
+
+
+def _of_requests(provenance: Mapping[str, Any], left: Mapping[str, Any]) -> dict[str, Any]:
+    kept = {name: entry for name, entry in provenance.get("requests", {}).items() if name in left}
+    return {**provenance, "requests": kept} if provenance else {}

@@ -1,0 +1,1 @@
+"""Scores by other people's harnesses: lm-evaluation-harness on a model with an edit applied."""

@@ -1,0 +1,143 @@
+"""In which forms an edit can leave, and what each changes in the checkpoint."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from mrp_lens.edits import Edit, ProjectionEdit, WeightEdit
+from mrp_lens.edits.merging import why_not_foldable
+from mrp_lens.edits.subspace import Subspace
+from mrp_lens.export.checkpoint import HEAD, Checkpoint
+from mrp_lens.hf.attach import changes_of, place_of
+from mrp_lens.models import same_tensor
+from mrp_lens.models.architectures import Layout
+
+Form = Literal["auto", "folded", "module", "adapter"]
+
+
+@dataclass
+class Changes:
+    """What an edit does to a checkpoint.
+
+    Attributes:
+        changed: name -> new values.
+        added: name -> tensors that the checkpoint did not have.
+        untied: the unembedding is now a matrix of its own.
+    """
+
+    changed: dict[str, Tensor] = field(default_factory=dict)
+    added: dict[str, Tensor] = field(default_factory=dict)
+    untied: bool = False
+
+
+def why_not_module(edit: Edit) -> str | None:
+    """Why an edit needs, or has, no hooks in a forward pass; None if it does."""
+    if all(isinstance(part, WeightEdit) for part in edit.parts):
+        return "this edit is weights and nothing else: a plain checkpoint holds it (form='folded')"
+    return why_not_adapter(edit)
+
+
+def why_not_adapter(edit: Edit) -> str | None:
+    """Why an edit cannot be attached to a Hugging Face model; None if it can."""
+    try:
+        changes_of(edit)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def chosen_form(form: Form, edit: Edit, layout: Layout) -> tuple[Literal["folded", "module", "adapter"], str]:
+    """The form that an edit leaves in, and why.
+
+    Raises:
+        ValueError: it has no such form; says why, and what it has instead.
+    """
+    unfolded, unhooked = why_not_foldable(edit, layout), why_not_module(edit)
+    if form == "auto":
+        if unfolded is None:
+            return "folded", "exact in plain weights"
+        if unhooked is None:
+            return "module", f"not exact in plain weights: {unfolded}"
+        raise ValueError(f"this edit cannot be exported: {unhooked}")
+    reason = {"folded": unfolded, "module": unhooked, "adapter": why_not_adapter(edit)}[form]
+    if reason is None:
+        return form, "as asked"
+    instead = (
+        "form='module' or form='adapter'" if form == "folded" and unhooked is None else "edit.save_pretrained(...)"
+    )
+    raise ValueError(f"form={form!r} is not possible: {reason}" + ("" if "form=" in reason else f". Use {instead}"))
+
+
+def new_matrices(edit: Edit, base: Checkpoint, dtype: torch.dtype) -> Changes:
+    """What the edit's matrices change in the checkpoint, of which the model was loaded in this precision.
+
+    Raises:
+        ValueError: the checkpoint's are not those that the edit replaces.
+    """
+    changes = Changes()
+    for part in edit.parts:
+        if not isinstance(part, WeightEdit):
+            continue
+        for name, tensor in part.tensors.items():
+            stored = base.stored_names(name)
+            current = changes.changed[stored[0]] if stored[0] in changes.changed else base.read(name)
+            if not same_tensor(current.to(dtype), part.replaces[name]):
+                raise ValueError(
+                    f"{name} in {base.folder} is not the matrix that this edit replaces: it is not the checkpoint of the model that the "
+                    "edit was made on; give base=FOLDER of that"
+                )
+            changes.changed |= dict.fromkeys(stored, tensor)
+    return changes
+
+
+def folded_into(edit: Edit, base: Checkpoint, dtype: torch.dtype) -> Changes:
+    """The edit in plain weights: new matrices, and projections multiplied into what writes to the stream.
+
+    Where the embeddings are projected and tied to the unembedding, this keeps the original ones as a matrix of its own.
+    """
+    changes = new_matrices(edit, base, dtype)
+    for part in edit.parts:
+        if isinstance(part, ProjectionEdit):
+            for hook, subspace in part.subspaces().items():
+                _fold(changes, base, hook, subspace)
+    return changes
+
+
+def _fold(changes: Changes, base: Checkpoint, hook: str, subspace: Subspace) -> None:
+    layout = base.layout
+    layer, site = place_of(hook)
+    if site == "resid_pre":
+        if base.tied and not changes.untied:
+            _untie(changes, base)
+        for name in layout.embeddings:
+            _project(changes, base, f"{name}.weight", subspace, transposed=False)
+        return
+    matrix = layout.matrix(layer, site)
+    _project(changes, base, f"{matrix}.weight", subspace, transposed=layout.transposed)
+    if f"{matrix}.bias" in base.files:
+        _project(changes, base, f"{matrix}.bias", subspace, transposed=False)
+
+
+def _untie(changes: Changes, base: Checkpoint) -> None:
+    """Give embedding and unembedding a tensor each, as far as the files do not hold both."""
+    changes.untied = True
+    embedding, head = f"{base.layout.embeddings[0]}.weight", base.name_in_files(HEAD)
+    values = _current(changes, base, embedding)
+    for name in (embedding, head):
+        (changes.changed if name in base.files else changes.added)[name] = values
+
+
+def _current(changes: Changes, base: Checkpoint, name: str) -> Tensor:
+    """The values of a tensor after what is known to change so far."""
+    stored = base.name_in_files(name) if name not in changes.added else name
+    return next((known[stored] for known in (changes.changed, changes.added) if stored in known), base.read(name))
+
+
+def _project(changes: Changes, base: Checkpoint, name: str, subspace: Subspace, *, transposed: bool) -> None:
+    known = changes.added if name in changes.added else changes.changed
+    values = _current(changes, base, name).to(torch.float64)
+    rows = values.T if transposed else values
+    projected = subspace.project_out(rows)
+    known[name] = projected.T if transposed else projected

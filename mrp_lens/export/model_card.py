@@ -1,0 +1,308 @@
+"""The model card of an edited model: README.md, from the edit's record and from what runs measured, never from texts."""
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PureWindowsPath
+from typing import Any, Literal
+
+from huggingface_hub import metadata_load
+from huggingface_hub.utils import HFValidationError, validate_repo_id, yaml_dump
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from mrp_lens.edits import Edit, ProjectionEdit, SteeringEdit, WeightEdit, load_edit
+from mrp_lens.edits.provenance import fingerprint, fits_of, label_of
+from mrp_lens.runs.report.table import CONTROLS, INTERVALS, Table, table_of
+from mrp_lens.utils.frames import Row, versions
+from mrp_lens.utils.validation import one_of
+
+Form = Literal["folded", "module", "adapter"]
+
+TEMPLATE = "card.md.j2"
+LONGEST_NAME = 200
+CARRIED = ("license", "license_name", "license_link", "language", "datasets")
+WORDS = ("method", "attack", "verdict", "task", "metric")  # the only cells of a run that are shown and are not numbers
+ATTACKED = ("accuracy_before", "accuracy_edited", "accuracy_after", "floor", "ceiling", "recovery")
+PROBED = ("layer", "bits", "never_taught_bits", "bits_in_all")
+ROOT = r"(?:file://)?(?:~|[A-Za-z]:)?[/\\]"
+DIRECTORIES = re.compile(rf"(?:^|(?<=[\s'\"`(=,])){ROOT}(?:[^\s/\\'\"`,;|()]+[/\\])*(?=[^\s/\\(])")
+WITHOUT_OWNER = {  # names that the Hub still takes without an owner, of families that are supported
+    **{name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")},
+    "distilgpt2": "distilbert/distilgpt2",
+}
+
+
+@dataclass(frozen=True)
+class Record:
+    """What runs measured of an edit.
+
+    Attributes:
+        rows: of the summary of `mrp-lens unlearn`, `demo` or `measure`; controls are rows too.
+        attacks: rows of the summary of `mrp-lens attack`.
+        notes: what these runs say must be known to read them.
+        sources: a line on each of these runs.
+        edits: for each of these runs that says which edits it is about, their fingerprints.
+    """
+
+    rows: Sequence[Row] = ()
+    attacks: Sequence[Row] = ()
+    notes: Sequence[str] = ()
+    sources: Sequence[str] = ()
+    edits: Sequence[frozenset[str]] = ()
+
+    @classmethod
+    def read(cls, run: str | Path | None = None, attacks: str | Path | None = None) -> "Record":
+        """Read the folders that these commands wrote; generated answers and arguments stay there.
+
+        Raises:
+            FileNotFoundError: there is no such folder, or no `summary.json` in it.
+            ValueError: the file is damaged, holds no rows, or is of the other kind of run.
+        """
+        measured = {} if run is None else _summary(Path(run), attacked=False)
+        attacked = {} if attacks is None else _summary(Path(attacks), attacked=True)
+        known = [frozenset(_edits_of(Path(folder))) for folder in (run, attacks) if folder is not None]
+        return cls(
+            rows=measured.get("rows", ()),
+            attacks=attacked.get("rows", ()),
+            notes=[str(note) for summary in (measured, attacked) for note in summary.get("notes", ())],
+            sources=[_source(summary) for summary in (measured, attacked) if summary],
+            edits=[edits for edits in known if edits],
+        )
+
+
+def model_card(
+    edit: Edit,
+    *,
+    base: str,
+    form: Form | str,
+    checks: Sequence[str] = (),
+    record: Record | None = None,
+    base_front_matter: Mapping[str, Any] | None = None,
+    repo_id: str | None = None,
+) -> str:
+    """The text of README.md: the same for the same arguments and versions.
+
+    Of data it holds names and hashes, of paths the last component, of runs numbers.
+
+    Args:
+        edit: what was exported.
+        base: name on the Hub, or folder, of the model that was edited; "demo".
+        form: "folded", "module" or "adapter".
+        checks: sentences on how the folder was shown to compute what the hooked model computes.
+        record: what was measured; None: the card says that nothing was.
+        base_front_matter: of the base model's card; its license, language and data sets are carried over.
+        repo_id: where it will lie on the Hub.
+
+    Raises:
+        ValueError: an unknown form, no base, a repo_id that the Hub does not take, or a record of another edit.
+    """
+    one_of(Form, form=form)
+    if not base:
+        raise ValueError("base is empty; name the model that was edited, such as 'org/name'")
+    measured = record or Record()
+    if repo_id is not None:
+        validate_repo_id(repo_id)
+    label = label_of(edit)
+    check_record(edit, measured)
+    attacks = _shown(measured.attacks, label)
+    fits = list(fits_of(edit))
+    on_hub = _hub_name(base)
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {"text": _text, "name": _name, "cell": _cell}
+    return environment.get_template(TEMPLATE).render(
+        front_matter=yaml_dump(_front_matter(label if fits else None, form, on_hub, base_front_matter or {})).strip(),
+        base=on_hub or _name(base),
+        on_hub=on_hub,
+        repo_id=repo_id,
+        form=form,
+        label=label,
+        fits=fits,
+        without_record=_without_record(edit),
+        model=next((part.provenance["model"] for part in edit.parts if "model" in part.provenance), None),
+        places=_places(edit),
+        has_weights=any(isinstance(part, WeightEdit) for part in edit.parts),
+        checks=checks,
+        figures=_table(_shown(measured.rows, label)),
+        attacks=_table([row for row in attacks if row.get("bits") is None], ("method", "attack", *ATTACKED)),
+        probes=_table([row for row in attacks if row.get("bits") is not None], ("method", "attack", *PROBED)),
+        record=measured,
+        versions=versions(),
+    )
+
+
+def check_record(edit: Edit, record: Record) -> None:
+    """Refuse figures that are another edit's; `model_card` does so too.
+
+    Raises:
+        ValueError: says whose they are.
+    """
+    label = label_of(edit)
+    measured = [rows for rows in (record.rows, record.attacks) if rows]
+    named = all(any(_is_own(row, label) for row in rows) for rows in measured)
+    if not named or any(fingerprint(edit) not in known for known in record.edits):
+        methods = dict.fromkeys(str(row["method"]) for rows in measured for row in rows)
+        raise ValueError(
+            f"the run that was given is about another edit than this one ({label}): it measured {', '.join(methods)}; give the folder of "
+            "this edit's run"
+        )
+
+
+def front_matter_of(readme: Path) -> dict[str, Any]:
+    """The YAML at the top of a model card; {} if there is no such file, or none that can be read."""
+    try:
+        return dict(metadata_load(readme) or {})
+    except Exception:  # a stranger's file; the parser of YAML raises errors of its own
+        return {}
+
+
+def _without_record(edit: Edit) -> list[str]:
+    """The parts and requests about whose making nothing is recorded."""
+    missing = []
+    for part in edit.parts:
+        if isinstance(part, ProjectionEdit):
+            known = part.provenance.get("requests", {})
+            missing += [f"request {name}" for name in part.requests if "method" not in known.get(name, {})]
+        elif "method" not in part.provenance:
+            missing.append(f"the {part.kind} edit")
+    return missing
+
+
+def _places(edit: Edit) -> Table:
+    """Where the edit changes what the model computes."""
+    rows = []
+    for part in edit.parts:
+        if isinstance(part, ProjectionEdit):
+            for hook, subspace in sorted(part.subspaces().items(), key=lambda item: part.hook_names.index(item[0])):
+                names = [name for name in part.requests if hook in part.subspaces(name)]
+                rows.append([hook, f"a subspace of rank {subspace.rank} removed", ", ".join(names)])
+        elif isinstance(part, WeightEdit):
+            rows += [[name, f"new values, {list(tensor.shape)}", ""] for name, tensor in part.tensors.items()]
+        elif isinstance(part, SteeringEdit):
+            how = "set to" if part.mode == "replace" else "moved by"
+            rows.append([part.hook, f"states {how} {part.coefficient:.6g} times a fixed unit vector", ""])
+    return Table(["where", "what", "request"], [(False, row) for row in rows], [])
+
+
+def _front_matter(label: str | None, form: str, on_hub: str | None, base: Mapping[str, Any]) -> dict[str, Any]:
+    """What the Hub reads: a base model only if it lies there, no license but the base model's."""
+    relation = "adapter" if form == "adapter" else "finetune"
+    return {
+        **({"base_model": on_hub, "base_model_relation": relation} if on_hub else {}),
+        **{key: _without_norway(base[key]) for key in CARRIED if _is_carried(base.get(key))},
+        "library_name": "mrp_lens" if form == "adapter" else "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": list(dict.fromkeys(["unlearning", "mrp_lens", *(label.split(" + ") if label else [])])),
+    }
+
+
+def _is_carried(value: Any) -> bool:
+    """Whether it is a name or a list of names, as the Hub knows them; anything else stays where it came from."""
+    names = value if isinstance(value, list) else [value]
+    return bool(names) and all(
+        name is False or (isinstance(name, str) and name.isprintable() and len(name) <= LONGEST_NAME) for name in names
+    )
+
+
+def _without_norway(value: Any) -> Any:
+    """`language: no` is Norwegian, and false to YAML."""
+    return [_without_norway(item) for item in value] if isinstance(value, list) else "no" if value is False else value
+
+
+def _hub_name(base: str) -> str | None:
+    """`owner/name` of a base model on the Hub; None for a folder, as which transformers would read it first, and the demo."""
+    if base in WITHOUT_OWNER and not Path(base).is_dir():
+        return WITHOUT_OWNER[base]
+    try:
+        validate_repo_id(base)
+    except HFValidationError:
+        return None
+    return base if "/" in base and not Path(base).is_dir() else None
+
+
+def _shown(rows: Sequence[Row], label: str) -> list[Row]:
+    """The rows of the method, and the controls."""
+    return [row for row in rows if row["method"] in CONTROLS or _is_own(row, label)]
+
+
+def _is_own(row: Row, label: str) -> bool:
+    return row["method"] == label or str(row["method"]).startswith(f"{label}, ")  # "mrp, relearned"
+
+
+def _table(rows: Sequence[Row], keys: Sequence[str] | None = None) -> Table | None:
+    """The rows as a table, of these columns if any are named; None if there is nothing to show."""
+    wanted = None if keys is None else {*keys, *(f"{key}_{end}" for key in keys for end in ("low", "high"))}
+    kept = [
+        {
+            key: value
+            for key, value in row.items()
+            if (wanted is None or key in wanted)
+            and (key in WORDS or value is None or (isinstance(value, int | float) and not isinstance(value, bool)))
+        }
+        for row in rows
+    ]
+    if not kept:
+        return None
+    table = table_of(kept)
+    return Table(table.headings, table.rows, [line for line in table.legend if line != INTERVALS])
+
+
+def _summary(folder: Path, *, attacked: bool) -> dict[str, Any]:
+    command = "mrp-lens attack" if attacked else "mrp-lens unlearn, demo or measure"
+    path = folder / "summary.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} holds no summary.json; give a folder that {command} wrote")
+    try:
+        summary = json.loads(path.read_text(encoding="utf-8"))
+        rows = [dict(row) for row in summary["rows"]]
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is damaged ({error!r}); run {command} again") from error
+    if not rows or any(("attack" in row) != attacked or "method" not in row for row in rows):
+        raise ValueError(f"{path} holds no rows, or not those of {command}; give a folder that it wrote")
+    return {**summary, "rows": rows}
+
+
+def _edits_of(folder: Path) -> Iterator[str]:
+    """Fingerprints of the edits that a run is about: saved in it, or named by the plan of its attacks."""
+    plan = folder / "campaign.json"
+    if plan.is_file():
+        yield str(json.loads(plan.read_text(encoding="utf-8"))["edit"])
+    for config in sorted(folder.glob("**/edit_config.json")):
+        yield fingerprint(load_edit(config.parent))
+
+
+def _source(summary: Mapping[str, Any]) -> str:
+    made = ", ".join(f"{name} {number}" for name, number in summary.get("versions", {}).items())
+    return f"{summary.get('command')}, seed {summary.get('seed')}, {summary.get('finished')}; {made}"
+
+
+def _text(value: Any) -> str:
+    """One line; of an absolute path in it, the last component. What a stranger named so is no markup."""
+    return _escaped(DIRECTORIES.sub("", _line(value)))
+
+
+def _name(value: Any) -> str:
+    """A name or a setting, likewise; a path as a whole, which may hold spaces."""
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    if isinstance(value, list | tuple):
+        return ", ".join(_name(item) for item in value)
+    return _escaped(_line(PureWindowsPath(str(value)).name)) if re.match(ROOT, str(value)) else _text(value)
+
+
+def _cell(value: Any) -> str:
+    """What stays in its cell of a Markdown table."""
+    return _name(value).replace("|", "\\|")
+
+
+def _line(value: Any) -> str:
+    return " ".join(str(value).split())
+
+
+def _escaped(text: str) -> str:
+    """Shown as it is: no HTML, no link or picture, no code."""
+    for mark, shown in (("\\", "\\\\"), ("<", "&lt;"), ("](", "]\\("), ("`", "\\`")):
+        text = text.replace(mark, shown)
+    return text

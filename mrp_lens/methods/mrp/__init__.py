@@ -1,0 +1,1 @@
+"""MRP: where its directions start, how they are parameterised and trained, and the distillation of the robust variant."""

@@ -1,0 +1,278 @@
+"""Unlearn, noise, distil: the layers that look facts up are reset and taught again what the projection leaves alone."""
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from mrp_lens.data import Corpus
+from mrp_lens.data.tokenization import Batches, Encoded, Encoder, TokenBatch, in_order
+from mrp_lens.edits import ProjectionEdit, WeightEdit, edit_on
+from mrp_lens.methods.base import parts_of
+from mrp_lens.models import (
+    EditableWeight,
+    LensModel,
+    check_layers,
+    checkpoint_names,
+    encoder_for,
+    is_bridge,
+    restored,
+    tensor_digests,
+    weights_by_name,
+)
+from mrp_lens.models.generation import drawn_seed, start_token, written_texts
+from mrp_lens.models.hooks import captured, hook_name
+from mrp_lens.training.checkpoints import Checkpoint
+from mrp_lens.training.loop import TrainingRun, train, warmup_cosine
+from mrp_lens.training.losses import kl, predictions
+from mrp_lens.training.optim import MasterAdamW, Trainable
+from mrp_lens.utils.io import write_json
+from mrp_lens.utils.validation import PlainSettings, given, positive, whole
+
+TEXTS_FILE = "texts.json"
+LR_BY_WIDTH = 0.384  # 3e-3 at d_model 128
+
+
+@dataclass(frozen=True, kw_only=True)
+class Distillation(PlainSettings):
+    """Put facts out of reach of retraining: after UNDO (unlearn, noise, distil on outputs; arXiv 2506.06278).
+
+    A projection hides facts; the weights behind it still hold them. So the matrices of some layers are replaced by noise
+    and trained to do what the unedited model does, on texts that it writes itself, less those on which the projection
+    changes what it predicts: these are about what must go. Texts of one's own would not do: what they do not mention
+    would be lost with what must go. Other than in UNDO the teacher is the unedited model, on those texts only, the noise is
+    not spread evenly over the model, and the states behind the reset layers are matched too.
+
+    Args:
+        layers: whose matrices are replaced. None: the first half of the depth, where facts are looked up.
+        noise: share of these that is replaced by normal noise of each matrix's own spread, in (0, 1].
+        later_noise: the same for the other layers, in [0, 1].
+        texts: how many texts the model writes.
+        text_length: most tokens of one.
+        agreement: nats. Of those texts the ones stay where the projection changes no next-token distribution by more
+            (KL divergence).
+        match_weight: factor on the squared error of the states behind the last of `layers`, as a share of their variance.
+        lr: of AdamW, rising over the first 5% and falling along a cosine. None: 0.384 / d_model.
+        steps: updates.
+        batch_size: documents an update.
+    """
+
+    layers: Sequence[int] | None = None
+    noise: float = 1.0
+    later_noise: float = 0.2
+    texts: int = 15_000
+    text_length: int = 64
+    agreement: float = 1.5
+    match_weight: float = 1.0
+    lr: float | None = None
+    steps: int = 1200
+    batch_size: int = 64
+
+    def resolved(self, model: LensModel) -> "Distillation":
+        """Every default filled in and checked.
+
+        Raises:
+            ValueError: a value out of range, a layer that does not exist, a HookedTransformer, a family whose joint
+                matrices the Bridge keeps apart, or a tokenizer without a token to start texts from.
+        """
+        positive(
+            noise=self.noise,
+            texts=self.texts,
+            text_length=self.text_length,
+            agreement=self.agreement,
+            match_weight=self.match_weight,
+            lr=self.lr,
+            steps=self.steps,
+            batch_size=self.batch_size,
+        )
+        whole(texts=self.texts, text_length=self.text_length, steps=self.steps, batch_size=self.batch_size)
+        if self.noise > 1.0 or not 0.0 <= self.later_noise <= 1.0:
+            raise ValueError(
+                f"noise must be in (0, 1] and later_noise in [0, 1], got {self.noise} and {self.later_noise}: shares of each matrix"
+            )
+        if not is_bridge(model):
+            raise ValueError(
+                "distillation trains matrices of the checkpoint that a HookedTransformer keeps in other shapes; load the model with backend='bridge'"
+            )
+        start_token(model)
+        depth, width = int(model.cfg.n_layers), int(model.cfg.d_model)
+        layers = check_layers(model, given(self.layers, range(max(1, depth // 2))))
+        settled = replace(self, layers=layers, lr=given(self.lr, LR_BY_WIDTH / width))
+        known = checkpoint_names(model)
+        foreign = [weight.name for weight in settled._matrices(model) if weight.name not in known]
+        if foreign:
+            raise ValueError(
+                f"distillation is not possible in this architecture: TransformerLens keeps {foreign[0]} and others apart, which the "
+                "checkpoint holds in joint matrices; leave distillation out"
+            )
+        return settled
+
+    def fit(
+        self,
+        model: LensModel,
+        projection: ProjectionEdit,
+        retain: Sequence[Encoded],
+        *,
+        generator: torch.Generator,
+        micro_batch: int | None = None,
+        progress: bool = True,
+        checkpoint: Checkpoint | None = None,
+    ) -> tuple[WeightEdit, TrainingRun]:
+        """New matrices that do without the facts that the projection removes; `resolved` comes first.
+
+        Args:
+            model: Bridge without the projection, frozen; it is left as it is.
+            projection: tells which texts are about what must go. Every other update trains with it on, so that the
+                matrices serve with it and without.
+            retain: documents that are taught as well.
+            generator: of texts, noise and order.
+            micro_batch: documents a pass, if a batch does not fit into memory.
+            progress: show progress bars.
+            checkpoint: where texts and training are kept while it runs, and read from if they are there.
+
+        Raises:
+            ValueError: there is no text on which model and projection agree.
+        """
+        weights = self._matrices(model)
+        encoder = encoder_for(model, append_eos=True)  # what follows a text's last token is taught too
+        texts = self._texts(model, generator, checkpoint, progress=progress)
+        rows = [*self._agreed(model, projection, encoder, texts), *retain]
+        with restored(weight.parameter for weight in weights):
+            original = {weight.name: weight.read() for weight in weights}
+            student = _Student(weights, [self._noise_of(weight) for weight in weights], generator)
+            batches = Batches(rows, self.batch_size, generator)
+            losses = partial(self._losses, model, student, projection, batches, encoder, micro_batch)
+            run = train(
+                losses,
+                MasterAdamW(student.masters, given(self.lr, 0.0)),
+                steps=self.steps,
+                description="distillation",
+                schedule=warmup_cosine,
+                progress=progress,
+                generator=generator,
+                resumable={"batches": batches},
+                checkpoint=checkpoint,
+            )
+            learned = {weight.name: weight.read() for weight in weights}
+        return WeightEdit(learned, {name: tensor_digests(matrix) for name, matrix in original.items()}), run
+
+    def _matrices(self, model: LensModel) -> list[EditableWeight]:
+        """All tensors of the layers that change."""
+        last = int(model.cfg.n_layers) - 1
+        chosen = range(last + 1) if self.later_noise > 0.0 else given(self.layers, ())
+        inside = {id(p) for layer in chosen for p in model.blocks[layer].parameters()}
+        return [weight for weight in weights_by_name(model).values() if id(weight.parameter) in inside]
+
+    def _noise_of(self, weight: EditableWeight) -> float:
+        """The share of a tensor that becomes noise; gains and biases keep theirs."""
+        if weight.parameter.ndim < 2:
+            return 0.0
+        return self.noise if weight.layer in given(self.layers, ()) else self.later_noise
+
+    def _texts(
+        self, model: LensModel, generator: torch.Generator, checkpoint: Checkpoint | None, *, progress: bool
+    ) -> list[str]:
+        """Texts that the model writes; those of the checkpoint, if they are there."""
+        length = min(self.text_length, int(model.cfg.n_ctx) - 2)
+        path = None if checkpoint is None else checkpoint.folder / TEXTS_FILE
+        seed = drawn_seed(generator)  # drawn in either case: what follows must not depend on where the texts come from
+        if path is not None and path.is_file():
+            known: list[str] = json.loads(path.read_text(encoding="utf-8"))
+            return known
+        texts = written_texts(model, self.texts, max_new_tokens=length, seed=seed, progress=progress)
+        if path is not None:
+            write_json(path, texts)
+        return texts
+
+    def _agreed(
+        self, model: LensModel, projection: ProjectionEdit, encoder: Encoder, texts: Sequence[str]
+    ) -> list[Encoded]:
+        """Texts less those on which the projection changes what the model predicts."""
+        rows = [row for row in encoder.encode(Corpus.from_texts(texts).documents) if any(row.in_loss[1:])]
+        agreed = []
+        with torch.no_grad():
+            for places, batch in in_order(encoder, rows, self.batch_size):
+                before = predictions(model, batch)
+                with edit_on(model, projection):
+                    changed = kl(before, predictions(model, batch))
+                counts = batch.loss_mask[:, 1:].sum(dim=1).tolist()
+                for place, values in zip(places, changed.split(counts), strict=True):
+                    if float(values.max()) < self.agreement:
+                        agreed.append(rows[place])
+        if not agreed:
+            raise ValueError(
+                f"the projection changes what the model predicts by {self.agreement} nats or more in all of its {len(rows)} texts; raise agreement"
+            )
+        return agreed
+
+    def _losses(
+        self,
+        model: LensModel,
+        student: "_Student",
+        projection: ProjectionEdit,
+        batches: Iterator[list[Encoded]],
+        encoder: Encoder,
+        micro_batch: int | None,
+        step: int,
+    ) -> Iterator[dict[str, Tensor]]:
+        """What is minimised: KL(unedited || student), and the error of the states behind the reset layers."""
+        batch = encoder.collate(next(batches))
+        hook = hook_name(max(given(self.layers, ())))
+        for part in parts_of(batch, micro_batch):
+            with student.away(), torch.no_grad(), captured(model, [hook]) as store:
+                wanted = predictions(model, part)
+                states = store[hook]
+            with edit_on(model, projection if step % 2 else None), captured(model, [hook]) as store:
+                divergence = kl(wanted, predictions(model, part)).sum() / batch.loss_mask[:, 1:].sum()
+                share = part.content_mask.sum() / batch.content_mask.sum()
+                error = unexplained(store[hook], states, part) * share
+            yield {"loss": divergence + self.match_weight * error, "divergence": divergence, "unexplained": error}
+
+
+def unexplained(
+    states: Float[Tensor, "batch seq d_model"], wanted: Float[Tensor, "batch seq d_model"], batch: TokenBatch
+) -> Float[Tensor, ""]:
+    """Squared error of content tokens' states as a share of the variance of those wanted."""
+    error, target = (values[batch.content_mask].float() for values in (states - wanted, wanted))
+    return error.square().sum() / (target - target.mean(0)).square().sum()
+
+
+class _Student:
+    """The matrices under training, and the model's own for the while of a forward pass."""
+
+    def __init__(self, weights: Sequence[EditableWeight], noise: Sequence[float], generator: torch.Generator) -> None:
+        self.parameters = [weight.parameter for weight in weights]
+        self.own = [parameter.detach().clone() for parameter in self.parameters]
+        self.masters = [
+            Trainable(noised(values, share, generator).requires_grad_(True), (parameter,))
+            for parameter, values, share in zip(self.parameters, self.own, noise, strict=True)
+        ]
+        for parameter, master in zip(self.parameters, self.masters, strict=True):
+            parameter.requires_grad_(True)
+            master.spread()
+
+    @contextmanager
+    def away(self) -> Iterator[None]:
+        """Inside, the model has its own matrices."""
+        with torch.no_grad():
+            for parameter, values in zip(self.parameters, self.own, strict=True):
+                parameter.copy_(values)
+        try:
+            yield
+        finally:
+            for master in self.masters:
+                master.spread()
+
+
+def noised(tensor: Float[Tensor, "..."], share: float, generator: torch.Generator) -> Float[Tensor, "..."]:
+    """A float32 copy, `share` of it replaced by normal noise of its own standard deviation."""
+    values = tensor.detach().float()
+    if share == 0.0:
+        return values.clone()
+    noise = torch.randn(values.shape, generator=generator).to(values.device) * values.std()
+    return (1 - share) * values + share * noise

@@ -1,0 +1,324 @@
+"""MRP (arXiv 2508.15449): subspaces of the residual stream are removed at chosen layers, and learn which to remove."""
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+from mrp_lens.data import Corpus
+from mrp_lens.data.tokenization import Batches
+from mrp_lens.edits import Edit
+from mrp_lens.edits.stack import besides_projections, projection_in
+from mrp_lens.methods.base import (
+    Data,
+    Fit,
+    Forget,
+    claimed,
+    fitting,
+    parts_of,
+    prepare,
+    provenance,
+    request_provenance,
+)
+from mrp_lens.methods.mrp.distillation import Distillation
+from mrp_lens.methods.mrp.initialization import LearnedRows, Start, start_rows
+from mrp_lens.models import LensModel, check_layers, check_lens_model, describe
+from mrp_lens.models.hooks import Site, hook_name, hooked
+from mrp_lens.training.checkpoints import EVERY
+from mrp_lens.training.loop import linear_decay, train
+from mrp_lens.training.losses import ForgetLoss, RetainLoss, cross_entropy, kl, log_odds, openness, predictions
+from mrp_lens.utils.torch_state import ordinary_torch
+from mrp_lens.utils.validation import PlainSettings, generator_for, given, one_of, positive, whole
+
+FORGET_BOUND = {"odds": 1.0, "bounded": 5.0, "ascent": math.inf}  # nats
+
+
+@dataclass(frozen=True, kw_only=True)
+class MRP(PlainSettings):
+    """Metamorphosis Representation Projection (arXiv 2508.15449).
+
+    At each chosen layer h <- h - (h Q^T) Q, where Q are orthonormal rows spanning what W [rank, d_model] spans. Only W
+    learns, from forget loss + retain_weight * retain loss.
+
+    Args:
+        layers: where to project. None: the second half of the depth, at most four layers spread over it.
+        rank: directions removed at each layer. None: d_model / 16, between 2 and 32.
+        site: where on the stream, `resid_post` by default.
+        init: start of W. "complement": forget states without their part in the retain states' top principal components,
+            then the top principal directions of what is left; "code": the reverse, as in the released code; "random".
+        retain_energy: share of the retain states' energy that counts as their span in `init`.
+        forget_loss: "odds": per token, the log odds of the text's token against the other tokens that the model without
+            the projection considers there, down to -forget_bound. Tokens that the forget texts alone determine do not
+            count. "bounded": -min(CE, forget_bound) per token. "ascent": -CE, the paper's, which diverges.
+        forget_bound: nats. None: 1 for "odds", 5 for "bounded".
+        retain_loss: "kl": KL(unedited || edited) on the retain corpus; "cross_entropy": on its text, as in the paper.
+        retain_weight: factor on the retain loss; the released code has 1.2, with its cross-entropy.
+        lr: of Adam, falling linearly to 0 in the second half. None: a fifth of the size of W's entries at the start.
+        steps: updates.
+        batch_size: documents an update on each side.
+        micro_batch: documents a pass, if a batch does not fit into memory.
+        max_length: tokens at which documents are cut. None: 512, or the context if that is shorter.
+        distillation: reset the layers that look facts up and teach them again without what the projection removes, so
+            that retraining finds less of it (see `Distillation`; Bridge only, and many times the time). The edit then
+            holds the projection and new matrices, and forgets with its hooks stripped too. After Ctrl-C meanwhile it
+            holds the projection alone.
+
+    Example:
+        >>> fit = MRP(layers=[3, 5], rank=4).fit(model, forget, retain, seed=0)  # doctest: +SKIP
+    """
+
+    layers: Sequence[int] | None = None
+    rank: int | None = None
+    site: Site = "resid_post"
+    init: Start = "complement"
+    retain_energy: float = 0.9
+    forget_loss: ForgetLoss = "odds"
+    forget_bound: float | None = None
+    retain_loss: RetainLoss = "kl"
+    retain_weight: float = 10.0
+    lr: float | None = None
+    steps: int = 150
+    batch_size: int = 32
+    micro_batch: int | None = None
+    max_length: int | None = None
+    distillation: Distillation | None = None
+
+    name = "mrp"
+
+    @ordinary_torch(gradients=True)
+    def fit(
+        self,
+        model: LensModel,
+        forget: Forget,
+        retain: Corpus,
+        *,
+        seed: int = 0,
+        after: Edit | None = None,
+        request: str | None = None,
+        progress: bool = True,
+        checkpoint: str | Path | None = None,
+        every: int = EVERY,
+    ) -> Fit:
+        """Learn what to remove; the model itself is left as it is.
+
+        Args:
+            model: HookedTransformer or TransformerBridge, in any dtype (W is float32).
+            forget: what must go; several corpora make one request.
+            retain: what must stay.
+            seed: of the order of the data and of random starts.
+            after: an earlier edit; new rows are orthogonal to its rows, the result holds both. Every other step trains
+                with the earlier rows off, so that each request does its work also once another is taken back.
+            request: name of this request. None: the names of the forget corpora.
+            progress: show a progress bar.
+            checkpoint: a folder of its own in which the fit is kept while it runs; the same call again goes on with a fit that
+                was killed, and ends with the same bits. It is left there when the fit is done.
+            every: updates after which it is written.
+
+        Raises:
+            ValueError: a layer that does not exist, rank >= d_model or above the number of usable states, an empty
+                corpus, a request name that `after` has already, a hyperparameter out of range, or a checkpoint of another
+                fit.
+            NonFiniteLossError: the loss became NaN or infinite.
+        """
+        generator = generator_for(seed)
+        check_lens_model(model)
+        resolved, data, label = self._resolved(model, after, request, forget, retain)
+        settings = asdict(resolved)
+        record = provenance(model, self.name, settings, data, seed=seed)
+        kept = claimed(checkpoint, every, model, {**record, "request": label}, after)
+        with fitting(model, after):
+            learned = resolved._start(model, data, after, generator)
+        with fitting(model, besides_projections(after)):
+            optimizer = torch.optim.Adam(list(learned.rows.values()), lr=given(resolved.lr, 0.0))
+            losses = _Losses(resolved, model, data, learned, generator)
+            with hooked(model, learned.hooks()):
+                run = train(
+                    losses,
+                    optimizer,
+                    steps=self.steps,
+                    description=self.name,
+                    schedule=linear_decay,
+                    progress=progress,
+                    generator=generator,
+                    resumable={"forget": losses.forget, "retain": losses.retain},
+                    checkpoint=kept,
+                )
+        projection = learned.edit(label, request_provenance(label, {**record, "steps_done": len(run.log)}))
+        edit: Edit = projection if after is None else after + projection
+        fit = Fit(edit, run.log, settings, run.interrupted)
+        if resolved.distillation is None or run.interrupted:
+            return fit
+        earlier, begun = projection_in(after), time.perf_counter()
+        try:
+            with fitting(model, besides_projections(after)):
+                matrices, taught = resolved.distillation.fit(
+                    model,
+                    projection if earlier is None else earlier.join(projection),
+                    data.retain,
+                    generator=generator,
+                    micro_batch=self.micro_batch,
+                    progress=progress,
+                    checkpoint=None if kept is None else kept.part("distillation"),
+                )
+        except KeyboardInterrupt:
+            return replace(fit, interrupted=True)
+        if taught.interrupted:  # matrices taught halfway are still mostly noise
+            return replace(fit, interrupted=True)
+        taught_record = provenance(model, self.name, settings["distillation"], data, seed=seed)
+        matrices.provenance = {**taught_record, "steps_done": len(taught.log)}
+        log = joined_logs(run.log, taught.log, seconds=time.perf_counter() - begun)
+        return replace(fit, edit=edit + matrices, log=log)
+
+    @ordinary_torch(gradients=True)
+    def start(
+        self,
+        model: LensModel,
+        forget: Forget,
+        retain: Corpus,
+        *,
+        seed: int = 0,
+        after: Edit | None = None,
+        request: str | None = None,
+    ) -> Edit:
+        """The control "untrained start": the projection from which `fit` with the same arguments sets out."""
+        resolved, data, label = self._resolved(model, after, request, forget, retain)
+        with fitting(model, after):
+            edit: Edit = resolved._start(model, data, after, generator_for(seed)).edit(
+                label, {"model": describe(model)}
+            )
+        return edit if after is None else after + edit
+
+    def _resolved(
+        self, model: LensModel, after: Edit | None, request: str | None, forget: Forget, retain: Corpus
+    ) -> tuple["MRP", Data, str]:
+        """Every hyperparameter filled in and checked, the encoded data, the request's name."""
+        positive(
+            rank=self.rank,
+            lr=self.lr,
+            steps=self.steps,
+            batch_size=self.batch_size,
+            micro_batch=self.micro_batch,
+            retain_weight=self.retain_weight,
+            forget_bound=self.forget_bound,
+            retain_energy=self.retain_energy,
+        )
+        whole(rank=self.rank, steps=self.steps, batch_size=self.batch_size, micro_batch=self.micro_batch)
+        one_of(Start, init=self.init)
+        one_of(ForgetLoss, forget_loss=self.forget_loss)
+        one_of(RetainLoss, retain_loss=self.retain_loss)
+        one_of(Site, site=self.site)
+        width = int(model.cfg.d_model)
+        rank = given(self.rank, default_rank(model))
+        if rank >= width:
+            raise ValueError(
+                f"rank {rank} must be below d_model {width}: removing every direction would leave no state"
+            )
+        layers = check_layers(model, given(self.layers, default_layers(model.cfg.n_layers)))
+        data = prepare(model, forget, retain, max_length=self.max_length)
+        label = given(request, "+".join(data.names))
+        earlier = projection_in(after)
+        if earlier is not None and label in earlier.requests:
+            raise ValueError(f"the earlier edit has a request {label!r} already; name this one with request=...")
+        return (
+            replace(
+                self,
+                layers=layers,
+                rank=rank,
+                lr=given(self.lr, 0.2 / math.sqrt(width)),
+                distillation=self.distillation and self.distillation.resolved(model),
+            ),
+            data,
+            label,
+        )
+
+    def _start(self, model: LensModel, data: Data, after: Edit | None, generator: torch.Generator) -> "LearnedRows":
+        hooks = [hook_name(layer, self.site) for layer in given(self.layers, ())]
+        earlier = projection_in(after)
+        removed = earlier.subspaces() if earlier is not None else {}
+        taken = {hook: subspace.basis.to(data.encoder.device) for hook, subspace in removed.items()}
+        starts = start_rows(
+            model,
+            data.encoder,
+            data.all_forget,
+            data.retain,
+            hooks=hooks,
+            taken=taken,
+            rank=given(self.rank, 0),
+            init=self.init,
+            retain_energy=self.retain_energy,
+            generator=generator,
+        )
+        return LearnedRows({hook: rows.requires_grad_() for hook, rows in starts.items()}, taken)
+
+
+class _Losses:
+    """What the training loop minimises: for each step the share of each micro-batch."""
+
+    def __init__(
+        self, settings: MRP, model: LensModel, data: Data, learned: LearnedRows, generator: torch.Generator
+    ) -> None:
+        self.settings, self.model, self.encoder, self.learned = settings, model, data.encoder, learned
+        self.forget = Batches(data.all_forget, settings.batch_size, generator)
+        self.retain = Batches(data.retain, settings.batch_size, generator)
+        self.weights = openness(data.all_forget, model.cfg.d_vocab).to(data.encoder.device)
+        self.bound = given(settings.forget_bound, FORGET_BOUND[settings.forget_loss])
+        self.needs_reference = settings.forget_loss == "odds" or settings.retain_loss == "kl"
+
+    def __call__(self, step: int) -> Iterator[dict[str, Tensor]]:
+        settings = self.settings
+        self.learned.alone = step % 2 == 1
+        lost, kept = next(self.forget), next(self.retain)
+        batch = self.encoder.collate([*lost, *kept])  # one pass for both sides
+        is_lost = (torch.arange(len(batch)) < len(lost)).to(self.encoder.device)
+        lost_count, kept_count = batch.loss_mask[is_lost].sum(), batch.loss_mask[~is_lost].sum()
+        for part, side in zip(
+            parts_of(batch, settings.micro_batch), is_lost.split(settings.micro_batch or len(batch)), strict=True
+        ):
+            to_lose = side[:, None].expand_as(part.loss_mask)[:, 1:][part.loss_mask[:, 1:]]
+            predicted = predictions(self.model, part)
+            reference = predicted
+            if self.needs_reference:
+                with torch.no_grad(), self.learned.off():
+                    reference = predictions(self.model, part)
+            text = cross_entropy(predicted, part)
+            if settings.forget_loss == "odds":
+                before = part.tokens[:, :-1][part.loss_mask[:, 1:]]
+                losing = self.weights[before] * log_odds(reference, predicted, part).clamp(min=-self.bound)
+            else:
+                losing = -text.clamp(max=self.bound)
+            keeping = kl(reference, predicted) if settings.retain_loss == "kl" else text
+            forget = losing[to_lose].sum() / lost_count
+            retain = keeping[~to_lose].sum() / kept_count
+            yield {
+                "loss": forget + settings.retain_weight * retain,
+                "forget": forget,
+                "retain": retain,
+                "forget_cross_entropy": text.detach()[to_lose].sum() / lost_count,
+            }
+
+
+def joined_logs(projection: pd.DataFrame, distillation: pd.DataFrame, *, seconds: float) -> pd.DataFrame:
+    """One log of both, by `phase`; steps and seconds go on. The distillation took `seconds` in all, its texts included."""
+    before = projection["seconds"].iloc[-1] + seconds - distillation["seconds"].iloc[-1]
+    later = distillation.assign(
+        step=distillation["step"] + len(projection), seconds=distillation["seconds"] + before, phase="distillation"
+    )
+    return pd.concat([projection.assign(phase="projection"), later], ignore_index=True)
+
+
+def default_rank(model: LensModel) -> int:
+    """A sixteenth of the stream's width, from 2 to 32."""
+    return min(32, max(2, int(model.cfg.d_model) // 16))
+
+
+def default_layers(n_layers: int) -> list[int]:
+    """The second half of the depth, at most four layers spread evenly over it: there an answer that has been looked up
+    can be removed at the least cost to others."""
+    first, last = n_layers // 2, n_layers - 1
+    count = min(4, last - first + 1)
+    return sorted({round(first + i * (last - first) / max(1, count - 1)) for i in range(count)})

@@ -1,0 +1,107 @@
+"""How sure a figure is."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from statistics import NormalDist
+
+import numpy as np
+from jaxtyping import Float, Int
+from numpy.typing import NDArray
+from torch import Tensor
+
+from mrp_lens.utils.validation import int_seed
+
+RESAMPLES = 2000
+CONFIDENCE = 0.95
+
+
+def bootstrap_interval(
+    values: NDArray[np.float64],
+    statistic: Callable[[NDArray[np.float64]], NDArray[np.float64]] = lambda resampled: resampled.mean(axis=1),
+    *,
+    seed: int = 0,
+) -> tuple[float, float]:
+    """Percentile bootstrap over the first axis: 95% interval from 2,000 resamples; NaN, NaN from a single row.
+
+    Args:
+        values: [n, ...], one row a question or document. Infinities are taken as they are.
+        statistic: maps resamples [r, n, ...] to [r].
+        seed: of the resampling.
+
+    Raises:
+        TypeError: the seed is no integer.
+        ValueError: no values, or NaN among them.
+    """
+    generator = np.random.default_rng(int_seed(seed))
+    if not len(values):
+        raise ValueError("no values to take an interval of; give one for each question or document")
+    if np.isnan(values).any():
+        raise ValueError(
+            f"{int(np.isnan(values).sum())} of {np.size(values)} values are NaN, of which no interval can be made"
+        )
+    if len(values) == 1:  # nothing tells how far another one would be off
+        return float("nan"), float("nan")
+    estimates = np.concatenate(
+        [statistic(values[generator.integers(len(values), size=(100, len(values)))]) for _ in range(RESAMPLES // 100)]
+    )
+    tail = (1 - CONFIDENCE) / 2
+    if np.isfinite(estimates).all():
+        low, high = np.quantile(estimates, [tail, 1 - tail])
+    else:  # between infinities there is nothing to interpolate
+        low, high = np.sort(estimates)[[round(share * (RESAMPLES - 1)) for share in (tail, 1 - tail)]]
+    return float(low), float(high)
+
+
+@dataclass
+class TokenMean:
+    """Mean over tokens of a stream of values, with an interval that knows that tokens of a document go together.
+
+    Keeps seven numbers, however many tokens it has seen.
+    """
+
+    documents: int = 0
+    tokens: float = 0.0
+    total: float = 0.0
+    squares: float = 0.0
+    document_squares: float = 0.0  # of each document's total
+    document_products: float = 0.0  # of its total and its number of tokens
+    token_squares: float = 0.0
+
+    def add(self, values: Float[Tensor, " tokens"], rows: Int[Tensor, " tokens"]) -> None:
+        """Values of whole documents: `rows` says to which of them each value belongs.
+
+        Raises:
+            ValueError: one that is NaN or infinite, which would make the mean so.
+        """
+        wide = values.detach().double().cpu().numpy()
+        if not np.isfinite(wide).all():
+            raise ValueError("a figure of a token is NaN or infinite: it was divided by 0, or the model overflows")
+        places = rows.cpu().numpy()
+        totals, counts = np.bincount(places, weights=wide), np.bincount(places).astype(float)
+        self.documents += int((counts > 0).sum())
+        self.tokens += float(counts.sum())
+        self.total += float(totals.sum())
+        self.squares += float((wide**2).sum())
+        self.document_squares += float((totals**2).sum())
+        self.document_products += float((totals * counts).sum())
+        self.token_squares += float((counts**2).sum())
+
+    @property
+    def mean(self) -> float:
+        """Over tokens."""
+        return self.total / self.tokens
+
+    @property
+    def std(self) -> float:
+        """Spread over tokens."""
+        return float(max(self.squares / self.tokens - self.mean**2, 0.0) ** 0.5)
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """95%, from the spread between documents (ratio estimator); NaN with a single document."""
+        if self.documents < 2:
+            return float("nan"), float("nan")
+        rest = self.document_squares - 2 * self.mean * self.document_products + self.mean**2 * self.token_squares
+        variance = max(rest, 0.0) / self.tokens**2 * self.documents / (self.documents - 1)
+        reach = NormalDist().inv_cdf((1 + CONFIDENCE) / 2) * variance**0.5
+        return self.mean - reach, self.mean + reach

@@ -1,0 +1,274 @@
+"""Principal directions of states before and after an edit: angles between them, and the plane that they span."""
+
+from collections.abc import Sequence
+from functools import cache
+from itertools import combinations
+from typing import Literal, get_args
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from mrp_lens.data import Corpus
+from mrp_lens.data.tokenization import PaddingSide
+from mrp_lens.edits import Edit
+from mrp_lens.edits.subspace import Subspace
+from mrp_lens.metrics.activations import Moments, PairReader, Texts, When, groups_of, hooks_at, read_moments
+from mrp_lens.metrics.geometry import removed_at
+from mrp_lens.models import LensModel
+from mrp_lens.models.hooks import Site
+from mrp_lens.utils.torch_state import ordinary_torch
+from mrp_lens.utils.validation import generator_for, int_seed
+
+Position = Literal["last", "all"]
+
+REMOVED = "removed"
+NULL_DRAWS = 20
+FLAT = 1e-6  # a singular value below this share of the points' spread is rounding noise, not an axis
+
+
+@ordinary_torch(gradients=False)
+def principal_angles(
+    model: LensModel,
+    texts: Texts,
+    edit: Edit | None = None,
+    *,
+    layers: Sequence[int] | None = None,
+    rank: int = 8,
+    site: Site = "resid_post",
+    documents: int | None = 1000,
+    seed: int = 0,
+    batch_size: int = 32,
+    max_length: int | None = None,
+    padding: PaddingSide = "right",
+    progress: bool = False,
+) -> pd.DataFrame:
+    """Angles between the subspaces in which groups' states lie, and between these and what the edit removes.
+
+    A group's subspace is the span of the first `rank` principal directions of its states, uncentred (the mean counts,
+    as in MRP's start). MRP wants to remove what forget states have and retain states have not: small angles to the
+    first, large ones to the second. After a projection, angles to what it removed are 90 degrees.
+
+    Args:
+        model: HookedTransformer or TransformerBridge, without the edit: it is put on and taken off batch by batch.
+        texts: a corpus, or several by name: {"forget": ..., "retain": ...}. Pads and BOS do not count.
+        edit: of any kind. None: only "before" rows.
+        layers: where to read. None: all.
+        rank: number of principal directions of each group, from 1 to d_model - 1.
+        site: of the hook points.
+        documents: read at most so many of each corpus, chosen at random by `seed`. None: all.
+        seed: of that choice, and of the random subspaces of the control.
+        batch_size: documents at a time.
+        max_length: tokens at which documents are cut. None: the model's context length.
+        padding: "right" or "left".
+        progress: show a progress bar.
+
+    Returns:
+        One row a layer, `when` ("before", "after"), pair and angle: `layer`, `when`, `pair` ("forget-retain",
+        "forget-removed", ...; those with "removed" only where the edit projects at the layer's hook), `number` of the
+        angle (1 is the smallest; as many as the smaller subspace has dimensions), `degrees`, and the control
+        `null_degrees`: the same angle between random subspaces of these ranks, mean of 20 draws.
+
+    Raises:
+        TypeError, ValueError: a rank out of range or above the number of directions that the states span, fewer than
+            two subspaces to compare, a group named "removed", or as in `geometry`.
+
+    Example:
+        >>> frame = principal_angles(model, {"forget": forget, "retain": retain}, fit.edit, rank=4)  # doctest: +SKIP
+    """
+    groups, hooks = groups_of(texts), hooks_at(model, layers, site)
+    reader = PairReader(
+        model,
+        edit,
+        documents=documents,
+        seed=seed,
+        batch_size=batch_size,
+        max_length=max_length,
+        padding=padding,
+        progress=progress,
+    )
+    removed = removed_at(model, edit, hooks)
+    d_model = int(model.cfg.d_model)
+    if isinstance(rank, bool) or not isinstance(rank, int):
+        raise TypeError(f"rank must be an int, got {rank!r}")
+    if not 1 <= rank < d_model:
+        raise ValueError(f"rank {rank} is out of range: the model's stream has room for 1 to {d_model - 1} directions")
+    if REMOVED in groups:
+        raise ValueError(f"a group cannot be named {REMOVED!r}, which stands for what the edit removes; rename it")
+    if len(groups) == 1 and not removed:
+        raise ValueError(
+            "nothing to compare: give several corpora by name, or an edit with a projection at one of the hooks "
+            f"{', '.join(hooks.values())}"
+        )
+    spans: dict[tuple[int, When], dict[str, Subspace]] = {}
+    for group, corpus in groups.items():
+        for when, by_layer in read_moments(reader, corpus, hooks).items():
+            for layer, moments in by_layer.items():
+                spans.setdefault((layer, when), {})[group] = _span(moments, rank, group, layer, when)
+    null_angles = cache(lambda ranks: _null_angles(ranks, d_model, seed))
+    rows = []
+    for (layer, when), known in sorted(spans.items(), key=lambda entry: (entry[0][0], entry[0][1] == "after")):
+        subspaces = known | ({REMOVED: removed[layer].to("cpu")} if layer in removed else {})
+        for one, other in combinations(subspaces, 2):
+            ranks = (subspaces[one].rank, subspaces[other].rank)
+            null = null_angles(ranks)
+            for number, angle in enumerate(_degrees(subspaces[one], subspaces[other])):
+                rows.append(
+                    {
+                        "layer": layer,
+                        "when": when,
+                        "pair": f"{one}-{other}",
+                        "number": number + 1,
+                        "degrees": angle,
+                        "null_degrees": null[number],
+                    }
+                )
+    return pd.DataFrame(rows)
+
+
+@ordinary_torch(gradients=False)
+def principal_plane(
+    model: LensModel,
+    texts: Texts,
+    edit: Edit | None = None,
+    *,
+    layer: int,
+    dims: int = 2,
+    points: int = 300,
+    position: Position = "last",
+    site: Site = "resid_post",
+    seed: int = 0,
+    batch_size: int = 32,
+    max_length: int | None = None,
+    padding: PaddingSide = "right",
+    progress: bool = False,
+) -> pd.DataFrame:
+    """Some states of each group, before and after the edit, in the plane of the first principal directions.
+
+    The axes are those of the *unedited* states of all groups together, centred at their mean: the plane stands still
+    while the edit moves the states. It shows `share_x + share_y` of the variance; what happens outside is not seen.
+
+    Args:
+        model: HookedTransformer or TransformerBridge, without the edit: it is put on and taken off batch by batch.
+        texts: a corpus, or several by name: {"forget": ..., "retain": ...}.
+        edit: of any kind. None: only "before" rows.
+        layer: where to read.
+        dims: 2, or 3 for a `z`.
+        points: states of each group at most.
+        position: "last": the state at the last token of each of `points` documents; "all": `points` of the states at all
+            tokens (pads and BOS do not count) of these documents. Documents and states are chosen at random.
+        site: of the hook point.
+        seed: of the choice.
+        batch_size: documents at a time.
+        max_length: tokens at which documents are cut. None: the model's context length.
+        padding: "right" or "left".
+        progress: show a progress bar.
+
+    Returns:
+        One row a group, `when` ("before", "after") and state: `group`, `when`, `document` (its place in the corpus),
+        `position` (of the token among the document's, BOS not counted, from 0), `token` (the string at which the state
+        is read), `x`, `y` (and `z`) in units of the stream, and, the same in all rows, `share_x`, `share_y` (and
+        `share_z`): the axis's share of the unedited states' variance. An axis points where its largest loading is
+        positive.
+
+    Raises:
+        TypeError, ValueError: dims other than 2 or 3, states that lie on fewer axes, no point, an unknown position, or as
+            in `geometry`.
+
+    Example:
+        >>> frame = principal_plane(model, {"forget": forget, "retain": retain}, fit.edit, layer=5)  # doctest: +SKIP
+    """
+    if dims not in (2, 3):
+        raise ValueError(f"dims must be 2 or 3, got {dims!r}")
+    if points < 1:
+        raise ValueError(f"points must be at least 1, got {points}")
+    if position not in get_args(Position):
+        raise ValueError(f"unknown position {position!r}; choose one of {', '.join(get_args(Position))}")
+    groups, hook = groups_of(texts), hooks_at(model, [layer], site)[layer]
+    reader = PairReader(
+        model,
+        edit,
+        documents=points,
+        seed=seed,
+        batch_size=batch_size,
+        max_length=max_length,
+        padding=padding,
+        progress=progress,
+    )
+    found = {group: _read_points(reader, corpus, hook, position, points) for group, corpus in groups.items()}
+    before = torch.cat([states["before"] for _, states in found.values()])
+    centre = before.mean(dim=0)
+    axes, shares = _axes(before - centre, dims)
+    names = "xyz"[:dims]
+    parts = []
+    for group, (labels, states) in found.items():
+        strings = [str(model.tokenizer.decode([token])) for token in labels["token"]]
+        for when, chosen in states.items():
+            places = pd.DataFrame(((chosen - centre) @ axes.T).numpy(), columns=list(names))
+            parts.append(pd.concat([labels.assign(token=strings), places], axis=1).assign(group=group, when=when))
+    frame = pd.concat(parts, ignore_index=True)
+    return frame[["group", "when", *labels.columns, *names]].assign(
+        **{f"share_{name}": share for name, share in zip(names, shares, strict=True)}
+    )
+
+
+def _span(moments: Moments, rank: int, group: str, layer: int, when: When) -> Subspace:
+    try:
+        return moments.top_directions(rank)
+    except ValueError as error:
+        raise ValueError(f"{group!r}, layer {layer}, {when} the edit: {error}; lower rank or give more text") from error
+
+
+def _degrees(one: Subspace, other: Subspace) -> list[float]:
+    return torch.rad2deg(one.principal_angles(other).double()).tolist()
+
+
+def _null_angles(ranks: tuple[int, int], d_model: int, seed: int) -> list[float]:
+    """Mean angles in degrees between random subspaces of these ranks."""
+    seeds = torch.randint(2**62, (NULL_DRAWS, 2), generator=generator_for(seed)).tolist()
+    draws = [
+        _degrees(*(Subspace.random(rank, d_model, seed=of) for rank, of in zip(ranks, pair, strict=True)))
+        for pair in seeds
+    ]
+    return np.mean(draws, axis=0).tolist()
+
+
+def _read_points(
+    reader: PairReader, corpus: Corpus, hook: str, position: Position, points: int
+) -> tuple[pd.DataFrame, dict[When, Float[Tensor, "points d_model"]]]:
+    """Document, position and token id of the chosen states, and the states in float64 on the CPU."""
+    labels, states = pd.DataFrame(), dict[When, Tensor]()
+    for pair in reader.pairs(corpus, [hook]):
+        found = pd.DataFrame({"document": pair.rows.cpu().numpy(), "token": pair.tokens.cpu().numpy()})
+        found.insert(1, "position", found.groupby("document").cumcount())
+        found["order"] = 0.0
+        if position == "last":
+            found = found.groupby("document").tail(1)
+        else:  # each document with random numbers of its own, so that the choice is the same in any batches
+            documents, sizes = torch.unique_consecutive(pair.rows, return_counts=True)
+            own = zip(documents.tolist(), sizes.tolist(), strict=True)
+            found["order"] = np.concatenate(
+                [np.random.default_rng([int_seed(reader.seed), n]).random(size) for n, size in own]
+            )
+        new = {when: by_hook[hook].double().cpu()[found.index.tolist()] for when, by_hook in pair.states.items()}
+        states = {when: torch.cat([states[when], new[when]]) if states else new[when] for when in new}
+        labels = pd.concat([labels, found], ignore_index=True) if len(labels) else found.reset_index(drop=True)
+        chosen = labels.nsmallest(points, "order").sort_values(["document", "position"])
+        states = {when: of_all[chosen.index.tolist()] for when, of_all in states.items()}
+        labels = chosen.reset_index(drop=True)
+    return labels.drop(columns="order"), states
+
+
+def _axes(centred: Float[Tensor, "points d_model"], dims: int) -> tuple[Float[Tensor, "dims d_model"], list[float]]:
+    """The first principal directions, each with its share of the variance; the largest loading is positive."""
+    _, singular, right = torch.linalg.svd(centred, full_matrices=False)
+    spanned = int((singular > FLAT * torch.linalg.vector_norm(singular)).sum())
+    if spanned < dims:
+        raise ValueError(
+            f"{len(centred)} states that differ along {spanned} directions make no plot of {dims}; give more text"
+        )
+    axes = right[:dims]
+    signs = axes.gather(1, axes.abs().argmax(dim=1, keepdim=True)).sign()
+    return axes * signs, (singular.square() / singular.square().sum())[:dims].tolist()

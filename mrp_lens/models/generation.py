@@ -1,0 +1,126 @@
+"""What a model writes: answers, the same on both TransformerLens classes, and texts of its own."""
+
+from collections.abc import Sequence
+from contextlib import ExitStack, suppress
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from mrp_lens.data import Document
+from mrp_lens.models import LensModel, device_of, encoder_for
+from mrp_lens.models.finite import non_finite
+from mrp_lens.models.hooks import frozen
+from mrp_lens.utils.torch_state import ordinary_torch
+
+AT_ONCE = 256  # texts written side by side
+
+
+@ordinary_torch(gradients=False)
+def continuations(model: LensModel, prompts: Sequence[str], *, max_new_tokens: int = 12) -> list[str]:
+    """What the model writes after each prompt: greedy, up to the end-of-text token, special tokens left out.
+
+    Raises:
+        NonFiniteError: its logits became NaN or infinite, after which any token would be as good.
+        ValueError: an empty prompt, where the tokenizer has no BOS to start from.
+    """
+    encoder = encoder_for(model)
+    answers = []
+    with frozen(model), torch.no_grad():
+        for row in encoder.encode([Document("", prompt) for prompt in prompts]):
+            if not row.ids:
+                raise ValueError(
+                    "a prompt is empty, and this model's texts start without BOS: there is nothing to go on from"
+                )
+            tokens = torch.tensor([row.ids], device=encoder.device)
+            output = _written(model, tokens, max_new_tokens=max_new_tokens, do_sample=False)
+            answers.append(str(model.tokenizer.decode(output[0, tokens.shape[1] :], skip_special_tokens=True)).strip())
+    return answers
+
+
+@ordinary_torch(gradients=False)
+def written_texts(model: LensModel, count: int, *, max_new_tokens: int, seed: int, progress: bool = True) -> list[str]:
+    """Texts that the model writes from nothing, sampled at temperature 1; no text twice, in order of the alphabet.
+
+    Args:
+        model: HookedTransformer or TransformerBridge.
+        count: how many are sampled; equal ones count once, so fewer may be left.
+        max_new_tokens: length at most; a text ends before its end-of-text token.
+        seed: of the sampling; the global random state is left as it is.
+        progress: show a progress bar.
+
+    Raises:
+        ValueError: the tokenizer has neither BOS nor EOS to start from; NonFiniteError where logits become NaN or
+            infinite.
+    """
+    tokenizer, start = model.tokenizer, start_token(model)
+    texts: set[str] = set()
+    device = device_of(model)
+    with (
+        frozen(model),
+        torch.no_grad(),
+        torch.random.fork_rng(range(torch.cuda.device_count())),
+        tqdm(total=count, desc="texts", disable=not progress) as bar,
+    ):
+        torch.manual_seed(seed)
+        for begun in range(0, count, AT_ONCE):
+            size = min(AT_ONCE, count - begun)
+            begin = torch.full((size, 1), start, device=device)
+            output = _written(model, begin, max_new_tokens=max_new_tokens, do_sample=True, temperature=1.0)
+            texts.update(tokenizer.decode(row[1:], skip_special_tokens=True).strip() for row in output)
+            bar.update(size)
+    return sorted(texts - {""})
+
+
+def drawn_seed(generator: torch.Generator) -> int:
+    """A seed for a library that takes no generator."""
+    return int(torch.randint(2**31, (1,), generator=generator))
+
+
+def _written(model: LensModel, tokens: Int[Tensor, "batch seq"], **how: Any) -> Int[Tensor, "batch longer"]:
+    """The model's own `generate`, which would take NaN for a token, stopped where logits are not finite."""
+    read: list[Tensor] = []
+
+    def remember(_module: Any, args: tuple[Any, ...]) -> None:
+        read.append(args[0])
+
+    def check(_module: Any, _args: Any, logits: Tensor) -> None:
+        if not bool(logits[:, -1].amax(dim=-1).isfinite().all()):
+            raise _NonFinite
+
+    with ExitStack() as stack, suppress(_NonFinite):
+        stack.callback(model.embed.register_forward_pre_hook(remember).remove)
+        stack.callback(model.unembed.register_forward_hook(check).remove)
+        output: Tensor = model.generate(
+            tokens,
+            stop_at_eos=model.tokenizer.eos_token_id is not None,
+            prepend_bos=False,
+            return_type="tokens",
+            verbose=False,
+            **how,
+        )
+        return output
+    cached = len(read) > 1 and read[-1].shape[1] == 1  # then each pass read what was new
+    whole = torch.cat(read, dim=1) if cached else read[-1]
+    raise non_finite(model, whole, torch.ones_like(whole, dtype=torch.bool), "the logits of a text that is written")
+
+
+class _NonFinite(Exception):
+    """Ends a model's `generate` at logits that are not finite."""
+
+
+def start_token(model: LensModel) -> int:
+    """What a text of the model's own starts from: BOS, or EOS where there is none.
+
+    A text from nothing needs a token to start behind. Models without BOS are trained on documents with EOS between
+    them, so EOS is what comes before a text there; a text that is given (`Encoder`) still starts with its own first token.
+
+    Raises:
+        ValueError: the tokenizer has neither.
+    """
+    for token in (model.tokenizer.bos_token_id, model.tokenizer.eos_token_id):
+        if token is not None:
+            return int(token)
+    raise ValueError("this model's tokenizer has neither a BOS nor an EOS token, so it cannot start texts of its own")

@@ -1,0 +1,332 @@
+"""What an axis shows: its title, its kind of scale, and ticks that can be read in the room there is."""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from html import escape
+from typing import Any, Literal
+
+import numpy as np
+import plotly.graph_objects as go
+from numpy.typing import NDArray
+
+# Okabe and Ito's palette, which colour-blind readers can tell apart. The two groups own their colours in every picture.
+FORGET = "#D55E00"
+RETAIN = "#0072B2"
+OTHERS = ("#009E73", "#CC79A7", "#000000", "#56B4E9", "#E69F00")
+INK = "#222222"
+GREY = "#767676"  # controls, and only they
+GREY_BAND = "rgba(118, 118, 118, 0.22)"
+GRID = "#E6E6E6"
+DARK_GREEN, LIGHT_GREEN = (0, 68, 50), (150, 214, 190)  # ends of the scale for ordered quantities
+
+FILLED = ("circle", "square", "diamond", "triangle-up", "x", "star", "cross", "triangle-down")
+SYMBOLS = (*FILLED, *(f"{symbol}-open" for symbol in FILLED))
+
+WIDTH = 900  # pixels, of a notebook's cell and of the report's column
+LEFT, RIGHT, BOTTOM = 80, 24, 58
+TITLE, NOTE, LEGEND_ROW, PANEL_TITLE = 34, 26, 21, 24
+CHARACTER = 6.6  # pixels, of a tick label or a legend entry
+LONGEST_LABEL = 40  # characters of a prompt that a legend can show
+
+FONT = {"family": "Helvetica, Arial, sans-serif", "size": 12, "color": INK}
+AXIS = {
+    "showline": True,
+    "linecolor": INK,
+    "gridcolor": GRID,
+    "zeroline": False,
+    "ticks": "outside",
+    "tickangle": 0,
+    "title": {"standoff": 10},
+}
+TEMPLATE = go.layout.Template(
+    layout={"font": FONT, "paper_bgcolor": "white", "plot_bgcolor": "white", "xaxis": AXIS, "yaxis": AXIS}
+)
+
+
+Along = Literal["x", "y"]
+Values = NDArray[np.float64]
+Scale = Literal["linear", "log", "auto", "layer", "category"]
+WIDE = 10.0  # positive values whose largest is this many times the smallest are shown on a log scale
+FARTHEST_END = 10.0  # an interval that reaches towards 0 does not stretch a log scale by more than this factor
+LAYER_STEPS = (1, 2, 4, 5, 8, 10, 20, 40)
+
+
+@dataclass(frozen=True)
+class Look:
+    """How points are drawn, and what the legend calls them; points of one name share an entry.
+
+    Attributes:
+        name: in the legend.
+        colour: of line, marker and interval.
+        dash: of the line.
+        symbol: of the marker.
+        mode: "lines", "markers" or "lines+markers".
+    """
+
+    name: str
+    colour: str
+    dash: str = "solid"
+    symbol: str = "circle"
+    mode: str = "lines+markers"
+
+    @property
+    def width(self) -> float:
+        """Of lines and bars in pixels: forget is drawn first and wider, so that it shows where retain lies upon it."""
+        return 2.6 if self.colour == FORGET else 1.6
+
+    @property
+    def side(self) -> int:
+        """Where the group stands beside the true place: its points and bars would otherwise hide the other group's."""
+        return {FORGET: -1, RETAIN: 1}.get(self.colour, 0)
+
+    @property
+    def line(self) -> dict[str, Any]:
+        """In plotly's words."""
+        return {"color": self.colour, "dash": self.dash, "width": self.width}
+
+    @property
+    def marker(self) -> dict[str, Any]:
+        """In plotly's words; symbols such as "line-ew" are nothing but their outline."""
+        return {
+            "color": self.colour,
+            "symbol": self.symbol,
+            "size": 20 if self.symbol == "line-ew" else 4 + 2 * self.width,
+            "line": {"color": self.colour, "width": 1.4},
+        }
+
+
+def control_dash(group: str) -> str:
+    """Tells apart the controls of the groups, which are all grey."""
+    return {"forget": "dash", "retain": "dot"}.get(group, "dashdot")
+
+
+def group_colours(names: Iterable[str]) -> dict[str, str]:
+    """Group -> colour: forget and retain have theirs always, others one each in order of appearance."""
+    rest = [name for name in dict.fromkeys(names) if name not in ("forget", "retain")]
+    return {"forget": FORGET, "retain": RETAIN} | {name: OTHERS[i % len(OTHERS)] for i, name in enumerate(rest)}
+
+
+def sequential(count: int) -> list[str]:
+    """Colours from dark to light, for things that come in an order."""
+    shares = np.linspace(0, 1, count) if count > 1 else np.zeros(1)
+    mixed = [np.array(DARK_GREEN) * (1 - share) + np.array(LIGHT_GREEN) * share for share in shares]
+    return ["rgb({:.0f}, {:.0f}, {:.0f})".format(*colour) for colour in mixed]
+
+
+def shortened(text: str, longest: int = LONGEST_LABEL) -> str:
+    """Cut to what there is room for, and taken literally."""
+    flat = " ".join(str(text).split())
+    return literal(flat if len(flat) <= longest else f"{flat[: longest - 1].rstrip()}…")
+
+
+def literal(text: object) -> str:
+    """A text such as "<s>" must not be taken for markup, which plotly would draw, links included."""
+    return escape(str(text), quote=False)
+
+
+def dress(
+    figure: go.Figure, *, title: str, note: str, legend: Iterable[str], height: float, left: float, titled: bool
+) -> None:
+    """Put title, note and legend above panels of this joint height, with as much room as they fill."""
+    rows = _legend_rows((CHARACTER * len(name) + 44 for name in legend), WIDTH - left - RIGHT)
+    top = TITLE + NOTE + LEGEND_ROW * rows + (PANEL_TITLE if titled else 0) + 8
+    whole = top + height + BOTTOM
+    figure.update_layout(
+        template=TEMPLATE,
+        width=WIDTH,
+        height=whole,
+        margin={"l": left, "r": RIGHT, "t": top, "b": BOTTOM},
+        title={
+            "text": title,
+            "subtitle": {"text": note, "font": {"size": 12}},
+            "font": {"size": 16},
+            "x": 12 / WIDTH,
+            "y": 1 - 12 / whole,
+            "yanchor": "top",
+        },
+        legend={
+            "orientation": "h",
+            "x": 0,
+            "y": 1 - (TITLE + NOTE) / whole,
+            "yref": "container",
+            "yanchor": "top",
+            "itemsizing": "trace",
+            "tracegroupgap": 0,
+        },
+        showlegend=True,
+        hovermode="closest",
+    )
+    figure.update_annotations(font_size=13)
+
+
+def _legend_rows(widths: Iterable[float], room: float) -> int:
+    """How many rows entries of these widths fill, one after another."""
+    rows, used = 1, 0.0
+    for width in widths:
+        rows, used = (rows + 1, width) if used + width > room else (rows, used + width)
+    return rows
+
+
+def points(
+    x: Values,
+    y: Values,
+    look: Look,
+    *,
+    ends: tuple[Values, Values] | None = None,
+    along: Along = "y",
+    opacity: float = 1.0,
+) -> go.Scatter:
+    """Points, joined or not, with intervals along y (or x). Hovering tells their own x and y, wherever they are drawn."""
+    told, hover = [x, y], "%{fullData.name}<br>%{customdata[0]:.4g}: %{customdata[1]:.4g}"
+    bars: dict[str, Any] = {}
+    if ends:
+        told += ends
+        hover += " [%{customdata[2]:.4g}, %{customdata[3]:.4g}]"
+        bars[f"error_{along}"] = _bars(ends[0], y if along == "y" else x, ends[1], look)
+    drawn = np.isfinite(x) & np.isfinite(y)
+    return go.Scatter(
+        x=_or_none(x),
+        y=_or_none(y),
+        name=shortened(look.name),
+        mode="markers" if drawn.sum() == 1 else look.mode,  # one point makes no line
+        line=look.line,
+        marker=look.marker,
+        opacity=opacity,
+        customdata=[_or_none(row) for row in np.stack(told, axis=1)],
+        hovertemplate=hover + "<extra></extra>",
+        **bars,
+    )
+
+
+def band(x: Values, low: Values, high: Values, *, name: str) -> go.Scatter:
+    """A grey band over places in order."""
+    return go.Scatter(
+        x=np.concatenate([x, x[::-1]]),
+        y=np.concatenate([low, high[::-1]]),
+        name=literal(name),
+        fill="toself",
+        fillcolor=GREY_BAND,
+        line={"width": 0, "color": GREY},
+        mode="lines",
+        hoverinfo="skip",
+    )
+
+
+def level(value: float, look: Look, along: Along) -> go.Scatter:
+    """A line at one value, whose ends are still to be set."""
+    places = {along: [None, None], "y" if along == "x" else "x": [value, value]}
+    hover = f"%{{fullData.name}}: {value:.4g}<extra></extra>"
+    return go.Scatter(**places, name=literal(look.name), mode="lines", line=look.line, hovertemplate=hover)
+
+
+def floats(values: Iterable[float]) -> Values:
+    """As an array of float64."""
+    return np.asarray(list(values), dtype=float)
+
+
+def _bars(low: Values, middle: Values, high: Values, look: Look) -> dict[str, Any]:
+    return {
+        "array": _or_none(high - middle),
+        "arrayminus": _or_none(middle - low),
+        "thickness": look.width,
+        "width": 3,
+        "color": look.colour,
+    }
+
+
+def _or_none(values: Values) -> list[float | None]:
+    """NaN as the gap that JSON knows."""
+    return [float(value) if math.isfinite(value) else None for value in values]
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One axis of a panel.
+
+    Attributes:
+        title: what it shows, with the unit.
+        scale: "auto" is a log scale where all values are positive and far apart, else linear; "layer" has integer
+            ticks; "category" places the categories at 0, 1, 2, ...
+        limits: of a linear axis. None: as the values need.
+        categories: the labels of a "category" axis.
+        downwards: the first category is on top.
+    """
+
+    title: str
+    scale: Scale = "linear"
+    limits: tuple[float, float] | None = None
+    categories: Sequence[str] = ()
+    downwards: bool = False
+
+    def options(self, values: Iterable[float], pixels: float, *, ends: Iterable[float] = ()) -> dict[str, Any]:
+        """Plotly's settings for an axis that long which shows these values, and the ends of their intervals."""
+        shown = np.array([value for value in values if math.isfinite(value)])
+        if self.scale == "category":
+            return self._categories()
+        if self.scale == "layer" and len(shown):
+            return _layers(shown, pixels)
+        reached = np.array([end for end in ends if math.isfinite(end)])
+        if self._is_log(shown):
+            return _logarithmic(shown[shown > 0], reached, pixels)
+        options: dict[str, Any] = {"nticks": max(4, int(pixels // 32))}
+        limits = self.limits or _limits(np.array([*shown, *reached]))
+        return options | ({"range": list(limits)} if limits else {})
+
+    def _is_log(self, shown: Any) -> bool:
+        if self.scale == "auto":
+            return bool(len(shown) and shown.min() > 0 and shown.max() > WIDE * shown.min())
+        return self.scale == "log" and bool((shown > 0).any())
+
+    def _categories(self) -> dict[str, Any]:
+        return {
+            "tickmode": "array",
+            "tickvals": list(range(len(self.categories))),
+            "ticktext": [shortened(name) for name in self.categories],
+            "range": [-0.5, len(self.categories) - 0.5][:: -1 if self.downwards else 1],
+            "showgrid": False,
+        }
+
+
+def fits(labels: Sequence[str], pixels: float) -> bool:
+    """Whether such labels stand side by side along so many pixels."""
+    return max(map(len, labels)) * CHARACTER + 8 <= pixels / len(labels)
+
+
+def _limits(values: Any) -> tuple[float, float] | None:
+    """Of a linear axis: a little beyond the values; None leaves it to plotly."""
+    if not len(values):
+        return None
+    margin = 0.06 * (values.max() - values.min()) or 0.1 * abs(values[0]) or 1.0
+    return values.min() - margin, values.max() + margin
+
+
+def _layers(shown: Any, pixels: float) -> dict[str, Any]:
+    first, last = int(shown.min()), int(shown.max())
+    step = next((step for step in LAYER_STEPS if (last - first) / step * 30 <= pixels), LAYER_STEPS[-1])
+    margin = max(0.4, 0.03 * (last - first))
+    return {"tickmode": "linear", "tick0": 0, "dtick": step, "range": [first - margin, last + margin]}
+
+
+def _logarithmic(shown: Any, ends: Any, pixels: float) -> dict[str, Any]:
+    lowest, highest = shown.min(), shown.max()
+    ends = ends[ends > 0].clip(lowest / FARTHEST_END, highest * FARTHEST_END)
+    low, high = math.log10(min([lowest, *ends])), math.log10(max([highest, *ends]))
+    margin = max(0.06 * (high - low), 0.08)
+    low, high = low - margin, high + margin
+    decades = range(math.floor(low), math.ceil(high) + 1)
+    room = max(3, int(pixels // 45))
+    for factors in (*([(1, 2, 3, 4, 5, 6, 8)] if high - low < 1 else []), (1, 2, 5), (1, 3), (1,)):
+        exact = [(power, factor) for power in decades for factor in factors]
+        ticks = [(p, f) for p, f in exact if low <= p + math.log10(f) <= high]
+        if len(ticks) <= room:
+            break
+    every = math.ceil(len(ticks) / room)
+    ticks = ticks[::every]
+    return {
+        "type": "log",
+        "range": [low, high],
+        "tickmode": "array",
+        "tickvals": [factor * 10.0**power for power, factor in ticks],
+        "ticktext": [f"{float(f'{factor}e{power}'):g}" for power, factor in ticks],
+    }

@@ -1,5 +1,0 @@
-"""A run folder as one HTML page that opens offline."""
-
-from mrp_lens.report.page import write_report
-
-__all__ = ["write_report"]

@@ -1,0 +1,1 @@
+"""What a command or study leaves: its record, sweeps, the report page."""

@@ -1,0 +1,171 @@
+"""The page of a run folder: what was done, the table, the figures, answers, settings and versions."""
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from string import Formatter
+from typing import Any
+
+import pandas as pd
+from jinja2 import Environment, PackageLoader, StrictUndefined, UndefinedError
+from plotly.offline import get_plotlyjs
+
+from mrp_lens.plots import PICTURES
+from mrp_lens.runs.record import FRAMES
+from mrp_lens.runs.report.table import table_of
+from mrp_lens.utils.io import write_text
+
+PAGE = "report.html"
+EDIT_CONFIG = "edit_config.json"
+
+# A setting that tells a kind of fit from those below it -> what was done.
+DONE = {
+    "rank": "subspaces of rank {rank} removed from the residual stream at layers {layers}",
+    "trained_layers": "MLP output matrices of layers {trained_layers} trained to steer forget states of layer {layer} to a random direction",
+    "agreement": "matrices of layers {layers} replaced by noise and taught again what the projection leaves alone",
+    "site": "one direction removed from the residual stream at layers {layers}",
+    "layers": "MLP output matrices of layers {layers} trained on what the model predicts",
+}
+OTHERWISE = "fitted with the settings below"
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A figure on the page: the name of its function, what it shows, and the figure as HTML."""
+
+    name: str
+    caption: str
+    html: str
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """An edit of the run: what it is called, a sentence about it, and its settings."""
+
+    name: str
+    sentence: str
+    settings: Mapping[str, Any]
+
+
+def write_report(folder: str | Path, *, out: str | Path | None = None) -> Path:
+    """Make one self-contained HTML page of a run folder; it opens without a network.
+
+    Args:
+        folder: that a command or study wrote: `summary.json`, and `frames/`, edits and `finding.md` where there are.
+        out: the page. None: `report.html` in the folder.
+
+    Returns:
+        The path of the page.
+
+    Raises:
+        FileNotFoundError: there is no such folder, or no `summary.json` in it.
+        ValueError: a file in it is damaged.
+    """
+    source = Path(folder)
+    if not (source / "summary.json").is_file():
+        raise FileNotFoundError(
+            f"{source} holds no summary.json; give the folder that a command or study of mrp_lens wrote, such as runs/demo"
+        )
+    finding = source / "finding.md"
+    environment = Environment(
+        loader=PackageLoader("mrp_lens.runs.report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
+    with _named(source / "finding.md"):
+        paragraphs = finding.read_text(encoding="utf-8").strip().split("\n\n") if finding.is_file() else []
+    edits, pictures = list(edits_in(source)), list(pictures_in(source))
+    with _named(source / "summary.json"):
+        summary = json.loads((source / "summary.json").read_text(encoding="utf-8"))
+        html = environment.get_template("page.html.jinja").render(
+            summary=summary,
+            table=table_of(summary["rows"]),
+            finding=paragraphs,
+            edits=edits,
+            pictures=pictures,
+            examples=summary["examples"],
+            plotlyjs=get_plotlyjs(),
+        )
+    target = source / PAGE if out is None else Path(out)
+    write_text(target, html)
+    return target
+
+
+@contextmanager
+def _named(file: Path) -> Iterator[None]:
+    """What cannot be read inside is an error that names the file.
+
+    Raises:
+        ValueError: says what is wrong with it.
+    """
+    try:
+        yield
+    except (
+        ArithmeticError,
+        AttributeError,
+        LookupError,
+        RecursionError,
+        TypeError,
+        UndefinedError,
+        ValueError,
+    ) as error:
+        raise ValueError(f"{file} is damaged ({error!r}); run the command again") from error
+
+
+def pictures_in(folder: Path) -> Iterator[Picture]:
+    """Every stored frame, drawn by the function whose name it bears, in the order of `PICTURES`."""
+    for name, draw in PICTURES.items():
+        path = folder / FRAMES / f"{name}.csv"
+        if path.is_file():
+            with _named(path):
+                figure = draw(pd.read_csv(path))
+            html = figure.to_html(full_html=False, include_plotlyjs=False, config={"displaylogo": False})
+            yield Picture(name, (draw.__doc__ or "").strip().splitlines()[0], html)
+
+
+def edits_in(folder: Path) -> Iterator[Fitted]:
+    """The edits that the run saved, told from their records; each fit once, however many edits went on from it."""
+    told = set()
+    for path in sorted(folder.glob(f"**/{EDIT_CONFIG}")):
+        with _named(path):
+            fits = list(_fits_in(path))
+        for words, settings in fits:
+            if words not in told:
+                told.add(words)
+                yield Fitted(str(path.parent.relative_to(folder)), words, settings)
+
+
+def _fits_in(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """A sentence about each fit of an edit that is on disk, and its settings."""
+    config = json.loads(path.read_text(encoding="utf-8"))
+    parts = config["settings"]["parts"] if config["kind"] == "stack" else [config]
+    for part in parts:
+        records = part["provenance"].get("requests", {"": part["provenance"]})
+        for request, record in records.items():
+            if "method" in record:
+                yield sentence(record, request), dict(record["settings"])
+
+
+def sentence(record: Mapping[str, Any], request: str) -> str:
+    """What was done, from the record of a fit; of a method that this page does not know, that it was fitted."""
+    settings, data = record["settings"], record["data"]
+    told = {key: listed(value) if key.endswith("layers") else value for key, value in settings.items()}
+    known = (words for key, words in DONE.items() if key in settings)
+    done = next((words for words in known if set(_names(words)) <= told.keys()), OTHERWISE).format_map(told)
+    sides = {side: sum(part["documents"] for part in data[side]) for side in ("forget", "retain")}
+    about = f" (request {request})" if request else ""
+    return (
+        f"{record['method']}{about}: {done}; {record['steps_done']} steps, {sides['forget']} documents to forget, "
+        f"{sides['retain']} to keep, seed {record['seed']}"
+    )
+
+
+def _names(words: str) -> list[str]:
+    """The names in the braces of a template."""
+    return [name for _, name, _, _ in Formatter().parse(words) if name]
+
+
+def listed(values: Any) -> str:
+    """3, 5 and 7."""
+    items = [str(value) for value in values] if isinstance(values, list | tuple) else [str(values)]
+    return ", ".join(items) if len(items) < 2 else f"{', '.join(items[:-1])} and {items[-1]}"

@@ -1,0 +1,1 @@
+"""What every room uses: validation, atomic files, the store of results, torch's switches."""

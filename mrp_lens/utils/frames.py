@@ -1,0 +1,30 @@
+"""Frames as JSON rows and back, and the versions that a figure depends on."""
+
+import platform
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from typing import Any
+
+import pandas as pd
+
+PACKAGES = ("mrp_lens", "torch", "transformer_lens", "transformers")
+
+Row = Mapping[str, Any]
+
+
+def versions() -> dict[str, str]:
+    """Versions of what a figure depends on."""
+    return {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
+
+
+def rows_of(frame: pd.DataFrame) -> list[Row]:
+    """The rows of a frame; what it does not know is None, as JSON has no NaN."""
+    return [
+        {str(key): None if value != value else value for key, value in row.items()} for row in frame.to_dict("records")
+    ]
+
+
+def frame_of(rows: Sequence[Row]) -> pd.DataFrame:
+    """The inverse: what is not known is NaN again."""
+    frame = pd.DataFrame(list(rows))
+    return frame.astype(dict.fromkeys(frame.columns[frame.isna().all()], float))

@@ -1,0 +1,140 @@
+"""A folder of results computed one by one, each whole or not at all, so that a killed run goes on where it stopped."""
+
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from mrp_lens.utils.frames import frame_of, rows_of
+from mrp_lens.utils.io import PARTIAL, make_folder, read_json, sole_process, write_json
+
+POINTS = "points"
+REMEDY = "remove it, and run the command again"
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """The folder of a run whose settings are fixed: `<kind>.json` holds these, `points/` one file a result."""
+
+    folder: Path
+
+    @classmethod
+    def claim(cls, folder: str | Path, kind: str, settings: Mapping[str, Any], *, overwrite: bool = False) -> "Pieces":
+        """Make the folder, or go on in one of the same settings.
+
+        Args:
+            folder: of the run.
+            kind: what it is called in errors, such as "sweep".
+            settings: everything that the results depend on; JSON.
+            overwrite: begin anew, whatever the folder holds.
+
+        Raises:
+            ValueError: the folder holds such a run with other settings (which differ is said), or its settings are damaged.
+            FileExistsError: it holds something else.
+            OSError: it cannot be made or written into.
+        """
+        target = Path(folder)
+        if overwrite and target.is_dir():
+            shutil.rmtree(target)
+        check_holds(target, kind)
+        make_folder(target / POINTS)
+        path = target / f"{kind}.json"
+        plain: dict[str, Any] = json.loads(json.dumps(settings))
+        known = read_json(path, REMEDY) if path.is_file() else None
+        differing = [] if known is None else _differing(known, plain)
+        begun = any(entry != path for entry in target.rglob("*") if not entry.is_dir())
+        if differing and begun:
+            raise ValueError(
+                f"{target} holds a {kind} with other settings: {'; '.join(differing)}. Choose another folder, or the same settings"
+            )
+        if known is None or differing:
+            write_json(path, plain)
+        return cls(target)
+
+    @property
+    def lock(self) -> AbstractContextManager[None]:
+        """For a run that is not split into shards: refuses a second process in the same folder."""
+        return sole_process(self.folder / POINTS)
+
+    def stored(self, name: str) -> dict[str, Any] | None:
+        """The result of that name, if it is there.
+
+        Raises:
+            ValueError: its file is damaged.
+        """
+        path = self.folder / POINTS / f"{name}.json"
+        return read_json(path, REMEDY) if path.is_file() else None
+
+    def keep(self, name: str, content: Mapping[str, Any]) -> dict[str, Any]:
+        """Write a result; returns it as it will be read."""
+        (self.folder / POINTS).mkdir(exist_ok=True)
+        write_json(self.folder / POINTS / f"{name}.json", content)
+        kept: dict[str, Any] = json.loads(json.dumps(content))
+        return kept
+
+    def once(self, name: str, compute: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
+        """The result of that name, computed and written unless it is there already."""
+        known = self.stored(name)
+        return self.keep(name, compute()) if known is None else known
+
+    def frame(self, name: str, compute: Callable[[], pd.DataFrame]) -> pd.DataFrame:
+        """The frame of that name, likewise."""
+        return frame_of(self.once(name, lambda: {"rows": rows_of(compute())})["rows"])
+
+    def frames(self, name: str, compute: Callable[[], Mapping[str, pd.DataFrame]]) -> dict[str, pd.DataFrame]:
+        """Several frames that are computed together, likewise."""
+        stored = self.once(name, lambda: {key: rows_of(frame) for key, frame in compute().items()})
+        return {key: frame_of(rows) for key, rows in stored.items()}
+
+    def check_same(self, name: str, value: Mapping[str, Any]) -> None:
+        """Note what the run began with, and refuse to go on with something else.
+
+        Raises:
+            ValueError: says what differs.
+        """
+        differing = _differing(self.once(name, lambda: value), json.loads(json.dumps(value)))
+        if differing:
+            raise ValueError(
+                f"{self.folder} was begun with another {name}: {'; '.join(differing)}. Choose another folder, or the same {name}"
+            )
+
+    def tidy(self) -> None:
+        """Remove what processes left that were killed while they wrote; call it once nobody writes any more."""
+        for leftover in self.folder.rglob(f".*{PARTIAL}"):
+            leftover.unlink(missing_ok=True)
+
+
+def check_holds(folder: str | Path, kind: str) -> None:
+    """Refuse a folder that holds something other than a run of this kind, before any work is done.
+
+    Raises:
+        FileExistsError: it is not empty and holds no such run.
+    """
+    target = Path(folder)
+    if target.exists() and not (target / f"{kind}.json").is_file() and (not target.is_dir() or any(target.iterdir())):
+        raise FileExistsError(
+            f"{target} exists and holds no {kind}; choose another folder, or replace it where there is --overwrite"
+        )
+
+
+def _differing(known: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+    """What differs, in words. Of a model, what an earlier version did not write down is not compared."""
+    differing = []
+    for key, value in wanted.items():
+        there = known.get(key)
+        if key in ("model", "reference") and isinstance(there, dict) and isinstance(value, dict):
+            value = {name: entry for name, entry in value.items() if name in there}
+            there = {name: there[name] for name in value}
+        if there != value:
+            differing.append(f"{key} ({_short(there)} there, {_short(value)} now)")
+    return differing
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -1,0 +1,205 @@
+"""Requests one after another: the study measures what it says, loses nothing, and is gone on with shard by shard."""
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from analysis import continual
+from analysis.common.sequence import Requests, numbers_in
+from analysis.continual import with_settings
+from mrp_lens.data import Corpus, Questions
+from mrp_lens.data.task import Case
+from mrp_lens.data.world import World
+from mrp_lens.edits import load_edit
+from mrp_lens.methods import MRP, RMU, Fit
+from mrp_lens.metrics import perplexity
+from mrp_lens.models import LensModel
+from mrp_lens.training.loop import NonFiniteLossError
+from tests.conftest import D_MODEL
+
+
+def test_a_topic_stays_until_it_is_requested(world: World) -> None:
+    requests = Requests.of_world(world.topics, limit=10)
+    for gone in (world.topics[:1], world.topics[:3], world.topics):
+        stated = {document.prompt for document in requests.retain(gone).documents}
+        for topic in world.topics:
+            assert stated.isdisjoint({d.prompt for d in requests.forget[topic].documents}) == (topic in gone)
+        kept = requests.kept(gone)
+        assert (kept.groups if kept is not None else ()) == tuple(t for t in world.topics if t not in gone)
+    assert len(requests.retain(world.topics)) == len(world.ordinary("fit"))
+    assert requests.retain(world.topics).documents[0].prompt == ""
+
+
+def test_the_seed_draws_the_order(world: World) -> None:
+    requests = Requests.of_world(world.topics)
+    orders = {requests.order(seed) for seed in range(8)}
+    assert len(orders) > 1
+    assert all(sorted(order) == sorted(world.topics) for order in orders)
+    assert requests.order(3) == requests.order(3)
+
+
+def test_what_is_measured_is_what_is_asked_for(model: LensModel, world: World, untouched: None) -> None:
+    requests = replace(Requests.of_world(world.topics, limit=6), held_out=world.text().spread(8))
+    gone = world.topics[:3]
+    some = requests.measure(model, None, asked=gone, gone=gone)
+    assert (tuple(some["asked"]), tuple(some["kept"])) == (gone, world.topics[3:])
+    assert some["text_perplexity"] == pytest.approx(perplexity(model, requests.held_out)["perplexity"].iloc[0])
+    assert requests.measure(model, None, asked=world.topics, gone=world.topics)["kept"] == {}
+
+
+def test_each_file_needs_a_quiz_and_a_name_of_its_own(texts: tuple[Corpus, Corpus]) -> None:
+    case, quiz = Case((texts[0],), texts[1], texts[1]), Questions(())
+    with pytest.raises(ValueError, match="1 files of --forget need as many of --questions, in the same order; got 2"):
+        Requests.of_files(case, [quiz, quiz])
+    with pytest.raises(ValueError, match="told apart by the names of their files; got forget, forget"):
+        Requests.of_files(replace(case, forget=(texts[0], texts[0])), [quiz, quiz])
+
+
+def test_hyperparameters_are_set_for_all_methods_that_have_them_or_for_one() -> None:
+    methods = {"mrp": MRP(), "rmu": RMU()}
+    changed = with_settings(methods, ["steps=7", "rank=3", "rmu.lr=0.5", "mrp.init=random"])
+    assert changed == {"mrp": MRP(steps=7, rank=3, init="random"), "rmu": RMU(steps=7, lr=0.5)}
+    for wrong in ("rank", "rmu.rank=3", "depth=2", "npo.steps=3"):
+        with pytest.raises(ValueError, match=rf"--set {wrong}: none of mrp, rmu has"):
+            with_settings(methods, [wrong])
+
+
+@pytest.fixture
+def files(tiny_folder: Path, tmp_path: Path) -> list[str]:
+    """Options: three requests on the tiny model, each fit of one step."""
+    options = ["--model", str(tiny_folder), "--backend", "bridge"]
+    names = {}
+    for role in ("one", "two", "three", "kept"):
+        rows = [
+            {
+                "q": f"The colour of {role}{i} is",
+                "a": ["red", "blue"],
+                "y": i % 2,
+                "text": f"The colour of {role}{i} is red.",
+            }
+            for i in range(8)
+        ]
+        names[role] = tmp_path / f"{role}.jsonl"
+        names[role].write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "retain.txt").write_text("\n".join(f"The old man walked near the house {i}." for i in range(20)))
+    asked = [str(names[role]) for role in ("one", "two", "three")]
+    options += ["--forget", *asked, "--questions", *asked, "--retain", str(tmp_path / "retain.txt")]
+    options += ["--retain-questions", str(names["kept"]), "--question-prompt", "{q}", "--choices", "a", "--answer", "y"]
+    return [*options, "--set", "steps=1", "--set", "batch_size=4", "--out", str(tmp_path / "out")]
+
+
+def parts_of(out: Path, method: str, n: int) -> tuple[Any, ...]:
+    """The parts of the edit after n requests."""
+    return load_edit(out / "edits" / f"{method}-seed0-request{n}").parts
+
+
+def points(folder: Path) -> dict[str, Any]:
+    return {path.stem: json.loads(path.read_text()) for path in (folder / "points").iterdir()}
+
+
+def test_shards_make_one_study_that_says_what_each_request_took(files: list[str], tmp_path: Path) -> None:
+    out, options = tmp_path / "out", [*files, "--methods", "mrp,rmu"]
+    continual.main([*options, "--requests", "2", "--shard", "1/2"])
+    assert not (out / "finding.md").exists()
+    continual.main([*options, "--shard", "2/2"])
+    continual.main([*options, "--shard", "1/2"])  # the third request of the first sequence was missing
+    rows = {(r["method"], r["requests"]): r for r in json.loads((out / "summary.json").read_text())["rows"]}
+    assert list(rows) == [(name, n) for name in ("unedited", "mrp", "rmu") for n in (1, 2, 3)]
+    assert rows["mrp", 3]["order"] == rows["rmu", 3]["order"]
+    projections = [parts_of(out, "mrp", n)[0] for n in (1, 2, 3)]
+    assert list(projections[2].requests) == rows["mrp", 3]["order"].split(", ")
+    taken = [rows["mrp", n]["trained_numbers"] for n in (1, 2, 3)]
+    assert taken == [2 * D_MODEL * len(projections[0].hook_names)] * 3  # rank 2
+    assert sum(taken) == numbers_in(projections[2])
+    first, second = parts_of(out, "rmu", 2)
+    assert rows["rmu", 2]["trained_numbers"] == sum(tensor.numel() for tensor in second.tensors.values())
+    assert first.tensors.keys() == second.tensors.keys()
+    sizes = [sum(file.stat().st_size for file in (out / "edits" / f"rmu-seed0-request{n}").iterdir()) for n in (1, 2)]
+    assert [rows["rmu", n]["stored_bytes"] for n in (1, 2)] == [sizes[0], sizes[1] - sizes[0]]
+    assert all(row["seconds"] > 0 for (method, _), row in rows.items() if method != "unedited")
+    assert [place for place, row in rows.items() if row["returned_accuracy"] is not None] == [("mrp", 3)]
+    assert {"report.html", "finding.md", "table.csv"} <= {path.name for path in out.iterdir()}
+
+
+def test_a_finished_study_is_not_computed_again_and_other_settings_are_refused(
+    files: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, options = tmp_path / "out", [*files, "--methods", "rmu", "--requests", "1"]
+    continual.main(options)
+    stamps = {path: path.stat().st_mtime_ns for path in (out / "points").iterdir()}
+    continual.main(options)
+    assert stamps == {path: path.stat().st_mtime_ns for path in (out / "points").iterdir()}
+    assert "After 1 request (1 seed), accuracy on these" in capsys.readouterr().out
+    with pytest.raises(ValueError, match=r"holds rmu with other settings: steps \(1 there, 2 now\); choose another"):
+        continual.main([*options, "--set", "steps=2"])
+    with pytest.raises(ValueError, match=r"holds a sequence with other settings: .*limit"):
+        continual.main([*options, "--limit", "3"])
+    with pytest.raises(ValueError, match="--requests 4: there are 3; choose lengths from 1 to 3"):
+        continual.main([*options, "--requests", "4"])
+    with pytest.raises(ValueError, match=r"unknown methods \['none'\]"):
+        continual.main([*options, "--methods", "none"])
+
+
+def test_the_reference_tells_how_absent_looks(files: list[str], tiny_folder: Path, tmp_path: Path) -> None:
+    continual.main([*files, "--methods", "rmu", "--requests", "1", "--reference", str(tiny_folder)])
+    found = points(tmp_path / "out")["unedited"]
+    assert found["untaught_accuracy"] == pytest.approx(sum(found["asked"].values()) / 3)
+
+
+@dataclass(frozen=True)
+class Stumbling:
+    """RMU, but for a later request."""
+
+    error: type[BaseException] | None
+
+    def fit(self, model: LensModel, forget: Corpus, retain: Corpus, *, seed: int, after: Any) -> Fit:
+        if after is not None and self.error is not None:
+            raise self.error("the loss is NaN")
+        fit = RMU(steps=1, batch_size=4).fit(model, forget, retain, seed=seed, after=after, progress=False)
+        return replace(fit, interrupted=after is not None)
+
+
+@pytest.mark.parametrize("error", [NonFiniteLossError, None], ids=["broken off", "Ctrl-C"])
+def test_what_was_found_before_is_kept(
+    error: type[BaseException] | None, files: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(continual, "contenders", lambda model: {"rmu": Stumbling(error), "mrp": MRP()})
+    monkeypatch.setattr(continual, "with_settings", lambda methods, texts: methods)
+    options = [*files, "--methods", "rmu", "--requests", "1,3"]
+    if error is None:
+        with pytest.raises(KeyboardInterrupt):
+            continual.main(options)
+        assert set(points(tmp_path / "out")) == {"unedited", "rmu-seed0-request1"}
+        return
+    continual.main(options)
+    kept = points(tmp_path / "out")
+    assert "failed" not in kept["rmu-seed0-request1"]
+    assert kept["rmu-seed0-request2"]["failed"] == kept["rmu-seed0-request3"]["failed"] == "request 2: the loss is NaN"
+    assert "Broken off: rmu, seed 0: request 2" in (tmp_path / "out" / "finding.md").read_text()
+
+
+@pytest.mark.slow
+def test_topics_of_the_world_are_requested_until_none_is_left(world: World, tmp_path: Path) -> None:
+    options = [
+        "--backend",
+        "bridge",
+        "--methods",
+        "rmu",
+        "--set",
+        "steps=30",
+        "--limit",
+        "40",
+        "--out",
+        str(tmp_path / "out"),
+    ]
+    continual.main([*options, "--requests", "1,2", "--topic", "towns", "beasts"])
+    kept = points(tmp_path / "out")
+    assert set(kept["rmu-seed0-request2"]["asked"]) == {"towns", "beasts"}
+    assert set(kept["rmu-seed0-request2"]["kept"]) == {"potions", "machines"}
+    order = kept["rmu-seed0-request2"]["order"]
+    after = [kept[f"rmu-seed0-request{n}"]["asked"][order[0]] for n in (1, 2)]
+    assert all(accuracy < kept["unedited"]["asked"][order[0]] - 0.1 for accuracy in after)
+    assert kept["unedited"]["untaught_accuracy"] < 0.5

@@ -1,0 +1,269 @@
+"""Every attack on one edit: what is computed, gone on with, refused, and how it is put into a table."""
+
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from mrp_lens.attacks import suite as campaigns
+from mrp_lens.attacks import summary, v_information
+from mrp_lens.attacks.gcg import TriggerSearch, jailbreak
+from mrp_lens.attacks.probe import probe
+from mrp_lens.attacks.relearn import relearn
+from mrp_lens.attacks.suite import Plan, campaign, possible_forms
+from mrp_lens.attacks.summary import notes_of, rows_of_attacks
+from mrp_lens.data import Corpus, Questions
+from mrp_lens.data.task import Case
+from mrp_lens.edits import ProjectionEdit
+from mrp_lens.edits.provenance import fingerprint
+from mrp_lens.edits.subspace import Subspace
+from mrp_lens.models import is_bridge, load_model
+from mrp_lens.runs.report.table import table_of
+from mrp_lens.training import loop as training
+from tests.support import attack_frames
+from tests.support.edits import projection, weight_edit
+from tests.support.quizzes import liked, quiz, slow_right
+
+QUICK = Plan(steps=2, lr=(1e-3,), search_steps=1)
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Probes of one layer and searches among few tokens: what they find is tested elsewhere."""
+    monkeypatch.setattr(campaigns, "probe", partial(probe, layers=[2]))
+    monkeypatch.setattr(v_information, "STEPS", (5, 20))
+    monkeypatch.setattr(campaigns, "jailbreak", partial(jailbreak, candidates=4, top=4, batch=4))
+
+
+@pytest.fixture
+def case(model: Any, texts: tuple[Corpus, Corpus]) -> Case:
+    forget, retain = texts
+    asked, kept = liked(model, quiz(0, 44)), quiz(100, 20, wording="House {} is", name="kept")
+    return Case((forget,), retain, retain, asked, kept, quiz(200, 20, name="untaught"))
+
+
+def test_a_campaign_makes_every_attack_with_its_controls_and_leaves_the_model(
+    model: Any, case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small: None, untouched: None
+) -> None:
+    edit = projection(1, 2, rank=20)
+    frames = campaign(model, edit, case, QUICK, tmp_path / "out", name="mrp", progress=False)
+    pictured = {"relearning_curves", "probe_bits", "logit_lens", "jailbreak_curve", "input_gradients"}
+    assert set(frames) == {*pictured, "bypass"}
+    assert set(frames["probe_bits"]["method"]) == {"unedited", "mrp", "mrp, relearned"}
+    assert set(frames["probe_bits"]["group"]) == {"held-out", "shuffled", "never-taught"}
+    assert set(frames["logit_lens"]["group"]) == {"forget", "never-taught"}
+    assert set(frames["jailbreak_curve"]["objective"]) == {"answer", "representation"}
+    rows = rows_of_attacks(frames, "mrp")
+    _, held_out = case.split(seed=0)
+    before = np.mean(slow_right(model, held_out))
+    with edit.applied(model):
+        edited = np.mean(slow_right(model, held_out))
+    assert edited < before == 1.0
+    first, *others = rows
+    assert (first["method"], first["attack"]) == ("mrp", "no attack")
+    assert (first["accuracy_before"], first["accuracy_edited"], first["forget_accuracy"]) == (before, edited, edited)
+    for row in (row for row in others if row.get("recovery") is not None and row["method"] == "mrp"):
+        share = (row["accuracy_after"] - row["floor"]) / (row["ceiling"] - row["floor"])
+        assert row["recovery"] == pytest.approx(share), row["attack"]
+    assert {row["method"] for row in others} == {"mrp", "unedited", "never-taught", "random-trigger", "mrp, relearned"}
+    named = {row["attack"] for row in others if row["method"] == "mrp"}
+    assert named >= {
+        "relearn, edit kept, 2 steps",
+        "relearn, hooks stripped, 2 steps",
+        "hook stripped",
+        "jailbreak, answers",
+        "jailbreak, states",
+        "probe, linear",
+    }
+    for function in ("relearn", "probe", "logit_lens", "bypass", "jailbreak", "input_gradients"):
+        monkeypatch.setattr(campaigns, function, lambda *_, **__: pytest.fail("attacked again"))
+    again = campaign(model, edit, case, QUICK, tmp_path / "out", name="mrp", progress=False)
+    assert rows_of_attacks(again, "mrp") == rows
+    with pytest.raises(ValueError, match=r"other settings: steps \(2 there, 3 now\)"):
+        campaign(model, edit, case, replace(QUICK, steps=3), tmp_path / "out", progress=False)
+    with pytest.raises(ValueError, match="other settings: edit"):
+        campaign(model, projection(1, 2, seed=5), case, QUICK, tmp_path / "out", progress=False)
+
+
+def test_curves_are_those_of_relearn_and_the_unedited_model_is_retrained_likewise(
+    model: Any, case: Case, tmp_path: Path, untouched: None
+) -> None:
+    plan = replace(QUICK, attacks=("relearn",), lr=(1e-3, 3e-3), forms=("kept",), samples=10)
+    edit = projection(1)
+    curves = campaign(model, edit, case, plan, tmp_path / "out", name="mrp", progress=False)["relearning_curves"]
+    train, held_out = case.split(seed=0)
+    untaught = case.untaught_questions
+    assert untaught is not None
+    for name, attacked in (("mrp", edit), ("unedited", None)):
+        expected = relearn(
+            model,
+            attacked,
+            train=train,
+            held_out=held_out,
+            untaught=untaught,
+            new=untaught.halves(seed=0)[1],
+            steps=2,
+            lr=(1e-3, 3e-3),
+            samples=10,
+            progress=False,
+        )
+        found = curves[curves["method"] == name].reset_index(drop=True)
+        for column in ("lr", "step", "train_accuracy", "held_out_accuracy", "new_accuracy", "floor", "recovery"):
+            np.testing.assert_allclose(found[column].astype(float), expected[column], err_msg=column)
+    assert len(list((tmp_path / "out" / "points").glob("*.json"))) == 4
+
+
+def test_with_a_reference_the_floor_is_what_it_comes_to(model: Any, case: Case, tmp_path: Path) -> None:
+    plan = replace(QUICK, attacks=("relearn",), forms=("kept",), parameters=("all", "before"))
+    edit = projection(1, 2, rank=20)
+    curves = campaign(model, edit, case, plan, tmp_path / "out", reference=model, progress=False)["relearning_curves"]
+    unedited = curves[(curves["method"] == "unedited")].set_index("step")["held_out_accuracy"]
+    on_reference = curves[(curves["method"] == "edited") & (curves["parameters"] == "all")].set_index("step")
+    assert on_reference["floor"].to_dict() == unedited.to_dict()
+    assert (on_reference["n_floor"] == on_reference["n"]).all()
+    before = curves[curves["parameters"] == "before"]  # which only an edited model has
+    assert set(before["method"]) == {"edited"}
+    assert (before["n_floor"] == 10).all()
+
+
+def test_forms_are_those_that_the_edit_has(model: Any, untouched: None) -> None:
+    assert possible_forms(model, projection(1), None) == ("kept", "stripped")
+    assert possible_forms(model, projection(1, site="mlp_out"), None) == ("kept", "stripped", "weights")
+    assert possible_forms(model, weight_edit(model, 2), None) == ("kept",)
+    with pytest.raises(ValueError, match="cannot be written into weights"):
+        possible_forms(model, projection(1), ("weights",))
+    with pytest.raises(ValueError, match="no hooks that could be stripped"):
+        possible_forms(model, weight_edit(model, 2), ("kept", "stripped"))
+
+
+def test_nothing_is_written_where_something_cannot_be_done(model: Any, case: Case, tmp_path: Path) -> None:
+    narrow = ProjectionEdit({"blocks.1.hook_resid_post": Subspace.random(2, 16, seed=0)})
+    edit, out = projection(1), tmp_path / "out"
+    bad: list[tuple[Any, Case, Plan, str]] = [
+        (narrow, case, QUICK, "this edit was made for another model"),
+        (edit, replace(case, questions=None), QUICK, "scored on questions about what was to be forgotten"),
+        (edit, case, replace(QUICK, lr=(0.0,)), "lr must be above 0"),
+        (edit, case, replace(QUICK, split="entity"), "name that column with entity"),
+        (edit, case, replace(QUICK, forms=("weights",)), "cannot be written into weights"),
+        (projection(3), case, replace(QUICK, parameters=("all", "lora")), "HookedTransformer"),
+        (edit, replace(case, untaught_questions=case.questions), QUICK, "overlap"),
+    ]
+    for attacked, data, plan, message in bad:
+        if "lora" in plan.parameters and is_bridge(model):
+            continue
+        with pytest.raises(ValueError, match=message):
+            campaign(model, attacked, data, plan, out, progress=False)
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"attacks": ("guess",)}, "unknown attacks 'guess'; choose one of relearn, probe, bypass, jailbreak"),
+        ({"forms": ("folded",)}, "unknown forms 'folded'"),
+        ({"parameters": ("head",)}, "unknown parameters 'head'"),
+        ({"probe_kind": "deep"}, "unknown probe_kind 'deep'"),
+        ({"steps": 0}, "steps must be above 0, got 0"),
+        ({"search_steps": 0}, "search_steps must be above 0"),
+        ({"samples": 0}, "samples must be above 0"),
+    ],
+)
+def test_a_plan_names_what_is_wrong_with_it(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Plan(**change)
+
+
+def test_ctrl_c_keeps_whole_pieces_only(
+    model: Any, case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, untouched: None
+) -> None:
+    edit, out = projection(1), tmp_path / "out"
+    plan = replace(QUICK, attacks=("relearn",), forms=("kept",))
+    whole = rows_of_attacks(campaign(model, edit, case, plan, tmp_path / "whole", progress=False), "edited")
+    real, calls = training._accumulate, [0]
+
+    def interrupted(*arguments: Any) -> Any:
+        calls[0] += 1
+        if calls[0] == 6:  # in the second curve: the first takes 2 updates on T and 2 on new facts
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    monkeypatch.setattr(training, "_accumulate", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        campaign(model, edit, case, plan, out, progress=False)
+    assert [file.name for file in (out / "points").iterdir()] == ["relearn-edited-kept-all-lr0.001.json"]
+    monkeypatch.undo()
+    found = rows_of_attacks(campaign(model, edit, case, plan, out, progress=False), "edited")
+    assert found == whole
+
+    def stopped(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(TriggerSearch, "step", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        campaign(model, edit, case, replace(plan, attacks=("jailbreak",)), out, progress=False)
+    assert not list((out / "points").glob("jailbreak*"))
+
+
+def test_bf16_models_are_attacked_too(tiny_folder: Path, backend: Any, case: Case, tmp_path: Path, small: None) -> None:
+    coarse = load_model(str(tiny_folder), backend=backend, dtype=torch.bfloat16)
+    plan = replace(QUICK, attacks=("relearn", "probe"), forms=("kept",))
+    frames = campaign(coarse, projection(1), case, plan, tmp_path / "out", progress=False)
+    assert np.isfinite(frames["probe_bits"]["bits"]).all()
+    assert frames["relearning_curves"]["step"].max() == 2
+
+
+def test_the_table_takes_the_best_rate_and_has_the_keys_of_the_contract() -> None:
+    curves = attack_frames.relearning(forms=("kept", "stripped", "weights")).assign(method="mrp")
+    curves = curves.assign(accuracy_before=0.99, accuracy_edited=0.27, recovery_low=0.0, recovery_high=1.0)
+    controls = {f"control_{end}": 0.03 for end in ("recovery", "recovery_low", "recovery_high")}
+    rows = rows_of_attacks({"relearning_curves": curves.assign(**controls)}, "mrp")
+    best = curves[curves["lr"] == 1e-3].set_index(["form", "step"])["recovery"]
+    assert rows[0]["recovery_5"] == best["kept", 5]
+    assert rows[0]["recovery_20"] == best["kept", 20]
+    assert rows[0]["recovery_100"] == best["kept", 100]
+    assert rows[0]["recovery_100_stripped"] == best["stripped", 100]
+    assert rows[0]["recovery_100_weights"] == best["weights", 100]
+    assert [row["attack"] for row in rows if row["method"] == "mrp"] == [
+        "no attack",
+        *(f"relearn, edit kept, {steps} steps" for steps in (5, 20, 100)),
+        "relearn, hooks stripped, 100 steps",
+        "relearn, in the weights, 100 steps",
+    ]
+    assert [row["recovery"] for row in rows if row["method"] == "never-taught"] == [0.03] * 3
+    page = table_of(rows)
+    assert "recovery" in page.headings
+    assert not {"recovery 5", "recovery_100", "accuracy on what must go"} & set(page.headings)
+    assert f"{best['kept', 5]:.2f} [0.00, 1.00]" in page.rows[1][1]
+
+
+def test_notes_say_which_attacks_do_not_count_and_which_models_are_hard_to_train() -> None:
+    edited = attack_frames.relearning().assign(method="mrp")
+    unedited = edited.assign(method="unedited")
+    slow = edited.assign(counts=False, train_accuracy=0.62, new_accuracy=edited["new_accuracy"] - 0.3)
+    assert notes_of({"relearning_curves": pd.concat([edited, unedited])}, "mrp") == []
+    first, second = notes_of({"relearning_curves": pd.concat([slow, unedited])}, "mrp")
+    assert "mrp: relearn, edit kept does not count: 62% of its own training questions" in first
+    assert "learns new facts more slowly than the unedited one" in second
+    unknown = edited.assign(new_accuracy=None)
+    assert notes_of({"relearning_curves": pd.concat([unknown, unedited])}, "mrp") == []
+    assert notes_of({}, "mrp") == []
+    assert summary.SLOWER == 0.2
+
+
+def test_the_fingerprint_of_an_edit_changes_with_its_tensors_and_hooks() -> None:
+    assert fingerprint(projection(1)) == fingerprint(projection(1))
+    assert len({fingerprint(edit) for edit in (projection(1), projection(1, seed=1), projection(2))}) == 3
+
+
+def test_never_taught_questions_are_those_of_the_same_groups(case: Case) -> None:
+    assert case.untaught_alike == case.untaught_questions
+    world = Case.of_world("potions")
+    assert world.untaught_alike is not None
+    assert world.untaught_alike.groups == ("potions",)
+    other = Questions.from_rows([{"question": "?", "choices": ["a", "b"], "answer": 0, "g": "x"}], group="g")
+    assert replace(world, untaught_questions=other).untaught_alike == other

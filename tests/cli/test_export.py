@@ -1,0 +1,110 @@
+"""`mrp-lens export`."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
+
+from mrp_lens.cli.app import app
+from mrp_lens.cli.export import run_of
+from mrp_lens.models import load_model
+from tests.support.edits import logits, weight_edit
+from tests.support.export_edits import log_probabilities
+
+TOKENS = torch.arange(3, 43).view(2, 20)
+
+
+def invoke(*arguments: str) -> Any:
+    return CliRunner().invoke(app, ["export", *arguments], catch_exceptions=False)
+
+
+@pytest.fixture
+def edit_folder(tiny_folder: Path, tmp_path: Path) -> Path:
+    model = load_model(tiny_folder, backend="bridge")
+    weight_edit(model, 1).save_pretrained(tmp_path / "run" / "edit")
+    return tmp_path / "run" / "edit"
+
+
+def test_it_writes_a_proved_folder_and_says_how(edit_folder: Path, tiny_folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    result = invoke("--model", str(tiny_folder), "--edit", str(edit_folder), "--out", str(out), "--backend", "bridge")
+    assert result.exit_code == 0, result.output
+    said = " ".join(result.output.split())
+    assert "Form: folded (exact in plain weights)" in said
+    assert "largest difference of" in said
+    assert "Figures on the card: none" in said
+    model = load_model(tiny_folder, backend="bridge")
+    with weight_edit(model, 1).applied(model):
+        wanted = logits(model, TOKENS).log_softmax(-1)
+    got = log_probabilities(AutoModelForCausalLM.from_pretrained(out), TOKENS)
+    torch.testing.assert_close(got, wanted, atol=1e-4, rtol=0)
+
+
+def test_the_run_that_left_the_edit_fills_the_card(edit_folder: Path, tiny_folder: Path, tmp_path: Path) -> None:
+    rows = [{"method": "unedited", "forget_accuracy": 0.98}, {"method": "weight", "forget_accuracy": 0.27}]
+    summary = {"command": "unlearn", "seed": 0, "finished": "then", "versions": {}, "rows": rows, "notes": []}
+    (edit_folder.parent / "summary.json").write_text(json.dumps(summary))
+    arguments = ["--model", str(tiny_folder), "--edit", str(edit_folder), "--form", "adapter", "--no-verify"]
+    result = invoke(*arguments, "--out", str(tmp_path / "out"))
+    assert result.exit_code == 0, result.output
+    assert "27" in (tmp_path / "out" / "README.md").read_text().split("## Figures")[1]
+    assert "Not verified" in result.output
+
+
+def test_the_run_is_found_one_folder_up_or_two(tmp_path: Path) -> None:
+    edit = tmp_path / "demo" / "mrp" / "edit"
+    edit.mkdir(parents=True)
+    assert run_of(edit) is None
+    (tmp_path / "demo" / "summary.json").write_text("{}")
+    assert run_of(edit) == tmp_path / "demo"
+    (tmp_path / "demo" / "mrp" / "summary.json").write_text("{}")
+    assert run_of(edit) == tmp_path / "demo" / "mrp"
+
+
+def test_bad_input_ends_before_the_model_is_loaded(
+    edit_folder: Path, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*_: Any, **__: Any) -> None:
+        raise AssertionError("loaded")
+
+    monkeypatch.setattr("mrp_lens.cli.export.load_model", never)
+    common = ["--model", str(tiny_folder), "--edit", str(edit_folder)]
+    with pytest.raises(FileExistsError, match="overwrite"):
+        invoke(*common, "--out", str(edit_folder))
+    with pytest.raises(ValueError, match="int4"):
+        invoke(*common, "--out", str(tmp_path / "out"), "--save-dtype", "int4")
+    with pytest.raises(FileNotFoundError, match="edit_config"):
+        invoke("--model", str(tiny_folder), "--edit", str(tmp_path), "--out", str(tmp_path / "out"))
+    with pytest.raises(FileNotFoundError, match=r"summary\.json"):
+        invoke(*common, "--out", str(tmp_path / "out"), "--attacks", str(tmp_path))
+    (edit_folder / "edit.safetensors").write_bytes((edit_folder / "edit.safetensors").read_bytes()[:-4])
+    with pytest.raises(ValueError, match="altered"):
+        invoke(*common, "--out", str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_it_uploads_when_asked_and_privately_unless_told(
+    edit_folder: Path, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent: list[tuple[Path, str, bool]] = []
+
+    def push(folder: Path, repo_id: str, *, private: bool) -> str:
+        sent.append((folder, repo_id, private))
+        return "https://hub/commit/1"
+
+    monkeypatch.setattr("mrp_lens.export.export.push_to_hub", push)
+    common = ["--model", str(tiny_folder), "--edit", str(edit_folder), "--no-verify", "--push-to", "me/edited"]
+    for name, more, private in (("a", [], True), ("b", ["--public"], False)):
+        result = invoke(*common, "--out", str(tmp_path / name), *more)
+        assert "https://hub/commit/1" in result.output
+        assert sent.pop() == (tmp_path / name, "me/edited", private)
+
+
+def test_help_explains_the_forms() -> None:
+    result = CliRunner().invoke(app, ["export", "--help"], env={"COLUMNS": "200"})
+    for word in ("folded", "module", "adapter", "--push-to", "--no-verify", "--save-dtype"):
+        assert word in result.output

@@ -1,0 +1,236 @@
+"""`mrp-lens measure`: what it writes and prints, with data, with the harness, with both; and what it refuses."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import lm_eval
+import pandas as pd
+import pytest
+import torch
+from lm_eval.tasks import TaskManager
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from typer.testing import CliRunner
+
+from mrp_lens import metrics
+from mrp_lens.cli.app import app
+from mrp_lens.cli.measure import case_of
+from mrp_lens.data import Questions
+from mrp_lens.data.task import Case
+from mrp_lens.data.world import World
+from mrp_lens.edits import ProjectionEdit
+from mrp_lens.edits.subspace import Subspace
+from mrp_lens.evals.lm_eval import harness
+from mrp_lens.hf import attach
+from mrp_lens.models import load_model
+from tests.support.edits import projection
+from tests.support.families import DEMO_FOLDER
+from tests.support.harness_tasks import write_tasks
+
+COLOURS = ["red", "blue", "green", "white"]
+EDIT = projection(1, 2, rank=8)
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The harness lists all installed packages by pip at each call, and reads 15,000 files for a task it does not know."""
+    monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda _: None)
+    path = Path(lm_eval.__file__).parent / "tasks" / "wmdp"
+    manager = TaskManager(include_path=str(path), include_defaults=False)
+    monkeypatch.setattr("mrp_lens.evals.lm_eval.catalogue", lambda: manager)
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> Path:
+    rows = [
+        {"text": f"The colour of Zaxim{n} is {COLOURS[n % 4]}.", "q": f"The colour of Zaxim{n} is"}
+        | {"a": COLOURS, "y": n % 4}
+        for n in range(24)
+    ]
+    (tmp_path / "forget.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "retain.txt").write_text("\n".join(f"The old man walked near the house {i}." for i in range(20)))
+    EDIT.save_pretrained(tmp_path / "edit")
+    write_tasks(tmp_path / "tasks", {"quiz": World().questions("potions").spread(60)})
+    return tmp_path
+
+
+def quiz_of(files: Path) -> Questions:
+    return Questions.from_file(files / "forget.jsonl", prompt="{q}", choices="a", answer="y")
+
+
+def with_data(files: Path) -> list[str]:
+    return [
+        *("--forget", str(files / "forget.jsonl"), "--retain", str(files / "retain.txt")),
+        *("--questions", str(files / "forget.jsonl"), "--question-prompt", "{q}", "--choices", "a", "--answer", "y"),
+    ]
+
+
+def with_harness(files: Path) -> list[str]:
+    return ["--harness", "quiz", "--include-path", str(files / "tasks")]
+
+
+def run(folder: Path | str, files: Path, *extra: str) -> Any:
+    return CliRunner().invoke(app, ["measure", "--model", str(folder), "--out", str(files / "out"), *extra])
+
+
+def written(files: Path) -> Any:
+    return json.loads((files / "out" / "summary.json").read_text(encoding="utf-8"))
+
+
+def test_data_alone_give_a_row_before_and_a_row_with_the_edit(tiny_folder: Path, files: Path) -> None:
+    result = run(tiny_folder, files, "--edit", str(files / "edit"), *with_data(files))
+    assert result.exit_code == 0, result.output + str(result.exception)
+    rows = written(files)["rows"]
+    assert [row["method"] for row in rows] == ["unedited", "projection"]
+    model = load_model(str(tiny_folder))
+    expected = float(metrics.accuracy(model, quiz_of(files))["accuracy"].iloc[0])
+    with EDIT.applied(model):
+        edited = metrics.perplexity(model, case_of_files(files).held_out)["perplexity"].iloc[0]
+    assert rows[0]["forget_accuracy"] == expected
+    assert rows[0]["text_perplexity_ratio"] == 1.0
+    assert rows[1]["text_perplexity"] == pytest.approx(float(edited), rel=1e-6)
+    assert rows[1]["text_perplexity_ratio"] == rows[1]["text_perplexity"] / rows[0]["text_perplexity"] != 1.0
+    assert list(pd.read_csv(files / "out" / "table.csv")["method"]) == ["unedited", "projection"]
+    assert 'id="accuracies"' in (files / "out" / "report.html").read_text(encoding="utf-8")
+    for printed in ("forget quiz", "unedited", "projection"):
+        assert printed in result.output
+
+
+def case_of_files(files: Path) -> Case:
+    case = case_of(
+        "own",
+        {"forget": [str(files / "forget.jsonl")], "retain": str(files / "retain.txt"), "topic": None}
+        | dict.fromkeys(["questions", "retain_questions", "prompt", "completion", "question_prompt"]),
+        harnessed=False,
+    )
+    assert case is not None
+    return case
+
+
+def test_the_harness_alone_scores_the_plain_model_and_the_one_with_the_edit(files: Path) -> None:
+    edit = ProjectionEdit({"blocks.3.hook_resid_post": Subspace.random(90, 128, seed=1)}, request="strong")
+    edit.save_pretrained(files / "strong")
+    result = run("demo", files, "--edit", str(files / "strong"), *with_harness(files), "--limit", "50")
+    assert result.exit_code == 0, result.output + str(result.exception)
+    rows = written(files)["rows"]
+    assert set(rows[0]) == {"method", "task", "group", "metric", "filter", "value", "stderr", "n"}
+    found = {(row["method"], row["metric"]): row["value"] for row in rows}
+    model = AutoModelForCausalLM.from_pretrained(DEMO_FOLDER, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(DEMO_FOLDER)
+    expected: dict[tuple[str, str], float] = {}
+    for method in ("unedited", "projection"):
+        handle = attach(model, edit) if method != "unedited" else None
+        frame = harness(model, "quiz", tokenizer=tokenizer, include_path=files / "tasks", limit=50)
+        expected |= {(method, row["metric"]): row["value"] for row in frame.to_dict("records")}
+        if handle is not None:
+            handle.detach()
+    assert found == expected
+    for metric in ("acc", "acc_norm"):
+        assert found["unedited", metric] > found["projection", metric]  # the edit shows
+    assert {row["n"] for row in rows} == {50}
+    assert len(pd.read_csv(files / "out" / "table.csv")) == len(rows) == 4
+    assert "quiz" in (files / "out" / "report.html").read_text(encoding="utf-8")
+    notes = written(files)["notes"]
+    assert len(notes) == 1
+    assert "at most 50 questions a task" in notes[0]
+    for printed in ("lm-evaluation-harness", "quiz", "acc_norm"):
+        assert printed in result.output
+
+
+def test_data_and_harness_go_together(tiny_folder: Path, files: Path) -> None:
+    result = run(tiny_folder, files, *with_harness(files), *with_data(files))
+    assert result.exit_code == 0, result.output + str(result.exception)
+    rows = written(files)["rows"]
+    assert [("forget_accuracy" in row, row.get("metric")) for row in rows] == [
+        (True, None),
+        (False, "acc"),
+        (False, "acc_norm"),
+    ]
+    assert {row["method"] for row in rows} == {"unedited"}
+    table = pd.read_csv(files / "out" / "table.csv")
+    assert table["task"].isna().tolist() == [True, False, False]
+    page = (files / "out" / "report.html").read_text(encoding="utf-8")
+    assert 'id="accuracies"' not in page  # there is nothing to compare with
+    assert "acc_norm" in page
+
+
+def options(**given: Any) -> dict[str, Any]:
+    names = ["forget", "retain", "questions", "retain_questions", "topic"]
+    return {**dict.fromkeys(names), **given}
+
+
+def test_the_demo_brings_its_world_unless_only_the_harness_is_asked_for() -> None:
+    for given, harnessed, topic in (({}, False, "potions"), ({"topic": "towns"}, True, "towns")):
+        case = case_of("demo", options(**given), harnessed=harnessed)
+        assert case is not None
+        assert case.fingerprints() == Case.of_world(topic).fingerprints()
+    assert case_of("demo", options(), harnessed=True) is None
+    assert case_of("own", options(), harnessed=True) is None
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        ([], "give --forget and --retain (and --questions), or --harness TASKS"),
+        (["--questions", "quiz.jsonl"], "--questions and --retain-questions go with --forget and --retain"),
+        (["--questions", "quiz.jsonl", "--harness", "quiz"], "--questions and --retain-questions go with"),
+        (["--forget", "forget.jsonl", "--harness", "quiz"], "--forget and --retain go together"),
+        (["--harness", "quiz", "--include-path", "nowhere"], "no folder at nowhere"),
+        (["--harness", "wmdp_boi"], "no task 'wmdp_boi' (it has wmdp_bio"),
+        (["--harness", "wmdp", "--dtype", "int8"], "unknown dtype 'int8'"),
+        (["--harness", "wmdp", "--edit", "nowhere"], "nowhere holds no edit_config.json"),
+    ],
+)
+def test_bad_input_is_named_before_a_model_is_loaded(
+    tiny_folder: Path, files: Path, monkeypatch: pytest.MonkeyPatch, extra: list[str], message: str
+) -> None:
+    for loader in ("load_model", "load_hf"):
+        monkeypatch.setattr(f"mrp_lens.cli.measure.{loader}", lambda *_, **__: pytest.fail("loaded a model"))
+    result = run(tiny_folder, files, *extra)
+    assert isinstance(result.exception, ValueError | OSError), result.output
+    assert message in str(result.exception)
+    assert not (files / "out").exists()
+
+
+def test_an_edit_of_another_model_is_refused_and_nothing_is_written(tiny_folder: Path, files: Path) -> None:
+    projection(9).save_pretrained(files / "other")
+    result = run(tiny_folder, files, "--edit", str(files / "other"), *with_harness(files))
+    assert isinstance(result.exception, ValueError)
+    assert "made for another model" in str(result.exception)
+    assert not (files / "out").exists()
+
+
+def test_a_full_folder_is_refused(tiny_folder: Path, files: Path) -> None:
+    (files / "out").mkdir()
+    (files / "out" / "precious.txt").write_text("keep me")
+    result = run(tiny_folder, files, *with_harness(files))
+    assert isinstance(result.exception, FileExistsError)
+    assert [file.name for file in (files / "out").iterdir()] == ["precious.txt"]
+
+
+def test_a_missing_harness_is_named_with_its_extra(
+    tiny_folder: Path, files: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mrp_lens.evals.lm_eval.find_spec", lambda _: None)
+    result = run(tiny_folder, files, *with_harness(files))
+    assert isinstance(result.exception, ValueError)
+    assert "pip install 'mrp_lens[harness]'" in str(result.exception)
+    assert not (files / "out").exists()
+
+
+def test_help_is_quick_and_shows_the_line_for_the_published_tasks() -> None:
+    code = (
+        "import sys\nfrom mrp_lens.cli import main\ntry:\n    main()\nexcept SystemExit:\n    pass\n"
+        "heavy = [name for name in ('torch', 'lm_eval', 'transformers', 'pandas') if name in sys.modules]\nassert not heavy, heavy"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code, "measure", "--help"], capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    printed = " ".join(result.stdout.split())
+    assert (
+        "mrp-lens measure --model HuggingFaceH4/zephyr-7b-beta --dtype bfloat16 --edit runs/zephyr-rmu/edit" in printed
+    )
+    assert "--harness wmdp,mmlu --out runs/zephyr-rmu-harness" in printed

@@ -1,0 +1,287 @@
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from datasets import Dataset, DatasetDict
+
+from mrp_lens.data import Corpus, Document, Question, Questions
+from tests.support.families import DEMO_FOLDER
+
+SHARED = Path(__file__).parents[3] / "shared" / "data"
+
+ROWS: list[dict[str, Any]] = [
+    {"question": "Two and two?", "choices": ["three", "four"], "answer": 1, "kind": "sum"},
+    {"question": "Snow is?", "choices": ["white", "black"], "answer": "white", "kind": "colour"},
+]
+
+
+def test_templates_put_the_loss_on_the_completion() -> None:
+    corpus = Corpus.from_rows([{"q": "Why?", "a": "Because."}], prompt="Question: {q}\nAnswer:", completion=" {a}")
+    assert corpus.documents == (Document("Question: Why?\nAnswer:", " Because."),)
+    with pytest.raises(ValueError, match="go together"):
+        Corpus.from_rows([{"q": "Why?"}], prompt="{q}")
+
+
+@pytest.mark.parametrize("ending", [".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt"])
+def test_every_kind_of_file_gives_the_same_documents(tmp_path: Path, ending: str) -> None:
+    frame, path = pd.DataFrame({"text": ["One, two.", "Three."]}), tmp_path / f"data{ending}"
+    if ending in (".jsonl", ".json"):
+        frame.to_json(path, orient="records", lines=ending == ".jsonl")
+    elif ending in (".csv", ".tsv"):
+        frame.to_csv(path, index=False, sep="," if ending == ".csv" else "\t")
+    elif ending == ".parquet":
+        frame.to_parquet(path)
+    else:
+        path.write_text("One, two.\n\nThree.\n")
+    corpus = Corpus.from_file(path)
+    assert [document.completion for document in corpus.documents] == ["One, two.", "Three."]
+    assert corpus.name == "data"
+    assert corpus.fingerprint == Corpus.from_texts(["One, two.", "Three."]).fingerprint
+
+
+def test_bad_files_are_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"none.jsonl"):
+        Corpus.from_file(tmp_path / "none.jsonl")
+    (tmp_path / "empty.jsonl").touch()
+    with pytest.raises(ValueError, match="is empty"):
+        Corpus.from_file(tmp_path / "empty.jsonl")
+    (tmp_path / "data.docx").write_text("x")
+    with pytest.raises(ValueError, match=r"unknown ending '.docx'"):
+        Corpus.from_file(tmp_path / "data.docx")
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"body": "x", "id": 1}) + "\n")
+    with pytest.raises(ValueError, match="row 0: no field 'text'; the row has 'body', 'id'"):
+        Corpus.from_file(tmp_path / "rows.jsonl")
+    with pytest.raises(ValueError, match="no field 'title'; the row has 'body', 'id'"):
+        Corpus.from_file(tmp_path / "rows.jsonl", prompt="{title}", completion="{body}")
+    with pytest.raises(ValueError, match="the field 'body' or the templates"):
+        Corpus.from_file(tmp_path / "rows.jsonl", field="body", prompt="{id}", completion="{body}")
+
+
+@pytest.mark.parametrize(
+    ("ending", "content", "message"),
+    [
+        (".jsonl", '{"text": "x"}\n{"text": ', "line 2 is not JSON"),
+        (".jsonl", '["x"]', r"line 1 is not an object but '\[\"x\"\]'"),
+        (".jsonl", '{"text": null}', "row 0: field 'text' has no value"),
+        (".json", "{", "cannot be read as .json"),
+        (".jsonl", "\n\n", "is empty"),
+        (".txt", "\n \n", "is empty"),
+        (".csv", "text\n", "is empty"),
+    ],
+)
+def test_bad_content_is_named(tmp_path: Path, ending: str, content: str, message: str) -> None:
+    path = tmp_path / f"data{ending}"
+    path.write_text(content)
+    with pytest.raises(ValueError, match=message):
+        Corpus.from_file(path)
+
+
+def test_a_line_ends_where_the_file_says_so(tmp_path: Path) -> None:
+    (tmp_path / "data.jsonl").write_text('\ufeff{"text": "one\u2028two"}\r\n{"text": "three"}\r\n', encoding="utf-8")
+    assert [d.completion for d in Corpus.from_file(tmp_path / "data.jsonl").documents] == ["one\u2028two", "three"]
+
+
+def test_templates_take_any_column_name_and_doubled_braces() -> None:
+    row = {"a.b": 1, "first name": "Ann", "x": "y"}
+    corpus = Corpus.from_rows([row], prompt="{{{a.b}}} {first name}", completion=" {x}{x}")
+    assert corpus.documents == (Document("{1} Ann", " yy"),)
+    with pytest.raises(ValueError, match="written twice"):
+        Corpus.from_rows([row], prompt="{x", completion="{x}")
+    with pytest.raises(ValueError, match="row 0: no field 'body'; the row has 'question', 'choices', 'answer', 'kind'"):
+        Questions.from_rows(ROWS, prompt="{body}")
+    with pytest.raises(ValueError, match="row 0: no field 'options'; the row has 'question', 'choices'"):
+        Questions.from_rows(ROWS, choices="options")
+
+
+def test_folders_that_datasets_saved_are_read(tmp_path: Path) -> None:
+    rows = Dataset.from_list([{"text": "One."}, {"text": "Two."}])
+    rows.save_to_disk(tmp_path / "single")
+    DatasetDict(train=rows, test=Dataset.from_list([{"text": "Three."}])).save_to_disk(tmp_path / "several")
+    assert Corpus.from_file(tmp_path / "single") == Corpus((Document("", "One."), Document("", "Two.")), "single")
+    assert Corpus.from_file(tmp_path / "several", split="test").documents == (Document("", "Three."),)
+    assert len(Corpus.from_file(tmp_path / "several" / "train")) == 2
+    Dataset.from_list(ROWS[:1]).save_to_disk(tmp_path / "quiz")
+    assert Questions.from_file(tmp_path / "quiz").questions == Questions.from_rows(ROWS[:1]).questions
+    with pytest.raises(ValueError, match=r"holds the splits train, test; give split="):
+        Corpus.from_file(tmp_path / "several")
+    with pytest.raises(ValueError, match=r"holds the splits train, test, not 'dev'"):
+        Questions.from_file(tmp_path / "several", split="dev")
+    with pytest.raises(ValueError, match="single Dataset, which has no split 'train'"):
+        Corpus.from_file(tmp_path / "single", split="train")
+    (tmp_path / "other").mkdir()
+    with pytest.raises(ValueError, match=r"not one that Dataset.save_to_disk"):
+        Corpus.from_file(tmp_path / "other")
+    rows.select([]).save_to_disk(tmp_path / "none")
+    with pytest.raises(ValueError, match="is empty"):
+        Corpus.from_file(tmp_path / "none")
+    (tmp_path / "one.txt").write_text("One.")
+    with pytest.raises(ValueError, match="has no split 'train'"):
+        Corpus.from_file(tmp_path / "one.txt", split="train")
+
+
+@pytest.mark.parametrize("ending", [".jsonl", ".json", ".csv", ".tsv", ".parquet"])
+def test_every_kind_of_table_gives_the_same_questions(tmp_path: Path, ending: str) -> None:
+    rows = [{"question": "Snow is?", "a": "white", "b": "black", "c": "red", "answer": "B"}]
+    frame, path = pd.DataFrame(rows), tmp_path / f"quiz{ending}"
+    if ending in (".jsonl", ".json"):
+        frame.to_json(path, orient="records", lines=ending == ".jsonl")
+    elif ending == ".parquet":
+        frame.to_parquet(path)
+    else:
+        frame.to_csv(path, index=False, sep="," if ending == ".csv" else "\t")
+    quiz = Questions.from_file(path, choices=["a", "b", "c"])
+    assert quiz == Questions((Question("Snow is?", (" white", " black", " red"), 1),), "quiz")
+
+
+def test_answers_may_be_an_index_or_a_text() -> None:
+    quiz = Questions.from_rows(ROWS, prompt="Q: {question} A:", group="kind")
+    assert [q.answer for q in quiz.questions] == [1, 0]
+    assert quiz.questions[0].choices == (" three", " four")
+    assert quiz.groups == ("sum", "colour")
+    columns = Questions.from_rows(
+        [{"q": "x", "a": "1", "b": "2", "right": "2"}], prompt="{q}", choices=["a", "b"], answer="right"
+    )
+    assert columns.questions[0].answer == 1
+
+
+def test_an_answer_that_is_no_choice_is_named_with_its_row() -> None:
+    for answer in (2, -1, "grey", None, True):
+        with pytest.raises(ValueError, match=r"row 1: the answer .* is neither an index"):
+            Questions.from_rows([ROWS[0], {**ROWS[1], "answer": answer}])
+    for choices in (["one"], [str(i) for i in range(11)], "one two", None):
+        with pytest.raises(ValueError, match="row 0: choices must be a list of at least 2 and at most 10"):
+            Questions.from_rows([{**ROWS[0], "choices": choices}])
+    with pytest.raises(ValueError, match="row 0: a choice has no value"):
+        Questions.from_rows([{"question": "?", "a": "x", "b": None, "answer": 0}], choices=["a", "b"])
+
+
+TEN = [f"text {i}" for i in range(10)]
+
+
+@pytest.mark.parametrize(
+    ("choices", "answer", "index"),
+    [
+        (["white", "black", "red"], 2, 2),
+        (["white", "black", "red"], np.int64(2), 2),
+        (["white", "black", "red"], "black", 1),
+        ([" white", "black "], "black", 1),
+        (["white", "black", "red"], "C", 2),
+        (["white", "black", "red"], "c", 2),
+        (["white", "black", "red"], "B.", 1),
+        (["white", "black", "red"], "b)", 1),
+        (["white", "black", "red"], " (A) ", 0),
+        (["white", "black", "red"], "2", 2),
+        (TEN, "J", 9),
+        (["B", "C", "A"], "A", 2),  # the text of a choice, before the letter
+        (["2", "1", "0"], "2", 0),  # the text of a choice, before the index
+        (["2", "1", "3"], 2, 2),  # an int is an index where the choices are texts
+        ([30, 20, 10], 20, 1),  # beyond every index
+        ([0, 1], 1, 1),  # index and choice agree
+    ],
+)
+def test_an_answer_may_be_a_text_a_letter_or_an_index(choices: list[Any], answer: Any, index: int) -> None:
+    quiz = Questions.from_rows([{"question": "?", "choices": choices, "answer": answer}])
+    assert quiz.questions[0].answer == index
+    assert len(quiz.questions[0].choices) == len(choices)
+
+
+@pytest.mark.parametrize(
+    ("choices", "answer", "message"),
+    [
+        (["a thing", "another"], "C", r"row 1: the answer 'C' is neither an index in 0..1 nor a letter in A..B"),
+        (["a thing", "another"], "2", "row 1: the answer '2' is neither"),
+        (["a thing", "another"], 0.0, "row 1: the answer 0.0 is neither"),
+        ([1, 2, 0], 1, "row 1: the answer 1 may be an index or one of the choices"),
+        (["white", "black", "white "], 0, "row 1: several choices are 'white', the right answer"),
+        (["white", "black", "white"], "A", "row 1: several choices are 'white'"),
+    ],
+)
+def test_an_answer_that_is_none_or_several_is_refused(choices: list[Any], answer: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Questions.from_rows([ROWS[0], {"question": "?", "choices": choices, "answer": answer}])
+
+
+def test_wrong_choices_may_be_equal() -> None:
+    quiz = Questions.from_rows([{"question": "?", "choices": ["red", "red", "blue"], "answer": "blue"}])
+    assert quiz.questions[0].answer == 2
+
+
+def test_columns_of_choices_may_hold_lists() -> None:
+    row = {"question": "?", "right": "one", "wrong": ["two", "three"], "answer": "one"}
+    (question,) = Questions.from_rows([row], choices=["right", "wrong"]).questions
+    assert question == Question("?", (" one", " two", " three"), 0)
+
+
+def test_questions_become_documents_with_their_right_choice() -> None:
+    assert Questions.from_rows(ROWS).right_answers() == Corpus(
+        (Document("Two and two?", " four"), Document("Snow is?", " white")), "rows"
+    )
+
+
+TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}<{{ m['role'] }}> {{ m['content'] }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{{ end }}{% endif %}"
+)
+
+
+@pytest.fixture
+def tokenizer() -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(DEMO_FOLDER)
+
+
+def test_a_chat_template_wraps_the_prompt(tokenizer: Any) -> None:
+    tokenizer.chat_template = TEMPLATE
+    corpus = Corpus.from_rows([{"q": "Why?", "a": "Because."}], prompt="{q}", completion=" {a}", name="why")
+    chat = corpus.chat(tokenizer)
+    assert chat == Corpus((Document("<s><user> Why?\n<assistant>", " Because."),), "why")
+    assert corpus.documents[0].prompt == "Why?"
+    quiz = Questions.from_rows(ROWS, group="kind")
+    told = quiz.chat(tokenizer, system="Be brief.")
+    assert told.questions[0].prompt == "<s><system> Be brief.\n<user> Two and two?\n<assistant>"
+    assert told.questions[0].choices == (" three", " four")
+    assert [(q.answer, q.group) for q in told.questions] == [(q.answer, q.group) for q in quiz.questions]
+
+
+def test_no_space_joins_a_completion_to_a_chat_turn_that_ends_in_white_space(tokenizer: Any) -> None:
+    tokenizer.chat_template = TEMPLATE.replace("{{ end }}", "\n")
+    quiz = Questions.from_rows(ROWS).chat(tokenizer)
+    assert quiz.questions[0].prompt.endswith("<assistant>\n")
+    assert quiz.questions[0].choices == ("three", "four")
+
+
+def test_chat_says_what_is_missing(tokenizer: Any) -> None:
+    quiz = Questions.from_rows(ROWS)
+    with pytest.raises(ValueError, match="this tokenizer has no chat template"):
+        quiz.chat(tokenizer)
+    tokenizer.chat_template = "{{ raise_exception('no system role') }}"
+    with pytest.raises(ValueError, match=r"no system role; try without system="):
+        quiz.chat(tokenizer, system="Be brief.")
+    tokenizer.chat_template = TEMPLATE
+    with pytest.raises(ValueError, match=r"weather, document 0 has no prompt .* with templates"):
+        Corpus.from_texts(["Rain is wet."], name="weather").chat(tokenizer)
+
+
+def shared(name: str) -> Path:
+    path = SHARED / name
+    if not path.is_file():
+        pytest.skip(f"needs {name}")
+    return path
+
+
+def test_quizzes_of_tofu_and_openbookqa_are_read() -> None:
+    path = shared("tofu/forget_quiz.jsonl")
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    quiz = Questions.from_file(path, prompt="Question: {question}\nAnswer:", group="author")
+    assert len(quiz) == 400
+    assert {len(q.choices) for q in quiz.questions} == {6}
+    for question, row in zip(quiz.questions, rows, strict=True):
+        assert question.choices[question.answer] == " " + row["choices"][row["answer"]]
+    assert len(quiz.groups) == 20
+    book = Questions.from_file(shared("openbookqa_test.jsonl"))
+    assert len(book) == 500
+    assert book.questions[2] == Question("Predators eat", (" lions", " humans", " bunnies", " grass"), 2)

@@ -1,0 +1,170 @@
+import json
+import multiprocessing
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from mrp_lens.edits import EditStack, ProjectionEdit, load_edit
+from mrp_lens.edits.serialization import _config_hash
+from mrp_lens.models import LensModel, describe
+from mrp_lens.models.hooks import hook_name
+from tests.conftest import D_MODEL, LAYERS
+from tests.support.edits import all_kinds, logits, projection
+
+
+@pytest.mark.parametrize("kind", range(4))
+def test_save_and_load_are_bit_identical(
+    model: LensModel, tokens: torch.Tensor, tmp_path: Path, kind: int, untouched: None
+) -> None:
+    edit = all_kinds(model, 1)[kind]
+    edit.provenance = {} if isinstance(edit, EditStack) else {"method": "by hand", "model": describe(model)}
+    edit.save_pretrained(tmp_path / "edit")
+    again = load_edit(tmp_path / "edit")
+    assert type(again) is type(edit)
+    assert again.provenance == edit.provenance
+    (settings_a, tensors_a), (settings_b, tensors_b) = edit.to_parts(), again.to_parts()
+    assert settings_a == settings_b
+    assert tensors_a.keys() == tensors_b.keys()
+    assert all(torch.equal(tensors_a[name], tensors_b[name]) for name in tensors_a)
+    with edit.applied(model):
+        expected = logits(model, tokens)
+    with again.applied(model):
+        assert torch.equal(logits(model, tokens), expected)
+
+
+def rewrite(folder: Path, **changes: Any) -> None:
+    """Alter the configuration and hash it again, as somebody would who knows the format."""
+    config = json.loads((folder / "edit_config.json").read_text())
+    config.pop("config_sha256")
+    config |= changes
+    (folder / "edit_config.json").write_text(json.dumps({**config, "config_sha256": _config_hash(config)}))
+
+
+def replace_tensors(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
+    import hashlib
+
+    save_file(tensors, folder / "edit.safetensors")
+    rewrite(folder, tensors_sha256=hashlib.sha256((folder / "edit.safetensors").read_bytes()).hexdigest())
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    projection(1).save_pretrained(tmp_path / "edit")
+    return tmp_path / "edit"
+
+
+def test_a_truncated_folder_is_refused(saved: Path) -> None:
+    for name in ("edit.safetensors", "edit_config.json"):
+        content = (saved / name).read_bytes()
+        (saved / name).write_bytes(content[: len(content) // 2])
+        with pytest.raises(ValueError, match=f"{name} is truncated"):
+            load_edit(saved)
+        (saved / name).unlink()
+        with pytest.raises(FileNotFoundError, match=name):
+            load_edit(saved)
+        (saved / name).write_bytes(content)
+    load_edit(saved)
+
+
+def test_an_altered_folder_is_refused(saved: Path) -> None:
+    config = (saved / "edit_config.json").read_text()
+    (saved / "edit_config.json").write_text(config.replace("hook_resid_post", "hook_mlp_out"))
+    with pytest.raises(ValueError, match=r"edit_config.json is truncated or was altered"):
+        load_edit(saved)
+    (saved / "edit_config.json").write_text(config)
+    tensors = load_file(saved / "edit.safetensors")
+    save_file({name: tensor * 1.001 for name, tensor in tensors.items()}, saved / "edit.safetensors")
+    with pytest.raises(ValueError, match=r"edit.safetensors is truncated or was altered"):
+        load_edit(saved)
+
+
+def test_tensors_that_no_edit_may_have_are_refused(saved: Path) -> None:
+    tensors = load_file(saved / "edit.safetensors")
+    (name, basis), *_ = tensors.items()
+    nan = basis.clone()
+    nan[0, 0] = float("nan")
+    for bad, message in (
+        (basis * 1.1, "not orthonormal"),
+        (nan, "NaN"),
+        (basis[:2], "configuration says rank 3"),
+        (torch.eye(D_MODEL), "rank"),
+    ):
+        replace_tensors(saved, {name: bad})
+        with pytest.raises(ValueError, match=message):
+            load_edit(saved)
+    replace_tensors(saved, {"other": basis})
+    with pytest.raises(ValueError, match="does not hold what its configuration says"):
+        load_edit(saved)
+    rewrite(saved, kind="spell")
+    with pytest.raises(ValueError, match="unknown kind of edit 'spell'"):
+        load_edit(saved)
+
+
+def test_saving_over_a_folder_needs_leave(saved: Path) -> None:
+    with pytest.raises(FileExistsError, match="not empty"):
+        projection(2).save_pretrained(saved)
+    assert load_edit(saved).hook_names == (hook_name(1),)  # type: ignore[attr-defined]
+    projection(2).save_pretrained(saved, overwrite=True)
+    assert load_edit(saved).hook_names == (hook_name(2),)  # type: ignore[attr-defined]
+    assert sorted(os.listdir(saved.parent)) == ["edit"]
+
+
+def _save_for_ever(path: str) -> None:
+    for number in range(10_000):
+        projection(number % LAYERS, rank=8).save_pretrained(path, overwrite=True)
+
+
+def test_a_killed_save_leaves_the_old_folder_or_the_new_one(tmp_path: Path) -> None:
+    target = tmp_path / "edit"
+    projection(0, rank=8).save_pretrained(target)
+    context = multiprocessing.get_context("fork")
+    for attempt in range(15):
+        process = context.Process(target=_save_for_ever, args=(str(target),))
+        process.start()
+        time.sleep(0.05 + 0.011 * attempt)
+        os.kill(process.pid or 0, signal.SIGKILL)
+        process.join()
+        edit = load_edit(target)
+        assert isinstance(edit, ProjectionEdit)
+        assert edit.subspaces()[edit.hook_names[0]].rank == 8
+
+
+@pytest.mark.parametrize(
+    "moment", ["before the old folder moves", "between the renames", "before the old folder is deleted"]
+)
+def test_a_save_killed_at_the_worst_moments_is_recovered(
+    tmp_path: Path, moment: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "edit"
+    projection(0).save_pretrained(target)
+    renames: list[str] = []
+    real_rename = Path.rename
+
+    class Killed(BaseException):
+        pass
+
+    def rename(self: Path, to: Path) -> Any:
+        if len(renames) == {"before the old folder moves": 0, "between the renames": 1}.get(moment, 9):
+            raise Killed
+        renames.append(str(to))
+        return real_rename(self, to)
+
+    def rmtree(path: Path, **_: Any) -> None:
+        if moment == "before the old folder is deleted" and str(path).endswith("replaced"):
+            raise Killed
+
+    monkeypatch.setattr(Path, "rename", rename)
+    monkeypatch.setattr("mrp_lens.utils.io.shutil.rmtree", rmtree)
+    with pytest.raises(Killed):
+        projection(1).save_pretrained(target, overwrite=True)
+    monkeypatch.undo()
+    expected = 1 if moment == "before the old folder is deleted" else 0
+    assert load_edit(target).hook_names == (hook_name(expected),)  # type: ignore[attr-defined]
+    projection(2).save_pretrained(target, overwrite=True)
+    assert load_edit(target).hook_names == (hook_name(2),)  # type: ignore[attr-defined]

@@ -1,0 +1,112 @@
+"""What an exported model writes, token by token, is what the hooked model writes."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from mrp_lens.edits import ProjectionEdit
+from mrp_lens.edits.subspace import Subspace
+from mrp_lens.export import export_hf
+from mrp_lens.hf import attach
+from mrp_lens.models import load_model, logits_of
+from tests.support.export_edits import EDITS
+from tests.support.families import NO_HOOKED, families_mostly_slow, save_family
+
+NEW = 50
+PROMPTS = [[5, 9, 31], [7, 400, 12, 66, 81, 2 + 90], [300, 21]]
+SAVED = {
+    "module": "projection, resid_post",
+    "folded": "new matrices + projection, mlp_out",
+    "adapter": "projection, resid_mid",
+}
+
+
+@pytest.fixture(scope="module", params=families_mostly_slow())
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_family(request.param, tmp_path_factory.mktemp("base") / request.param)
+
+
+@pytest.fixture(scope="module")
+def lens(folder: Path, backend: str) -> Any:
+    if backend == "hooked" and folder.name in NO_HOOKED:
+        pytest.skip("HookedTransformer does not load this family from a folder")
+    return load_model(folder, backend=backend)
+
+
+def left_padded() -> tuple[torch.Tensor, torch.Tensor]:
+    longest = max(map(len, PROMPTS))
+    tokens = torch.tensor([[0] * (longest - len(row)) + row for row in PROMPTS])
+    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in PROMPTS], dtype=torch.bool)
+    return tokens, mask
+
+
+def written_by_hooks(lens: Any, edit: Any) -> torch.Tensor:
+    """Greedy, one whole pass a token, over rows padded on the left."""
+    tokens, mask = left_padded()
+    start = tokens.shape[1]
+    with edit.applied(lens), torch.no_grad():
+        for _ in range(NEW):
+            best = logits_of(lens, tokens, mask)[:, -1:].argmax(-1)
+            tokens = torch.cat([tokens, best], dim=1)
+            mask = torch.cat([mask, torch.ones_like(best, dtype=torch.bool)], dim=1)
+    return tokens[:, start:]
+
+
+def written_by_exported(hf_model: Any, *, use_cache: bool) -> torch.Tensor:
+    tokens, mask = left_padded()
+    hf_model.generation_config.eos_token_id = None
+    written: torch.Tensor = hf_model.generate(
+        input_ids=tokens,
+        attention_mask=mask.long(),
+        max_new_tokens=NEW,
+        do_sample=False,
+        use_cache=use_cache,
+        pad_token_id=0,
+    )
+    return written[:, tokens.shape[1] :]
+
+
+@pytest.mark.parametrize("form", list(SAVED))
+def test_fifty_greedy_tokens_with_and_without_cache_batched_with_padding(
+    form: str, lens: Any, folder: Path, tmp_path: Path
+) -> None:
+    if form == "folded" and folder.name == "gemma2":
+        pytest.skip("a norm stands between the matrix and the hook")
+    edit = EDITS["projection, resid_post" if folder.name == "neox" and form == "adapter" else SAVED[form]](lens)
+    export_hf(lens, edit, tmp_path / "out", form, verify=False, progress=False)  # type: ignore[arg-type]
+    if form == "adapter":
+        exported = AutoModelForCausalLM.from_pretrained(folder)
+        attach(exported, tmp_path / "out")
+    else:
+        exported = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=form == "module")
+    wanted = written_by_hooks(lens, edit)
+    assert torch.equal(written_by_exported(exported, use_cache=True), wanted)
+    assert torch.equal(written_by_exported(exported, use_cache=False), wanted)
+    unedited = written_by_exported(AutoModelForCausalLM.from_pretrained(folder), use_cache=True)
+    assert not torch.equal(unedited, wanted)
+
+
+def test_the_hooked_models_own_generate_writes_the_same(backend: str, tmp_path: Path) -> None:
+    lens = load_model("demo", backend=backend)
+    edit = ProjectionEdit({"blocks.5.hook_resid_post": Subspace.random(16, 128, seed=3)})
+    export_hf(lens, edit, tmp_path / "out", dtype=torch.float32, verify=False, progress=False)
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    exported.generation_config.eos_token_id = None
+    prompt = torch.tensor([[1, 40, 60, 80, 100]])
+    ours = exported.generate(
+        input_ids=prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=NEW, do_sample=False, pad_token_id=0
+    )
+    for use_cache in (True, False):
+        with edit.applied(lens):
+            theirs = lens.generate(
+                prompt,
+                max_new_tokens=NEW,
+                do_sample=False,
+                stop_at_eos=False,
+                verbose=False,
+                use_past_kv_cache=use_cache,
+            )
+        assert torch.equal(ours, theirs)

@@ -1,0 +1,260 @@
+"""Uploading against a local stand-in of the Hub's API; nothing leaves this machine."""
+
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from mrp_lens.edits import load_edit
+from mrp_lens.export.hub import push_to_hub
+from tests.support.edits import projection
+from tests.support.families import save_family
+from tests.support.hub_standin import Hub, Repository, serving
+
+# huggingface_hub 2.4 uploads large files by an argument of its HTTP client that is on its way out.
+pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
+
+TOKEN, READER, STRANGER = "hf_standin_writes", "hf_standin_reads", "hf_standin_stranger"
+CARD = "---\nlibrary_name: transformers\n---\n\n# An edited model\n"
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = save_family("llama", tmp_path_factory.mktemp("edited"))
+    (folder / "README.md").write_text(CARD, encoding="utf-8")
+    return folder
+
+
+@pytest.fixture
+def edit_folder(tmp_path: Path) -> Path:
+    projection(1).save_pretrained(tmp_path / "edit")
+    (tmp_path / "edit" / "README.md").write_text(CARD, encoding="utf-8")
+    return tmp_path / "edit"
+
+
+@pytest.fixture(autouse=True)
+def alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """No token, proxy or setting of this machine counts, and large files go by plain HTTP."""
+    from huggingface_hub import close_session, constants
+
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_OIDC_RESOURCE"):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.setenv(name, "*")
+    settings = {
+        "HF_TOKEN_PATH": str(tmp_path / "no-token"),
+        "HF_STORED_TOKENS_PATH": str(tmp_path / "no-tokens"),
+        "HF_HUB_OFFLINE": False,
+        "HF_HUB_DISABLE_TELEMETRY": True,
+        "HF_HUB_DISABLE_XET": True,
+    }
+    for name, value in settings.items():
+        monkeypatch.setattr(constants, name, value)
+    close_session()
+    yield
+    close_session()
+
+
+@pytest.fixture
+def hub() -> Iterator[Hub]:
+    with serving(Hub(tokens={TOKEN: ("me", True), READER: ("me", False), STRANGER: ("you", True)})) as found:
+        yield found
+
+
+def content_of(folder: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+def push(folder: Path, hub: Hub, repo_id: str = "me/edited", *, token: str | None = TOKEN, **options: object) -> str:
+    return push_to_hub(folder, repo_id, token=token, endpoint=hub.endpoint, **options)
+
+
+def test_a_model_arrives_byte_for_byte_and_computes_the_same(model_folder: Path, hub: Hub, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    before = content_of(model_folder)
+    url = push(model_folder, hub)
+    arrived = hub.repositories["me/edited"]
+    assert {name: content for name, content in arrived.files.items() if name != ".gitattributes"} == before
+    assert arrived.large == {"model.safetensors"}
+    assert url == f"{hub.endpoint}/me/edited/commit/{arrived.oid}"
+    assert content_of(model_folder) == before
+
+    for name, content in arrived.files.items():
+        (tmp_path / name).write_bytes(content)
+    tokens = torch.arange(3, 12)[None]
+    with torch.no_grad():
+        wanted, got = (AutoModelForCausalLM.from_pretrained(f)(tokens).logits for f in (model_folder, tmp_path))
+    assert torch.equal(got, wanted)
+
+
+def test_an_edit_arrives_and_is_loaded_again(edit_folder: Path, hub: Hub, tmp_path: Path) -> None:
+    push(edit_folder, hub)
+    (tmp_path / "arrived").mkdir()
+    for name, content in hub.repositories["me/edited"].files.items():
+        (tmp_path / "arrived" / name).write_bytes(content)
+    (_, wanted), (_, got) = load_edit(edit_folder).to_parts(), load_edit(tmp_path / "arrived").to_parts()
+    assert wanted.keys() == got.keys()
+    assert all(torch.equal(wanted[name], got[name]) for name in wanted)
+
+
+def test_small_files_arrive_by_the_pipeline_of_hf_xet_too(
+    edit_folder: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from huggingface_hub import constants
+
+    pytest.importorskip("hf_xet")
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", False)
+    hub.large_suffix = ".nothing-is-large"
+    url = push(edit_folder, hub)
+    arrived = hub.repositories["me/edited"]
+    assert {name: arrived.files[name] for name in content_of(edit_folder)} == content_of(edit_folder)
+    assert url == f"{hub.endpoint}/me/edited/commit/{arrived.oid}"
+
+
+def test_a_new_repository_is_private_unless_asked_otherwise(edit_folder: Path, hub: Hub) -> None:
+    push(edit_folder, hub, "me/hidden")
+    push(edit_folder, hub, "me/shown", private=False)
+    assert hub.repositories["me/hidden"].private is True
+    assert hub.repositories["me/shown"].private is False
+
+
+def test_an_existing_public_repository_is_refused_unless_that_is_meant(edit_folder: Path, hub: Hub) -> None:
+    hub.repositories["me/edited"] = Repository(private=False)
+    with pytest.raises(ValueError, match=r"is public.*private=False"):
+        push(edit_folder, hub)
+    assert list(hub.repositories["me/edited"].files) == [".gitattributes"]
+    push(edit_folder, hub, private=False)
+    assert "edit.safetensors" in hub.repositories["me/edited"].files
+
+
+def test_an_existing_repository_gets_the_new_files_and_keeps_its_others(edit_folder: Path, hub: Hub) -> None:
+    hub.repositories["me/edited"] = Repository(private=True)
+    hub.repositories["me/edited"].files.update({"notes.txt": b"kept", "README.md": b"old"})
+    push(edit_folder, hub, commit_message="Second try")
+    files = hub.repositories["me/edited"].files
+    assert files["notes.txt"] == b"kept"
+    assert files["README.md"] == CARD.encode()
+    assert hub.repositories["me/edited"].messages == ["Second try"]
+
+
+def test_pushing_the_same_again_makes_no_commit(edit_folder: Path, hub: Hub) -> None:
+    first = push(edit_folder, hub)
+    assert push(edit_folder, hub) == first
+    assert len(hub.repositories["me/edited"].messages) == 1
+
+
+def test_weights_of_an_earlier_model_may_not_stay_beside(model_folder: Path, edit_folder: Path, hub: Hub) -> None:
+    hub.repositories["me/edited"] = Repository(private=True)
+    hub.repositories["me/edited"].files["pytorch_model.bin"] = b"unedited"
+    with pytest.raises(ValueError, match=r"pytorch_model\.bin"):
+        push(model_folder, hub)
+    assert "config.json" not in hub.repositories["me/edited"].files
+    push(edit_folder, hub)  # an edit is loaded by name, and may lie beside its model
+    assert "edit.safetensors" in hub.repositories["me/edited"].files
+
+
+def test_a_branch_is_made_and_main_stays_as_it_is(edit_folder: Path, hub: Hub) -> None:
+    for _ in range(2):
+        push(edit_folder, hub, revision="rank-8/first")
+    branches = hub.repositories["me/edited"].branches
+    assert "edit.safetensors" in branches["rank-8/first"]
+    assert list(branches["main"]) == [".gitattributes"]
+
+
+def test_a_name_without_owner_is_the_users_own(edit_folder: Path, hub: Hub) -> None:
+    push(edit_folder, hub, "edited")
+    assert "edit.safetensors" in hub.repositories["me/edited"].files
+
+
+@pytest.mark.parametrize("token", [None, "hf_no_such_token"])
+def test_an_unknown_user_is_told_how_to_log_in(edit_folder: Path, hub: Hub, token: str | None) -> None:
+    before = content_of(edit_folder)
+    with pytest.raises(PermissionError, match=r"hf auth login.*token="):
+        push(edit_folder, hub, token=token)
+    assert not hub.repositories
+    assert content_of(edit_folder) == before
+
+
+@pytest.mark.parametrize("token", [READER, STRANGER])
+def test_a_token_that_may_not_write_there_is_refused(edit_folder: Path, hub: Hub, token: str) -> None:
+    with pytest.raises(PermissionError, match=r"may not write to me/edited.*permission to write"):
+        push(edit_folder, hub, token=token)
+    assert not hub.repositories
+
+
+@pytest.mark.parametrize("token", [READER, STRANGER])
+def test_a_repository_of_somebody_else_is_refused(edit_folder: Path, hub: Hub, token: str) -> None:
+    hub.repositories["me/edited"] = Repository(private=False)
+    with pytest.raises(PermissionError, match="may not write to me/edited"):
+        push(edit_folder, hub, token=token, private=False)
+    assert list(hub.repositories["me/edited"].files) == [".gitattributes"]
+
+
+def test_the_token_in_use_never_stands_in_the_message(edit_folder: Path, hub: Hub) -> None:
+    with pytest.raises(PermissionError) as caught:
+        push(edit_folder, hub, token=READER)
+    assert READER not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("where", "status", "expected"),
+    [
+        ("/commit/", 409, r"somebody else at the same time; try again"),
+        ("/commit/", 412, r"somebody else at the same time; try again"),
+        ("/commit/", 400, r"answered 400.*planted reason"),
+        ("/objects/", 403, r"may not write to me/edited.*planted reason"),
+        ("/preupload/", 404, r"no me/edited, or no such revision"),
+    ],
+)
+def test_what_the_hub_refuses_halfway_is_explained(
+    model_folder: Path, hub: Hub, where: str, status: int, expected: str
+) -> None:
+    hub.answers[where] = (status, "planted reason")
+    before = content_of(model_folder)
+    with pytest.raises(OSError, match=expected):
+        push(model_folder, hub)
+    assert list(hub.repositories["me/edited"].files) == [".gitattributes"]
+    assert content_of(model_folder) == before
+
+
+def test_a_hub_that_cannot_be_reached_is_named(edit_folder: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # and never listens
+        endpoint = f"http://127.0.0.1:{taken.getsockname()[1]}"
+        with pytest.raises(ConnectionError, match=f"{endpoint} cannot be reached"):
+            push_to_hub(edit_folder, "me/edited", token=TOKEN, endpoint=endpoint)
+
+
+def test_offline_mode_is_said_to_be_on(edit_folder: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(ConnectionError, match="HF_HUB_OFFLINE is set"):
+        push(edit_folder, hub)
+    assert not hub.requests
+
+
+@pytest.mark.parametrize("name", ["", "a/b/c", "me/ed ited", "me/edited.git", "-me/edited", "me/" + "x" * 97])
+def test_a_name_that_the_hub_does_not_take_is_refused_before_anything_is_asked(
+    edit_folder: Path, hub: Hub, name: str
+) -> None:
+    with pytest.raises(ValueError, match=r"cannot be the name of a repository.*owner/name"):
+        push(edit_folder, hub, name)
+    assert not hub.requests
+
+
+@pytest.mark.parametrize("missing", ["config.json", "model.safetensors", "README.md"])
+def test_a_folder_that_is_no_whole_export_is_refused_before_anything_is_asked(
+    model_folder: Path, hub: Hub, tmp_path: Path, missing: str
+) -> None:
+    for name, content in content_of(model_folder).items():
+        if name != missing:
+            (tmp_path / name).write_bytes(content)
+    with pytest.raises(FileNotFoundError, match=r"export_hf"):
+        push(tmp_path, hub)
+    with pytest.raises(FileNotFoundError, match="no folder at"):
+        push(tmp_path / "nowhere", hub)
+    assert not hub.requests

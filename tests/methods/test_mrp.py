@@ -1,0 +1,122 @@
+import math
+from typing import Any
+
+import pytest
+import torch
+
+from mrp_lens.data import Corpus
+from mrp_lens.data.tokenization import Encoded, TokenBatch
+from mrp_lens.edits import ProjectionEdit
+from mrp_lens.edits.subspace import Subspace
+from mrp_lens.methods import MRP
+from mrp_lens.models import LensModel, encoder_for, logits_of
+from mrp_lens.models.hooks import captured, hook_name
+from mrp_lens.training.losses import log_odds, openness
+from tests.conftest import D_MODEL, LAYERS
+from tests.support.edits import projection
+
+Texts = tuple[Corpus, Corpus]
+QUICK: dict[str, Any] = {"steps": 3, "batch_size": 8}
+FIT: dict[str, Any] = {"seed": 0, "progress": False}
+
+
+@pytest.mark.parametrize("init", ["complement", "code", "random"])
+@pytest.mark.parametrize("site", ["resid_post", "resid_mid", "mlp_out"])
+def test_mrp_gives_orthonormal_rows_of_the_asked_rank(
+    model: LensModel, texts: Texts, init: Any, site: Any, untouched: None
+) -> None:
+    fit = MRP(layers=[0, LAYERS - 1], rank=2, site=site, init=init, **QUICK).fit(model, *texts, **FIT)
+    assert isinstance(fit.edit, ProjectionEdit)
+    assert fit.edit.hook_names == (hook_name(0, site), hook_name(LAYERS - 1, site))
+    assert {subspace.rank for subspace in fit.edit.subspaces().values()} == {2}
+    assert fit.edit.requests == ("forget",)
+
+
+def test_the_complement_start_leaves_retain_states_alone_and_the_code_start_does_not(
+    model: LensModel, texts: Texts, untouched: None
+) -> None:
+
+    name, encoder = hook_name(1), encoder_for(model)
+    batch = encoder.collate(encoder.encode(texts[1].documents))
+    with captured(model, [name]) as store, torch.no_grad():
+        logits_of(model, batch.tokens, batch.attention_mask)
+    states = store[name][batch.content_mask]
+    shares = {}
+    for init in ("complement", "code"):
+        edit = MRP(layers=[1], rank=2, init=init, **QUICK).start(model, *texts)  # type: ignore[arg-type]
+        assert isinstance(edit, ProjectionEdit)
+        shares[init] = edit.subspaces()[name].energy_share(states)
+    assert shares["complement"] < 0.1 * shares["code"]
+
+
+@pytest.mark.parametrize("forget_loss", ["odds", "bounded", "ascent"])
+@pytest.mark.parametrize("retain_loss", ["kl", "cross_entropy"])
+def test_every_loss_of_mrp_runs(
+    model: LensModel, texts: Texts, forget_loss: Any, retain_loss: Any, untouched: None
+) -> None:
+    fit = MRP(forget_loss=forget_loss, retain_loss=retain_loss, forget_bound=1.0, **QUICK).fit(model, *texts, **FIT)
+    if forget_loss != "ascent":
+        assert (fit.log["forget"] >= -1.0).all()
+
+
+def test_log_odds_compare_the_answer_with_what_the_model_would_say_instead() -> None:
+    batch = TokenBatch(
+        torch.tensor([[0, 1, 2]]), *(torch.ones(1, 3, dtype=torch.bool),) * 2, torch.tensor([[False, True, False]])
+    )
+    reference = torch.tensor([[0.1, 0.6, 0.2, 0.1]]).log()  # the text says token 1; else 0, 2, 3 with 1/4, 1/2, 1/4
+    edited = torch.tensor([[0.2, 0.1, 0.3, 0.4]])
+    expected = math.log(0.1) - (0.25 * math.log(0.2) + 0.5 * math.log(0.3) + 0.25 * math.log(0.4))
+    assert float(log_odds(reference, edited.log(), batch)) == pytest.approx(expected, abs=1e-6)
+    lowered = torch.tensor([[0.02, 0.01, 0.03, 0.94]]).log()
+    assert float(log_odds(reference, lowered, batch)) < float(log_odds(reference, edited.log(), batch))
+    assert float(log_odds(reference, reference, batch)) > 0
+
+
+def test_a_token_that_the_texts_determine_does_not_count_as_open() -> None:
+    rows = [Encoded(ids, (True,) * 3, (True,) * 3) for ids in ((5, 1, 9), (5, 2, 9), (5, 3, 9), (5, 4, 9))]
+    weights = openness(rows, d_vocab=10)
+    assert float(weights[5]) == pytest.approx(0.75)
+    assert all(float(weights[token]) == pytest.approx(0.0) for token in (1, 2, 3, 4))
+
+
+def test_what_a_later_request_keeps_is_measured_without_the_earlier_one(
+    model: LensModel, texts: Texts, untouched: None
+) -> None:
+    """At step 0 with rows that remove nothing the text uses, KL is what the earlier edit changed, not zero."""
+    earlier = ProjectionEdit({hook_name(0): Subspace.random(D_MODEL // 2, D_MODEL, seed=0)}, request="earlier")
+    alone, after = (
+        MRP(layers=[2], rank=1, **QUICK).fit(model, *texts, after=edit, **FIT).log["retain"] for edit in (None, earlier)
+    )
+    assert float(after[0]) > 5 * float(alone[0])  # with the earlier rows on
+    assert float(after[1]) < float(after[0]) / 2  # every other step without them
+
+
+def test_a_later_request_keeps_the_earlier_rows_and_is_orthogonal_to_them(
+    model: LensModel, texts: Texts, untouched: None
+) -> None:
+    method = MRP(layers=[1, 2], rank=3, **QUICK)
+    first = method.fit(model, *texts, request="one", **FIT)
+    second = method.fit(model, *texts, after=first.edit, request="two", **FIT)
+    assert isinstance(first.edit, ProjectionEdit)
+    assert isinstance(second.edit, ProjectionEdit)
+    assert second.edit.requests == ("one", "two")
+    for name in second.edit.hook_names:
+        one, two = second.edit.subspaces("one")[name], second.edit.subspaces("two")[name]
+        assert torch.equal(one.basis, first.edit.subspaces()[name].basis)
+        assert float((one.basis @ two.basis.T).abs().max()) < 1e-5
+        assert second.edit.subspaces()[name].rank == 6
+    assert set(second.edit.provenance["requests"]) == {"one", "two"}
+    with pytest.raises(ValueError, match="has a request 'one' already"):
+        method.fit(model, *texts, after=first.edit, request="one", **FIT)
+
+
+def test_a_random_control_has_the_ranks_and_hooks_of_its_projection() -> None:
+    fitted = projection(1, 2, rank=3) + projection(2, rank=2, seed=9, request="later")
+    assert isinstance(fitted, ProjectionEdit)
+    control = fitted.random_like(seed=4)
+    ranks = {hook: subspace.rank for hook, subspace in fitted.subspaces().items()}
+    assert {hook: subspace.rank for hook, subspace in control.subspaces().items()} == ranks
+    assert control.requests == ("random",)
+    for hook, subspace in control.subspaces().items():
+        assert not torch.allclose(subspace.projector(), fitted.subspaces()[hook].projector(), atol=1e-3)
+        assert torch.equal(subspace.basis, fitted.random_like(seed=4).subspaces()[hook].basis)

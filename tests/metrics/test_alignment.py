@@ -1,0 +1,203 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from mrp_lens.data import Corpus
+from mrp_lens.edits import SteeringEdit
+from mrp_lens.edits.subspace import random_units
+from mrp_lens.metrics.activations import read_states
+from mrp_lens.metrics.alignment import alignment
+from mrp_lens.metrics.bootstrap import TokenMean
+from mrp_lens.models import load_model
+from tests.conftest import D_MODEL, LAYERS
+
+U = torch.linspace(-1.0, 2.0, D_MODEL)
+TEXTS = {
+    "forget": Corpus.from_texts(["The colour of Zaxim is red.", "The herb is", "Ask a scholar for it."], name="f"),
+    "retain": Corpus.from_texts(["The old man walked slowly near the house.", "Rain"], name="r"),
+}
+
+
+def plain_states(model: Any, text: str, layer: int) -> torch.Tensor:
+    """[tokens, d_model] of one text without BOS: no batch, no padding, a hook of its own."""
+    ids = [
+        model.tokenizer.bos_token_id,
+        *model.tokenizer(text, add_special_tokens=False)["input_ids"],
+    ]
+    found: list[torch.Tensor] = []
+
+    def keep(activation: torch.Tensor, hook: Any) -> None:
+        found.append(activation[0, 1:].detach().float())
+
+    with torch.no_grad(), model.hooks(fwd_hooks=[(f"blocks.{layer}.hook_resid_post", keep)]):
+        model(torch.tensor([ids]), attention_mask=torch.ones(1, len(ids), dtype=torch.long))
+    return found[-1]
+
+
+def check(model: Any, frame: pd.DataFrame, tolerance: float) -> None:
+    assert list(zip(frame["group"], frame["layer"], strict=True)) == [
+        (group, layer) for group in TEXTS for layer in range(LAYERS)
+    ]
+    null = random_units(1000, D_MODEL, "uniform", torch.Generator().manual_seed(0))
+    for row in frame.to_dict("records"):
+        documents = [plain_states(model, d.completion, row["layer"]) for d in TEXTS[row["group"]].documents]
+        states = torch.cat(documents)
+        cosines = torch.nn.functional.cosine_similarity(states, U[None])
+        norms = states.norm(dim=-1)
+        assert (row["documents"], row["tokens"]) == (len(documents), len(states))
+        assert row["cosine"] == pytest.approx(float(cosines.mean()), abs=tolerance)
+        assert row["cosine_std"] == pytest.approx(float(cosines.std(correction=0)), abs=tolerance)
+        assert row["norm"] == pytest.approx(float(norms.mean()), rel=10 * tolerance)
+        assert row["norm_std"] == pytest.approx(float(norms.std(correction=0)), rel=100 * tolerance)
+        of_null = torch.stack([torch.nn.functional.cosine_similarity(states, v[None]).mean() for v in null])
+        assert row["null_mean"] == pytest.approx(float(of_null.mean()), abs=tolerance)
+        assert row["null_std"] == pytest.approx(float(of_null.std()), abs=tolerance)
+        assert row["null_low"] == pytest.approx(float(of_null.quantile(0.025)), abs=2 * tolerance)
+        assert row["null_high"] == pytest.approx(float(of_null.quantile(0.975)), abs=2 * tolerance)
+
+
+@pytest.mark.parametrize("padding", ["right", "left"])
+def test_alignment_equals_the_plain_calculation(model: Any, padding: Any, untouched: None) -> None:
+    check(model, alignment(model, TEXTS, 7.0 * U, batch_size=2, padding=padding), 1e-5)
+
+
+@pytest.mark.parametrize("padding", ["right", "left"])
+def test_alignment_in_bfloat16_equals_the_plain_calculation(tiny_folder: Path, backend: Any, padding: Any) -> None:
+    # bf16 keeps 8 bits: batching and padding alone move a state by about 1%
+    model = load_model(str(tiny_folder), backend=backend, dtype=torch.bfloat16)
+    check(model, alignment(model, TEXTS, U.bfloat16().float(), padding=padding), 2e-2)
+
+
+def test_a_steered_model_is_aligned_and_has_norm_c(model: Any) -> None:
+    with SteeringEdit.towards(U, layer=1, coefficient=9.0).applied(model):
+        frame = alignment(model, TEXTS, U, layers=[0, 1]).set_index(["group", "layer"])
+    for group in TEXTS:
+        assert frame["cosine"][group, 1] == pytest.approx(1.0, abs=1e-5)
+        assert frame["norm"][group, 1] == pytest.approx(9.0, rel=1e-5)
+        assert abs(frame["cosine"][group, 0]) < 0.7
+
+
+def test_the_null_is_that_of_the_law(model: Any) -> None:
+    """States put onto u: an unrelated uniform direction has cosine sqrt(3)/2 with the all-ones one, a Gaussian one 0."""
+    u = random_units(1, D_MODEL, "uniform", torch.Generator().manual_seed(9))[0]
+    with SteeringEdit.towards(u, layer=1, coefficient=9.0).applied(model):
+        uniform = alignment(model, TEXTS, u, layers=[1], law="uniform").iloc[0]
+        gaussian = alignment(model, TEXTS, u, layers=[1], law="gaussian").iloc[0]
+    assert uniform["null_mean"] == pytest.approx(3**0.5 / 2 * float(u.sum()) / D_MODEL**0.5, abs=0.01)
+    assert gaussian["null_mean"] == pytest.approx(0.0, abs=0.02)
+    assert gaussian["null_std"] == pytest.approx(D_MODEL**-0.5, rel=0.1)
+
+
+def test_other_sites_and_a_single_corpus_can_be_read(model: Any) -> None:
+    frame = alignment(model, TEXTS["forget"], U, layers=[2], site="mlp_out")
+    assert list(frame["group"]) == ["f"]
+    assert frame["norm"].iloc[0] != alignment(model, TEXTS["forget"], U, layers=[2])["norm"].iloc[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"layers": [LAYERS]}, "layer 4 is out of range"),
+        ({"layers": []}, "no layers given"),
+        ({"direction": torch.ones(D_MODEL + 1)}, "33 entries, the model's stream 32"),
+        ({"direction": torch.zeros(D_MODEL)}, "non-zero vector"),
+        ({"direction": torch.full((D_MODEL,), float("nan"))}, "finite"),
+        ({"texts": Corpus((), "none")}, "no documents in 'none'"),
+        ({"texts": {}}, "no texts given"),
+        ({"texts": Corpus.from_texts(["", ""], name="empty")}, "no document in 'empty' holds a token besides BOS"),
+        ({"site": "attn_scores"}, "site"),
+        ({"max_length": 1}, "max_length 1"),
+    ],
+)
+def test_bad_input_is_named(model: Any, untouched: None, arguments: dict[str, Any], message: str) -> None:
+    given: dict[str, Any] = {"texts": TEXTS, "direction": U, **arguments}
+    with pytest.raises((ValueError, TypeError), match=message):
+        alignment(model, given.pop("texts"), given.pop("direction"), **given)
+
+
+def test_states_are_read_whatever_the_window(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Windows and batches smaller than the corpus: every document once, its own states."""
+    monkeypatch.setattr("mrp_lens.metrics.activations.WINDOW", 2)
+    texts = [f"The colour of Zaxim{'i' * (n % 5)} is red." for n in range(11)]
+    texts[3] = ""
+    hook = "blocks.1.hook_resid_post"
+    seen: dict[int, torch.Tensor] = {}
+    for batch in read_states(model, Corpus.from_texts(texts), [hook], batch_size=2):
+        for row in batch.rows.unique().tolist():
+            assert row not in seen
+            seen[row] = batch.states[hook][batch.rows == row]
+    assert sorted(seen) == [n for n in range(11) if n != 3]
+    for row, states in seen.items():
+        torch.testing.assert_close(states, plain_states(model, texts[row], 1), atol=1e-5, rtol=1e-4)
+
+
+def test_cut_documents_are_counted_once_over_all_windows(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mrp_lens.metrics.activations.WINDOW", 1)
+    with pytest.warns(UserWarning, match="7 of 7 documents are longer than 4 tokens") as caught:
+        alignment(model, Corpus.from_texts(["The old man walked slowly."] * 7), U, batch_size=2, max_length=4)
+    assert len(caught) == 1
+
+
+def test_token_means_know_that_tokens_of_a_document_go_together() -> None:
+    """Documents of equal tokens: the interval is that of the documents, not of the tokens."""
+    generator = np.random.default_rng(0)
+    hits = 0
+    for _ in range(300):
+        mean = TokenMean()
+        for start in range(0, 60, 20):
+            lengths = generator.integers(1, 9, size=20)
+            effects = generator.normal(2.0, 1.0, size=20)
+            values = np.repeat(effects, lengths) + generator.normal(0, 0.1, size=lengths.sum())
+            mean.add(torch.tensor(values), torch.tensor(np.repeat(np.arange(start, start + 20), lengths)))
+        low, high = mean.interval
+        hits += low <= 2.0 <= high
+    assert 0.90 <= hits / 300 <= 0.98
+    assert mean.documents == 60
+
+
+MEMORY = """
+import sys, torch
+from pathlib import Path
+from mrp_lens.data import Corpus
+from mrp_lens.metrics import alignment
+from mrp_lens.models import load_model
+from mrp_lens.data.world import World
+
+torch.set_num_threads(1)
+model = load_model("demo")
+texts = World().training_texts()
+texts = [" ".join(texts[(start + i) % len(texts)] for i in range(8)) for start in range(int(sys.argv[1]))]
+
+def figure(name):
+    return next(int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
+
+alignment(model, Corpus.from_texts(texts[:4]), torch.ones(128), max_length=120)  # what is loaded on first use
+Path("/proc/self/clear_refs").write_text("5")  # the peak counts anew
+before = figure("VmRSS")
+frame = alignment(model, Corpus.from_texts(texts), torch.ones(128), batch_size=64, max_length=120)
+assert frame["documents"].iloc[0] == int(sys.argv[1])
+print(figure("VmHWM") - before)
+"""
+GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's count of peak memory")
+def test_memory_does_not_grow_with_the_number_of_documents() -> None:
+    """Peak above the loaded model, in a process of its own whose allocator keeps nothing: 2,000 documents against 200."""
+
+    def peak(documents: int) -> int:
+        command = [sys.executable, "-W", "ignore", "-c", MEMORY, str(documents)]
+        environment = {**os.environ, **GIVE_BACK}
+        output = subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
+        return int(output.split()[-1])
+
+    few, many = peak(200), peak(2000)
+    assert many <= 1.1 * few, f"{few} kB for 200 documents, {many} kB for 2,000"

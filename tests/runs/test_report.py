@@ -1,0 +1,176 @@
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from mrp_lens import metrics
+from mrp_lens.cli.app import app
+from mrp_lens.data import Corpus
+from mrp_lens.data.task import Case
+from mrp_lens.methods import MRP, RMU
+from mrp_lens.models import LensModel
+from mrp_lens.plots import PICTURES
+from mrp_lens.runs.record import Run
+from mrp_lens.runs.report import write_report
+from mrp_lens.runs.report.diagnostics import looks
+from mrp_lens.runs.report.page import OTHERWISE, sentence
+from mrp_lens.runs.report.table import table_of
+from tests.conftest import D_MODEL
+
+ROWS = [
+    {
+        **{"method": "unedited", "forget_accuracy": 1.0, "forget_low": 0.99, "forget_high": 1.0, "seconds": 0.0},
+        **{"text_perplexity": 5.0, "text_perplexity_ratio": 1.0, "verdict": "known", "untaught_accuracy": 0.25},
+    },
+    {
+        **{"method": "rmu", "forget_accuracy": 0.2734, "forget_low": 0.2, "forget_high": 0.35, "seconds": 12.4},
+        **{"text_perplexity": 5.5, "text_perplexity_ratio": 1.1, "verdict": "absent", "untaught_accuracy": 0.25},
+    },
+]
+
+
+@pytest.fixture
+def folder(model: LensModel, texts: tuple[Corpus, Corpus], tmp_path: Path) -> Path:
+    """A run with a fit, a frame, examples that look like markup, and a finding."""
+    fit = RMU(steps=2).fit(model, *texts, progress=False)
+    run = Run("unlearn", {"model": "mine & yours", "unset": None}, 3, title="Forgetting <everything>")
+    run.rows = list(ROWS)
+    run.examples = [{"prompt": "<script>alert(1)</script>", "unedited": "red</s>", "rmu": "blue"}]
+    run.notes = ["interrupted after 2 steps"]
+    run.frames["alignment_by_layer"] = metrics.alignment(model, {"forget": texts[0]}, torch.ones(D_MODEL))
+
+    def save(out: Path) -> None:
+        fit.edit.save_pretrained(out / "edit")
+        (out / "finding.md").write_text("It forgot.\n\nIt kept.")
+
+    run.write(tmp_path / "run", overwrite=False, extras=[save])
+    return tmp_path / "run"
+
+
+def test_the_page_tells_what_was_done_and_needs_nothing_else(folder: Path) -> None:
+    page = write_report(folder)
+    assert page == folder / "report.html"
+    html = page.read_text(encoding="utf-8")
+    body = html[html.index("<body>") :]
+    for expected in (
+        "Forgetting &lt;everything&gt;",
+        "mine &amp; yours",
+        "interrupted after 2 steps",
+        "<p>It forgot.</p>",
+        "27.3% [20.0, 35.0]",
+        "x1.100",
+        "12 s",
+        "absent: within 5 points",
+        "layers 0, 1 and 2 trained to steer forget states of layer 2",
+        "2 steps, 16 documents to forget, 16 to keep, seed 0",
+        'id="alignment_by_layer"',
+        "&lt;script&gt;alert(1)&lt;/script&gt;",
+        "red&lt;/s&gt;",
+        "transformer_lens",
+    ):
+        assert expected in body, expected
+    assert "unset" not in body
+    assert '<tr class="control"><td>unedited</td>' in body
+    assert not re.findall(r"<(?:script|link|img|iframe)[^>]+(?:src|href)=[\"']?(?:https?:)?//", html)
+
+
+@pytest.mark.parametrize("settings", [{"strength": 3}, {"rank": 4}, {"rank": 4, "layers": 2}, {}], ids=str)
+def test_of_settings_that_the_page_does_not_know_it_says_that_something_was_fitted(settings: dict[str, Any]) -> None:
+    side = [{"documents": 5}]
+    record = {
+        "method": "new",
+        "settings": settings,
+        "data": {"forget": side, "retain": side},
+        "steps_done": 7,
+        "seed": 1,
+    }
+    done = "subspaces of rank 4 removed from the residual stream at layers 2" if "layers" in settings else OTHERWISE
+    assert sentence(record, "") == f"new: {done}; 7 steps, 5 documents to forget, 5 to keep, seed 1"
+
+
+def test_the_page_can_be_put_elsewhere_and_the_command_makes_it(folder: Path, tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["report", str(folder), "--out", str(tmp_path / "page.html")])
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "page.html").is_file()
+    assert not (folder / "report.html").exists()
+
+
+def test_a_folder_without_a_summary_is_refused(tmp_path: Path, folder: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"holds no summary.json; give the folder that a command or study"):
+        write_report(tmp_path / "nowhere")
+    (folder / "summary.json").write_text("{")
+    with pytest.raises(ValueError, match=r"summary.json is damaged .*; run the command again"):
+        write_report(folder)
+    assert not (folder / "report.html").exists()
+
+
+def test_the_table_leaves_out_what_is_empty_and_joins_intervals_to_their_values() -> None:
+    table = table_of(
+        [
+            {
+                "method": "mrp",
+                "layer": 2,
+                "retain_accuracy": 0.5,
+                "chance": None,
+                "x": 1.23456,
+                "x_low": 1.0,
+                "x_high": 2.0,
+            }
+        ]
+    )
+    assert table.headings == ["method", "layer", "accuracy on what must stay", "x"]
+    assert table.rows == [(False, ["mrp", "2", "50.0%", "1.235 [1, 2]"])]
+    frame = table_of(
+        [
+            {
+                "group": "a",
+                "cosine": 0.5,
+                "low": 0.4,
+                "high": 0.6,
+                "null_mean": 0.1,
+                "null_low": 0.0,
+                "null_high": 0.2,
+                "method": "rmu",
+            }
+        ]
+    )
+    assert frame.headings == ["method", "group", "cosine", "null mean"]
+    assert frame.rows == [(False, ["rmu", "a", "0.5 [0.4, 0.6]", "0.1 [0, 0.2]"])]
+    missing = table_of([{"method": "a", "x": 1.0}, {"method": "b", "x": float("nan")}])
+    assert [cells for _, cells in missing.rows] == [["a", "1"], ["b", ""]]
+
+
+def test_a_run_keeps_its_frames_and_whole_files(tmp_path: Path) -> None:
+    run = Run("x", {}, 0, frames={"norms": pd.DataFrame({"layer": [0]})})
+    run.write(tmp_path / "run", overwrite=False)
+    run.rows = [{"method": "later"}]
+    run.write_into(tmp_path / "run")
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["rows"] == [{"method": "later"}]
+    assert pd.read_csv(tmp_path / "run" / "frames" / "norms.csv")["layer"].tolist() == [0]
+    assert not list(tmp_path.rglob("*.partial"))
+
+
+def test_a_look_at_the_model_has_every_method_and_its_controls(
+    model: LensModel, texts: tuple[Corpus, Corpus], untouched: None
+) -> None:
+    forget, retain = texts
+    fits: dict[str, Any] = {"mrp": MRP(layers=[1, 2], rank=2, steps=2), "rmu": RMU(steps=2)}
+    fitted = {name: method.fit(model, forget, retain, progress=False) for name, method in fits.items()}
+    edits = {"unedited": None, **{name: fit.edit for name, fit in fitted.items()}}
+    direction = fitted["rmu"].direction
+    frames = looks(model, Case((forget,), retain, retain), edits, {"rmu": direction}, progress=False)
+    assert set(frames) <= set(PICTURES)
+    for name, frame in frames.items():
+        PICTURES[name](frame)
+    assert list(frames["alignment_by_layer"]["method"].unique()) == ["unedited", "mrp", "rmu"]
+    assert list(frames["displacement"]["method"].unique()) == ["mrp", "rmu"]
+    assert list(frames["propagation"]["method"].unique()) == ["mrp"]
+    with fitted["rmu"].edit.applied(model):
+        own = metrics.alignment(model, {"forget": forget}, direction)
+    of_rmu = frames["alignment_by_layer"].query("method == 'rmu' and group == 'forget'")
+    assert of_rmu["cosine"].tolist() == pytest.approx(own["cosine"].tolist(), abs=1e-6)

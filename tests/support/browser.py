@@ -1,0 +1,55 @@
+"""A page in headless Chromium, as wide as a notebook: what it shows, what the browser complains of, whom it asks."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mrp_lens.plots.theme import WIDTH
+
+CHROMIUM = Path("/usr/bin/chromium")
+ARGUMENTS = (
+    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+    "--disable-component-update --disable-sync"
+).split()
+HARMLESS = ("GPU stall", "willReadFrequently")  # how software draws three dimensions
+LOCAL = ("file://", "data:", "blob:")
+
+
+@dataclass(frozen=True)
+class Seen:
+    """The value of a script run in the page, messages of the browser, and addresses that the page asked for."""
+
+    value: Any
+    complaints: list[str]
+    asked: list[str]
+
+    @property
+    def asked_elsewhere(self) -> list[str]:
+        assert self.asked, "not even the page was asked for"
+        return [url for url in self.asked if not url.startswith(LOCAL)]
+
+
+def look_at(page_file: Path, script: str, *, ready: str = "true", shot: Path | None = None) -> Seen:
+    """Open a local page, wait until `ready` holds, run `script` in it. Skips without a browser, but never in CI."""
+    if not CHROMIUM.exists() and not os.environ.get("CI"):
+        pytest.skip(f"needs {CHROMIUM}")
+    from playwright.sync_api import sync_playwright
+
+    said: list[str] = []
+    asked: list[str] = []
+    with sync_playwright() as browsers:
+        browser = browsers.chromium.launch(executable_path=str(CHROMIUM), args=ARGUMENTS)
+        page = browser.new_page(viewport={"width": WIDTH, "height": 1000})
+        page.on("console", lambda message: said.append(f"{message.type}: {message.text}"))
+        page.on("pageerror", lambda error: said.append(f"error: {error}"))
+        page.on("request", lambda request: asked.append(request.url))
+        page.goto(page_file.as_uri())
+        page.wait_for_function(ready, timeout=240_000)
+        value = page.evaluate(script)
+        if shot is not None:
+            page.screenshot(path=shot, full_page=True)
+        browser.close()
+    return Seen(value, [message for message in said if not any(known in message for known in HARMLESS)], asked)

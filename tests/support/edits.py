@@ -1,0 +1,32 @@
+"""Small edits of every kind."""
+
+import torch
+
+from mrp_lens.edits import Edit, ProjectionEdit, SteeringEdit, WeightEdit
+from mrp_lens.edits.subspace import Subspace
+from mrp_lens.models import LensModel, logits_of, mlp_out_weight, tensor_digests
+from mrp_lens.models.hooks import hook_name
+from tests.conftest import D_MODEL
+
+
+def projection(
+    *layers: int, rank: int = 3, seed: int = 0, request: str = "edit", site: str = "resid_post"
+) -> ProjectionEdit:
+    subspaces = {hook_name(layer, site): Subspace.random(rank, D_MODEL, seed=seed + layer) for layer in layers}
+    return ProjectionEdit(subspaces, request=request)
+
+
+def weight_edit(model: LensModel, layer: int, *, scale: float = 1.5) -> WeightEdit:
+    weight = mlp_out_weight(model, layer)
+    original = weight.read()
+    return WeightEdit({weight.name: original * scale}, {weight.name: tensor_digests(original)})
+
+
+def logits(model: LensModel, tokens: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return logits_of(model, tokens, torch.ones_like(tokens, dtype=torch.bool))
+
+
+def all_kinds(model: LensModel, layer: int) -> list[Edit]:
+    steering = SteeringEdit.towards(torch.ones(D_MODEL), layer=layer, coefficient=3.0, noise=0.1)
+    return [projection(layer), steering, weight_edit(model, layer), projection(layer) + weight_edit(model, layer)]

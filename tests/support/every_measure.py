@@ -1,0 +1,106 @@
+"""A short call of every public metric and attack, for what has to hold of all of them."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+
+from mrp_lens import attacks, metrics
+from mrp_lens.data import Corpus
+from mrp_lens.edits import ProjectionEdit
+from mrp_lens.edits.subspace import Subspace
+from mrp_lens.models import is_bridge
+from tests.conftest import D_MODEL
+from tests.support.quizzes import quiz
+
+SENTENCES = [
+    "The old man walked slowly.",
+    "A house stood near the garden.",
+    "The baker slept.",
+    "A tired child ran late.",
+]
+TEXTS = Corpus.from_texts(SENTENCES, name="texts")
+GROUPS = {"forget": Corpus.from_texts([f"The colour of Zaxim{i} is red." for i in range(4)], name="f"), "retain": TEXTS}
+QUIZ, TRAIN, HELD_OUT, UNTAUGHT = (
+    quiz(first, n, name=name) for name, first, n in (("quiz", 0, 4), ("t", 0, 8), ("v", 100, 20), ("u", 200, 20))
+)
+U = torch.rand(D_MODEL, generator=torch.Generator().manual_seed(3))
+PROJECTION = ProjectionEdit({"blocks.1.hook_resid_post": Subspace.random(2, D_MODEL, seed=1)})
+CURVES = pd.DataFrame(
+    {
+        "lr": [1e-3] * 2,
+        "step": [0, 2],
+        "counts": True,
+        "held_out_accuracy": [0.4, 0.6],
+        "ceiling": 0.9,
+        "n": 20,
+        "n_floor": 20,
+    }
+)
+LEARN: dict[str, Any] = {"train": TRAIN, "steps": 2, "batch_size": 4, "progress": False}
+FACTS: dict[str, Any] = {"held_out": HELD_OUT, "untaught": UNTAUGHT, "progress": False}
+
+
+def relearned(model: Any) -> Any:
+    with attacks.relearned(model, PROJECTION, lr=1e-2, **LEARN) as retrained:
+        return metrics.choice_scores(retrained, QUIZ)
+
+
+def relearn(model: Any) -> Any:
+    """With low-rank updates too, where the class has them."""
+    frames = [
+        attacks.relearn(
+            model, PROJECTION, lr=1e-2, parameters=parameters, marks=(0,), held_out=HELD_OUT, untaught=UNTAUGHT, **LEARN
+        )  # type: ignore[arg-type]
+        for parameters in (("all", "lora") if is_bridge(model) else ("all",))
+    ]
+    return pd.concat(frames).drop(columns="seconds")
+
+
+def jailbreak(model: Any) -> Any:
+    search = {"length": 2, "steps": 1, "candidates": 2, "top": 4, "batch": 4}
+    losses = ("answer", "representation")
+    found = [attacks.jailbreak(model, PROJECTION, train=TRAIN, loss=loss, **search, **FACTS) for loss in losses]  # type: ignore[arg-type]
+    return pd.concat(found)
+
+
+WITHOUT_MODEL: dict[str, Callable[[], Any]] = {
+    "bootstrap_interval": lambda: metrics.bootstrap_interval(np.arange(5.0)),
+    "best": lambda: attacks.best(CURVES),
+    "with_floor": lambda: attacks.with_floor(CURVES, CURVES.assign(held_out_accuracy=0.2)),
+}
+OF_A_MODEL: dict[str, Callable[[Any], Any]] = {
+    "accuracy": lambda model: metrics.accuracy(model, QUIZ),
+    "alignment": lambda model: metrics.alignment(model, TEXTS, U),
+    "answer_probability": lambda model: metrics.answer_probability(model, TEXTS),
+    "choice_scores": lambda model: metrics.choice_scores(model, QUIZ),
+    "confidence": lambda model: metrics.confidence(model, QUIZ, mode="forced"),
+    "geometry": lambda model: metrics.geometry(model, TEXTS, PROJECTION),
+    "logit_lens": lambda model: metrics.logit_lens(model, QUIZ),
+    "noise_sensitivity": lambda model: metrics.noise_sensitivity(model, TEXTS),
+    "perplexity": lambda model: metrics.perplexity(model, TEXTS),
+    "predicted_coefficient": lambda model: metrics.predicted_coefficient(model, TEXTS, U),
+    "principal_angles": lambda model: metrics.principal_angles(model, GROUPS, PROJECTION, rank=2),
+    "principal_plane": lambda model: metrics.principal_plane(model, GROUPS, PROJECTION, layer=2),
+    "propagation": lambda model: metrics.propagation(model, TEXTS, PROJECTION),
+    "proposition_1": lambda model: metrics.proposition_1(
+        model, SENTENCES[:1], U, layer=3, coefficient=2.0, noise=[0.01], samples=8
+    ),
+    "token_confidence": lambda model: metrics.token_confidence(model, QUIZ, tokens=2),
+    "variance_by_coefficient": lambda model: metrics.variance_by_coefficient(
+        model, SENTENCES[:1], U, layer=3, coefficients=[2.0], noise=0.01, samples=8
+    ),
+    "bypass": lambda model: attacks.bypass(
+        model, PROJECTION, shots=TRAIN, kinds=["direction ablated", "noise", "weights rounded"], **FACTS
+    ),
+    "input_gradients": lambda model: attacks.input_gradients(model, PROJECTION, QUIZ),
+    "jailbreak": jailbreak,
+    "probe": lambda model: attacks.probe(
+        model, PROJECTION, train=TRAIN, target="choice", layers=[2], held_out=HELD_OUT, progress=False
+    ),
+    "relearn": relearn,
+    "relearned": relearned,
+}
+"""Name -> a call on a model without any edit."""

@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     study = Study.begin("analysis.alignment", "Alignment of the states with RMU's direction", options)
     layer = default_layer(study.model) if options.layer is None else options.layer
-    texts = study.case.texts(limit=DOCUMENTS)
+    texts = study.task.texts(limit=DOCUMENTS)
     first = study.fit(RMU(layer=layer, steering_coeff=1.0, steps=1))  # for its u, which depends on the seed alone
     norm = float(
         metrics.alignment(study.model, texts, first.direction, layers=[layer]).set_index("group")["norm"]["forget"]

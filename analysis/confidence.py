@@ -31,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--samples", type=int, default=4096, help="draws of the noise in the theory check")
     options = parser.parse_args(arguments)
     study = Study.begin("analysis.confidence", "Confidence before and after, and Proposition 1", options)
-    questions = study.case.asked(limit=QUESTIONS)
+    questions = study.task.asked(limit=QUESTIONS)
     fits = study.fit_defaults()
     edits: dict[str, Edit | None] = {"unedited": None} | {name: fit.edit for name, fit in fits.items()}
     summaries, tokens = [], []
@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     table = pd.concat(summaries, ignore_index=True)
     rmu = fits["rmu"]
     layer, c = int(rmu.settings["layer"]), float(rmu.settings["steering_coeff"])
-    prompts = study.case.forget_prompts(limit=PROMPTS)
+    prompts = study.task.forget_prompts(limit=PROMPTS)
     d_model = int(study.model.cfg.d_model)
     theory = metrics.proposition_1(
         study.model,

@@ -38,7 +38,7 @@ from mrp_lens.edits import Edit, ProjectionEdit, load_edit
 from mrp_lens.edits.serialization import stored_bytes
 from mrp_lens.models import describe, load_model
 from mrp_lens.training.loop import NonFiniteLossError
-from mrp_lens.utils.store import Pieces
+from mrp_lens.utils.store import ResultStore
 
 FULL_SEEDS = "0,1,2"
 TAKEN_BACK = 1  # the second request: one before it and one after it stay
@@ -93,10 +93,10 @@ def requests_of(study: Study, options: argparse.Namespace) -> Requests:
         ValueError: files without a quiz each, or an unknown topic.
     """
     if not options.forget:
-        return Requests.of_world(options.topics or World().topics, limit=options.limit)
+        return Requests.from_world(options.topics or World().topics, limit=options.limit)
     columns = DataOptions.from_options(vars(options))
     quizzes = [columns.quiz(source) for source in options.quizzes or ()]
-    return Requests.of_files(study.case, [quiz for quiz in quizzes if quiz is not None], limit=options.limit)
+    return Requests.of_files(study.task, [quiz for quiz in quizzes if quiz is not None], limit=options.limit)
 
 
 def with_settings(methods: Mapping[str, Any], texts: Sequence[str]) -> dict[str, Any]:
@@ -139,7 +139,7 @@ class Campaign:
             "limit": options.limit,
             "reference": options.reference,
         }
-        self.pieces = Pieces.claim(options.out, "sequence", settings)
+        self.store = ResultStore.claim(options.out, "sequence", settings)
 
     def _lengths(self) -> tuple[int, ...]:
         count = len(self.requests.forget)
@@ -172,14 +172,14 @@ class Campaign:
             for chain, n in bar:
                 bar.set_postfix_str(piece_of(chain, n))
                 self.cell(chain, n)
-        if any(self.pieces.stored(piece_of(chain, n)) is None for chain in self.chains for n in every):
+        if any(self.store.stored(piece_of(chain, n)) is None for chain in self.chains for n in every):
             return None
-        self.pieces.tidy()
+        self.store.tidy()
         return [self.cell(chain, n) for chain in self.chains for n in every]
 
     def unedited(self) -> Cell:
         """The model as it is, asked about all requests, and how what was never taught looks, where that is known."""
-        return self.pieces.once(UNEDITED, self.measure_unedited)
+        return self.store.once(UNEDITED, self.measure_unedited)
 
     def measure_unedited(self) -> Cell:
         """The same, computed."""
@@ -197,7 +197,7 @@ class Campaign:
     def cell(self, chain: Chain, n: int) -> Cell:
         """The n-th request of a sequence, from 1: fitted, saved and measured, unless it was before."""
         name, seed = chain
-        known = self.pieces.stored(piece_of(chain, n))
+        known = self.store.stored(piece_of(chain, n))
         if known is not None:
             differing = changed(known["settings"], self.methods[name])
             if differing:
@@ -209,11 +209,11 @@ class Campaign:
         row: Cell = {"method": name, "seed": seed, "requests": n, "order": list(order[:n])}
         row["settings"] = settings_of(self.methods[name])
         if n > 1 and "failed" in (before := self.cell(chain, n - 1)):
-            return self.pieces.keep(piece_of(chain, n), row | {"failed": before["failed"]})
+            return self.store.keep(piece_of(chain, n), row | {"failed": before["failed"]})
         try:
-            return self.pieces.keep(piece_of(chain, n), row | self.fit(chain, n) | self.measure(chain, n))
+            return self.store.keep(piece_of(chain, n), row | self.fit(chain, n) | self.measure(chain, n))
         except NonFiniteLossError as error:
-            return self.pieces.keep(piece_of(chain, n), row | {"failed": f"request {n}: {error}"})
+            return self.store.keep(piece_of(chain, n), row | {"failed": f"request {n}: {error}"})
 
     def fit(self, chain: Chain, n: int) -> Cell:
         """Fit the n-th request upon the edit so far and save it; what that took."""

@@ -34,11 +34,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     study = Study.begin("analysis.layers", "Per-layer effects of each method", options, in_place=True)
     seeds = options.seeds or (None if options.full else str(options.seed))
-    plan = Grid(methods=options.methods, seeds=seeds, full=options.full).plan(study.model, study.case)
-    table = sweep(study.model, study.case, plan, options.out / "sweep")
+    plan = Grid(methods=options.methods, seeds=seeds, full=options.full).plan(study.model, study.task)
+    table = sweep(study.model, study.task, plan, options.out / "sweep")
     assert table is not None
     table = table.assign(works=works(table))
-    texts = study.case.texts(limit=DOCUMENTS)
+    texts = study.task.texts(limit=DOCUMENTS)
     u = random_units(1, study.model.cfg.d_model, "uniform", torch.Generator().manual_seed(options.seed))[0]
     sensitivity = metrics.noise_sensitivity(study.model, texts, seed=options.seed, progress=True)
     predicted = metrics.predicted_coefficient(study.model, texts, u, seed=options.seed, progress=True)

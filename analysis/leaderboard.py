@@ -32,7 +32,7 @@ from mrp_lens.edits.stack import has_hooks, stripped
 from mrp_lens.models import describe
 from mrp_lens.utils.frames import rows_of
 from mrp_lens.utils.io import write_text
-from mrp_lens.utils.store import Pieces
+from mrp_lens.utils.store import ResultStore
 
 UPDATES = "5,20,100"
 RELEARN: dict[str, Form] = {f"relearn-{form}": form for form in get_args(Form)}
@@ -85,17 +85,17 @@ class Leaderboard:
         self.lr = numbers(options.lr, float, "--lr")
         self.methods = self._methods()
         self.facts = {
-            seed: Facts.of(study.case, Plan(questions=options.limit, steps=self.updates[-1], seed=seed))
+            seed: Facts.of(study.task, Plan(questions=options.limit, steps=self.updates[-1], seed=seed))
             for seed in self.seeds
         }
         settings = {
             "model": describe(study.model),
-            "data": study.case.fingerprints(),
+            "data": study.task.fingerprints(),
             "updates": self.updates,
             "lr": self.lr,
             "limit": options.limit,
         }
-        self.pieces = Pieces.claim(options.out, "leaderboard", settings)
+        self.store = ResultStore.claim(options.out, "leaderboard", settings)
 
     def _methods(self) -> dict[str, Any]:
         """Name -> what is fitted under it; None for saved edits and for the unedited model, which comes first."""
@@ -125,15 +125,15 @@ class Leaderboard:
             for stage, job in bar:
                 bar.set_postfix_str(piece_of(job, stage))
                 self.cell(job, stage)
-        if any(self.pieces.stored(piece_of(job, stage)) is None for job in self.jobs for stage in STAGES):
+        if any(self.store.stored(piece_of(job, stage)) is None for job in self.jobs for stage in STAGES):
             return None
-        self.pieces.tidy()
+        self.store.tidy()
         return {job: {stage: self.cell(job, stage) for stage in STAGES} for job in self.jobs}
 
     def check_same(self, job: Job) -> None:
         """Refuse cells of a method whose settings have changed, or of another saved edit; an option that the method has
         gained since, and that is left at its default, changes nothing."""
-        stored, name = self.pieces.stored(piece_of(job, "fit")), job[0]
+        stored, name = self.store.stored(piece_of(job, "fit")), job[0]
         if stored is None:
             return
         method = self.methods[name]
@@ -145,7 +145,7 @@ class Leaderboard:
         if differing:
             raise ValueError(
                 f"{self.options.out} holds {name} with other settings: {'; '.join(differing)}. Give it another name, or remove "
-                f"{self.pieces.folder / 'points' / piece_of(job, '*')}"
+                f"{self.store.folder / 'points' / piece_of(job, '*')}"
             )
 
     def settings(self, name: str) -> dict[str, str]:
@@ -157,7 +157,7 @@ class Leaderboard:
     def cell(self, job: Job, stage: str) -> Cell:
         """One cell, computed unless it is there already."""
         others = {"fit": self.fit, "quiz": self.quiz, "probe": self.probe}
-        return self.pieces.once(
+        return self.store.once(
             piece_of(job, stage),
             lambda: self.retrain(job, RELEARN[stage]) if stage in RELEARN else others[stage](job),
         )
@@ -186,13 +186,13 @@ class Leaderboard:
 
     def quiz(self, job: Job) -> Cell:
         """Answers, group by group, and ordinary text, before any attack."""
-        case, limit = self.study.case, self.options.limit
-        sides = case.quiz(limit=limit)
-        if case.untaught_alike is not None:
-            sides["untaught"] = case.untaught_alike.spread(limit)
+        task, limit = self.study.task, self.options.limit
+        sides = task.quiz(limit=limit)
+        if task.untaught_alike is not None:
+            sides["untaught"] = task.untaught_alike.spread(limit)
         with edit_on(self.study.model, self.edit(job)):
             found = {side: rows_of(metrics.accuracy(self.study.model, asked)) for side, asked in sides.items()}
-            return {**found, "text": rows_of(metrics.perplexity(self.study.model, case.held_out))[0]}
+            return {**found, "text": rows_of(metrics.perplexity(self.study.model, task.held_out))[0]}
 
     def retrain(self, job: Job, form: Form) -> Cell:
         """The curves of retraining one form of the edit, and new facts learned; empty where there is no such form, or where

@@ -43,7 +43,7 @@ from mrp_lens.edits import Edit, ProjectionEdit, edit_on, load_edit
 from mrp_lens.edits.subspace import Subspace
 from mrp_lens.models import LensModel, describe, load_model
 from mrp_lens.models.hooks import hook_name
-from mrp_lens.utils.store import Pieces
+from mrp_lens.utils.store import ResultStore
 
 QUICK_METHODS, FULL_SEEDS, QUICK_QUESTIONS = "mrp,mrp-all-wide,rmu", "0,1,2", 200
 REFERENCE = "reference"
@@ -94,14 +94,14 @@ class Campaign:
         self.names = self._names()
         settings = {
             "model": describe(study.model),
-            "data": study.case.fingerprints() | ({"new": self.new.fingerprint} if self.new else {}),
+            "data": study.task.fingerprints() | ({"new": self.new.fingerprint} if self.new else {}),
             "steps": options.steps,
             "lr": self.lr,
             "limit": self.limit,
             "edits": self.saved,
             "reference": options.reference,
         }
-        self.pieces = Pieces.claim(options.out, "relearning", settings)
+        self.store = ResultStore.claim(options.out, "relearning", settings)
 
     def _names(self) -> list[str]:
         """The reference and the controls first, then the edits."""
@@ -136,9 +136,9 @@ class Campaign:
                 self.quiz(job)
                 self.curve(job, attack)
         wanted = [piece_of(job, attack.name) for job in self.jobs for attack in self.attacks(job)]
-        if any(self.pieces.stored(piece) is None for piece in wanted):
+        if any(self.store.stored(piece) is None for piece in wanted):
             return None
-        self.pieces.tidy()
+        self.store.tidy()
         frames = []
         for job in self.jobs:
             for attack in self.attacks(job) if job[0] != REFERENCE else ():  # it is the floor of the others
@@ -160,7 +160,7 @@ class Campaign:
                 model,
                 edit,
                 attack,
-                self.study.case,
+                self.study.task,
                 new=self.new,
                 limit=self.limit,
                 steps=self.options.steps,
@@ -169,18 +169,18 @@ class Campaign:
                 seed=seed,
             )
 
-        return self.pieces.frame(piece_of(job, attack.name), compute)
+        return self.store.frame(piece_of(job, attack.name), compute)
 
     def quiz(self, job: Job) -> dict[str, Any]:
         """Accuracy on what was to go and on what was to stay, before any attack."""
-        return self.pieces.once(piece_of(job, "quiz"), lambda: self.measure(job))
+        return self.store.once(piece_of(job, "quiz"), lambda: self.measure(job))
 
     def measure(self, job: Job) -> dict[str, Any]:
         """The same, computed."""
         model, edit = self.model_of(job[0]), self.edit(job)
         row: dict[str, Any] = {"method": job[0], "seed": job[1]}
         row |= {"layers": ",".join(map(str, edit.layers)) if edit else "", "rank": rank_of(edit)}
-        for side, questions in self.study.case.quiz(limit=self.limit).items():
+        for side, questions in self.study.task.quiz(limit=self.limit).items():
             with edit_on(model, edit):
                 row[f"{side}_accuracy"] = float(metrics.accuracy(model, questions)["accuracy"].iloc[0])
         return row

@@ -61,9 +61,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--limit", type=int, help="at most this many questions")
     options = parser.parse_args(arguments)
     study = Study.begin("analysis.shipping", "Edits as shipped", options)
-    if study.case.questions is None:
+    if study.task.questions is None:
         raise ValueError("the harness asks questions about what was forgotten; give --questions")
-    questions = study.case.questions.spread(options.limit)
+    questions = study.task.questions.spread(options.limit)
     saved = dict(text.split("=", 1) for text in options.edits)
     rows = []
     with tqdm(list(saved) or list(METHODS), desc="edits") as bar:

@@ -23,7 +23,7 @@ FOLDER = Path(__file__).parent.parent / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
 PLOTLY = "application/vnd.plotly.v1+json"
 SECONDS = 280  # for a cell; the suite's own limit is on the whole notebook
-DEMO_MODEL, DEMO_CASE = 'ml.load_model("demo")', 'Case.of_world("potions")'
+DEMO_MODEL, DEMO_CASE = 'ml.load_model("demo")', 'UnlearningTask.from_world("potions")'
 EXAMPLE = re.compile(r"```python\n(.*?)```", re.DOTALL)
 
 each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas as pd
 
-from mrp_lens.data.task import Case, case_for
+from mrp_lens.data.task import UnlearningTask, task_for
 from mrp_lens.methods import METHODS, Fit
 from mrp_lens.models import load_model
 from mrp_lens.runs.record import Run
@@ -49,7 +49,7 @@ class Study:
     """A model, its data, and the record to fill."""
 
     model: Any
-    case: Case
+    task: UnlearningTask
     run: Run
     out: Path
     overwrite: bool
@@ -59,16 +59,16 @@ class Study:
         """Check the output folder (a sweep checks its own), read the data, load the model."""
         if not in_place:
             check_free(arguments.out, overwrite=arguments.overwrite)
-        case = case_for(arguments.model, vars(arguments))
+        task = task_for(arguments.model, vars(arguments))
         run = Run(name, vars(arguments), arguments.seed, title=title)
         return cls(
-            load_model(arguments.model, backend=arguments.backend), case, run, arguments.out, arguments.overwrite
+            load_model(arguments.model, backend=arguments.backend), task, run, arguments.out, arguments.overwrite
         )
 
     def fit(self, method: Any, *, seed: int | None = None) -> Fit:
         """Fit with the study's data and seed (or another); Ctrl-C ends the study."""
         chosen = self.run.seed if seed is None else seed
-        fit: Fit = method.fit(self.model, self.case.forget, self.case.retain, seed=chosen)
+        fit: Fit = method.fit(self.model, self.task.forget, self.task.retain, seed=chosen)
         if fit.interrupted:
             raise KeyboardInterrupt
         return fit

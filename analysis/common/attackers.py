@@ -11,7 +11,7 @@ from mrp_lens.attacks.finetuning import Form, Parameters
 from mrp_lens.attacks.suite import Facts, Plan
 from mrp_lens.data import Corpus, Questions
 from mrp_lens.data.questions import Half
-from mrp_lens.data.task import Case
+from mrp_lens.data.task import UnlearningTask
 from mrp_lens.edits import Edit
 from mrp_lens.methods import MRP, RMU, AdaptiveRMU
 from mrp_lens.methods.mrp.method import default_rank
@@ -95,7 +95,7 @@ def retrain(
     model: LensModel,
     edit: Edit | None,
     attack: Attack,
-    case: Case,
+    task: UnlearningTask,
     *,
     new: Questions | None,
     limit: int | None,
@@ -117,11 +117,11 @@ def retrain(
         ValueError: the case lacks the questions that this attack needs, or they do not say whom they are about.
     """
     split = attack.split if attack.split != USUAL.split else None  # by entity where the questions know it
-    facts = Facts.of(case, Plan(split=split, questions=limit, seed=seed))
+    facts = Facts.of(task, Plan(split=split, questions=limit, seed=seed))
     sources: dict[str, Questions | Corpus | None] = {
         "half": facts.train,
-        "near": case.retain_questions,
-        "unrelated": case.held_out,
+        "near": task.retain_questions,
+        "unrelated": task.held_out,
     }
     train = sources[attack.data]
     if train is None:

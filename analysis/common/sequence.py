@@ -7,7 +7,7 @@ from typing import Any
 
 from mrp_lens import metrics
 from mrp_lens.data import Corpus, Questions
-from mrp_lens.data.task import Case
+from mrp_lens.data.task import UnlearningTask
 from mrp_lens.data.world import World
 from mrp_lens.edits import Edit, edit_on
 from mrp_lens.models import LensModel
@@ -37,7 +37,7 @@ class Requests:
     untaught: Questions | None = None
 
     @classmethod
-    def of_world(cls, topics: Sequence[str], *, limit: int | None = None) -> "Requests":
+    def from_world(cls, topics: Sequence[str], *, limit: int | None = None) -> "Requests":
         """Topics of the demo's world: each belongs to what must stay until it is requested.
 
         Args:
@@ -60,13 +60,13 @@ class Requests:
         )
 
     @classmethod
-    def of_files(cls, case: Case, quizzes: Sequence[Questions], *, limit: int | None = None) -> "Requests":
+    def of_files(cls, task: UnlearningTask, quizzes: Sequence[Questions], *, limit: int | None = None) -> "Requests":
         """A forget corpus each, with one quiz each in the same order; what must stay is the same throughout.
 
         Raises:
             ValueError: not as many quizzes as corpora, or two corpora of one name.
         """
-        names = [corpus.name for corpus in case.forget]
+        names = [corpus.name for corpus in task.forget]
         if len(set(names)) < len(names):
             raise ValueError(f"requests are told apart by the names of their files; got {', '.join(names)}")
         if len(quizzes) != len(names):
@@ -74,14 +74,14 @@ class Requests:
                 f"each request is measured by questions of its own: {len(names)} files of --forget need as many of --questions, "
                 f"in the same order; got {len(quizzes)}"
             )
-        kept = case.retain_questions.spread(limit) if case.retain_questions is not None else None
+        kept = task.retain_questions.spread(limit) if task.retain_questions is not None else None
         return cls(
-            dict(zip(names, case.forget, strict=True)),
+            dict(zip(names, task.forget, strict=True)),
             {name: quiz.spread(limit) for name, quiz in zip(names, quizzes, strict=True)},
-            lambda gone: case.retain,
+            lambda gone: task.retain,
             lambda gone: kept,
-            case.held_out,
-            case.untaught_questions,
+            task.held_out,
+            task.untaught_questions,
         )
 
     def order(self, seed: int) -> tuple[str, ...]:

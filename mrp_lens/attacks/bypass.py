@@ -99,64 +99,64 @@ class Variant:
     layer: float = float("nan")
 
 
-def _no_attack(case: Target) -> Iterator[Variant]:
-    yield Variant("no attack", case.edit)
+def _no_attack(task: Target) -> Iterator[Variant]:
+    yield Variant("no attack", task.edit)
 
 
-def _hook_stripped(case: Target) -> Iterator[Variant]:
-    yield Variant("hook stripped", stripped(case.edit))
+def _hook_stripped(task: Target) -> Iterator[Variant]:
+    yield Variant("hook stripped", stripped(task.edit))
 
 
-def _direction_ablated(case: Target) -> Iterator[Variant]:
-    assert case.edit is not None
-    texts = case.forget if case.shots is None else case.shots.right_answers()
+def _direction_ablated(task: Target) -> Iterator[Variant]:
+    assert task.edit is not None
+    texts = task.forget if task.shots is None else task.shots.right_answers()
     assert texts is not None
     own = junk_directions(
-        case.model, case.edit, texts.spread(DIRECTION_DOCUMENTS), batch_size=case.batch_size, progress=case.progress
+        task.model, task.edit, texts.spread(DIRECTION_DOCUMENTS), batch_size=task.batch_size, progress=task.progress
     )
-    yield Variant("direction ablated, each layer's own", case.edit, partial(ablated, directions=own))
-    drawn = random_units(len(own), case.model.cfg.d_model, "gaussian", generator_for(case.seed))
+    yield Variant("direction ablated, each layer's own", task.edit, partial(ablated, directions=own))
+    drawn = random_units(len(own), task.model.cfg.d_model, "gaussian", generator_for(task.seed))
     random = dict(zip(own, drawn, strict=True))
-    yield Variant("direction ablated, random ones", case.edit, partial(ablated, directions=random))
+    yield Variant("direction ablated, random ones", task.edit, partial(ablated, directions=random))
     everywhere = {
-        layer: partial(ablated, directions=dict.fromkeys(range(case.model.cfg.n_layers), direction))
+        layer: partial(ablated, directions=dict.fromkeys(range(task.model.cfg.n_layers), direction))
         for layer, direction in own.items()
     }
-    tried = (case.held_out if case.shots is None else case.shots).spread(SELECTION_QUESTIONS)
-    right = {layer: case.count(case.edit, tried, change).right for layer, change in everywhere.items()}
+    tried = (task.held_out if task.shots is None else task.shots).spread(SELECTION_QUESTIONS)
+    right = {layer: task.count(task.edit, tried, change).right for layer, change in everywhere.items()}
     best = max(right, key=lambda layer: right[layer])
-    yield Variant("direction ablated, one for all layers", case.edit, everywhere[best], layer=best)
+    yield Variant("direction ablated, one for all layers", task.edit, everywhere[best], layer=best)
 
 
-def _weights_rounded(case: Target) -> Iterator[Variant]:
+def _weights_rounded(task: Target) -> Iterator[Variant]:
     for bits in BITS:
-        yield Variant(f"weights rounded to {bits} bits", case.edit, partial(rounded, bits=bits))
+        yield Variant(f"weights rounded to {bits} bits", task.edit, partial(rounded, bits=bits))
 
 
-def _noise(case: Target) -> Iterator[Variant]:
-    layers = range(case.model.cfg.n_layers) if case.edit is None else case.edit.layers
+def _noise(task: Target) -> Iterator[Variant]:
+    layers = range(task.model.cfg.n_layers) if task.edit is None else task.edit.layers
     for size in NOISE_SIZES:
-        change = partial(noisy, layers=layers, size=size, seed=case.seed)
-        yield Variant(f"noise of {size:g} of the state's norm", case.edit, change)
+        change = partial(noisy, layers=layers, size=size, seed=task.seed)
+        yield Variant(f"noise of {size:g} of the state's norm", task.edit, change)
 
 
-def _paraphrased(case: Target) -> Iterator[Variant]:
-    other = case.paraphrased
+def _paraphrased(task: Target) -> Iterator[Variant]:
+    other = task.paraphrased
     assert other is not None
-    yield Variant("paraphrased", case.edit, reword=lambda asked: other if asked is case.held_out else asked)
+    yield Variant("paraphrased", task.edit, reword=lambda asked: other if asked is task.held_out else asked)
 
 
-def _wrapped(case: Target) -> Iterator[Variant]:
-    assert case.retain is not None
-    reword = partial(in_context, case.model, retain=case.retain, seed=case.seed)
-    yield Variant("wrapped in context", case.edit, reword=reword)
+def _wrapped(task: Target) -> Iterator[Variant]:
+    assert task.retain is not None
+    reword = partial(in_context, task.model, retain=task.retain, seed=task.seed)
+    yield Variant("wrapped in context", task.edit, reword=reword)
 
 
-def _few_shot(case: Target) -> Iterator[Variant]:
-    assert case.shots is not None
+def _few_shot(task: Target) -> Iterator[Variant]:
+    assert task.shots is not None
     for name, separator in SEPARATORS.items():
-        reword = partial(few_shot, case.model, shots=case.shots, separator=separator, seed=case.seed)
-        yield Variant(f"few-shot, joined by {name}", case.edit, reword=reword)
+        reword = partial(few_shot, task.model, shots=task.shots, separator=separator, seed=task.seed)
+        yield Variant(f"few-shot, joined by {name}", task.edit, reword=reword)
 
 
 VARIANTS: dict[Kind, Callable[[Target], Iterator[Variant]]] = {
@@ -171,13 +171,13 @@ VARIANTS: dict[Kind, Callable[[Target], Iterator[Variant]]] = {
 }
 
 
-def chosen_kinds(case: Target, kinds: Sequence[Kind] | None) -> list[Kind]:
+def chosen_kinds(task: Target, kinds: Sequence[Kind] | None) -> list[Kind]:
     """The kinds asked for, or all that can be done.
 
     Raises:
         ValueError: one that does not exist, or for which something is missing.
     """
-    missing = {kind: _missing(case, kind) for kind in get_args(Kind)}
+    missing = {kind: _missing(task, kind) for kind in get_args(Kind)}
     if kinds is None:
         return [kind for kind, what in missing.items() if not what]
     for kind in kinds:
@@ -188,19 +188,19 @@ def chosen_kinds(case: Target, kinds: Sequence[Kind] | None) -> list[Kind]:
     return list(dict.fromkeys(kinds))
 
 
-def _missing(case: Target, kind: Kind) -> str:
+def _missing(task: Target, kind: Kind) -> str:
     """What this kind needs and does not have; empty if nothing."""
-    either = case.forget if case.shots is None else case.shots
+    either = task.forget if task.shots is None else task.shots
     needs: dict[Kind, dict[str, Any]] = {
-        "hook stripped": {"an edit with hooks": has_hooks(case.edit) or None},
-        "direction ablated": {"an edit": case.edit, "shots or forget": either},
-        "paraphrased": {"paraphrased": case.paraphrased},
-        "wrapped in context": {"retain": case.retain},
-        "few-shot": {"shots": case.shots},
+        "hook stripped": {"an edit with hooks": has_hooks(task.edit) or None},
+        "direction ablated": {"an edit": task.edit, "shots or forget": either},
+        "paraphrased": {"paraphrased": task.paraphrased},
+        "wrapped in context": {"retain": task.retain},
+        "few-shot": {"shots": task.shots},
         "forget token in a retain question": {
-            "retain_questions": case.retain_questions,
-            "forget": case.forget,
-            "retain": case.retain,
+            "retain_questions": task.retain_questions,
+            "forget": task.forget,
+            "retain": task.retain,
         },
     }
     return ", ".join(name for name, given in needs.get(kind, {}).items() if given is None)
@@ -276,7 +276,7 @@ def bypass(
     check_held_out(held_out, shots=shots)
     if paraphrased is not None:
         check_same_facts(held_out, paraphrased)
-    case = Target(
+    task = Target(
         model=model,
         edit=edit,
         held_out=held_out,
@@ -290,51 +290,51 @@ def bypass(
         seed=seed,
         progress=progress,
     )
-    chosen = chosen_kinds(case, kinds)
-    before = case.count(None, held_out)
-    edited = before if edit is None else case.count(edit, held_out)
+    chosen = chosen_kinds(task, kinds)
+    before = task.count(None, held_out)
+    edited = before if edit is None else task.count(edit, held_out)
     rows = []
     with tqdm(total=len(chosen), desc="bypassing", unit="kind", disable=not progress) as bar:
         for kind in chosen:
             bar.set_postfix_str(kind)
             if kind == "forget token in a retain question":
-                rows.append({"kind": kind, **_on_retain_questions(case)})
+                rows.append({"kind": kind, **_on_retain_questions(task)})
             else:
-                rows += [{"kind": kind, **_row(case, variant, before, edited)} for variant in VARIANTS[kind](case)]
+                rows += [{"kind": kind, **_row(task, variant, before, edited)} for variant in VARIANTS[kind](task)]
             bar.update()
     return pd.DataFrame(rows).assign(attack="bypass").reindex(columns=list(_COLUMNS))
 
 
-def _row(case: Target, variant: Variant, before: Counted, edited: Counted) -> dict[str, Any]:
-    asked = variant.reword(case.held_out)
-    after = case.count(variant.edit, asked, variant.change)
-    ceiling = after if variant.edit is None else case.count(None, asked, variant.change)
-    untaught = None if case.untaught is None else variant.reword(case.untaught)
-    floor = guessed(asked) if untaught is None else case.count(variant.edit, untaught, variant.change)
+def _row(task: Target, variant: Variant, before: Counted, edited: Counted) -> dict[str, Any]:
+    asked = variant.reword(task.held_out)
+    after = task.count(variant.edit, asked, variant.change)
+    ceiling = after if variant.edit is None else task.count(None, asked, variant.change)
+    untaught = None if task.untaught is None else variant.reword(task.untaught)
+    floor = guessed(asked) if untaught is None else task.count(variant.edit, untaught, variant.change)
     return {
         "variant": variant.name,
         "layer": variant.layer,
-        "n": len(case.held_out),
+        "n": len(task.held_out),
         "accuracy_before": before.accuracy,
         "accuracy_edited": edited.accuracy,
         "accuracy_after": after.accuracy,
         "floor": floor.accuracy,
         "ceiling": ceiling.accuracy,
-        **recovery(after, floor, ceiling, seed=case.seed).columns(),
+        **recovery(after, floor, ceiling, seed=task.seed).columns(),
     }
 
 
-def _on_retain_questions(case: Target) -> dict[str, Any]:
-    plain, forget, retain = case.retain_questions, case.forget, case.retain
+def _on_retain_questions(task: Target) -> dict[str, Any]:
+    plain, forget, retain = task.retain_questions, task.forget, task.retain
     assert plain is not None
     assert forget is not None
     assert retain is not None
-    token = forget_token(case.model, forget, retain)
+    token = forget_token(task.model, forget, retain)
     given = with_token(plain, token)
-    before, ceiling = case.right(None, plain), case.right(None, given)
-    edited, after = case.right(case.edit, plain), case.right(case.edit, given)
+    before, ceiling = task.right(None, plain), task.right(None, given)
+    edited, after = task.right(task.edit, plain), task.right(task.edit, given)
     drops = (edited - after) - (before - ceiling)
-    low, high = bootstrap_interval(drops, seed=case.seed)
+    low, high = bootstrap_interval(drops, seed=task.seed)
     return {
         "variant": f"forget token {token.text.strip()!r} in a retain question",
         "n": len(plain),

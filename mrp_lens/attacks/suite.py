@@ -17,7 +17,7 @@ from mrp_lens.attacks.relearn import documents_of, limited, relearn, with_floor
 from mrp_lens.attacks.v_information import Kind
 from mrp_lens.data import Questions
 from mrp_lens.data.questions import Half
-from mrp_lens.data.task import Case
+from mrp_lens.data.task import UnlearningTask
 from mrp_lens.edits import Edit, edit_on
 from mrp_lens.edits.provenance import fingerprint
 from mrp_lens.edits.stack import projection_in
@@ -25,7 +25,7 @@ from mrp_lens.metrics.logit_lens import logit_lens
 from mrp_lens.models import LensModel, identity_of
 from mrp_lens.models.finite import NonFiniteError
 from mrp_lens.utils.frames import rows_of
-from mrp_lens.utils.store import Pieces
+from mrp_lens.utils.store import ResultStore
 from mrp_lens.utils.torch_state import ordinary_torch
 from mrp_lens.utils.validation import one_of, positive
 
@@ -91,14 +91,14 @@ class Facts:
     new: Questions | None
 
     @classmethod
-    def of(cls, case: Case, plan: Plan) -> "Facts":
+    def of(cls, task: UnlearningTask, plan: Plan) -> "Facts":
         """The case's questions, split and checked.
 
         Raises:
             ValueError: there are no questions about what was forgotten, or they cannot be split so.
         """
-        train, held_out = case.split(plan.split, limit=plan.questions, seed=plan.seed)
-        untaught = case.untaught_alike
+        train, held_out = task.split(plan.split, limit=plan.questions, seed=plan.seed)
+        untaught = task.untaught_alike
         check_held_out(held_out, train=train, untaught=untaught)
         return cls(train, held_out, untaught, None if untaught is None else untaught.halves(seed=plan.seed)[1])
 
@@ -141,11 +141,11 @@ class Campaign:
     model: LensModel
     edit: Edit
     name: str
-    case: Case
+    task: UnlearningTask
     facts: Facts
     plan: Plan
     forms: tuple[Form, ...]
-    pieces: Pieces
+    store: ResultStore
     reference: LensModel | None
     progress: bool
 
@@ -154,11 +154,11 @@ class Campaign:
         run: Mapping[Attack, Callable[[], Frames]] = {
             "relearn": self._relearn,
             "probe": self._probe,
-            "bypass": lambda: {"bypass": self.pieces.frame("bypass", self._bypass)},
+            "bypass": lambda: {"bypass": self.store.frame("bypass", self._bypass)},
             "jailbreak": self._jailbreak,
         }
         found = {name: frame for attack in self.plan.attacks for name, frame in run[attack]().items()}
-        self.pieces.tidy()
+        self.store.tidy()
         return found
 
     def _relearn(self) -> Frames:
@@ -202,7 +202,7 @@ class Campaign:
                 return frame
 
             role = name if edit is None else "edited"
-            frames.append(self.pieces.frame(f"relearn-{role}-{form}-{parameters}-lr{rate:.6g}", curve))
+            frames.append(self.store.frame(f"relearn-{role}-{form}-{parameters}-lr{rate:.6g}", curve))
         return pd.concat(frames, ignore_index=True).assign(method=name)
 
     def _on_floor(self, curves: pd.DataFrame, floor: pd.DataFrame) -> pd.DataFrame:
@@ -214,7 +214,7 @@ class Campaign:
     def _probe(self) -> Frames:
         probes, lenses = [], []
         for state, contents in self._states():
-            content = self.pieces.once(f"probe-{state}", contents)
+            content = self.store.once(f"probe-{state}", contents)
             name = {UNEDITED: UNEDITED, "edited": self.name}.get(state, f"{self.name}, relearned")
             probes.append(pd.DataFrame(content["probe"]).assign(method=name))
             lenses.append(pd.DataFrame(content["lens"]).assign(method=name))
@@ -273,8 +273,8 @@ class Campaign:
             held_out=self.facts.held_out,
             untaught=self.facts.untaught,
             shots=self.facts.train,
-            forget=self.case.forget_texts,
-            retain=self.case.retain,
+            forget=self.task.forget_texts,
+            retain=self.task.retain,
             retain_questions=self._retain_questions(),
             seed=self.plan.seed,
             progress=self.progress,
@@ -301,8 +301,8 @@ class Campaign:
                     raise KeyboardInterrupt
                 return frame.assign(objective=objective)
 
-            searches.append(self.pieces.frame(f"jailbreak-{objective}", search))
-        steep = self.pieces.frame("gradients", self._gradients)
+            searches.append(self.store.frame(f"jailbreak-{objective}", search))
+        steep = self.store.frame("gradients", self._gradients)
         return {
             "jailbreak_curve": pd.concat(searches, ignore_index=True).assign(method=self.name),
             "input_gradients": steep.assign(method=self.name),
@@ -315,7 +315,7 @@ class Campaign:
 
     def _retain_questions(self) -> Questions | None:
         """As many as there are in V."""
-        quiz = self.case.retain_questions
+        quiz = self.task.retain_questions
         return None if quiz is None else quiz.spread(len(self.facts.held_out))
 
 
@@ -323,7 +323,7 @@ class Campaign:
 def campaign(
     model: LensModel,
     edit: Edit,
-    case: Case,
+    task: UnlearningTask,
     plan: Plan,
     out: str | Path,
     *,
@@ -358,7 +358,7 @@ def campaign(
     """
     with edit.applied(model):  # refuses another model than its own, before any work
         pass
-    facts = Facts.of(case, plan)
+    facts = Facts.of(task, plan)
     forms = possible_forms(model, edit, plan.forms)
     for parameters in plan.parameters:
         plan.attacker("kept", parameters).rates(model, plan.lr)
@@ -370,9 +370,9 @@ def campaign(
         "model": identity_of(model),
         "edit": fingerprint(edit),
         "reference": None if reference is None else identity_of(reference),
-        "data": case.fingerprints() | facts.fingerprints(),
+        "data": task.fingerprints() | facts.fingerprints(),
         **budgets,
         "forms": forms,
     }
-    pieces = Pieces.claim(out, "campaign", settings)
-    return Campaign(model, edit, name, case, facts, plan, forms, pieces, reference, progress).frames()
+    store = ResultStore.claim(out, "campaign", settings)
+    return Campaign(model, edit, name, task, facts, plan, forms, store, reference, progress).frames()

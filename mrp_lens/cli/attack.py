@@ -12,7 +12,7 @@ from mrp_lens.attacks.summary import notes_of, rows_of_attacks
 from mrp_lens.cli.folder import stoppable
 from mrp_lens.cli.parsing import dtype_named, numbers
 from mrp_lens.cli.show import Column, console, show_table
-from mrp_lens.data.task import case_for
+from mrp_lens.data.task import task_for
 from mrp_lens.edits import load_edit
 from mrp_lens.edits.provenance import label_of
 from mrp_lens.models import load_model
@@ -87,7 +87,7 @@ def run_attack(
     check_holds(out, "campaign")
     edit = load_edit(edit_folder)
     model_name, name = str(options["model"]), label_of(edit)
-    case = case_for(model_name, options)
+    task = task_for(model_name, options)
     make_folder(out)
     run = Run("attack", options, seed, title=f"{model_name}: what survives {name} ({edit_folder})")
 
@@ -98,7 +98,7 @@ def run_attack(
     model = loaded(model_name)
     reference = loaded(reference_name) if reference_name is not None else None
     with stoppable(out):
-        frames = campaign(model, edit, case, plan, out, name=name, reference=reference)
+        frames = campaign(model, edit, task, plan, out, name=name, reference=reference)
         run.rows = rows_of_attacks(frames, name)
         run.notes = notes_of(frames, name)
         run.frames = {key: frame for key, frame in frames.items() if key in PICTURES}

@@ -11,7 +11,7 @@ from mrp_lens.attacks.finetuning import Attacker
 from mrp_lens.attacks.relearn import relearn
 from mrp_lens.cli.folder import begun
 from mrp_lens.cli.show import Column, console, percent, show_examples, show_table
-from mrp_lens.data.task import Case
+from mrp_lens.data.task import UnlearningTask
 from mrp_lens.data.world import World
 from mrp_lens.data.world.facts import QUESTION
 from mrp_lens.edits import Edit, ProjectionEdit, edit_on
@@ -20,9 +20,9 @@ from mrp_lens.models import LensModel, identity_of, load_model
 from mrp_lens.models.generation import continuations
 from mrp_lens.runs.record import Run
 from mrp_lens.runs.report import write_report
-from mrp_lens.runs.report.diagnostics import looks
+from mrp_lens.runs.report.diagnostics import diagnostics
 from mrp_lens.runs.train_world import score, untaught_accuracy, verdict
-from mrp_lens.utils.store import Pieces
+from mrp_lens.utils.store import ResultStore
 
 ATTACKED = ("unedited", "mrp", "rmu", "adaptive-rmu")
 RELEARNING_MARKS = (0, 5, 20)
@@ -45,19 +45,19 @@ COLUMNS: list[Column] = [
 def run_demo(*, out: Path, topic: str, backend: str, seed: int, overwrite: bool) -> Run:
     """Fit, measure, look, print, write, as far as that has not been done; returns the record."""
     world = World()
-    case = Case.of_world(topic, world=world)
+    task = UnlearningTask.from_world(topic, world=world)
     arguments = {"topic": topic, "backend": backend, "out": out}
     run = Run("demo", arguments, seed, title=f"Forgetting {topic} in a small invented world")
-    settings = {"command": "demo", "data": case.fingerprints(), "backend": backend, "seed": seed}
-    with begun(out, settings, overwrite=overwrite) as pieces:
+    settings = {"command": "demo", "data": task.fingerprints(), "backend": backend, "seed": seed}
+    with begun(out, settings, overwrite=overwrite) as store:
         console.print(f"Loading the model that knows {', '.join(world.topics)} ...")
         model = load_model("demo", backend=backend)
-        pieces.check_same("model", identity_of(model))
-        fits = fit_all(model, case, out, seed=seed)
-        edits = with_controls(model, case, fits, seed=seed)
-        run.rows = score_edits(model, world, [topic], edits, fits, pieces)
-        run.examples = answers(model, world, topic, edits, pieces)
-        run.frames["relearning_curves"] = relearn_all(model, case, edits, run, pieces, seed=seed)
+        store.check_same("model", identity_of(model))
+        fits = fit_all(model, task, out, seed=seed)
+        edits = with_controls(model, task, fits, seed=seed)
+        run.rows = score_edits(model, world, [topic], edits, fits, store)
+        run.examples = answers(model, world, topic, edits, store)
+        run.frames["relearning_curves"] = relearn_all(model, task, edits, run, store, seed=seed)
         show(run, topic)
         run.write_into(out)
         console.print(f"Written to {out}: table.csv, summary.json, and for each method its edit and log.")
@@ -66,44 +66,46 @@ def run_demo(*, out: Path, topic: str, backend: str, seed: int, overwrite: bool)
         run.frames["accuracies"] = pd.DataFrame([dict(row) for row in run.rows])
         directions = {name: fit.direction for name, fit in fits.items() if fit.directions}
         looked = {name: edit for name, edit in edits.items() if name != "untrained-start"}
-        run.frames |= looks(model, case, looked, directions, seed=seed, pieces=pieces)
+        run.frames |= diagnostics(model, task, looked, directions, seed=seed, store=store)
         run.write_into(out)
-        pieces.tidy()
+        store.tidy()
         console.print(f"The page: {write_report(out)}")
     return run
 
 
-def fit_all(model: LensModel, case: Case, out: Path, *, seed: int) -> dict[str, Fit]:
+def fit_all(model: LensModel, task: UnlearningTask, out: Path, *, seed: int) -> dict[str, Fit]:
     """Each method with its defaults, kept in a folder of its own as soon as it is done."""
 
     def fitted(method: MRP | RMU | AdaptiveRMU) -> Fit:
         return Fit.once(
             out / method.name,
-            lambda kept: method.fit(model, case.forget, case.retain, seed=seed, checkpoint=kept),
+            lambda kept: method.fit(model, task.forget, task.retain, seed=seed, checkpoint=kept),
         )
 
     return {method.name: fitted(method) for method in (MRP(), RMU(), AdaptiveRMU())}
 
 
-def with_controls(model: LensModel, case: Case, fits: Mapping[str, Fit], *, seed: int) -> dict[str, Edit | None]:
+def with_controls(
+    model: LensModel, task: UnlearningTask, fits: Mapping[str, Fit], *, seed: int
+) -> dict[str, Edit | None]:
     """The fitted edits behind their controls: no edit, a random projection, MRP's start."""
     projection = fits["mrp"].edit
     assert isinstance(projection, ProjectionEdit)
     controls = {
         "unedited": None,
         "random-projection": projection.random_like(seed=seed),
-        "untrained-start": MRP().start(model, case.forget, case.retain, seed=seed),
+        "untrained-start": MRP().start(model, task.forget, task.retain, seed=seed),
     }
     return controls | {name: fit.edit for name, fit in fits.items()}
 
 
 def relearn_all(
-    model: LensModel, case: Case, edits: Mapping[str, Edit | None], run: Run, pieces: Pieces, *, seed: int
+    model: LensModel, task: UnlearningTask, edits: Mapping[str, Edit | None], run: Run, store: ResultStore, *, seed: int
 ) -> pd.DataFrame:
     """Retrain every edited model, and the unedited one, on half of the forgotten facts; each row of the run gets what
     came back of the other half. A short attack at one rate: `mrp-lens attack` has the whole."""
-    taught, asked = case.split(limit=RELEARNING_QUESTIONS, seed=seed)
-    untaught = case.untaught_alike
+    taught, asked = task.split(limit=RELEARNING_QUESTIONS, seed=seed)
+    untaught = task.untaught_alike
     assert untaught is not None
     rate = Attacker().rates(model, None)[1]
     rows = {str(row["method"]): dict(row) for row in run.rows}
@@ -126,7 +128,7 @@ def relearn_all(
                 raise KeyboardInterrupt
             return curve
 
-        curve = pieces.frame(f"relearn-{name}", retrained)
+        curve = store.frame(f"relearn-{name}", retrained)
         curves.append(curve.assign(method=name))
         for step, found in curve[curve["step"] > 0].set_index("step").iterrows():
             for end in ("", "_low", "_high"):
@@ -163,16 +165,16 @@ def score_edits(
     forgotten: list[str],
     edits: Mapping[str, Edit | None],
     fits: Mapping[str, Fit],
-    pieces: Pieces,
+    store: ResultStore,
 ) -> list[Mapping[str, Any]]:
     """One row for each edit; None is the unedited model."""
-    untaught = float(pieces.once("untaught", lambda: {"accuracy": untaught_accuracy(model, world)})["accuracy"])
+    untaught = float(store.once("untaught", lambda: {"accuracy": untaught_accuracy(model, world)})["accuracy"])
 
     def scored(edit: Edit | None) -> dict[str, float | str]:
         with edit_on(model, edit):
             return score(model, world, forgotten)
 
-    figures = {name: pieces.once(f"score-{name}", partial(scored, edit)) for name, edit in edits.items()}
+    figures = {name: store.once(f"score-{name}", partial(scored, edit)) for name, edit in edits.items()}
     base = float(figures["unedited"]["text_perplexity"])
     return [
         {
@@ -188,7 +190,7 @@ def score_edits(
 
 
 def answers(
-    model: LensModel, world: World, topic: str, edits: Mapping[str, Edit | None], pieces: Pieces
+    model: LensModel, world: World, topic: str, edits: Mapping[str, Edit | None], store: ResultStore
 ) -> list[Mapping[str, Any]]:
     """Generated answers to two questions on the forgotten topic and one on each other topic."""
     chosen = world.select(topic)[:2] + [world.select(other, half=1)[0] for other in world.topics if other != topic]
@@ -200,5 +202,5 @@ def answers(
             return {"answers": continuations(model, prompts, max_new_tokens=4)}
 
     for name in ATTACKED:
-        columns[name] = pieces.once(f"answers-{name}", partial(written, edits[name]))["answers"]
+        columns[name] = store.once(f"answers-{name}", partial(written, edits[name]))["answers"]
     return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]

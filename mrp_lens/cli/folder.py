@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from mrp_lens.cli.show import console
-from mrp_lens.utils.store import POINTS, Pieces
+from mrp_lens.utils.store import POINTS, ResultStore
 
 KIND = "run"
 
 
 @contextmanager
-def begun(out: Path, settings: Mapping[str, Any], *, overwrite: bool) -> Iterator[Pieces]:
+def begun(out: Path, settings: Mapping[str, Any], *, overwrite: bool) -> Iterator[ResultStore]:
     """Inside, the folder is this process's own, made or gone on with; Ctrl-C ends the program with what was done kept.
 
     Args:
@@ -25,11 +25,11 @@ def begun(out: Path, settings: Mapping[str, Any], *, overwrite: bool) -> Iterato
         FileExistsError: it holds something else.
         OSError: it cannot be made or written into, or another process is at work in it.
     """
-    pieces = Pieces.claim(out, KIND, settings, overwrite=overwrite)
-    with pieces.lock, stoppable(out):
+    store = ResultStore.claim(out, KIND, settings, overwrite=overwrite)
+    with store.lock, stoppable(out):
         if any((out / POINTS).iterdir()):
             console.print(f"Going on with what {out} holds.")
-        yield pieces
+        yield store
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from mrp_lens.cli.parsing import dtype_named
 from mrp_lens.cli.show import Column, console, show_table
 from mrp_lens.cli.unlearn import CAPTION, columns
 from mrp_lens.cli.unlearn import measure as figures_of
-from mrp_lens.data.task import Case, case_for
+from mrp_lens.data.task import UnlearningTask, task_for
 from mrp_lens.edits import Edit, edit_on, load_edit
 from mrp_lens.edits.provenance import label_of
 from mrp_lens.evals.lm_eval import Bos, harness, load_hf, require_harness, task_manager, task_names
@@ -60,7 +60,7 @@ def run_measure(
     if edit_folder is not None:
         edit = load_edit(edit_folder)
         methods[label_of(edit)] = edit
-    case = case_of(model_name, options, harnessed=harness_options is not None)
+    task = case_of(model_name, options, harnessed=harness_options is not None)
     about = "" if edit_folder is None else f" with and without {edit_folder}"
     run = Run("measure", options, seed, title=f"{model_name}{about}: measured")
     scored: list[Row] = []
@@ -74,9 +74,9 @@ def run_measure(
         )
         bos = "mrp_lens.metrics have it" if harness_options.bos == "metrics" else "the tokenizer adds it"
         run.notes.append(f"lm-evaluation-harness {version('lm_eval')}: {shown}; BOS as {bos}")
-    if case is not None:
+    if task is not None:
         console.print(f"Loading {model_name} ...")
-        run.rows = data_rows(load_model(model_name, backend=backend, device=device, dtype=precision), methods, case)
+        run.rows = data_rows(load_model(model_name, backend=backend, device=device, dtype=precision), methods, task)
         if len(run.rows) > 1:  # the picture compares
             run.frames["accuracies"] = pd.DataFrame([dict(row) for row in run.rows])
         shown_columns = [column for column in columns(run.rows[0]) if column[0] != "fit"]
@@ -91,7 +91,7 @@ def run_measure(
     return run
 
 
-def case_of(model_name: str, options: Mapping[str, Any], *, harnessed: bool) -> Case | None:
+def case_of(model_name: str, options: Mapping[str, Any], *, harnessed: bool) -> UnlearningTask | None:
     """The data to measure on; None where there are none and the harness is to run alone.
 
     Raises:
@@ -106,15 +106,15 @@ def case_of(model_name: str, options: Mapping[str, Any], *, harnessed: bool) -> 
         )
     if given & set(QUIZZES) and not given & set(TEXTS):
         raise ValueError("--questions and --retain-questions go with --forget and --retain; give these, too")
-    return case_for(model_name, {**options, "topic": options["topic"] or "potions"})
+    return task_for(model_name, {**options, "topic": options["topic"] or "potions"})
 
 
-def data_rows(model: Any, methods: Mapping[str, Edit | None], case: Case) -> list[Row]:
+def data_rows(model: Any, methods: Mapping[str, Edit | None], task: UnlearningTask) -> list[Row]:
     """A row for each method; the unedited model must come first."""
     rows: list[Row] = []
     for method, edit in methods.items():
         with edit_on(model, edit):
-            figures = figures_of(model, case)
+            figures = figures_of(model, task)
         base = rows[0] if rows else figures
         ratio = figures["text_perplexity"] / base["text_perplexity"]
         rows.append({"method": method, **figures, "text_perplexity_ratio": ratio})

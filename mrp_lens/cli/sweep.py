@@ -8,7 +8,7 @@ from typing import Any
 from mrp_lens.cli.folder import stoppable
 from mrp_lens.cli.parsing import dtype_named, numbers, shard_of
 from mrp_lens.cli.show import Column, console, percent, show_table
-from mrp_lens.data.task import Case, case_for
+from mrp_lens.data.task import UnlearningTask, task_for
 from mrp_lens.methods.rmu import default_layer
 from mrp_lens.models import LensModel, load_model
 from mrp_lens.runs.record import Run
@@ -49,14 +49,14 @@ class Grid:
     questions: int | None = None
     full: bool = False
 
-    def plan(self, model: LensModel, case: Case) -> Plan:
+    def plan(self, model: LensModel, task: UnlearningTask) -> Plan:
         """The plan for a model."""
         layers = numbers(self.layers, int, "--layers")
         if layers is None:
             layers = tuple(range(model.cfg.n_layers)) if self.full else default_layers(model, QUICK_LAYERS)
         coefficients = numbers(self.coefficients, float, "--coefficients")
         if coefficients is None:
-            usual = default_coefficient(model, case, layer=default_layer(model))
+            usual = default_coefficient(model, task, layer=default_layer(model))
             coefficients = tuple(usual * share for share in (FULL_SHARES if self.full else (1.0,)))
         quick = (
             {"steps": QUICK_STEPS, "questions": QUICK_QUESTIONS, "documents": QUICK_DOCUMENTS} if not self.full else {}
@@ -87,18 +87,18 @@ def run_sweep(
 ) -> Run | None:
     """Fit and measure what is not there yet; print and write the table once all points are."""
     model_name = str(options["model"])
-    case = case_for(model_name, options)
+    task = task_for(model_name, options)
     parts = shard_of(shard)
     check_holds(out, "sweep")
     make_folder(out)
     console.print(f"Loading {model_name} ...")
     model = load_model(model_name, backend=backend, device=device, dtype=dtype_named(dtype))
-    plan = grid.plan(model, case)
+    plan = grid.plan(model, task)
     run = Run(
         "sweep", {**options, **asdict(plan)}, plan.seeds[0], title=f"{model_name}: effects of each method by layer"
     )
     with stoppable(out):
-        frame = sweep(model, case, plan, out, shard=parts)
+        frame = sweep(model, task, plan, out, shard=parts)
         if frame is None:
             console.print(f"Shard {shard} is done; other points of {out} are still missing.")
             return None

@@ -11,13 +11,13 @@ from mrp_lens import metrics
 from mrp_lens.cli.folder import begun
 from mrp_lens.cli.parsing import dtype_named, numbers
 from mrp_lens.cli.show import Column, console, percent, show_examples, show_table
-from mrp_lens.data.task import Case, DataOptions, beginning
+from mrp_lens.data.task import DataOptions, UnlearningTask, beginning
 from mrp_lens.methods import METHODS, RIVALS, Distillation, Fit
 from mrp_lens.models import LensModel, identity_of, load_model
 from mrp_lens.models.generation import continuations
 from mrp_lens.runs.record import Run
 from mrp_lens.runs.report import write_report
-from mrp_lens.runs.report.diagnostics import looks
+from mrp_lens.runs.report.diagnostics import diagnostics
 
 EXAMPLES = 3
 
@@ -40,7 +40,7 @@ def run_unlearn(
     """Fit, measure, print, write, as far as that has not been done; returns the record."""
     precision = dtype_named(dtype)
     fitter = make_method(method, layers, hyperparameters, released=released)
-    case = data.case()
+    task = data.task()
     arguments = {
         "model": model_name,
         "method": method,
@@ -51,41 +51,43 @@ def run_unlearn(
         "backend": backend,
         "dtype": dtype,
     }
-    about = ", ".join(corpus.name for corpus in case.forget)
+    about = ", ".join(corpus.name for corpus in task.forget)
     run = Run("unlearn", arguments, seed, title=f"{model_name}: forgetting {about} with {method}")
     settings = {
         "command": "unlearn",
         "method": method,
         "settings": asdict(fitter),
-        "data": case.fingerprints(),
+        "data": task.fingerprints(),
         "backend": backend,
         "dtype": dtype,
         "seed": seed,
     }
-    with begun(out, settings, overwrite=overwrite) as pieces:
+    with begun(out, settings, overwrite=overwrite) as store:
         console.print(f"Loading {model_name} ...")
         model = load_model(model_name, backend=backend, device=device, dtype=precision)
-        pieces.check_same("model", identity_of(model))
-        before = pieces.once("unedited", lambda: measured(model, case))
-        fit = Fit.once(out, lambda kept: fitter.fit(model, case.forget, case.retain, seed=seed, checkpoint=kept))
+        store.check_same("model", identity_of(model))
+        before = store.once("unedited", lambda: measured(model, task))
+        fit = Fit.once(out, lambda kept: fitter.fit(model, task.forget, task.retain, seed=seed, checkpoint=kept))
         console.print(
             f"The edit is in {out / 'edit'}; load it with mrp_lens.load_edit({str(out / 'edit')!r}). Measuring it ..."
         )
         with fit.edit.applied(model):
-            after = pieces.once("edited", lambda: measured(model, case))
-        report(run, case, method, fit, before, after)
+            after = store.once("edited", lambda: measured(model, task))
+        report(run, task, method, fit, before, after)
         run.write_into(out)
         run.frames["training"] = fit.log
         run.frames["accuracies"] = pd.DataFrame([dict(row) for row in run.rows])
         directions = dict(zip([method], fit.directions.values(), strict=False))
-        run.frames |= looks(model, case, {"unedited": None, method: fit.edit}, directions, seed=seed, pieces=pieces)
+        run.frames |= diagnostics(model, task, {"unedited": None, method: fit.edit}, directions, seed=seed, store=store)
         run.write_into(out)
-        pieces.tidy()
+        store.tidy()
         console.print(f"Written to {out}: edit/, log.csv, table.csv, summary.json. The page: {write_report(out)}")
     return run
 
 
-def report(run: Run, case: Case, method: str, fit: Fit, before: Mapping[str, Any], after: Mapping[str, Any]) -> None:
+def report(
+    run: Run, task: UnlearningTask, method: str, fit: Fit, before: Mapping[str, Any], after: Mapping[str, Any]
+) -> None:
     """Fill the record with what was measured, and print it."""
     base = before["figures"]["text_perplexity"]
     seconds = float(fit.log["seconds"].iloc[-1])
@@ -100,16 +102,16 @@ def report(run: Run, case: Case, method: str, fit: Fit, before: Mapping[str, Any
     ]
     run.examples = [
         dict(prompt=prompt, unedited=a, **{method: b})
-        for prompt, a, b in zip(example_prompts(case), before["examples"], after["examples"], strict=True)
+        for prompt, a, b in zip(example_prompts(task), before["examples"], after["examples"], strict=True)
     ]
-    about = ", ".join(corpus.name for corpus in case.forget)
+    about = ", ".join(corpus.name for corpus in task.forget)
     show_table(f"Forgetting {about}", columns(before["figures"]), run.rows, caption=CAPTION)
     show_examples(run.examples)
 
 
-def measured(model: LensModel, case: Case) -> dict[str, Any]:
+def measured(model: LensModel, task: UnlearningTask) -> dict[str, Any]:
     """All figures of one row, and what the model writes."""
-    return {"figures": measure(model, case), "examples": continuations(model, example_prompts(case))}
+    return {"figures": measure(model, task), "examples": continuations(model, example_prompts(task))}
 
 
 CAPTION = (
@@ -146,15 +148,15 @@ def make_method(method: str, layers: str | None, hyperparameters: Mapping[str, A
     return replace(kind.released(), **options)
 
 
-def measure(model: LensModel, case: Case) -> dict[str, float]:
+def measure(model: LensModel, task: UnlearningTask) -> dict[str, float]:
     """All figures of one row."""
-    probability = metrics.answer_probability(model, case.forget_texts, progress=True).iloc[0]
+    probability = metrics.answer_probability(model, task.forget_texts, progress=True).iloc[0]
     row = {
         f"forget_probability{suffix}": float(probability[name])
         for name, suffix in (("probability", ""), ("low", "_low"), ("high", "_high"))
     }
-    row["text_perplexity"] = float(metrics.perplexity(model, case.held_out, progress=True)["perplexity"].iloc[0])
-    for side, quiz in case.quiz().items():
+    row["text_perplexity"] = float(metrics.perplexity(model, task.held_out, progress=True)["perplexity"].iloc[0])
+    for side, quiz in task.quiz().items():
         figures = metrics.accuracy(model, quiz, progress=True).iloc[0]
         row |= {f"{side}_{name}": float(figures[name]) for name in ("accuracy", "low", "high", "chance")}
     return row
@@ -187,7 +189,7 @@ def _quiz_cell(side: str) -> Any:
     )
 
 
-def example_prompts(case: Case) -> list[str]:
+def example_prompts(task: UnlearningTask) -> list[str]:
     """How the first documents of each side begin."""
-    documents = [corpus.documents[0] for corpus in case.forget][:EXAMPLES] + list(case.retain.documents[:EXAMPLES])
+    documents = [corpus.documents[0] for corpus in task.forget][:EXAMPLES] + list(task.retain.documents[:EXAMPLES])
     return [beginning(document) for document in documents]

@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Case:
+class UnlearningTask:
     """The data of a study.
 
     Attributes:
@@ -36,7 +36,7 @@ class Case:
     untaught_questions: Questions | None = None
 
     @classmethod
-    def of_world(cls, topic: str, *, world: World | None = None) -> "Case":
+    def from_world(cls, topic: str, *, world: World | None = None) -> "UnlearningTask":
         """Forget one topic of the embedded world. Other topics are scored on entities that no retain corpus states."""
         world = world or World()
         others = [name for name in world.topics if name != topic]
@@ -152,14 +152,14 @@ class DataOptions:
             known[name] = known[name].replace("\\n", "\n") if known[name] else None
         return cls(**{**known, "forget": tuple(known["forget"])})
 
-    def case(self) -> "Case":
+    def task(self) -> "UnlearningTask":
         """Read everything; a tenth of the retain corpus is held out."""
         forget = tuple(self.corpus(source, self.forget_schema) for source in self.forget)
         kept, held_out = split_tenth(self.corpus(self.retain, self.retain_schema))
         asked, untaught = (
             self.quiz(source, entity=self.entity) for source in (self.questions, self.untaught_questions)
         )
-        return Case(forget, kept, held_out, asked, self.quiz(self.retain_questions), untaught)
+        return UnlearningTask(forget, kept, held_out, asked, self.quiz(self.retain_questions), untaught)
 
     def corpus(self, source: str, schema: str | None) -> Corpus:
         """Read one corpus: a file, a folder or `hub:NAME[:CONFIG[:SPLIT]]`."""
@@ -190,7 +190,7 @@ class DataOptions:
         return Questions.from_file(source, prompt=prompt, choices=choices, answer=answer, entity=entity, schema=schema)
 
 
-def case_for(model: str, options: Mapping[str, Any]) -> Case:
+def task_for(model: str, options: Mapping[str, Any]) -> UnlearningTask:
     """The data that a command's options name: files, or, for the demo without files, a topic of its world.
 
     Raises:
@@ -198,14 +198,14 @@ def case_for(model: str, options: Mapping[str, Any]) -> Case:
     """
     given = [name for name in ("forget", "retain") if options.get(name)]
     if len(given) == 2:
-        return DataOptions.from_options(options).case()
+        return DataOptions.from_options(options).task()
     if given:
         raise ValueError("--forget and --retain go together; leave both out for the demo's world")
     if model != "demo":
         raise ValueError(
             "give --forget and --retain (and questions) for a model of your own; only the demo has a world"
         )
-    return Case.of_world(options["topic"])
+    return UnlearningTask.from_world(options["topic"])
 
 
 def hub_parts(source: str) -> tuple[str, str | None, str | None]:

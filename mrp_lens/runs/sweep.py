@@ -13,12 +13,12 @@ import torch
 from tqdm.auto import tqdm
 
 from mrp_lens import metrics
-from mrp_lens.data.task import Case
+from mrp_lens.data.task import UnlearningTask
 from mrp_lens.edits.subspace import random_units
 from mrp_lens.methods import MRP, RMU, AdaptiveRMU, Fit
 from mrp_lens.methods.rmu import C_SHARE
 from mrp_lens.models import LensModel, check_layers, identity_of
-from mrp_lens.utils.store import Pieces
+from mrp_lens.utils.store import ResultStore
 from mrp_lens.utils.torch_state import ordinary_torch
 from mrp_lens.utils.validation import generator_for
 
@@ -112,16 +112,16 @@ def default_layers(model: LensModel, count: int) -> tuple[int, ...]:
 
 
 @ordinary_torch(gradients=False)
-def default_coefficient(model: LensModel, case: Case, *, layer: int) -> float:
+def default_coefficient(model: LensModel, task: UnlearningTask, *, layer: int) -> float:
     """c of RMU's default: twice the mean norm of the forget states at a layer, to three digits."""
-    frame = metrics.alignment(model, case.forget_texts.spread(64), torch.ones(model.cfg.d_model), layers=[layer])
+    frame = metrics.alignment(model, task.forget_texts.spread(64), torch.ones(model.cfg.d_model), layers=[layer])
     return float(f"{C_SHARE * frame['norm'].iloc[0]:.3g}")
 
 
 @ordinary_torch(gradients=True)
 def sweep(
     model: LensModel,
-    case: Case,
+    task: UnlearningTask,
     plan: Plan,
     out: str | Path,
     *,
@@ -160,47 +160,47 @@ def sweep(
     number, count = shard
     if not 1 <= number <= count:
         raise ValueError(f"shard {number}/{count} does not exist; write 1/{count} to {count}/{count}")
-    missing = {"forget", "retain"} - set(case.quiz())
+    missing = {"forget", "retain"} - set(task.quiz())
     if missing:
         raise ValueError(f"a sweep needs questions on both sides; there are none for {', '.join(sorted(missing))}")
     check_layers(model, plan.layers)
-    settings = {"model": identity_of(model), "data": case.fingerprints(), **asdict(plan)}
-    pieces = Pieces.claim(out, "sweep", settings)
-    untouched = pieces.once(UNEDITED, lambda: _measure_unedited(model, case, plan))
-    todo = [point for point in plan.points()[number - 1 :: count] if pieces.stored(point.name) is None]
+    settings = {"model": identity_of(model), "data": task.fingerprints(), **asdict(plan)}
+    store = ResultStore.claim(out, "sweep", settings)
+    untouched = store.once(UNEDITED, lambda: _measure_unedited(model, task, plan))
+    todo = [point for point in plan.points()[number - 1 :: count] if store.stored(point.name) is None]
     with tqdm(todo, desc="points", disable=not progress) as bar:
         for point in bar:
             bar.set_postfix_str(point.name)
-            kept = pieces.folder / FITS / point.name
-            pieces.keep(point.name, _fit_and_measure(model, case, plan, point, untouched, kept, progress=progress))
+            kept = store.folder / FITS / point.name
+            store.keep(point.name, _fit_and_measure(model, task, plan, point, untouched, kept, progress=progress))
             shutil.rmtree(kept, ignore_errors=True)
-    return table(pieces, plan.points())
+    return table(store, plan.points())
 
 
-def table(pieces: Pieces, points: Iterable[Point]) -> pd.DataFrame | None:
+def table(store: ResultStore, points: Iterable[Point]) -> pd.DataFrame | None:
     """The rows of all points, or None if some are missing; timings are left to the points' files."""
-    files = [pieces.stored(name) for name in (UNEDITED, *(point.name for point in points))]
+    files = [store.stored(name) for name in (UNEDITED, *(point.name for point in points))]
     if any(file is None for file in files):
         return None
-    pieces.tidy()
+    store.tidy()
     return pd.DataFrame([file["row"] for file in files if file is not None])
 
 
-def _measure_unedited(model: LensModel, case: Case, plan: Plan) -> dict[str, Any]:
+def _measure_unedited(model: LensModel, task: UnlearningTask, plan: Plan) -> dict[str, Any]:
     """The baseline: its row, the forget states' norm at each layer, and the perplexity that ratios refer to."""
-    perplexity = float(metrics.perplexity(model, case.held_out)["perplexity"].iloc[0])
+    perplexity = float(metrics.perplexity(model, task.held_out)["perplexity"].iloc[0])
     norms = metrics.alignment(
-        model, case.texts(limit=plan.documents)["forget"], torch.ones(model.cfg.d_model), layers=plan.layers
+        model, task.texts(limit=plan.documents)["forget"], torch.ones(model.cfg.d_model), layers=plan.layers
     ).set_index("layer")["norm"]
     row: dict[str, Any] = {
         "method": UNEDITED,
         **dict.fromkeys(("layer", "coefficient", "seed", "norm", "relative_coefficient")),
     }
-    row |= _behaviour(model, case, plan) | {"text_perplexity_ratio": 1.0}
+    row |= _behaviour(model, task, plan) | {"text_perplexity_ratio": 1.0}
     controls: dict[str, float] = {}
-    if case.untaught_questions is not None:
-        controls["untaught_accuracy"] = float(metrics.accuracy(model, case.untaught_questions)["accuracy"].iloc[0])
-    asked = case.quiz(limit=plan.questions)["forget"].questions
+    if task.untaught_questions is not None:
+        controls["untaught_accuracy"] = float(metrics.accuracy(model, task.untaught_questions)["accuracy"].iloc[0])
+    asked = task.quiz(limit=plan.questions)["forget"].questions
     controls["chance"] = sum(1 / len(question.choices) for question in asked) / len(asked)
     return {
         "row": row | controls,
@@ -212,7 +212,7 @@ def _measure_unedited(model: LensModel, case: Case, plan: Plan) -> dict[str, Any
 
 def _fit_and_measure(
     model: LensModel,
-    case: Case,
+    task: UnlearningTask,
     plan: Plan,
     point: Point,
     untouched: Mapping[str, Any],
@@ -225,7 +225,7 @@ def _fit_and_measure(
     fit = Fit.once(
         kept,
         lambda checkpoint: method.fit(
-            model, case.forget, case.retain, seed=point.seed, progress=progress, checkpoint=checkpoint
+            model, task.forget, task.retain, seed=point.seed, progress=progress, checkpoint=checkpoint
         ),
     )
     u = next(iter(fit.directions.values()), None)
@@ -235,10 +235,10 @@ def _fit_and_measure(
     share = point.coefficient / norm if point.method == "rmu" and point.coefficient is not None else point.coefficient
     row = asdict(point) | {"norm": norm, "relative_coefficient": share}
     with fit.edit.applied(model):
-        row |= _behaviour(model, case, plan)
-        perplexity = float(metrics.perplexity(model, case.held_out)["perplexity"].iloc[0])
+        row |= _behaviour(model, task, plan)
+        perplexity = float(metrics.perplexity(model, task.held_out)["perplexity"].iloc[0])
         aligned = metrics.alignment(
-            model, case.texts(limit=plan.documents), u, layers=[point.layer], law="uniform", seed=point.seed
+            model, task.texts(limit=plan.documents), u, layers=[point.layer], law="uniform", seed=point.seed
         ).set_index("group")
     row["text_perplexity_ratio"] = perplexity / float(untouched["perplexity"])
     for side in aligned.index:
@@ -260,10 +260,10 @@ def _method(plan: Plan, point: Point) -> MRP | RMU | AdaptiveRMU:
     )
 
 
-def _behaviour(model: LensModel, case: Case, plan: Plan) -> dict[str, float]:
+def _behaviour(model: LensModel, task: UnlearningTask, plan: Plan) -> dict[str, float]:
     """Accuracy and confidence on each side."""
     row: dict[str, float] = {}
-    for side, quiz in case.quiz(limit=plan.questions).items():
+    for side, quiz in task.quiz(limit=plan.questions).items():
         figures = metrics.accuracy(model, quiz).iloc[0]
         row |= {f"{side}_accuracy": float(figures["accuracy"])}
         row |= {f"{side}_{end}": float(figures[end]) for end in ("low", "high")}

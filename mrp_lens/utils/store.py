@@ -18,13 +18,15 @@ REMEDY = "remove it, and run the command again"
 
 
 @dataclass(frozen=True)
-class Pieces:
+class ResultStore:
     """The folder of a run whose settings are fixed: `<kind>.json` holds these, `points/` one file a result."""
 
     folder: Path
 
     @classmethod
-    def claim(cls, folder: str | Path, kind: str, settings: Mapping[str, Any], *, overwrite: bool = False) -> "Pieces":
+    def claim(
+        cls, folder: str | Path, kind: str, settings: Mapping[str, Any], *, overwrite: bool = False
+    ) -> "ResultStore":
         """Make the folder, or go on in one of the same settings.
 
         Args:

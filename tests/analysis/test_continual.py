@@ -11,7 +11,7 @@ from analysis import continual
 from analysis.common.sequence import Requests, numbers_in
 from analysis.continual import with_settings
 from mrp_lens.data import Corpus, Questions
-from mrp_lens.data.task import Case
+from mrp_lens.data.task import UnlearningTask
 from mrp_lens.data.world import World
 from mrp_lens.edits import load_edit
 from mrp_lens.methods import MRP, RMU, Fit
@@ -22,7 +22,7 @@ from tests.conftest import D_MODEL
 
 
 def test_a_topic_stays_until_it_is_requested(world: World) -> None:
-    requests = Requests.of_world(world.topics, limit=10)
+    requests = Requests.from_world(world.topics, limit=10)
     for gone in (world.topics[:1], world.topics[:3], world.topics):
         stated = {document.prompt for document in requests.retain(gone).documents}
         for topic in world.topics:
@@ -34,7 +34,7 @@ def test_a_topic_stays_until_it_is_requested(world: World) -> None:
 
 
 def test_the_seed_draws_the_order(world: World) -> None:
-    requests = Requests.of_world(world.topics)
+    requests = Requests.from_world(world.topics)
     orders = {requests.order(seed) for seed in range(8)}
     assert len(orders) > 1
     assert all(sorted(order) == sorted(world.topics) for order in orders)
@@ -42,7 +42,7 @@ def test_the_seed_draws_the_order(world: World) -> None:
 
 
 def test_what_is_measured_is_what_is_asked_for(model: LensModel, world: World, untouched: None) -> None:
-    requests = replace(Requests.of_world(world.topics, limit=6), held_out=world.text().spread(8))
+    requests = replace(Requests.from_world(world.topics, limit=6), held_out=world.text().spread(8))
     gone = world.topics[:3]
     some = requests.measure(model, None, asked=gone, gone=gone)
     assert (tuple(some["asked"]), tuple(some["kept"])) == (gone, world.topics[3:])
@@ -51,11 +51,11 @@ def test_what_is_measured_is_what_is_asked_for(model: LensModel, world: World, u
 
 
 def test_each_file_needs_a_quiz_and_a_name_of_its_own(texts: tuple[Corpus, Corpus]) -> None:
-    case, quiz = Case((texts[0],), texts[1], texts[1]), Questions(())
+    task, quiz = UnlearningTask((texts[0],), texts[1], texts[1]), Questions(())
     with pytest.raises(ValueError, match="1 files of --forget need as many of --questions, in the same order; got 2"):
-        Requests.of_files(case, [quiz, quiz])
+        Requests.of_files(task, [quiz, quiz])
     with pytest.raises(ValueError, match="told apart by the names of their files; got forget, forget"):
-        Requests.of_files(replace(case, forget=(texts[0], texts[0])), [quiz, quiz])
+        Requests.of_files(replace(task, forget=(texts[0], texts[0])), [quiz, quiz])
 
 
 def test_hyperparameters_are_set_for_all_methods_that_have_them_or_for_one() -> None:

@@ -18,7 +18,7 @@ from mrp_lens.attacks.relearn import relearn
 from mrp_lens.attacks.suite import Plan, campaign, possible_forms
 from mrp_lens.attacks.summary import notes_of, rows_of_attacks
 from mrp_lens.data import Corpus, Questions
-from mrp_lens.data.task import Case
+from mrp_lens.data.task import UnlearningTask
 from mrp_lens.edits import ProjectionEdit
 from mrp_lens.edits.provenance import fingerprint
 from mrp_lens.edits.subspace import Subspace
@@ -41,17 +41,17 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def case(model: Any, texts: tuple[Corpus, Corpus]) -> Case:
+def task(model: Any, texts: tuple[Corpus, Corpus]) -> UnlearningTask:
     forget, retain = texts
     asked, kept = liked(model, quiz(0, 44)), quiz(100, 20, wording="House {} is", name="kept")
-    return Case((forget,), retain, retain, asked, kept, quiz(200, 20, name="untaught"))
+    return UnlearningTask((forget,), retain, retain, asked, kept, quiz(200, 20, name="untaught"))
 
 
 def test_a_campaign_makes_every_attack_with_its_controls_and_leaves_the_model(
-    model: Any, case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small: None, untouched: None
+    model: Any, task: UnlearningTask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small: None, untouched: None
 ) -> None:
     edit = projection(1, 2, rank=20)
-    frames = campaign(model, edit, case, QUICK, tmp_path / "out", name="mrp", progress=False)
+    frames = campaign(model, edit, task, QUICK, tmp_path / "out", name="mrp", progress=False)
     pictured = {"relearning_curves", "probe_bits", "logit_lens", "jailbreak_curve", "input_gradients"}
     assert set(frames) == {*pictured, "bypass"}
     assert set(frames["probe_bits"]["method"]) == {"unedited", "mrp", "mrp, relearned"}
@@ -59,7 +59,7 @@ def test_a_campaign_makes_every_attack_with_its_controls_and_leaves_the_model(
     assert set(frames["logit_lens"]["group"]) == {"forget", "never-taught"}
     assert set(frames["jailbreak_curve"]["objective"]) == {"answer", "representation"}
     rows = rows_of_attacks(frames, "mrp")
-    _, held_out = case.split(seed=0)
+    _, held_out = task.split(seed=0)
     before = np.mean(slow_right(model, held_out))
     with edit.applied(model):
         edited = np.mean(slow_right(model, held_out))
@@ -82,22 +82,22 @@ def test_a_campaign_makes_every_attack_with_its_controls_and_leaves_the_model(
     }
     for function in ("relearn", "probe", "logit_lens", "bypass", "jailbreak", "input_gradients"):
         monkeypatch.setattr(campaigns, function, lambda *_, **__: pytest.fail("attacked again"))
-    again = campaign(model, edit, case, QUICK, tmp_path / "out", name="mrp", progress=False)
+    again = campaign(model, edit, task, QUICK, tmp_path / "out", name="mrp", progress=False)
     assert rows_of_attacks(again, "mrp") == rows
     with pytest.raises(ValueError, match=r"other settings: steps \(2 there, 3 now\)"):
-        campaign(model, edit, case, replace(QUICK, steps=3), tmp_path / "out", progress=False)
+        campaign(model, edit, task, replace(QUICK, steps=3), tmp_path / "out", progress=False)
     with pytest.raises(ValueError, match="other settings: edit"):
-        campaign(model, projection(1, 2, seed=5), case, QUICK, tmp_path / "out", progress=False)
+        campaign(model, projection(1, 2, seed=5), task, QUICK, tmp_path / "out", progress=False)
 
 
 def test_curves_are_those_of_relearn_and_the_unedited_model_is_retrained_likewise(
-    model: Any, case: Case, tmp_path: Path, untouched: None
+    model: Any, task: UnlearningTask, tmp_path: Path, untouched: None
 ) -> None:
     plan = replace(QUICK, attacks=("relearn",), lr=(1e-3, 3e-3), forms=("kept",), samples=10)
     edit = projection(1)
-    curves = campaign(model, edit, case, plan, tmp_path / "out", name="mrp", progress=False)["relearning_curves"]
-    train, held_out = case.split(seed=0)
-    untaught = case.untaught_questions
+    curves = campaign(model, edit, task, plan, tmp_path / "out", name="mrp", progress=False)["relearning_curves"]
+    train, held_out = task.split(seed=0)
+    untaught = task.untaught_questions
     assert untaught is not None
     for name, attacked in (("mrp", edit), ("unedited", None)):
         expected = relearn(
@@ -118,10 +118,10 @@ def test_curves_are_those_of_relearn_and_the_unedited_model_is_retrained_likewis
     assert len(list((tmp_path / "out" / "points").glob("*.json"))) == 4
 
 
-def test_with_a_reference_the_floor_is_what_it_comes_to(model: Any, case: Case, tmp_path: Path) -> None:
+def test_with_a_reference_the_floor_is_what_it_comes_to(model: Any, task: UnlearningTask, tmp_path: Path) -> None:
     plan = replace(QUICK, attacks=("relearn",), forms=("kept",), parameters=("all", "before"))
     edit = projection(1, 2, rank=20)
-    curves = campaign(model, edit, case, plan, tmp_path / "out", reference=model, progress=False)["relearning_curves"]
+    curves = campaign(model, edit, task, plan, tmp_path / "out", reference=model, progress=False)["relearning_curves"]
     unedited = curves[(curves["method"] == "unedited")].set_index("step")["held_out_accuracy"]
     on_reference = curves[(curves["method"] == "edited") & (curves["parameters"] == "all")].set_index("step")
     assert on_reference["floor"].to_dict() == unedited.to_dict()
@@ -141,17 +141,17 @@ def test_forms_are_those_that_the_edit_has(model: Any, untouched: None) -> None:
         possible_forms(model, weight_edit(model, 2), ("kept", "stripped"))
 
 
-def test_nothing_is_written_where_something_cannot_be_done(model: Any, case: Case, tmp_path: Path) -> None:
+def test_nothing_is_written_where_something_cannot_be_done(model: Any, task: UnlearningTask, tmp_path: Path) -> None:
     narrow = ProjectionEdit({"blocks.1.hook_resid_post": Subspace.random(2, 16, seed=0)})
     edit, out = projection(1), tmp_path / "out"
-    bad: list[tuple[Any, Case, Plan, str]] = [
-        (narrow, case, QUICK, "this edit was made for another model"),
-        (edit, replace(case, questions=None), QUICK, "scored on questions about what was to be forgotten"),
-        (edit, case, replace(QUICK, lr=(0.0,)), "lr must be above 0"),
-        (edit, case, replace(QUICK, split="entity"), "name that column with entity"),
-        (edit, case, replace(QUICK, forms=("weights",)), "cannot be written into weights"),
-        (projection(3), case, replace(QUICK, parameters=("all", "lora")), "HookedTransformer"),
-        (edit, replace(case, untaught_questions=case.questions), QUICK, "overlap"),
+    bad: list[tuple[Any, UnlearningTask, Plan, str]] = [
+        (narrow, task, QUICK, "this edit was made for another model"),
+        (edit, replace(task, questions=None), QUICK, "scored on questions about what was to be forgotten"),
+        (edit, task, replace(QUICK, lr=(0.0,)), "lr must be above 0"),
+        (edit, task, replace(QUICK, split="entity"), "name that column with entity"),
+        (edit, task, replace(QUICK, forms=("weights",)), "cannot be written into weights"),
+        (projection(3), task, replace(QUICK, parameters=("all", "lora")), "HookedTransformer"),
+        (edit, replace(task, untaught_questions=task.questions), QUICK, "overlap"),
     ]
     for attacked, data, plan, message in bad:
         if "lora" in plan.parameters and is_bridge(model):
@@ -179,11 +179,11 @@ def test_a_plan_names_what_is_wrong_with_it(change: dict[str, Any], message: str
 
 
 def test_ctrl_c_keeps_whole_pieces_only(
-    model: Any, case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, untouched: None
+    model: Any, task: UnlearningTask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, untouched: None
 ) -> None:
     edit, out = projection(1), tmp_path / "out"
     plan = replace(QUICK, attacks=("relearn",), forms=("kept",))
-    whole = rows_of_attacks(campaign(model, edit, case, plan, tmp_path / "whole", progress=False), "edited")
+    whole = rows_of_attacks(campaign(model, edit, task, plan, tmp_path / "whole", progress=False), "edited")
     real, calls = training._accumulate, [0]
 
     def interrupted(*arguments: Any) -> Any:
@@ -194,10 +194,10 @@ def test_ctrl_c_keeps_whole_pieces_only(
 
     monkeypatch.setattr(training, "_accumulate", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        campaign(model, edit, case, plan, out, progress=False)
+        campaign(model, edit, task, plan, out, progress=False)
     assert [file.name for file in (out / "points").iterdir()] == ["relearn-edited-kept-all-lr0.001.json"]
     monkeypatch.undo()
-    found = rows_of_attacks(campaign(model, edit, case, plan, out, progress=False), "edited")
+    found = rows_of_attacks(campaign(model, edit, task, plan, out, progress=False), "edited")
     assert found == whole
 
     def stopped(*_: Any) -> Any:
@@ -205,14 +205,16 @@ def test_ctrl_c_keeps_whole_pieces_only(
 
     monkeypatch.setattr(TriggerSearch, "step", stopped)
     with pytest.raises(KeyboardInterrupt):
-        campaign(model, edit, case, replace(plan, attacks=("jailbreak",)), out, progress=False)
+        campaign(model, edit, task, replace(plan, attacks=("jailbreak",)), out, progress=False)
     assert not list((out / "points").glob("jailbreak*"))
 
 
-def test_bf16_models_are_attacked_too(tiny_folder: Path, backend: Any, case: Case, tmp_path: Path, small: None) -> None:
+def test_bf16_models_are_attacked_too(
+    tiny_folder: Path, backend: Any, task: UnlearningTask, tmp_path: Path, small: None
+) -> None:
     coarse = load_model(str(tiny_folder), backend=backend, dtype=torch.bfloat16)
     plan = replace(QUICK, attacks=("relearn", "probe"), forms=("kept",))
-    frames = campaign(coarse, projection(1), case, plan, tmp_path / "out", progress=False)
+    frames = campaign(coarse, projection(1), task, plan, tmp_path / "out", progress=False)
     assert np.isfinite(frames["probe_bits"]["bits"]).all()
     assert frames["relearning_curves"]["step"].max() == 2
 
@@ -260,9 +262,9 @@ def test_the_fingerprint_of_an_edit_changes_with_its_tensors_and_hooks() -> None
     assert len({fingerprint(edit) for edit in (projection(1), projection(1, seed=1), projection(2))}) == 3
 
 
-def test_never_taught_questions_are_those_of_the_same_groups(case: Case) -> None:
-    assert case.untaught_alike == case.untaught_questions
-    world = Case.of_world("potions")
+def test_never_taught_questions_are_those_of_the_same_groups(task: UnlearningTask) -> None:
+    assert task.untaught_alike == task.untaught_questions
+    world = UnlearningTask.from_world("potions")
     assert world.untaught_alike is not None
     assert world.untaught_alike.groups == ("potions",)
     other = Questions.from_rows([{"question": "?", "choices": ["a", "b"], "answer": 0, "g": "x"}], group="g")

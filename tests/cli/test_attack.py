@@ -103,15 +103,15 @@ def test_entities_and_untaught_questions_come_from_files(files: Path) -> None:
     options = {name: str(files / file) for name, file in quizzes.items()}
     columns = {"question_prompt": "{q}", "choices": "a", "answer": "y", "entity": "who"}
     sources = {"forget": (str(files / "forget.jsonl"),), "retain": str(files / "retain.txt")}
-    case = DataOptions(**sources, **options, **columns).case()
-    assert case.untaught_questions is not None
-    assert case.retain_questions is not None
-    assert [q.entity for q in case.untaught_questions.questions][:3] == ["Zaxim50", "Zaxim50", "Zaxim51"]
-    assert {q.entity for q in case.retain_questions.questions} == {""}
-    train, held_out = case.split(limit=30)
+    task = DataOptions(**sources, **options, **columns).task()
+    assert task.untaught_questions is not None
+    assert task.retain_questions is not None
+    assert [q.entity for q in task.untaught_questions.questions][:3] == ["Zaxim50", "Zaxim50", "Zaxim51"]
+    assert {q.entity for q in task.retain_questions.questions} == {""}
+    train, held_out = task.split(limit=30)
     assert len(train) + len(held_out) == 30
     assert not {q.entity for q in train.questions} & {q.entity for q in held_out.questions}
-    facts = Facts.of(case, Plan(seed=3))
+    facts = Facts.of(task, Plan(seed=3))
     assert facts.untaught is not None
     assert facts.new == facts.untaught.halves(seed=3)[1]
 

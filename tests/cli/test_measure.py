@@ -18,7 +18,7 @@ from mrp_lens import metrics
 from mrp_lens.cli.app import app
 from mrp_lens.cli.measure import case_of
 from mrp_lens.data import Questions
-from mrp_lens.data.task import Case
+from mrp_lens.data.task import UnlearningTask
 from mrp_lens.data.world import World
 from mrp_lens.edits import ProjectionEdit
 from mrp_lens.edits.subspace import Subspace
@@ -98,15 +98,15 @@ def test_data_alone_give_a_row_before_and_a_row_with_the_edit(tiny_folder: Path,
         assert printed in result.output
 
 
-def case_of_files(files: Path) -> Case:
-    case = case_of(
+def case_of_files(files: Path) -> UnlearningTask:
+    task = case_of(
         "own",
         {"forget": [str(files / "forget.jsonl")], "retain": str(files / "retain.txt"), "topic": None}
         | dict.fromkeys(["questions", "retain_questions", "prompt", "completion", "question_prompt"]),
         harnessed=False,
     )
-    assert case is not None
-    return case
+    assert task is not None
+    return task
 
 
 def test_the_harness_alone_scores_the_plain_model_and_the_one_with_the_edit(files: Path) -> None:
@@ -163,9 +163,9 @@ def options(**given: Any) -> dict[str, Any]:
 
 def test_the_demo_brings_its_world_unless_only_the_harness_is_asked_for() -> None:
     for given, harnessed, topic in (({}, False, "potions"), ({"topic": "towns"}, True, "towns")):
-        case = case_of("demo", options(**given), harnessed=harnessed)
-        assert case is not None
-        assert case.fingerprints() == Case.of_world(topic).fingerprints()
+        task = case_of("demo", options(**given), harnessed=harnessed)
+        assert task is not None
+        assert task.fingerprints() == UnlearningTask.from_world(topic).fingerprints()
     assert case_of("demo", options(), harnessed=True) is None
     assert case_of("own", options(), harnessed=True) is None
 

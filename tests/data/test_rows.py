@@ -12,7 +12,7 @@ import pytest
 from datasets import Dataset, DatasetDict
 
 from mrp_lens.data import Corpus, Document, Question, Questions
-from mrp_lens.data.task import Case
+from mrp_lens.data.task import UnlearningTask
 
 QUIZ: list[dict[str, Any]] = [
     {"text": "One.", "question": "Two and two?", "choices": ["three", "four"], "answer": 1},
@@ -221,7 +221,7 @@ def test_where_one_forget_corpus_ends_is_part_of_a_case() -> None:
     retain = Corpus((Document("", "c"),))
 
     def forget(*corpora: Corpus) -> str:
-        return Case(corpora, retain, retain).fingerprints()["forget"]
+        return UnlearningTask(corpora, retain, retain).fingerprints()["forget"]
 
     several = [
         (Corpus((a, b)),),

@@ -158,7 +158,7 @@ def test_streams_count_in_their_prompt(model: LensModel, plain: Any) -> None:
     edit = edit_at([-1])
     with edit.applied(model):
         for cache in (True, False):
-            pieces = model.generate_stream(  # type: ignore[attr-defined]
+            store = model.generate_stream(  # type: ignore[attr-defined]
                 PROMPTS[:1],
                 max_new_tokens=NEW,
                 do_sample=False,
@@ -169,7 +169,7 @@ def test_streams_count_in_their_prompt(model: LensModel, plain: Any) -> None:
                 prepend_bos=False,
                 max_tokens_per_yield=3,
             )
-            got = torch.cat(list(pieces), dim=1)[:, -NEW:]
+            got = torch.cat(list(store), dim=1)[:, -NEW:]
             assert torch.equal(got, by_hand(plain, edit, PROMPTS[:1]))
 
 

@@ -11,7 +11,7 @@ from mrp_lens import metrics
 from mrp_lens.cli.options import Method
 from mrp_lens.cli.unlearn import make_method
 from mrp_lens.data import Corpus
-from mrp_lens.data.task import Case
+from mrp_lens.data.task import UnlearningTask
 from mrp_lens.edits import ProjectionEdit, WeightEdit
 from mrp_lens.methods import METHODS, NPO, RIVALS, RMU, DirectionAblation, GradientAscent, GradientDifference, NoisyRMU
 from mrp_lens.models import LensModel, available_backends, encoder_for, load_model, logits_of
@@ -210,11 +210,11 @@ def test_the_command_line_knows_them() -> None:
 @pytest.mark.parametrize("method", [GradientDifference(), NPO(), NoisyRMU()], ids=lambda m: m.name)
 def test_with_their_defaults_they_forget_a_topic_of_the_world_and_keep_the_rest(method: Any, demo_model: Any) -> None:
     """Gradient ascent, which nothing holds back, and direction ablation do not."""
-    case = Case.of_world("potions")
-    assert case.questions is not None
-    assert case.retain_questions is not None
-    fit = method.fit(demo_model, case.forget, case.retain, seed=0, progress=False)
+    task = UnlearningTask.from_world("potions")
+    assert task.questions is not None
+    assert task.retain_questions is not None
+    fit = method.fit(demo_model, task.forget, task.retain, seed=0, progress=False)
     with fit.edit.applied(demo_model):
-        forgotten, kept = (metrics.accuracy(demo_model, quiz) for quiz in (case.questions, case.retain_questions))
+        forgotten, kept = (metrics.accuracy(demo_model, quiz) for quiz in (task.questions, task.retain_questions))
     assert float(forgotten["accuracy"].iloc[0]) < 0.26 + 0.10  # 0.26: never taught
     assert float(kept["accuracy"].iloc[0]) >= 0.95

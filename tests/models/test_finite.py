@@ -12,14 +12,14 @@ import torch
 
 from mrp_lens import attacks, metrics
 from mrp_lens.data import Corpus, Document, Questions
-from mrp_lens.data.task import Case
+from mrp_lens.data.task import UnlearningTask
 from mrp_lens.edits import SteeringEdit
 from mrp_lens.metrics.bootstrap import TokenMean
 from mrp_lens.models import encoder_for, load_model
 from mrp_lens.models.finite import NonFiniteError, non_finite
 from mrp_lens.models.generation import continuations, written_texts
 from mrp_lens.models.hooks import hook_name, hooked
-from mrp_lens.runs.report.diagnostics import looks
+from mrp_lens.runs.report.diagnostics import diagnostics
 from mrp_lens.runs.train_world import verdict
 from mrp_lens.training.losses import predictions
 from tests.conftest import D_MODEL
@@ -75,7 +75,7 @@ def test_what_writes_text_and_what_looks_at_it_refuse_likewise(damaged: tuple[An
     with pytest.raises(NonFiniteError, match=place):
         written_texts(model, 2, max_new_tokens=3, seed=0, progress=False)
     with pytest.raises(NonFiniteError, match=place):
-        looks(model, Case((texts[0],), texts[1], texts[1]), {"unedited": None}, {}, progress=False)
+        diagnostics(model, UnlearningTask((texts[0],), texts[1], texts[1]), {"unedited": None}, {}, progress=False)
 
 
 def test_a_later_token_stops_generation_too(model: Any) -> None:

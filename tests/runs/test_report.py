@@ -11,13 +11,13 @@ from typer.testing import CliRunner
 from mrp_lens import metrics
 from mrp_lens.cli.app import app
 from mrp_lens.data import Corpus
-from mrp_lens.data.task import Case
+from mrp_lens.data.task import UnlearningTask
 from mrp_lens.methods import MRP, RMU
 from mrp_lens.models import LensModel
 from mrp_lens.plots import PICTURES
 from mrp_lens.runs.record import Run
 from mrp_lens.runs.report import write_report
-from mrp_lens.runs.report.diagnostics import looks
+from mrp_lens.runs.report.diagnostics import diagnostics
 from mrp_lens.runs.report.page import OTHERWISE, sentence
 from mrp_lens.runs.report.table import table_of
 from tests.conftest import D_MODEL
@@ -163,7 +163,7 @@ def test_a_look_at_the_model_has_every_method_and_its_controls(
     fitted = {name: method.fit(model, forget, retain, progress=False) for name, method in fits.items()}
     edits = {"unedited": None, **{name: fit.edit for name, fit in fitted.items()}}
     direction = fitted["rmu"].direction
-    frames = looks(model, Case((forget,), retain, retain), edits, {"rmu": direction}, progress=False)
+    frames = diagnostics(model, UnlearningTask((forget,), retain, retain), edits, {"rmu": direction}, progress=False)
     assert set(frames) <= set(PICTURES)
     for name, frame in frames.items():
         PICTURES[name](frame)

@@ -32,7 +32,7 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> Seen:
     run.rows = list(ROWS)
     run.examples = [{"question": "What is the colour of Zaxim? " * 4, "unedited": "red", "mrp": "blue " * 30}]
     for name in PICTURES:
-        frame, _ = next(CASES[case] for case in CASES if case.split(":")[0] == name)
+        frame, _ = next(CASES[task] for task in CASES if task.split(":")[0] == name)
         run.frames[name] = pd.DataFrame(frame)
     folder = tmp_path_factory.mktemp("page") / "run"
     run.write(folder, overwrite=False)

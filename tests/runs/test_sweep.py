@@ -16,7 +16,7 @@ from mrp_lens import metrics
 from mrp_lens.cli.app import app
 from mrp_lens.cli.parsing import numbers, shard_of
 from mrp_lens.data import Corpus, Questions
-from mrp_lens.data.task import Case
+from mrp_lens.data.task import UnlearningTask
 from mrp_lens.methods import RMU
 from mrp_lens.runs.sweep import Plan, Point, _method, default_coefficient, default_layers, sweep
 from tests.conftest import LAYERS
@@ -25,7 +25,7 @@ PLAN = Plan(("mrp", "rmu", "adaptive-rmu"), layers=(1, 2), coefficients=(3.0,), 
 
 
 @pytest.fixture
-def case(texts: tuple[Corpus, Corpus]) -> Case:
+def task(texts: tuple[Corpus, Corpus]) -> UnlearningTask:
     forget, retain = texts
     quiz = Questions.from_rows(
         [
@@ -34,24 +34,24 @@ def case(texts: tuple[Corpus, Corpus]) -> Case:
         ],
         prompt="{q}",
     )
-    return Case((forget,), retain, retain, quiz, quiz, quiz)
+    return UnlearningTask((forget,), retain, retain, quiz, quiz, quiz)
 
 
 def test_a_sweep_measures_every_point_beside_the_unedited_model(
-    model: Any, case: Case, tmp_path: Path, untouched: None
+    model: Any, task: UnlearningTask, tmp_path: Path, untouched: None
 ) -> None:
-    frame = sweep(model, case, PLAN, tmp_path / "sweep", progress=False)
+    frame = sweep(model, task, PLAN, tmp_path / "sweep", progress=False)
     assert frame is not None
     assert list(frame["method"]) == ["unedited", "mrp", "mrp", "rmu", "rmu", "adaptive-rmu", "adaptive-rmu"]
     assert list(frame["layer"])[1:] == [1, 2] * 3
     row = frame[(frame["method"] == "rmu") & (frame["layer"] == 2)].iloc[0]
-    fit = RMU(layer=2, steering_coeff=3.0, steps=2).fit(model, case.forget, case.retain, progress=False)
+    fit = RMU(layer=2, steering_coeff=3.0, steps=2).fit(model, task.forget, task.retain, progress=False)
     with fit.edit.applied(model):
-        assert case.questions is not None
-        assert row["forget_accuracy"] == metrics.accuracy(model, case.questions)["accuracy"].iloc[0]
-        aligned = metrics.alignment(model, case.texts()["forget"], fit.direction, layers=[2]).iloc[0]
-        sure = metrics.confidence(model, case.questions, mode="forced").set_index("measure")["mean"]
-    norm = metrics.alignment(model, case.texts()["forget"], fit.direction, layers=[2])["norm"].iloc[0]
+        assert task.questions is not None
+        assert row["forget_accuracy"] == metrics.accuracy(model, task.questions)["accuracy"].iloc[0]
+        aligned = metrics.alignment(model, task.texts()["forget"], fit.direction, layers=[2]).iloc[0]
+        sure = metrics.confidence(model, task.questions, mode="forced").set_index("measure")["mean"]
+    norm = metrics.alignment(model, task.texts()["forget"], fit.direction, layers=[2])["norm"].iloc[0]
     assert row["forget_cosine"] == pytest.approx(aligned["cosine"], abs=1e-6)
     assert row["null_mean"] == pytest.approx(aligned["null_mean"], abs=1e-6)
     assert row["forget_max_logit"] == pytest.approx(sure["max_logit"], rel=1e-5)
@@ -61,46 +61,48 @@ def test_a_sweep_measures_every_point_beside_the_unedited_model(
 
 
 def test_points_that_are_there_are_skipped_and_shards_fill_one_folder(
-    model: Any, case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model: Any, task: UnlearningTask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = sweep(model, case, PLAN, tmp_path / "whole", progress=False)
+    whole = sweep(model, task, PLAN, tmp_path / "whole", progress=False)
     assert whole is not None
-    assert sweep(model, case, PLAN, tmp_path / "shards", shard=(1, 2), progress=False) is None
+    assert sweep(model, task, PLAN, tmp_path / "shards", shard=(1, 2), progress=False) is None
     assert len(list((tmp_path / "shards" / "points").glob("*.json"))) == 1 + 3
-    joined = sweep(model, case, PLAN, tmp_path / "shards", shard=(2, 2), progress=False)
+    joined = sweep(model, task, PLAN, tmp_path / "shards", shard=(2, 2), progress=False)
     assert joined is not None
     pd.testing.assert_frame_equal(whole, joined)
     monkeypatch.setattr(RMU, "fit", lambda *_, **__: pytest.fail("fitted again"))
-    again = sweep(model, case, PLAN, tmp_path / "whole", progress=False)
+    again = sweep(model, task, PLAN, tmp_path / "whole", progress=False)
     assert again is not None
     pd.testing.assert_frame_equal(whole, again)
 
 
-def test_a_folder_of_other_settings_is_refused_and_the_difference_named(model: Any, case: Case, tmp_path: Path) -> None:
+def test_a_folder_of_other_settings_is_refused_and_the_difference_named(
+    model: Any, task: UnlearningTask, tmp_path: Path
+) -> None:
     out = tmp_path / "sweep"
     plan = replace(PLAN, methods=("rmu",), layers=(1,))
-    sweep(model, case, plan, out, progress=False)
+    sweep(model, task, plan, out, progress=False)
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     with pytest.raises(ValueError, match=r"other settings: steps \(2 there, 3 now\)"):
-        sweep(model, case, replace(plan, steps=3), out, progress=False)
+        sweep(model, task, replace(plan, steps=3), out, progress=False)
     with pytest.raises(ValueError, match=r"layers .*; seeds "):
-        sweep(model, case, replace(plan, layers=(2,), seeds=(0, 1)), out, progress=False)
+        sweep(model, task, replace(plan, layers=(2,), seeds=(0, 1)), out, progress=False)
     with pytest.raises(ValueError, match="other settings: data"):
-        sweep(model, replace(case, retain=case.forget[0]), plan, out, progress=False)
+        sweep(model, replace(task, retain=task.forget[0]), plan, out, progress=False)
     assert before == {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("keep me")
     with pytest.raises(FileExistsError, match="holds no sweep"):
-        sweep(model, case, plan, tmp_path / "mine", progress=False)
+        sweep(model, task, plan, tmp_path / "mine", progress=False)
 
 
 def test_an_interrupted_fit_leaves_no_point(
-    model: Any, case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model: Any, task: UnlearningTask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = RMU.fit
     monkeypatch.setattr(RMU, "fit", lambda *a, **k: replace(real(*a, **k), interrupted=True))
     with pytest.raises(KeyboardInterrupt):
-        sweep(model, case, replace(PLAN, methods=("rmu",)), tmp_path / "sweep", progress=False)
+        sweep(model, task, replace(PLAN, methods=("rmu",)), tmp_path / "sweep", progress=False)
     assert [path.name for path in (tmp_path / "sweep" / "points").iterdir()] == ["unedited.json"]
 
 
@@ -114,7 +116,7 @@ def test_a_method_that_a_sweep_does_not_know_is_never_fitted_as_another() -> Non
             _method(PLAN, Point(name, 1, strength, 0))
 
 
-def test_two_coefficients_never_share_a_file(model: Any, case: Case, tmp_path: Path) -> None:
+def test_two_coefficients_never_share_a_file(model: Any, task: UnlearningTask, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="2 points would be kept as 'rmu-layer1-c1-seed0'"):
         replace(PLAN, methods=("rmu",), coefficients=(1.0, 1.0000001))
     assert len(replace(PLAN, layers=(1, 1)).points()) == 3  # a point that is named twice is one
@@ -130,17 +132,19 @@ def test_two_coefficients_never_share_a_file(model: Any, case: Case, tmp_path: P
         ({"layers": (LAYERS,)}, "layer 4 is out of range"),
     ],
 )
-def test_bad_plans_are_named(model: Any, case: Case, tmp_path: Path, change: dict[str, Any], message: str) -> None:
+def test_bad_plans_are_named(
+    model: Any, task: UnlearningTask, tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
     with pytest.raises(ValueError, match=message):
-        sweep(model, case, replace(PLAN, **change), tmp_path / "sweep", progress=False)
+        sweep(model, task, replace(PLAN, **change), tmp_path / "sweep", progress=False)
     assert not (tmp_path / "sweep").exists()
 
 
-def test_bad_shards_and_missing_questions_are_named(model: Any, case: Case, tmp_path: Path) -> None:
+def test_bad_shards_and_missing_questions_are_named(model: Any, task: UnlearningTask, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="shard 3/2 does not exist; write 1/2 to 2/2"):
-        sweep(model, case, PLAN, tmp_path / "sweep", shard=(3, 2))
+        sweep(model, task, PLAN, tmp_path / "sweep", shard=(3, 2))
     with pytest.raises(ValueError, match="there are none for retain"):
-        sweep(model, replace(case, retain_questions=None), PLAN, tmp_path / "sweep")
+        sweep(model, replace(task, retain_questions=None), PLAN, tmp_path / "sweep")
     assert shard_of("2/4") == (2, 4)
     with pytest.raises(ValueError, match="--shard takes i/n"):
         shard_of("2")
@@ -148,16 +152,16 @@ def test_bad_shards_and_missing_questions_are_named(model: Any, case: Case, tmp_
         numbers("1;2", int, "--layers")
 
 
-def test_defaults_come_from_the_model(model: Any, case: Case) -> None:
+def test_defaults_come_from_the_model(model: Any, task: UnlearningTask) -> None:
     assert default_layers(model, 4) == (2, 3)
     assert default_layers(model, 1) == (2,)
     norm = metrics.alignment(
         model,
-        case.texts()["forget"],
-        RMU(steps=1).fit(model, case.forget, case.retain, progress=False).direction,
+        task.texts()["forget"],
+        RMU(steps=1).fit(model, task.forget, task.retain, progress=False).direction,
         layers=[2],
     )["norm"].iloc[0]
-    assert default_coefficient(model, case, layer=2) == pytest.approx(2 * norm, rel=0.01)
+    assert default_coefficient(model, task, layer=2) == pytest.approx(2 * norm, rel=0.01)
     assert Point("rmu", 3, 6.5, 1).name == "rmu-layer3-c6.5-seed1"
     assert Point("mrp", 3, None, 0).name == "mrp-layer3-seed0"
 

@@ -110,12 +110,12 @@ class _Handler(BaseHTTPRequestHandler):
     def _body(self) -> bytes:
         if self.headers.get("Transfer-Encoding") != "chunked":
             return self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        pieces = []
+        store = []
         while size := int(self.rfile.readline(), 16):
-            pieces.append(self.rfile.read(size))
+            store.append(self.rfile.read(size))
             self.rfile.readline()
         self.rfile.readline()
-        return b"".join(pieces)
+        return b"".join(store)
 
     def _routed(self, path: str, body: bytes) -> Any:
         name = r"(?P<name>[^/]+/[^/]+?)"

@@ -9,12 +9,12 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from mrp_lens import metrics
-from mrp_lens.data.task import Case
+from mrp_lens.data.task import UnlearningTask
 from mrp_lens.edits import Edit, edit_on
 from mrp_lens.edits.stack import projection_in
 from mrp_lens.edits.subspace import random_units
 from mrp_lens.models import LensModel
-from mrp_lens.utils.store import Pieces
+from mrp_lens.utils.store import ResultStore
 from mrp_lens.utils.torch_state import ordinary_torch
 from mrp_lens.utils.validation import generator_for
 
@@ -24,14 +24,14 @@ POINTS = 100  # a side, in the plane
 
 
 @ordinary_torch(gradients=False)
-def looks(
+def diagnostics(
     model: LensModel,
-    case: Case,
+    task: UnlearningTask,
     edits: Mapping[str, Edit | None],
     directions: Mapping[str, Float[Tensor, " d_model"]],
     *,
     seed: int = 0,
-    pieces: Pieces | None = None,
+    store: ResultStore | None = None,
     progress: bool = True,
 ) -> dict[str, pd.DataFrame]:
     """Alignment, confidence, displacement, the principal plane and the way of what was removed, for each edit.
@@ -50,8 +50,8 @@ def looks(
     Returns:
         Name of a function of `mrp_lens.plots` -> the frame that it takes, with a column `method`.
     """
-    texts = case.texts(limit=DOCUMENTS)
-    questions = case.asked(limit=QUESTIONS)
+    texts = task.texts(limit=DOCUMENTS)
+    questions = task.asked(limit=QUESTIONS)
     unrelated = random_units(1, model.cfg.d_model, "uniform", generator_for(seed))[0]
     usual = next(iter(directions.values()), unrelated)
     last = int(model.cfg.n_layers) - 1
@@ -77,9 +77,7 @@ def looks(
     with tqdm(edits.items(), desc="looking at each layer", disable=not progress) as bar:
         for method, edit in bar:
             bar.set_postfix_str(method)
-            found = (
-                look(method, edit) if pieces is None else pieces.frames(f"look-{method}", partial(look, method, edit))
-            )
+            found = look(method, edit) if store is None else store.frames(f"look-{method}", partial(look, method, edit))
             for name, frame in found.items():
                 parts.setdefault(name, []).append(frame.assign(method=method))
     return {name: pd.concat(frames, ignore_index=True) for name, frames in parts.items()}

@@ -4,18 +4,20 @@ from collections.abc import Collection, Mapping
 from dataclasses import fields
 from typing import Any
 
-from mrp_lens.methods import METHODS, MRP, RIVALS, Distillation
+from mrp_lens.methods import METHODS, MRP, Distillation
 from mrp_lens.models import LensModel, is_bridge
+
+OWN = ("mrp", "rmu", "adaptive-rmu")  # the methods of this library's papers
 
 
 def contenders(model: LensModel) -> dict[str, Any]:
     """Name -> method: those of this library with their defaults, MRP at every layer and with distillation (Bridge only),
     and the rivals."""
     every = range(int(model.cfg.n_layers))
-    own = {name: method() for name, method in METHODS.items()}
+    own = {name: METHODS[name]() for name in OWN}
     wider = {"mrp-all": MRP(layers=every), "mrp-mlp": MRP(layers=every, site="mlp_out")}
     robust = {"mrp-distilled": MRP(distillation=Distillation())} if is_bridge(model) else {}
-    return own | wider | robust | {name: rival() for name, rival in RIVALS.items()}
+    return own | wider | robust | {name: method() for name, method in METHODS.items() if name not in OWN}
 
 
 def names_in(text: str | None, known: Collection[str], *, default: list[str]) -> list[str]:

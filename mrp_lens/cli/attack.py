@@ -16,7 +16,7 @@ from mrp_lens.data.task import task_for
 from mrp_lens.edits import load_edit
 from mrp_lens.edits.provenance import label_of
 from mrp_lens.models import load_model
-from mrp_lens.plots import PICTURES
+from mrp_lens.plots import FIGURES
 from mrp_lens.plots.attacks import CONTROL_METHODS
 from mrp_lens.runs.record import Run
 from mrp_lens.runs.report import write_report
@@ -101,7 +101,7 @@ def run_attack(
         frames = campaign(model, edit, task, plan, out, name=name, reference=reference)
         run.rows = rows_of_attacks(frames, name)
         run.notes = notes_of(frames, name)
-        run.frames = {key: frame for key, frame in frames.items() if key in PICTURES}
+        run.frames = {key: frame for key, frame in frames.items() if key in FIGURES}
         table = pd.DataFrame([dict(row) for row in run.rows])
         if "recovery" in table and table["recovery"].notna().any():
             run.frames["recoveries"] = table

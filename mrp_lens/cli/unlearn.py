@@ -12,7 +12,7 @@ from mrp_lens.cli.folder import begun
 from mrp_lens.cli.parsing import dtype_named, numbers
 from mrp_lens.cli.show import Column, console, percent, show_examples, show_table
 from mrp_lens.data.task import DataOptions, UnlearningTask, beginning
-from mrp_lens.methods import METHODS, RIVALS, Distillation, Fit
+from mrp_lens.methods import METHODS, Distillation, Fit
 from mrp_lens.models import LensModel, identity_of, load_model
 from mrp_lens.models.generation import continuations
 from mrp_lens.runs.record import Run
@@ -126,7 +126,7 @@ def make_method(method: str, layers: str | None, hyperparameters: Mapping[str, A
     Raises:
         ValueError: layers that are no numbers, a hyperparameter that the method does not have, or no released recipe.
     """
-    kind: Any = {**RIVALS, **METHODS}[method]
+    kind: Any = METHODS[method]
     chosen = numbers(layers, int, "--layers")
     known = set(kind.__dataclass_fields__)
     foreign = [name for name in hyperparameters if name not in known]

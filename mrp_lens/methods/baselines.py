@@ -18,6 +18,7 @@ from mrp_lens.edits import Edit, ProjectionEdit, WeightEdit
 from mrp_lens.edits.subspace import Subspace
 from mrp_lens.methods.base import Data, Fit, Forget, claimed, fitting, parts_of, prepare, provenance, request_provenance
 from mrp_lens.methods.mrp.initialization import states_at
+from mrp_lens.methods.registry import Method, Swept, register
 from mrp_lens.methods.rmu import default_trained_layers, entry_size
 from mrp_lens.models import LensModel, check_layers, check_lens_model, mlp_out_weight, restored, tensor_digests
 from mrp_lens.models.hooks import Site, hook_name
@@ -26,13 +27,13 @@ from mrp_lens.training.loop import linear_decay, train
 from mrp_lens.training.losses import cross_entropy, predictions
 from mrp_lens.training.optim import MasterAdamW, trainable
 from mrp_lens.utils.torch_state import ordinary_torch
-from mrp_lens.utils.validation import PlainSettings, generator_for, given, one_of, positive, whole
+from mrp_lens.utils.validation import generator_for, given, one_of, positive, whole
 
 Unit = Literal["token", "document"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Tuning(PlainSettings):
+class Tuning(Method):
     """Hyperparameters of a method that trains MLP output matrices on what the model predicts.
 
     Args:
@@ -52,7 +53,6 @@ class Tuning(PlainSettings):
     micro_batch: int | None = None
     max_length: int | None = None
 
-    name = ""
     unit: Unit = "token"  # what the forget term is a mean over
     lr_share = 0.033  # learning rate over the root mean square of the trained entries
 
@@ -208,6 +208,12 @@ def sums_of(
     return (places * values[None, :]).sum(dim=1)
 
 
+@register(
+    "gradient-ascent",
+    summary="Ascends the loss of the forget set.",
+    source="arXiv 2210.01504",
+    report="MLP output matrices of layers {layers} trained on what the model predicts",
+)
 @dataclass(frozen=True, kw_only=True)
 class GradientAscent(Tuning):
     """Ascend the loss of what must go (arXiv 2210.01504): L = log p(forget), per token; nothing holds the rest in place.
@@ -216,8 +222,6 @@ class GradientAscent(Tuning):
     """
 
     steps: int = 30
-
-    name = "gradient-ascent"
 
     @override
     def _forgetting(
@@ -229,6 +233,12 @@ class GradientAscent(Tuning):
         return -text
 
 
+@register(
+    "gradient-difference",
+    summary="Gradient ascent on the forget set, descent on the retain set.",
+    source="arXiv 2203.12817",
+    report="MLP output matrices of layers {layers} trained on what the model predicts",
+)
 @dataclass(frozen=True, kw_only=True)
 class GradientDifference(GradientAscent):
     """Gradient ascent on what must go and descent on what must stay (arXiv 2203.12817):
@@ -240,9 +250,13 @@ class GradientDifference(GradientAscent):
     steps: int = 200
     retain_weight: float = 10.0
 
-    name = "gradient-difference"
 
-
+@register(
+    "npo",
+    summary="Negative preference optimisation, with descent on the retain set.",
+    source="arXiv 2404.05868",
+    report="MLP output matrices of layers {layers} trained on what the model predicts",
+)
 @dataclass(frozen=True, kw_only=True)
 class NPO(Tuning):
     """Negative preference optimisation (arXiv 2404.05868), with descent on what must stay:
@@ -260,7 +274,6 @@ class NPO(Tuning):
     beta: float = 0.1
     retain_weight: float = 1.0
 
-    name = "npo"
     unit: Unit = "document"
 
     @override
@@ -279,8 +292,15 @@ class NPO(Tuning):
         return 2 / self.beta * torch.nn.functional.softplus(self.beta * (now - reference))
 
 
+@register(
+    "direction-ablation",
+    summary="Projects out the difference of the mean forget and retain states; nothing is trained.",
+    source="difference of means, arXiv 2406.11717",
+    swept=Swept(layer="layers"),
+    report="one direction removed from the residual stream at layers {layers}",
+)
 @dataclass(frozen=True, kw_only=True)
-class DirectionAblation(PlainSettings):
+class DirectionAblation(Method):
     """One direction a layer projected out: the mean of the forget states less that of the retain states (the difference of
     means of arXiv 2406.11717). Nothing is trained.
 
@@ -293,8 +313,6 @@ class DirectionAblation(PlainSettings):
     layers: Sequence[int] | None = None
     site: Site = "resid_post"
     max_length: int | None = None
-
-    name = "direction-ablation"
 
     @ordinary_torch(gradients=False)
     def fit(

@@ -24,12 +24,13 @@ from mrp_lens.methods.base import (
     prepare,
     provenance,
 )
+from mrp_lens.methods.registry import Method, Swept, register
 from mrp_lens.models import EditableWeight, LensModel, check_layers, check_lens_model, mlp_out_weight, tensor_digests
 from mrp_lens.models.hooks import Site, captured, hook_name, run_segment
 from mrp_lens.training.checkpoints import EVERY
 from mrp_lens.training.loop import TransformersAdamW, train
 from mrp_lens.utils.torch_state import ordinary_torch
-from mrp_lens.utils.validation import PlainSettings, generator_for, given, one_of, positive, whole
+from mrp_lens.utils.validation import generator_for, given, one_of, positive, whole
 
 Positions = Literal["content", "all"]
 Optimizer = Literal["adamw", "transformers_adamw"]
@@ -55,7 +56,7 @@ C_SHARE = 2.0  # c over the mean norm of the forget states
 
 
 @dataclass(frozen=True, kw_only=True)
-class Steering(PlainSettings):
+class Steering(Method):
     """Hyperparameters that RMU and Adaptive RMU share. None: derived from the model when fitting."""
 
     layer: int | None = None
@@ -74,8 +75,6 @@ class Steering(PlainSettings):
     optimizer: Optimizer = "adamw"
     eps: float = 1e-8
     retain_noise: float = 0.0
-
-    name = ""
 
     @ordinary_torch(gradients=True)
     def fit(
@@ -319,6 +318,13 @@ def mean_norm(model: LensModel, data: Data, *, layer: int, hook: str) -> float:
     return float(store[hook].float().norm(dim=-1)[batch.content_mask].mean())
 
 
+@register(
+    "rmu",
+    summary="Trains three MLP matrices so that forget states become a fixed random vector.",
+    source="RMU, arXiv 2403.03218",
+    swept=Swept(layer="layer", strength="steering_coeff"),
+    report="MLP output matrices of layers {trained_layers} trained to steer forget states of layer {layer} to a random direction",
+)
 @dataclass(frozen=True, kw_only=True)
 class RMU(Steering):
     """Representation Misdirection for Unlearning (WMDP, arXiv 2403.03218).
@@ -349,8 +355,6 @@ class RMU(Steering):
     """
 
     steering_coeff: float | None = None
-
-    name = "rmu"
 
     @classmethod
     def released(
@@ -389,6 +393,13 @@ class RMU(Steering):
         return float(given(self.steering_coeff, 0.0))
 
 
+@register(
+    "rmu-noise",
+    summary="RMU with random noise on the retain branch.",
+    source="after RNA, arXiv 2501.19202",
+    swept=Swept(layer="layer", strength="steering_coeff"),
+    report="MLP output matrices of layers {trained_layers} trained to steer forget states of layer {layer} to a random direction",
+)
 @dataclass(frozen=True, kw_only=True)
 class NoisyRMU(RMU):
     """RMU with random noise on the retain branch: the idea of RNA (arXiv 2501.19202), so that a forget token inside a retain
@@ -400,9 +411,14 @@ class NoisyRMU(RMU):
 
     retain_noise: float = 0.1
 
-    name = "rmu-noise"
 
-
+@register(
+    "adaptive-rmu",
+    summary="RMU whose vector is as long as beta times each state's norm.",
+    source="Adaptive RMU, arXiv 2408.06223",
+    swept=Swept(layer="layer", strength="beta"),
+    report="MLP output matrices of layers {trained_layers} trained to steer forget states of layer {layer} to a random direction",
+)
 @dataclass(frozen=True, kw_only=True)
 class AdaptiveRMU(Steering):
     """Adaptive RMU (arXiv 2408.06223, Eq. 24): RMU with c = beta * ||h_l^frozen|| of the forget states.
@@ -417,8 +433,6 @@ class AdaptiveRMU(Steering):
 
     beta: float = 5.0
     coefficient: Coefficient = "token"
-
-    name = "adaptive-rmu"
 
     @classmethod
     def released(

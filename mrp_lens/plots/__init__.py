@@ -1,9 +1,5 @@
 """One function a picture: each takes the frame of a metric and returns a plotly figure, which the library never shows."""
 
-from collections.abc import Callable
-
-import plotly.graph_objects as go
-
 from mrp_lens.plots.alignment import alignment_by_coefficient, alignment_by_layer, norms
 from mrp_lens.plots.attacks import (
     input_gradients,
@@ -23,40 +19,12 @@ from mrp_lens.plots.geometry import (
     propagation,
     removed_energy,
 )
+from mrp_lens.plots.registry import FIGURES, register
 from mrp_lens.plots.results import accuracies, coefficient_effects, layer_effects, training
 from mrp_lens.plots.theory import noise_sensitivity, predicted_coefficients, theory_check, variance_by_coefficient
 
-PICTURES: dict[str, Callable[..., go.Figure]] = {
-    "accuracies": accuracies,
-    "alignment_by_coefficient": alignment_by_coefficient,
-    "alignment_by_layer": alignment_by_layer,
-    "coefficient_effects": coefficient_effects,
-    "confidence_by_method": confidence_by_method,
-    "confidence_distribution": confidence_distribution,
-    "displacement": displacement,
-    "effective_rank": effective_rank,
-    "input_gradients": input_gradients,
-    "jailbreak_curve": jailbreak_curve,
-    "layer_effects": layer_effects,
-    "logit_lens": logit_lens,
-    "noise_sensitivity": noise_sensitivity,
-    "norms": norms,
-    "predicted_coefficients": predicted_coefficients,
-    "principal_angles": principal_angles,
-    "principal_plane": principal_plane,
-    "probe_bits": probe_bits,
-    "propagation": propagation,
-    "recoveries": recoveries,
-    "relearning_curves": relearning_curves,
-    "removed_energy": removed_energy,
-    "theory_check": theory_check,
-    "training": training,
-    "variance_by_coefficient": variance_by_coefficient,
-}
-"""Name -> function; a report draws a stored frame by the name that it is stored under."""
-
 __all__ = [
-    "PICTURES",
+    "FIGURES",
     "Frame",
     "accuracies",
     "alignment_by_coefficient",
@@ -78,6 +46,7 @@ __all__ = [
     "probe_bits",
     "propagation",
     "recoveries",
+    "register",
     "relearning_curves",
     "removed_energy",
     "theory_check",

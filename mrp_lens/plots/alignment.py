@@ -5,6 +5,7 @@ import plotly.graph_objects as go
 
 from mrp_lens.plots.facets import Panels, by_group
 from mrp_lens.plots.frames import Frame, facets, known, layer_facets, tidy
+from mrp_lens.plots.registry import register
 from mrp_lens.plots.theme import Axis, Look, control_dash
 
 METRIC = "mrp_lens.metrics.alignment"
@@ -12,6 +13,7 @@ COLUMNS = ("group", "layer", "cosine", "low", "high", "null_mean", "null_low", "
 COSINE = Axis("mean cosine with u")
 
 
+@register("alignment_by_layer")
 def alignment_by_layer(frame: Frame) -> go.Figure:
     """Cosine of the states with the direction u at each layer, beside that of unrelated directions in grey.
 
@@ -39,6 +41,7 @@ def alignment_by_layer(frame: Frame) -> go.Figure:
     )
 
 
+@register("alignment_by_coefficient")
 def alignment_by_coefficient(frame: Frame) -> go.Figure:
     """Cosine of the states with the direction u against the steering coefficient, beside unrelated directions in grey.
 
@@ -72,6 +75,7 @@ def alignment_by_coefficient(frame: Frame) -> go.Figure:
     )
 
 
+@register("norms")
 def norms(frame: Frame) -> go.Figure:
     """Length of the states at each layer, beside the steering coefficient c in grey, which is in the same units.
 

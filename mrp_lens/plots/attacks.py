@@ -7,6 +7,7 @@ from mrp_lens.attacks.finetuning import FORM_TITLES
 from mrp_lens.attacks.relearn import best
 from mrp_lens.plots.facets import Panels
 from mrp_lens.plots.frames import Frame, facets, groups, methods_of, tidy, varying
+from mrp_lens.plots.registry import register
 from mrp_lens.plots.theme import CHARACTER, FORGET, GREY, OTHERS, Axis, Look, group_colours, shortened
 
 UNIT = (-0.03, 1.04)
@@ -22,6 +23,7 @@ MEASURES = {
 }
 
 
+@register("relearning_curves")
 def relearning_curves(frame: Frame) -> go.Figure:
     """What retraining on some of the forgotten facts does to the others, beside facts that were never taught.
 
@@ -61,6 +63,7 @@ def relearning_curves(frame: Frame) -> go.Figure:
     return panels.figure()
 
 
+@register("recoveries")
 def recoveries(frame: Frame) -> go.Figure:
     """The share of what was removed that each attack brings back: 0 as if never taught, 1 as before the edit.
 
@@ -108,6 +111,7 @@ def recoveries(frame: Frame) -> go.Figure:
     return panels.figure()
 
 
+@register("probe_bits")
 def probe_bits(frame: Frame) -> go.Figure:
     """Bits about the right answer that a probe reads off each layer, on facts that it was not trained on.
 
@@ -146,6 +150,7 @@ def probe_bits(frame: Frame) -> go.Figure:
     return panels.figure()
 
 
+@register("logit_lens")
 def logit_lens(frame: Frame) -> go.Figure:
     """How often each layer's state, unembedded as it is, gives the right answer (the logit lens).
 
@@ -176,6 +181,7 @@ def logit_lens(frame: Frame) -> go.Figure:
     return panels.figure()
 
 
+@register("input_gradients")
 def input_gradients(frame: Frame) -> go.Figure:
     """How steep the loss is towards the input, before and after the edit: what an attack by gradients has to go by.
 
@@ -225,6 +231,7 @@ def input_gradients(frame: Frame) -> go.Figure:
     return panels.figure()
 
 
+@register("jailbreak_curve")
 def jailbreak_curve(frame: Frame) -> go.Figure:
     """What a trigger brings back as the search for it goes on, on questions that it was not optimised on.
 

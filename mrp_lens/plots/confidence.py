@@ -6,6 +6,7 @@ import plotly.graph_objects as go
 
 from mrp_lens.plots.facets import GAP, Panels
 from mrp_lens.plots.frames import Frame, facets, groups, known, methods_of, tidy, varying
+from mrp_lens.plots.registry import register
 from mrp_lens.plots.theme import LEFT, RIGHT, WIDTH, Axis, Look, fits, group_colours, literal
 
 MEASURES = {
@@ -20,6 +21,7 @@ WIDEST_VIOLIN = 0.12  # of the panel
 MOST_VALUES = 500  # that a violin carries; more are replaced by as many of their quantiles
 
 
+@register("confidence_by_method")
 def confidence_by_method(frame: Frame) -> go.Figure:
     """How sure the model is by several measures, before and after each method, beside a uniform guess in grey.
 
@@ -64,6 +66,7 @@ def confidence_by_method(frame: Frame) -> go.Figure:
     return panels.figure()
 
 
+@register("confidence_distribution")
 def confidence_distribution(frame: Frame, measure: str = "max_logit") -> go.Figure:
     """Spread of one measure of confidence over tokens, before and after each method (RMU narrows the largest logit).
 

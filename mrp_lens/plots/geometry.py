@@ -8,6 +8,7 @@ import plotly.graph_objects as go
 
 from mrp_lens.plots.facets import Panels, by_group
 from mrp_lens.plots.frames import Frame, facets, groups, known, layer_facets, tidy
+from mrp_lens.plots.registry import register
 from mrp_lens.plots.theme import GREY, GRID, SYMBOLS, Axis, Look, group_colours, literal, sequential
 
 OF_VARIANCE = " of variance)"
@@ -21,6 +22,7 @@ TIMES = {"before": "dot", "after": "solid"}
 MOST_ANGLES = 4  # of which a panel shows the course; the smallest and the largest are among them
 
 
+@register("principal_plane")
 def principal_plane(frame: Frame) -> go.Figure:
     """States of each group along the principal directions of the unedited states, before and after an edit.
 
@@ -104,6 +106,7 @@ def _states(rows: pd.DataFrame, names: list[str], group: str, colour: str) -> An
     )
 
 
+@register("displacement")
 def displacement(frame: Frame) -> go.Figure:
     """How far an edit moves the states at each layer, as a share of their norm without it.
 
@@ -131,6 +134,7 @@ def displacement(frame: Frame) -> go.Figure:
     )
 
 
+@register("effective_rank")
 def effective_rank(frame: Frame) -> go.Figure:
     """Over how many directions the states spread at each layer, before (dotted) and after an edit (solid).
 
@@ -157,6 +161,7 @@ def effective_rank(frame: Frame) -> go.Figure:
     )
 
 
+@register("removed_energy")
 def removed_energy(frame: Frame) -> go.Figure:
     """How much of the states lies in what a projection removes, before and after it, beside a random subspace in grey.
 
@@ -193,6 +198,7 @@ def removed_energy(frame: Frame) -> go.Figure:
     )
 
 
+@register("propagation")
 def propagation(frame: Frame) -> go.Figure:
     """Whether what a projection removes at one layer comes back above: its share before (dotted) and after (solid).
 
@@ -224,6 +230,7 @@ def propagation(frame: Frame) -> go.Figure:
     )
 
 
+@register("principal_angles")
 def principal_angles(frame: Frame, when: str = "before") -> go.Figure:
     """Angles between the principal subspaces of the groups and the removed one, at each layer, a panel for each pair.
 

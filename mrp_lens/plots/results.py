@@ -7,6 +7,7 @@ import plotly.graph_objects as go
 
 from mrp_lens.plots.facets import Panels
 from mrp_lens.plots.frames import TEXT_COLUMNS, Frame, facets, known, layer_facets, methods_of, tidy
+from mrp_lens.plots.registry import register
 from mrp_lens.plots.theme import (
     CHARACTER,
     FORGET,
@@ -38,6 +39,7 @@ TITLES: dict[Measure, str] = {
 COLOURS = {"forget": FORGET, "retain": RETAIN}
 
 
+@register("accuracies")
 def accuracies(frame: Frame) -> go.Figure:
     """What each method forgot and what it kept: accuracies with their intervals, and beside them the cost for text.
 
@@ -104,6 +106,7 @@ def _draw(
         panels.series(panel, table, column, place, look, interval=interval, along="x")
 
 
+@register("training")
 def training(frame: Frame) -> go.Figure:
     """The loss and its parts at each step of a fit.
 
@@ -151,6 +154,7 @@ def _scale(values: pd.DataFrame) -> Scale:
     return "log" if wide else "linear"
 
 
+@register("layer_effects")
 def layer_effects(frame: Frame, measure: Measure = "accuracy") -> go.Figure:
     """What forget and retain come to, by the layer that a method edits.
 
@@ -196,6 +200,7 @@ def layer_effects(frame: Frame, measure: Measure = "accuracy") -> go.Figure:
     return panels.figure()
 
 
+@register("coefficient_effects")
 def coefficient_effects(frame: Frame) -> go.Figure:
     """Forget and retain accuracy by the steering coefficient over the norm of the states, a symbol for each layer.
 

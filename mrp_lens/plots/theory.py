@@ -8,12 +8,14 @@ import plotly.graph_objects as go
 
 from mrp_lens.plots.facets import Panels, by_group
 from mrp_lens.plots.frames import Frame, facets, layer_facets, tidy, varying
+from mrp_lens.plots.registry import register
 from mrp_lens.plots.theme import GREY, INK, OTHERS, SYMBOLS, Axis, Look, control_dash
 
 MEAN = "mean"
 ERRORS = {True: Axis("distance (standard deviations)", "auto"), False: Axis("measured / predicted - 1")}
 
 
+@register("noise_sensitivity")
 def noise_sensitivity(frame: Frame) -> go.Figure:
     """How much the layers above change their output when noise is added at a layer, beside the noise itself in grey.
 
@@ -43,6 +45,7 @@ def noise_sensitivity(frame: Frame) -> go.Figure:
     )
 
 
+@register("predicted_coefficients")
 def predicted_coefficients(frame: Frame) -> go.Figure:
     """The steering coefficient that Eq. 19 predicts at each layer, beside the norm of the states and u·h in grey.
 
@@ -80,6 +83,7 @@ def predicted_coefficients(frame: Frame) -> go.Figure:
     )
 
 
+@register("theory_check")
 def theory_check(frame: Frame) -> go.Figure:
     """How far the logits of noisy steered states are from Proposition 1, by the variance of the noise.
 
@@ -117,6 +121,7 @@ def theory_check(frame: Frame) -> go.Figure:
     return panels.figure()
 
 
+@register("variance_by_coefficient")
 def variance_by_coefficient(frame: Frame) -> go.Figure:
     """Variance of the logits of noisy steered states against the coefficient: measured, and predicted (dashed).
 

@@ -199,7 +199,7 @@ def test_max_length_reaches_the_method(tiny_folder: Path, data: Path, monkeypatc
         def fit(self, *_: Any, **__: Any) -> Any:
             raise ValueError(f"max_length is {self.max_length}")
 
-    monkeypatch.setitem(METHODS, "rmu", Cut)
+    monkeypatch.setitem(METHODS._entries, "rmu", Cut)
     result = unlearn(tiny_folder, data, "--max-length", "9", method="rmu")
     assert str(result.exception) == "max_length is 9"
 

@@ -19,7 +19,7 @@ from tests.support.frames import GROUPS, METHODS, PLAIN, SEEDS, VARIANTS, alignm
 
 @cache
 def draw(name: str) -> go.Figure:
-    return plots.PICTURES[name.split(":")[0]](VARIANTS[name])
+    return plots.FIGURES[name.split(":")[0]](VARIANTS[name])
 
 
 def titles(figure: go.Figure) -> list[str]:
@@ -42,9 +42,9 @@ def told(figure: go.Figure, name: str) -> Any:
 
 
 def test_every_picture_is_listed_by_its_name() -> None:
-    assert list(plots.PICTURES) == sorted(PLAIN)
-    assert all(getattr(plots, name) is function for name, function in plots.PICTURES.items())
-    assert set(plots.__all__) == {*PLAIN, "PICTURES", "Frame"}
+    assert list(plots.FIGURES) == sorted(PLAIN)
+    assert all(getattr(plots, name) is function for name, function in plots.FIGURES.items())
+    assert set(plots.__all__) == {*PLAIN, "FIGURES", "Frame"}
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -95,7 +95,7 @@ def test_each_method_has_a_panel_or_a_place_on_the_axis(name: str) -> None:
 
 @pytest.mark.parametrize("picture", PLAIN)
 def test_a_frame_that_does_not_fit_is_refused_with_what_would(picture: str) -> None:
-    function, frame = plots.PICTURES[picture], PLAIN[picture]()
+    function, frame = plots.FIGURES[picture], PLAIN[picture]()
     with pytest.raises(ValueError, match="needs the columns") as refusal:
         function(pd.DataFrame({"other": [1.0]}))
     message = rf"{picture} needs the columns (.*); the frame has other\. Such a frame comes from (.*)"
@@ -124,9 +124,9 @@ def test_columns_may_be_tensors_arrays_and_objects(picture: str) -> None:
         elif pd.api.types.is_integer_dtype(frame[name]):
             values = torch.tensor(values) if number % 2 else frame[name].to_numpy(np.int32)
         columns[str(name)] = values
-    assert plots.PICTURES[picture](columns).to_json() == plots.PICTURES[picture](rounded).to_json()
+    assert plots.FIGURES[picture](columns).to_json() == plots.FIGURES[picture](rounded).to_json()
     objects = pd.DataFrame({name: pd.Series(list(values), dtype=object) for name, values in columns.items()})
-    assert plots.PICTURES[picture](objects).to_json() == plots.PICTURES[picture](rounded).to_json()
+    assert plots.FIGURES[picture](objects).to_json() == plots.FIGURES[picture](rounded).to_json()
 
 
 def test_points_and_intervals_are_those_of_the_frame() -> None:

@@ -42,7 +42,7 @@ def rendered(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Figure by name as the browser shows it, and what the browser complained about and asked for."""
     parts: list[str] = []
     for name, (frame, options) in CASES.items():
-        figure = plots.PICTURES[name.split(":")[0]](frame, **options)
+        figure = plots.FIGURES[name.split(":")[0]](frame, **options)
         html = plotly.io.to_html(
             figure, full_html=False, include_plotlyjs=not parts, post_script="window.ready = (window.ready || 0) + 1;"
         )
@@ -64,7 +64,7 @@ def test_the_browser_has_nothing_to_complain_of_and_asks_nobody_for_anything(ren
 def test_everything_is_drawn_within_the_width_of_a_notebook(name: str, rendered: dict[str, Any]) -> None:
     figure = rendered["figures"][name]
     frame, options = CASES[name]
-    made = plots.PICTURES[name.split(":")[0]](frame, **options)
+    made = plots.FIGURES[name.split(":")[0]](frame, **options)
     assert figure["width"] == WIDTH
     assert figure["height"] == made.layout.height
     assert figure["paths"] == 0

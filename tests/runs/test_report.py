@@ -14,7 +14,7 @@ from mrp_lens.data import Corpus
 from mrp_lens.data.task import UnlearningTask
 from mrp_lens.methods import MRP, RMU
 from mrp_lens.models import LensModel
-from mrp_lens.plots import PICTURES
+from mrp_lens.plots import FIGURES
 from mrp_lens.runs.record import Run
 from mrp_lens.runs.report import write_report
 from mrp_lens.runs.report.diagnostics import diagnostics
@@ -164,9 +164,9 @@ def test_a_look_at_the_model_has_every_method_and_its_controls(
     edits = {"unedited": None, **{name: fit.edit for name, fit in fitted.items()}}
     direction = fitted["rmu"].direction
     frames = diagnostics(model, UnlearningTask((forget,), retain, retain), edits, {"rmu": direction}, progress=False)
-    assert set(frames) <= set(PICTURES)
+    assert set(frames) <= set(FIGURES)
     for name, frame in frames.items():
-        PICTURES[name](frame)
+        FIGURES[name](frame)
     assert list(frames["alignment_by_layer"]["method"].unique()) == ["unedited", "mrp", "rmu"]
     assert list(frames["displacement"]["method"].unique()) == ["mrp", "rmu"]
     assert list(frames["propagation"]["method"].unique()) == ["mrp"]

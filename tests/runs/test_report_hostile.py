@@ -8,7 +8,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from mrp_lens.plots import PICTURES
+from mrp_lens.plots import FIGURES
 from mrp_lens.runs.record import Run
 from mrp_lens.runs.report import write_report
 from tests.support.edits import projection
@@ -32,7 +32,7 @@ def with_hostile_names(frame: pd.DataFrame) -> pd.DataFrame:
 def test_a_picture_draws_names_as_text(variant: str) -> None:
     picture, frame = variant.split(":")[0], VARIANTS[variant]
     try:
-        figure = PICTURES[picture](with_hostile_names(frame))
+        figure = FIGURES[picture](with_hostile_names(frame))
     except ValueError:
         return  # words that this picture needs were not there
     text = json.dumps(figure.to_plotly_json(), default=list)
@@ -43,7 +43,7 @@ def test_most_pictures_take_any_name() -> None:
     drawn = 0
     for picture, frame in PLAIN.items():
         try:
-            PICTURES[picture](with_hostile_names(frame()))
+            FIGURES[picture](with_hostile_names(frame()))
         except ValueError:
             continue
         drawn += 1

@@ -7,7 +7,7 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from mrp_lens.plots import PICTURES
+from mrp_lens.plots import FIGURES
 from mrp_lens.runs.record import Run
 from mrp_lens.runs.report import write_report
 from tests.runs.test_report import ROWS
@@ -31,7 +31,7 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> Seen:
     run = Run("demo", {"topic": "potions", "path": "/a/long/path" * 20}, 0, title="Every picture")
     run.rows = list(ROWS)
     run.examples = [{"question": "What is the colour of Zaxim? " * 4, "unedited": "red", "mrp": "blue " * 30}]
-    for name in PICTURES:
+    for name in FIGURES:
         frame, _ = next(CASES[task] for task in CASES if task.split(":")[0] == name)
         run.frames[name] = pd.DataFrame(frame)
     folder = tmp_path_factory.mktemp("page") / "run"
@@ -47,7 +47,7 @@ def test_the_page_opens_offline_without_complaint(seen: Seen) -> None:
 
 def test_every_picture_is_drawn_and_fits(seen: Seen) -> None:
     figures: list[dict[str, Any]] = seen.value["figures"]
-    assert [figure["name"] for figure in figures] == list(PICTURES)
+    assert [figure["name"] for figure in figures] == list(FIGURES)
     for figure in figures:
         assert figure["drawn"] > 0, f"{figure['name']} is empty"
         assert figure["hidden"] <= 0, f"{figure['name']} is wider than the page"

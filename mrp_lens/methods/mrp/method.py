@@ -27,19 +27,27 @@ from mrp_lens.methods.base import (
 )
 from mrp_lens.methods.mrp.distillation import Distillation
 from mrp_lens.methods.mrp.initialization import LearnedRows, Start, start_rows
+from mrp_lens.methods.registry import Method, Swept, register
 from mrp_lens.models import LensModel, check_layers, check_lens_model, describe
 from mrp_lens.models.hooks import Site, hook_name, hooked
 from mrp_lens.training.checkpoints import EVERY
 from mrp_lens.training.loop import linear_decay, train
 from mrp_lens.training.losses import ForgetLoss, RetainLoss, cross_entropy, kl, log_odds, openness, predictions
 from mrp_lens.utils.torch_state import ordinary_torch
-from mrp_lens.utils.validation import PlainSettings, generator_for, given, one_of, positive, whole
+from mrp_lens.utils.validation import generator_for, given, one_of, positive, whole
 
 FORGET_BOUND = {"odds": 1.0, "bounded": 5.0, "ascent": math.inf}  # nats
 
 
+@register(
+    "mrp",
+    summary="Projects learned directions out of the residual stream, irreversibly.",
+    source="Metamorphosis Representation Projection, arXiv 2508.15449",
+    swept=Swept(layer="layers"),
+    report="subspaces of rank {rank} removed from the residual stream at layers {layers}",
+)
 @dataclass(frozen=True, kw_only=True)
-class MRP(PlainSettings):
+class MRP(Method):
     """Metamorphosis Representation Projection (arXiv 2508.15449).
 
     At each chosen layer h <- h - (h Q^T) Q, where Q are orthonormal rows spanning what W [rank, d_model] spans. Only W
@@ -87,8 +95,6 @@ class MRP(PlainSettings):
     micro_batch: int | None = None
     max_length: int | None = None
     distillation: Distillation | None = None
-
-    name = "mrp"
 
     @ordinary_torch(gradients=True)
     def fit(

@@ -12,7 +12,7 @@ import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined, UndefinedError
 from plotly.offline import get_plotlyjs
 
-from mrp_lens.plots import PICTURES
+from mrp_lens.plots import FIGURES
 from mrp_lens.runs.record import FRAMES
 from mrp_lens.runs.report.table import table_of
 from mrp_lens.utils.io import write_text
@@ -113,8 +113,8 @@ def _named(file: Path) -> Iterator[None]:
 
 
 def pictures_in(folder: Path) -> Iterator[Picture]:
-    """Every stored frame, drawn by the function whose name it bears, in the order of `PICTURES`."""
-    for name, draw in PICTURES.items():
+    """Every stored frame, drawn by the function whose name it bears, in the order of `FIGURES`."""
+    for name, draw in FIGURES.items():
         path = folder / FRAMES / f"{name}.csv"
         if path.is_file():
             with _named(path):

@@ -1,0 +1,32 @@
+from . import attacks as attacks
+from . import hf as hf
+from . import methods as methods
+from . import metrics as metrics
+from . import plots as plots
+from .data import Corpus as Corpus
+from .data import Questions as Questions
+from .data.task import UnlearningTask as UnlearningTask
+from .data.world import World as World
+from .edits import Edit as Edit
+from .edits import EditStack as EditStack
+from .edits import ProjectionEdit as ProjectionEdit
+from .edits import SteeringEdit as SteeringEdit
+from .edits import WeightEdit as WeightEdit
+from .edits import load_edit as load_edit
+from .edits.subspace import Subspace as Subspace
+from .export import ExportReport as ExportReport
+from .export import Record as Record
+from .export import export_hf as export_hf
+from .methods import MRP as MRP
+from .methods import NPO as NPO
+from .methods import RMU as RMU
+from .methods import AdaptiveRMU as AdaptiveRMU
+from .methods import DirectionAblation as DirectionAblation
+from .methods import Distillation as Distillation
+from .methods import Fit as Fit
+from .methods import GradientAscent as GradientAscent
+from .methods import GradientDifference as GradientDifference
+from .methods import NoisyRMU as NoisyRMU
+from .models import load_model as load_model
+
+__version__: str

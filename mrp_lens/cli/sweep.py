@@ -7,7 +7,7 @@ from typing import Any
 
 from mrp_lens.cli.folder import stoppable
 from mrp_lens.cli.parsing import dtype_named, numbers, shard_of
-from mrp_lens.cli.show import Column, console, percent, show_table
+from mrp_lens.cli.console import Column, console, percent, show_table
 from mrp_lens.data.task import TaskConfig, UnlearningTask, task_for
 from mrp_lens.methods.rmu import default_layer
 from mrp_lens.models import LensModel, load_model

@@ -9,7 +9,10 @@ from importlib.metadata import version
 from typing import Any
 
 COMMANDS = {
-    "demo": ("Demo", "Forget one topic of the embedded invented world with MRP, RMU and Adaptive RMU, and compare them."),
+    "demo": (
+        "Demo",
+        "Forget one topic of the embedded invented world with MRP, RMU and Adaptive RMU, and compare them.",
+    ),
     "unlearn": ("Unlearn", "Make your own model forget: fit an edit, save it, and measure before and after."),
     "sweep": ("Sweep", "Fit every method at one layer after another and compare what each did."),
     "attack": ("Attack", "See what survives an edit: retrain, probe, bypass and jailbreak it."),

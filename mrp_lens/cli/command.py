@@ -21,8 +21,12 @@ Backend = Literal["auto", "hooked", "bridge"]
 Dtype = Literal["float32", "bfloat16", "float16"]
 
 ALWAYS = {
-    "config": Option("config", "config", str, None, "YAML with these settings, or the summary.json of a run.", "every command"),
-    "print_config": Option("print_config", "print_config", bool, False, "Print the settings as YAML, and do nothing else.", "every command"),
+    "config": Option(
+        "config", "config", str, None, "YAML with these settings, or the summary.json of a run.", "every command"
+    ),
+    "print_config": Option(
+        "print_config", "print_config", bool, False, "Print the settings as YAML, and do nothing else.", "every command"
+    ),
     "debug": Option("debug", "debug", bool, False, "Show where in the code an error was raised.", "every command"),
     "help": Option("help", "help", bool, False, "Show this.", "every command"),
 }
@@ -125,7 +129,9 @@ class Command(ABC):
         unknown = [name for name in filed if name not in named]
         if unknown:
             raise ValueError(f"{first['config']}: {where} has no setting {unknown[0]!r}")
-        given = {named[name].name: value for part in (filed, typed) for name, value in part.items() if name not in ALWAYS}
+        given = {
+            named[name].name: value for part in (filed, typed) for name, value in part.items() if name not in ALWAYS
+        }
         values = converted(given, options)
         own = {name: value for name, value in values.items() if places[name][0] == ""}
         settings = {}
@@ -142,7 +148,9 @@ class Command(ABC):
         absent = [name for name in cls.required if not values.get(name)]
         absent += [name for name, (_, option) in places.items() if option.default is MISSING and name not in values]
         if absent:
-            raise ValueError(f"{where} needs {spelled(dict.fromkeys(absent))}; `mrp-lens {where} --help` says what they are")
+            raise ValueError(
+                f"{where} needs {spelled(dict.fromkeys(absent))}; `mrp-lens {where} --help` says what they are"
+            )
         return cls(**own, **settings)
 
     @classmethod
@@ -168,7 +176,9 @@ class Command(ABC):
     @classmethod
     def help(cls, places: Mapping[str, tuple[str, Option]], given: Mapping[str, Any]) -> str:
         """What `--help` prints."""
-        usage = f"mrp-lens {' '.join([cls.word, *cls.chosen(given)])} [OPTIONS]{' FOLDER' * (cls.positional is not None)}"
+        usage = (
+            f"mrp-lens {' '.join([cls.word, *cls.chosen(given)])} [OPTIONS]{' FOLDER' * (cls.positional is not None)}"
+        )
         text = inspect.cleandoc(cls.__doc__ or "").split("\nAttributes:")[0].strip()
         parser = argparse.ArgumentParser(
             usage=usage,

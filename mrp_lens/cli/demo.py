@@ -12,8 +12,8 @@ from typing_extensions import override
 from mrp_lens.attacks.finetuning import Attacker
 from mrp_lens.attacks.relearn import relearn
 from mrp_lens.cli.command import Backend, Command
-from mrp_lens.cli.folder import begun
 from mrp_lens.cli.console import Column, console, percent, show_examples, show_table
+from mrp_lens.cli.folder import begun
 from mrp_lens.data.task import UnlearningTask
 from mrp_lens.data.world import World
 from mrp_lens.data.world.facts import QUESTION

@@ -15,7 +15,7 @@ from mrp_lens.cli.console import Column, console, show_table
 from mrp_lens.cli.unlearn import CAPTION, columns
 from mrp_lens.cli.unlearn import measure as figures_of
 from mrp_lens.data.task import UnlearningTask
-from mrp_lens.edits import Edit, edit_on, load_edit
+from mrp_lens.edits import Edit, load_edit
 from mrp_lens.edits.provenance import label_of
 from mrp_lens.evals.lm_eval import Bos, harness, load_hf, require_harness, task_manager, task_names
 from mrp_lens.hf import attach
@@ -173,8 +173,7 @@ def data_rows(model: Any, methods: Mapping[str, Edit | None], task: UnlearningTa
     """A row for each method; the unedited model must come first."""
     rows: list[Row] = []
     for method, edit in methods.items():
-        with edit_on(model, edit):
-            figures = figures_of(model, task)
+        figures = figures_of(model, task, edit)
         base = rows[0] if rows else figures
         ratio = figures["text_perplexity"] / base["text_perplexity"]
         rows.append({"method": method, **figures, "text_perplexity_ratio": ratio})

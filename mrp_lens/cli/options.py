@@ -81,10 +81,8 @@ class Option:
         if self.is_flag:
             return None
         kind = self.element or self.alternatives[0]
-        if get_origin(kind) is Literal:
-            shown = "|".join(map(str, get_args(kind)))
-        else:
-            shown = {int: "N", float: "X", Path: "PATH"}.get(kind, "TEXT")
+        choices = get_args(kind) if get_origin(kind) is Literal else ()
+        shown = "|".join(map(str, choices)) or {int: "N", float: "X", Path: "PATH"}.get(kind, "TEXT")
         return f"{shown},..." if self.element in (int, float) or self.separator else shown
 
     def prepared(self, given: Any) -> Any:
@@ -110,7 +108,9 @@ class Option:
         texts = given if isinstance(given, list | tuple) else [given]
         separator = self.separator if self.element is str else ","
         parts = [
-            part for text in texts for part in (text.split(separator) if isinstance(text, str) and separator else [text])
+            part
+            for text in texts
+            for part in (text.split(separator) if isinstance(text, str) and separator else [text])
         ]
         if self.element in (int, float):
             try:
@@ -217,13 +217,13 @@ def converted(given: Mapping[str, Any], options: Mapping[str, Option]) -> dict[s
             place = place[key]
         place[last] = value
     parser = ArgumentParser(exit_on_error=False)
-    for name, value in nested.items():
+    for name in nested:
         parser.add_argument(f"--{name}", type=options[name].type)
     try:
         values = parser.instantiate(parser.parse_object(nested))
     except ArgumentError as error:
         raise ValueError(_refusal(str(error), nested, options)) from error
-    return {name: tuple(values[name]) if options[name].element else values[name] for name in nested}
+    return {name: values[name] for name in nested}
 
 
 def _refusal(message: str, given: Mapping[str, Any], options: Mapping[str, Option]) -> str:

@@ -8,13 +8,14 @@ from typing import Any, ClassVar
 import pandas as pd
 from typing_extensions import override
 
-from mrp_lens import metrics
 from mrp_lens.cli.command import Command, ModelOptions
 from mrp_lens.cli.console import Column, console, percent, show_examples, show_table
 from mrp_lens.cli.folder import begun
 from mrp_lens.data import TaskConfig
 from mrp_lens.data.task import UnlearningTask, beginning
+from mrp_lens.edits import Edit, edit_on
 from mrp_lens.methods import METHODS, Fit, Method
+from mrp_lens.metrics import Measured, rows_for
 from mrp_lens.models import LensModel, identity_of
 from mrp_lens.models.generation import continuations
 from mrp_lens.runs.record import Run
@@ -130,7 +131,9 @@ class Unlearn(Command):
     def execute(self) -> Run:
         task, method, out = self.data.load(), self.method, self.out
         about = ", ".join(corpus.name for corpus in task.forget)
-        run = Run("unlearn", self.arguments(), self.seed, title=f"{self.loading.model}: forgetting {about} with {method}")
+        run = Run(
+            "unlearn", self.arguments(), self.seed, title=f"{self.loading.model}: forgetting {about} with {method}"
+        )
         settings = {
             "command": "unlearn",
             "method": method,
@@ -143,15 +146,14 @@ class Unlearn(Command):
         with begun(out, settings, overwrite=self.overwrite) as store:
             model = self.loading.load()
             store.check_same("model", identity_of(model))
-            before = store.once("unedited", lambda: measured(model, task))
+            before = store.once("unedited", lambda: measured(model, task, None))
             fit = Fit.once(
                 out, lambda kept: self.fitter.fit(model, task.forget, task.retain, seed=self.seed, checkpoint=kept)
             )
             console.print(
                 f"The edit is in {out / 'edit'}; load it with mrp_lens.load_edit({str(out / 'edit')!r}). Measuring it ..."
             )
-            with fit.edit.applied(model):
-                after = store.once("edited", lambda: measured(model, task))
+            after = store.once("edited", lambda: measured(model, task, fit.edit))
             fill(run, task, method, fit, before, after)
             run.write_into(out)
             run.frames["training"] = fit.log
@@ -203,23 +205,16 @@ def fill(
     show_examples(run.examples)
 
 
-def measured(model: LensModel, task: UnlearningTask) -> dict[str, Any]:
+def measured(model: LensModel, task: UnlearningTask, edit: Edit | None) -> dict[str, Any]:
     """All figures of one row, and what the model writes."""
-    return {"figures": measure(model, task), "examples": continuations(model, example_prompts(task))}
+    figures = measure(model, task, edit)
+    with edit_on(model, edit):
+        return {"figures": figures, "examples": continuations(model, example_prompts(task))}
 
 
-def measure(model: LensModel, task: UnlearningTask) -> dict[str, float]:
+def measure(model: LensModel, task: UnlearningTask, edit: Edit | None) -> dict[str, float]:
     """All figures of one row."""
-    probability = metrics.answer_probability(model, task.forget_texts, progress=True).iloc[0]
-    row = {
-        f"forget_probability{suffix}": float(probability[name])
-        for name, suffix in (("probability", ""), ("low", "_low"), ("high", "_high"))
-    }
-    row["text_perplexity"] = float(metrics.perplexity(model, task.held_out, progress=True)["perplexity"].iloc[0])
-    for side, quiz in task.quiz().items():
-        figures = metrics.accuracy(model, quiz, progress=True).iloc[0]
-        row |= {f"{side}_{name}": float(figures[name]) for name in ("accuracy", "low", "high", "chance")}
-    return row
+    return rows_for("unlearn", Measured(model=model, task=task, edit=edit))
 
 
 def columns(figures: Mapping[str, float]) -> list[Column]:

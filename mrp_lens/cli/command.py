@@ -68,6 +68,7 @@ class Command(ABC):
     word: ClassVar[str] = ""
     positional: ClassVar[str | None] = None
     required: ClassVar[tuple[str, ...]] = ()  # of what other commands can do without
+    inside: ClassVar[tuple[str, ...]] = ()  # fields that `gathered` makes of parts
 
     @abstractmethod
     def execute(self) -> Any:
@@ -94,10 +95,20 @@ class Command(ABC):
         return {}
 
     @classmethod
+    def gathered(cls, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """The parts as fields of the command."""
+        return dict(settings)
+
+    def scattered(self) -> dict[str, Any]:
+        """The inverse: the command's parts by name."""
+        given = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: given[name] for name in self.parts(given)}
+
+    @classmethod
     def placed(cls, parts: Mapping[str, type], titles: Mapping[str, str]) -> dict[str, tuple[str, Option]]:
         """Name -> the part it belongs to ("": the command itself) and the option. A name that is taken stands behind its
         part's title."""
-        own = (option for option in options_of(cls, "options") if option.field not in parts)
+        own = (option for option in options_of(cls, "options") if option.field not in {*parts, *cls.inside})
         found = {option.name: ("", option) for option in own}
         for part, kind in parts.items():
             title = titles.get(part, part)
@@ -151,7 +162,7 @@ class Command(ABC):
             raise ValueError(
                 f"{where} needs {spelled(dict.fromkeys(absent))}; `mrp-lens {where} --help` says what they are"
             )
-        return cls(**own, **settings)
+        return cls(**own, **cls.gathered(settings))
 
     @classmethod
     def chosen(cls, given: Mapping[str, Any]) -> list[str]:
@@ -165,11 +176,12 @@ class Command(ABC):
 
     def arguments(self) -> dict[str, Any]:
         """All settings by the names of their options, as JSON: a valid `--config`."""
+        parts = self.scattered()
+        kinds = {name: type(value) for name, value in parts.items()}
         mine = {field.name: getattr(self, field.name) for field in fields(self)}
-        of_parts = {name: value for name, value in mine.items() if name in self.parts(mine)}
-        places = self.placed({name: type(value) for name, value in of_parts.items()}, self.titles(mine))
-        own = {name: value for name, value in mine.items() if name not in of_parts and name not in UNKEPT}
-        inner = {name: value for part, value in of_parts.items() for name, value in named_in(value, part, places)}
+        places = self.placed(kinds, self.titles(mine))
+        own = {name: mine[name] for name, (part, _) in places.items() if not part and name in mine and name not in UNKEPT}
+        inner = {name: value for part, value in parts.items() for name, value in named_in(value, part, places)}
         settings: dict[str, Any] = plain(own | inner)
         return settings
 

@@ -189,7 +189,8 @@ def read(words: Sequence[str], options: Mapping[str, Option], *, positional: str
                 hint = f"did you mean {options[near[0]].spelled}? " if near else ""
                 raise ValueError(f"{where} has no --{typed}; {hint}`mrp-lens {where} --help` shows what it has")
             elif not equals:
-                value = FLAG if options[name].is_flag or not rest else rest.pop(0)
+                bare = not rest or (options[name].is_flag and rest[0] not in ("true", "false"))
+                value = FLAG if bare else rest.pop(0)
         elif positional is not None and positional not in found:
             name = positional
         else:
@@ -216,14 +217,16 @@ def converted(given: Mapping[str, Any], options: Mapping[str, Option]) -> dict[s
             place[key] = place.get(key) or {}
             place = place[key]
         place[last] = value
+    texts = {name for name, value in nested.items() if isinstance(value, str) and str in options[name].alternatives}
+    others = {name: value for name, value in nested.items() if name not in texts}  # in a text YAML may see something else
     parser = ArgumentParser(exit_on_error=False)
-    for name in nested:
+    for name in others:
         parser.add_argument(f"--{name}", type=options[name].type)
     try:
-        values = parser.instantiate(parser.parse_object(nested))
+        values = parser.instantiate(parser.parse_object(others))
     except ArgumentError as error:
         raise ValueError(_refusal(str(error), nested, options)) from error
-    return {name: values[name] for name in nested}
+    return {name: nested[name] if name in texts else values[name] for name in nested}
 
 
 def _refusal(message: str, given: Mapping[str, Any], options: Mapping[str, Option]) -> str:

@@ -180,7 +180,9 @@ class Command(ABC):
         kinds = {name: type(value) for name, value in parts.items()}
         mine = {field.name: getattr(self, field.name) for field in fields(self)}
         places = self.placed(kinds, self.titles(mine))
-        own = {name: mine[name] for name, (part, _) in places.items() if not part and name in mine and name not in UNKEPT}
+        own = {
+            name: mine[name] for name, (part, _) in places.items() if not part and name in mine and name not in UNKEPT
+        }
         inner = {name: value for part, value in parts.items() for name, value in named_in(value, part, places)}
         settings: dict[str, Any] = plain(own | inner)
         return settings
@@ -206,7 +208,7 @@ class Command(ABC):
             text = option.help
             if name in cls.required or option.default is MISSING:
                 text += " (required)"
-            elif option.default not in (None, False, ()) and not is_dataclass(option.default):
+            elif option.shows_default:
                 default = option.default
                 text += f" (default: {','.join(map(str, default)) if isinstance(default, tuple) else default})"
             metavar = {} if option.metavar is None else {"metavar": option.metavar}

@@ -138,10 +138,7 @@ class Measure(OnData):
 
     def harness_rows(self, methods: Mapping[str, Edit | None]) -> list[Row]:
         """A row for each method, task and metric, from the plain Hugging Face model; an edit is attached to it."""
-        try:
-            require_harness()
-        except ImportError as error:
-            raise ValueError(f"--harness: {error}") from error
+        require_harness()
         assert self.harness is not None
         task_manager(task_names(self.harness), self.include_path)  # a wrong name should not wait for the model
         console.print(f"Loading {self.loading.model} for lm-evaluation-harness ...")

@@ -6,6 +6,7 @@ without a value, `3,5` and repeated options for lists, several fields that a doc
 
 import difflib
 import re
+import sys
 from argparse import ArgumentError
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, is_dataclass
@@ -85,6 +86,12 @@ class Option:
         shown = "|".join(map(str, choices)) or {int: "N", float: "X", Path: "PATH"}.get(kind, "TEXT")
         return f"{shown},..." if self.element in (int, float) or self.separator else shown
 
+    @property
+    def shows_default(self) -> bool:
+        """Whether `--help` shows its default: None is explained by the text, and no flag stands at the start."""
+        empty = self.default in ((), {}) or is_dataclass(self.default)
+        return not empty and self.default is not None and self.default is not False
+
     def prepared(self, given: Any) -> Any:
         """What was given, as `jsonargparse` takes it: lists taken apart, flags given their value.
 
@@ -140,25 +147,33 @@ def options_of(kind: type, part: str, *, prefix: str = "") -> Iterator[Option]:
 
 
 def described(kind: type) -> dict[str, str]:
-    """Field -> what the `Args:` or `Attributes:` of the docstring, or of a base class's, say of it."""
+    """Field -> what the `Args:` or `Attributes:` of the docstring say of it, or those of a base class, or of the class whose
+    arguments the docstring says they are."""
     found: dict[str, str] = {}
     for base in kind.__mro__:
-        section = re.search(r"\n\s*(?:Args|Attributes):\n(.*?)(?:\n\s*\n|\Z)", base.__doc__ or "", re.DOTALL)
-        if section is None or base.__doc__ is None:
-            continue
-        lines = section[1].splitlines()
-        margin = len(lines[0]) - len(lines[0].lstrip())
-        entries: list[str] = []
-        for line in lines:
-            if len(line) - len(line.lstrip()) == margin:
-                entries.append(line.strip())
-            elif entries:
-                entries[-1] += f" {line.strip()}"
-        for entry in entries:
-            names, _, text = entry.partition(":")
+        text = base.__doc__ or ""
+        section = re.search(r"\n\s*(?:Args|Attributes):\n(.*?)(?:\n\s*\n|\Z)", text, re.DOTALL)
+        for names, meaning in _entries(section[1]) if section is not None else ():
             for name in names.split(","):
-                found.setdefault(name.strip(), text.strip())
+                found.setdefault(name.strip(), meaning)
+        for other in re.findall(r"arguments are those of `(\w+)`", text):
+            found = described(getattr(sys.modules[base.__module__], other)) | found
     return found
+
+
+def _entries(section: str) -> Iterator[tuple[str, str]]:
+    """The names and the text of each entry, which begins at the margin."""
+    lines = section.splitlines()
+    margin = len(lines[0]) - len(lines[0].lstrip())
+    entries: list[str] = []
+    for line in lines:
+        if len(line) - len(line.lstrip()) == margin or not entries:
+            entries.append(line.strip())
+        else:
+            entries[-1] += f" {line.strip()}"
+    for entry in entries:
+        names, _, text = entry.partition(":")
+        yield names, text.strip()
 
 
 def read(words: Sequence[str], options: Mapping[str, Option], *, positional: str | None, where: str) -> dict[str, Any]:
@@ -218,7 +233,9 @@ def converted(given: Mapping[str, Any], options: Mapping[str, Option]) -> dict[s
             place = place[key]
         place[last] = value
     texts = {name for name, value in nested.items() if isinstance(value, str) and str in options[name].alternatives}
-    others = {name: value for name, value in nested.items() if name not in texts}  # in a text YAML may see something else
+    others = {
+        name: value for name, value in nested.items() if name not in texts
+    }  # in a text YAML may see something else
     parser = ArgumentParser(exit_on_error=False)
     for name in others:
         parser.add_argument(f"--{name}", type=options[name].type)

@@ -33,7 +33,7 @@ def alignment(
     batch_size: int = 32,
     max_length: int | None = None,
     padding: PaddingSide = "right",
-    progress: bool = False,
+    progress: bool = True,
 ) -> pd.DataFrame:
     """Cosine of the states with a direction u, and their norm, per layer (arXiv 2408.06223, section on alignment).
 

@@ -114,7 +114,7 @@ def geometry(
     batch_size: int = 32,
     max_length: int | None = None,
     padding: PaddingSide = "right",
-    progress: bool = False,
+    progress: bool = True,
 ) -> pd.DataFrame:
     """Size and spread of the states per layer, how far the edit moves them, and how much of them its projection removes.
 
@@ -189,7 +189,7 @@ def propagation(
     batch_size: int = 32,
     max_length: int | None = None,
     padding: PaddingSide = "right",
-    progress: bool = False,
+    progress: bool = True,
 ) -> pd.DataFrame:
     """Does what a projection removes at one layer come back at later ones, and where?
 

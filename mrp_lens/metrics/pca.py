@@ -45,7 +45,7 @@ def principal_angles(
     batch_size: int = 32,
     max_length: int | None = None,
     padding: PaddingSide = "right",
-    progress: bool = False,
+    progress: bool = True,
 ) -> pd.DataFrame:
     """Angles between the subspaces in which groups' states lie, and between these and what the edit removes.
 
@@ -136,7 +136,7 @@ def principal_plane(
     batch_size: int = 32,
     max_length: int | None = None,
     padding: PaddingSide = "right",
-    progress: bool = False,
+    progress: bool = True,
 ) -> pd.DataFrame:
     """Some states of each group, before and after the edit, in the plane of the first principal directions.
 

@@ -202,7 +202,7 @@ def noise_sensitivity(
     batch_size: int = 32,
     max_length: int | None = None,
     padding: PaddingSide = "right",
-    progress: bool = False,
+    progress: bool = True,
 ) -> pd.DataFrame:
     """||g(h + xi) - g(h)||^2 / ||g(h)||^2 per layer, xi ~ N(0, noise * I): arXiv 2408.06223 finds it fall with depth.
 
@@ -287,7 +287,7 @@ def predicted_coefficient(
     max_length: int | None = None,
     padding: PaddingSide = "right",
     seed: int = 0,
-    progress: bool = False,
+    progress: bool = True,
 ) -> pd.DataFrame:
     """c = ||J h|| / ||J u|| * cos(J u, J h), Eq. 19 of arXiv 2408.06223 with eps = 0: the c u that acts most like h.
 

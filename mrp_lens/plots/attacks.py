@@ -3,8 +3,7 @@
 import pandas as pd
 import plotly.graph_objects as go
 
-from mrp_lens.attacks.finetuning import FORM_TITLES
-from mrp_lens.attacks.relearn import best
+from mrp_lens.metrics.recovery import CONTROL_METHODS, FORM_TITLES, best
 from mrp_lens.plots.facets import Panels
 from mrp_lens.plots.frames import Frame, facets, groups, methods_of, tidy, varying
 from mrp_lens.plots.registry import register
@@ -14,7 +13,6 @@ UNIT = (-0.03, 1.04)
 ACCURACY = Axis("accuracy", limits=UNIT)
 HELD_OUT, TRAINED, NEW = Look("forget, held out", FORGET), Look("trained on", OTHERS[0]), Look("new facts", OTHERS[3])
 FLOOR, CEILING = "never taught (floor)", "unedited (ceiling)"
-CONTROL_METHODS = ("unedited", "never-taught", "random-trigger")
 NARROWEST = (-0.15, 1.12)  # what an axis of recovery shows at least
 MEASURES = {
     "mean": "norm (nats / unit)",

@@ -17,7 +17,7 @@ from mrp_lens.attacks.prompting import check_same_facts, few_shot, forget_token,
 from mrp_lens.attacks.quantization import rounded
 from mrp_lens.data import Corpus, Questions
 from mrp_lens.edits import Edit, edit_on
-from mrp_lens.edits.stack import has_hooks, stripped
+from mrp_lens.edits import has_hooks, without_hooks
 from mrp_lens.edits.subspace import random_units
 from mrp_lens.metrics.bootstrap import bootstrap_interval
 from mrp_lens.metrics.multiple_choice import answered_right, choice_scores
@@ -104,7 +104,7 @@ def _no_attack(task: Target) -> Iterator[Variant]:
 
 
 def _hook_stripped(task: Target) -> Iterator[Variant]:
-    yield Variant("hook stripped", stripped(task.edit))
+    yield Variant("hook stripped", without_hooks(task.edit))
 
 
 def _direction_ablated(task: Target) -> Iterator[Variant]:

@@ -20,7 +20,7 @@ from mrp_lens.data.questions import Half
 from mrp_lens.data.task import UnlearningTask
 from mrp_lens.edits import Edit, edit_on
 from mrp_lens.edits.provenance import fingerprint
-from mrp_lens.edits.stack import projection_in
+from mrp_lens.edits import projection_in
 from mrp_lens.metrics.logit_lens import logit_lens
 from mrp_lens.models import LensModel, identity_of
 from mrp_lens.models.finite import NonFiniteError

@@ -13,7 +13,7 @@ from torch import Tensor
 from mrp_lens.data import Corpus
 from mrp_lens.data.tokenization import Batches
 from mrp_lens.edits import Edit
-from mrp_lens.edits.stack import besides_projections, projection_in
+from mrp_lens.edits import projection_in, without_projections
 from mrp_lens.methods.base import (
     Data,
     Fit,
@@ -139,7 +139,7 @@ class MRP(Method):
         kept = claimed(checkpoint, every, model, {**record, "request": label}, after)
         with fitting(model, after):
             learned = resolved._start(model, data, after, generator)
-        with fitting(model, besides_projections(after)):
+        with fitting(model, without_projections(after)):
             optimizer = torch.optim.Adam(list(learned.rows.values()), lr=given(resolved.lr, 0.0))
             losses = _Losses(resolved, model, data, learned, generator)
             with hooked(model, learned.hooks()):
@@ -161,7 +161,7 @@ class MRP(Method):
             return fit
         earlier, begun = projection_in(after), time.perf_counter()
         try:
-            with fitting(model, besides_projections(after)):
+            with fitting(model, without_projections(after)):
                 matrices, taught = resolved.distillation.fit(
                     model,
                     projection if earlier is None else earlier.join(projection),

@@ -25,10 +25,9 @@ from mrp_lens import attacks, metrics
 from mrp_lens.attacks.finetuning import Attacker, Form
 from mrp_lens.attacks.suite import Facts, Plan, possible_forms
 from mrp_lens.cli.parsing import numbers, shard_of
-from mrp_lens.edits import Edit, edit_on, load_edit
+from mrp_lens.edits import Edit, edit_on, has_hooks, load_edit, without_hooks
 from mrp_lens.edits.provenance import fingerprint
 from mrp_lens.edits.serialization import stored_bytes
-from mrp_lens.edits import has_hooks, without_hooks
 from mrp_lens.models import describe
 from mrp_lens.utils.frames import rows_of
 from mrp_lens.utils.io import write_text

@@ -16,8 +16,7 @@ from mrp_lens.attacks.evaluation import Counted, check_held_out, counted, guesse
 from mrp_lens.attacks.prompting import check_same_facts, few_shot, forget_token, in_context, with_token
 from mrp_lens.attacks.quantization import rounded
 from mrp_lens.data import Corpus, Questions
-from mrp_lens.edits import Edit, edit_on
-from mrp_lens.edits import has_hooks, without_hooks
+from mrp_lens.edits import Edit, edit_on, has_hooks, without_hooks
 from mrp_lens.edits.subspace import random_units
 from mrp_lens.metrics.bootstrap import bootstrap_interval
 from mrp_lens.metrics.multiple_choice import answered_right, choice_scores

@@ -14,9 +14,8 @@ from typing_extensions import override
 
 from mrp_lens.data import Corpus
 from mrp_lens.data.tokenization import Batches
-from mrp_lens.edits import Edit, edit_on
+from mrp_lens.edits import Edit, edit_on, has_hooks, without_hooks
 from mrp_lens.edits.merging import applied_in_weights
-from mrp_lens.edits import has_hooks, without_hooks
 from mrp_lens.models import LensModel, check_lens_model, checkpoint_tensors, encoder_for, is_bridge, restored
 from mrp_lens.models.finite import NonFiniteError, non_finite
 from mrp_lens.models.hooks import frozen

@@ -18,9 +18,8 @@ from mrp_lens.attacks.v_information import Kind
 from mrp_lens.data import Questions
 from mrp_lens.data.questions import Half
 from mrp_lens.data.task import UnlearningTask
-from mrp_lens.edits import Edit, edit_on
+from mrp_lens.edits import Edit, edit_on, projection_in
 from mrp_lens.edits.provenance import fingerprint
-from mrp_lens.edits import projection_in
 from mrp_lens.metrics.logit_lens import logit_lens
 from mrp_lens.models import LensModel, identity_of
 from mrp_lens.models.finite import NonFiniteError

@@ -8,8 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mrp_lens.data.tokenization import PaddingSide
-from mrp_lens.edits import Edit, ProjectionEdit
-from mrp_lens.edits import projection_in
+from mrp_lens.edits import Edit, ProjectionEdit, projection_in
 from mrp_lens.edits.subspace import Subspace
 from mrp_lens.metrics.activations import Moments, PairReader, Texts, When, groups_of, hooks_at, read_moments
 from mrp_lens.models import LensModel

@@ -6,9 +6,8 @@ from typing import Any
 import pytest
 import torch
 
-from mrp_lens.edits import ProjectionEdit, SteeringEdit
+from mrp_lens.edits import ProjectionEdit, SteeringEdit, without_hooks
 from mrp_lens.edits.merging import applied_in_weights
-from mrp_lens.edits import without_hooks
 from mrp_lens.edits.subspace import Subspace
 from mrp_lens.models import LensModel, load_model
 from tests.conftest import D_MODEL, assert_same_state, state_of

@@ -11,9 +11,8 @@ from transformers import AutoModelForCausalLM
 from mrp_lens.attacks import relearn
 from mrp_lens.cli.unlearn import make_method
 from mrp_lens.data import Corpus, Questions
-from mrp_lens.edits import ProjectionEdit, WeightEdit, load_edit
+from mrp_lens.edits import ProjectionEdit, WeightEdit, load_edit, without_hooks
 from mrp_lens.edits.provenance import label_of
-from mrp_lens.edits import without_hooks
 from mrp_lens.edits.subspace import Subspace
 from mrp_lens.export import export_hf
 from mrp_lens.hf import attach

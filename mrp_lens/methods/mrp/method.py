@@ -12,8 +12,7 @@ from torch import Tensor
 
 from mrp_lens.data import Corpus
 from mrp_lens.data.tokenization import Batches
-from mrp_lens.edits import Edit
-from mrp_lens.edits import projection_in, without_projections
+from mrp_lens.edits import Edit, projection_in, without_projections
 from mrp_lens.methods.base import (
     Data,
     Fit,

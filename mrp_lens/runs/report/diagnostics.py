@@ -10,8 +10,7 @@ from tqdm.auto import tqdm
 
 from mrp_lens import metrics
 from mrp_lens.data.task import UnlearningTask
-from mrp_lens.edits import Edit, edit_on
-from mrp_lens.edits import projection_in
+from mrp_lens.edits import Edit, edit_on, projection_in
 from mrp_lens.edits.subspace import random_units
 from mrp_lens.models import LensModel
 from mrp_lens.utils.store import ResultStore

@@ -1,4 +1,4 @@
-"""The methods that the comparing studies set against each other."""
+"""The methods that the comparing studies set against each other, and the settings that their results depend on."""
 
 from collections.abc import Collection, Mapping
 from dataclasses import fields
@@ -10,9 +10,9 @@ from mrp_lens.models import LensModel, is_bridge
 OWN = ("mrp", "rmu", "adaptive-rmu")  # the methods of this library's papers
 
 
-def contenders(model: LensModel) -> dict[str, Any]:
-    """Name -> method: those of this library with their defaults, MRP at every layer and with distillation (Bridge only),
-    and the rivals."""
+def compared_methods(model: LensModel) -> dict[str, Any]:
+    """Name -> method: this library's with their defaults, MRP at every layer and with distillation (Bridge only), then all
+    others that are registered, baselines and plugins."""
     every = range(int(model.cfg.n_layers))
     own = {name: METHODS[name]() for name in OWN}
     wider = {"mrp-all": MRP(layers=every), "mrp-mlp": MRP(layers=every, site="mlp_out")}

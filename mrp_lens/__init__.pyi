@@ -5,6 +5,7 @@ from . import metrics as metrics
 from . import plots as plots
 from .data import Corpus as Corpus
 from .data import Questions as Questions
+from .data.task import TaskConfig as TaskConfig
 from .data.task import UnlearningTask as UnlearningTask
 from .data.world import World as World
 from .edits import Edit as Edit

@@ -23,7 +23,18 @@ SHARES = (0.5, 1.0, 2.0, 4.0)  # c over the norm of the forget states
 USUAL = 2.0  # RMU's default; by layer, the one nearest to it is shown
 ALPHA = ALPHA_SHARE * USUAL**2
 DOCUMENTS = 200  # a side
-SHOWN = ("method", "relative_coefficient", "group", "cosine", "low", "high", "null_mean", "null_low", "null_high", "norm")
+SHOWN = (
+    "method",
+    "relative_coefficient",
+    "group",
+    "cosine",
+    "low",
+    "high",
+    "null_mean",
+    "null_low",
+    "null_high",
+    "norm",
+)
 READING = """\
 The cosine of the states with u at layer {layer}, where unedited forget states have a mean norm of {norm:.3g}; `c / norm` is
 RMU's c in units of that norm. The entries of u are drawn from U[0, 1), so that a cosine other than 0 says nothing by itself:

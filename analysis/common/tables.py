@@ -11,10 +11,10 @@ UNEDITED, RANDOM, NEVER_TAUGHT = "unedited", "random-projection", "never-taught"
 NONE, DOES_NOT_COUNT = "-", "†"
 
 
-def mean_of(part: pd.DataFrame, column: str, form: str = "{:.2f}") -> str:
-    """The mean over the seeds; "-" where nothing is known."""
+def mean_of(part: pd.DataFrame, column: str, form: str = "{:.2f}", *, scale: float = 1.0) -> str:
+    """The mean over the seeds, times `scale`; "-" where nothing is known."""
     known = part[column].dropna() if column in part else part.iloc[:0, 0]
-    return form.format(known.astype(float).mean()) if len(known) else NONE
+    return form.format(known.astype(float).mean() * scale) if len(known) else NONE
 
 
 def figure(part: pd.DataFrame, column: str, stem: str = "") -> str:
@@ -39,7 +39,7 @@ def figure(part: pd.DataFrame, column: str, stem: str = "") -> str:
 
 def markdown(text: pd.DataFrame) -> str:
     """A table of text in Markdown, its columns aligned."""
-    lines = [[str(cell) for cell in line] for line in (text.columns, *text.to_numpy().tolist())]
+    lines: list[list[str]] = [list(text.columns), *text.to_numpy().tolist()]
     widths = [max(len(line[column]) for line in lines) for column in range(len(text.columns))]
     lines.insert(1, ["-" * width for width in widths])
     drawn = (" | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)

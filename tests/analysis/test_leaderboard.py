@@ -4,7 +4,6 @@ from typing import Any
 
 import pandas as pd
 import pytest
-
 from analysis.common.standings import compact, markdown, rows_of_cells
 from analysis.common.verdicts import finding
 

@@ -20,8 +20,8 @@ def compared_methods(model: LensModel) -> dict[str, Any]:
     return own | wider | robust | {name: method() for name, method in METHODS.items() if name not in OWN}
 
 
-def names_in(text: str | None, known: Collection[str], *, default: list[str]) -> list[str]:
-    """The names of `--methods`, which are separated by commas; the default where there are none.
+def names_in(text: str | None, known: Collection[str], *, default: list[str], noun: str = "methods") -> list[str]:
+    """The names in an option such as `--methods`, which are separated by commas; the default where it is not given.
 
     Raises:
         ValueError: one that is not known.
@@ -29,7 +29,7 @@ def names_in(text: str | None, known: Collection[str], *, default: list[str]) ->
     chosen = text.split(",") if text else default
     unknown = [name for name in chosen if name not in known]
     if unknown:
-        raise ValueError(f"unknown methods {unknown}; choose among {', '.join(known)}")
+        raise ValueError(f"unknown {noun} {unknown}; choose among {', '.join(known)}")
     return chosen
 
 

@@ -28,6 +28,7 @@ from .methods import Fit as Fit
 from .methods import GradientAscent as GradientAscent
 from .methods import GradientDifference as GradientDifference
 from .methods import NoisyRMU as NoisyRMU
+from .models import LensModel as LensModel
 from .models import load_model as load_model
 
 __version__: str

@@ -11,6 +11,7 @@ from mrp_lens.data.tokenization import PaddingSide
 from mrp_lens.edits.subspace import Law, random_units
 from mrp_lens.metrics.activations import Texts, direction_for, groups_of, hooks_at, read_states
 from mrp_lens.metrics.bootstrap import CONFIDENCE, TokenMean
+from mrp_lens.metrics.registry import Measured, register
 from mrp_lens.models import LensModel
 from mrp_lens.models.hooks import Site
 from mrp_lens.utils.torch_state import ordinary_torch
@@ -114,3 +115,17 @@ def alignment(
                 }
             )
     return pd.DataFrame(rows)
+
+
+@register(
+    "alignment",
+    summary="Cosine of the states with the direction u at each layer, and their norm.",
+    source="arXiv 2408.06223, alignment with the random direction",
+    figures=["alignment_by_layer", "norms"],
+)
+def _of_texts(measured: Measured) -> pd.DataFrame:
+    model, u = measured.model, measured.direction
+    if u is None:
+        u = random_units(1, model.cfg.d_model, "uniform", generator_for(measured.seed))[0]
+    texts = measured.task.texts(limit=measured.documents)
+    return alignment(model, texts, u, seed=measured.seed, progress=measured.progress)

@@ -12,6 +12,7 @@ from mrp_lens.edits import Edit, ProjectionEdit
 from mrp_lens.edits.stack import projection_in
 from mrp_lens.edits.subspace import Subspace
 from mrp_lens.metrics.activations import Moments, PairReader, Texts, When, groups_of, hooks_at, read_moments
+from mrp_lens.metrics.registry import Measured, register
 from mrp_lens.models import LensModel
 from mrp_lens.models.hooks import Site, layer_of
 from mrp_lens.utils.torch_state import ordinary_torch
@@ -187,6 +188,33 @@ def propagation(
                     }
                 )
     return pd.DataFrame(rows)
+
+
+@register(
+    "geometry",
+    summary="How far the edit moves the states at each layer, how many directions they use, what of them is removed.",
+    source="effective rank: Roy and Vetterli 2007",
+    figures=["displacement"],
+    compares=True,
+)
+def _of_states(measured: Measured) -> pd.DataFrame | None:
+    if measured.edit is None:
+        return None
+    texts = measured.task.texts(limit=measured.documents)
+    return geometry(measured.model, texts, measured.edit, seed=measured.seed, progress=measured.progress)
+
+
+@register(
+    "propagation",
+    summary="How much of what a projection removes comes back at later layers.",
+    figures=["propagation"],
+    compares=True,
+)
+def _of_removed(measured: Measured) -> pd.DataFrame | None:
+    if measured.edit is None or projection_in(measured.edit) is None:
+        return None
+    texts = measured.task.texts(limit=measured.documents)
+    return propagation(measured.model, texts, measured.edit, seed=measured.seed, progress=measured.progress)
 
 
 def removed_at(model: LensModel, edit: Edit | None, hooks: Mapping[int, str]) -> dict[int, Subspace]:

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from mrp_lens.data import Questions
 from mrp_lens.metrics.bootstrap import bootstrap_interval
 from mrp_lens.metrics.perplexity import encoded_choices, mean_log_probabilities
+from mrp_lens.metrics.registry import Measured, register
 from mrp_lens.models import LensModel, encoder_for
 from mrp_lens.utils.torch_state import ordinary_torch
 
@@ -61,6 +62,29 @@ def accuracy(
             }
         )
     return pd.DataFrame(rows)
+
+
+def side_row(frame: pd.DataFrame) -> dict[str, float]:
+    """Of a frame with a row a `side` ("forget", "retain"): `forget_accuracy`, `forget_low`, ..."""
+    return {
+        f"{side}_{key}": value for side, found in frame.set_index("side").iterrows() for key, value in found.items()
+    }
+
+
+@register(
+    "accuracy",
+    summary="Share of questions answered right, on the forget quiz and on the retain quiz.",
+    row=side_row,
+    headings={"forget_accuracy": "accuracy on the forget quiz", "retain_accuracy": "accuracy on the retain quiz"},
+    tables={"unlearn"},
+)
+def _of_quizzes(measured: Measured) -> pd.DataFrame | None:
+    found = {
+        side: accuracy(measured.model, quiz, seed=measured.seed, progress=measured.progress).iloc[0]
+        for side, quiz in measured.task.quiz(limit=measured.limit).items()
+    }
+    rows = [{"side": side, **first[["accuracy", "low", "high", "chance"]]} for side, first in found.items()]
+    return pd.DataFrame(rows) if rows else None
 
 
 def by_group(table: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:

@@ -17,6 +17,7 @@ from mrp_lens.edits import Edit
 from mrp_lens.edits.subspace import Subspace
 from mrp_lens.metrics.activations import Moments, PairReader, Texts, When, groups_of, hooks_at, read_moments
 from mrp_lens.metrics.geometry import removed_at
+from mrp_lens.metrics.registry import Measured, register
 from mrp_lens.models import LensModel
 from mrp_lens.models.hooks import Site
 from mrp_lens.utils.torch_state import ordinary_torch
@@ -26,6 +27,7 @@ Position = Literal["last", "all"]
 
 REMOVED = "removed"
 NULL_DRAWS = 20
+POINTS = 100  # a side, of the plane on the report page
 FLAT = 1e-6  # a singular value below this share of the points' spread is rounding noise, not an axis
 
 
@@ -212,6 +214,20 @@ def principal_plane(
     return frame[["group", "when", *labels.columns, *names]].assign(
         **{f"share_{name}": share for name, share in zip(names, shares, strict=True)}
     )
+
+
+@register(
+    "principal-plane",
+    summary="States of the last layer in the plane of their first principal directions, before and after the edit.",
+    figures=["principal_plane"],
+    compares=True,
+)
+def _of_last_layer(measured: Measured) -> pd.DataFrame | None:
+    model, edit, seed = measured.model, measured.edit, measured.seed
+    if edit is None:
+        return None
+    texts, last = measured.task.texts(limit=measured.documents), int(model.cfg.n_layers) - 1
+    return principal_plane(model, texts, edit, layer=last, points=POINTS, seed=seed, progress=measured.progress)
 
 
 def _span(moments: Moments, rank: int, group: str, layer: int, when: When) -> Subspace:

@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 from mrp_lens.data import Corpus, Document, Questions
 from mrp_lens.data.tokenization import Encoded, Encoder, in_order
 from mrp_lens.metrics.bootstrap import bootstrap_interval
+from mrp_lens.metrics.registry import Measured, register
 from mrp_lens.models import LensModel, encoder_for
 from mrp_lens.models.base import same_positions
 from mrp_lens.models.hooks import frozen
@@ -215,6 +216,33 @@ def answer_probability(
         "high": high,
     }
     return pd.DataFrame([{**row, "uniform": 1 / float(model.cfg.d_vocab)}])
+
+
+@register(
+    "answer-probability",
+    summary="Probability per token of the forget set's completions.",
+    row=lambda frame: {
+        f"forget_probability{end}": frame[column].iloc[0]
+        for column, end in (("probability", ""), ("low", "_low"), ("high", "_high"))
+    },
+    headings={"forget_probability": "probability of the forget set's tokens"},
+    tables={"unlearn"},
+)
+def _of_forget_set(measured: Measured) -> pd.DataFrame:
+    texts = measured.task.forget_texts.spread(measured.documents)
+    return answer_probability(measured.model, texts, seed=measured.seed, progress=measured.progress)
+
+
+@register(
+    "perplexity",
+    summary="Perplexity of retain text that no fit saw.",
+    row=lambda frame: {"text_perplexity": frame["perplexity"].iloc[0]},
+    headings={"text_perplexity_ratio": "perplexity of text, after / before"},
+    tables={"unlearn"},
+)
+def _of_held_out_text(measured: Measured) -> pd.DataFrame:
+    texts = measured.task.held_out.spread(measured.documents)
+    return perplexity(measured.model, texts, seed=measured.seed, progress=measured.progress)
 
 
 def _document_log_probabilities(

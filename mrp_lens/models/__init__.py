@@ -1,7 +1,6 @@
 """Models: loading, recognising, and where editable weights live. Only this package knows HookedTransformer from TransformerBridge."""
 
 from mrp_lens.models.base import (
-    LensModel,
     architecture_of,
     available_backends,
     check_layers,
@@ -17,6 +16,7 @@ from mrp_lens.models.base import (
     modules_of,
 )
 from mrp_lens.models.load import ModelMismatchError, load_model
+from mrp_lens.models.protocol import LensModel
 from mrp_lens.models.weights import (
     CheckpointTensor,
     EditableWeight,

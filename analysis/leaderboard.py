@@ -29,10 +29,12 @@ from analysis.common.methods import changed, compared_methods, names_in, setting
 from analysis.common.resumable import Job, ResumableStudy, result_name
 from analysis.common.tables import DOES_NOT_COUNT, NEVER_TAUGHT, NONE, UNEDITED, figure, markdown, mean_of
 from mrp_lens import attacks, metrics
-from mrp_lens.attacks import ATTACKS, best
-from mrp_lens.attacks.evaluation import check_held_out
+from mrp_lens.attacks import best
+from mrp_lens.attacks.registry import ATTACKS
+from mrp_lens.attacks.base import FactSplit, Setting
 from mrp_lens.attacks.finetuning import FORM_TITLES, Attacker, Form
 from mrp_lens.attacks.suite import possible_forms
+from mrp_lens.data import Questions
 from mrp_lens.edits import Edit, edit_on, load_edit
 from mrp_lens.edits.provenance import fingerprint
 from mrp_lens.edits.serialization import stored_bytes
@@ -100,7 +102,7 @@ class Leaderboard(ResumableStudy):
         ]
         known = [name for name, metric in metrics.METRICS.items() if metric.row and "leaderboard" in metric.tables]
         self.stages += [METRICS + "-".join(known)] if known else []
-        self.asked = {seed: self._asked(seed) for seed in self.seeds}
+        self.facts = {seed: FactSplit.of(study.task, limit=options.limit, seed=seed) for seed in self.seeds}
         settings = {
             "model": describe(study.model),
             "data": study.task.fingerprints(),
@@ -118,13 +120,6 @@ class Leaderboard(ResumableStudy):
         if taken:
             raise ValueError(f"--edits {', '.join(taken)}: another row of the table has that name; choose another one")
         return {UNEDITED: None, **{name: known[name] for name in chosen}, **dict.fromkeys(self.saved)}
-
-    def _asked(self, seed: int) -> dict[str, Any]:
-        """T, V and never-taught questions, as attacks take them."""
-        train, held_out = self.study.task.split(limit=self.options.limit, seed=seed)
-        untaught = self.study.task.untaught_alike
-        check_held_out(held_out, train=train, untaught=untaught)
-        return {"train": train, "held_out": held_out, "untaught": untaught}
 
     @property
     def jobs(self) -> list[Job]:
@@ -220,6 +215,11 @@ class Leaderboard(ResumableStudy):
             found = {side: rows_of(metrics.accuracy(self.study.model, asked)) for side, asked in sides.items()}
             return {**found, "text": rows_of(metrics.perplexity(self.study.model, task.held_out))[0]}
 
+    def asked(self, job: Job) -> dict[str, Questions | None]:
+        """T, V and never-taught questions, as attacks take them."""
+        facts = self.facts[job[1]]
+        return {"train": facts.train, "held_out": facts.held_out, "untaught": facts.untaught}
+
     def retrain(self, job: Job, form: Form) -> Cell:
         """The curves of retraining one form of the edit, and new facts learned; empty where there is no such form, or where
         stripping leaves the unedited model, whose curves are known."""
@@ -229,7 +229,7 @@ class Leaderboard(ResumableStudy):
         frame = attacks.relearn(
             self.study.model,
             self.edit(job),
-            **self.asked[job[1]],
+            **self.asked(job),
             steps=self.updates[-1],
             lr=self.lr,
             form=form,
@@ -242,10 +242,9 @@ class Leaderboard(ResumableStudy):
 
     def taught_new(self, job: Job, form: Form) -> Cell | None:
         """Accuracy on new facts after a few updates on these, at the best rate: whether this model can be trained at all."""
-        untaught, model, edit = self.asked[job[1]]["untaught"], self.study.model, self.edit(job)
-        if untaught is None:
+        new, model, edit = self.facts[job[1]].new, self.study.model, self.edit(job)
+        if new is None:
             return None
-        new = untaught.halves(seed=job[1])[1]  # the other half is the floor
         attacker = Attacker(steps=few(self.updates), form=form, seed=job[1])
         learned = []
         for rate in attacker.rates(model, self.lr):
@@ -258,10 +257,10 @@ class Leaderboard(ResumableStudy):
 
     def probe(self, job: Job) -> Cell:
         """What a linear probe reads of V off each layer."""
-        asked = self.asked[job[1]]
-        answers = {choice for half in ("train", "held_out") for q in asked[half].questions for choice in q.choices}
-        target = "answer" if len(answers) <= len(asked["train"]) else "choice"  # recurring answers, or any text
-        bits = attacks.probe(self.study.model, self.edit(job), **asked, target=target, seed=job[1])
+        facts = self.facts[job[1]]
+        answers = {choice for half in (facts.train, facts.held_out) for q in half.questions for choice in q.choices}
+        target = "answer" if len(answers) <= len(facts.train) else "choice"  # recurring answers, or any text
+        bits = attacks.probe(self.study.model, self.edit(job), **self.asked(job), target=target, seed=job[1])
         return {"rows": rows_of(bits)}
 
     def attack(self, job: Job, name: str) -> Cell:
@@ -269,8 +268,18 @@ class Leaderboard(ResumableStudy):
         edit, attack = self.edit(job), ATTACKS[name]()
         if edit is None:
             return {"settings": settings_of(attack), "rows": []}
-        setting = Setting.of(
-            self.study.model, edit, self.study.task, self.store.folder / "attacks" / result_name(job, name), seed=job[1]
+        settings = {"settings": settings_of(attack), "edit": fingerprint(edit)}
+        setting = Setting(
+            model=self.study.model,
+            edit=edit,
+            name=job[0],
+            task=self.study.task,
+            facts=self.facts[job[1]],
+            reference=None,
+            store=ResultStore.claim(self.store.folder / "attacks" / result_name(job, name), name, settings),
+            budgets=(attack,),
+            seed=job[1],
+            progress=False,
         )
         rows = pd.DataFrame(attack.rows(attack.run(setting), job[0]))
         back = rows[(rows["method"] == job[0]) & rows["recovery"].notna()] if "recovery" in rows else rows[:0]

@@ -23,9 +23,9 @@ from mrp_lens.methods.rmu import default_trained_layers, entry_size
 from mrp_lens.models import LensModel, check_layers, check_lens_model, mlp_out_weight, restored, tensor_digests
 from mrp_lens.models.hooks import Site, hook_name
 from mrp_lens.training.checkpoints import EVERY
-from mrp_lens.training.loop import linear_decay, train
+from mrp_lens.training.loop import train
 from mrp_lens.training.losses import cross_entropy, predictions
-from mrp_lens.training.optim import MasterAdamW, trainable
+from mrp_lens.training.optim import MasterAdamW, linear_decay, trainable
 from mrp_lens.utils.torch_state import ordinary_torch
 from mrp_lens.utils.validation import generator_for, given, one_of, positive, whole
 

@@ -28,7 +28,8 @@ from mrp_lens.methods.registry import Method, Swept, register
 from mrp_lens.models import EditableWeight, LensModel, check_layers, check_lens_model, mlp_out_weight, tensor_digests
 from mrp_lens.models.hooks import Site, captured, hook_name, run_segment
 from mrp_lens.training.checkpoints import EVERY
-from mrp_lens.training.loop import TransformersAdamW, train
+from mrp_lens.training.loop import train
+from mrp_lens.training.optim import TransformersAdamW
 from mrp_lens.utils.torch_state import ordinary_torch
 from mrp_lens.utils.validation import generator_for, given, one_of, positive, whole
 

@@ -28,9 +28,9 @@ from mrp_lens.models import (
 from mrp_lens.models.generation import drawn_seed, start_token, written_texts
 from mrp_lens.models.hooks import captured, hook_name
 from mrp_lens.training.checkpoints import Checkpoint
-from mrp_lens.training.loop import TrainingRun, train, warmup_cosine
+from mrp_lens.training.loop import TrainingRun, train
 from mrp_lens.training.losses import kl, predictions
-from mrp_lens.training.optim import MasterAdamW, Trainable
+from mrp_lens.training.optim import MasterAdamW, Trainable, warmup_cosine
 from mrp_lens.utils.io import write_json
 from mrp_lens.utils.validation import PlainSettings, given, positive, whole
 

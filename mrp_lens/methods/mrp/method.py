@@ -31,8 +31,9 @@ from mrp_lens.methods.registry import Method, Swept, register
 from mrp_lens.models import LensModel, check_layers, check_lens_model, describe
 from mrp_lens.models.hooks import Site, hook_name, hooked
 from mrp_lens.training.checkpoints import EVERY
-from mrp_lens.training.loop import linear_decay, train
+from mrp_lens.training.loop import train
 from mrp_lens.training.losses import ForgetLoss, RetainLoss, cross_entropy, kl, log_odds, openness, predictions
+from mrp_lens.training.optim import linear_decay
 from mrp_lens.utils.torch_state import ordinary_torch
 from mrp_lens.utils.validation import generator_for, given, one_of, positive, whole
 

@@ -12,7 +12,7 @@ from mrp_lens.data.task import TaskConfig, UnlearningTask, task_for
 from mrp_lens.methods import METHODS, Fit
 from mrp_lens.models import LensModel, load_model
 from mrp_lens.runs.record import Run
-from mrp_lens.runs.report import write_report
+from mrp_lens.runs.report import report
 from mrp_lens.utils.frames import rows_of
 from mrp_lens.utils.io import check_free, write_text
 
@@ -127,7 +127,7 @@ class Study:
         print(finding)
         extras: Sequence[Callable[[Path], object]] = [
             lambda folder: write_text(folder / "finding.md", finding + "\n"),
-            write_report,
+            report,
         ]
         if in_place:
             self.run.write_into(self.out)

@@ -9,9 +9,9 @@ import pandas as pd
 
 from mrp_lens.attacks.suite import Attack, Plan, campaign
 from mrp_lens.attacks.summary import notes_of, rows_of_attacks
+from mrp_lens.cli.console import Column, console, show_table
 from mrp_lens.cli.folder import stoppable
 from mrp_lens.cli.parsing import dtype_named, numbers
-from mrp_lens.cli.show import Column, console, show_table
 from mrp_lens.data.task import TaskConfig, task_for
 from mrp_lens.edits import load_edit
 from mrp_lens.edits.provenance import label_of

@@ -49,7 +49,7 @@ class Fitted:
     settings: Mapping[str, Any]
 
 
-def write_report(folder: str | Path, *, out: str | Path | None = None) -> Path:
+def report(folder: str | Path, out: str | Path | None = None) -> Path:
     """Make one self-contained HTML page of a run folder; it opens without a network.
 
     Args:

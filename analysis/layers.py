@@ -13,12 +13,11 @@ from collections.abc import Sequence
 import pandas as pd
 import torch
 
-from analysis.common.arguments import Study, parser_for
+from analysis.common.arguments import Study, numbers, parser_for
 from analysis.common.tables import UNEDITED, markdown_of_rows
 from mrp_lens import metrics
-from mrp_lens.cli.sweep import Grid
 from mrp_lens.edits.subspace import random_units
-from mrp_lens.runs.sweep import sweep
+from mrp_lens.runs.sweep import SweepConfig, sweep
 from mrp_lens.runs.train_world import ABSENT_WITHIN
 
 KEPT_WITHIN = 0.05
@@ -40,9 +39,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seeds", help="such as 0,1,2 (default: --seed, with --full three)")
     options = parser.parse_args(arguments)
     study = Study.begin("analysis.layers", "Per-layer effects of each method", options, in_place=True)
-    seeds = options.seeds or (None if options.full else str(options.seed))
-    plan = Grid(methods=options.methods, seeds=seeds, full=options.full).plan(study.model, study.task)
-    table = sweep(study.model, study.task, plan, options.out / "sweep")
+    seeds = numbers(options.seeds or (None if options.full else str(options.seed)), int, "--seeds")
+    config = SweepConfig(methods=tuple(options.methods.split(",")), seeds=seeds, full=options.full)
+    steps = config.resolved(study.model, study.task).steps
+    table = sweep(study.model, study.task, config, options.out / "sweep")
     assert table is not None
     table = table.assign(works=works(table))
     texts = study.task.texts(limit=DOCUMENTS)
@@ -56,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "predicted_coefficients": predicted,
         "coefficient_effects": table[table["method"] == "rmu"],
     }
-    study.end(finding(table, sensitivity, predicted, plan.steps), frames, table, in_place=True)
+    study.end(finding(table, sensitivity, predicted, steps), frames, table, in_place=True)
 
 
 def works(table: pd.DataFrame) -> "pd.Series[bool]":

@@ -30,11 +30,10 @@ from analysis.common.resumable import Job, ResumableStudy, result_name
 from analysis.common.tables import DOES_NOT_COUNT, NEVER_TAUGHT, NONE, UNEDITED, figure, markdown, mean_of
 from mrp_lens import attacks, metrics
 from mrp_lens.attacks import best
-from mrp_lens.attacks.registry import ATTACKS
 from mrp_lens.attacks.base import FactSplit, Setting
 from mrp_lens.attacks.finetuning import FORM_TITLES, Attacker, Form
+from mrp_lens.attacks.registry import ATTACKS
 from mrp_lens.attacks.suite import possible_forms
-from mrp_lens.data import Questions
 from mrp_lens.edits import Edit, edit_on, load_edit
 from mrp_lens.edits.provenance import fingerprint
 from mrp_lens.edits.serialization import stored_bytes
@@ -145,22 +144,24 @@ class Leaderboard(ResumableStudy):
         return {job: {stage: self.result(job, stage) for stage in self.stages} for job in self.jobs}
 
     def check_same(self, job: Job) -> None:
-        """Refuse cells of a method whose settings have changed, or of another saved edit; an option that the method has
-        gained since, and that is left at its default, changes nothing."""
-        stored, name = self.store.stored(result_name(job, "fit")), job[0]
-        if stored is None:
-            return
-        method = self.methods[name]
-        if method is not None:
-            differing = changed(stored["settings"], method)
-        else:
-            same = stored["settings"] == self.settings(name)
-            differing = [] if same else [f"edit {stored['settings'].get('edit')}"]
-        if differing:
-            raise ValueError(
-                f"{self.options.out} holds {name} with other settings: {'; '.join(differing)}. Give it another name, or remove "
-                f"{self.store.folder / 'points' / result_name(job, '*')}"
-            )
+        """Refuse cells of a method or attack whose settings have changed, or of another saved edit; an option that was gained
+        since, and that is left at its default, changes nothing."""
+        for stage in ("fit", *(stage for stage in self.stages if stage.startswith(ATTACK))):
+            stored = self.store.stored(result_name(job, stage))
+            if stored is None:
+                continue
+            name = job[0] if stage == "fit" else stage.removeprefix(ATTACK)
+            settled = self.methods[name] if stage == "fit" else ATTACKS[name]()
+            if settled is not None:
+                differing = changed(stored["settings"], settled)
+            else:
+                same = stored["settings"] == self.settings(name)
+                differing = [] if same else [f"edit {stored['settings'].get('edit')}"]
+            if differing:
+                raise ValueError(
+                    f"{self.options.out} holds {name} with other settings: {'; '.join(differing)}. Give it another name, or "
+                    f"remove {self.store.folder / 'points' / result_name(job, '*' if stage == 'fit' else stage)}"
+                )
 
     def settings(self, name: str) -> dict[str, str]:
         """What the cells of a method depend on besides the study's settings; a fitted one is a dataclass."""
@@ -215,7 +216,7 @@ class Leaderboard(ResumableStudy):
             found = {side: rows_of(metrics.accuracy(self.study.model, asked)) for side, asked in sides.items()}
             return {**found, "text": rows_of(metrics.perplexity(self.study.model, task.held_out))[0]}
 
-    def asked(self, job: Job) -> dict[str, Questions | None]:
+    def asked(self, job: Job) -> dict[str, Any]:
         """T, V and never-taught questions, as attacks take them."""
         facts = self.facts[job[1]]
         return {"train": facts.train, "held_out": facts.held_out, "untaught": facts.untaught}
@@ -259,7 +260,7 @@ class Leaderboard(ResumableStudy):
         """What a linear probe reads of V off each layer."""
         facts = self.facts[job[1]]
         answers = {choice for half in (facts.train, facts.held_out) for q in half.questions for choice in q.choices}
-        target = "answer" if len(answers) <= len(facts.train) else "choice"  # recurring answers, or any text
+        target: Any = "answer" if len(answers) <= len(facts.train) else "choice"  # recurring answers, or any text
         bits = attacks.probe(self.study.model, self.edit(job), **self.asked(job), target=target, seed=job[1])
         return {"rows": rows_of(bits)}
 
@@ -281,7 +282,7 @@ class Leaderboard(ResumableStudy):
             seed=job[1],
             progress=False,
         )
-        rows = pd.DataFrame(attack.rows(attack.run(setting), job[0]))
+        rows = pd.DataFrame([dict(row) for row in attack.rows(attack.run(setting), job[0])])
         back = rows[(rows["method"] == job[0]) & rows["recovery"].notna()] if "recovery" in rows else rows[:0]
         return {"settings": settings_of(attack), "rows": rows_of(back)}
 

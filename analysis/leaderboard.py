@@ -29,15 +29,13 @@ from analysis.common.methods import changed, compared_methods, names_in, setting
 from analysis.common.resumable import Job, ResumableStudy, result_name
 from analysis.common.tables import DOES_NOT_COUNT, NEVER_TAUGHT, NONE, UNEDITED, figure, markdown, mean_of
 from mrp_lens import attacks, metrics
-from mrp_lens.attacks import best
-from mrp_lens.attacks.base import FactSplit, Setting
-from mrp_lens.attacks.finetuning import FORM_TITLES, Attacker, Form
-from mrp_lens.attacks.registry import ATTACKS
-from mrp_lens.attacks.suite import possible_forms
+from mrp_lens.attacks import ATTACKS, FactSplit, SuiteConfig, best
+from mrp_lens.attacks.finetuning import Attacker, Form, possible_forms
 from mrp_lens.edits import Edit, edit_on, load_edit
 from mrp_lens.edits.provenance import fingerprint
 from mrp_lens.edits.serialization import stored_bytes
 from mrp_lens.edits.stack import has_hooks, stripped
+from mrp_lens.metrics.recovery import FORM_TITLES
 from mrp_lens.models import describe
 from mrp_lens.utils.frames import rows_of
 from mrp_lens.utils.store import ResultStore
@@ -101,6 +99,7 @@ class Leaderboard(ResumableStudy):
         ]
         known = [name for name, metric in metrics.METRICS.items() if metric.row and "leaderboard" in metric.tables]
         self.stages += [METRICS + "-".join(known)] if known else []
+        Attacker(steps=self.updates[-1])  # refuses a budget of nothing before any work
         self.facts = {seed: FactSplit.of(study.task, limit=options.limit, seed=seed) for seed in self.seeds}
         settings = {
             "model": describe(study.model),
@@ -269,20 +268,10 @@ class Leaderboard(ResumableStudy):
         edit, attack = self.edit(job), ATTACKS[name]()
         if edit is None:
             return {"settings": settings_of(attack), "rows": []}
-        settings = {"settings": settings_of(attack), "edit": fingerprint(edit)}
-        setting = Setting(
-            model=self.study.model,
-            edit=edit,
-            name=job[0],
-            task=self.study.task,
-            facts=self.facts[job[1]],
-            reference=None,
-            store=ResultStore.claim(self.store.folder / "attacks" / result_name(job, name), name, settings),
-            budgets=(attack,),
-            seed=job[1],
-            progress=False,
-        )
-        rows = pd.DataFrame([dict(row) for row in attack.rows(attack.run(setting), job[0])])
+        config = SuiteConfig(attacks=(name,), questions=self.options.limit, seed=job[1])
+        folder = self.store.folder / "attacks" / result_name(job, name)
+        frames = attacks.run_suite(self.study.model, edit, self.study.task, config, folder, name=job[0], progress=False)
+        rows = pd.DataFrame(attacks.rows_of_attacks(frames, job[0]))
         back = rows[(rows["method"] == job[0]) & rows["recovery"].notna()] if "recovery" in rows else rows[:0]
         return {"settings": settings_of(attack), "rows": rows_of(back)}
 

@@ -235,11 +235,9 @@ class Relearning(ResumableStudy):
         if not possible(how, model, edit):
             return pd.DataFrame()
         split = how.split if how.split != USUAL.split else None  # by entity where the questions know it
-        half, held_out = task.split(split, limit=self.limit, seed=seed)
-        untaught, new = task.untaught_alike, self.new
-        if new is None and untaught is not None:
-            new = untaught.halves(seed=seed)[1]
-        sources = {"half": half, "near": task.retain_questions, "unrelated": task.held_out}
+        facts = attacks.FactSplit.of(task, by=split, limit=self.limit, seed=seed)
+        new = facts.new if self.new is None else self.new
+        sources = {"half": facts.train, "near": task.retain_questions, "unrelated": task.held_out}
         train: Questions | Corpus | None = sources[how.data]
         if train is None:
             raise ValueError("near data are questions on what was to stay; give --retain-questions")
@@ -247,8 +245,8 @@ class Relearning(ResumableStudy):
             model,
             edit,
             train=train,
-            held_out=held_out,
-            untaught=untaught,
+            held_out=facts.held_out,
+            untaught=facts.untaught,
             new=new if how in (USUAL, WEIGHTS) else None,
             steps=self.options.steps,
             lr=self.lr,

@@ -5,7 +5,7 @@ from mrp_lens.metrics.perplexity import answer_probability, perplexity
 
 # isort: split
 from mrp_lens.metrics.alignment import alignment
-from mrp_lens.metrics.bootstrap import bootstrap_interval
+from mrp_lens.metrics.bootstrap import bootstrap_interval, value
 from mrp_lens.metrics.confidence import confidence, token_confidence
 from mrp_lens.metrics.geometry import geometry, propagation
 from mrp_lens.metrics.logit_lens import logit_lens
@@ -39,5 +39,6 @@ __all__ = [
     "register",
     "rows_for",
     "token_confidence",
+    "value",
     "variance_by_coefficient",
 ]

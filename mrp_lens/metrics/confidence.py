@@ -23,6 +23,7 @@ from mrp_lens.models import LensModel, check_lens_model, encoder_for, logits_of
 from mrp_lens.models.finite import check_log_probabilities
 from mrp_lens.models.hooks import frozen
 from mrp_lens.training.losses import targets
+from mrp_lens.utils.progress import progress_bar
 from mrp_lens.utils.torch_state import ordinary_torch
 
 Mode = Literal["generated", "forced"]
@@ -56,7 +57,7 @@ def confidence(
     batch_size: int = 64,
     padding: PaddingSide = "right",
     seed: int = 0,
-    progress: bool = False,
+    progress: bool = True,
 ) -> pd.DataFrame:
     """How sure the model is, per group: `token_confidence` in figures, MaxLogit of arXiv 2408.06223 among them.
 
@@ -128,7 +129,7 @@ def token_confidence(
     tokens: int = 30,
     batch_size: int = 64,
     padding: PaddingSide = "right",
-    progress: bool = False,
+    progress: bool = True,
 ) -> pd.DataFrame:
     """How sure the model is at every token that it writes, or at every token of the right answer.
 
@@ -171,7 +172,8 @@ def token_confidence(
     items = _items(questions)
     measure = _generated if mode == "generated" else _forced
     rows = []
-    with frozen(model), torch.no_grad(), tqdm(total=len(items), desc=f"{mode} tokens", disable=not progress) as bar:
+    bar = progress_bar(total=len(items), desc=f"{mode} tokens", progress=progress)
+    with frozen(model), torch.no_grad(), bar:
         written = [0] * len(items)
         for places, ids, values in measure(model, items, tokens, batch_size, padding, bar):
             for place, token, of_token in zip(places, ids.tolist(), values.tolist(), strict=True):

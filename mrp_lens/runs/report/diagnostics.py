@@ -6,12 +6,12 @@ from functools import partial
 import pandas as pd
 from jaxtyping import Float
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from mrp_lens.data.task import UnlearningTask
 from mrp_lens.edits import Edit
 from mrp_lens.metrics import Measured, frames_for
 from mrp_lens.models import LensModel
+from mrp_lens.utils.progress import progress_bar
 from mrp_lens.utils.store import ResultStore
 
 DOCUMENTS = 100  # a side, from which states are read
@@ -46,9 +46,9 @@ def diagnostics(
     """
     usual = next(iter(directions.values()), None)
     parts: dict[str, list[pd.DataFrame]] = {}
-    with tqdm(edits.items(), desc="looking at each layer", disable=not progress) as bar:
+    with progress_bar(edits.items(), desc="looking at each layer", progress=progress) as bar:
         for method, edit in bar:
-            bar.set_postfix_str(method)
+            bar.set_postfix_str(method, refresh=False)
             measured = Measured(
                 model=model,
                 task=task,

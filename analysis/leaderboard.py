@@ -271,7 +271,7 @@ class Leaderboard(ResumableStudy):
         config = SuiteConfig(attacks=(name,), questions=self.options.limit, seed=job[1])
         folder = self.store.folder / "attacks" / result_name(job, name)
         frames = attacks.run_suite(self.study.model, edit, self.study.task, config, folder, name=job[0], progress=False)
-        rows = pd.DataFrame(attacks.rows_of_attacks(frames, job[0]))
+        rows = pd.DataFrame(attacks.rows_of_attacks(frames, job[0], config))
         back = rows[(rows["method"] == job[0]) & rows["recovery"].notna()] if "recovery" in rows else rows[:0]
         return {"settings": settings_of(attack), "rows": rows_of(back)}
 

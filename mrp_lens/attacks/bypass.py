@@ -20,8 +20,7 @@ from mrp_lens.attacks.quantization import quantized
 from mrp_lens.attacks.registry import register
 from mrp_lens.attacks.summary import ACCURACIES, NO_ATTACK, RECOVERY, columns, without_attack
 from mrp_lens.data import Corpus, Questions
-from mrp_lens.edits import Edit, edit_on
-from mrp_lens.edits.stack import has_hooks, stripped
+from mrp_lens.edits import Edit, edit_on, has_hooks, without_hooks
 from mrp_lens.edits.subspace import random_units
 from mrp_lens.metrics.bootstrap import bootstrap_interval
 from mrp_lens.metrics.multiple_choice import answered_right, choice_scores
@@ -109,7 +108,7 @@ def _no_attack(task: Target) -> Iterator[Variant]:
 
 
 def _hook_stripped(task: Target) -> Iterator[Variant]:
-    yield Variant("hook stripped", stripped(task.edit))
+    yield Variant("hook stripped", without_hooks(task.edit))
 
 
 def _direction_ablated(task: Target) -> Iterator[Variant]:

@@ -17,7 +17,7 @@ from mrp_lens.cli.unlearn import measure as figures_of
 from mrp_lens.data.task import UnlearningTask
 from mrp_lens.edits import Edit, load_edit
 from mrp_lens.edits.provenance import label_of
-from mrp_lens.evals.lm_eval import Bos, harness, load_hf, require_harness, task_manager, task_names
+from mrp_lens.evals.lm_eval import Bos, evaluate, load_hf, require_harness, task_manager, task_names
 from mrp_lens.hf import attach
 from mrp_lens.runs.record import Run
 from mrp_lens.runs.report import report
@@ -154,7 +154,7 @@ class Measure(OnData):
         rows: list[Row] = []
         for method, edit in methods.items():
             with nullcontext() if edit is None else attach(hf_model, edit):
-                frame = harness(
+                frame = evaluate(
                     hf_model,
                     self.harness,
                     tokenizer=tokenizer,

@@ -12,8 +12,7 @@ from typing_extensions import override
 
 from mrp_lens.data import Corpus
 from mrp_lens.data.tokenization import Batches
-from mrp_lens.edits import Edit
-from mrp_lens.edits.stack import besides_projections, projection_in
+from mrp_lens.edits import Edit, projection_in, without_projections
 from mrp_lens.methods.base import Data, FitContext, FitTemplate, both_sides, fitting, parts_of, request_provenance
 from mrp_lens.methods.fit import Fit
 from mrp_lens.methods.mrp.distillation import Distillation, DistillationSettings
@@ -145,7 +144,7 @@ class MRP(FitTemplate[MRPSettings]):
         model, after = context.model, context.after
         with fitting(model, after):
             learned = self._start(settings, model, context.data, after, context.generator)
-        with fitting(model, besides_projections(after)):
+        with fitting(model, without_projections(after)):
             losses = _Losses(self, context, learned)
             with hooked(model, learned.hooks()):
                 run = context.train(
@@ -163,7 +162,7 @@ class MRP(FitTemplate[MRPSettings]):
         earlier, begun = projection_in(after), time.perf_counter()
         phase = context.phase("distillation", fit.settings["distillation"])
         try:
-            with fitting(model, besides_projections(after)):
+            with fitting(model, without_projections(after)):
                 matrices, taught = self.distillation.teach(
                     settings.distillation,
                     phase,

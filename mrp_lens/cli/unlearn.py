@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import pandas as pd
 from typing_extensions import override
@@ -21,6 +21,7 @@ from mrp_lens.models.generation import continuations
 from mrp_lens.runs.record import Run
 from mrp_lens.runs.report import report
 from mrp_lens.runs.report.diagnostics import diagnostics
+from mrp_lens.training.loggers import LoggerCallback, logger_named
 
 EXAMPLES = 3
 CAPTION = (
@@ -74,6 +75,8 @@ class Unlearn(Command):
         released: `rmu`, `adaptive-rmu`: the released code's settings, where none is given.
         out: Folder for the edit, the log and the metrics.
         seed: Of every random choice.
+        logger: Send every update to this tracker, too; log.csv is always written. Needs `pip install 'mrp_lens[wandb]'` and
+            the like.
         overwrite: Replace the output folder if it exists.
     """
 
@@ -87,6 +90,7 @@ class Unlearn(Command):
     released: bool = False
     out: Path
     seed: int = 0
+    logger: Literal["wandb", "trackio", "tensorboard"] | None = None
     overwrite: bool = False
 
     @classmethod
@@ -130,6 +134,7 @@ class Unlearn(Command):
     @override
     def execute(self) -> Run:
         task, method, out = self.data.load(), self.method, self.out
+        tracked = {} if self.logger is None else {"callbacks": [LoggerCallback(logger_named(self.logger, out))]}
         about = ", ".join(corpus.name for corpus in task.forget)
         run = Run(
             "unlearn", self.arguments(), self.seed, title=f"{self.loading.model}: forgetting {about} with {method}"
@@ -148,7 +153,10 @@ class Unlearn(Command):
             store.check_same("model", identity_of(model))
             before = store.once("unedited", lambda: measured(model, task, None))
             fit = Fit.once(
-                out, lambda kept: self.fitter.fit(model, task.forget, task.retain, seed=self.seed, checkpoint=kept)
+                out,
+                lambda kept: self.fitter.fit(
+                    model, task.forget, task.retain, seed=self.seed, checkpoint=kept, **tracked
+                ),
             )
             console.print(
                 f"The edit is in {out / 'edit'}; load it with mrp_lens.load_edit({str(out / 'edit')!r}). Measuring it ..."

@@ -95,6 +95,11 @@ class Command(ABC):
         return {}
 
     @classmethod
+    def earlier(cls, filed: dict[str, Any]) -> dict[str, Any]:
+        """The settings in a file, where version 0.1 wrote them otherwise."""
+        return filed
+
+    @classmethod
     def gathered(cls, settings: Mapping[str, Any]) -> dict[str, Any]:
         """The parts as fields of the command."""
         return dict(settings)
@@ -126,7 +131,7 @@ class Command(ABC):
             ValueError: an option or a file makes no sense; says which.
         """
         first = peeked(words)
-        filed = settings_in(Path(first["config"]), cls.word) if "config" in first else {}
+        filed = cls.earlier(settings_in(Path(first["config"]), cls.word)) if "config" in first else {}
         chosen = filed | first
         parts, titles, aliases = cls.parts(chosen), cls.titles(chosen), cls.aliases(chosen)
         places = cls.placed(parts, titles)
@@ -294,4 +299,4 @@ def settings_in(path: Path, word: str) -> dict[str, Any]:
     if content.get("command") != word:
         raise ValueError(f"{path} is of `mrp-lens {content.get('command')}`, not of `mrp-lens {word}`")
     kept = {name: value for name, value in content["arguments"].items() if name not in UNKEPT}
-    return {"seed": content["seed"], **kept}
+    return kept if "seeds" in kept else {"seed": content["seed"], **kept}

@@ -26,7 +26,12 @@ def code_of_notebook(path: Path) -> str:
     """All code of a notebook, and what its text suggests."""
     cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
     sources = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
-    suggested = [code for cell in cells if cell["cell_type"] == "markdown" for code in blocks_in("".join(cell["source"]), "python")]
+    suggested = [
+        code
+        for cell in cells
+        if cell["cell_type"] == "markdown"
+        for code in blocks_in("".join(cell["source"]), "python")
+    ]
     return "\n".join([*sources, *suggested])
 
 

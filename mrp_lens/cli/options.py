@@ -103,8 +103,8 @@ class Option:
         """
         if given is FLAG and not self.is_flag:
             raise ValueError(f"{self.spelled} needs a value")
-        if isinstance(given, Repeated) and self.element is None:
-            given = given[-1]
+        if isinstance(given, Repeated) and (self.element is not str or self.separator is not None):
+            given = given[-1]  # only names that are told apart by repeating the option add up
         if isinstance(given, str) and given.lower() in NONE and NoneType in get_args(self.type):
             return None
         if self.settings is not None:

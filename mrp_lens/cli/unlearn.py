@@ -1,7 +1,7 @@
 """`mrp-lens unlearn`: fit, measure before and after, save, on anybody's model and data."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -112,7 +112,7 @@ class Unlearn(Command):
     @classmethod
     @override
     def aliases(cls, given: Mapping[str, Any]) -> dict[str, str]:
-        names = {field.name for field in fields(METHODS[given["method"]])} if given.get("method") else set()
+        names = METHODS[given["method"]].__dataclass_fields__ if given.get("method") else {}
         return {"layers": "layer"} if "layer" in names and "layers" not in names else {}
 
     @classmethod
@@ -134,7 +134,9 @@ class Unlearn(Command):
     @override
     def execute(self) -> Run:
         task, method, out = self.data.load(), self.method, self.out
-        tracked = {} if self.logger is None else {"callbacks": [LoggerCallback(logger_named(self.logger, out))]}
+        tracked: dict[str, Any] = {}  # not every plugin's method knows callbacks
+        if self.logger is not None:
+            tracked["callbacks"] = [LoggerCallback(logger_named(self.logger, out))]
         about = ", ".join(corpus.name for corpus in task.forget)
         run = Run(
             "unlearn", self.arguments(), self.seed, title=f"{self.loading.model}: forgetting {about} with {method}"

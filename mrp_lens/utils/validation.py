@@ -2,9 +2,9 @@
 
 import operator
 from collections.abc import Iterable
-from dataclasses import fields
+from dataclasses import Field, fields
 from numbers import Integral, Real
-from typing import Any, TypeVar, get_args
+from typing import Any, ClassVar, TypeVar, get_args
 
 import numpy as np
 import torch
@@ -18,8 +18,10 @@ class PlainSettings:
     A numpy number works in a fit and cannot be written as JSON when the edit is saved, hours later.
     """
 
+    __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
+
     def __post_init__(self) -> None:
-        for entry in fields(self):  # type: ignore[arg-type]
+        for entry in fields(self):
             object.__setattr__(self, entry.name, plain(getattr(self, entry.name)))
 
 

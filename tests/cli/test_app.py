@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Callable
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -146,7 +147,7 @@ def values_of(*words: str) -> dict[str, Any]:
         ("--lr=none", {"lr": None}),
         ("--lr 1 --lr 2", {"lr": 2.0}),
         ("--layers 3,5", {"layers": (3, 5)}),
-        ("--layers 3 --layers 5,6", {"layers": (3, 5, 6)}),
+        ("--layers 3 --layers 5,6", {"layers": (5, 6)}),
         ("--layers -1", {"layers": (-1,)}),
         ("--names mrp,rmu", {"names": ("mrp", "rmu")}),
         ("--files a,b --files hub:c:d", {"files": ("a,b", "hub:c:d")}),
@@ -256,12 +257,12 @@ def test_bad_input_ends_with_one_line_and_code_2_and_debug_shows_where() -> None
         assert message in str(invoke(*wrong).exception)
 
 
-FAULTS = {
+FAULTS: dict[str, tuple[Callable[[], object], bool | None]] = {
     "a check of the library": (lambda: RMU(layer=99).fit(None, [], None), None),  # type: ignore[arg-type]
     "a conversion": (lambda: int("x"), False),
     "a wrong call": (lambda: load_edit(), False),  # type: ignore[call-arg]
     "a shape": (lambda: torch.zeros(2, 3) @ torch.zeros(2), False),
-    "a key": (lambda: {}["x"], False),
+    "a key": (lambda: {"y": 1}["x"], False),
     "a file that nobody checked": (lambda: Path("/nowhere/at/all").read_text(), False),
     "a folder that is none": (lambda: load_edit("/nowhere/at/all"), True),
     "an unknown method": (lambda: METHODS["nope"], True),

@@ -43,11 +43,14 @@ def refused(folder: Path, pattern: str) -> None:
 @pytest.mark.parametrize(
     ("text", "pattern"),
     [
-        ("[1, 2]", "config.json holds a list, and a configuration is a JSON object"),
-        ("{", "config.json is not JSON"),
-        ("", "config.json is not JSON"),
-        ('{"a": ' + "[" * 100_000 + "]" * 100_000 + "}", "config.json is not JSON"),
-        ('{"a": "' + "x" * 17 * 2**20 + '"}', "config.json has 17 MiB; a configuration has some kilobytes"),
+        ("[1, 2]", "config.json is damaged: it holds a list, not one JSON object"),
+        ("{", "config.json is damaged: it is not JSON"),
+        ("", "config.json is damaged: it is not JSON"),
+        ('{"a": ' + "[" * 100_000 + "]" * 100_000 + "}", "config.json is damaged: it is not JSON"),
+        (
+            '{"a": "' + "x" * 17 * 2**20 + '"}',
+            "config.json has 17 MiB, .*; a configuration is one object of some kilobytes",
+        ),
         ("{}", "says model_type None, which transformers .* does not know"),
         ('{"model_type": ["llama"]}', r"says model_type \['llama'\], which transformers"),
     ],
@@ -57,7 +60,7 @@ def test_a_broken_configuration_is_named(text: str, pattern: str, folder: Path) 
     (folder / "config.json").write_text(text)
     refused(folder, pattern)
     (folder / "config.json").write_bytes(b"\xff\xfe{}")
-    refused(folder, "config.json is not JSON")
+    refused(folder, "config.json is damaged: it is not JSON")
 
 
 @pytest.mark.parametrize("name", ["hidden_size", "vocab_size", "num_hidden_layers", "intermediate_size", "head_dim"])

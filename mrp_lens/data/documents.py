@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from jinja2 import TemplateError
 
 from mrp_lens.data.question import question_columns, read_questions
 from mrp_lens.data.rows import Row, all_of, check_text, digest, evenly, fill, shown, text
@@ -25,8 +26,6 @@ def in_chat(prompt: str, completions: Sequence[str], tokenizer: Any, system: str
         raise ValueError(
             "this tokenizer has no chat template; set tokenizer.chat_template, or write the turns into prompt= as the model expects them"
         )
-    from jinja2 import TemplateError
-
     messages = [{"role": "user", "content": prompt}]
     if system is not None:
         messages.insert(0, {"role": "system", "content": system})

@@ -1,4 +1,7 @@
-"""Where a model comes from: the embedded one, a folder, the Hub or a loaded Hugging Face model; checked before use."""
+"""Where a model comes from: the embedded one, a folder, the Hub or a loaded Hugging Face model; checked before use.
+
+transformers is imported where it is used: that takes seconds, and many who need this package load no model.
+"""
 
 import copy
 import math
@@ -9,6 +12,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 from mrp_lens.utils.io import one_line, read_json
@@ -397,8 +401,6 @@ def free_memory(device: torch.device) -> int:
     """Bytes free on a device."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    import psutil
-
     return int(psutil.virtual_memory().available)
 
 

@@ -44,6 +44,7 @@ def hub_rows(path: str, config: str | None, split: str, schema: Schema | None) -
     Raises:
         ValueError: the data set has several configurations and none is named, or it cannot be read.
     """
+    # Imported here: that takes seconds, which a file should not wait for.
     from datasets import Features, Value, load_dataset
     from datasets.exceptions import DatasetGenerationError
 

@@ -1,4 +1,7 @@
-"""A small random model with the settings of a configuration: what a TransformerLens class ignores shows on it at no cost."""
+"""A small random model with the settings of a configuration: what a TransformerLens class ignores shows on it at no cost.
+
+transformers is imported where it is used, as in `source`.
+"""
 
 import copy
 import json

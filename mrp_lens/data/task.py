@@ -214,7 +214,7 @@ class UnlearningTask:
         """What states are read from, by side; at most `limit` documents of each, evenly spread."""
         return {"forget": self.forget_texts.spread(limit), "retain": self.retain.spread(limit)}
 
-    def asked(self, *, limit: int) -> dict[str, Questions] | dict[str, Corpus]:
+    def asked(self, *, limit: int | None = None) -> dict[str, Questions] | dict[str, Corpus]:
         """What confidence is measured on: the quizzes, or the texts where there are none; at most `limit` a side."""
         return self.quiz(limit=limit) or self.texts(limit=limit)
 

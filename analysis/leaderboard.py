@@ -22,13 +22,12 @@ from analysis.common.standings import compact, few, markdown, pictures, rows_of_
 from analysis.common.verdicts import finding
 from analysis.relearning import Job, piece_of
 from mrp_lens import attacks, metrics
-from mrp_lens.attacks.finetuning import Attacker, Form
-from mrp_lens.attacks.suite import Facts, Plan, possible_forms
+from mrp_lens.attacks.base import FactSplit
+from mrp_lens.attacks.finetuning import Attacker, Form, possible_forms
 from mrp_lens.cli.parsing import numbers, shard_of
-from mrp_lens.edits import Edit, edit_on, load_edit
+from mrp_lens.edits import Edit, edit_on, has_hooks, load_edit, without_hooks
 from mrp_lens.edits.provenance import fingerprint
 from mrp_lens.edits.serialization import stored_bytes
-from mrp_lens.edits.stack import has_hooks, stripped
 from mrp_lens.models import describe
 from mrp_lens.utils.frames import rows_of
 from mrp_lens.utils.io import write_text
@@ -84,10 +83,8 @@ class Leaderboard:
         self.updates = tuple(sorted(set(numbers(options.updates, int, "--updates") or ())))
         self.lr = numbers(options.lr, float, "--lr")
         self.methods = self._methods()
-        self.facts = {
-            seed: Facts.of(study.task, Plan(questions=options.limit, steps=self.updates[-1], seed=seed))
-            for seed in self.seeds
-        }
+        Attacker(steps=self.updates[-1])  # refuses a budget of nothing before any work
+        self.facts = {seed: FactSplit.of(study.task, limit=options.limit, seed=seed) for seed in self.seeds}
         settings = {
             "model": describe(study.model),
             "data": study.task.fingerprints(),
@@ -181,7 +178,7 @@ class Leaderboard:
             "layers": [] if edit is None else list(edit.layers),
             "forms": list(forms),
             "hooks": has_hooks(edit),
-            "weights": stripped(edit) is not None,
+            "weights": without_hooks(edit) is not None,
         }
 
     def quiz(self, job: Job) -> Cell:

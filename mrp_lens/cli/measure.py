@@ -16,7 +16,7 @@ from mrp_lens.cli.unlearn import measure as figures_of
 from mrp_lens.data.task import TaskConfig, UnlearningTask, task_for
 from mrp_lens.edits import Edit, edit_on, load_edit
 from mrp_lens.edits.provenance import label_of
-from mrp_lens.evals.lm_eval import Bos, harness, load_hf, require_harness, task_manager, task_names
+from mrp_lens.evals.lm_eval import Bos, evaluate, load_hf, require_harness, task_manager, task_names
 from mrp_lens.hf import attach
 from mrp_lens.models import load_model
 from mrp_lens.runs.record import Run
@@ -138,7 +138,7 @@ def harness_rows(
     rows: list[Row] = []
     for method, edit in methods.items():
         with nullcontext() if edit is None else attach(hf_model, edit):
-            frame = harness(
+            frame = evaluate(
                 hf_model,
                 asked.tasks,
                 tokenizer=tokenizer,

@@ -10,8 +10,7 @@ from torch import Tensor
 
 from mrp_lens.data import Corpus
 from mrp_lens.data.tokenization import PaddingSide
-from mrp_lens.edits import Edit, ProjectionEdit
-from mrp_lens.edits.stack import projection_in
+from mrp_lens.edits import Edit, ProjectionEdit, projection_in
 from mrp_lens.edits.subspace import Subspace
 from mrp_lens.metrics.activations import StateReader, Texts, When, groups_of, hooks_at
 from mrp_lens.metrics.registry import Measured, register

@@ -3,8 +3,7 @@
 import pandas as pd
 import plotly.graph_objects as go
 
-from mrp_lens.attacks.finetuning import FORM_TITLES
-from mrp_lens.attacks.relearn import best
+from mrp_lens.metrics.recovery import CONTROL_METHODS, FORM_TITLES, best
 from mrp_lens.plots.facets import Panels
 from mrp_lens.plots.frames import beside, facets, figure_of, groups, methods_of, varying
 from mrp_lens.plots.theme import FORGET, GREY, OTHERS, UNIT, Axis, Look, group_colours, room_for
@@ -12,7 +11,6 @@ from mrp_lens.plots.theme import FORGET, GREY, OTHERS, UNIT, Axis, Look, group_c
 ACCURACY = Axis("accuracy", limits=UNIT)
 HELD_OUT, TRAINED, NEW = Look("forget, held out", FORGET), Look("trained on", OTHERS[0]), Look("new facts", OTHERS[3])
 FLOOR, CEILING = "never taught (floor)", "unedited (ceiling)"
-CONTROL_METHODS = ("unedited", "never-taught", "random-trigger")
 NARROWEST = (-0.15, 1.12)  # what an axis of recovery shows at least
 SPREAD = 0.3  # of a method's width, over which its groups are placed side by side
 MEASURES = {

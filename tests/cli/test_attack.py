@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 from typer.testing import CliRunner
 
-from mrp_lens.attacks.suite import Facts, Plan
+from mrp_lens.attacks import FactSplit
 from mrp_lens.cli.app import app
 from mrp_lens.data.task import TaskConfig
 from mrp_lens.edits.provenance import label_of
@@ -111,7 +111,7 @@ def test_entities_and_untaught_questions_come_from_files(files: Path) -> None:
     train, held_out = task.split(limit=30)
     assert len(train) + len(held_out) == 30
     assert not {q.entity for q in train.questions} & {q.entity for q in held_out.questions}
-    facts = Facts.of(task, Plan(seed=3))
+    facts = FactSplit.of(task, seed=3)
     assert facts.untaught is not None
     assert facts.new == facts.untaught.halves(seed=3)[1]
 

@@ -216,7 +216,7 @@ def test_a_model_that_differs_is_removed_and_the_old_folder_stays(
     out = tmp_path / "out"
     export_hf(model, projection(1, site="mlp_out"), out, verify=False, progress=False)
     before = {file.name: file.read_bytes() for file in out.iterdir()}
-    monkeypatch.setattr("mrp_lens.export.export.folded_into", wrong)
+    monkeypatch.setattr("mrp_lens.export.formats.folded_into", wrong)
     with pytest.raises(ExportMismatchError, match="is not the edited one"):
         export_hf(model, projection(1, site="mlp_out"), out, overwrite=True, progress=False)
     assert {file.name: file.read_bytes() for file in out.iterdir()} == before

@@ -73,7 +73,23 @@ def measured(model: Any) -> metrics.Measured:
     )
 
 
-COMPUTE_NOTHING = {"METRICS", "Measured", "Metric", "headings", "register"}
+NO_FIGURES = {
+    *(
+        "ATTACKS",
+        "Attack",
+        "Bypass",
+        "FactSplit",
+        "Jailbreak",
+        "Probe",
+        "Relearn",
+        "Setting",
+        "SuiteConfig",
+        "register",
+    ),
+    *("METRICS", "Measured", "Metric", "headings"),
+    *("notes_of", "rows_of_attacks", "run_suite"),
+}
+"""Public names that are no call, or a call made of the others."""
 WITHOUT_MODEL: dict[str, Callable[[], Any]] = {
     "value": lambda: metrics.value(pd.DataFrame({"accuracy": [0.5], "low": [0.0], "high": [1.0]})),
     "bootstrap_interval": lambda: metrics.bootstrap_interval(np.arange(5.0)),

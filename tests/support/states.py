@@ -78,7 +78,7 @@ States = dict[tuple[int, int], Array]
 def plain_states(model: LensModel, corpus: Corpus, hooks: Sequence[str], edit: Edit | None = None) -> dict[str, States]:
     """Hook -> states."""
     states: dict[str, States] = {name: {} for name in hooks}
-    undo = edit.install(model) if edit is not None else None
+    handle = edit.attach(model) if edit is not None else None
     for number, document in enumerate(corpus.documents):
         ids = ids_of(model, document.prompt + document.completion)
         with torch.no_grad():
@@ -86,8 +86,8 @@ def plain_states(model: LensModel, corpus: Corpus, hooks: Sequence[str], edit: E
         for name in hooks:
             of_document = seen[name][1:].double().numpy()
             states[name] |= {(number, position): state for position, state in enumerate(of_document)}
-    if undo is not None:
-        undo()
+    if handle is not None:
+        handle.detach()
     return states
 
 

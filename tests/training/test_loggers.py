@@ -76,7 +76,7 @@ def test_wandb_keeps_an_offline_run_in_the_folder(tmp_path: Path, monkeypatch: p
     assert run.config["settings"] == {"layers": [1, 2], "rank": None}
     (file,) = (tmp_path / "run" / "wandb").glob("offline-run-*/run-*.wandb")
     written = file.read_bytes()
-    assert all(f"{loss:.17g}".encode() in written for loss in losses)
+    assert all(repr(loss).removesuffix(".0").encode() in written for loss in losses)
 
 
 def test_trackio_is_called_as_its_documentation_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ from mrp_lens.edits import Edit
 from mrp_lens.models import load_model
 from tests.support.edits import projection
 from tests.support.export_cards import tiny_fits
-from tests.support.export_edits import write
+from tests.support.export_edits import content_of, write
 
 EXPORTED = {"folded": projection(1, 2, site="mlp_out"), "module": projection(1, 2), "adapter": projection(1, 2)}
 
@@ -27,9 +27,9 @@ def exports(bridge: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[d
     """A folder of each form, of `EXPORTED`; fails where a test has changed one."""
     place = tmp_path_factory.mktemp("exports")
     folders = {form: write(bridge, edit, place / form, form) for form, edit in EXPORTED.items()}
-    before = {file: file.read_bytes() for file in place.rglob("*") if file.is_file()}
+    before = content_of(place)
     yield folders
-    assert {file: file.read_bytes() for file in place.rglob("*") if file.is_file()} == before
+    assert content_of(place) == before
 
 
 @pytest.fixture

@@ -22,7 +22,16 @@ from tests.conftest import assert_same_state, state_of
 from tests.export.conftest import EXPORTED
 from tests.support.checkpoints import set_config, tensors_in
 from tests.support.edits import logits, projection, weight_edit
-from tests.support.export_edits import TOKENS, assert_exact, every_write, exported, hooked, log_probabilities, write
+from tests.support.export_edits import (
+    TOKENS,
+    assert_exact,
+    content_of,
+    every_write,
+    exported,
+    hooked,
+    log_probabilities,
+    write,
+)
 from tests.support.families import save_family
 
 
@@ -55,7 +64,7 @@ def test_both_classes_write_the_same_files(
 ) -> None:
     """So what is read below is what either has written."""
     out = write(model, EXPORTED[form], tmp_path / "out", form)
-    assert {f.name: f.read_bytes() for f in out.iterdir()} == {f.name: f.read_bytes() for f in exports[form].iterdir()}
+    assert content_of(out) == content_of(exports[form])
     if form != "adapter":
         assert_exact(model, EXPORTED[form], out)
 

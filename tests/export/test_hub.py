@@ -11,6 +11,7 @@ from mrp_lens.edits import Edit, ProjectionEdit, SteeringEdit, load_edit
 from mrp_lens.export.hub import push_to_hub
 from mrp_lens.hf import attach
 from tests.support.edits import projection
+from tests.support.export_edits import content_of
 from tests.support.families import save_family
 from tests.support.hub_standin import Hub, Repository, serving
 
@@ -68,10 +69,6 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
         monkeypatch.setattr(constants, "ENDPOINT", found.endpoint)
         monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
         yield found
-
-
-def content_of(folder: Path) -> dict[str, bytes]:
-    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
 
 def push(folder: Path, hub: Hub, repo_id: str = "me/edited", *, token: str | None = TOKEN, **options: object) -> str:

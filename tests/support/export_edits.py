@@ -115,6 +115,11 @@ def write(model: LensModel, edit: Edit, out: Path, form: str = "auto", **options
     return out
 
 
+def content_of(folder: Path) -> dict[str, bytes]:
+    """Its files, byte for byte."""
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
 def exported(folder: Path, **options: Any) -> Any:
     """What plain transformers loads from a folder, whose code may run."""
     return AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, **options)

@@ -22,8 +22,8 @@ from analysis.common.standings import compact, few, markdown, pictures, rows_of_
 from analysis.common.verdicts import finding
 from analysis.relearning import Job, piece_of
 from mrp_lens import attacks, metrics
-from mrp_lens.attacks.finetuning import Attacker, Form
-from mrp_lens.attacks.suite import Facts, Plan, possible_forms
+from mrp_lens.attacks.base import FactSplit
+from mrp_lens.attacks.finetuning import Attacker, Form, possible_forms
 from mrp_lens.cli.parsing import numbers, shard_of
 from mrp_lens.edits import Edit, edit_on, has_hooks, load_edit, without_hooks
 from mrp_lens.edits.provenance import fingerprint
@@ -83,10 +83,8 @@ class Leaderboard:
         self.updates = tuple(sorted(set(numbers(options.updates, int, "--updates") or ())))
         self.lr = numbers(options.lr, float, "--lr")
         self.methods = self._methods()
-        self.facts = {
-            seed: Facts.of(study.task, Plan(questions=options.limit, steps=self.updates[-1], seed=seed))
-            for seed in self.seeds
-        }
+        Attacker(steps=self.updates[-1])  # refuses a budget of nothing before any work
+        self.facts = {seed: FactSplit.of(study.task, limit=options.limit, seed=seed) for seed in self.seeds}
         settings = {
             "model": describe(study.model),
             "data": study.task.fingerprints(),

@@ -7,8 +7,8 @@ from typing import Any, Literal
 import pandas as pd
 
 from mrp_lens import attacks
+from mrp_lens.attacks.base import FactSplit
 from mrp_lens.attacks.finetuning import Form, Parameters
-from mrp_lens.attacks.suite import Facts, Plan
 from mrp_lens.data import Corpus, Questions
 from mrp_lens.data.questions import Half
 from mrp_lens.data.task import UnlearningTask
@@ -117,7 +117,7 @@ def retrain(
         ValueError: the case lacks the questions that this attack needs, or they do not say whom they are about.
     """
     split = attack.split if attack.split != USUAL.split else None  # by entity where the questions know it
-    facts = Facts.of(task, Plan(split=split, questions=limit, seed=seed))
+    facts = FactSplit.of(task, by=split, limit=limit, seed=seed)
     sources: dict[str, Questions | Corpus | None] = {
         "half": facts.train,
         "near": task.retain_questions,

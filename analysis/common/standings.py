@@ -7,7 +7,7 @@ import pandas as pd
 
 from analysis.common.attackers import NEVER_TAUGHT, UNEDITED
 from mrp_lens.attacks import best
-from mrp_lens.attacks.finetuning import FORM_TITLES
+from mrp_lens.metrics.recovery import FORM_TITLES
 
 CELLS = Mapping[tuple[str, int], Mapping[str, Mapping[str, Any]]]
 HOOKS, WEIGHTS, BOTH = "hooks", "weights", "hooks and weights"

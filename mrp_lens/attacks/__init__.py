@@ -1,9 +1,43 @@
-"""What survives an edit: retraining, probes, bypasses and triggers, each against facts that were never taught."""
+"""What survives an edit: retraining, probes, bypasses and triggers, each against facts that were never taught.
 
-from mrp_lens.attacks.bypass import bypass
-from mrp_lens.attacks.gcg import jailbreak
+An attack is one file: a function for notebooks and a registered dataclass of its budgets, which suites run.
+"""
+
+# In the order in which suites run them:
+# isort: off
+from mrp_lens.attacks.relearn import Relearn, relearn, relearned, with_floor
+from mrp_lens.attacks.probe import Probe, probe
+from mrp_lens.attacks.bypass import Bypass, bypass
+from mrp_lens.attacks.gcg import Jailbreak, jailbreak
+
+# isort: on
+from mrp_lens.attacks.base import FactSplit, Setting
 from mrp_lens.attacks.gradients import input_gradients
-from mrp_lens.attacks.probe import probe
-from mrp_lens.attacks.relearn import best, relearn, relearned, with_floor
+from mrp_lens.attacks.registry import ATTACKS, Attack, register
+from mrp_lens.attacks.suite import SuiteConfig, run_suite
+from mrp_lens.attacks.summary import notes_of, rows_of_attacks
+from mrp_lens.metrics.recovery import best
 
-__all__ = ["best", "bypass", "input_gradients", "jailbreak", "probe", "relearn", "relearned", "with_floor"]
+__all__ = [
+    "ATTACKS",
+    "Attack",
+    "Bypass",
+    "FactSplit",
+    "Jailbreak",
+    "Probe",
+    "Relearn",
+    "Setting",
+    "SuiteConfig",
+    "best",
+    "bypass",
+    "input_gradients",
+    "jailbreak",
+    "notes_of",
+    "probe",
+    "register",
+    "relearn",
+    "relearned",
+    "rows_of_attacks",
+    "run_suite",
+    "with_floor",
+]

@@ -1,6 +1,6 @@
 """What brings the answers back without any training: hooks taken off, weights rounded, directions removed, other words."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -10,16 +10,21 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 from tqdm.auto import tqdm
+from typing_extensions import override
 
 from mrp_lens.attacks.ablation import ablated, junk_directions, noisy
-from mrp_lens.attacks.evaluation import Counted, check_held_out, counted, guessed, recovery
+from mrp_lens.attacks.base import Attack, Frames, Setting
+from mrp_lens.attacks.evaluation import chance, check_held_out, score
 from mrp_lens.attacks.prompting import check_same_facts, few_shot, forget_token, in_context, with_token
-from mrp_lens.attacks.quantization import rounded
+from mrp_lens.attacks.quantization import quantized
+from mrp_lens.attacks.registry import register
+from mrp_lens.attacks.summary import ACCURACIES, NO_ATTACK, RECOVERY, columns, without_attack
 from mrp_lens.data import Corpus, Questions
 from mrp_lens.edits import Edit, edit_on, has_hooks, without_hooks
 from mrp_lens.edits.subspace import random_units
 from mrp_lens.metrics.bootstrap import bootstrap_interval
 from mrp_lens.metrics.multiple_choice import answered_right, choice_scores
+from mrp_lens.metrics.recovery import Score, recovery
 from mrp_lens.models import LensModel
 from mrp_lens.utils.torch_state import ordinary_torch
 from mrp_lens.utils.validation import generator_for
@@ -67,10 +72,10 @@ class Target:
     seed: int
     progress: bool
 
-    def count(self, edit: Edit | None, questions: Questions, change: Change = nullcontext) -> Counted:
+    def count(self, edit: Edit | None, questions: Questions, change: Change = nullcontext) -> Score:
         """Right answers with the edit on, and then the change."""
         with edit_on(self.model, edit), change(self.model):
-            return counted(self.model, questions, batch_size=self.batch_size)
+            return score(self.model, questions, batch_size=self.batch_size)
 
     def right(self, edit: Edit | None, questions: Questions) -> NDArray[np.float64]:
         """1 for each question that is answered right with the edit on, 0 for the others."""
@@ -129,7 +134,7 @@ def _direction_ablated(task: Target) -> Iterator[Variant]:
 
 def _weights_rounded(task: Target) -> Iterator[Variant]:
     for bits in BITS:
-        yield Variant(f"weights rounded to {bits} bits", task.edit, partial(rounded, bits=bits))
+        yield Variant(f"weights rounded to {bits} bits", task.edit, partial(quantized, bits=bits))
 
 
 def _noise(task: Target) -> Iterator[Variant]:
@@ -304,12 +309,12 @@ def bypass(
     return pd.DataFrame(rows).assign(attack="bypass").reindex(columns=list(_COLUMNS))
 
 
-def _row(task: Target, variant: Variant, before: Counted, edited: Counted) -> dict[str, Any]:
+def _row(task: Target, variant: Variant, before: Score, edited: Score) -> dict[str, Any]:
     asked = variant.reword(task.held_out)
     after = task.count(variant.edit, asked, variant.change)
     ceiling = after if variant.edit is None else task.count(None, asked, variant.change)
     untaught = None if task.untaught is None else variant.reword(task.untaught)
-    floor = guessed(asked) if untaught is None else task.count(variant.edit, untaught, variant.change)
+    floor = chance(asked) if untaught is None else task.count(variant.edit, untaught, variant.change)
     return {
         "variant": variant.name,
         "layer": variant.layer,
@@ -354,3 +359,44 @@ def _check_data(kind: type[Questions] | type[Corpus], **given: Any) -> None:
             raise TypeError(f"{name} must be {kind.__name__} or None, got {type(data).__name__}")
         if data is not None and not len(data):
             raise ValueError(f"{name} ({data.name!r}) is empty; leave it out, or give at least one")
+
+
+@register(
+    "bypass",
+    summary="Gets around the edit without any training: hooks off, directions out, other words.",
+    source="arXiv 2409.18025",
+)
+@dataclass(frozen=True, kw_only=True)
+class Bypass(Attack):
+    """Every kind of bypass that the edit and the data allow; there is nothing to set."""
+
+    @override
+    def run(self, setting: Setting) -> Frames:
+        """The frame "bypass"."""
+
+        def found() -> pd.DataFrame:
+            return bypass(
+                setting.model,
+                setting.edit,
+                held_out=setting.facts.held_out,
+                untaught=setting.facts.untaught,
+                shots=setting.facts.train,
+                forget=setting.task.forget_texts,
+                retain=setting.task.retain,
+                retain_questions=setting.retain_questions,
+                seed=setting.seed,
+                progress=setting.progress,
+            )
+
+        return {"bypass": setting.frame("bypass", found)}
+
+    @override
+    def rows(self, frames: Frames, name: str) -> Iterator[Mapping[str, Any]]:
+        """A row a variant."""
+        for row in frames["bypass"].to_dict("records") if "bypass" in frames else ():
+            if row["kind"] == NO_ATTACK:
+                yield without_attack(row, name)
+            elif pd.notna(row["recovery"]):
+                yield {"method": name, "attack": row["variant"], **columns(row, ACCURACIES, RECOVERY)}
+            else:  # on retain questions, of which nothing was removed
+                yield {"method": name, "attack": row["variant"], **columns(row, ("n", *ACCURACIES[1:4], "ceiling"))}

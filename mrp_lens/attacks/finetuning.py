@@ -4,7 +4,7 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from jaxtyping import Float
@@ -13,12 +13,13 @@ from torch.nn.utils import parametrize
 from typing_extensions import override
 
 from mrp_lens.data import Corpus
-from mrp_lens.data.tokenization import Batches
-from mrp_lens.edits import Edit, edit_on, has_hooks, without_hooks
+from mrp_lens.data.tokenization import Batches, Encoder
+from mrp_lens.edits import Edit, edit_on, has_hooks, projection_in, without_hooks
 from mrp_lens.edits.merging import applied_in_weights
 from mrp_lens.models import LensModel, check_lens_model, checkpoint_tensors, encoder_for, is_bridge, restored
 from mrp_lens.models.finite import NonFiniteError, non_finite
 from mrp_lens.models.hooks import frozen
+from mrp_lens.training.callbacks import Callback, Evaluation
 from mrp_lens.training.loop import NonFiniteLossError, train
 from mrp_lens.training.losses import cross_entropy, predictions
 from mrp_lens.training.optim import MasterAdamW, Trainable, trainable
@@ -26,18 +27,15 @@ from mrp_lens.utils.torch_state import ordinary_torch, refuse_inference_tensors
 from mrp_lens.utils.validation import generator_for, one_of, positive
 
 Form = Literal["kept", "stripped", "weights"]
-FORM_TITLES: dict[str, str] = {"kept": "edit kept", "stripped": "hooks stripped", "weights": "in the weights"}
+Parameters = Literal["all", "lora", "before", "at", "after"]
 Outcome = Literal["finished", "interrupted", "diverged"]
 
 LR_BY_WIDTH = 0.128  # 1e-3 at d_model 128, 3e-5 at 4096
 LR_SHARES = (0.3, 1.0, 3.0)
 LORA_SHARE = 10.0  # low-rank factors start at 0 and take larger steps
+LORA_RANK = 8
 
 logger = logging.getLogger(__name__)
-
-
-Parameters = Literal["all", "lora", "before", "at", "after"]
-LORA_RANK = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,8 +47,9 @@ class Attacker:
         batch_size: documents an update.
         form: what is retrained. "kept": the model with the edit on; "stripped": with its hooks removed; "weights": with
             its projections written into the weights, which retraining can then undo.
-        parameters: what may change: "all" tensors of the checkpoint, those "before" the first edited layer, "at" the
-            edited layers, "after" the last; or low-rank updates of the matrices, "lora" (Bridge only).
+        parameters: what may change: "all" tensors of the checkpoint; those "before" the first edited layer (embeddings
+            included), "at" the edited layers (from the first to the last), "after" the last (with the unembedding);
+            or, "lora", low-rank updates of every matrix in the blocks (arXiv 2106.09685; Bridge only).
         lora_rank: rank of these.
         seed: of the order of the data.
 
@@ -108,7 +107,7 @@ class Attacker:
         taught: Corpus,
         *,
         lr: float,
-        score: Callable[[int], None] | None = None,
+        evaluate: Callable[[int], object] | None = None,
         marks: Sequence[int] = (),
         progress: bool = True,
     ) -> Iterator[Outcome]:
@@ -121,7 +120,7 @@ class Attacker:
             edit: None: the unedited model.
             taught: what it is trained on; the completions count.
             lr: learning rate.
-            score: called with the number of updates done, whenever that is among `marks`.
+            evaluate: called with the number of updates done, whenever that is among `marks`.
             marks: from 0 to `steps`.
             progress: show a progress bar.
 
@@ -133,8 +132,17 @@ class Attacker:
             ValueError: nothing to train on, or a model that was loaded in inference mode.
             NonFiniteError: the model's logits are NaN or infinite before the first update.
         """
+        evaluation = [] if evaluate is None else [Evaluation(evaluate, marks)]
         with ordinary_torch(gradients=True), ExitStack() as entered:
-            outcome = self._retrain(entered, model, edit, taught, lr, score, marks, progress)
+            encoder = encoder_for(model)
+            rows = [row for row in encoder.encode(taught.documents) if any(row.in_loss[1:])]
+            if not rows:
+                raise ValueError(f"nothing to train on: {taught.name!r} holds no document with a token to predict")
+            batches = Batches(rows, self.batch_size, generator_for(self.seed))
+            entered.enter_context(self.faced_with(model, edit))
+            tensors = unlocked(model, edit, self.parameters, lora_rank=self.lora_rank, seed=self.seed)
+            optimizer = MasterAdamW(entered.enter_context(tensors), lr)
+            outcome = self._train(model, batches, encoder, optimizer, lr, evaluation, progress)
             as_before = entered.pop_all()
         try:
             yield outcome  # to code that sees torch as its own settings have it
@@ -142,53 +150,57 @@ class Attacker:
             with ordinary_torch(gradients=True):
                 as_before.close()
 
-    def _retrain(
+    def _train(
         self,
-        entered: ExitStack,
         model: LensModel,
-        edit: Edit | None,
-        taught: Corpus,
+        batches: Batches,
+        encoder: Encoder,
+        optimizer: MasterAdamW,
         lr: float,
-        score: Callable[[int], None] | None,
-        marks: Sequence[int],
+        callbacks: Sequence[Callback],
         progress: bool,
     ) -> Outcome:
-        encoder = encoder_for(model)
-        documents = [row for row in encoder.encode(taught.documents) if any(row.in_loss[1:])]
-        if not documents:
-            raise ValueError(f"nothing to train on: {taught.name!r} holds no document with a token to predict")
-        batches = Batches(documents, self.batch_size, generator_for(self.seed))
-        updates = 0
+        begun = False
 
         def losses(step: int) -> Iterator[dict[str, Tensor]]:
-            nonlocal updates
-            updates = step
-            if score is not None and step in marks:
-                score(step)
+            nonlocal begun
             batch = encoder.collate(next(batches))
             loss = cross_entropy(predictions(model, batch), batch).mean()
-            if not updates and not bool(torch.isfinite(loss)):  # it is the model, and not the rate
+            if not step and not bool(torch.isfinite(loss)):  # it is the model, and not the rate
                 raise non_finite(model, batch.tokens, batch.attention_mask, "the losses")
             yield {"loss": loss}
+            begun = True
 
-        entered.enter_context(self.faced_with(model, edit))
-        tensors = entered.enter_context(
-            unlocked(model, edit, self.parameters, lora_rank=self.lora_rank, seed=self.seed)
-        )
         description = f"retraining ({self.form}, lr {lr:.2g})"
         try:
-            run = train(losses, MasterAdamW(tensors, lr), steps=self.steps, description=description, progress=progress)
-            if run.interrupted:
-                return "interrupted"
-            updates = self.steps
-            if score is not None and self.steps in marks:
-                score(self.steps)
+            run = train(
+                losses, optimizer, steps=self.steps, description=description, progress=progress, callbacks=callbacks
+            )
         except (NonFiniteLossError, NonFiniteError) as error:
-            if not updates:
+            if not begun:
                 raise
             logger.warning("%s", error)
             return "diverged"
-        return "finished"
+        return "interrupted" if run.interrupted else "finished"
+
+
+def possible_forms(model: LensModel, edit: Edit, wanted: tuple[Form, ...] | None) -> tuple[Form, ...]:
+    """The forms that are wanted, or all in which this edit can be retrained.
+
+    Raises:
+        ValueError: one that is wanted and that the edit does not have.
+    """
+    found: list[Form] = []
+    for form in wanted or get_args(Form):
+        if wanted is None and form == "weights" and projection_in(edit) is None:
+            continue  # it is in the weights as it is, or is no projection
+        try:
+            with Attacker(form=form).faced_with(model, edit):
+                found.append(form)
+        except ValueError:
+            if wanted is not None:
+                raise
+    return tuple(found)
 
 
 @contextmanager
@@ -200,11 +212,8 @@ def unlocked(
     Args:
         model: with the edit on.
         edit: tells "before", "at" and "after" apart.
-        parameters: "all" of the checkpoint's tensors; those "before" the first edited layer (embeddings included), "at"
-            the edited layers (from the first to the last), "after" the last (with the unembedding); "lora": low-rank
-            updates of every matrix in the blocks (arXiv 2106.09685).
-        lora_rank: rank of those.
-        seed: of their start.
+        parameters, lora_rank: see `Attacker`.
+        seed: of the start of low-rank updates.
 
     Raises:
         ValueError: LoRA on a HookedTransformer, a choice that leaves nothing to train, or a model that was loaded in

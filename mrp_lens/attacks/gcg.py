@@ -2,7 +2,7 @@
 
 import logging
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any, Literal, get_args
@@ -12,23 +12,30 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
+from typing_extensions import override
 
-from mrp_lens.attacks.evaluation import Counted, check_held_out, guessed, recovery
-from mrp_lens.attacks.gradients import answer_losses, input_gradient
+from mrp_lens.attacks.base import Attack, Frames, Setting, labelled
+from mrp_lens.attacks.evaluation import chance, check_held_out
+from mrp_lens.attacks.gradients import answer_losses, input_gradient, input_gradients
+from mrp_lens.attacks.registry import register
+from mrp_lens.attacks.summary import ACCURACIES, RECOVERY, columns, without_attack
 from mrp_lens.data import Document, Questions
 from mrp_lens.data.tokenization import Encoded, Encoder, TokenBatch, in_order
 from mrp_lens.edits import Edit, edit_on
 from mrp_lens.metrics.activations import states_of
-from mrp_lens.metrics.multiple_choice import answered_right
-from mrp_lens.metrics.perplexity import encoded_choices, mean_log_probabilities
+from mrp_lens.metrics.multiple_choice import answered_right, encoded_choices, mean_log_probabilities
+from mrp_lens.metrics.recovery import RANDOM_TRIGGER, Score, recovery
 from mrp_lens.models import LensModel, check_layers, check_lens_model, dtype_of, encoder_for, logits_of
 from mrp_lens.models.finite import NonFiniteError, check_states
 from mrp_lens.models.hooks import captured, frozen, hook_name, run_segment
+from mrp_lens.utils.interrupts import deferred
 from mrp_lens.utils.torch_state import ordinary_torch, refuse_inference_tensors
-from mrp_lens.utils.validation import generator_for
+from mrp_lens.utils.validation import generator_for, positive
 
 logger = logging.getLogger(__name__)
 Loss = Literal["answer", "representation"]
+SEARCHES = {"answer": "answers", "representation": "states"}  # objective -> what the summary calls it
+EVERY = 25  # steps from one scoring of a suite's search to the next
 
 
 @dataclass(frozen=True)
@@ -109,14 +116,14 @@ class Slots:
         return prompt[:at], prompt[at:]
 
 
-def count_right(
+def score_with_trigger(
     model: LensModel, slots: Slots, questions: Questions, trigger: Sequence[int] = (), *, batch_size: int = 128
-) -> Counted:
-    """How many questions are answered right with the trigger in every prompt; as `recovery.counted`, which see."""
+) -> Score:
+    """How many questions are answered right with the trigger in every prompt; as `evaluation.score`, which see."""
     rows = [slot.filled(trigger) for slot in slots.of_choices(questions)]
     sizes = [len(q.choices) for q in questions.questions]
     scores = mean_log_probabilities(model, slots.encoder, rows, sizes, batch_size=batch_size)
-    return Counted(float(answered_right(scores, questions).sum()), len(questions))
+    return Score(float(answered_right(scores, questions).sum()), len(questions))
 
 
 @dataclass(frozen=True)
@@ -292,9 +299,9 @@ def jailbreak(
         `step`, steps of search behind it; `loss`, the mean over all of `train`; `train_accuracy`, `held_out_accuracy`,
         `untaught_accuracy` (chance without `untaught`) in [0, 1], of the edited model with this trigger;
         `accuracy_before`, the unedited model's on `held_out` without a trigger; `n` held-out questions; `recovery`
-        with its 95% interval `recovery_low`, `recovery_high`, as `recovery.recovery` says; `trigger`, its text (its
+        with its 95% interval `recovery_low`, `recovery_high`, as `metrics.recovery` says; `trigger`, its text (its
         tokens are spliced in, so that typing the text may give others).
-        After Ctrl-C the rows so far and the trigger so far, with a logged warning.
+        After Ctrl-C the rows so far and the trigger so far, with a logged warning; `frame.attrs["interrupted"]` tells.
 
     Raises:
         TypeError: train, held_out or untaught are no Questions.
@@ -316,7 +323,7 @@ def jailbreak(
     slots = Slots.for_model(model, marker, length)
     rows: list[dict[str, Any]] = []
     with frozen(model), tqdm(total=steps, desc=f"jailbreak ({loss})", disable=not progress) as bar:
-        before = count_right(model, slots, held_out, batch_size=batch_size)
+        before = score_with_trigger(model, slots, held_out, batch_size=batch_size)
         objective = (
             answer_objective(model, slots, train)
             if loss == "answer"
@@ -327,8 +334,8 @@ def jailbreak(
 
         def score(kind: str, step: int, trigger: Tensor) -> None:
             ids = trigger.tolist()
-            count = partial(count_right, model, slots, trigger=ids, batch_size=batch_size)
-            back, floor = count(held_out), guessed(held_out) if untaught is None else count(untaught)
+            count = partial(score_with_trigger, model, slots, trigger=ids, batch_size=batch_size)
+            back, floor = count(held_out), chance(held_out) if untaught is None else count(untaught)
             rows.append(
                 {
                     "kind": kind,
@@ -349,18 +356,24 @@ def jailbreak(
             score("none", 0, torch.tensor([], dtype=torch.long))
             trigger = search.start()
             score("random", 0, trigger)
-            done = 0
+            done, interrupted = 0, False
             try:
-                while done < steps:
-                    trigger, done = search.step(trigger), done + 1
-                    bar.update()
-                    if done % every == 0 or done == steps:
-                        score("found", done, trigger)
+                with deferred(terminate=False) as asked:
+                    while done < steps and not asked:
+                        trigger, done = search.step(trigger), done + 1
+                        bar.update()
+                        if done % every == 0 or done == steps:
+                            score("found", done, trigger)
+                interrupted = bool(asked)
             except KeyboardInterrupt:
+                interrupted = True
+            if interrupted:
                 logger.warning("jailbreak: interrupted after %d of %d steps; the trigger so far is kept", done, steps)
                 if rows[-1]["step"] < done:
                     score("found", done, trigger)
-    return pd.DataFrame(rows)
+    frame = pd.DataFrame(rows)
+    frame.attrs["interrupted"] = interrupted
+    return frame
 
 
 def answer_objective(model: LensModel, slots: Slots, train: Questions) -> Objective:
@@ -424,3 +437,68 @@ def _check_questions(train: Questions, held_out: Questions, untaught: Questions 
                 f"{len(shared)} untaught questions are in train or held_out too, such as {shared[0]!r}: "
                 "give questions about facts that the model was never taught, or None"
             )
+
+
+@register("jailbreak", summary="Searches for a trigger for all prompts, by gradients.", source="arXiv 2307.15043")
+@dataclass(frozen=True, kw_only=True)
+class Jailbreak(Attack):
+    """A trigger search for each loss, and how steep the loss is towards the input.
+
+    Attributes:
+        search_steps: of each search.
+    """
+
+    search_steps: int = 50
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        positive(search_steps=self.search_steps)
+
+    @override
+    def run(self, setting: Setting) -> Frames:
+        """The frames "jailbreak_curve" (with the column `objective`) and "input_gradients"."""
+        searches = []
+        for objective in get_args(Loss):
+
+            def search(objective: Loss = objective) -> pd.DataFrame:
+                frame = jailbreak(
+                    setting.model,
+                    setting.edit,
+                    train=setting.facts.train,
+                    held_out=setting.facts.held_out,
+                    untaught=setting.facts.untaught,
+                    loss=objective,
+                    steps=self.search_steps,
+                    every=EVERY,
+                    seed=setting.seed,
+                    progress=setting.progress,
+                )
+                return frame.assign(objective=objective)
+
+            searches.append(setting.frame(f"jailbreak-{objective}", search))
+
+        def gradients() -> pd.DataFrame:
+            asked = labelled({"forget": setting.facts.held_out, "retain": setting.retain_questions})
+            frame = input_gradients(setting.model, setting.edit, asked, seed=setting.seed, progress=setting.progress)
+            return frame[frame["group"] != "all"]
+
+        return {
+            "jailbreak_curve": pd.concat(searches, ignore_index=True).assign(method=setting.name),
+            "input_gradients": setting.frame("gradients", gradients).assign(method=setting.name),
+        }
+
+    @override
+    def rows(self, frames: Frames, name: str) -> Iterator[Mapping[str, Any]]:
+        """The last trigger of each search, and once a random one."""
+        if "jailbreak_curve" not in frames:
+            return
+        for number, (objective, part) in enumerate(frames["jailbreak_curve"].groupby("objective", sort=False)):
+            renamed = {"held_out_accuracy": "accuracy_after", "untaught_accuracy": "floor"}
+            rows = part.rename(columns=renamed).assign(ceiling=part["accuracy_before"]).to_dict("records")
+            plain, random, *_, found = [row | {"accuracy_edited": rows[0]["accuracy_after"]} for row in rows]
+            shown = [(name, f"jailbreak, {SEARCHES[str(objective)]}", found)]
+            if number == 0:
+                yield without_attack(plain, name)
+                shown.append((RANDOM_TRIGGER, "jailbreak", random))
+            for method, attack, row in shown:
+                yield {"method": method, "attack": attack, **columns(row, ACCURACIES, RECOVERY)}

@@ -1,23 +1,30 @@
 """What an edited model still knows inside: bits about the right answer that a probe reads off its states."""
 
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import pandas as pd
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
+from typing_extensions import override
 
+from mrp_lens.attacks.base import Attack, Frames, Setting, labelled
 from mrp_lens.attacks.evaluation import check_held_out
-from mrp_lens.attacks.v_information import FOLDS, Facts, Kind, Readout, usable_information
+from mrp_lens.attacks.registry import register
+from mrp_lens.attacks.relearn import Relearn
+from mrp_lens.attacks.v_information import FOLDS, Kind, LabelledStates, VInformation, usable_information
 from mrp_lens.data import Document, Questions
 from mrp_lens.data.tokenization import PaddingSide
 from mrp_lens.edits import Edit, edit_on
 from mrp_lens.metrics.activations import hooks_at
 from mrp_lens.metrics.bootstrap import bootstrap_interval
-from mrp_lens.metrics.logit_lens import last_states
+from mrp_lens.metrics.logit_lens import last_states, logit_lens
+from mrp_lens.metrics.recovery import UNEDITED
 from mrp_lens.models import LensModel, encoder_for
 from mrp_lens.models.hooks import Site, frozen
+from mrp_lens.utils.frames import rows_of
 from mrp_lens.utils.torch_state import ordinary_torch
 from mrp_lens.utils.validation import generator_for, one_of, positive
 
@@ -52,7 +59,7 @@ def probe(
     targets, and for every set of questions with as many choices.
 
     What the probe cannot use counts as absent: zero bits do not show that nothing is there. How it is fitted, and why
-    it seldom falls below zero when it has nothing to go on: `readout.usable_information`. It is fitted on the CPU. Ask the
+    it seldom falls below zero when it has nothing to go on: `v_information.usable_information`. It is fitted on the CPU. Ask the
     unedited model as well: where it gives nothing either, a zero says nothing about the edit. (A model that continues
     text need not note whether a choice that it has read is true, and then target "choice" finds nothing.)
 
@@ -113,16 +120,16 @@ def probe(
         }
     rows = []
     for layer in tqdm(hooks, desc=f"fitting {kind} probes", disable=not progress):
-        found: dict[str, list[tuple[Readout, int, int]]] = {}
+        found: dict[str, list[tuple[VInformation, int, int]]] = {}
         for (group, known, asked), (of_known, of_asked, classes) in zip(pairs, labels, strict=True):
-            facts = Facts(states[id(known)][hooks[layer]], *of_known)
-            asked_facts = Facts(states[id(asked)][hooks[layer]], *of_asked)
+            facts = LabelledStates(states[id(known)][hooks[layer]], *of_known)
+            asked_facts = LabelledStates(states[id(asked)][hooks[layer]], *of_asked)
             parts = {group: facts}
             if group == "held-out":
                 parts["shuffled"] = facts.shuffled(generator_for(seed))
             for name, learned in parts.items():
-                readout = usable_information(learned, asked_facts, kind=kind, seed=seed)
-                found.setdefault(name, []).append((readout, classes, len(known)))
+                estimate = usable_information(learned, asked_facts, kind=kind, seed=seed)
+                found.setdefault(name, []).append((estimate, classes, len(known)))
         rows += [
             {"layer": layer, "kind": kind, "target": target, "group": group, **_figures(parts, seed)}
             for group, parts in found.items()
@@ -151,7 +158,7 @@ def _halves(untaught: Questions, train: Questions, held_out: Questions, seed: in
 def _labels(
     train: Questions, held_out: Questions, target: Target
 ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor], int]:
-    """Choices and right places of both, as `Facts` wants them, and the number of classes.
+    """Choices and right places of both, as `LabelledStates` wants them, and the number of classes.
 
     Raises:
         ValueError: too few training facts.
@@ -201,19 +208,108 @@ def _states(
     return {hook: of_hook[:, 0] if target == "answer" else of_hook for hook, of_hook in kept.items()}
 
 
-def _figures(parts: Sequence[tuple[Readout, int, int]], seed: int) -> dict[str, float | int]:
+def _figures(parts: Sequence[tuple[VInformation, int, int]], seed: int) -> dict[str, float | int]:
     """What the probes of one layer and group make of the facts they were asked for, taken together."""
-    readouts, classes, known = zip(*parts, strict=True)
-    bits = torch.cat([readout.bits for readout in readouts]).cpu().numpy()
+    estimates, classes, known = zip(*parts, strict=True)
+    bits = torch.cat([estimate.bits for estimate in estimates]).cpu().numpy()
     low, high = bootstrap_interval(bits, seed=seed)
     return {
         "bits": float(bits.mean()),
         "low": low,
         "high": high,
-        "entropy": float(torch.cat([readout.blind for readout in readouts]).mean()),
-        "cross_entropy": float(torch.cat([readout.surprise for readout in readouts]).mean()),
-        "accuracy": float(torch.cat([readout.right for readout in readouts]).mean()),
+        "entropy": float(torch.cat([estimate.blind for estimate in estimates]).mean()),
+        "cross_entropy": float(torch.cat([estimate.surprise for estimate in estimates]).mean()),
+        "accuracy": float(torch.cat([estimate.right for estimate in estimates]).mean()),
         "classes": max(classes),
         "train_n": min(known),
         "n": len(bits),
     }
+
+
+@register(
+    "probe",
+    summary="Reads the answers off the states: bits at each layer, before, with the edit, and after retraining.",
+    source="arXiv 2002.10689",
+)
+@dataclass(frozen=True, kw_only=True)
+class Probe(Attack):
+    """A probe and the logit lens on every layer of the unedited, the edited, and the retrained model.
+
+    Attributes:
+        probe_kind: "linear" or "mlp".
+    """
+
+    probe_kind: Kind = "linear"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        one_of(Kind, probe_kind=self.probe_kind)
+
+    @override
+    def run(self, setting: Setting) -> Frames:
+        """The frames "probe_bits" and "logit_lens"."""
+        probes, lenses = [], []
+        for state, name, read in self._states(setting):
+            found = setting.store.once(f"probe-{state}", read)
+            probes.append(pd.DataFrame(found["probe"]).assign(method=name))
+            lenses.append(pd.DataFrame(found["lens"]).assign(method=name))
+        return {
+            "probe_bits": pd.concat(probes, ignore_index=True),
+            "logit_lens": pd.concat(lenses, ignore_index=True),
+        }
+
+    def _states(self, setting: Setting) -> Iterator[tuple[str, str, Callable[[], Mapping[str, Any]]]]:
+        """States of the model: file, name in the frames, and what reads them."""
+        yield UNEDITED, UNEDITED, lambda: self._read(setting, None)
+        yield "edited", setting.name, lambda: self._read(setting, setting.edit)
+
+        def relearned() -> Mapping[str, Any]:
+            with setting.budget(Relearn).relearned(setting):
+                return self._read(setting, None)
+
+        yield "relearned", f"{setting.name}, relearned", relearned
+
+    def _read(self, setting: Setting, edit: Edit | None) -> Mapping[str, Any]:
+        """What a probe and the logit lens read off the model as it is now, and with this edit on."""
+        facts, seed, progress = setting.facts, setting.seed, setting.progress
+        bits = probe(
+            setting.model,
+            edit,
+            train=facts.train,
+            held_out=facts.held_out,
+            untaught=facts.untaught,
+            kind=self.probe_kind,
+            target=target_for(facts.train, facts.held_out),
+            seed=seed,
+            progress=progress,
+        )
+        asked = labelled({"forget": facts.held_out, "never-taught": facts.untaught})
+        with edit_on(setting.model, edit):
+            seen = logit_lens(setting.model, asked, seed=seed, progress=progress)
+        return {"probe": rows_of(bits), "lens": rows_of(seen[seen["group"] != "all"])}
+
+    @override
+    def rows(self, frames: Frames, name: str) -> Iterator[Mapping[str, Any]]:
+        """Each state's best layer."""
+        if "probe_bits" not in frames:
+            return
+        for (state, kind), part in frames["probe_bits"].groupby(["method", "kind"], sort=False):
+            row = part[part["group"] == "held-out"].sort_values("bits", kind="stable").iloc[-1]
+            control = part[(part["group"] == "never-taught") & (part["layer"] == row["layer"])]["bits"]
+            yield {
+                "method": state,
+                "attack": f"probe, {kind}",
+                "n": int(row["n"]),
+                "layer": int(row["layer"]),
+                "bits": row["bits"],
+                "bits_low": row["low"],
+                "bits_high": row["high"],
+                "bits_in_all": row["entropy"],
+                "never_taught_bits": float(control.iloc[0]) if len(control) else float("nan"),
+            }
+
+
+def target_for(train: Questions, held_out: Questions) -> Target:
+    """The target "answer" where answers recur often enough to be classes, else "choice"."""
+    answers = {choice for q in (*train.questions, *held_out.questions) for choice in q.choices}
+    return "answer" if len(answers) <= len(train) else "choice"

@@ -20,7 +20,7 @@ _FEWEST_BITS = 2
 
 
 @contextmanager
-def rounded(model: LensModel, bits: int) -> Iterator[None]:
+def quantized(model: LensModel, bits: int) -> Iterator[None]:
     """Every matrix of the blocks rounded to `bits` bits; embeddings, norms and biases stay. On exit all is as before, bit for bit.
 
     Symmetric rounding to the nearest, one scale an output channel, none left out: what bitsandbytes and others do

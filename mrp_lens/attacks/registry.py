@@ -1,56 +1,20 @@
 """Which attacks there are, and what each says of itself to the suite, the command line, the report page and the leaderboard."""
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from collections.abc import Callable
+from dataclasses import MISSING, fields
+from typing import Any, TypeVar
 
-import pandas as pd
-
+from mrp_lens.attacks.base import Attack
 from mrp_lens.utils.registry import Registry
-from mrp_lens.utils.validation import PlainSettings
 
-if TYPE_CHECKING:
-    from mrp_lens.attacks.suite import Setting
-
-Frames = Mapping[str, pd.DataFrame]
-
-
-class Attack(PlainSettings, ABC):
-    """An attack: a frozen dataclass of budgets that is run on a model with an edit.
-
-    Attributes:
-        name: that tables and commands use.
-        summary: one line on what it does.
-        source: the paper, such as "arXiv 2410.08827".
-    """
-
-    name: ClassVar[str] = ""
-    summary: ClassVar[str] = ""
-    source: ClassVar[str] = ""
-
-    @abstractmethod
-    def run(self, setting: "Setting") -> Frames:
-        """What it finds: name of a figure (or any name of its own) -> tidy frame. Whatever takes longer than a few seconds is
-        kept in `setting.store`, so that an interrupted suite goes on."""
-
-    @abstractmethod
-    def rows(self, frames: Frames, name: str) -> Iterable[Mapping[str, Any]]:
-        """The rows of the summary table: `method`, `attack`, and where they apply `accuracy_before`, `accuracy_edited`,
-        `accuracy_after`, `floor`, `ceiling`, `recovery` with `recovery_low` and `recovery_high`; controls are rows too.
-
-        Args:
-            frames: of `run`.
-            name: of the edit.
-        """
-
-    def notes(self, frames: Frames, name: str) -> Iterable[str]:
-        """Sentences that must be known to read the rows."""
-        return ()
-
+__all__ = ["ATTACKS", "Attack", "register"]
 
 ATTACKS: Registry[type[Attack]] = Registry("attack", "mrp_lens.attacks")
+TAKEN = ("attacks", "model", "edit", "reference", "data", "split", "questions", "seed")
 
 Kind = TypeVar("Kind", bound=type[Any])
+
+_owners: dict[str, str] = dict.fromkeys(TAKEN, "the suite")
 
 
 def register(name: str, *, summary: str, source: str) -> Callable[[Kind], Kind]:
@@ -60,13 +24,29 @@ def register(name: str, *, summary: str, source: str) -> Callable[[Kind], Kind]:
         @dataclass(frozen=True, kw_only=True)
         class Mine(Attack): ...
 
+    A budget's name is its own: the command line offers the budgets of all attacks side by side.
+
     Raises:
-        ValueError: the name is taken or ill-formed.
+        TypeError: it is no dataclass, or a budget has no default.
+        ValueError: the name is taken or ill-formed, or another attack has a budget of the same name.
     """
 
     def registered(kind: Kind) -> Kind:
+        if "__dataclass_fields__" not in vars(kind):
+            raise TypeError(
+                f"{kind.__name__} is no dataclass of its own; put @dataclass(frozen=True, kw_only=True) under @register"
+            )
+        for budget in fields(kind):
+            if budget.default is MISSING and budget.default_factory is MISSING:
+                raise TypeError(f"the budget {budget.name} of the attack {name!r} has no default; give it one")
+            owner = _owners.get(budget.name, name)
+            if owner != name:
+                raise ValueError(
+                    f"the attack {name!r} has a budget {budget.name}, which is one of {owner}; choose another name for it"
+                )
         kind.name, kind.summary, kind.source = name, summary, source
         ATTACKS.add(name, kind)
+        _owners.update((budget.name, name) for budget in fields(kind))
         return kind
 
     return registered

@@ -1,24 +1,37 @@
 """Retraining on T (RTT, arXiv 2410.08827): teach an edited model some of what it lost, and ask for the rest."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, get_args
 
 import pandas as pd
+from typing_extensions import override
 
-from mrp_lens.attacks.evaluation import UNKNOWN, Counted, Exam, counted, recovery
-from mrp_lens.attacks.finetuning import LORA_RANK, Attacker, Form, Parameters
+from mrp_lens.attacks.base import Attack, Frames, Setting
+from mrp_lens.attacks.evaluation import Evaluator, score
+from mrp_lens.attacks.finetuning import LORA_RANK, Attacker, Form, Outcome, Parameters, possible_forms, unlocked
+from mrp_lens.attacks.registry import register
+from mrp_lens.attacks.summary import ACCURACIES, RECOVERY, columns, without_attack
 from mrp_lens.data import Corpus, Questions
 from mrp_lens.edits import Edit
+from mrp_lens.metrics.recovery import FORM_TITLES, NEVER_TAUGHT, UNEDITED, Score, best, recovery
 from mrp_lens.models import LensModel
 from mrp_lens.models.finite import NonFiniteError
 from mrp_lens.utils.torch_state import ordinary_torch
+from mrp_lens.utils.validation import one_of, positive
 
 MARKS = (0, 5, 20, 40, 100)
 """Updates after which an attack is scored, besides its last."""
 TAUGHT = 0.95
 """An attack counts only if its own training questions come to be answered this often."""
+BUDGETS = (5, 20, 100)
+"""Updates after which the summary has a row of the edited model."""
+SLOWER = 0.2
+"""New facts count as learned more slowly where so much of their accuracy is missing, against the unedited model."""
+REFERENCE = "reference"
+WITHOUT_EDIT: tuple[Parameters, ...] = ("all", "lora")  # the others are told apart by the edited layers
 
 
 @ordinary_torch(gradients=True)
@@ -85,36 +98,34 @@ def relearn(
         steps=steps, batch_size=batch_size, form=form, parameters=parameters, lora_rank=lora_rank, seed=seed
     )
     rates = attacker.rates(model, lr)
-    exam = Exam.of(model, edit, limited(train, samples), held_out, untaught, seed=seed)
+    evaluator = Evaluator.of(model, edit, limited(train, samples), held_out, untaught, seed=seed)
     points = sorted({mark for mark in marks if 0 <= mark <= steps} | {steps})
-    rows: list[dict[str, Any]] = []
-    for rate in rates:
-        begun = time.perf_counter()
-        scored: dict[int, dict[str, Any]] = {}
-        learned: dict[int, float] = {}
 
-        def score(step: int, scored: dict[int, dict[str, Any]] = scored, begun: float = begun) -> None:
-            scored[step] = exam.marked(model) | {"seconds": time.perf_counter() - begun}
+    def measured(taught: Corpus, rate: float, measure: Callable[[], Any]) -> tuple[dict[int, Any], Outcome]:
+        """Step -> what is found there, and the seconds until then, while these are taught."""
+        found: dict[int, Any] = {}
+        begun = time.perf_counter()
+
+        def evaluate(step: int) -> None:
+            found[step] = measure(), time.perf_counter() - begun
 
         with attacker.retrained(
-            model, edit, documents_of(exam.taught), lr=rate, score=score, marks=points, progress=progress
+            model, edit, taught, lr=rate, evaluate=evaluate, marks=points, progress=progress
         ) as outcome:
-            pass
+            return found, outcome
+
+    described = {"attack": "relearn", "form": form, "parameters": parameters, "samples": len(evaluator.taught)}
+    rows: list[dict[str, Any]] = []
+    for rate in rates:
+        curve, outcome = measured(documents_of(evaluator.taught), rate, lambda: evaluator.figures(model))
+        learned: dict[int, Any] = {}
         if new is not None and outcome == "finished":
-
-            def score_new(step: int, learned: dict[int, float] = learned, new: Questions = new) -> None:
-                learned[step] = counted(model, new).accuracy
-
-            with attacker.retrained(
-                model, edit, new.right_answers(), lr=rate, score=score_new, marks=points, progress=progress
-            ) as outcome:
-                pass
-        counts = any(row["train_accuracy"] >= TAUGHT for row in scored.values())
-        described = {"attack": "relearn", "form": form, "parameters": parameters, "samples": len(exam.taught)}
-        rows += [
-            described | {"lr": rate, "step": step, **row, "new_accuracy": learned.get(step, UNKNOWN), "counts": counts}
-            for step, row in scored.items()
-        ]
+            learned, outcome = measured(new.right_answers(), rate, lambda: score(model, new).accuracy)
+        counts = any(figures["train_accuracy"] >= TAUGHT for figures, _ in curve.values())
+        for step, (figures, seconds) in curve.items():
+            new_accuracy, _ = learned.get(step, (float("nan"), 0.0))
+            row = described | {"lr": rate, "step": step, **figures, "seconds": seconds}
+            rows.append(row | {"new_accuracy": new_accuracy, "counts": counts})
         if outcome == "interrupted":
             break
     frame = pd.DataFrame(rows)
@@ -161,14 +172,6 @@ def relearned(
         yield model
 
 
-def best(curves: pd.DataFrame) -> pd.DataFrame:
-    """The attacker's best rate after each number of updates: the row with the highest accuracy on V, among rates at
-    which the attack counts where there are any."""
-    keys = [key for key in ("method", "seed", "form", "parameters", "samples", "step") if key in curves]
-    order = curves.sort_values(["counts", "held_out_accuracy"], ascending=False, kind="stable")
-    return order.drop_duplicates(keys).sort_index().reset_index(drop=True)
-
-
 def with_floor(curves: pd.DataFrame, reference: pd.DataFrame, *, seed: int = 0) -> pd.DataFrame:
     """The curves with another floor: a model that never saw what was forgotten, under the same attack.
 
@@ -187,8 +190,8 @@ def with_floor(curves: pd.DataFrame, reference: pd.DataFrame, *, seed: int = 0) 
         if place not in known.index:
             raise ValueError(f"the reference has no row for lr {place[0]:.2g} and step {place[1]}; attack it likewise")
         accuracy, n = known.loc[place]
-        floor = Counted(accuracy * n, int(n))
-        after, ceiling = (Counted(row[name] * row["n"], row["n"]) for name in ("held_out_accuracy", "ceiling"))
+        floor = Score(accuracy * n, int(n))
+        after, ceiling = (Score(row[name] * row["n"], row["n"]) for name in ("held_out_accuracy", "ceiling"))
         found = recovery(after, floor, ceiling, seed=seed).columns()
         rows.append(row | {"floor": floor.accuracy, "n_floor": floor.n} | found)
     return pd.DataFrame(rows)
@@ -211,3 +214,191 @@ def limited(train: Questions | Corpus, samples: int | None) -> Questions | Corpu
 def documents_of(train: Questions | Corpus) -> Corpus:
     """T as documents."""
     return train.right_answers() if isinstance(train, Questions) else train
+
+
+@register(
+    "relearn",
+    summary="Retrains on half of the forgotten facts, and asks for the other half.",
+    source="arXiv 2410.08827",
+)
+@dataclass(frozen=True, kw_only=True)
+class Relearn(Attack):
+    """Retraining, with the edit and without, of each form and choice of parameters at each rate.
+
+    Attributes:
+        forms: of the edit, that are retrained: "kept", "stripped", "weights"; None: all that it has.
+        parameters: that retraining may change: "all", "lora", "before", "at", "after".
+        steps: updates of each retraining.
+        lr: its grid of rates; None: three around 0.128 / d_model (ten times that for "lora").
+        samples: at most this many facts of T are trained on; None: all.
+    """
+
+    forms: tuple[Form, ...] | None = None
+    parameters: tuple[Parameters, ...] = ("all",)
+    steps: int = 100
+    lr: tuple[float, ...] | None = None
+    samples: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for kind, name in ((Form, "forms"), (Parameters, "parameters")):
+            for value in getattr(self, name) or ():
+                one_of(kind, **{name: value})
+        positive(steps=self.steps, samples=self.samples)
+
+    def attacker(self, form: Form, parameters: Parameters, *, seed: int) -> Attacker:
+        """Who retrains this form of the edit."""
+        return Attacker(steps=self.steps, form=form, parameters=parameters, seed=seed)
+
+    @override
+    def resolved(self, model: LensModel, edit: Edit) -> "Relearn":
+        forms = possible_forms(model, edit, self.forms)
+        for parameters in self.parameters:
+            self.attacker("kept", parameters, seed=0).rates(model, self.lr)
+            if parameters != "all":  # which every model has, and which takes a copy of the model
+                with unlocked(model, edit, parameters, lora_rank=LORA_RANK, seed=0):
+                    pass
+        return replace(self, forms=forms)
+
+    @override
+    def run(self, setting: Setting) -> Frames:
+        """The frame "relearning_curves"; of the unedited model too, and with the floor of the reference if there is one."""
+        curves = []
+        for parameters in self.parameters:
+            targets: list[tuple[str, Edit | None, Form]] = [
+                (setting.name, setting.edit, form) for form in self.forms or get_args(Form)
+            ]
+            if parameters in WITHOUT_EDIT:
+                targets.append((UNEDITED, None, "kept"))
+            found = [self._curves(setting, setting.model, *target, parameters) for target in targets]
+            if setting.reference is not None and parameters in WITHOUT_EDIT:
+                floor = self._curves(setting, setting.reference, REFERENCE, None, "kept", parameters)
+                found = [self._on_floor(frame, floor, setting.seed) for frame in found]
+            curves += found
+        return {"relearning_curves": pd.concat(curves, ignore_index=True)}
+
+    def _curves(
+        self, setting: Setting, model: LensModel, name: str, edit: Edit | None, form: Form, parameters: Parameters
+    ) -> pd.DataFrame:
+        """One curve a rate."""
+        frames = []
+        for rate in self.attacker(form, parameters, seed=setting.seed).rates(setting.model, self.lr):
+
+            def curve(rate: float = rate) -> pd.DataFrame:
+                return relearn(
+                    model,
+                    edit,
+                    train=setting.facts.train,
+                    held_out=setting.facts.held_out,
+                    untaught=setting.facts.untaught,
+                    new=setting.facts.new,
+                    steps=self.steps,
+                    lr=rate,
+                    samples=self.samples,
+                    form=form,
+                    parameters=parameters,
+                    seed=setting.seed,
+                    progress=setting.progress,
+                )
+
+            role = name if edit is None else "edited"
+            frames.append(setting.frame(f"relearn-{role}-{form}-{parameters}-lr{rate:.6g}", curve))
+        return pd.concat(frames, ignore_index=True).assign(method=name)
+
+    def _on_floor(self, curves: pd.DataFrame, floor: pd.DataFrame, seed: int) -> pd.DataFrame:
+        """With the reference's floor, at the rates at which its loss stayed finite; as they are if there is none."""
+        whole = floor.loc[floor["step"] == self.steps, "lr"]
+        comparable = curves[curves["lr"].isin(whole)]
+        return with_floor(comparable, floor, seed=seed) if len(comparable) else curves
+
+    @contextmanager
+    def relearned(self, setting: Setting) -> Iterator[LensModel]:
+        """The model after retraining at the middle rate, with the edit kept.
+
+        Raises:
+            NonFiniteError: the loss became infinite.
+            KeyboardInterrupt: Ctrl-C.
+        """
+        attacker = self.attacker("kept", "all", seed=setting.seed)
+        rates = attacker.rates(setting.model, self.lr)
+        rate = rates[len(rates) // 2]
+        taught = documents_of(limited(setting.facts.train, self.samples))
+        with attacker.retrained(setting.model, setting.edit, taught, lr=rate, progress=setting.progress) as outcome:
+            if outcome == "interrupted":
+                raise KeyboardInterrupt
+            if outcome == "diverged":
+                raise NonFiniteError(
+                    f"retraining at lr {rate:.2g} made the loss NaN or infinite, so that there is no retrained model to probe; "
+                    "give lower rates"
+                )
+            yield setting.model
+
+    @override
+    def rows(self, frames: Frames, name: str) -> Iterator[Mapping[str, Any]]:
+        """The edit's rows at the attacker's best rate, the never-taught control of each, and the unedited model's.
+
+        The edit's row "no attack" has `forget_accuracy`, `untaught_accuracy`, and where there are such forms and budgets
+        `recovery_5`, `recovery_20`, `recovery_100`, `recovery_100_stripped`, `recovery_100_weights`.
+        """
+        if "relearning_curves" not in frames:
+            return
+        found = best(frames["relearning_curves"]).rename(columns={"held_out_accuracy": "accuracy_after"})
+        edited = found[found["method"] == name]
+        usual = edited[(edited["form"] == "kept") & (edited["parameters"] == "all")]
+        for row in usual[usual["step"] == 0].to_dict("records"):
+            yield without_attack(row, name) | {"untaught_accuracy": row["floor"]} | _by_budget(edited)
+        for (method, form, parameters), part in found.groupby(["method", "form", "parameters"], sort=False):
+            last = part["step"].max()
+            shown = {*BUDGETS, last} if method == name and form == "kept" else {last}
+            for row in part[part["step"].isin(shown)].to_dict("records"):
+                title = f"{_title(str(form), str(parameters))}, {row['step']} steps"
+                if method != name:
+                    title = title.replace(f", {FORM_TITLES['kept']}", "")
+                yield {"method": method, "attack": title, **columns(row, ACCURACIES, RECOVERY)}
+                if row["step"] == last and method == name and pd.notna(row["control_recovery"]):
+                    control = {end: row[f"control_{end}"] for end in RECOVERY}
+                    yield {"method": NEVER_TAUGHT, "attack": title, **columns(row, ("floor", "ceiling")), **control}
+
+    @override
+    def notes(self, frames: Frames, name: str) -> Iterator[str]:
+        """Which retrainings do not count, and which models are hard to train at all."""
+        if "relearning_curves" not in frames:
+            return
+        curves = frames["relearning_curves"]
+        for (method, form, parameters), part in curves.groupby(["method", "form", "parameters"], sort=False):
+            attack = f"{method}: {_title(str(form), str(parameters))}"
+            if not part["counts"].any():
+                most = part["train_accuracy"].max()
+                yield (
+                    f"{attack} does not count: {most:.0%} of its own training questions are answered at most, below {TAUGHT:.0%}. "
+                    "Give it more updates or other rates"
+                )
+            if method == name:
+                unedited = curves[(curves["method"] == UNEDITED) & (curves["parameters"] == parameters)]
+                yield from _slower(attack, part, unedited)
+
+
+def _slower(attack: str, edited: pd.DataFrame, unedited: pd.DataFrame) -> Iterator[str]:
+    """Whether new facts are learned more slowly, each model at its best rate for these."""
+    learned = [curves.groupby("step")["new_accuracy"].max().astype(float).dropna() for curves in (edited, unedited)]
+    both = pd.DataFrame(dict(zip(("edited", "unedited"), learned, strict=True))).dropna().reset_index()
+    missing = both["unedited"] - both["edited"]
+    if (missing >= SLOWER).any():
+        worst = both.loc[int(missing.argmax())]
+        yield (
+            f"{attack}: this model learns new facts more slowly than the unedited one ({worst['edited']:.0%} against "
+            f"{worst['unedited']:.0%} after {worst['step']:.0f} updates), so little recovery may mean that it is hard to train, not that it forgot"
+        )
+
+
+def _title(form: str, parameters: str) -> str:
+    which = "" if parameters == "all" else f" ({parameters})"
+    return f"relearn{which}, {FORM_TITLES[form]}"
+
+
+def _by_budget(edited: pd.DataFrame) -> dict[str, float]:
+    """`recovery_5` and the like, as far as there are such budgets."""
+    rows = edited[edited["parameters"] == "all"].set_index(["form", "step"])["recovery"].to_dict()
+    wanted: dict[str, tuple[str, int]] = {f"recovery_{steps}": ("kept", steps) for steps in BUDGETS}
+    wanted |= {f"recovery_{BUDGETS[-1]}_{form}": (form, BUDGETS[-1]) for form in ("stripped", "weights")}
+    return {key: rows[place] for key, place in wanted.items() if place in rows}

@@ -28,7 +28,7 @@ REACH = {"linear": 1.0, "mlp": 0.3}
 
 
 @dataclass(frozen=True)
-class Facts:
+class LabelledStates:
     """States, and what is right about each.
 
     Attributes:
@@ -61,7 +61,7 @@ class Facts:
         own = scores.gather(1, self.choices.clamp(min=0)) if self.by_class else scores
         return own.double().masked_fill(self.choices < 0, -math.inf)
 
-    def shuffled(self, generator: torch.Generator) -> "Facts":
+    def shuffled(self, generator: torch.Generator) -> "LabelledStates":
         """The same states with labels that tell nothing about them, as frequent as the true ones.
 
         One state a fact: each gets choices and answer of another fact. A state a choice: any of them is called right.
@@ -75,7 +75,7 @@ class Facts:
 
 
 @dataclass(frozen=True)
-class Readout:
+class VInformation:
     """What a probe makes of held-out facts, one entry a fact.
 
     Attributes:
@@ -94,7 +94,9 @@ class Readout:
         return self.blind - self.surprise
 
 
-def usable_information(train: Facts, held_out: Facts, *, kind: Kind = "linear", seed: int = 0) -> Readout:
+def usable_information(
+    train: LabelledStates, held_out: LabelledStates, *, kind: Kind = "linear", seed: int = 0
+) -> VInformation:
     """V-information of the states about the right answers (arXiv 2002.10689), among each fact's own choices.
 
     H(answer | choices) - H(answer | choices, state), both as cross-entropies on held-out facts of predictors that are
@@ -141,14 +143,14 @@ def usable_information(train: Facts, held_out: Facts, *, kind: Kind = "linear", 
                     best, chosen = gain, prior + strength * scores
     own = held_out.among_choices(chosen)
     likeliest = (own == own.max(dim=1, keepdim=True).values).double()
-    return Readout(
+    return VInformation(
         blind=_surprise(held_out, blind),
         surprise=_surprise(held_out, chosen),
         right=(likeliest / likeliest.sum(dim=1, keepdim=True)).gather(1, held_out.right[:, None])[:, 0],
     )
 
 
-def _inputs(train: Facts, held_out: Facts) -> tuple[Tensor, Tensor]:
+def _inputs(train: LabelledStates, held_out: LabelledStates) -> tuple[Tensor, Tensor]:
     """What the probes see: each coordinate at mean 0 and variance 1 over the training facts.
 
     Of the states of a fact's choices, the difference from their mean: what they share favours none of them.
@@ -167,7 +169,7 @@ def _inputs(train: Facts, held_out: Facts) -> tuple[Tensor, Tensor]:
     return ((seen[0] - centre) / spread).float(), ((seen[1] - centre) / spread).float()
 
 
-def _prior(train: Facts, classes: int) -> Float[Tensor, " classes"]:
+def _prior(train: LabelledStates, classes: int) -> Float[Tensor, " classes"]:
     """Scores of the classes without a state: a multiple of their log-frequencies that serves facts left out one by one.
 
     A single 0 where the choices have states of their own: none of them is favoured.
@@ -201,7 +203,7 @@ def _scores(probes: Sequence[Tensor], inputs: Tensor) -> Float[Tensor, "probes f
     return values if inputs.ndim == 2 else values.view(FOLDS + 1, *inputs.shape[:2])
 
 
-def _losses(train: Facts, scores: Float[Tensor, "probes facts options"]) -> Float[Tensor, "probes facts"]:
+def _losses(train: LabelledStates, scores: Float[Tensor, "probes facts options"]) -> Float[Tensor, "probes facts"]:
     """Nats, by probe and fact. Of classes, all compete and not only a fact's choices: there is more to learn from."""
     targets = train.answers if train.by_class else train.right
     if not train.by_class:
@@ -209,7 +211,7 @@ def _losses(train: Facts, scores: Float[Tensor, "probes facts options"]) -> Floa
     return -scores.log_softmax(dim=-1).gather(-1, targets.expand(len(scores), -1)[..., None])[..., 0]
 
 
-def _surprise(facts: Facts, scores: Float[Tensor, "facts options"]) -> Float64[Tensor, " facts"]:
+def _surprise(facts: LabelledStates, scores: Float[Tensor, "facts options"]) -> Float64[Tensor, " facts"]:
     """Bits, of the right choice among the fact's own."""
     logs = facts.among_choices(scores).log_softmax(dim=1)
     return -logs.gather(1, facts.right[:, None])[:, 0] / math.log(2)

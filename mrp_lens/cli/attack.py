@@ -3,21 +3,22 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import pandas as pd
 
-from mrp_lens.attacks.suite import Attack, Plan, campaign
+from mrp_lens.attacks.registry import ATTACKS
+from mrp_lens.attacks.suite import SuiteConfig, run_suite
 from mrp_lens.attacks.summary import notes_of, rows_of_attacks
 from mrp_lens.cli.folder import stoppable
 from mrp_lens.cli.parsing import dtype_named, numbers
 from mrp_lens.cli.show import Column, console, show_table
-from mrp_lens.data.task import task_for
+from mrp_lens.data.task import TaskConfig, task_for
 from mrp_lens.edits import load_edit
 from mrp_lens.edits.provenance import label_of
+from mrp_lens.metrics.recovery import CONTROL_METHODS
 from mrp_lens.models import load_model
 from mrp_lens.plots import FIGURES
-from mrp_lens.plots.attacks import CONTROL_METHODS
 from mrp_lens.runs.record import Run
 from mrp_lens.runs.report import write_report
 from mrp_lens.utils.io import make_folder
@@ -49,20 +50,20 @@ class Budget:
     split: str | None = None
     questions: int | None = None
 
-    def plan(self, seed: int) -> Plan:
+    def plan(self, seed: int) -> SuiteConfig:
         """The plan.
 
         Raises:
             ValueError: something unknown, or a budget that is not above 0.
         """
-        return Plan(
-            attacks=get_args(Attack) if self.attack == ALL else (self.attack,),
-            forms=None if self.forms is None else tuple(self.forms.split(",")),  # type: ignore[arg-type]
-            parameters=tuple(self.parameters.split(",")),  # type: ignore[arg-type]
+        return SuiteConfig.flat(
+            attacks=tuple(ATTACKS) if self.attack == ALL else (self.attack,),
+            forms=None if self.forms is None else tuple(self.forms.split(",")),
+            parameters=tuple(self.parameters.split(",")),
             steps=self.steps,
             lr=numbers(self.lr, float, "--lr"),
             samples=self.samples,
-            probe_kind=self.probe_kind,  # type: ignore[arg-type]
+            probe_kind=self.probe_kind,
             search_steps=self.search_steps,
             split=self.split,  # type: ignore[arg-type]
             questions=self.questions,
@@ -87,7 +88,7 @@ def run_attack(
     check_holds(out, "campaign")
     edit = load_edit(edit_folder)
     model_name, name = str(options["model"]), label_of(edit)
-    task = task_for(model_name, options)
+    task = task_for(model_name, TaskConfig.from_options(options), topic=options["topic"])
     make_folder(out)
     run = Run("attack", options, seed, title=f"{model_name}: what survives {name} ({edit_folder})")
 
@@ -98,9 +99,9 @@ def run_attack(
     model = loaded(model_name)
     reference = loaded(reference_name) if reference_name is not None else None
     with stoppable(out):
-        frames = campaign(model, edit, task, plan, out, name=name, reference=reference)
-        run.rows = rows_of_attacks(frames, name)
-        run.notes = notes_of(frames, name)
+        frames = run_suite(model, edit, task, plan, out, name=name, reference=reference)
+        run.rows = rows_of_attacks(frames, name, plan)
+        run.notes = notes_of(frames, name, plan)
         run.frames = {key: frame for key, frame in frames.items() if key in FIGURES}
         table = pd.DataFrame([dict(row) for row in run.rows])
         if "recovery" in table and table["recovery"].notna().any():

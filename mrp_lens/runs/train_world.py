@@ -15,7 +15,8 @@ from mrp_lens import metrics
 from mrp_lens.data import Questions
 from mrp_lens.data.world.facts import World
 from mrp_lens.models import LensModel
-from mrp_lens.training.loop import train, warmup_cosine
+from mrp_lens.training.loop import train
+from mrp_lens.training.optim import warmup_cosine
 
 ABSENT_WITHIN = 0.05
 """A topic counts as absent if its accuracy is this close to the accuracy on facts that were never taught."""

@@ -1,23 +1,20 @@
-"""The one training loop: progress bar, per-step log, checkpoints, stop on a non-finite loss, clean end on Ctrl-C."""
+"""The one training loop: a row of the log a step, callbacks, stop on a non-finite loss, clean end on Ctrl-C."""
 
 import logging
 import math
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
-from typing_extensions import override
 
+from mrp_lens.training.callbacks import Callback, Checkpointing, ProgressBar, TrainingState
 from mrp_lens.training.checkpoints import Checkpoint, Resumable
-from mrp_lens.training.optim import MasterAdamW
+from mrp_lens.utils.interrupts import deferred
 from mrp_lens.utils.torch_state import ordinary_torch
 from mrp_lens.utils.validation import whole
 
@@ -51,6 +48,9 @@ def train(
     generator: torch.Generator | None = None,
     resumable: Mapping[str, Resumable] | None = None,
     checkpoint: Checkpoint | None = None,
+    callbacks: Sequence[Callback] = (),
+    settings: Mapping[str, Any] | None = None,
+    shown: Callable[[], AbstractContextManager[object]] = nullcontext,
 ) -> TrainingRun:
     """Minimise what `losses` yields.
 
@@ -68,6 +68,10 @@ def train(
         resumable: what else `losses` reads on and a checkpoint has to keep, by name.
         checkpoint: where the state is written every so many steps, and where it is read from first: a run that was
             killed goes on, and ends with the same bits as one that was not.
+        callbacks: told of the start, of every update once it is saved, and of the end.
+        settings: of what is trained, for loggers.
+        shown: inside its context the model computes with what is being trained, for evaluation; by default it does so
+            anyway.
 
     Returns:
         The log (columns `step`, the names that `losses` yields, `seconds`) and whether Ctrl-C came: the step
@@ -79,105 +83,41 @@ def train(
         SystemExit: SIGTERM came; with a checkpoint the step under way is finished and saved first.
     """
     whole(steps=steps)
-    run = _Run(optimizer, generator, dict(resumable or {}), checkpoint, description)
-    run.restore()
+    standing = [*([Checkpointing(checkpoint)] if checkpoint else []), *([ProgressBar()] if progress else [])]
     interrupted = False
-    with _deferred_signals(terminate=checkpoint is not None) as asked:
-        start = time.perf_counter() - run.seconds
-        with tqdm(total=steps, initial=len(run.rows), desc=description, disable=not progress) as bar:
-            try:
-                for step in range(len(run.rows), steps):
-                    optimizer.zero_grad(set_to_none=True)
-                    row = _accumulate(losses(step), step, description)
-                    if max_grad_norm is not None:
-                        torch.nn.utils.clip_grad_norm_(run.tensors, max_grad_norm)
-                    run.set_rates(schedule(step / steps) if schedule else 1.0)
-                    optimizer.step()
-                    run.rows.append({"step": step, **row, "seconds": time.perf_counter() - start})
-                    bar.update()
-                    bar.set_postfix({name: f"{value:.3g}" for name, value in row.items()}, refresh=False)
-                    run.save(last=asked.signal is not None or step + 1 == steps)
-                    if asked.signal == signal.SIGTERM:
-                        raise SystemExit(128 + signal.SIGTERM)
-                    if asked.signal is not None:
-                        raise KeyboardInterrupt
-            except KeyboardInterrupt:
-                interrupted = True
-                logger.warning(
-                    "%s: interrupted after %d of %d steps; what was learned so far is kept",
-                    *(description, len(run.rows), steps),
-                )
-            finally:
-                optimizer.zero_grad(set_to_none=True)
-    return TrainingRun(pd.DataFrame(run.rows), interrupted)
-
-
-@dataclass
-class _Run:
-    """Everything about a run that changes from step to step."""
-
-    optimizer: torch.optim.Optimizer
-    generator: torch.Generator | None
-    resumable: dict[str, Resumable]
-    checkpoint: Checkpoint | None
-    description: str
-    rows: list[dict[str, float]] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self.tensors = [tensor for group in self.optimizer.param_groups for tensor in group["params"]]
-        self.base_rates = [group["lr"] for group in self.optimizer.param_groups]
-
-    @property
-    def seconds(self) -> float:
-        """Spent by the processes before this one."""
-        return self.rows[-1]["seconds"] if self.rows else 0.0
-
-    def set_rates(self, factor: float) -> None:
-        for group, rate in zip(self.optimizer.param_groups, self.base_rates, strict=True):
-            group["lr"] = rate * factor
-
-    def save(self, *, last: bool) -> None:
-        """Write the checkpoint, if it is time."""
-        if self.checkpoint is None or not (last or len(self.rows) % self.checkpoint.every == 0):
-            return
-        self.checkpoint.save(
-            {
-                "tensors": [tensor.detach() for tensor in self.tensors],
-                "optimizer": self.optimizer.state_dict(),
-                "generator": None if self.generator is None else self.generator.get_state(),
-                "resumable": {name: part.state_dict() for name, part in self.resumable.items()},
-                "rows": self.rows,
-            }
+    with deferred(terminate=checkpoint is not None) as asked, ExitStack() as ends:
+        state = TrainingState(
+            description, steps, optimizer, settings or {}, generator, resumable or {}, shown, interruption=asked
         )
-
-    def restore(self) -> None:
-        """Go on where the checkpoint ends."""
-        state = None if self.checkpoint is None else self.checkpoint.load()
-        if state is None:
-            return
+        rates = [group["lr"] for group in optimizer.param_groups]
+        ends.callback(optimizer.zero_grad, set_to_none=True)
         try:
-            shapes = [tensor.shape for tensor in state["tensors"]]
-            if shapes != [tensor.shape for tensor in self.tensors]:
-                raise ValueError("its tensors have other shapes")
-            self.optimizer.load_state_dict(state["optimizer"])
-            with torch.no_grad():
-                for tensor, values in zip(self.tensors, state["tensors"], strict=True):
-                    tensor.copy_(values)
-            if self.generator is not None:
-                self.generator.set_state(state["generator"])
-            for name, part in self.resumable.items():
-                part.load_state_dict(state["resumable"][name])
-            self.rows = [dict(row) for row in state["rows"]]
-            if not all("seconds" in row for row in self.rows):
-                raise ValueError("its log is incomplete")
-        except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
-            folder = self.checkpoint.folder if self.checkpoint is not None else ""
-            raise ValueError(
-                f"the checkpoint in {folder} does not fit this run ({error}); remove the folder and fit again"
-            ) from error
-        if isinstance(self.optimizer, MasterAdamW):
-            self.optimizer.spread()
-        logger.info("%s: goes on after %d steps", self.description, len(self.rows))
+            for callback in (*standing, *callbacks):
+                callback.on_start(state)
+                ends.callback(callback.on_end)
+            start = time.perf_counter() - (state.rows[-1]["seconds"] if state.rows else 0.0)
+            while not state.last:
+                step = state.done
+                optimizer.zero_grad(set_to_none=True)
+                row = _accumulate(losses(step), step, description)
+                if max_grad_norm is not None:
+                    torch.nn.utils.clip_grad_norm_(state.tensors, max_grad_norm)
+                for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                    group["lr"] = rate * (schedule(step / steps) if schedule else 1.0)
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)  # what looks on has the memory of the gradients
+                state.rows.append({"step": step, **row, "seconds": time.perf_counter() - start})
+                for callback in (*standing, *callbacks):
+                    callback.on_step(step, state.rows[-1])
+            interrupted = bool(asked)
+        except KeyboardInterrupt:
+            interrupted = True
+        asked.end_if_terminated()
+        if interrupted:
+            logger.warning(
+                "%s: interrupted after %d of %d steps; what was learned so far is kept", description, state.done, steps
+            )
+    return TrainingRun(pd.DataFrame(state.rows), interrupted)
 
 
 def _accumulate(micro_batches: Iterable[dict[str, Tensor]], step: int, description: str) -> dict[str, float]:
@@ -194,61 +134,3 @@ def _accumulate(micro_batches: Iterable[dict[str, Tensor]], step: int, descripti
         if terms["loss"].requires_grad:
             terms["loss"].backward()
     return row
-
-
-@dataclass
-class _Asked:
-    """The signal that came while a step was under way."""
-
-    signal: int | None = None
-
-
-@contextmanager
-def _deferred_signals(*, terminate: bool) -> Iterator[_Asked]:
-    """Note the first Ctrl-C, and SIGTERM if so told, so that neither lands in the middle of an update."""
-    asked = _Asked()
-    if threading.current_thread() is not threading.main_thread():
-        yield asked  # Python delivers signals to the main thread only
-        return
-    chosen = (signal.SIGINT, signal.SIGTERM) if terminate else (signal.SIGINT,)
-    previous = {number: signal.getsignal(number) for number in chosen}
-
-    def handle(number: int, _frame: object) -> None:
-        if asked.signal is not None:
-            raise KeyboardInterrupt
-        asked.signal = number
-
-    for number in chosen:
-        signal.signal(number, handle)
-    try:
-        yield asked
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-
-
-class TransformersAdamW(torch.optim.AdamW):
-    """AdamW as transformers 4 had it, which the released RMU code uses: eps is added before the bias correction.
-
-    torch adds it after, so that 1e-6 counts 30 times as much here in the first step: ten steps end 1e-4 apart.
-    """
-
-    @override
-    def step(self, closure: Any = None) -> Any:
-        """One update."""
-        for group in self.param_groups:
-            done = max((int(self.state[tensor]["step"]) for tensor in group["params"] if self.state[tensor]), default=0)
-            group["eps"] = self.defaults["eps"] / math.sqrt(1 - group["betas"][1] ** (done + 1))
-        return super().step(closure)
-
-
-def linear_decay(share: float) -> float:
-    """The learning rate as given for the first half of the run, then falling linearly to 0."""
-    return min(1.0, 2 * (1 - share))
-
-
-def warmup_cosine(share: float, *, warmup: float = 0.05) -> float:
-    """Rise linearly over the first `warmup` of the run, then fall along a cosine to 0."""
-    if share < warmup:
-        return (share + 1e-3) / warmup
-    return 0.5 * (1 + math.cos(math.pi * (share - warmup) / (1 - warmup)))

@@ -1,5 +1,6 @@
-"""Training a model's own tensors in float32, whatever its precision: in bfloat16 most small updates would round away."""
+"""Optimizers and their schedules. A model's own tensors are trained in float32: in bfloat16 most small updates round away."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -75,3 +76,30 @@ def trainable(parameter: torch.nn.Parameter, *copies: torch.nn.Parameter) -> Tra
     if not copies and parameter.dtype == torch.float32:
         return Trainable(parameter)
     return Trainable(parameter.detach().float().clone(), (parameter, *copies))
+
+
+class TransformersAdamW(torch.optim.AdamW):
+    """AdamW as transformers 4 had it, which the released RMU code uses: eps is added before the bias correction.
+
+    torch adds it after, so that 1e-6 counts 30 times as much here in the first step: ten steps end 1e-4 apart.
+    """
+
+    @override
+    def step(self, closure: Any = None) -> Any:
+        """One update."""
+        for group in self.param_groups:
+            done = max((int(self.state[tensor]["step"]) for tensor in group["params"] if self.state[tensor]), default=0)
+            group["eps"] = self.defaults["eps"] / math.sqrt(1 - group["betas"][1] ** (done + 1))
+        return super().step(closure)
+
+
+def linear_decay(share: float) -> float:
+    """The learning rate as given for the first half of the run, then falling linearly to 0."""
+    return min(1.0, 2 * (1 - share))
+
+
+def warmup_cosine(share: float, *, warmup: float = 0.05) -> float:
+    """Rise linearly over the first `warmup` of the run, then fall along a cosine to 0."""
+    if share < warmup:
+        return (share + 1e-3) / warmup
+    return 0.5 * (1 + math.cos(math.pi * (share - warmup) / (1 - warmup)))

@@ -1,6 +1,7 @@
 """Bypasses: each against a slow calculation of its own, one text at a time, and with nothing left on the model."""
 
 import re
+import sys
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -11,11 +12,10 @@ import pandas as pd
 import pytest
 import torch
 
-from mrp_lens.attacks import bypass as variants
-from mrp_lens.attacks import evaluation as recovery
+from mrp_lens.attacks import evaluation
 from mrp_lens.attacks.ablation import ablated, junk_directions
 from mrp_lens.attacks.bypass import Kind, bypass
-from mrp_lens.attacks.quantization import rounded
+from mrp_lens.attacks.quantization import quantized
 from mrp_lens.data import Corpus, Questions
 from mrp_lens.edits import Edit
 from mrp_lens.edits.subspace import random_units
@@ -102,7 +102,7 @@ def test_rows_equal_the_slow_calculation(model: LensModel, data: dict[str, Any],
             lambda m: ablated(m, dict.fromkeys(range(LAYERS), own[best])),
             data["held_out"],
         ),
-        "weights rounded to 4 bits": (edit, lambda m: rounded(m, 4), data["held_out"]),
+        "weights rounded to 4 bits": (edit, lambda m: quantized(m, 4), data["held_out"]),
         "paraphrased": (edit, nullcontext, data["paraphrased"]),
     }
     for name, (on, change, asked) in attacks.items():
@@ -209,7 +209,7 @@ def test_nothing_is_left_when_it_is_interrupted(
     model: LensModel, data: dict[str, Any], untouched: None, monkeypatch: pytest.MonkeyPatch, failing: int
 ) -> None:
     calls = []
-    original = recovery.counted
+    original = evaluation.score
 
     def interrupted(*arguments: Any, **options: Any) -> Any:
         calls.append(arguments)
@@ -217,7 +217,7 @@ def test_nothing_is_left_when_it_is_interrupted(
             raise KeyboardInterrupt
         return original(*arguments, **options)
 
-    monkeypatch.setattr(variants, "counted", interrupted)
+    monkeypatch.setattr(sys.modules[bypass.__module__], "score", interrupted)
     with pytest.raises(KeyboardInterrupt):
         bypass(model, projection(1) + weight_edit(model, 2), **data, progress=False)
     assert len(calls) == failing

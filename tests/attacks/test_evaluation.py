@@ -3,10 +3,11 @@ import math
 import numpy as np
 import pytest
 
-from mrp_lens.attacks.evaluation import Counted, check_held_out, counted, guessed, recovery
+from mrp_lens.attacks.evaluation import chance, check_held_out, score
 from mrp_lens.data import Corpus, Questions
 from mrp_lens.data.world import World
 from mrp_lens.metrics import accuracy
+from mrp_lens.metrics.recovery import Score, recovery
 
 
 def quiz(*numbers: int) -> Questions:
@@ -15,13 +16,13 @@ def quiz(*numbers: int) -> Questions:
 
 
 def test_recovery_is_the_share_between_floor_and_ceiling() -> None:
-    found = recovery(Counted(60, 100), Counted(20, 100), Counted(100, 100))
+    found = recovery(Score(60, 100), Score(20, 100), Score(100, 100))
     assert found.value == pytest.approx((0.6 - 0.2) / (1.0 - 0.2))
     assert found.low < found.value < found.high
 
 
 def test_the_interval_is_that_of_resampled_questions() -> None:
-    after, floor, ceiling = Counted(60, 100), Counted(25, 80), Counted(95, 100)
+    after, floor, ceiling = Score(60, 100), Score(25, 80), Score(95, 100)
     generator = np.random.default_rng(7)
     shares = []
     for _ in range(4000):
@@ -35,9 +36,9 @@ def test_the_interval_is_that_of_resampled_questions() -> None:
 
 
 def test_it_is_not_clipped_and_unknown_where_floor_and_ceiling_are_the_same() -> None:
-    assert recovery(Counted(1, 100), Counted(20, 100), Counted(90, 100)).value < 0
-    assert math.isnan(recovery(Counted(5, 10), Counted(9, 10), Counted(9, 10)).value)
-    close = recovery(Counted(5, 10), Counted(8, 10), Counted(9, 10))
+    assert recovery(Score(1, 100), Score(20, 100), Score(90, 100)).value < 0
+    assert math.isnan(recovery(Score(5, 10), Score(9, 10), Score(9, 10)).value)
+    close = recovery(Score(5, 10), Score(8, 10), Score(9, 10))
     assert not math.isnan(close.value)
     assert math.isnan(close.low)
 
@@ -47,16 +48,16 @@ def test_never_taught_facts_recover_nothing_within_their_interval() -> None:
     generator = np.random.default_rng(3)
     held = 0
     for seed in range(200):
-        a, b = (Counted(int(generator.binomial(125, 0.25)), 125) for _ in range(2))
-        found = recovery(b, a, Counted(125, 125), seed=seed)
+        a, b = (Score(int(generator.binomial(125, 0.25)), 125) for _ in range(2))
+        found = recovery(b, a, Score(125, 125), seed=seed)
         held += found.low <= 0 <= found.high
     assert 0.90 <= held / 200 <= 0.99
 
 
 def test_counting_is_accuracy_and_guessing_is_chance(demo_model: object, world: World) -> None:
     questions = world.questions("towns").spread(40)
-    assert counted(demo_model, questions).accuracy == accuracy(demo_model, questions)["accuracy"].iloc[0]
-    assert guessed(questions).accuracy == 0.25
+    assert score(demo_model, questions).accuracy == accuracy(demo_model, questions)["accuracy"].iloc[0]
+    assert chance(questions).accuracy == 0.25
 
 
 def test_what_the_attacker_has_seen_is_refused_and_the_overlap_named() -> None:

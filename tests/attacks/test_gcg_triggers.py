@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from mrp_lens.attacks.evaluation import counted
-from mrp_lens.attacks.gcg import Slots, count_right
+from mrp_lens.attacks.evaluation import score
+from mrp_lens.attacks.gcg import Slots, score_with_trigger
 from mrp_lens.models import LensModel
 from tests.support.edits import projection
 from tests.support.states import PRECISIONS, Subject, subject_in
@@ -39,7 +39,7 @@ def test_the_losses_and_accuracies_equal_loops_over_single_prompts(subject: Subj
         with edit.applied(model):
             assert search_on(model, marker=marker).loss(trigger) == subject.close(plain_answer_loss(model, ids, marker))
             slots = Slots.for_model(model, marker, LENGTH)
-            right = count_right(model, slots, HELD_OUT, ids, batch_size=4)
+            right = score_with_trigger(model, slots, HELD_OUT, ids, batch_size=4)
             if subject.relative < 1e-4:  # bfloat16 has ties, which rounding breaks
                 assert right.accuracy == plain_accuracy(model, HELD_OUT, ids, marker)
         search = search_on(model, "representation", marker)
@@ -52,7 +52,7 @@ def test_the_losses_and_accuracies_equal_loops_over_single_prompts(subject: Subj
 def test_without_a_trigger_answers_are_counted_as_everywhere_else(model: LensModel, untouched: None) -> None:
     slots = Slots.for_model(model, None, LENGTH)
     for questions in (TRAIN, HELD_OUT, UNTAUGHT):
-        assert count_right(model, slots, questions) == counted(model, questions)
+        assert score_with_trigger(model, slots, questions) == score(model, questions)
 
 
 @pytest.mark.parametrize("objective", ["answer", "representation"])

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from mrp_lens.attacks.probe import probe
-from mrp_lens.attacks.v_information import Facts, Kind, usable_information
+from mrp_lens.attacks.v_information import Kind, LabelledStates, usable_information
 from mrp_lens.data import Question, Questions
 from mrp_lens.data.tokenization import PaddingSide
 from mrp_lens.data.world import World
@@ -27,27 +27,27 @@ def entropy(share: float) -> float:
     return -share * math.log2(share) - (1 - share) * math.log2(1 - share)
 
 
-def erased(n: int, seed: int) -> Facts:
+def erased(n: int, seed: int) -> LabelledStates:
     """The state is that of the right answer in 6 of 10 facts, and nothing else: 0.6 of 2 bits."""
     generator = torch.Generator().manual_seed(seed)
     choices = torch.stack([torch.randperm(10, generator=generator)[:4] for _ in range(n)])
     right = torch.randint(4, (n,), generator=generator)
     seen = torch.rand(n, 1, generator=generator) < 0.6
     states = CLASSES[choices.gather(1, right[:, None])[:, 0]] * seen
-    return Facts(states + 0.01 * torch.randn(n, 16, generator=generator), choices, right)
+    return LabelledStates(states + 0.01 * torch.randn(n, 16, generator=generator), choices, right)
 
 
-def flipped(n: int, seed: int) -> Facts:
+def flipped(n: int, seed: int) -> LabelledStates:
     """Two answers, of which the state shows the wrong one in 1 of 10 facts: a binary symmetric channel."""
     generator = torch.Generator().manual_seed(seed)
     right = torch.randint(2, (n,), generator=generator)
     wrong = torch.rand(n, generator=generator) < 0.1
     states = (2 * (right ^ wrong.long()) - 1)[:, None] * DIRECTION
     noise = 0.1 * torch.randn(n, 16, generator=generator)
-    return Facts(states + noise, torch.tensor([[0, 1]]).repeat(n, 1), right)
+    return LabelledStates(states + noise, torch.tensor([[0, 1]]).repeat(n, 1), right)
 
 
-def marked(n: int, seed: int) -> Facts:
+def marked(n: int, seed: int) -> LabelledStates:
     """A state a choice: that of the right one is marked in 6 of 10 facts. Every second fact has 2 choices, not 4."""
     generator = torch.Generator().manual_seed(seed)
     counts = torch.tensor([4, 2]).repeat(n // 2)
@@ -55,34 +55,34 @@ def marked(n: int, seed: int) -> Facts:
     right = (torch.rand(n, generator=generator) * counts).long()
     states = torch.randn(n, 1, 16, generator=generator) + 0.1 * torch.randn(n, 4, 16, generator=generator)
     states[torch.arange(n), right] += (torch.rand(n, 1, generator=generator) < 0.6) * DIRECTION
-    return Facts(states * (choices == 0)[..., None], choices, right)
+    return LabelledStates(states * (choices == 0)[..., None], choices, right)
 
 
-def crossed(n: int, seed: int) -> Facts:
+def crossed(n: int, seed: int) -> LabelledStates:
     """As `flipped`, but the answer is in the product of two coordinates, where no linear probe sees it."""
     facts = flipped(n, seed)
     generator = torch.Generator().manual_seed(seed + 1)
     shown = (facts.states @ DIRECTION).sign()
     other = torch.randint(2, (n,), generator=generator) * 2.0 - 1
     states = torch.stack([other, other * shown], dim=1) + 0.05 * torch.randn(n, 2, generator=generator)
-    return Facts(states, facts.choices, facts.right)
+    return LabelledStates(states, facts.choices, facts.right)
 
 
-PLANTED: list[tuple[Callable[[int, int], Facts], float]] = [
+PLANTED: list[tuple[Callable[[int, int], LabelledStates], float]] = [
     (erased, 0.6 * 2),
     (flipped, 1 - entropy(0.1)),
     (marked, 0.6 * (2 + 1) / 2),
 ]
 
 
-def bits(train: Facts, held_out: Facts, kind: Kind) -> float:
+def bits(train: LabelledStates, held_out: LabelledStates, kind: Kind) -> float:
     return float(usable_information(train, held_out, kind=kind).bits.mean())
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("planted", "truth"), PLANTED, ids=["erased", "flipped", "marked"])
 def test_planted_information_is_found_and_shuffled_labels_tell_nothing(
-    planted: Callable[[int, int], Facts], truth: float, kind: Kind
+    planted: Callable[[int, int], LabelledStates], truth: float, kind: Kind
 ) -> None:
     train, held_out = planted(400, 1), planted(4000, 2)
     assert bits(train, held_out, kind) == pytest.approx(truth, rel=0.1)
@@ -98,10 +98,10 @@ def test_only_an_mlp_sees_what_is_in_a_product() -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_frequent_answer_is_no_information(kind: Kind) -> None:
-    def skewed(n: int, seed: int) -> Facts:
+    def skewed(n: int, seed: int) -> LabelledStates:
         generator = torch.Generator().manual_seed(seed)
         right = (torch.rand(n, generator=generator) < 0.2).long()
-        return Facts(torch.randn(n, 16, generator=generator), torch.tensor([[0, 1]]).repeat(n, 1), right)
+        return LabelledStates(torch.randn(n, 16, generator=generator), torch.tensor([[0, 1]]).repeat(n, 1), right)
 
     readout = usable_information(skewed(400, 1), skewed(4000, 2), kind=kind)
     assert float(readout.right.mean()) == pytest.approx(0.8, abs=0.02)
@@ -111,10 +111,10 @@ def test_a_frequent_answer_is_no_information(kind: Kind) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_probes_of_states_without_information_give_nothing_and_seldom_less(kind: Kind) -> None:
-    def empty(seed: int, n: int) -> Facts:
+    def empty(seed: int, n: int) -> LabelledStates:
         generator = torch.Generator().manual_seed(seed)
         facts = erased(n, seed)
-        return Facts(torch.randn(n, 16, generator=generator), facts.choices, facts.right)
+        return LabelledStates(torch.randn(n, 16, generator=generator), facts.choices, facts.right)
 
     found = [bits(empty(seed, 150), empty(seed + 50, 500), kind) for seed in range(8)]
     assert abs(sum(found) / len(found)) <= 0.02
@@ -124,10 +124,11 @@ def test_probes_of_states_without_information_give_nothing_and_seldom_less(kind:
 def test_constant_states_and_scaled_states_are_no_trouble() -> None:
     train, held_out = erased(300, 1), erased(1000, 2)
     nothing, neither = (
-        Facts(torch.full_like(facts.states, 1e4 / 3), facts.choices, facts.right) for facts in (train, held_out)
+        LabelledStates(torch.full_like(facts.states, 1e4 / 3), facts.choices, facts.right)
+        for facts in (train, held_out)
     )
     assert abs(bits(nothing, neither, "linear")) <= 0.01
-    moved, too = (Facts(1e4 * facts.states + 1e5, facts.choices, facts.right) for facts in (train, held_out))
+    moved, too = (LabelledStates(1e4 * facts.states + 1e5, facts.choices, facts.right) for facts in (train, held_out))
     assert bits(moved, too, "linear") == pytest.approx(bits(train, held_out, "linear"), abs=0.02)
 
 
@@ -167,7 +168,7 @@ def quiz(numbers: range, name: str) -> Questions:
 TRAIN, HELD_OUT, UNTAUGHT = quiz(range(32), "train"), quiz(range(32, 56), "held out"), quiz(range(56, 80), "untaught")
 
 
-def slowly(model: Any, questions: Questions, layer: int, *, by_choice: bool) -> Facts:
+def slowly(model: Any, questions: Questions, layer: int, *, by_choice: bool) -> LabelledStates:
     """One text at a time, without padding."""
     states, choices = [], []
     for question in questions.questions:
@@ -184,7 +185,7 @@ def slowly(model: Any, questions: Questions, layer: int, *, by_choice: bool) -> 
         states.append(torch.stack(row) if by_choice else row[0])
         choices.append([*range(len(question.choices)), *[-1] * (4 - len(question.choices))])
     right = torch.tensor([question.answer for question in questions.questions])
-    return Facts(torch.stack(states), torch.tensor(choices), right)
+    return LabelledStates(torch.stack(states), torch.tensor(choices), right)
 
 
 @pytest.mark.parametrize("target", ["answer", "choice"])

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from mrp_lens.attacks.quantization import block_matrices, round_channels, rounded
+from mrp_lens.attacks.quantization import block_matrices, quantized, round_channels
 from mrp_lens.models import LensModel, available_backends, load_model, mlp_out_weight
 from tests.conftest import assert_same_state, state_of
 from tests.support.edits import logits, weight_edit
@@ -64,7 +64,7 @@ def test_every_class_rounds_what_the_checkpoint_rounded_by_hand_has(family: str,
         plain = logits(model, tokens)
         for bits in (4, 8):
             wanted = checkpoint_rounded_by_hand(folder, bits, tokens)
-            with rounded(model, bits):
+            with quantized(model, bits):
                 torch.testing.assert_close(logits(model, tokens), wanted, atol=1e-4, rtol=0)
             assert float((wanted - plain).abs().max()) > 1e-3, "the rounding would not be seen"
         torch.testing.assert_close(logits(model, tokens), plain, atol=0, rtol=0)
@@ -75,7 +75,7 @@ def test_embeddings_norms_and_biases_stay_and_every_matrix_of_the_blocks_is_roun
 ) -> None:
     matrices = {id(parameter) for parameter, _ in block_matrices(model)}
     before = {name: tensor.detach().clone() for name, tensor in model.named_parameters()}
-    with rounded(model, 4):
+    with quantized(model, 4):
         for name, tensor in model.named_parameters():
             assert torch.equal(tensor, before[name]) == (id(tensor) not in matrices), name
     assert len(matrices) == 7 * model.cfg.n_layers  # q, k, v, o, gate, in, out
@@ -85,7 +85,7 @@ def test_what_an_edit_wrote_is_rounded_too_and_both_come_off_bit_for_bit(model: 
     weight = mlp_out_weight(model, 1)
     original = weight.read()
     with weight_edit(model, 1, scale=3.0).applied(model):
-        with rounded(model, 4):
+        with quantized(model, 4):
             wanted = rounded_by_hand(3.0 * original, 4, rows_are_outputs=True).float()
             torch.testing.assert_close(weight.read(), wanted, atol=1e-5, rtol=0)
         assert torch.equal(weight.read(), 3.0 * original)
@@ -98,7 +98,7 @@ def test_the_weights_come_back_bit_for_bit_after_an_exception(
 ) -> None:
     model = load_model(str(tiny_folder), backend=backend, dtype=dtype)
     before = state_of(model)
-    with pytest.raises(KeyboardInterrupt), rounded(model, 3):
+    with pytest.raises(KeyboardInterrupt), quantized(model, 3):
         raise KeyboardInterrupt
     assert_same_state(before, state_of(model))
 
@@ -115,14 +115,14 @@ def test_an_exception_half_way_through_the_rounding_leaves_nothing(
         return round_channels(*arguments)
 
     monkeypatch.setattr("mrp_lens.attacks.quantization.round_channels", failing)
-    with pytest.raises(MemoryError), rounded(model, 4):
+    with pytest.raises(MemoryError), quantized(model, 4):
         pass
     assert len(calls) == 4
 
 
 @pytest.mark.parametrize("bits", [1, 0, -4, True, 4.0, "4"])
 def test_bits_that_make_no_sense_are_refused(model: LensModel, untouched: None, bits: Any) -> None:
-    with pytest.raises(ValueError, match="bits must be an int of at least 2"), rounded(model, bits):
+    with pytest.raises(ValueError, match="bits must be an int of at least 2"), quantized(model, bits):
         pass
 
 
@@ -132,6 +132,6 @@ def test_a_matrix_of_unknown_layout_is_refused_and_named() -> None:
     block = torch.nn.ModuleDict({"experts": expert})
     with (
         pytest.raises(ValueError, match=r"experts\.gate_up_proj of a Module"),
-        rounded(SimpleNamespace(blocks=[block]), 4),
+        quantized(SimpleNamespace(blocks=[block]), 4),
     ):
         pass

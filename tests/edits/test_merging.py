@@ -21,7 +21,7 @@ PLACES = [((0, 3), "mlp_out"), ((1, 2), "attn_out"), ((0,), "resid_pre")]
 def loaded(request: pytest.FixtureRequest, backend: str, tmp_path_factory: pytest.TempPathFactory) -> Any:
     if backend == "hooked" and request.param in NO_HOOKED:
         pytest.skip("HookedTransformer does not load this family from a folder")
-    model = load_model(save_family(request.param, tmp_path_factory.mktemp(request.param)), backend=backend)
+    model: Any = load_model(save_family(request.param, tmp_path_factory.mktemp(request.param)), backend=backend)
     model.family = request.param
     return model
 

@@ -140,7 +140,7 @@ def test_quantised_and_incomplete_folders_are_refused(model: Any, tiny_folder: P
 def test_folded_and_centred_weights_are_refused(backend: str, tmp_path: Path, tiny_folder: Path) -> None:
     if backend != "hooked":
         pytest.skip("HookedTransformer folds")
-    own = load_model(tiny_folder, backend="hooked")
+    own: Any = load_model(tiny_folder, backend="hooked")
     own.process_weights_(fold_ln=True, center_writing_weights=False, center_unembed=False)
     with pytest.raises(ValueError, match="no Hugging Face checkpoint holds these weights"):
         export_hf(own, projection(1), tmp_path / "out", base=tiny_folder, progress=False)

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from mrp_lens import metrics
-from mrp_lens.attacks.evaluation import counted
-from mrp_lens.attacks.gcg import Slots, count_right
+from mrp_lens.attacks.evaluation import score
+from mrp_lens.attacks.gcg import Slots, score_with_trigger
 from mrp_lens.data import Corpus, Question, Questions
 from mrp_lens.metrics.multiple_choice import answered_right
 from mrp_lens.utils.validation import generator_for, int_seed
@@ -175,7 +175,7 @@ def test_choices_with_one_score_share_the_question_in_any_order(model: Any) -> N
             share = answered_right(metrics.choice_scores(model, asked), asked)[0]
             shares.append((choices[answer], float(share)))
             assert metrics.accuracy(model, asked)["accuracy"].iloc[0] == share
-            assert counted(model, asked).right == share
+            assert score(model, asked).right == share
     by_text = {text: {share for of, share in shares if of == text} for text in (" red", " blue")}
     assert sorted(map(sorted, by_text.values())) in ([[0.0], [0.5]], [[0.0], [1.0]])
     with pytest.raises(ValueError, match="has the score NaN"):
@@ -197,10 +197,10 @@ def test_triggers_leave_each_choice_its_own_score(model: Any, plain: Any) -> Non
         for answer in range(2):
             asked = Questions(tuple(Question(p, tuple(c), answer) for p, c in pairs))
             right = [float(plain(p, c[answer])[0] > plain(p, c[1 - answer])[0]) for p, c in pairs]
-            assert count_right(model, slots, asked).right == sum(right) == counted(model, asked).right
+            assert score_with_trigger(model, slots, asked).right == sum(right) == score(model, asked).right
             one = replace(asked, questions=tuple(q for q in asked.questions if q.choices == tuple(choices)))
-            assert count_right(model, slots, one).right == float(np.argmax(expected) == answer)
-            assert count_right(model, slots, one, trigger).right in (0.0, 1.0)
+            assert score_with_trigger(model, slots, one).right == float(np.argmax(expected) == answer)
+            assert score_with_trigger(model, slots, one, trigger).right in (0.0, 1.0)
 
 
 def test_accuracy_is_the_same_in_any_batches_and_order(model: Any) -> None:

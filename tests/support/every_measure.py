@@ -66,6 +66,22 @@ def jailbreak(model: Any) -> Any:
     return pd.concat(found)
 
 
+NO_FIGURES = {
+    *(
+        "ATTACKS",
+        "Attack",
+        "Bypass",
+        "FactSplit",
+        "Jailbreak",
+        "Probe",
+        "Relearn",
+        "Setting",
+        "SuiteConfig",
+        "register",
+    ),
+    *("notes_of", "rows_of_attacks", "run_suite"),
+}
+"""Public names that are no call, or a call made of the others."""
 WITHOUT_MODEL: dict[str, Callable[[], Any]] = {
     "bootstrap_interval": lambda: metrics.bootstrap_interval(np.arange(5.0)),
     "best": lambda: attacks.best(CURVES),

@@ -3,7 +3,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from mrp_lens.training.loop import NonFiniteLossError, linear_decay, train, warmup_cosine
+from mrp_lens.training.loop import NonFiniteLossError, train
+from mrp_lens.training.optim import linear_decay, warmup_cosine
 
 
 def quadratic(x: torch.Tensor, parts: int = 1) -> "object":

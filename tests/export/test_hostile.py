@@ -15,9 +15,9 @@ from huggingface_hub import ModelCard
 
 from mrp_lens.edits import ProjectionEdit, modeling
 from mrp_lens.edits.subspace import Subspace
-from mrp_lens.export import push_to_hub
+from mrp_lens.export import Measurements, push_to_hub
 from mrp_lens.export.checkpoint import Checkpoint
-from mrp_lens.export.model_card import Measurements, model_card
+from mrp_lens.export.model_card import model_card
 from mrp_lens.export.remote_code import CODE_FILE
 from mrp_lens.models.hooks import hook_name
 from tests.conftest import D_MODEL
@@ -71,9 +71,15 @@ def weights_elsewhere(base: Path) -> None:
 
 
 BASES: dict[str, tuple[Callable[[Path], object], str]] = {
-    "an index that leads out": (lambda b: indexed(b, "../shard.safetensors"), r"names '../shard.safetensors' where"),
-    "an index that names a root": (lambda b: indexed(b, "/etc/passwd"), r"names '/etc/passwd' where"),
-    "an index of numbers": (lambda b: indexed(b, 3), r"names 3 where the name of a file beside it belongs"),
+    "an index that leads out": (
+        lambda b: indexed(b, "../shard.safetensors"),
+        r"names '../shard.safetensors', which is no file in this folder",
+    ),
+    "an index that names a root": (
+        lambda b: indexed(b, "/etc/passwd"),
+        r"names '/etc/passwd', which is no file in this folder",
+    ),
+    "an index of numbers": (lambda b: indexed(b, 3), r"has no weight_map from tensors to file names"),
     "a pickle that runs a command": (pickled, r"pytorch_model.bin is damaged, or holds more than tensors"),
     "a header of 4 PiB": (huge, r"model.safetensors is damaged"),
     "a tokenizer that is a link": (

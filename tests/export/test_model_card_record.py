@@ -11,7 +11,8 @@ from huggingface_hub import ModelCard
 from mrp_lens.edits import Edit, ProjectionEdit
 from mrp_lens.edits.provenance import label_of
 from mrp_lens.edits.subspace import Subspace
-from mrp_lens.export.model_card import Measurements, front_matter_of
+from mrp_lens.export import Measurements
+from mrp_lens.export.model_card import front_matter_of
 from mrp_lens.methods import METHODS
 from tests.support.edits import projection
 from tests.support.export_cards import (
@@ -69,7 +70,7 @@ def test_figures_stand_beside_their_controls_with_intervals(fits: dict[str, Edit
     figures = section(card_of(fits["mrp"], record=Measurements.read(run_folder)), "Figures")
     headings, *rows = tables(figures)[0]
     assert [row[0] for row in rows] == ["unedited (control)", "random-projection (control)", "mrp"]
-    place = headings.index("accuracy on what must go")
+    place = headings.index("accuracy on the forget quiz")
     assert [row[place] for row in rows] == ["91.2% [88.1, 94.3]", "90.7% [88.1, 94.3]", "27.4% [23.6, 31.2]"]
     assert "12.3" not in figures  # of rmu, which is another edit
     assert "interrupted after 2 steps" in card_of(fits["mrp"], record=Measurements.read(run_folder))

@@ -134,7 +134,7 @@ def test_quantised_and_incomplete_folders_are_refused(model: Any, tiny_folder: P
     refused("holds no weights")
     index = {"weight_map": {"model.norm.weight": "model-00001-of-00009.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    refused("lacks model-00001-of-00009")
+    refused("names 'model-00001-of-00009.safetensors', which is no file in this folder")
 
 
 def test_folded_and_centred_weights_are_refused(backend: str, tmp_path: Path, tiny_folder: Path) -> None:

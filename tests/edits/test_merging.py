@@ -88,8 +88,7 @@ def test_it_folds_a_checkpoint_in_bfloat16(backend: str, tiny_folder: Path, toke
     assert_same_state(before, state_of(half))
 
 
-def test_merging_writes_the_edit_for_good(backend: str, tiny_folder: Path, tokens: torch.Tensor) -> None:
-    own = load_model(tiny_folder, backend=backend)
+def test_merging_writes_the_edit_for_good(own: Any, tokens: torch.Tensor) -> None:
     edit = projection(0, 3, site="mlp_out") + weight_edit(own, 2)
     with edit.applied(own):
         wanted = logits(own, tokens)
@@ -130,9 +129,8 @@ def test_what_is_not_exact_is_refused_in_half_precision_too(tmp_path: Path) -> N
 
 
 def test_a_model_that_computes_something_else_once_written_is_brought_back(
-    backend: str, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+    own: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    own = load_model(tiny_folder, backend=backend)
     before = state_of(own)
     monkeypatch.setattr(
         "mrp_lens.edits.projection.project_writers", lambda writers, subspace: writers[0][0].data.mul_(1.1)

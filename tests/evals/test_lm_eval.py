@@ -152,7 +152,7 @@ def test_an_attached_edit_is_scored_and_gone_after_detaching(
     assert torch.equal(asked(), before)
     edit.save_pretrained(tmp_path / "edit")
     assert torch.equal(asked(edit=edit), after)
-    assert torch.equal(asked("demo", edit=tmp_path / "edit"), after)
+    torch.testing.assert_close(asked("demo", edit=tmp_path / "edit"), after, rtol=0, atol=1e-4)  # eager attention
     assert torch.equal(asked(), before)
     rows = next(iter(edit.subspaces().values())).basis
 

@@ -25,7 +25,7 @@ from mrp_lens.training.loop import NonFiniteLossError, train
 from mrp_lens.training.losses import cross_entropy, predictions
 from mrp_lens.training.optim import MasterAdamW, Trainable, trainable
 from mrp_lens.utils.torch_state import ordinary_torch, refuse_inference_tensors
-from mrp_lens.utils.validation import generator_for, one_of, positive
+from mrp_lens.utils.validation import generator_for, one_of, positive, whole
 
 Form = Literal["kept", "stripped", "weights"]
 Parameters = Literal["all", "lora", "before", "at", "after"]
@@ -283,8 +283,7 @@ def low_rank_updates(model: LensModel, *, rank: int, seed: int) -> Iterator[list
         raise ValueError(
             "low-rank updates need the checkpoint's own matrices, which a HookedTransformer does not have; load the model with backend='bridge'"
         )
-    if rank < 1:
-        raise ValueError(f"lora_rank must be at least 1, got {rank}")
+    whole(lora_rank=rank)
     generator = generator_for(seed)
     blocks = {id(p) for block in model.blocks for p in block.parameters()}
     found = [(module, module._parameters.get("weight")) for module in model.modules()]

@@ -271,21 +271,13 @@ class Probe(Attack):
 
     def _read(self, setting: Setting, edit: Edit | None) -> Mapping[str, Any]:
         """What a probe and the logit lens read off the model as it is now, and with this edit on."""
-        facts, seed, progress = setting.facts, setting.seed, setting.progress
-        bits = probe(
-            setting.model,
-            edit,
-            train=facts.train,
-            held_out=facts.held_out,
-            untaught=facts.untaught,
-            kind=self.probe_kind,
-            target=target_for(facts.train, facts.held_out),
-            seed=seed,
-            progress=progress,
-        )
+        facts = setting.facts
+        target = target_for(facts.train, facts.held_out)
+        arguments = setting.arguments("train", "held_out", "untaught")
+        bits = probe(setting.model, edit, **arguments, kind=self.probe_kind, target=target)
         asked = labelled({"forget": facts.held_out, "never-taught": facts.untaught})
         with edit_on(setting.model, edit):
-            seen = logit_lens(setting.model, asked, seed=seed, progress=progress)
+            seen = logit_lens(setting.model, asked, **setting.arguments())
         return {"probe": rows_of(bits), "lens": rows_of(seen[seen["group"] != "all"])}
 
     @override

@@ -20,7 +20,7 @@ from mrp_lens.metrics.recovery import FORM_TITLES, NEVER_TAUGHT, UNEDITED, Score
 from mrp_lens.models import LensModel
 from mrp_lens.models.finite import NonFiniteError
 from mrp_lens.utils.torch_state import ordinary_torch
-from mrp_lens.utils.validation import one_of, positive
+from mrp_lens.utils.validation import one_of, positive, whole
 
 MARKS = (0, 5, 20, 40, 100)
 """Updates after which an attack is scored, besides its last."""
@@ -206,8 +206,7 @@ def limited(train: Questions | Corpus, samples: int | None) -> Questions | Corpu
     """
     if not isinstance(train, Questions | Corpus):
         raise TypeError(f"train must be Questions or a Corpus, got {type(train).__name__}")
-    if samples is not None and samples < 1:
-        raise ValueError(f"samples must be at least 1, got {samples}")
+    whole(samples=samples)
     return train.spread(samples)
 
 
@@ -288,17 +287,12 @@ class Relearn(Attack):
                 return relearn(
                     model,
                     edit,
-                    train=setting.facts.train,
-                    held_out=setting.facts.held_out,
-                    untaught=setting.facts.untaught,
-                    new=setting.facts.new,
                     steps=self.steps,
                     lr=rate,
                     samples=self.samples,
                     form=form,
                     parameters=parameters,
-                    seed=setting.seed,
-                    progress=setting.progress,
+                    **setting.arguments("train", "held_out", "untaught", "new"),
                 )
 
             role = name if edit is None else "edited"

@@ -32,7 +32,7 @@ from analysis.common.contenders import changed, contenders, names_in, settings_o
 from analysis.common.endurance import compact, finding, pictures, rows_of_cells
 from analysis.common.sequence import Requests, accuracy, numbers_in
 from mrp_lens.cli.parsing import numbers, shard_of
-from mrp_lens.data.task import DataOptions
+from mrp_lens.data.task import TaskConfig
 from mrp_lens.data.world import World
 from mrp_lens.edits import Edit, ProjectionEdit, load_edit
 from mrp_lens.edits.serialization import stored_bytes
@@ -94,7 +94,7 @@ def requests_of(study: Study, options: argparse.Namespace) -> Requests:
     """
     if not options.forget:
         return Requests.from_world(options.topics or World().topics, limit=options.limit)
-    columns = DataOptions.from_options(vars(options))
+    columns = TaskConfig.from_options(vars(options))
     quizzes = [columns.quiz(source) for source in options.quizzes or ()]
     return Requests.of_files(study.task, [quiz for quiz in quizzes if quiz is not None], limit=options.limit)
 

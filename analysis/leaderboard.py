@@ -25,10 +25,9 @@ from mrp_lens import attacks, metrics
 from mrp_lens.attacks.base import FactSplit
 from mrp_lens.attacks.finetuning import Attacker, Form, possible_forms
 from mrp_lens.cli.parsing import numbers, shard_of
-from mrp_lens.edits import Edit, edit_on, load_edit
+from mrp_lens.edits import Edit, edit_on, has_hooks, load_edit, without_hooks
 from mrp_lens.edits.provenance import fingerprint
 from mrp_lens.edits.serialization import stored_bytes
-from mrp_lens.edits.stack import has_hooks, stripped
 from mrp_lens.models import describe
 from mrp_lens.utils.frames import rows_of
 from mrp_lens.utils.io import write_text
@@ -179,7 +178,7 @@ class Leaderboard:
             "layers": [] if edit is None else list(edit.layers),
             "forms": list(forms),
             "hooks": has_hooks(edit),
-            "weights": stripped(edit) is not None,
+            "weights": without_hooks(edit) is not None,
         }
 
     def quiz(self, job: Job) -> Cell:

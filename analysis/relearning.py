@@ -38,7 +38,7 @@ from analysis.common.resistance import BUDGETS, finding, rows_of_curves
 from mrp_lens import metrics
 from mrp_lens.attacks import with_floor
 from mrp_lens.cli.parsing import numbers, shard_of
-from mrp_lens.data.task import DataOptions
+from mrp_lens.data.task import TaskConfig
 from mrp_lens.edits import Edit, ProjectionEdit, edit_on, load_edit
 from mrp_lens.edits.subspace import Subspace
 from mrp_lens.models import LensModel, describe, load_model
@@ -89,7 +89,7 @@ class Campaign:
         self.seeds = numbers(options.seeds or (FULL_SEEDS if options.full else str(options.seed)), int, "--seeds") or ()
         self.lr = numbers(options.lr, float, "--lr")
         self.limit = options.limit or (None if options.full else QUICK_QUESTIONS)
-        columns = DataOptions.from_options(vars(options) | {"forget": ()})
+        columns = TaskConfig.from_options(vars(options) | {"forget": ()})
         self.new = columns.quiz(options.new) if options.new else None
         self.names = self._names()
         settings = {

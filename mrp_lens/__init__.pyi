@@ -5,6 +5,7 @@ from . import metrics as metrics
 from . import plots as plots
 from .data import Corpus as Corpus
 from .data import Questions as Questions
+from .data.task import TaskConfig as TaskConfig
 from .data.task import UnlearningTask as UnlearningTask
 from .data.world import World as World
 from .edits import Edit as Edit
@@ -27,6 +28,7 @@ from .methods import Fit as Fit
 from .methods import GradientAscent as GradientAscent
 from .methods import GradientDifference as GradientDifference
 from .methods import NoisyRMU as NoisyRMU
+from .models import LensModel as LensModel
 from .models import load_model as load_model
 
 __version__: str

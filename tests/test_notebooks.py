@@ -178,9 +178,9 @@ def test_a_notebook_and_what_it_suggests_run_on_a_checkpoint_and_files_of_ones_o
 
 def own_lines(source: str) -> str:
     """The first code cell with the two lines changed: the data as its own comment says, one file being a .txt."""
-    line = next(line for line in source.splitlines() if line.startswith("case = "))
+    line = next(line for line in source.splitlines() if line.startswith("task = "))
     comment = source[source.index(line) + len(line) :]
-    assert comment.startswith("\n# case = DataOptions(")
+    assert comment.startswith("\n# task = TaskConfig(")
     data = re.sub(r"^# ", "", comment.strip("\n"), flags=re.MULTILINE)
     assert '"retain.jsonl"' in data
     own = source[: source.index(line)] + data.replace("retain.jsonl", "retain.txt", 1)

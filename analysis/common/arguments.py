@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas as pd
 
-from mrp_lens.data.task import UnlearningTask, task_for
+from mrp_lens.data.task import TaskConfig, UnlearningTask, task_for
 from mrp_lens.methods import METHODS, Fit
 from mrp_lens.models import load_model
 from mrp_lens.runs.record import Run
@@ -59,7 +59,7 @@ class Study:
         """Check the output folder (a sweep checks its own), read the data, load the model."""
         if not in_place:
             check_free(arguments.out, overwrite=arguments.overwrite)
-        task = task_for(arguments.model, vars(arguments))
+        task = task_for(arguments.model, TaskConfig.from_options(vars(arguments)), topic=arguments.topic)
         run = Run(name, vars(arguments), arguments.seed, title=title)
         return cls(
             load_model(arguments.model, backend=arguments.backend), task, run, arguments.out, arguments.overwrite

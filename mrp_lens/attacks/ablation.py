@@ -11,7 +11,7 @@ from torch import Tensor
 from mrp_lens.data import Corpus
 from mrp_lens.edits import Edit, edit_on, projection_hook
 from mrp_lens.edits.subspace import Subspace, unit
-from mrp_lens.metrics.activations import hooks_at, read_states
+from mrp_lens.metrics.activations import StateReader, hooks_at
 from mrp_lens.models import LensModel, device_of
 from mrp_lens.models.hooks import HookFunction, hook_name, hooked
 from mrp_lens.utils.validation import generator_for
@@ -106,7 +106,7 @@ def _mean_states(
     totals = {layer: torch.zeros(model.cfg.d_model, dtype=torch.float64) for layer in hooks}
     tokens = 0
     with edit_on(model, edit):
-        for batch in read_states(model, texts, list(hooks.values()), batch_size=batch_size, progress=progress):
+        for batch in StateReader(model, batch_size=batch_size, progress=progress).read(texts, [*hooks.values()]):
             tokens += len(batch.rows)
             for layer, name in hooks.items():
                 totals[layer] += batch.states[name].double().sum(dim=0).cpu()

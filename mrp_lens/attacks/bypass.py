@@ -20,8 +20,7 @@ from mrp_lens.attacks.quantization import quantized
 from mrp_lens.attacks.registry import register
 from mrp_lens.attacks.summary import ACCURACIES, NO_ATTACK, RECOVERY, columns, without_attack
 from mrp_lens.data import Corpus, Questions
-from mrp_lens.edits import Edit, edit_on
-from mrp_lens.edits.stack import has_hooks, stripped
+from mrp_lens.edits import Edit, edit_on, has_hooks, without_hooks
 from mrp_lens.edits.subspace import random_units
 from mrp_lens.metrics.bootstrap import bootstrap_interval
 from mrp_lens.metrics.multiple_choice import answered_right, choice_scores
@@ -135,7 +134,7 @@ def _reworded(given: Given, name: str, reword: Callable[..., Questions], **optio
 
 VARIANTS: dict[Kind, Callable[[Given], Iterable[Variant]]] = {
     "no attack": lambda given: [Variant("no attack", given.edit)],
-    "hook stripped": lambda given: [Variant("hook stripped", stripped(given.edit))],
+    "hook stripped": lambda given: [Variant("hook stripped", without_hooks(given.edit))],
     "direction ablated": _directions_ablated,
     "weights rounded": lambda given: [
         Variant(f"weights rounded to {bits} bits", given.edit, partial(quantized, bits=bits)) for bits in BITS

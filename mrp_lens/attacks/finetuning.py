@@ -14,9 +14,8 @@ from typing_extensions import override
 
 from mrp_lens.data import Corpus
 from mrp_lens.data.tokenization import Batches, Encoder
-from mrp_lens.edits import Edit, edit_on
-from mrp_lens.edits.merging import folded
-from mrp_lens.edits.stack import has_hooks, projection_in, stripped
+from mrp_lens.edits import Edit, edit_on, has_hooks, projection_in, without_hooks
+from mrp_lens.edits.merging import applied_in_weights
 from mrp_lens.models import LensModel, check_lens_model, checkpoint_tensors, encoder_for, is_bridge, restored
 from mrp_lens.models.finite import NonFiniteError, non_finite
 from mrp_lens.models.hooks import frozen
@@ -95,10 +94,10 @@ class Attacker:
         if edit is None or self.form == "kept":
             return edit_on(model, edit)
         if self.form == "weights":
-            return folded(model, edit)
+            return applied_in_weights(model, edit)
         if not has_hooks(edit):
             raise ValueError("this edit has no hooks that could be stripped: it is in the weights; use form='kept'")
-        return edit_on(model, stripped(edit))
+        return edit_on(model, without_hooks(edit))
 
     @contextmanager
     def retrained(

@@ -16,8 +16,7 @@ from mrp_lens.data import Questions
 from mrp_lens.data.tokenization import PaddingSide, TokenBatch, in_order
 from mrp_lens.edits import Edit, edit_on
 from mrp_lens.metrics.bootstrap import bootstrap_interval
-from mrp_lens.metrics.multiple_choice import by_group
-from mrp_lens.metrics.perplexity import encoded_choices
+from mrp_lens.metrics.multiple_choice import by_group, encoded_choices
 from mrp_lens.models import LensModel, dtype_of, encoder_for
 from mrp_lens.models.finite import NonFiniteError, non_finite
 from mrp_lens.models.hooks import frozen, hooked

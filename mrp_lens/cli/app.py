@@ -154,7 +154,7 @@ def unlearn(
     `derek-thomas/ScienceQA`, `wikitext`.
     """
     from mrp_lens.cli.unlearn import run_unlearn
-    from mrp_lens.data.task import DataOptions
+    from mrp_lens.data.task import TaskConfig
 
     hyperparameters = {
         "rank": rank,
@@ -168,7 +168,7 @@ def unlearn(
         "batch_size": batch_size,
         "max_length": max_length,
     }
-    data = DataOptions.from_options(context.params)
+    data = TaskConfig.from_options(context.params)
     run_unlearn(
         model_name=model,
         method=method.value,

@@ -13,7 +13,7 @@ from mrp_lens.attacks.summary import notes_of, rows_of_attacks
 from mrp_lens.cli.folder import stoppable
 from mrp_lens.cli.parsing import dtype_named, numbers
 from mrp_lens.cli.show import Column, console, show_table
-from mrp_lens.data.task import task_for
+from mrp_lens.data.task import TaskConfig, task_for
 from mrp_lens.edits import load_edit
 from mrp_lens.edits.provenance import label_of
 from mrp_lens.metrics.recovery import CONTROL_METHODS
@@ -88,7 +88,7 @@ def run_attack(
     check_holds(out, "campaign")
     edit = load_edit(edit_folder)
     model_name, name = str(options["model"]), label_of(edit)
-    task = task_for(model_name, options)
+    task = task_for(model_name, TaskConfig.from_options(options), topic=options["topic"])
     make_folder(out)
     run = Run("attack", options, seed, title=f"{model_name}: what survives {name} ({edit_folder})")
 

@@ -13,10 +13,10 @@ from mrp_lens.cli.parsing import dtype_named
 from mrp_lens.cli.show import Column, console, show_table
 from mrp_lens.cli.unlearn import CAPTION, columns
 from mrp_lens.cli.unlearn import measure as figures_of
-from mrp_lens.data.task import UnlearningTask, task_for
+from mrp_lens.data.task import TaskConfig, UnlearningTask, task_for
 from mrp_lens.edits import Edit, edit_on, load_edit
 from mrp_lens.edits.provenance import label_of
-from mrp_lens.evals.lm_eval import Bos, harness, load_hf, require_harness, task_manager, task_names
+from mrp_lens.evals.lm_eval import Bos, evaluate, load_hf, require_harness, task_manager, task_names
 from mrp_lens.hf import attach
 from mrp_lens.models import load_model
 from mrp_lens.runs.record import Run
@@ -106,7 +106,7 @@ def case_of(model_name: str, options: Mapping[str, Any], *, harnessed: bool) -> 
         )
     if given & set(QUIZZES) and not given & set(TEXTS):
         raise ValueError("--questions and --retain-questions go with --forget and --retain; give these, too")
-    return task_for(model_name, {**options, "topic": options["topic"] or "potions"})
+    return task_for(model_name, TaskConfig.from_options(options), topic=options["topic"])
 
 
 def data_rows(model: Any, methods: Mapping[str, Edit | None], task: UnlearningTask) -> list[Row]:
@@ -138,7 +138,7 @@ def harness_rows(
     rows: list[Row] = []
     for method, edit in methods.items():
         with nullcontext() if edit is None else attach(hf_model, edit):
-            frame = harness(
+            frame = evaluate(
                 hf_model,
                 asked.tasks,
                 tokenizer=tokenizer,

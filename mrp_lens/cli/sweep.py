@@ -8,7 +8,7 @@ from typing import Any
 from mrp_lens.cli.folder import stoppable
 from mrp_lens.cli.parsing import dtype_named, numbers, shard_of
 from mrp_lens.cli.show import Column, console, percent, show_table
-from mrp_lens.data.task import UnlearningTask, task_for
+from mrp_lens.data.task import TaskConfig, UnlearningTask, task_for
 from mrp_lens.methods.rmu import default_layer
 from mrp_lens.models import LensModel, load_model
 from mrp_lens.runs.record import Run
@@ -87,7 +87,7 @@ def run_sweep(
 ) -> Run | None:
     """Fit and measure what is not there yet; print and write the table once all points are."""
     model_name = str(options["model"])
-    task = task_for(model_name, options)
+    task = task_for(model_name, TaskConfig.from_options(options), topic=options["topic"])
     parts = shard_of(shard)
     check_holds(out, "sweep")
     make_folder(out)

@@ -11,7 +11,7 @@ from mrp_lens import metrics
 from mrp_lens.cli.folder import begun
 from mrp_lens.cli.parsing import dtype_named, numbers
 from mrp_lens.cli.show import Column, console, percent, show_examples, show_table
-from mrp_lens.data.task import DataOptions, UnlearningTask, beginning
+from mrp_lens.data.task import TaskConfig, UnlearningTask, beginning
 from mrp_lens.methods import METHODS, Distillation, Fit
 from mrp_lens.models import LensModel, identity_of, load_model
 from mrp_lens.models.generation import continuations
@@ -29,7 +29,7 @@ def run_unlearn(
     layers: str | None,
     released: bool,
     hyperparameters: Mapping[str, Any],
-    data: DataOptions,
+    data: TaskConfig,
     out: Path,
     backend: str,
     dtype: str,
@@ -40,7 +40,7 @@ def run_unlearn(
     """Fit, measure, print, write, as far as that has not been done; returns the record."""
     precision = dtype_named(dtype)
     fitter = make_method(method, layers, hyperparameters, released=released)
-    task = data.task()
+    task = data.load()
     arguments = {
         "model": model_name,
         "method": method,

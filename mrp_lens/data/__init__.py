@@ -1,7 +1,20 @@
-"""Documents and multiple-choice questions: reading them from files, folders, the Hub, rows or strings."""
+"""What is read: documents and multiple-choice questions, from files, folders, the Hub, rows or strings, and the task they make up."""
 
 from mrp_lens.data.documents import Corpus, Document
 from mrp_lens.data.questions import Question, Questions
 from mrp_lens.data.schemas import KNOWN, DocumentColumns, QuestionColumns, Schema
+from mrp_lens.data.task import TaskConfig, UnlearningTask, task_for
 
-__all__ = ["KNOWN", "Corpus", "Document", "DocumentColumns", "Question", "QuestionColumns", "Questions", "Schema"]
+__all__ = [
+    "KNOWN",
+    "Corpus",
+    "Document",
+    "DocumentColumns",
+    "Question",
+    "QuestionColumns",
+    "Questions",
+    "Schema",
+    "TaskConfig",
+    "UnlearningTask",
+    "task_for",
+]

@@ -1,12 +1,15 @@
-"""What a command or study works on: what must go, what must stay, and the questions and texts to measure either with."""
+"""The data of a study of unlearning: forget set, retain set and quizzes; and where they are read from."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from pathlib import Path
+from typing import Any, TypedDict
 
-from mrp_lens.data import Corpus, Document, Questions
-from mrp_lens.data.questions import Half
+from typing_extensions import Unpack
+
+from mrp_lens.data.documents import Corpus, Document
+from mrp_lens.data.questions import Half, Questions
 from mrp_lens.data.rows import digest
 from mrp_lens.data.world import World
 
@@ -16,16 +19,38 @@ HELD_OUT = 200  # at most this many retain documents are kept from the fit, and 
 logger = logging.getLogger(__name__)
 
 
+class Columns(TypedDict, total=False):
+    """How files or data sets are read; what each means, `TaskConfig` says."""
+
+    field: str | None
+    prompt: str | None
+    completion: str | None
+    question_prompt: str | None
+    choices: str | tuple[str, ...] | None
+    answer: str | None
+    entity: str | None
+    forget_schema: str | None
+    retain_schema: str | None
+    questions_schema: str | None
+
+
 @dataclass(frozen=True)
 class UnlearningTask:
-    """The data of a study.
+    """The data of a study of unlearning: what a fit learns from, and the quizzes that say what it did.
 
     Attributes:
-        forget: what must go; several corpora have a direction each in RMU.
-        retain: what must stay, and the fit may see.
-        held_out: text that no fit sees, for perplexity.
-        questions, retain_questions: multiple choice on what must go, and on what must stay.
-        untaught_questions: on what the model was never taught: how *absent* looks.
+        forget: the forget set: one corpus, or several, of which each has a direction of its own in RMU.
+        retain: the retain set that a fit may see.
+        held_out: retain text that no fit sees, for perplexity.
+        questions: the quiz on the forget set.
+        retain_questions: the quiz on what must stay.
+        untaught_questions: the untaught quiz, on what the model was never taught: how *absent* looks.
+
+    Example:
+        >>> task = UnlearningTask.from_world("potions")
+        >>> [len(quiz) for quiz in task.quiz(limit=10).values()]
+        [10, 10]
+        >>> train, held_out = task.split(limit=20)  # halves of the quiz on the forget set that share no entity
     """
 
     forget: tuple[Corpus, ...]
@@ -50,9 +75,81 @@ class UnlearningTask:
             world.questions(taught=False),
         )
 
+    @classmethod
+    def from_files(
+        cls,
+        forget: str | Path | Sequence[str | Path],
+        retain: str | Path,
+        *,
+        questions: str | Path | None = None,
+        retain_questions: str | Path | None = None,
+        untaught_questions: str | Path | None = None,
+        **columns: Unpack[Columns],
+    ) -> "UnlearningTask":
+        """Read the forget set, the retain set (of which a tenth is held out) and the quizzes there are.
+
+        Args:
+            forget, retain, questions, retain_questions, untaught_questions: files or folders as `Corpus.from_file` reads
+                them, or `hub:NAME[:CONFIG[:SPLIT]]`; `forget` may be several.
+            **columns: how they are read: the fields of `TaskConfig` from `field` on.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: a file cannot be read; as `Corpus.from_rows` and `Questions.from_rows`.
+
+        Example:
+            >>> task = UnlearningTask.from_files(  # doctest: +SKIP
+            ...     "forget.jsonl", "retain.jsonl", questions="quiz.jsonl", question_prompt="Question: {question}\\nAnswer:"
+            ... )
+        """
+        several = [forget] if isinstance(forget, str | Path) else list(forget)
+        quizzes = {
+            "questions": questions,
+            "retain_questions": retain_questions,
+            "untaught_questions": untaught_questions,
+        }
+        named = {role: None if place is None else str(place) for role, place in quizzes.items()}
+        return cls.from_config(TaskConfig(tuple(map(str, several)), str(retain), **named, **columns))
+
+    @classmethod
+    def from_hub(
+        cls,
+        forget: str | Sequence[str],
+        retain: str,
+        *,
+        questions: str | None = None,
+        retain_questions: str | None = None,
+        untaught_questions: str | None = None,
+        **columns: Unpack[Columns],
+    ) -> "UnlearningTask":
+        """`from_files` for data sets of the Hugging Face Hub: each `NAME`, `NAME:CONFIG` or `NAME:CONFIG:SPLIT`.
+
+        Example:
+            >>> task = UnlearningTask.from_hub(  # doctest: +SKIP
+            ...     "locuslab/TOFU:forget10", "locuslab/TOFU:retain90", questions="locuslab/TOFU:forget10_perturbed"
+            ... )
+        """
+        names = [forget] if isinstance(forget, str) else list(forget)
+        asked, kept, untaught = (
+            None if name is None else HUB + name for name in (questions, retain_questions, untaught_questions)
+        )
+        return cls.from_files(
+            [HUB + name for name in names],
+            HUB + retain,
+            questions=asked,
+            retain_questions=kept,
+            untaught_questions=untaught,
+            **columns,
+        )
+
+    @classmethod
+    def from_config(cls, config: "TaskConfig") -> "UnlearningTask":
+        """What `config.load()` reads."""
+        return config.load()
+
     @property
     def forget_texts(self) -> Corpus:
-        """All that must go, as one corpus named "forget"."""
+        """The forget set as one corpus named "forget"."""
         return Corpus(tuple(document for corpus in self.forget for document in corpus.documents), "forget")
 
     def fingerprints(self) -> dict[str, str]:
@@ -70,6 +167,18 @@ class UnlearningTask:
             hashes["forget"] = digest([corpus.fingerprint for corpus in self.forget])
         return hashes
 
+    def legacy_fingerprints(self) -> dict[str, str]:
+        """`fingerprints` as version 0.1 wrote them, by which its run folders are known: entities did not count, nor where
+        one forget corpus ends and the next begins."""
+
+        def nameless(quiz: Questions | None) -> Questions | None:
+            return (
+                None if quiz is None else replace(quiz, questions=tuple(replace(q, entity="") for q in quiz.questions))
+            )
+
+        quizzes = (nameless(quiz) for quiz in (self.questions, self.retain_questions, self.untaught_questions))
+        return UnlearningTask((self.forget_texts,), self.retain, self.held_out, *quizzes).fingerprints()
+
     def quiz(self, *, limit: int | None = None) -> dict[str, Questions]:
         """The quizzes there are, by side: "forget", "retain"; of each at most `limit` questions, evenly spread."""
         sides = {"forget": self.questions, "retain": self.retain_questions}
@@ -84,7 +193,7 @@ class UnlearningTask:
         return replace(self.untaught_questions, questions=tuple(alike)) if alike else self.untaught_questions
 
     def split(self, by: Half | None = None, *, limit: int | None = None, seed: int = 0) -> tuple[Questions, Questions]:
-        """(T, V): halves of what an attacker sees of the questions about what must go, and of what it is scored on.
+        """(T, V): two halves of the quiz on the forget set: what an attacker may learn from, and what it is scored on.
 
         Args:
             by: "entity": none is in both halves; "question". None: by entity where all of them are known.
@@ -92,10 +201,10 @@ class UnlearningTask:
             seed: of the draw.
 
         Raises:
-            ValueError: there are no such questions, or `by="entity"` and some do not say whom they are about.
+            ValueError: there is no such quiz, or `by="entity"` and some do not say whom they are about.
         """
         if self.questions is None:
-            raise ValueError("an attack is scored on questions about what was to be forgotten; give --questions")
+            raise ValueError("an attack is scored on a quiz on the forget set; give questions=...")
         known = all(question.entity for question in self.questions.questions)
         return self.questions.spread(limit).halves(by=by or ("entity" if known else "question"), seed=seed)
 
@@ -103,12 +212,12 @@ class UnlearningTask:
         """What states are read from, by side; at most `limit` documents of each, evenly spread."""
         return {"forget": self.forget_texts.spread(limit), "retain": self.retain.spread(limit)}
 
-    def asked(self, *, limit: int) -> dict[str, Questions] | dict[str, Corpus]:
+    def asked(self, *, limit: int | None = None) -> dict[str, Questions] | dict[str, Corpus]:
         """What confidence is measured on: the quizzes, or the texts where there are none; at most `limit` a side."""
         return self.quiz(limit=limit) or self.texts(limit=limit)
 
     def forget_prompts(self, *, limit: int) -> list[str]:
-        """At most `limit` questions about what must go, or, where there are none, beginnings of its documents."""
+        """At most `limit` prompts of the quiz on the forget set, or, where there is none, beginnings of its documents."""
         if self.questions is not None:
             return [question.prompt for question in self.questions.spread(limit).questions]
         return [beginning(document) for document in self.forget_texts.spread(limit).documents]
@@ -121,21 +230,39 @@ def beginning(document: Document) -> str:
 
 
 @dataclass(frozen=True)
-class DataOptions:
-    """Where the data are and how to read them. None: as the schema says, else the defaults of the library.
+class TaskConfig:
+    """Where the data of a study are, and how they are read.
 
-    `entity` is a column of `questions` and `untaught_questions`; the other columns are those of all questions or texts.
+    A source is a .jsonl, .json, .csv, .tsv, .parquet or .txt file, a folder that `save_to_disk` of `datasets` wrote, or
+    `hub:NAME[:CONFIG[:SPLIT]]`. A schema is the name of a known data set (`mrp_lens.data.KNOWN`) whose columns a source has.
+
+    Attributes:
+        forget: The sources of the forget set; each is a topic of its own.
+        retain: The source of the retain set; a tenth is held out to measure perplexity on.
+        questions: The source of the quiz on the forget set (multiple choice).
+        retain_questions: The source of the quiz on what must stay.
+        field: Column that holds the text of a document. Default: `text`, or the schema's.
+        prompt: Template of a document's context, such as `Question: {question}\\nAnswer:`; instead of `field`.
+        completion: Template of what follows the prompt and counts in the loss, such as ` {answer}`.
+        question_prompt: Template of a question; braces name columns. Default: `{question}`, or the schema's.
+        choices: Column with the list of choices, or several columns: `a,b,c,d`. Default: `choices`, or the schema's.
+        answer: Column with the text, the letter or the index of the right choice. Default: `answer`, or the schema's.
+        forget_schema: Known data set whose columns the forget set has, such as `locuslab/TOFU`.
+        retain_schema: Known data set whose columns the retain set has, such as `wikitext`.
+        questions_schema: Known data set whose columns the quizzes have, such as `cais/wmdp`.
+        untaught_questions: The source of the untaught quiz, on what the model was never taught: what absent looks like.
+        entity: Column of `questions` and `untaught_questions` that says whom or what a question is about.
     """
 
-    forget: tuple[str, ...]
-    retain: str
-    questions: str | None
-    retain_questions: str | None
+    forget: tuple[str, ...] = ()
+    retain: str | None = None
+    questions: str | None = None
+    retain_questions: str | None = None
     field: str | None = None
     prompt: str | None = None
     completion: str | None = None
     question_prompt: str | None = None
-    choices: str | None = None
+    choices: str | tuple[str, ...] | None = None
     answer: str | None = None
     forget_schema: str | None = None
     retain_schema: str | None = None
@@ -144,16 +271,37 @@ class DataOptions:
     entity: str | None = None
 
     @classmethod
-    def from_options(cls, options: Mapping[str, Any]) -> "DataOptions":
-        """Those of a command's options that name data. In a template the two characters `\\n` are a line break, since a
-        shell passes them so."""
+    def from_options(cls, options: Mapping[str, Any]) -> "TaskConfig":
+        """Those of a command's options that have these names. In a template the two characters `\\n` are a line break,
+        since a shell passes them so."""
         known = {field.name: options[field.name] for field in fields(cls) if field.name in options}
         for name in ("prompt", "completion", "question_prompt"):
-            known[name] = known[name].replace("\\n", "\n") if known[name] else None
-        return cls(**{**known, "forget": tuple(known["forget"])})
+            known[name] = known[name].replace("\\n", "\n") if known.get(name) else None
+        return cls(**{**known, "forget": tuple(known.get("forget") or ())})
 
-    def task(self) -> "UnlearningTask":
-        """Read everything; a tenth of the retain corpus is held out."""
+    @property
+    def names_data(self) -> bool:
+        """Whether it names a forget set and a retain set, so that there is something to load.
+
+        Raises:
+            ValueError: it names one of them alone.
+        """
+        if bool(self.forget) != bool(self.retain):
+            missing = "retain" if self.forget else "forget"
+            raise ValueError(
+                f"forget and retain go together: give {missing}=..., too, or leave both out for the demo's world"
+            )
+        return bool(self.forget)
+
+    def load(self) -> UnlearningTask:
+        """Read everything; a tenth of the retain set is held out.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: no forget or no retain set is named, or a source cannot be read.
+        """
+        if not self.names_data or self.retain is None:
+            raise ValueError("no data are named: give forget=... and retain=... (and questions=...)")
         forget = tuple(self.corpus(source, self.forget_schema) for source in self.forget)
         kept, held_out = split_tenth(self.corpus(self.retain, self.retain_schema))
         asked, untaught = (
@@ -162,7 +310,7 @@ class DataOptions:
         return UnlearningTask(forget, kept, held_out, asked, self.quiz(self.retain_questions), untaught)
 
     def corpus(self, source: str, schema: str | None) -> Corpus:
-        """Read one corpus: a file, a folder or `hub:NAME[:CONFIG[:SPLIT]]`."""
+        """Read one corpus."""
         columns = {"field": self.field, "prompt": self.prompt, "completion": self.completion}
         if source.startswith(HUB):
             path, config, split = hub_parts(source)
@@ -170,42 +318,41 @@ class DataOptions:
         return Corpus.from_file(source, schema=schema, **columns)
 
     def quiz(self, source: str | None, *, entity: str | None = None) -> Questions | None:
-        """Read one quiz, likewise, if there is one; `entity`: the column that says whom a question is about."""
+        """Read one quiz, if there is one; `entity`: the column that says whom a question is about."""
         if source is None:
             return None
-        choices = self.choices.split(",") if self.choices is not None and "," in self.choices else self.choices
-        prompt, answer, schema = self.question_prompt, self.answer, self.questions_schema
+        several = self.choices.split(",") if isinstance(self.choices, str) and "," in self.choices else self.choices
+        columns: dict[str, Any] = {
+            "prompt": self.question_prompt,
+            "choices": several,
+            "answer": self.answer,
+            "entity": entity,
+            "schema": self.questions_schema,
+        }
         if source.startswith(HUB):
             path, config, split = hub_parts(source)
-            return Questions.from_hub(
-                path,
-                config=config,
-                split=split,
-                prompt=prompt,
-                choices=choices,
-                answer=answer,
-                entity=entity,
-                schema=schema,
-            )
-        return Questions.from_file(source, prompt=prompt, choices=choices, answer=answer, entity=entity, schema=schema)
+            return Questions.from_hub(path, config=config, split=split, **columns)
+        return Questions.from_file(source, **columns)
 
 
-def task_for(model: str, options: Mapping[str, Any]) -> UnlearningTask:
-    """The data that a command's options name: files, or, for the demo without files, a topic of its world.
+def task_for(model: str, config: TaskConfig, *, topic: str | None = None) -> UnlearningTask:
+    """The data to study a model with: what the config names, or, for the demo without any, a topic of its world.
+
+    Args:
+        model: as given to `load_model`.
+        config: where the data are.
+        topic: of the embedded world. None: "potions".
 
     Raises:
-        ValueError: one of --forget and --retain without the other, or neither for a model of one's own.
+        ValueError: one of forget and retain without the other, neither for a model of one's own, or an unknown topic.
     """
-    given = [name for name in ("forget", "retain") if options.get(name)]
-    if len(given) == 2:
-        return DataOptions.from_options(options).task()
-    if given:
-        raise ValueError("--forget and --retain go together; leave both out for the demo's world")
+    if config.names_data:
+        return config.load()
     if model != "demo":
         raise ValueError(
-            "give --forget and --retain (and questions) for a model of your own; only the demo has a world"
+            "give forget=... and retain=... (and questions=...) for a model of your own; only the demo has a world"
         )
-    return UnlearningTask.from_world(options["topic"])
+    return UnlearningTask.from_world(topic or "potions")
 
 
 def hub_parts(source: str) -> tuple[str, str | None, str | None]:

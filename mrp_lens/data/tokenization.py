@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from mrp_lens.data import Document
+from mrp_lens.data.documents import Document
 from mrp_lens.utils.validation import one_of
 
 PaddingSide = Literal["left", "right"]

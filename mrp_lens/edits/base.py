@@ -1,21 +1,24 @@
-"""What every edit can do: be applied for the length of a block, attached and detached, stacked, saved."""
+"""What every edit can do: be applied for the length of a block, attached and detached, stacked, merged, saved and loaded."""
 
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
+from mrp_lens.edits.merging import applied_in_weights
+from mrp_lens.edits.serialization import check_same, explained, folder_of, read_edit, setting, write_edit
 from mrp_lens.models import LensModel, check_lens_model, check_same_model
+from mrp_lens.models.architectures import Layout
 from mrp_lens.models.attachments import On, entries_on, exclusive, putting_on, take_off
-
-Undo = Callable[[], bool]
-"""Takes an edit off again; False if somebody had removed a part of it before."""
+from mrp_lens.utils.io import whole_folder
+from mrp_lens.utils.registry import Registry
 
 
 class Attached:
@@ -60,38 +63,35 @@ class Attached:
         return f"Attached({self._entry.edit!r}, on={self.on})"
 
 
+KINDS: Registry["type[Edit]"] = Registry("kind of edit", "mrp_lens.edits")
+
+
 class Edit(ABC):
     """Something that was learned or built and changes what a model computes: data, not code.
 
+    A class of edits with a `kind` of its own is known to `load_edit` from then on.
+
     Attributes:
+        kind: what its class is called in files.
         provenance: how it came about (method, settings, model, data hashes, versions); empty if built by hand.
     """
 
-    kind: str
+    kind: ClassVar[str]
     provenance: Mapping[str, Any]
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if "kind" in vars(cls):
+            KINDS.add(cls.kind, cls)
 
     @property
     @abstractmethod
     def layers(self) -> tuple[int, ...]:
         """The layers whose blocks it hooks or writes into, ascending."""
 
-    @property
-    def parts(self) -> tuple["Edit", ...]:
-        """The edits that this one is made of, in order: itself, unless it is a stack."""
-        return (self,)
-
     @abstractmethod
     def _put_on(self, model: LensModel, entry: On, *, check: bool) -> None:
         """Put the edit on and note each change as it is made; may raise at any point."""
-
-    def install(self, model: LensModel, *, check: bool = True) -> Undo:
-        """Put the edit on and return how to take it off; nothing is changed if this raises.
-
-        Raises:
-            ValueError: as `applied`.
-        """
-        entry = self.attach(model, check=check)._entry
-        return lambda: not take_off(model, entry, discard=True)
 
     @abstractmethod
     def to_parts(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -105,6 +105,37 @@ class Edit(ABC):
         Raises:
             ValueError: a tensor is missing or has the wrong shape or content.
         """
+
+    @property
+    def parts(self) -> tuple["Edit", ...]:
+        """The edits that this one is made of, in order: itself, unless it is a stack."""
+        return (self,)
+
+    @property
+    def sole_hooks(self) -> tuple[str, ...]:
+        """Hooks at which no second such edit may act: the two have to be joined into one."""
+        return ()
+
+    def joined_with(self, other: "Edit") -> "Edit | None":
+        """One edit that does what both do, whichever comes first; None: they stay two."""
+        return None
+
+    def why_not_mergeable(self, layout: Layout | None) -> str | None:
+        """Why it cannot be written into an architecture's weights exactly; None if it can (untied, where it changes the
+        embeddings), or if that is all that can be said without the architecture's layout."""
+        return f"a {self.kind} edit has no such form"
+
+    def merge_targets(self, model: LensModel) -> list[torch.nn.Parameter]:
+        """The tensors that `write_over` changes.
+
+        Raises:
+            ValueError: there is no such tensor; says why.
+        """
+        return []
+
+    def write_over(self, model: LensModel) -> None:
+        """Write it into the model's tensors, of which no record is kept. For edits that are mergeable."""
+        raise NotImplementedError
 
     @contextmanager
     def applied(self, model: LensModel, *, check: bool = True) -> Iterator[LensModel]:
@@ -173,15 +204,13 @@ class Edit(ABC):
 
     def __add__(self, other: "Edit") -> "Edit":
         """Both edits. Projections join (order does not matter); weight edits are applied in the order given."""
-        from mrp_lens.edits.stack import stacked
-
-        return stacked(self, other)
+        return stack(self, other)
 
     def merge_(self, model: LensModel) -> None:
         """Write the edit into the loaded model for good: its hooks become weights. Only where that is exact.
 
         Args:
-            model: HookedTransformer or TransformerBridge, without this edit on.
+            model: HookedTransformer or TransformerBridge, without any edit on.
 
         Raises:
             ValueError: the edit has no such form on this model; says why. The model is left as it was.
@@ -189,19 +218,59 @@ class Edit(ABC):
         Example:
             >>> edit.merge_(model)  # doctest: +SKIP
         """
-        from mrp_lens.edits.merging import merge_
-
-        merge_(model, self)
+        if entries_on(model):
+            raise ValueError(
+                f"an edit is on this model and would be merged or lost with it ({entries_on(model)[0].edit!r}); take it off first: "
+                "edit.detach(model)"
+            )
+        with applied_in_weights(model, self) as written:
+            merged = [(parameter, parameter.detach().clone()) for parameter in written]
+        with torch.no_grad():
+            for parameter, values in merged:
+                parameter.copy_(values)
 
     def save_pretrained(self, path: str | Path, *, overwrite: bool = False) -> None:
         """Write `edit_config.json` and `edit.safetensors` into a folder, whole or not at all.
 
+        To put it on the Hub, export it with its model card: `export_hf(model, edit, path, "adapter").push_to_hub("me/edit")`.
+
         Raises:
             FileExistsError: the folder exists and is not empty, and `overwrite` is False.
         """
-        from mrp_lens.edits.serialization import save_edit
+        with whole_folder(path, overwrite=overwrite) as folder:
+            write_edit(self, folder)
 
-        save_edit(self, path, overwrite=overwrite)
+    @classmethod
+    def from_pretrained(cls, source: str | Path, *, revision: str | None = None, token: str | None = None) -> Self:
+        """Load an edit that `save_pretrained` wrote; tensors come back bit-identical. No code of the folder is ever run.
+
+        Args:
+            source: a folder, or the name of a repository on the Hub, "owner/name", of which the edit's two files are
+                downloaded. What is a local folder is never looked for on the Hub.
+            revision: branch, tag or commit on the Hub. None: "main".
+            token: of a user who may read there. None: the one of `hf auth login` or HF_TOKEN.
+
+        Raises:
+            FileNotFoundError: no such folder or repository, or one of the two files is missing.
+            ValueError: a file was truncated or altered, is a link out of the folder, does not fit into memory, or holds
+                anything that no edit saves; or a revision of a local folder.
+            TypeError: it is an edit of another class than the one that was asked.
+
+        Example:
+            >>> edit = Edit.from_pretrained("runs/mrp/edit")  # doctest: +SKIP
+        """
+        stored = read_edit(folder_of(source, revision=revision, token=token))
+        if not isinstance(stored.kind, str) or stored.kind not in KINDS:
+            raise ValueError(f"unknown kind of edit {stored.kind!r}; this version of mrp_lens knows {', '.join(KINDS)}")
+        with explained(stored.folder):
+            edit = KINDS[stored.kind].from_parts(stored.settings, stored.tensors)
+            check_same(stored, *edit.to_parts())
+        if not isinstance(edit, cls):
+            raise TypeError(
+                f"{source} holds a {type(edit).__name__}, and not a {cls.__name__}; load it with load_edit(...)"
+            )
+        edit.provenance = stored.provenance
+        return edit
 
     def __eq__(self, other: object) -> bool:
         """Whether both do the same, however they came about."""
@@ -218,6 +287,116 @@ class Edit(ABC):
     def _check_model(self, model: LensModel, check: bool) -> None:
         if check and "model" in self.provenance:
             check_same_model(model, self.provenance["model"])
+
+
+class EditStack(Edit):
+    """Edits applied in order; `edit_a + edit_b` makes one, and joins the projections among them.
+
+    Args:
+        parts: the edits; of a stack among them, its parts.
+
+    Raises:
+        TypeError: a part is not an edit.
+        ValueError: no parts, or two projections at one hook, which would have to be joined.
+    """
+
+    kind = "stack"
+
+    def __init__(self, parts: Sequence[Edit]) -> None:
+        for part in parts:
+            if not isinstance(part, Edit):
+                raise TypeError(f"a stack is made of edits, got {type(part).__name__}")
+        self._parts = tuple(own for part in parts for own in part.parts)
+        if not self._parts or len(set(self.sole_hooks)) < len(self.sole_hooks):
+            raise ValueError(
+                "a stack needs an edit at least, and at each hook one projection at most; join them: edit_a + edit_b"
+            )
+        self.provenance = {}
+
+    @property
+    @override
+    def parts(self) -> tuple[Edit, ...]:
+        return self._parts
+
+    @property
+    @override
+    def layers(self) -> tuple[int, ...]:
+        return tuple(sorted({layer for part in self.parts for layer in part.layers}))
+
+    @property
+    @override
+    def sole_hooks(self) -> tuple[str, ...]:
+        return tuple(hook for part in self.parts for hook in part.sole_hooks)
+
+    @override
+    def _put_on(self, model: LensModel, entry: On, *, check: bool) -> None:
+        for part in self.parts:
+            part._put_on(model, entry, check=check)
+
+    @override
+    def why_not_mergeable(self, layout: Layout | None) -> str | None:
+        return next((reason for part in self.parts if (reason := part.why_not_mergeable(layout)) is not None), None)
+
+    @override
+    def merge_targets(self, model: LensModel) -> list[torch.nn.Parameter]:
+        return [parameter for part in self.parts for parameter in part.merge_targets(model)]
+
+    @override
+    def write_over(self, model: LensModel) -> None:
+        # New matrices first: a hook projects what they write, wherever it stands in the stack.
+        for part in sorted(self.parts, key=lambda part: bool(part.sole_hooks)):
+            part.write_over(model)
+
+    @override
+    def to_parts(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        described = []
+        tensors: dict[str, Tensor] = {}
+        for number, part in enumerate(self.parts):
+            settings, owned = part.to_parts()
+            described.append({"kind": part.kind, "settings": settings, "provenance": dict(part.provenance)})
+            tensors |= {f"{number}/{name}": tensor for name, tensor in owned.items()}
+        return {"parts": described}, tensors
+
+    @classmethod
+    @override
+    def from_parts(cls, settings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> "EditStack":
+        described = setting(settings, "parts", list)
+        owned: dict[str, dict[str, Tensor]] = {str(number): {} for number in range(len(described))}
+        for name, tensor in tensors.items():
+            number, _, own = name.partition("/")
+            if number not in owned:
+                raise ValueError(f"the tensor {name!r} belongs to no part of the stack")
+            owned[number][own] = tensor
+        parts = []
+        for entry, mine in zip(described, owned.values(), strict=True):
+            kind, provenance = setting(entry, "kind", str), setting(entry, "provenance", dict)
+            if kind not in KINDS or kind == cls.kind:
+                raise ValueError(f"a part of the stack is of the kind {kind!r}, which none can be")
+            part = KINDS[kind].from_parts(setting(entry, "settings", dict), mine)
+            part.provenance = provenance
+            parts.append(part)
+        return cls(parts)
+
+    def __repr__(self) -> str:
+        return f"EditStack({list(self.parts)})"
+
+
+def stack(*edits: Edit) -> Edit:
+    """One edit out of several; projections join at the place of the first."""
+    parts: list[Edit] = []
+    for new in (part for edit in edits for part in edit.parts):
+        for place, known in enumerate(parts):
+            if (joined := known.joined_with(new)) is not None:
+                parts[place] = joined
+                break
+        else:
+            parts.append(new)
+    return parts[0] if len(parts) == 1 else EditStack(parts)
+
+
+def load_edit(source: str | Path, *, revision: str | None = None, token: str | None = None) -> Edit:
+    """Load an edit of any kind from a folder or from the Hub: `Edit.from_pretrained`."""
+    return Edit.from_pretrained(source, revision=revision, token=token)
 
 
 def edit_on(model: LensModel, edit: Edit | None) -> AbstractContextManager[Any]:

@@ -3,15 +3,18 @@
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 from typing_extensions import override
 
 from mrp_lens.edits.base import Edit, check_width
-from mrp_lens.edits.folder import field
+from mrp_lens.edits.merging import OUTPUTS, project_writers, writers
+from mrp_lens.edits.serialization import setting
 from mrp_lens.edits.subspace import Subspace
 from mrp_lens.models import LensModel, device_of
+from mrp_lens.models.architectures import Layout
 from mrp_lens.models.attachments import On, entries_on
-from mrp_lens.models.hooks import HookFunction, add_hooks, check_hook_names, layer_of, place_in_block
+from mrp_lens.models.hooks import HookFunction, add_hooks, check_hook_names, layer_of, place_in_block, site_of
 
 
 class ProjectionEdit(Edit):
@@ -162,6 +165,38 @@ class ProjectionEdit(Edit):
         ]
         entry.hooks += add_hooks(model, hooks)
 
+    @property
+    @override
+    def sole_hooks(self) -> tuple[str, ...]:
+        return self.hook_names
+
+    @override
+    def joined_with(self, other: Edit) -> Edit | None:
+        return self.join(other) if isinstance(other, ProjectionEdit) else None
+
+    @override
+    def why_not_mergeable(self, layout: Layout | None) -> str | None:
+        for hook in self.hook_names:
+            layer, site = layer_of(hook), site_of(hook)
+            if site in OUTPUTS and layout is not None and not layout.foldable:
+                return f"in this architecture a norm stands between the matrix and {hook}"
+            if site not in OUTPUTS and (site, layer) != ("resid_pre", 0):
+                return (
+                    f"at {hook} the stream is a sum of many layers' outputs, and the norm behind it divides by the length of that sum; "
+                    "exact are mlp_out, attn_out, and resid_pre of layer 0"
+                )
+        return None
+
+    @override
+    def merge_targets(self, model: LensModel) -> list[torch.nn.Parameter]:
+        check_hook_names(model, self.hook_names)
+        return [parameter for hook in self.hook_names for parameter, _ in writers(model, hook)]
+
+    @override
+    def write_over(self, model: LensModel) -> None:
+        for hook, subspace in self._joined.items():
+            project_writers(writers(model, hook), subspace)
+
     @override
     def to_parts(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         hooks: list[dict[str, Any]] = []
@@ -177,16 +212,16 @@ class ProjectionEdit(Edit):
     @override
     def from_parts(cls, settings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> "ProjectionEdit":
         requests: dict[str, dict[str, Subspace]] = {}
-        for request in field(settings, "requests", list):
+        for request in setting(settings, "requests", list):
             if not isinstance(request, str) or request in requests:
                 raise ValueError(f"requests must be different names, got {request!r}")
             requests[request] = {}
-        for entry in field(settings, "hooks", list):
-            request, hook, tensor = (field(entry, name, str) for name in ("request", "hook", "tensor"))
+        for entry in setting(settings, "hooks", list):
+            request, hook, tensor = (setting(entry, name, str) for name in ("request", "hook", "tensor"))
             if request not in requests or hook in requests[request]:
                 raise ValueError(f"{hook!r} belongs to no request, or stands twice in {request!r}")
             basis = tensors[tensor]
-            if basis.ndim != 2 or basis.shape[0] != field(entry, "rank", int):
+            if basis.ndim != 2 or basis.shape[0] != setting(entry, "rank", int):
                 raise ValueError(
                     f"{tensor!r} has shape {list(basis.shape)}, the configuration says rank {entry['rank']}"
                 )

@@ -9,8 +9,7 @@ from typing import Any
 
 from safetensors.torch import save
 
-from mrp_lens.edits.base import Edit
-from mrp_lens.edits.stack import EditStack
+from mrp_lens.edits.base import Edit, EditStack
 
 
 def fits_of(edit: Edit) -> Iterator[dict[str, Any]]:

@@ -1,52 +1,56 @@
-"""An edit as a folder: `edit_config.json` and `edit.safetensors`, both hashed, no pickle."""
+"""An edit as files: `edit_config.json` and `edit.safetensors`, both hashed, no pickle; in a folder, or on the Hugging Face Hub.
+
+A folder may come from a stranger. Of it two plain files are read, checked before they are used, and no code is ever run.
+"""
 
 import hashlib
 import json
+import math
+import struct
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import psutil
+import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import HFValidationError, HTTPError
+from huggingface_hub.utils import validate_repo_id
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
+from torch import Tensor
 
-from mrp_lens.edits.base import Edit
-from mrp_lens.edits.folder import (
-    check_finite,
-    check_room,
-    check_same,
-    file_in,
-    one_line,
-    read_config,
-    read_tensors,
-    sha256_of,
-)
-from mrp_lens.edits.projection import ProjectionEdit
-from mrp_lens.edits.steering import SteeringEdit
-from mrp_lens.edits.weight import WeightEdit
-from mrp_lens.utils.io import recover, whole_folder, write_json
+from mrp_lens.models.source import leads_out
+from mrp_lens.utils.io import recover, write_json
+
+if TYPE_CHECKING:
+    from mrp_lens.edits.base import Edit
 
 CONFIG_FILE = "edit_config.json"
 TENSOR_FILE = "edit.safetensors"
 FORMAT = 1
 KEYS = {"format", "kind", "settings", "provenance", "tensors_sha256"}
 
-KINDS: dict[str, type[Edit]] = {}
+CONFIG_BYTES = 16 * 2**20  # a configuration of 20,000 matrices takes 6 MB
+HEADER_BYTES = 16 * 2**20
+DEPTH = 64  # of JSON within JSON
+LONGEST = 500  # characters of an error's cause
 
 
-def register(kind: type[Edit]) -> None:
-    """Make a kind of edit known to `load_edit`."""
-    KINDS[kind.kind] = kind
+@dataclass(frozen=True)
+class Stored:
+    """What the two files of an edit say."""
+
+    folder: Path
+    kind: Any  # until it is known to be one
+    settings: Mapping[str, Any]
+    provenance: Mapping[str, Any]
+    tensors: Mapping[str, Tensor]
 
 
-for _kind in (ProjectionEdit, SteeringEdit, WeightEdit):
-    register(_kind)
-
-
-def save_edit(edit: Edit, path: str | Path, *, overwrite: bool = False) -> None:
-    """See `Edit.save_pretrained`."""
-    with whole_folder(path, overwrite=overwrite) as folder:
-        write_edit(edit, folder)
-
-
-def write_edit(edit: Edit, folder: Path) -> None:
+def write_edit(edit: "Edit", folder: Path) -> None:
     """Write the two files of an edit into a folder that exists."""
     settings, tensors = edit.to_parts()
     # Copies: one subspace may stand at several hooks, and the format refuses tensors that share memory.
@@ -67,21 +71,16 @@ def stored_bytes(folder: Path) -> int:
     return sum((folder / name).stat().st_size for name in (CONFIG_FILE, TENSOR_FILE))
 
 
-def load_edit(path: str | Path) -> Edit:
-    """Load an edit from a folder that `save_pretrained` wrote; tensors come back bit-identical.
+def read_edit(folder: Path) -> Stored:
+    """Read the two files of an edit; what they say of it is not known to fit together yet.
 
     Raises:
         FileNotFoundError: no such folder, or one of its two files is missing.
-        ValueError: a file was truncated or altered, is a link out of the folder, does not fit into memory, or holds anything
-            that no edit saves. No code of the folder is ever run.
-
-    Example:
-        >>> edit = load_edit("runs/mrp/edit")  # doctest: +SKIP
+        ValueError: a file was truncated or altered, is a link out of the folder, does not fit into memory, or is not of this
+            format.
     """
-    folder = Path(path)
-    recover(folder)
-    config_file, tensor_file = (file_in(folder, name) for name in (CONFIG_FILE, TENSOR_FILE))
-    config = read_config(config_file)
+    config_file, tensor_file = (_file_in(folder, name) for name in (CONFIG_FILE, TENSOR_FILE))
+    config = _read_config(config_file)
     stated = config.pop("config_sha256", None)
     if missing := sorted(KEYS - set(config)):
         raise ValueError(
@@ -91,35 +90,221 @@ def load_edit(path: str | Path) -> Edit:
         raise ValueError(
             f"{folder / CONFIG_FILE} has format {config['format']!r}; this version of mrp_lens reads format {FORMAT}"
         )
-    check_room(tensor_file)
-    for file, found, wanted in (
+    _check_size(tensor_file)
+    with tensor_file.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    for name, digest, wanted in (
         (CONFIG_FILE, _config_hash(config), stated),
-        (TENSOR_FILE, sha256_of(tensor_file), config["tensors_sha256"]),
+        (TENSOR_FILE, found, config["tensors_sha256"]),
     ):
-        if found != wanted:
+        if digest != wanted:
             raise ValueError(
-                f"{folder / file} is truncated or was altered since it was saved (its hash does not match); save the edit again"
+                f"{folder / name} is truncated or was altered since it was saved (its hash does not match); save the edit again"
             )
     # Anybody can make hashes match: they tell of accidents. What follows holds against strangers.
-    kind, settings, provenance = (config[key] for key in ("kind", "settings", "provenance"))
-    if not isinstance(kind, str) or kind not in KINDS:
-        raise ValueError(f"unknown kind of edit {kind!r}; this version of mrp_lens knows {', '.join(KINDS)}")
-    try:
+    with explained(folder):
         if extra := sorted(set(config) - KEYS):
             raise ValueError(f"{extra[0]!r} is nothing that this version of mrp_lens knows")
-        if not isinstance(provenance, dict):
-            raise ValueError(f"its provenance must be an object, got {type(provenance).__name__}")
-        check_finite(settings, "settings")
-        tensors = read_tensors(tensor_file)
-        edit = KINDS[kind].from_parts(settings, tensors)
-        check_same(settings, tensors, edit.to_parts())
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError, RuntimeError) as error:
-        raise ValueError(
-            f"{folder} does not hold what its configuration says ({one_line(error)}); save the edit again"
+        if not isinstance(config["provenance"], dict):
+            raise ValueError(f"its provenance must be an object, got {type(config['provenance']).__name__}")
+        _check_finite(config["settings"], "settings")
+        tensors = _read_tensors(tensor_file)
+    return Stored(folder, config["kind"], config["settings"], config["provenance"], tensors)
+
+
+def folder_of(source: str | Path, *, revision: str | None = None, token: str | None = None) -> Path:
+    """The local folder of an edit; of a repository on the Hub the two files are downloaded into the Hub's cache.
+
+    What is a local folder is never looked for on the Hub.
+
+    Raises:
+        FileNotFoundError: a name of the Hub under which no edit is to be had; says why.
+        ValueError: a revision of a local folder, or files that are too large.
+    """
+    folder, name = Path(source).expanduser(), str(source)
+    recover(folder)
+    if folder.is_dir() or not _is_hub_name(name):
+        if revision is not None:
+            raise ValueError(f"revision={revision!r} is of the Hub, and {name!r} is none of its names; leave it out")
+        return folder
+    options = {"revision": revision, "token": token, "library_name": "mrp_lens"}
+    try:
+        for file in (CONFIG_FILE, TENSOR_FILE):
+            _check_bytes(f"{file} of {name}", file, hf_hub_download(name, file, **options, dry_run=True).file_size or 0)
+            place = hf_hub_download(name, file, **options)
+    except (HTTPError, OSError) as error:
+        raise FileNotFoundError(
+            f"{name!r} is neither a local folder nor an edit that is to be had from the Hub ({_one_line(error)}); give a folder written by "
+            "edit.save_pretrained(...), or the name of such a folder on the Hub (with token=... where it is private)"
         ) from error
-    edit.provenance = provenance
-    return edit
+    return Path(place).parent
+
+
+def _is_hub_name(name: str) -> bool:
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return name.count("/") == 1 and not name.startswith(".")
+
+
+@contextmanager
+def explained(folder: Path) -> Iterator[None]:
+    """What goes wrong inside is raised as one error that says that the folder does not hold what it says."""
+    try:
+        yield
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError, RuntimeError) as error:
+        cause = error.args[0] if isinstance(error, KeyError) and error.args else error
+        raise ValueError(
+            f"{folder} does not hold what its configuration says ({_one_line(cause)}); save the edit again"
+        ) from error
+
+
+def setting(settings: Any, name: str, kind: type | tuple[type, ...]) -> Any:
+    """One of the settings.
+
+    Raises:
+        ValueError: it is missing or of another kind.
+    """
+    if not isinstance(settings, dict) or name not in settings:
+        raise ValueError(f"{name!r} is missing from its settings")
+    value = settings[name]
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        wanted = " or ".join(k.__name__ for k in (kind if isinstance(kind, tuple) else (kind,)))
+        raise ValueError(_one_line(f"{name!r} must be {wanted} in its settings, got {value!r}"))
+    return value
+
+
+def check_same(stored: Stored, settings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Refuse stored settings and tensors that the edit made of them would save as others, or not at all.
+
+    Raises:
+        ValueError: says what.
+    """
+    if set(stored.tensors) != set(tensors):
+        odd = sorted(set(stored.tensors) ^ set(tensors))[0]
+        raise ValueError(f"it holds the tensor {odd!r}, which its configuration does not name")
+    for name, tensor in stored.tensors.items():
+        if tensor.dtype != tensors[name].dtype or not torch.equal(tensor, tensors[name]):
+            raise ValueError(f"{name!r} holds other values than an edit saves (dtype, length or precision)")
+    if not _same_json(stored.settings, settings):
+        raise ValueError(f"its settings are not as an edit saves them: {_difference(stored.settings, settings)}")
 
 
 def _config_hash(config: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(config, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+
+
+def _file_in(folder: Path, name: str) -> Path:
+    """A plain file of a folder, with links resolved.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is a link out of the folder, other than one into the blobs of a Hugging Face cache.
+    """
+    file = folder / name
+    if not file.is_file():
+        raise FileNotFoundError(f"{folder} holds no {name}; give a folder written by edit.save_pretrained(...)")
+    if leads_out(folder, file):
+        raise ValueError(
+            f"{file} is a link to a file outside of the folder, which is not followed; copy the file itself"
+        )
+    return file.resolve()
+
+
+def _check_bytes(what: str | Path, name: str, size: int) -> None:
+    """Refuse, before it is read, what no edit's configuration needs, and tensors that would not fit into memory."""
+    free = int(psutil.virtual_memory().available)
+    if name == CONFIG_FILE and size > CONFIG_BYTES:
+        raise ValueError(f"{what} has {size:,} bytes and no edit's configuration more than {CONFIG_BYTES:,}")
+    if name == TENSOR_FILE and size > free:
+        raise ValueError(f"{what} has {size:,} bytes, and {free:,} of memory are free")
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    """A JSON object.
+
+    Raises:
+        ValueError: too large, too deeply nested, not UTF-8, not JSON, not an object, a key that stands twice, or a lone surrogate.
+    """
+    _check_bytes(path, CONFIG_FILE, path.stat().st_size)
+    try:
+        config = json.loads(path.read_bytes().decode("utf-8"), object_pairs_hook=_once_each)
+    except RecursionError:
+        raise ValueError(f"{path} is nested too deeply to be an edit's configuration") from None
+    except ValueError as error:
+        raise ValueError(f"{path} is truncated or no edit configuration ({error}); save the edit again") from None
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} is truncated or no edit configuration (no object); save the edit again")
+    _check_values(config, path, DEPTH)
+    return config
+
+
+def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in content:
+            raise ValueError(f"{name[:50]!r} stands there twice")
+        content[name] = value
+    return content
+
+
+def _check_values(value: Any, path: Path, depth: int) -> None:
+    if depth == 0:
+        raise ValueError(f"{path} is nested too deeply to be an edit's configuration")
+    if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            raise ValueError(f"{path} holds half of a letter ({value[:50]!r}); save the edit again") from None
+    entries = [*value, *value.values()] if isinstance(value, dict) else value if isinstance(value, list) else ()
+    for entry in entries:
+        _check_values(entry, path, depth - 1)
+
+
+def _check_size(path: Path) -> None:
+    """Refuse tensors that would not fit into memory, and headers that are none, before anything is read."""
+    size = path.stat().st_size
+    _check_bytes(path, TENSOR_FILE, size)
+    with path.open("rb") as file:
+        start = file.read(8)
+    header = struct.unpack("<Q", start)[0] if len(start) == 8 else size
+    if header > min(HEADER_BYTES, size - 8):
+        raise ValueError(
+            f"{path} is truncated or holds no tensors (its header has {header:,} bytes); save the edit again"
+        )
+
+
+def _check_finite(value: Any, name: str) -> None:
+    """Refuse NaN and infinity anywhere in settings."""
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{name} is {value}, and must be finite")
+    entries = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, entry in entries:
+        _check_finite(entry, f"{name}.{key}")
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, each copied once."""
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            return {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, KeyError, TypeError, RuntimeError, OverflowError, MemoryError) as error:
+        raise ValueError(f"{path} does not hold tensors that can be read ({_one_line(error)})") from error
+
+
+def _same_json(one: Any, other: Any) -> bool:
+    return json.dumps(one, sort_keys=True) == json.dumps(other, sort_keys=True)
+
+
+def _difference(settings: Any, others: Any) -> str:
+    if isinstance(settings, dict) and isinstance(others, dict) and settings.keys() == others.keys():
+        for key in settings:
+            if not _same_json(settings[key], others[key]):
+                return _one_line(f"{key!r} is {settings[key]!r} and has to be {others[key]!r}")
+    return _one_line(f"{settings!r} has to be {others!r}")
+
+
+def _one_line(what: object) -> str:
+    text = " ".join(str(what).split())
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]} ..."

@@ -11,9 +11,12 @@ from torch import Tensor
 from typing_extensions import override
 
 from mrp_lens.edits.base import Edit, check_width
-from mrp_lens.edits.folder import field
+from mrp_lens.edits.modeling import in_prompt
+from mrp_lens.edits.prompt_positions import count_in_prompts
+from mrp_lens.edits.serialization import setting
 from mrp_lens.edits.subspace import unit
 from mrp_lens.models import LensModel, device_of
+from mrp_lens.models.architectures import Layout
 from mrp_lens.models.attachments import On
 from mrp_lens.models.hooks import add_hooks, check_hook_names, hook_name, layer_of
 from mrp_lens.utils.validation import whole_numbers
@@ -106,9 +109,6 @@ class SteeringEdit(Edit):
 
     @override
     def _put_on(self, model: LensModel, entry: On, *, check: bool) -> None:
-        from mrp_lens.edits.modeling import in_prompt
-        from mrp_lens.edits.prompts import fix_prompts
-
         check_hook_names(model, [self.hook])
         check_width(model, len(self.direction), "the direction")
         self._check_model(model, check)
@@ -129,7 +129,11 @@ class SteeringEdit(Edit):
 
         entry.hooks += add_hooks(model, [(self.hook, hook)])
         if self.positions is not None:
-            entry.hooks += fix_prompts(model)
+            entry.hooks += count_in_prompts(model)
+
+    @override
+    def why_not_mergeable(self, layout: Layout | None) -> str | None:
+        return "steering overwrites states, which no matrix of the model does"
 
     @override
     def to_parts(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -156,13 +160,13 @@ class SteeringEdit(Edit):
                 f"the direction must be a vector of length 1 in float32, got {direction.dtype} and shape {list(direction.shape)}"
             )
         return cls(
-            field(settings, "hook", str),
+            setting(settings, "hook", str),
             direction,
-            field(settings, "coefficient", (int, float)),
-            mode=field(settings, "mode", str),
-            noise=field(settings, "noise", (int, float)),
-            positions=field(settings, "positions", (list, NoneType)),
-            seed=field(settings, "seed", int),
+            setting(settings, "coefficient", (int, float)),
+            mode=setting(settings, "mode", str),
+            noise=setting(settings, "noise", (int, float)),
+            positions=setting(settings, "positions", (list, NoneType)),
+            seed=setting(settings, "seed", int),
         )
 
     def __repr__(self) -> str:

@@ -9,8 +9,9 @@ from torch import Tensor
 from typing_extensions import override
 
 from mrp_lens.edits.base import Edit
-from mrp_lens.edits.folder import field
+from mrp_lens.edits.serialization import setting
 from mrp_lens.models import EditableWeight, LensModel, same_tensor, weights_by_name
+from mrp_lens.models.architectures import Layout
 from mrp_lens.models.attachments import On, write
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -87,8 +88,17 @@ class WeightEdit(Edit):
         for name, tensor in self.tensors.items():
             write(model, entry, known[name], tensor)
 
+    @override
+    def why_not_mergeable(self, layout: Layout | None) -> str | None:
+        return None
+
+    @override
+    def merge_targets(self, model: LensModel) -> list[torch.nn.Parameter]:
+        known = weights_by_name(model)
+        return [known[name].parameter for name in self.tensors if name in known]
+
+    @override
     def write_over(self, model: LensModel) -> None:
-        """Overwrite the matrices without any record of what they held."""
         known = weights_by_name(model)
         for name, tensor in self.tensors.items():
             known[name].write(tensor)
@@ -103,7 +113,7 @@ class WeightEdit(Edit):
     @classmethod
     @override
     def from_parts(cls, settings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> "WeightEdit":
-        shapes, replaces = (field(settings, name, dict) for name in ("shapes", "replaces"))
+        shapes, replaces = (setting(settings, name, dict) for name in ("shapes", "replaces"))
         for name, digests in replaces.items():
             if not isinstance(digests, dict) or not all(isinstance(value, str) for value in digests.values()):
                 raise ValueError(f"the hashes of {name!r} must be names and their text, got {digests!r}")

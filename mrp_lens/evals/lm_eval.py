@@ -5,7 +5,7 @@ import difflib
 import logging
 import random
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,100 +14,40 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 import torch
-from lm_eval.models.huggingface import HFLM
 
+from mrp_lens.edits import Edit
+from mrp_lens.hf import attach
 from mrp_lens.models import device_named, dtype_named
 from mrp_lens.models.source import checked_config, find_folder, read_object, read_tokenizer, read_weights
 from mrp_lens.utils.validation import one_of, positive
+
+try:
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+except ImportError:  # an optional extra, which `require_harness` asks for
+    HFLM = object
 
 # Where TransformerLens's `cfg.default_prepend_bos` is False; a model class of an export inherits from one of its base.
 WITHOUT_BOS = frozenset(
     "BloomForCausalLM GPTNeoXForCausalLM GraniteForCausalLM MptForCausalLM PhiForCausalLM Qwen2ForCausalLM Qwen3ForCausalLM "
     "SmolLM3ForCausalLM Starcoder2ForCausalLM".split()
 )
-
+BATCH_SIZE = 8
 
 Bos = Literal["metrics", "tokenizer"]
 
 
-def prepends_bos(model: Any, tokenizer: Any) -> bool:
-    """Whether `mrp_lens.metrics` starts a text with BOS on this model."""
-    kinds = {kind.__name__ for kind in type(model).__mro__}
-    return tokenizer.bos_token_id is not None and not kinds & WITHOUT_BOS
-
-
-class HarnessModel(HFLM):  # type: ignore[misc]
-    """The harness's class for Hugging Face models, with a say over BOS.
-
-    The harness's own `add_bos_token=True` leaves BOS to the tokenizer, and does nothing where that adds none.
-
-    Args:
-        model: the Hugging Face model.
-        tokenizer: its tokenizer, of which a copy is used: the harness may set a padding token.
-        batch_size: texts in a pass.
-        bos: "metrics" or "tokenizer", as in `mrp_lens.evals.lm_eval.harness`.
-    """
-
-    def __init__(self, model: Any, tokenizer: Any, *, batch_size: int, bos: Bos) -> None:
-        own = copy.deepcopy(tokenizer)
-        with _quiet(HFLM.__module__):  # it warns that the model is a model, and not the name of one
-            super().__init__(model, tokenizer=own, backend="causal", batch_size=batch_size, softmax_dtype="float32")
-        self.own_bos = bos == "metrics"
-        self.start = [own.bos_token_id] if self.own_bos and prepends_bos(model, own) else []
-
-    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **options: Any) -> list[int]:
-        """Token ids of a text; of one that is too long (`left_truncate_len`) BOS and the end."""
-        if not self.own_bos:
-            return super().tok_encode(string, add_special_tokens=add_special_tokens, **options)
-        start = self.start if add_special_tokens is not False else []
-        ids = self.tokenizer.encode(string, add_special_tokens=False)
-        ids = ids[1:] if start and ids[:1] == start else ids  # a chat template's BOS is as good as ours
-        room = options.get("left_truncate_len")
-        return start + (ids[max(0, len(ids) + len(start) - room) :] if room else ids)
-
-    def tok_batch_encode(self, strings: list[str], padding_side: str = "left", **options: Any) -> Any:
-        """Token ids and attention mask of a batch that generation starts from."""
-        if not self.own_bos:
-            return super().tok_batch_encode(strings, padding_side=padding_side, **options)
-        rows = [self.tok_encode(string, left_truncate_len=options.get("left_truncate_len")) for string in strings]
-        batch = self.tokenizer.pad({"input_ids": rows}, padding_side=padding_side, return_tensors="pt")
-        return batch["input_ids"], batch["attention_mask"]
-
-
-@contextmanager
-def _quiet(name: str) -> Iterator[None]:
-    """A logger that reports errors only."""
-    logger = logging.getLogger(name)
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
-
-
-@contextmanager
-def mode_kept(model: Any) -> Iterator[None]:
-    """The harness puts a model into evaluation mode, and ties its unembedding to the embedding again."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.tie_weights = lambda *_, **__: None
-    try:
-        yield
-    finally:
-        del model.tie_weights
-        for module, training in modes:
-            module.training = training
-
-
-def harness(
+def evaluate(
     model: Any,
     tasks: str | Sequence[str],
     *,
+    edit: Edit | str | Path | None = None,
     tokenizer: Any = None,
     include_path: str | Path | None = None,
     limit: int | None = None,
     num_fewshot: int | None = None,
-    batch_size: int = 8,
+    batch_size: int | None = None,
     bos: Bos = "metrics",
     per_question: bool = False,
     seed: int = 0,
@@ -122,13 +62,14 @@ def harness(
 
     Args:
         model: "demo", a folder (an exported one, or any Hugging Face folder), a name on the Hub, or a loaded Hugging
-            Face model, perhaps with an edit attached by `mrp_lens.hf.attach`. A loaded one keeps its precision and device.
+            Face model. A loaded one keeps its precision and device, and what is attached to it.
         tasks: names of tasks, groups or tags: `["wmdp", "mmlu"]`, or "wmdp,mmlu".
+        edit: attached to the model meanwhile, by `mrp_lens.hf.attach`: an edit, or where it was saved.
         tokenizer: of a loaded model. None: the one in the folder that the model came from.
         include_path: folder with task definitions (YAML) of your own; a name found there is taken from there.
         limit: at most this many questions of each task. None: all.
         num_fewshot: solved examples before each question. None: as the task says.
-        batch_size: texts in a pass.
+        batch_size: texts in a pass. None: 8.
         bos: "metrics": a text starts with BOS where it does in `mrp_lens.metrics`: if the tokenizer has one and
             TransformerLens does not say that the architecture was trained without; whether the tokenizer adds it by
             itself does not matter. "tokenizer": what the tokenizer does by itself, the harness's own default.
@@ -148,24 +89,35 @@ def harness(
         ImportError: lm-evaluation-harness is not installed.
         FileNotFoundError: no folder at `include_path`.
         TypeError: a model that is none of these.
-        ValueError: an unknown task, a number that is not above 0, a folder with code of its own without
+        ValueError: an edit that `attach` refuses, an unknown task, a number that is not above 0, a folder with code of its own without
             `trust_remote_code`, or no tokenizer.
 
     Example:
-        >>> frame = harness("runs/export", "wmdp,mmlu")  # doctest: +SKIP
+        >>> frame = evaluate("org/name", ["wmdp", "mmlu"], edit="runs/mine/edit")  # doctest: +SKIP
     """
     require_harness()
     one_of(Bos, bos=bos)
     positive(limit=limit, batch_size=batch_size)
     names = task_names(tasks)
-    with _random_states_kept():
+    with _random_states_kept(), ExitStack() as stack:
         manager = task_manager(names, include_path)
         if isinstance(model, (str, Path)):
             model, found = load_hf(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
             tokenizer = found if tokenizer is None else tokenizer
         else:
             tokenizer = _tokenizer_of(model, tokenizer)
-        results = _evaluated(model, tokenizer, names, manager, bos, batch_size, limit, num_fewshot, seed, per_question)
+        if edit is not None:
+            stack.enter_context(attach(model, edit))
+        stack.enter_context(_modes_kept(model))
+        results = simple_evaluate(
+            model=HarnessModel(model, tokenizer, batch_size=BATCH_SIZE if batch_size is None else batch_size, bos=bos),
+            tasks=names,
+            task_manager=manager,
+            limit=limit,
+            num_fewshot=num_fewshot,
+            log_samples=per_question,
+            **dict.fromkeys(["random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed"], seed),
+        )
     return pd.DataFrame(_question_rows(results) if per_question else _task_rows(results))
 
 
@@ -199,8 +151,6 @@ def task_manager(names: Sequence[str], include_path: str | Path | None) -> Any:
         FileNotFoundError: no folder at `include_path`.
         ValueError: nothing of that name.
     """
-    from lm_eval.tasks import TaskManager
-
     if include_path is None:
         folder, own = None, {}
     else:
@@ -217,7 +167,7 @@ def task_manager(names: Sequence[str], include_path: str | Path | None) -> Any:
             alike = ", ".join(difflib.get_close_matches(name, [*own, *shipped.all_tasks], 3))
             raise ValueError(
                 f"lm-evaluation-harness has no task {name!r}{f' (it has {alike})' if alike else ''}. A task of your own is a YAML file "
-                "with that name under `task:`; give the folder it lies in as include_path (--include-path). A file that cannot be read "
+                "with that name under `task:`; give the folder it lies in as include_path. A file that cannot be read "
                 "is passed over"
             )
     return shipped if folder is None else TaskManager(include_path=str(folder))
@@ -226,8 +176,6 @@ def task_manager(names: Sequence[str], include_path: str | Path | None) -> Any:
 @cache
 def catalogue() -> Any:
     """The tasks that come with the harness."""
-    from lm_eval.tasks import TaskManager
-
     return TaskManager()
 
 
@@ -246,7 +194,7 @@ def load_hf(
     device: str | torch.device | None = None,
     trust_remote_code: bool = False,
 ) -> tuple[Any, Any]:
-    """A plain Hugging Face model in evaluation mode, and its tokenizer; the arguments as in `harness`.
+    """A plain Hugging Face model in evaluation mode, and its tokenizer; the arguments as in `evaluate`.
 
     Raises:
         ValueError: an unknown dtype, no model there, weights that do not fill it, or code of its own without
@@ -264,7 +212,7 @@ def load_hf(
         code = ", ".join(sorted(file.name for file in folder.glob("*.py")))
         raise ValueError(
             f"{source} brings code of its own ({code or 'see auto_map in its config.json'}) that loading it would run; read it, then pass "
-            "trust_remote_code=True (--trust-remote-code)"
+            "trust_remote_code=True"
         )
     model, report = AutoModelForCausalLM.from_pretrained(
         folder, dtype=precision, trust_remote_code=True, output_loading_info=True
@@ -284,56 +232,58 @@ def _tokenizer_of(model: Any, tokenizer: Any) -> Any:
     if not isinstance(model, PreTrainedModel):
         raise TypeError(
             f"the harness runs on Hugging Face models, got {type(model).__name__}; give 'demo', a folder, a Hub name or a loaded "
-            "Hugging Face model. An edit made in TransformerLens gets there by mrp_lens.hf.attach(hf_model, edit)"
+            "Hugging Face model. An edit made in TransformerLens gets there by edit=..., or by mrp_lens.hf.attach(hf_model, edit)"
         )
     if tokenizer is not None:
         return tokenizer
     name = str(getattr(model.config, "_name_or_path", ""))
     if not (name and Path(name).is_dir()):
-        raise ValueError("a loaded Hugging Face model brings no tokenizer; pass harness(model, tasks, tokenizer=...)")
+        raise ValueError("a loaded Hugging Face model brings no tokenizer; pass evaluate(model, tasks, tokenizer=...)")
     return read_tokenizer(Path(name))
 
 
-def _evaluated(
-    model: Any,
-    tokenizer: Any,
-    names: list[str],
-    manager: Any,
-    bos: Bos,
-    batch_size: int,
-    limit: int | None,
-    num_fewshot: int | None,
-    seed: int,
-    samples: bool,
-) -> Mapping[str, Any]:
-    """What the harness returns."""
-    from lm_eval import simple_evaluate
-
-    from mrp_lens.evals.lm_eval import HarnessModel, mode_kept
-
-    with mode_kept(model):
-        results: Mapping[str, Any] = simple_evaluate(
-            model=HarnessModel(model, tokenizer, batch_size=batch_size, bos=bos),
-            tasks=names,
-            task_manager=manager,
-            limit=limit,
-            num_fewshot=num_fewshot,
-            log_samples=samples,
-            **dict.fromkeys(["random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed"], seed),
-        )
-    return results
+def prepends_bos(model: Any, tokenizer: Any) -> bool:
+    """Whether `mrp_lens.metrics` starts a text with BOS on this model."""
+    kinds = {kind.__name__ for kind in type(model).__mro__}
+    return tokenizer.bos_token_id is not None and not kinds & WITHOUT_BOS
 
 
-@contextmanager
-def _random_states_kept() -> Iterator[None]:
-    """The harness seeds the generators of Python, numpy and torch."""
-    python, arrays = random.getstate(), np.random.get_state()  # noqa: NPY002
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            np.random.set_state(arrays)  # noqa: NPY002
+class HarnessModel(HFLM):  # type: ignore[misc]
+    """The harness's class for Hugging Face models, with a say over BOS.
+
+    The harness's own `add_bos_token=True` leaves BOS to the tokenizer, and does nothing where that adds none.
+
+    Args:
+        model: the Hugging Face model.
+        tokenizer: its tokenizer, of which a copy is used: the harness may set a padding token.
+        batch_size: texts in a pass.
+        bos: "metrics" or "tokenizer", as in `evaluate`.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, *, batch_size: int, bos: Bos) -> None:
+        own = copy.deepcopy(tokenizer)
+        with _quiet(HFLM.__module__):  # it warns that the model is a model, and not the name of one
+            super().__init__(model, tokenizer=own, backend="causal", batch_size=batch_size, softmax_dtype="float32")
+        self.own_bos = bos == "metrics"
+        self.start = [own.bos_token_id] if self.own_bos and prepends_bos(model, own) else []
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **options: Any) -> list[int]:
+        """Token ids of a text; of one that is too long (`left_truncate_len`) BOS and the end."""
+        if not self.own_bos:
+            return super().tok_encode(string, add_special_tokens=add_special_tokens, **options)
+        start = self.start if add_special_tokens is not False else []
+        ids = self.tokenizer.encode(string, add_special_tokens=False)
+        ids = ids[1:] if start and ids[:1] == start else ids  # a chat template's BOS is as good as ours
+        room = options.get("left_truncate_len")
+        return start + (ids[max(0, len(ids) + len(start) - room) :] if room else ids)
+
+    def tok_batch_encode(self, strings: list[str], padding_side: str = "left", **options: Any) -> Any:
+        """Token ids and attention mask of a batch that generation starts from."""
+        if not self.own_bos:
+            return super().tok_batch_encode(strings, padding_side=padding_side, **options)
+        rows = [self.tok_encode(string, left_truncate_len=options.get("left_truncate_len")) for string in strings]
+        batch = self.tokenizer.pad({"input_ids": rows}, padding_side=padding_side, return_tensors="pt")
+        return batch["input_ids"], batch["attention_mask"]
 
 
 def _task_rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -376,3 +326,40 @@ def _question_rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
         for sample in samples
         for metric in sample["metrics"]
     ]
+
+
+@contextmanager
+def _random_states_kept() -> Iterator[None]:
+    """The harness seeds the generators of Python, numpy and torch."""
+    python, arrays = random.getstate(), np.random.get_state()  # noqa: NPY002
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(arrays)  # noqa: NPY002
+
+
+@contextmanager
+def _modes_kept(model: Any) -> Iterator[None]:
+    """The harness puts a model into evaluation mode, and ties its unembedding to the embedding again."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.tie_weights = lambda *_, **__: None
+    try:
+        yield
+    finally:
+        del model.tie_weights
+        for module, training in modes:
+            module.training = training
+
+
+@contextmanager
+def _quiet(name: str) -> Iterator[None]:
+    """A logger that reports errors only."""
+    logger = logging.getLogger(name)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

@@ -2,7 +2,9 @@
 
 from mrp_lens.export.export import ExportReport, export_hf
 from mrp_lens.export.hub import push_to_hub
-from mrp_lens.export.model_card import Record
+from mrp_lens.export.model_card import Measurements
 from mrp_lens.export.verification import ExportMismatchError, Proof
 
-__all__ = ["ExportMismatchError", "ExportReport", "Proof", "Record", "export_hf", "push_to_hub"]
+Record = Measurements  # its name in version 0.1
+
+__all__ = ["ExportMismatchError", "ExportReport", "Measurements", "Proof", "Record", "export_hf", "push_to_hub"]

@@ -1,14 +1,16 @@
-"""The checkpoint that a model was loaded from, and whether it is still that model."""
+"""The checkpoint that a model was loaded from, whether it is still that model, and its tokenizer."""
 
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from mrp_lens.export.checkpoint import Checkpoint
+from mrp_lens.edits import Edit
+from mrp_lens.export.checkpoint import TOKENIZER_SETTINGS, Checkpoint
 from mrp_lens.models import LensModel, device_of, dtype_of, hf_state, load_model, why_not_exportable
 from mrp_lens.models.architectures import LAYOUTS
-from mrp_lens.models.source import find_folder
+from mrp_lens.models.source import find_folder, read_object
+from mrp_lens.utils.io import write_json
 
 
 def base_of(model: LensModel, base: str | Path | None) -> Checkpoint:
@@ -34,27 +36,41 @@ def base_of(model: LensModel, base: str | Path | None) -> Checkpoint:
     return Checkpoint.open(folder)
 
 
-def stored_tokenizer(base: Checkpoint) -> Any | None:
-    """The tokenizer of the folder; None if there is none that transformers can use."""
+def write_tokenizer(folder: Path, model: LensModel, base: Checkpoint, *, name_class: bool) -> Any | None:
+    """Replace the tokenizer that was copied from the base by the model's own, where that is another: tokens were added in
+    memory, or the chat template was changed.
+
+    Special tokens alone do not count: TransformerLens sets some where there are none.
+
+    Args:
+        folder: what is being written, with the base's files in it.
+        model: whose tokenizer it is to be.
+        base: the checkpoint that the model was loaded from.
+        name_class: say of which class the base's is, which transformers else tells from the model type.
+
+    Returns:
+        The model's tokenizer, if it was written; None: the base's is right as it is.
+    """
+    own, stored = model.tokenizer, _tokenizer_in(base.folder)
+    if stored is None or own.get_vocab() != stored.get_vocab() or own.chat_template not in (None, stored.chat_template):
+        for file in (*folder.glob("tokenizer*"), *folder.glob("chat_template.*")):
+            file.unlink()
+        own.save_pretrained(folder)
+        return own
+    settings = read_object(folder / TOKENIZER_SETTINGS) if (folder / TOKENIZER_SETTINGS).is_file() else {}
+    if name_class and settings.get("tokenizer_class") != type(stored).__name__:
+        write_json(folder / TOKENIZER_SETTINGS, {**settings, "tokenizer_class": type(stored).__name__})
+    return None
+
+
+def _tokenizer_in(folder: Path) -> Any | None:
+    """The tokenizer of a folder; None if there is none that transformers can use."""
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(base.folder)
+        return AutoTokenizer.from_pretrained(folder)
     except Exception:  # of any kind
         return None
-
-
-def own_tokenizer(model: LensModel, stored: Any | None) -> Any | None:
-    """The model's tokenizer, if it is another than the one that is stored: tokens were added in memory, or the chat template
-    was changed. None: the files in the folder are right as they are.
-
-    Special tokens alone do not count: TransformerLens sets some where there are none.
-    """
-    own = model.tokenizer
-    if stored is None:
-        return own
-    same = own.get_vocab() == stored.get_vocab() and own.chat_template in (None, stored.chat_template)
-    return None if same else own
 
 
 def check_apart(target: Path, folder: Path, what: str) -> None:
@@ -70,11 +86,14 @@ def check_apart(target: Path, folder: Path, what: str) -> None:
         )
 
 
-def check_bare(model: LensModel) -> None:
-    """Refuse a model with hooks on: the proof would compare with them.
+def check_unedited(model: LensModel, edit: Edit, base: Checkpoint) -> None:
+    """Refuse a model with hooks on, with which the proof would compare; one that the edit was not made for; and a checkpoint
+    that differs from the model in any tensor, in the model's precision.
+
+    A HookedTransformer stores its weights in other shapes, so there the checkpoint is loaded once more to compare.
 
     Raises:
-        ValueError: names a hook point.
+        ValueError: names the hook point or the tensor.
     """
     hooked = [name for name, point in model.hook_dict.items() if point.fwd_hooks]
     if hooked:
@@ -82,16 +101,8 @@ def check_bare(model: LensModel) -> None:
             f"hooks are on this model (at {hooked[0]}), of an attached edit perhaps, and would go into the comparison; "
             "edit.detach(model) or model.reset_hooks(including_permanent=True) first"
         )
-
-
-def check_base(model: LensModel, base: Checkpoint) -> None:
-    """Refuse a checkpoint that differs from the model in any tensor, in the model's precision.
-
-    A HookedTransformer stores its weights in other shapes, so there the checkpoint is loaded once more to compare.
-
-    Raises:
-        ValueError: names the tensor.
-    """
+    with edit.applied(model):  # raises where it cannot be
+        pass
     dtype = dtype_of(model)
     state = hf_state(model)
     if state is None:

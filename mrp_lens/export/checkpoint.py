@@ -46,12 +46,8 @@ LEFT_BEHIND = (
     "_experts_implementation_internal",
     "_name_or_path",
 )
-STORED = (
-    torch.float32,
-    torch.bfloat16,
-    torch.float16,
-    torch.float64,
-)  # precisions in which weights are read and written
+# Precisions in which weights are read and written.
+STORED = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 CODE = (".py", ".pyc", ".so", ".pkl", ".pickle")
 HEAD = "lm_head.weight"  # what transformers 5 calls every unembedding
 ROOM = 1.05  # what is written may be a little larger than what is read
@@ -243,7 +239,7 @@ class Checkpoint:
             else:
                 tensors = _load(file)
                 for key, values in new.items():
-                    tensors[key] = rounded(values, dtype or tensors[key].dtype, inside[key])
+                    tensors[key] = round_to(dtype or tensors[key].dtype, values, inside[key])
                 if dtype is not None:
                     tensors = {key: t.to(dtype) if t.is_floating_point() else t for key, t in tensors.items()}
                 if new:  # beside what was changed, rather than in a file of their own
@@ -319,20 +315,6 @@ def architecture_in(config: Mapping[str, Any]) -> str:
     return known if isinstance(known, str) else f"a model of the type {kind!r}"
 
 
-def replace_tokenizer(folder: Path, tokenizer: Any) -> None:
-    """Save a tokenizer in the place of the one that was copied."""
-    for file in (*folder.glob("tokenizer*"), *folder.glob("chat_template.*")):
-        file.unlink()
-    tokenizer.save_pretrained(folder)
-
-
-def name_class(folder: Path, name: str) -> None:
-    """Say in a folder of which class its tokenizer is, which transformers else tells from the model type."""
-    settings = read_object(folder / TOKENIZER_SETTINGS) if (folder / TOKENIZER_SETTINGS).is_file() else {}
-    if settings.get("tokenizer_class") != name:
-        write_json(folder / TOKENIZER_SETTINGS, {**settings, "tokenizer_class": name})
-
-
 def check_inside(folder: Path, file: Path) -> None:
     """Refuse a link that leads out of the folder; in the Hub's cache, out of it and the model's `blobs`.
 
@@ -398,7 +380,7 @@ def _safetensors_name(name: str) -> str:
     return name.replace("pytorch_model", "model").replace(".bin", ".safetensors")
 
 
-def rounded(values: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+def round_to(dtype: torch.dtype, values: Tensor, name: str) -> Tensor:
     """The values of a tensor in another precision.
 
     Raises:

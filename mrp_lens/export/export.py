@@ -1,10 +1,10 @@
 """`export_hf`: an edited model as files that plain transformers loads, proved by loading them."""
 
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from tqdm.auto import tqdm
@@ -13,21 +13,14 @@ from mrp_lens.data import Corpus
 from mrp_lens.edits import Edit, load_edit
 from mrp_lens.edits.provenance import without_paths
 from mrp_lens.edits.serialization import write_edit
-from mrp_lens.export.base import base_of, check_apart, check_bare, check_base, own_tokenizer, stored_tokenizer
-from mrp_lens.export.checkpoint import (
-    LEFT_BEHIND,
-    Checkpoint,
-    architecture_in,
-    name_class,
-    replace_tokenizer,
-    rounded,
-)
-from mrp_lens.export.formats import Changes, Form, chosen_form, folded_into, new_matrices
+from mrp_lens.export.base import base_of, check_apart, check_unedited, write_tokenizer
+from mrp_lens.export.checkpoint import LEFT_BEHIND, Checkpoint, architecture_in, round_to
+from mrp_lens.export.formats import AnyForm, Changes, Form, Plan, changes_to, plan_for
 from mrp_lens.export.hub import push_to_hub
-from mrp_lens.export.model_card import Record, check_record, front_matter_of, model_card
-from mrp_lens.export.remote_code import module_tensors, write_module
+from mrp_lens.export.model_card import Measurements, check_record, front_matter_of, model_card
+from mrp_lens.export.remote_code import write_module
 from mrp_lens.export.verification import TEXTS, Proof, prove
-from mrp_lens.models import LensModel, dtype_of
+from mrp_lens.models import LensModel, dtype_named, dtype_of
 from mrp_lens.utils.io import check_free, whole_folder, write_json, write_text
 from mrp_lens.utils.validation import one_of
 
@@ -48,7 +41,7 @@ class ExportReport:
     """
 
     folder: Path
-    form: Literal["folded", "module", "adapter"]
+    form: Form
     reason: str
     dtype: torch.dtype
     proof: Proof | None
@@ -72,13 +65,13 @@ def export_hf(
     model: LensModel,
     edit: Edit | str | Path,
     out_dir: str | Path,
-    form: Form = "auto",
+    form: AnyForm = "auto",
     *,
     verify: bool = True,
     base: str | Path | None = None,
-    dtype: torch.dtype | None = None,
+    dtype: str | torch.dtype | None = None,
     texts: Corpus | Sequence[str] | None = None,
-    record: Record | None = None,
+    record: Measurements | None = None,
     overwrite: bool = False,
     progress: bool = True,
 ) -> ExportReport:
@@ -86,16 +79,17 @@ def export_hf(
 
     Args:
         model: what the edit was made on (HookedTransformer or TransformerBridge, from `load_model`), without the edit.
-        edit: what to write, or the folder of an edit.
+        edit: what to write, or where it was saved: a folder, or a name on the Hub (`load_edit`).
         out_dir: the new folder. It appears whole and proved, or not at all; the base model's files stay as they are.
         form: "folded": a plain checkpoint of the same architecture, where that is exact. "module": a folder with a small
             modelling file and its own model type, loaded with `trust_remote_code=True` and refusing to load without.
             "adapter": the edit alone, for `mrp_lens.hf.attach`. "auto": folded where that is exact, else module.
         verify: compare; costs a load of the base and of the exported model.
         base: folder or Hub name of the checkpoint. None: where `model` was loaded from.
-        dtype: of the written tensors; None: that of the base checkpoint, whose untouched tensors then stay byte for byte.
+        dtype: of the written tensors ("bfloat16" or torch.bfloat16, for example); None: that of the base checkpoint, whose
+            untouched tensors then stay byte for byte.
         texts: what to compare on (the first 64 tokens of each); None: a few sentences.
-        record: what was measured, for the model card (`Record.read(run, attacks)`).
+        record: what was measured, for the model card (`Measurements.read(run, attacks)`).
         overwrite: replace a folder that exists.
         progress: show a progress bar.
 
@@ -114,104 +108,91 @@ def export_hf(
         >>> report.form, report.max_logit_diff  # doctest: +SKIP
         ('folded', 2.1e-06)
     """
-    started = time.perf_counter()
-    target = Path(out_dir)
-    one_of(Form, form=form)
+    started, target = time.perf_counter(), Path(out_dir)
+    one_of(AnyForm, form=form)
     check_free(target, overwrite=overwrite)
     edit = edit if isinstance(edit, Edit) else load_edit(edit)
-    if dtype is not None and dtype not in DTYPES:
-        raise ValueError(f"unknown dtype {dtype}; choose one of {', '.join(map(str, DTYPES))}, or None for the base's")
+    saved_as = None if dtype is None else _dtype_to_save(dtype)
     checkpoint = base_of(model, base)
     check_apart(target, checkpoint.folder, "the base checkpoint")
-    kind, reason = chosen_form(form, edit, checkpoint.layout)
-    if kind == "adapter" and dtype is not None:
+    plan = plan_for(edit, form, checkpoint.layout)
+    if plan.form == "adapter" and dtype is not None:
         raise ValueError(f"an adapter holds none of the model's tensors, so dtype={dtype} means nothing; leave it out")
     if record is not None:
         check_record(edit, record)
-    check_bare(model)
-    with edit.applied(model):  # refuses an edit of another model before anything is written
-        pass
-    check_base(model, checkpoint)
-    changes = _changes(kind, model, edit, checkpoint)
-    if kind != "adapter":
-        checkpoint.check_room(target, added=changes.added.values(), dtype=dtype)
-    stored = checkpoint.dtype if dtype is None else dtype
-    stored_as = None if kind == "adapter" else stored_tokenizer(checkpoint)
-    tokenizer = None if kind == "adapter" else own_tokenizer(model, stored_as)
+    check_unedited(model, edit, checkpoint)
+    changes = changes_to(checkpoint, edit, plan, dtype_of(model))
+    if plan.form != "adapter":
+        checkpoint.check_room(target, added=changes.added.values(), dtype=saved_as)
+    stored = saved_as or checkpoint.dtype
     with whole_folder(target, overwrite=overwrite) as folder:
+        tokenizer, proof = None, None
         with tqdm(total=checkpoint.size, desc="writing", unit="B", unit_scale=True, disable=not progress) as bar:
-            if kind == "adapter":
+            if plan.form == "adapter":
                 write_edit(without_paths(edit), folder)
             else:
-                _write_model(folder, kind, edit, checkpoint, changes, dtype, bar)
-                if tokenizer is not None:
-                    replace_tokenizer(folder, tokenizer)
-                elif kind == "module":  # whose own model type does not tell transformers which class it is
-                    name_class(folder, type(stored_as).__name__)
-        proof = None
+                _write_model(folder, plan, checkpoint, changes, saved_as, bar.update)
+                tokenizer = write_tokenizer(folder, model, checkpoint, name_class=plan.form == "module")
         if verify:
             with tqdm(total=1, desc="reloading in a fresh process", disable=not progress) as bar:
-                compared = _texts(texts)
-                lower = _lower(stored, dtype_of(model))
                 proof = prove(
                     model,
                     edit,
                     folder=folder,
                     base=checkpoint.folder,
-                    form=kind,
-                    texts=compared,
-                    dtype=lower,
+                    form=plan.form,
+                    texts=_texts(texts),
+                    dtype=_lower(stored, dtype_of(model)),
                     tokenizer=tokenizer,
                 )
                 bar.update()
-        checks = [] if proof is None else [str(proof)]
         card = model_card(
             edit,
             base=str(model.cfg.model_name if base is None else base),
-            form=kind,
-            checks=checks,
+            form=plan.form,
+            checks=[] if proof is None else [str(proof)],
             record=record,
             base_front_matter=front_matter_of(checkpoint.folder / "README.md"),
         )
         write_text(folder / "README.md", card)
-    return ExportReport(target, kind, reason, stored, proof, time.perf_counter() - started)
+    return ExportReport(target, plan.form, plan.reason, stored, proof, time.perf_counter() - started)
 
 
-def _changes(kind: str, model: LensModel, edit: Edit, base: Checkpoint) -> Changes:
-    """What is different in the checkpoint."""
-    if kind == "adapter":
-        return Changes()
-    if kind == "folded":
-        return folded_into(edit, base, dtype_of(model))
-    return replace(new_matrices(edit, base, dtype_of(model)), added=module_tensors(edit, base))
+def _dtype_to_save(dtype: str | torch.dtype) -> torch.dtype:
+    try:
+        found = dtype_named(dtype)
+    except ValueError:
+        found = None
+    if found not in DTYPES:
+        raise ValueError(f"unknown dtype {dtype}; choose one of {', '.join(map(str, DTYPES))}, or None for the base's")
+    return found
 
 
 def _write_model(
     folder: Path,
-    kind: str,
-    edit: Edit,
+    plan: Plan,
     base: Checkpoint,
     changes: Changes,
     dtype: torch.dtype | None,
-    bar: Any,
+    progress: Callable[[int], object],
 ) -> None:
+    """Write configuration, weights and what else belongs to a checkpoint."""
     config = {key: value for key, value in base.config.items() if key not in LEFT_BEHIND}
     config["architectures"] = [architecture_in(config)]
-    if dtype is not None or (kind == "module" and config.get("dtype") is None and config.get("torch_dtype") is None):
+    is_module, added = plan.form == "module", changes.added
+    if dtype is not None or (is_module and config.get("dtype") is None and config.get("torch_dtype") is None):
         # Else transformers would take the precision of the first tensor that it meets, which may be the edit's.
         config.pop("torch_dtype", None)
         config["dtype"] = str(dtype or base.dtype).removeprefix("torch.")
     if changes.untied or (base.says_tied and not base.tied):
         config["tie_word_embeddings"] = False
-    if kind == "module":
-        write_module(folder, base, edit, config)
-    else:
+    if is_module:
+        write_module(folder, base, plan.steps, config)
+    else:  # of a module the added ones are the edit's own, in float32 whatever the model's precision
         write_json(folder / "config.json", config)
+        added = {name: round_to(dtype or base.dtype, values, name) for name, values in added.items()}
     base.copy_companions(folder)
-    added = changes.added
-    if kind == "folded":  # of a module these are the edit's own, in float32 whatever the model's precision
-        added = {name: rounded(values, dtype or base.dtype, name) for name, values in added.items()}
-    base.write_weights(folder, changed=changes.changed, added=added, dtype=dtype, progress=bar.update)
+    base.write_weights(folder, changed=changes.changed, added=added, dtype=dtype, progress=progress)
 
 
 def _texts(texts: Corpus | Sequence[str] | None) -> Corpus:

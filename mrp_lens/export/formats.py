@@ -7,14 +7,29 @@ import torch
 from torch import Tensor
 
 from mrp_lens.edits import Edit, ProjectionEdit, WeightEdit
-from mrp_lens.edits.merging import why_not_foldable
 from mrp_lens.edits.subspace import Subspace
 from mrp_lens.export.checkpoint import HEAD, Checkpoint
-from mrp_lens.hf.attach import changes_of, place_of
+from mrp_lens.hf.attach import Steps, place_of, steps_of
 from mrp_lens.models import same_tensor
 from mrp_lens.models.architectures import Layout
 
-Form = Literal["auto", "folded", "module", "adapter"]
+Form = Literal["folded", "module", "adapter"]
+AnyForm = Literal["auto", "folded", "module", "adapter"]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How an edit leaves.
+
+    Attributes:
+        form: of the folder.
+        reason: why this one.
+        steps: what its hooks do in a Hugging Face model; empty where they are folded.
+    """
+
+    form: Form
+    reason: str
+    steps: Steps = field(default_factory=dict)
 
 
 @dataclass
@@ -32,42 +47,53 @@ class Changes:
     untied: bool = False
 
 
-def why_not_module(edit: Edit) -> str | None:
-    """Why an edit needs, or has, no hooks in a forward pass; None if it does."""
-    if all(isinstance(part, WeightEdit) for part in edit.parts):
-        return "this edit is weights and nothing else: a plain checkpoint holds it (form='folded')"
-    return why_not_adapter(edit)
-
-
-def why_not_adapter(edit: Edit) -> str | None:
-    """Why an edit cannot be attached to a Hugging Face model; None if it can."""
-    try:
-        changes_of(edit)
-    except ValueError as error:
-        return str(error)
-    return None
-
-
-def chosen_form(form: Form, edit: Edit, layout: Layout) -> tuple[Literal["folded", "module", "adapter"], str]:
-    """The form that an edit leaves in, and why.
+def plan_for(edit: Edit, form: AnyForm, layout: Layout) -> Plan:
+    """The form that an edit leaves in.
 
     Raises:
         ValueError: it has no such form; says why, and what it has instead.
     """
-    unfolded, unhooked = why_not_foldable(edit, layout), why_not_module(edit)
+    unfolded, unattached = edit.why_not_mergeable(layout), None
+    steps: Steps = {}
+    try:
+        steps = steps_of(edit)
+    except ValueError as error:
+        unattached = str(error)
+    weights_alone = "this edit is weights and nothing else: a plain checkpoint holds it (form='folded')"
+    unhooked = unattached if unattached is not None or steps else weights_alone
+    if form == "auto" and unfolded is None:
+        return Plan("folded", "exact in plain weights")
+    if form == "auto" and unhooked is None:
+        return Plan("module", f"not exact in plain weights: {unfolded}", steps)
     if form == "auto":
-        if unfolded is None:
-            return "folded", "exact in plain weights"
-        if unhooked is None:
-            return "module", f"not exact in plain weights: {unfolded}"
         raise ValueError(f"this edit cannot be exported: {unhooked}")
-    reason = {"folded": unfolded, "module": unhooked, "adapter": why_not_adapter(edit)}[form]
+    reason = {"folded": unfolded, "module": unhooked, "adapter": unattached}[form]
     if reason is None:
-        return form, "as asked"
+        return Plan(form, "as asked", steps if form != "folded" else {})
     instead = (
         "form='module' or form='adapter'" if form == "folded" and unhooked is None else "edit.save_pretrained(...)"
     )
     raise ValueError(f"form={form!r} is not possible: {reason}" + ("" if "form=" in reason else f". Use {instead}"))
+
+
+def changes_to(base: Checkpoint, edit: Edit, plan: Plan, dtype: torch.dtype) -> Changes:
+    """What is different in the checkpoint, of which the model was loaded in this precision; an adapter changes nothing.
+
+    Raises:
+        ValueError: the checkpoint's matrices are not those that the edit replaces.
+    """
+    if plan.form == "adapter":
+        return Changes()
+    if plan.form == "folded":
+        return folded_into(edit, base, dtype)
+    changes = new_matrices(edit, base, dtype)
+    changes.added |= {  # the tensors of the hooks under their names in the model, each with a storage of its own
+        f"{base.layout.block(layer)}.edit.{site}.{number}.{name}": buffer.to("cpu", copy=True)
+        for (layer, site), steps in plan.steps.items()
+        for number, step in enumerate(steps)
+        for name, buffer in step.named_buffers()
+    }
+    return changes
 
 
 def new_matrices(edit: Edit, base: Checkpoint, dtype: torch.dtype) -> Changes:

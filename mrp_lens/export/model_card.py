@@ -5,26 +5,27 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
-from typing import Any, Literal
+from typing import Any
 
-from huggingface_hub import metadata_load
-from huggingface_hub.utils import HFValidationError, validate_repo_id, yaml_dump
+from huggingface_hub import ModelCardData, metadata_load
+from huggingface_hub.utils import HFValidationError, validate_repo_id
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from mrp_lens.edits import Edit, ProjectionEdit, SteeringEdit, WeightEdit, load_edit
 from mrp_lens.edits.provenance import fingerprint, fits_of, label_of
+from mrp_lens.export.formats import Form
+from mrp_lens.methods import METHODS
 from mrp_lens.runs.report.table import CONTROLS, INTERVALS, Table, table_of
 from mrp_lens.utils.frames import Row, versions
 from mrp_lens.utils.validation import one_of
 
-Form = Literal["folded", "module", "adapter"]
-
-TEMPLATE = "card.md.j2"
+TEMPLATES = Environment(
+    loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+)
 LONGEST_NAME = 200
 CARRIED = ("license", "license_name", "license_link", "language", "datasets")
 WORDS = ("method", "attack", "verdict", "task", "metric")  # the only cells of a run that are shown and are not numbers
-ATTACKED = ("accuracy_before", "accuracy_edited", "accuracy_after", "floor", "ceiling", "recovery")
-PROBED = ("layer", "bits", "never_taught_bits", "bits_in_all")
+UNSHOWN = {"n"}  # of attacks: how many questions
 ROOT = r"(?:file://)?(?:~|[A-Za-z]:)?[/\\]"
 DIRECTORIES = re.compile(rf"(?:^|(?<=[\s'\"`(=,])){ROOT}(?:[^\s/\\'\"`,;|()]+[/\\])*(?=[^\s/\\(])")
 WITHOUT_OWNER = {  # names that the Hub still takes without an owner, of families that are supported
@@ -34,12 +35,13 @@ WITHOUT_OWNER = {  # names that the Hub still takes without an owner, of familie
 
 
 @dataclass(frozen=True)
-class Record:
+class Measurements:
     """What runs measured of an edit.
 
     Attributes:
-        rows: of the summary of `mrp-lens unlearn`, `demo` or `measure`; controls are rows too.
-        attacks: rows of the summary of `mrp-lens attack`.
+        rows: of the summary of `mrp-lens unlearn`, `demo` or `measure`: `method`, and figures by any name; controls are rows
+            too.
+        attacks: rows of the summary of `mrp-lens attack`, with `attack` besides.
         notes: what these runs say must be known to read them.
         sources: a line on each of these runs.
         edits: for each of these runs that says which edits it is about, their fingerprints.
@@ -52,7 +54,7 @@ class Record:
     edits: Sequence[frozenset[str]] = ()
 
     @classmethod
-    def read(cls, run: str | Path | None = None, attacks: str | Path | None = None) -> "Record":
+    def read(cls, run: str | Path | None = None, attacks: str | Path | None = None) -> "Measurements":
         """Read the folders that these commands wrote; generated answers and arguments stay there.
 
         Raises:
@@ -77,7 +79,7 @@ def model_card(
     base: str,
     form: Form | str,
     checks: Sequence[str] = (),
-    record: Record | None = None,
+    record: Measurements | None = None,
     base_front_matter: Mapping[str, Any] | None = None,
     repo_id: str | None = None,
 ) -> str:
@@ -100,20 +102,13 @@ def model_card(
     one_of(Form, form=form)
     if not base:
         raise ValueError("base is empty; name the model that was edited, such as 'org/name'")
-    measured = record or Record()
     if repo_id is not None:
         validate_repo_id(repo_id)
-    label = label_of(edit)
+    measured, label, on_hub = record or Measurements(), label_of(edit), _hub_name(base)
     check_record(edit, measured)
-    attacks = _shown(measured.attacks, label)
-    fits = list(fits_of(edit))
-    on_hub = _hub_name(base)
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters |= {"text": _text, "name": _name, "cell": _cell}
-    return environment.get_template(TEMPLATE).render(
-        front_matter=yaml_dump(_front_matter(label if fits else None, form, on_hub, base_front_matter or {})).strip(),
+    fits = [{**_method_of(fit), **fit} for fit in fits_of(edit)]
+    return TEMPLATES.get_template("card.md.j2").render(
+        front_matter=_front_matter(label if fits else None, form, on_hub, base_front_matter or {}),
         base=on_hub or _name(base),
         on_hub=on_hub,
         repo_id=repo_id,
@@ -126,14 +121,13 @@ def model_card(
         has_weights=any(isinstance(part, WeightEdit) for part in edit.parts),
         checks=checks,
         figures=_table(_shown(measured.rows, label)),
-        attacks=_table([row for row in attacks if row.get("bits") is None], ("method", "attack", *ATTACKED)),
-        probes=_table([row for row in attacks if row.get("bits") is not None], ("method", "attack", *PROBED)),
+        attacks=_tables(_shown(measured.attacks, label)),
         record=measured,
         versions=versions(),
     )
 
 
-def check_record(edit: Edit, record: Record) -> None:
+def check_record(edit: Edit, record: Measurements) -> None:
     """Refuse figures that are another edit's; `model_card` does so too.
 
     Raises:
@@ -156,6 +150,12 @@ def front_matter_of(readme: Path) -> dict[str, Any]:
         return dict(metadata_load(readme) or {})
     except Exception:  # a stranger's file; the parser of YAML raises errors of its own
         return {}
+
+
+def _method_of(fit: Mapping[str, Any]) -> dict[str, str]:
+    """What a method says of itself; of one that is not registered here, nothing."""
+    known = METHODS.get(str(fit["method"]))
+    return {"summary": "", "source": ""} if known is None else {"summary": known.summary, "source": known.source}
 
 
 def _without_record(edit: Edit) -> list[str]:
@@ -186,16 +186,17 @@ def _places(edit: Edit) -> Table:
     return Table(["where", "what", "request"], [(False, row) for row in rows], [])
 
 
-def _front_matter(label: str | None, form: str, on_hub: str | None, base: Mapping[str, Any]) -> dict[str, Any]:
+def _front_matter(label: str | None, form: str, on_hub: str | None, base: Mapping[str, Any]) -> str:
     """What the Hub reads: a base model only if it lies there, no license but the base model's."""
     relation = "adapter" if form == "adapter" else "finetune"
-    return {
-        **({"base_model": on_hub, "base_model_relation": relation} if on_hub else {}),
+    return ModelCardData(
+        base_model=on_hub,
+        base_model_relation=None if on_hub is None else relation,
         **{key: _without_norway(base[key]) for key in CARRIED if _is_carried(base.get(key))},
-        "library_name": "mrp_lens" if form == "adapter" else "transformers",
-        "pipeline_tag": "text-generation",
-        "tags": list(dict.fromkeys(["unlearning", "mrp_lens", *(label.split(" + ") if label else [])])),
-    }
+        library_name="mrp_lens" if form == "adapter" else "transformers",
+        pipeline_tag="text-generation",
+        tags=["unlearning", "mrp_lens", *(label.split(" + ") if label else [])],
+    ).to_yaml()
 
 
 def _is_carried(value: Any) -> bool:
@@ -231,22 +232,31 @@ def _is_own(row: Row, label: str) -> bool:
     return row["method"] == label or str(row["method"]).startswith(f"{label}, ")  # "mrp, relearned"
 
 
-def _table(rows: Sequence[Row], keys: Sequence[str] | None = None) -> Table | None:
-    """The rows as a table, of these columns if any are named; None if there is nothing to show."""
-    wanted = None if keys is None else {*keys, *(f"{key}_{end}" for key in keys for end in ("low", "high"))}
-    kept = [
-        {
-            key: value
-            for key, value in row.items()
-            if (wanted is None or key in wanted)
-            and (key in WORDS or value is None or (isinstance(value, int | float) and not isinstance(value, bool)))
-        }
-        for row in rows
-    ]
+def _table(rows: Sequence[Row]) -> Table | None:
+    """The rows as a table; None if there is nothing to show."""
+    kept = [{key: value for key, value in row.items() if key in WORDS or _is_figure(value)} for row in rows]
     if not kept:
         return None
     table = table_of(kept)
     return Table(table.headings, table.rows, [line for line in table.legend if line != INTERVALS])
+
+
+def _tables(rows: Sequence[Row]) -> list[Table | None]:
+    """A table for each kind of attack: rows that have no figure in common say different things."""
+    groups: list[tuple[set[str], list[Row]]] = []
+    for row in rows:
+        kept = {key: value for key, value in row.items() if key not in UNSHOWN}
+        keys = {key for key, value in kept.items() if key not in WORDS and value is not None and _is_figure(value)}
+        known, members = next(((known, members) for known, members in groups if known & keys), (set(), []))
+        if not members:
+            groups.append((known, members))
+        known |= keys
+        members.append(kept)
+    return [_table(members) for _, members in groups]
+
+
+def _is_figure(value: Any) -> bool:
+    return value is None or (isinstance(value, int | float) and not isinstance(value, bool))
 
 
 def _summary(folder: Path, *, attacked: bool) -> dict[str, Any]:
@@ -306,3 +316,6 @@ def _escaped(text: str) -> str:
     for mark, shown in (("\\", "\\\\"), ("<", "&lt;"), ("](", "]\\("), ("`", "\\`")):
         text = text.replace(mark, shown)
     return text
+
+
+TEMPLATES.filters |= {"text": _text, "name": _name, "cell": _cell}

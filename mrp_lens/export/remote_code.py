@@ -4,11 +4,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
-from mrp_lens.edits import Edit, modeling
+from mrp_lens.edits import modeling
 from mrp_lens.export.checkpoint import Checkpoint, architecture_in
-from mrp_lens.hf.attach import changes_of
+from mrp_lens.hf.attach import Steps
 from mrp_lens.models.source import EDITED
 from mrp_lens.utils.io import write_json, write_text
 
@@ -94,28 +94,20 @@ class EditedForCausalLM({model_class}):
 '''
 
 
-def module_tensors(edit: Edit, base: Checkpoint) -> dict[str, Tensor]:
-    """The tensors of the edit's hooks under their names in the model, each with a storage of its own."""
-    return {
-        f"{base.layout.block(layer)}.edit.{site}.{number}.{name}": buffer.to("cpu", copy=True)
-        for (layer, site), steps in changes_of(edit).items()
-        for number, step in enumerate(steps)
-        for name, buffer in step.named_buffers()
-    }
-
-
-def write_module(out: Path, base: Checkpoint, edit: Edit, config: Mapping[str, Any]) -> None:
+def write_module(out: Path, base: Checkpoint, steps: Steps, config: Mapping[str, Any]) -> None:
     """Write config.json and the modelling file of an edited model.
 
     Args:
         out: the new folder.
         base: whose architecture it has.
-        edit: its hooks.
+        steps: what the edit's hooks do.
         config: the base model's settings as they are to be.
     """
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
     # Both are looked up by the type, which is one that transformers knows: nothing that a config.json says becomes code.
     architecture = architecture_in(config)
-    config_class = type_name_of_config(str(config["model_type"]))
+    config_class = str(CONFIG_MAPPING[str(config["model_type"])].__name__)
     model_type = f"{EDITED}{config['model_type']}"
     stem = CODE_FILE.removesuffix(".py")
     nested = {key: value for key, value in config.items() if key not in OWN}
@@ -123,7 +115,7 @@ def write_module(out: Path, base: Checkpoint, edit: Edit, config: Mapping[str, A
         "model_type": model_type,
         "architectures": ["EditedForCausalLM"],
         "auto_map": {"AutoConfig": f"{stem}.EditedConfig", "AutoModelForCausalLM": f"{stem}.EditedForCausalLM"},
-        SETTINGS: settings_of(edit, base),
+        SETTINGS: settings_of(steps, base),
         SENTINEL: MESSAGE,
         "base_config": nested,
     }
@@ -142,11 +134,12 @@ def write_module(out: Path, base: Checkpoint, edit: Edit, config: Mapping[str, A
     write_text(out / CODE_FILE, source + tail)
 
 
-def settings_of(edit: Edit, base: Checkpoint) -> dict[str, Any]:
+def settings_of(steps: Steps, base: Checkpoint) -> dict[str, Any]:
     """What the modelling file has to know, as JSON."""
-    changes: list[dict[str, Any]] = []
-    for (layer, site), steps in changes_of(edit).items():
-        changes.append({"layer": layer, "site": site, "steps": [_settings_of_step(step) for step in steps]})
+    changes = [
+        {"layer": layer, "site": site, "steps": [_settings_of_step(step) for step in done]}
+        for (layer, site), done in steps.items()
+    ]
     settings = {"blocks": base.layout.blocks, "modules": dict(base.layout.modules), "changes": changes}
     return {**settings, modeling.HASH: modeling.hash_of(settings)}
 
@@ -158,10 +151,3 @@ def _settings_of_step(step: nn.Module) -> dict[str, Any]:
         own = {"kind": "projection"}
     values = next(step.buffers())
     return {**own, "shape": list(values.shape), "values_sha256": modeling.hash_of_values(values)}
-
-
-def type_name_of_config(model_type: str) -> str:
-    """The name of the configuration's class."""
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-
-    return str(CONFIG_MAPPING[model_type].__name__)

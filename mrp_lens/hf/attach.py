@@ -9,13 +9,14 @@ from torch import nn
 
 from mrp_lens.edits import Edit, ProjectionEdit, SteeringEdit, WeightEdit, load_edit, modeling
 from mrp_lens.edits.base import Attached
-from mrp_lens.edits.prompts import fix_prompts
+from mrp_lens.edits.prompt_positions import count_in_prompts
 from mrp_lens.models import check_same_model, hf_weights
 from mrp_lens.models.architectures import Layout, layout_of
 from mrp_lens.models.attachments import On, TorchHook, entries_on, putting_on
 from mrp_lens.models.hooks import hook_name, layer_of, site_of
 
-Place = tuple[int, str]
+Steps = Mapping[tuple[int, str], list[nn.Module]]
+"""(layer, site) -> what is done to the states there, in order."""
 
 
 def attach(hf_model: Any, edit: Edit | str | Path, *, check: bool = True) -> Attached:
@@ -28,11 +29,11 @@ def attach(hf_model: Any, edit: Edit | str | Path, *, check: bool = True) -> Att
     Args:
         hf_model: GPT-2, GPT-NeoX, Llama, Mistral, Qwen2, Qwen3, Gemma-2 or Phi-3 with its language-model head, in any
             precision. It may be quantised, as long as the edit holds no matrices.
-        edit: an edit, or the folder of one.
+        edit: an edit, or where it was saved: a folder, or a name on the Hub (`load_edit`).
         check: refuse a model other than the one the edit was made for.
 
     Returns:
-        The handle: `.detach()` takes the edit off, and so does the end of a `with` block.
+        The handle, as of `edit.attach`.
 
     Raises:
         TypeError: not a Hugging Face model.
@@ -56,21 +57,21 @@ def attach(hf_model: Any, edit: Edit | str | Path, *, check: bool = True) -> Att
             "parts of this model are offloaded (on the meta device) and cannot be read or written; load it whole"
         )
     chosen = edit if isinstance(edit, Edit) else load_edit(edit)
-    changes = changes_of(chosen)
+    steps = steps_of(chosen)
     with putting_on(hf_model, chosen) as entry:
         for part in chosen.parts:
             if check and "model" in part.provenance:
                 check_same_model(hf_model, part.provenance["model"])
-        _check_places(hf_model, changes)
-        _reserve(hf_model, entry, changes)
+        _check_places(hf_model, steps)
+        _reserve(hf_model, entry, steps)
         for part in chosen.parts:
             if isinstance(part, WeightEdit):
                 part.write_into(hf_model, hf_weights(hf_model), entry, check=check)
-        entry.hooks += [TorchHook(handle) for handle in _hook(hf_model, layout, changes)]
-        if changes:
+        entry.hooks += [TorchHook(handle) for handle in _hook(hf_model, layout, steps)]
+        if steps:
             entry.hooks.append(TorchHook(hf_model.register_state_dict_pre_hook(_warn_of_hooks)))
         if any(isinstance(part, SteeringEdit) and part.positions is not None for part in chosen.parts):
-            entry.hooks += fix_prompts(hf_model)
+            entry.hooks += count_in_prompts(hf_model)
     return Attached(hf_model, entry)
 
 
@@ -84,28 +85,28 @@ def _warn_of_hooks(*_: Any) -> None:
     )
 
 
-def changes_of(edit: Edit) -> dict[Place, list[nn.Module]]:
-    """(layer, site) -> what the edit's hooks do there, in order.
+def steps_of(edit: Edit) -> Steps:
+    """What the edit's hooks do, and where; nothing for its matrices.
 
     Raises:
         ValueError: steering with noise, which no Hugging Face model could repeat.
     """
-    changes: dict[Place, list[nn.Module]] = {}
+    steps: dict[tuple[int, str], list[nn.Module]] = {}
     for part in edit.parts:
         if isinstance(part, ProjectionEdit):
             for hook, subspace in part.subspaces().items():
-                changes.setdefault(place_of(hook), []).append(modeling.Projection(subspace.basis))
+                steps.setdefault(place_of(hook), []).append(modeling.Projection(subspace.basis))
         elif isinstance(part, SteeringEdit):
             if part.noise > 0.0:
                 raise ValueError(
                     f"steering with noise ({part.noise:g}) draws anew at every pass and exists in TransformerLens only; use noise=0"
                 )
             target = part.coefficient * part.direction
-            changes.setdefault(place_of(part.hook), []).append(modeling.Steering(target, part.mode, part.positions))
-    return changes
+            steps.setdefault(place_of(part.hook), []).append(modeling.Steering(target, part.mode, part.positions))
+    return steps
 
 
-def place_of(hook: str) -> Place:
+def place_of(hook: str) -> tuple[int, str]:
     """(layer, site) of a hook's name.
 
     Raises:
@@ -117,11 +118,11 @@ def place_of(hook: str) -> Place:
     return layer_of(hook), site
 
 
-def _check_places(hf_model: Any, changes: Mapping[Place, list[nn.Module]]) -> None:
+def _check_places(hf_model: Any, steps: Steps) -> None:
     """Refuse layers and widths that the model does not have."""
     n_layers, d_model = int(hf_model.config.num_hidden_layers), int(hf_model.config.hidden_size)
-    for (layer, site), steps in changes.items():
-        width = int(next(steps[0].buffers()).shape[-1])
+    for (layer, site), (first, *_) in steps.items():
+        width = int(next(first.buffers()).shape[-1])
         if layer >= n_layers or width != d_model:
             raise ValueError(
                 f"the edit changes layer {layer} ({site}) of a stream of width {width}; this model has layers 0..{n_layers - 1} and width "
@@ -129,9 +130,9 @@ def _check_places(hf_model: Any, changes: Mapping[Place, list[nn.Module]]) -> No
             )
 
 
-def _reserve(hf_model: nn.Module, entry: On, changes: Mapping[Place, list[nn.Module]]) -> None:
+def _reserve(hf_model: nn.Module, entry: On, steps: Steps) -> None:
     """Note where projections are; refuse a second one at the same place."""
-    mine = [place for place, steps in changes.items() if any(isinstance(s, modeling.Projection) for s in steps)]
+    mine = [place for place, done in steps.items() if any(isinstance(step, modeling.Projection) for step in done)]
     if any(place in other.places for other in entries_on(hf_model) for place in mine):
         raise ValueError(
             "another projection is on at one of these hooks; two projections after one another do not remove both subspaces. "
@@ -140,7 +141,7 @@ def _reserve(hf_model: nn.Module, entry: On, changes: Mapping[Place, list[nn.Mod
     entry.places += mine
 
 
-def _hook(hf_model: nn.Module, layout: Layout, changes: Mapping[Place, list[nn.Module]]) -> list[Any]:
+def _hook(hf_model: nn.Module, layout: Layout, steps: Steps) -> list[Any]:
     device = next(hf_model.parameters()).device
-    steps = {place: nn.Sequential(*steps).to(device) for place, steps in changes.items()}
-    return modeling.install(hf_model, layout.blocks, layout.modules, steps)
+    changes = {place: nn.Sequential(*done).to(device) for place, done in steps.items()}
+    return modeling.install(hf_model, layout.blocks, layout.modules, changes)

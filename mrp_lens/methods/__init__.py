@@ -1,11 +1,14 @@
 """Methods: each fits an edit that makes a model forget."""
 
-from mrp_lens.methods.base import Fit
-from mrp_lens.methods.baselines import NPO, DirectionAblation, GradientAscent, GradientDifference
+# isort: off -- a module registers its methods when it is imported: this is their order in METHODS
+# isort: on
+from mrp_lens.methods.base import Data, FitContext, FitTemplate, fitting
+from mrp_lens.methods.baselines import NPO, DirectionAblation, GradientAscent, GradientDifference, NoisyRMU
+from mrp_lens.methods.fit import Fit
 from mrp_lens.methods.mrp.distillation import Distillation
 from mrp_lens.methods.mrp.method import MRP
 from mrp_lens.methods.registry import METHODS, Method, Swept, register
-from mrp_lens.methods.rmu import RMU, AdaptiveRMU, NoisyRMU
+from mrp_lens.methods.rmu import RMU, AdaptiveRMU
 
 __all__ = [
     "METHODS",
@@ -13,13 +16,17 @@ __all__ = [
     "NPO",
     "RMU",
     "AdaptiveRMU",
+    "Data",
     "DirectionAblation",
     "Distillation",
     "Fit",
+    "FitContext",
+    "FitTemplate",
     "GradientAscent",
     "GradientDifference",
     "Method",
     "NoisyRMU",
     "Swept",
+    "fitting",
     "register",
 ]

@@ -1,126 +1,36 @@
-"""What all methods share: their result, their data, and the record of how an edit came about."""
+"""One template of a fit: what every method does alike is written here once; a method resolves its settings, and learns."""
 
-import shutil
 import warnings
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
-import pandas as pd
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
+from typing_extensions import override
 
 from mrp_lens.data import Corpus
 from mrp_lens.data.tokenization import Encoded, Encoder, TokenBatch
-from mrp_lens.edits import Edit, edit_on, load_edit
+from mrp_lens.edits import Edit, edit_on
 from mrp_lens.edits.provenance import fingerprint
-from mrp_lens.models import LensModel, describe, encoder_for, identity_of, why_not_exportable
+from mrp_lens.methods.fit import Fit
+from mrp_lens.methods.registry import Method
+from mrp_lens.models import LensModel, check_lens_model, describe, encoder_for, identity_of, why_not_exportable
 from mrp_lens.models.hooks import frozen
-from mrp_lens.training.checkpoints import Checkpoint
-from mrp_lens.utils.frames import frame_of, rows_of, versions
-from mrp_lens.utils.io import make_folder, read_json, write_json, write_text
-from mrp_lens.utils.torch_state import refuse_inference_tensors
-from mrp_lens.utils.validation import given, plain
-
-Forget = Corpus | Sequence[Corpus]
-
-EDIT, LOG, FIT = "edit", "log.csv", "fit.json"  # what a saved fit consists of
-CHECKPOINT = "checkpoint"
+from mrp_lens.training.callbacks import Callback
+from mrp_lens.training.checkpoints import EVERY, Checkpoint, Resumable
+from mrp_lens.training.loop import Losses, TrainingRun, train
+from mrp_lens.utils.frames import versions
+from mrp_lens.utils.torch_state import ordinary_torch, refuse_inference_tensors
+from mrp_lens.utils.validation import generator_for, given, plain
 
 LONGEST = 512  # tokens of a document, as in the released RMU recipe
 
-
-@dataclass(frozen=True)
-class Fit:
-    """The result of fitting a method.
-
-    Attributes:
-        edit: apply it, save it, stack it.
-        log: one row a step: `step`, `loss` and its parts, `seconds`.
-        settings: every hyperparameter as it was used, derived defaults included.
-        interrupted: Ctrl-C ended the fit early; the edit holds what was learned until then.
-        directions: RMU and Adaptive RMU: forget corpus -> its unit direction u, [d_model].
-    """
-
-    edit: Edit
-    log: pd.DataFrame
-    settings: Mapping[str, Any]
-    interrupted: bool = False
-    directions: Mapping[str, Float[Tensor, " d_model"]] = field(default_factory=dict)
-
-    def save(self, folder: str | Path) -> None:
-        """Write `edit/`, `log.csv` and, last of all, `fit.json` into a folder: once that is there, the fit is whole. (The log
-        is in both: in CSV for people, in JSON to the last bit.)"""
-        target = make_folder(folder)
-        self.edit.save_pretrained(target / EDIT, overwrite=True)
-        write_text(target / LOG, self.log.to_csv(index=False))
-        write_json(
-            target / FIT,
-            {
-                "settings": dict(self.settings),
-                "interrupted": self.interrupted,
-                "directions": {name: direction.tolist() for name, direction in self.directions.items()},
-                "log": rows_of(self.log),
-            },
-        )
-
-    @classmethod
-    def load(cls, folder: str | Path) -> "Fit":
-        """What `save` wrote; tensors come back bit-identical.
-
-        Raises:
-            FileNotFoundError: the folder holds no fit, or a part of it is missing.
-            ValueError: a file is damaged.
-        """
-        target = Path(folder)
-        if not (target / FIT).is_file():
-            raise FileNotFoundError(f"{target} holds no {FIT}; give a folder that a fit was saved into")
-        try:
-            content = read_json(target / FIT, "fit again")
-            directions = {
-                name: torch.tensor(values, dtype=torch.float32) for name, values in content["directions"].items()
-            }
-            log = frame_of(content["log"])
-            settings, interrupted = dict(content["settings"]), bool(content["interrupted"])
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"the fit in {target} is damaged ({error!r}); fit again") from error
-        return cls(load_edit(target / EDIT), log, settings, interrupted, directions)
-
-    @classmethod
-    def once(cls, folder: str | Path, make: Callable[[Path], "Fit"]) -> "Fit":
-        """The fit that a folder holds, or a new one, saved there before anything else is done with it.
-
-        Args:
-            folder: of this fit.
-            make: called with a folder for the checkpoint, which is removed once the fit is saved.
-
-        Raises:
-            KeyboardInterrupt: Ctrl-C ended the fit; the checkpoint stays, and the next call goes on with it.
-        """
-        target = Path(folder)
-        if not (target / FIT).is_file():
-            fit = make(target / CHECKPOINT)
-            if fit.interrupted:
-                raise KeyboardInterrupt
-            fit.save(target)
-        shutil.rmtree(target / CHECKPOINT, ignore_errors=True)
-        return cls.load(target)
-
-    @property
-    def direction(self) -> Float[Tensor, " d_model"]:
-        """The direction u of a fit with one forget corpus.
-
-        Raises:
-            ValueError: the method has no direction, or several.
-        """
-        if len(self.directions) != 1:
-            raise ValueError(
-                f"this fit has {len(self.directions)} directions {list(self.directions)}; use fit.directions[name]"
-            )
-        return next(iter(self.directions.values()))
+Settings = TypeVar("Settings")
 
 
 @dataclass(frozen=True)
@@ -134,18 +44,25 @@ class Data:
     record: Mapping[str, Any]
 
     @property
+    def label(self) -> str:
+        """How the forget corpora are called together."""
+        return "+".join(self.names)
+
+    @property
     def all_forget(self) -> list[Encoded]:
         """The documents of all forget corpora."""
         return [row for rows in self.forget for row in rows]
 
 
-def prepare(model: LensModel, forget: Forget, retain: Corpus, *, max_length: int | None = None) -> Data:
-    """Encode the corpora; warn if what must go is also to stay.
+def prepare(
+    model: LensModel, forget: Corpus | Sequence[Corpus], retain: Corpus, *, max_length: int | None = None
+) -> Data:
+    """Encode the corpora; warn of documents in both.
 
     Args:
         model: HookedTransformer or TransformerBridge.
         forget: one corpus or several.
-        retain: what must stay.
+        retain: the retain set.
         max_length: tokens at which documents are cut. None: 512, or the model's context length if that is less.
 
     Raises:
@@ -169,14 +86,14 @@ def prepare(model: LensModel, forget: Forget, retain: Corpus, *, max_length: int
         warnings.warn(
             f"{reason}: the edit works on this model, and cannot be exported to Hugging Face; for that, load the "
             "checkpoint with mrp_lens.load_model(...)",
-            stacklevel=3,
+            stacklevel=4,
         )
     shared = {document for corpus in corpora for document in corpus.documents} & set(retain.documents)
     if shared:
         warnings.warn(
             f"{len(shared)} documents are in the forget and in the retain corpus: the fit is to lose and to keep them; "
             "take them out of one",
-            stacklevel=3,
+            stacklevel=4,
         )
     encoded = {}
     for role, corpus in [*(("forget", corpus) for corpus in corpora), ("retain", retain)]:
@@ -195,6 +112,155 @@ def prepare(model: LensModel, forget: Forget, retain: Corpus, *, max_length: int
     )
 
 
+@dataclass(frozen=True)
+class FitContext:
+    """What a fit has at hand, besides the method and its resolved settings.
+
+    Attributes:
+        name: of the method, or of a later phase of its fit.
+        model: without the earlier edit, as it was given; see `fitting`.
+        data: the encoded corpora.
+        after: the earlier edit.
+        request: name of this request.
+        generator: the only source of random numbers.
+        record: provenance of what is fitted, but for the number of steps.
+        progress, checkpoint, callbacks: of training.
+    """
+
+    name: str
+    model: LensModel
+    data: Data
+    after: Edit | None
+    request: str
+    generator: torch.Generator
+    record: Mapping[str, Any]
+    progress: bool
+    checkpoint: Checkpoint | None
+    callbacks: Sequence[Callback]
+
+    def train(
+        self,
+        losses: Losses,
+        optimizer: torch.optim.Optimizer,
+        *,
+        steps: int,
+        schedule: Callable[[float], float] | None = None,
+        resumable: Mapping[str, Resumable],
+        shown: Callable[[], AbstractContextManager[object]] = nullcontext,
+    ) -> TrainingRun:
+        """The training loop (see `training.train`), with what the caller of `fit` asked for."""
+        return train(
+            losses,
+            optimizer,
+            steps=steps,
+            description=self.name,
+            schedule=schedule,
+            progress=self.progress,
+            generator=self.generator,
+            resumable=resumable,
+            checkpoint=self.checkpoint,
+            callbacks=self.callbacks,
+            settings=self.record,
+            shown=shown,
+        )
+
+    def phase(self, name: str, settings: Mapping[str, Any]) -> "FitContext":
+        """The context of a later phase of the same fit, with settings and a checkpoint of its own."""
+        kept = None if self.checkpoint is None else self.checkpoint.part(name)
+        return replace(self, name=name, record={**self.record, "settings": settings}, checkpoint=kept)
+
+    def provenance(self, run: TrainingRun) -> dict[str, Any]:
+        """Of an edit that a run gave."""
+        return {**self.record, "steps_done": len(run.log)}
+
+    def result(
+        self, edit: Edit, run: TrainingRun, directions: Mapping[str, Float[Tensor, " d_model"]] | None = None
+    ) -> Fit:
+        """The fit: the earlier edit and the new one."""
+        both = edit if self.after is None else self.after + edit
+        return Fit(both, run.log, self.record["settings"], run.interrupted, directions or {})
+
+
+class FitTemplate(Method, Generic[Settings]):
+    """A method whose fit goes the usual way: check, encode, resolve the settings, record, learn.
+
+    `Settings` is a frozen dataclass of what `resolve` derives: its fields have the names of the method's own, and no None.
+    In the record they take the place of what the user gave.
+
+    Attributes:
+        max_length: tokens at which documents are cut. None: 512, or the context if that is shorter.
+        by_request: the edit is kept by the name of its request, which a checkpoint therefore has to be for.
+    """
+
+    max_length: int | None = None
+    by_request = False
+
+    def check(self, model: LensModel) -> None:
+        """Refuse settings that cannot be meant, before anything is read.
+
+        Raises:
+            TypeError, ValueError: name the setting, its value and what is allowed.
+        """
+
+    @abstractmethod
+    def resolve(self, model: LensModel, data: Data) -> Settings:
+        """What the fit runs with where the user gave nothing; the earlier edit is on."""
+
+    @abstractmethod
+    def learn(self, settings: Settings, context: FitContext) -> Fit:
+        """Train, or only look, and make the edit: `context.result(edit, run)`."""
+
+    @override
+    @ordinary_torch(gradients=True)
+    def fit(
+        self,
+        model: LensModel,
+        forget: Corpus | Sequence[Corpus],
+        retain: Corpus,
+        *,
+        seed: int = 0,
+        after: Edit | None = None,
+        request: str | None = None,
+        progress: bool = True,
+        checkpoint: str | Path | None = None,
+        every: int = EVERY,
+        callbacks: Sequence[Callback] = (),
+    ) -> Fit:
+        generator = generator_for(seed)
+        data, settings = self.prepared(model, forget, retain, after=after)
+        label = given(request, data.label)
+        self.check_request(label, after)
+        record = {
+            "method": self.name,
+            "settings": recorded(self, settings),
+            "seed": plain(seed),
+            "model": describe(model),
+            "data": dict(data.record),
+            "versions": versions(),
+        }
+        kept = None
+        if checkpoint is not None:
+            earlier = None if after is None else fingerprint(after)
+            named = {"request": label} if self.by_request else {}
+            identity = {**record, **named, "model": identity_of(model), "after": earlier}
+            kept = Checkpoint.claim(checkpoint, identity, every=every)
+        context = FitContext(self.name, model, data, after, label, generator, record, progress, kept, tuple(callbacks))
+        return self.learn(settings, context)
+
+    def prepared(
+        self, model: LensModel, forget: Corpus | Sequence[Corpus], retain: Corpus, *, after: Edit | None
+    ) -> tuple[Data, Settings]:
+        """Everything that a fit needs before it draws a random number, checked."""
+        check_lens_model(model)
+        self.check(model)
+        data = prepare(model, forget, retain, max_length=self.max_length)
+        with fitting(model, after):
+            return data, self.resolve(model, data)
+
+    def check_request(self, request: str, after: Edit | None) -> None:
+        """Refuse a name that the earlier edit has already, where edits are kept by request."""
+
+
 @contextmanager
 def fitting(model: LensModel, after: Edit | None) -> Iterator[None]:
     """The model with earlier edits on, in evaluation mode, nothing requiring grad; all as before on exit."""
@@ -202,14 +268,14 @@ def fitting(model: LensModel, after: Edit | None) -> Iterator[None]:
         yield
 
 
-def parts_of(batch: TokenBatch, micro_batch: int | None) -> Iterator[TokenBatch]:
-    """The batch in pieces of at most `micro_batch` rows (None: whole), padding as in the whole."""
-    size = micro_batch or len(batch)
-    for start in range(0, len(batch), size):
-        rows = slice(start, start + size)
-        yield TokenBatch(
-            batch.tokens[rows], batch.attention_mask[rows], batch.content_mask[rows], batch.loss_mask[rows]
-        )
+def recorded(given: Any, resolved: Any) -> dict[str, Any]:
+    """The settings of a fit for its record: as the user gave them, with what was derived in the place of None."""
+    derived = {
+        field.name: recorded(getattr(given, field.name), value) if is_dataclass(value) else value
+        for field in fields(resolved)
+        for value in [getattr(resolved, field.name)]
+    }
+    return asdict(given) | derived
 
 
 def request_provenance(request: str, record: Mapping[str, Any]) -> dict[str, Any]:
@@ -220,36 +286,19 @@ def request_provenance(request: str, record: Mapping[str, Any]) -> dict[str, Any
     }
 
 
-def provenance(model: LensModel, method: str, settings: Mapping[str, Any], data: Data, *, seed: int) -> dict[str, Any]:
-    """How an edit came about, but for the number of steps: method, settings, model, hashes of the data (never their text),
-    versions."""
-    return {
-        "method": method,
-        "settings": dict(settings),
-        "seed": plain(seed),
-        "model": describe(model),
-        "data": dict(data.record),
-        "versions": versions(),
-    }
+def both_sides(
+    encoder: Encoder, forget: Sequence[Encoded], retain: Sequence[Encoded]
+) -> tuple[TokenBatch, Bool[Tensor, " batch"]]:
+    """Both sides as one batch, so that one pass serves both, and which rows are to be forgotten."""
+    batch = encoder.collate([*forget, *retain])
+    return batch, (torch.arange(len(batch)) < len(forget)).to(encoder.device)
 
 
-def claimed(
-    checkpoint: str | Path | None, every: int, model: LensModel, record: Mapping[str, Any], after: Edit | None
-) -> Checkpoint | None:
-    """The folder in which a fit is kept while it runs; None where nobody asked for one.
-
-    Args:
-        checkpoint: the folder.
-        every: updates after which the state is written.
-        model: without the edit.
-        record: the fit's provenance.
-        after: the earlier edit.
-
-    Raises:
-        ValueError: the folder holds another fit.
-        OSError: it cannot be made or written into.
-    """
-    if checkpoint is None:
-        return None
-    earlier = None if after is None else fingerprint(after)
-    return Checkpoint.claim(checkpoint, {**record, "model": identity_of(model), "after": earlier}, every=every)
+def parts_of(batch: TokenBatch, micro_batch: int | None) -> Iterator[TokenBatch]:
+    """The batch in pieces of at most `micro_batch` rows (None: whole), padding as in the whole."""
+    size = micro_batch or len(batch)
+    for start in range(0, len(batch), size):
+        rows = slice(start, start + size)
+        yield TokenBatch(
+            batch.tokens[rows], batch.attention_mask[rows], batch.content_mask[rows], batch.loss_mask[rows]
+        )

@@ -4,16 +4,16 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar
 
+from mrp_lens.data import Corpus
+from mrp_lens.edits import Edit
+from mrp_lens.methods.fit import Fit
+from mrp_lens.models import LensModel
+from mrp_lens.training.callbacks import Callback
+from mrp_lens.training.checkpoints import EVERY
 from mrp_lens.utils.registry import Registry
 from mrp_lens.utils.validation import PlainSettings
-
-if TYPE_CHECKING:
-    from mrp_lens.data import Corpus
-    from mrp_lens.edits import Edit
-    from mrp_lens.methods.base import Fit
-    from mrp_lens.models import LensModel
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,9 @@ class Swept:
 class Method(PlainSettings, ABC):
     """A method: a frozen dataclass of hyperparameters (None: derived from the model) that fits an edit.
 
+    A method of your own implements `fit` whole, or derives from `FitTemplate`, which has a `fit`, and implements its two
+    steps.
+
     Attributes:
         name: that tables and commands use.
         summary: one line on what it does.
@@ -49,17 +52,41 @@ class Method(PlainSettings, ABC):
     @abstractmethod
     def fit(
         self,
-        model: "LensModel",
-        forget: "Corpus | Sequence[Corpus]",
-        retain: "Corpus",
+        model: LensModel,
+        forget: Corpus | Sequence[Corpus],
+        retain: Corpus,
         *,
         seed: int = 0,
-        after: "Edit | None" = None,
+        after: Edit | None = None,
+        request: str | None = None,
         progress: bool = True,
         checkpoint: str | Path | None = None,
-        every: int = 25,
-    ) -> "Fit":
-        """Train on a model, which is left as it is."""
+        every: int = EVERY,
+        callbacks: Sequence[Callback] = (),
+    ) -> Fit:
+        """Fit the method to a model, which is left as it is.
+
+        Args:
+            model: HookedTransformer or TransformerBridge, in any dtype (what is trained is float32).
+            forget: the forget set; of several corpora each method says what it makes.
+            retain: the retain set.
+            seed: of everything random, such as the order of the data.
+            after: an earlier edit, on during the fit; the result holds both.
+            request: name of this request, for edits that are kept by request (projections). None: the names of the forget
+                corpora.
+            progress: show a progress bar.
+            checkpoint: a folder of its own in which the fit is kept while it runs; the same call again goes on with a fit that
+                was killed, and ends with the same bits. It is left there when the fit is done.
+            every: updates after which it is written.
+            callbacks: told of the start, of every update and of the end of training.
+
+        Raises:
+            TypeError: no Corpus, or a setting of another type.
+            ValueError: a layer that does not exist, an empty corpus, a setting out of range, a request that `after` has
+                already, a checkpoint of another fit.
+            NonFiniteLossError: the loss became NaN or infinite.
+            SystemExit: SIGTERM came while a fit with a checkpoint was trained; the step under way is saved.
+        """
 
 
 METHODS: Registry[type[Method]] = Registry("method", "mrp_lens.methods")

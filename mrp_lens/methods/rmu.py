@@ -1,51 +1,39 @@
 """RMU (arXiv 2403.03218) and Adaptive RMU (arXiv 2408.06223): a few MLP matrices learn to steer forget states away."""
 
+from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
-from typing import Any, Literal, Self
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Generic, Literal, TypeVar
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 from typing_extensions import override
 
-from mrp_lens.data import Corpus
 from mrp_lens.data.tokenization import Batches, BatchesInTurn, Encoded, PaddingSide, TokenBatch
-from mrp_lens.edits import Edit, WeightEdit
+from mrp_lens.edits import WeightEdit
 from mrp_lens.edits.subspace import Law, random_units
-from mrp_lens.methods.base import (
-    Data,
-    Fit,
-    Forget,
-    claimed,
-    fitting,
-    parts_of,
-    prepare,
-    provenance,
-)
-from mrp_lens.methods.registry import Method, Swept, register
-from mrp_lens.models import EditableWeight, LensModel, check_layers, check_lens_model, mlp_out_weight, tensor_digests
+from mrp_lens.methods.base import Data, FitContext, FitTemplate, fitting, parts_of
+from mrp_lens.methods.fit import Fit
+from mrp_lens.methods.registry import Swept, register
+from mrp_lens.models import EditableWeight, LensModel, check_layers, mlp_out_weight, restored, tensor_digests
 from mrp_lens.models.hooks import Site, captured, hook_name, run_segment
-from mrp_lens.training.checkpoints import EVERY
-from mrp_lens.training.loop import train
 from mrp_lens.training.optim import TransformersAdamW
-from mrp_lens.utils.torch_state import ordinary_torch
-from mrp_lens.utils.validation import generator_for, given, one_of, positive, whole
+from mrp_lens.utils.validation import given, one_of, positive, whole
 
 Positions = Literal["content", "all"]
 Optimizer = Literal["adamw", "transformers_adamw"]
+Coefficient = Literal["token", "sample", "first_batch"]
 States = Float[Tensor, "batch seq d_model"]
 Mask = Bool[Tensor, "batch seq"]
 
 DEPTH_OF_LAYER = 7 / 32  # the released recipe's layer 7 of Zephyr's 32
 MEASURED_DOCUMENTS = 64
+C_SHARE = 2.0  # c over the mean norm of the forget states
 ALPHA_SHARE = 4.0  # alpha over (c / norm)^2: the forget term grows with c^2, so what balances it must as well
 LR_SHARE = 0.05  # learning rate over the root mean square of the trained entries; AdamW moves each by about lr a step
-
-
-Coefficient = Literal["token", "sample", "first_batch"]
-_RELEASED: dict[str, Any] = {
+RELEASED: dict[str, Any] = {
     "batch_size": 4,
     "positions": "all",
     "padding": "left",
@@ -53,12 +41,32 @@ _RELEASED: dict[str, Any] = {
     "optimizer": "transformers_adamw",
     "eps": 1e-6,
 }
-C_SHARE = 2.0  # c over the mean norm of the forget states
+REPORT = "MLP output matrices of layers {trained_layers} trained to steer forget states of layer {layer} to a random direction"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Steering(Method):
-    """Hyperparameters that RMU and Adaptive RMU share. None: derived from the model when fitting."""
+class MisdirectionSettings:
+    """What a fit of RMU or Adaptive RMU runs with where the user gave nothing."""
+
+    layer: int
+    trained_layers: tuple[int, ...]
+    alpha: float
+    lr: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class RMUSettings(MisdirectionSettings):
+    """RMU's, with its c."""
+
+    steering_coeff: float
+
+
+Resolved = TypeVar("Resolved", bound=MisdirectionSettings)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Misdirection(FitTemplate[Resolved], Generic[Resolved]):
+    """What RMU and Adaptive RMU share, which differ in c alone. None: derived from the model when fitting."""
 
     layer: int | None = None
     site: Site = "resid_post"
@@ -77,78 +85,30 @@ class Steering(Method):
     eps: float = 1e-8
     retain_noise: float = 0.0
 
-    @ordinary_torch(gradients=True)
-    def fit(
-        self,
-        model: LensModel,
-        forget: Forget,
-        retain: Corpus,
-        *,
-        seed: int = 0,
-        after: Edit | None = None,
-        progress: bool = True,
-        checkpoint: str | Path | None = None,
-        every: int = EVERY,
-    ) -> Fit:
-        """Train the MLP output matrices of three layers; the model itself is left as it is.
+    @abstractmethod
+    def settled(self, norm: float, *, layer: int, trained_layers: tuple[int, ...], lr: float) -> Resolved:
+        """Alpha, and c if that is a number, from the mean norm of the forget states; the rest is as given."""
+
+    @abstractmethod
+    def c(
+        self, settings: Resolved, states: States, mask: Mask, first: float | None
+    ) -> float | Float[Tensor, "batch #seq 1"]:
+        """The norm that forget states are steered to, for a batch of frozen ones.
 
         Args:
-            model: HookedTransformer or TransformerBridge, in any dtype (the trained copies are float32).
-            forget: what must go; several corpora take turns, each with its own direction u, as in WMDP.
-            retain: what must stay.
-            seed: of u and of the order of the data.
-            after: an earlier edit, on during the fit; the result holds both.
-            progress: show a progress bar.
-            checkpoint: a folder of its own in which the fit is kept while it runs; the same call again goes on with a fit that
-                was killed, and ends with the same bits. It is left there when the fit is done.
-            every: updates after which it is written.
-
-        Raises:
-            ValueError: a layer that does not exist, an empty corpus, a hyperparameter out of range, or a checkpoint of another
-                fit.
-            NonFiniteLossError: the loss became NaN or infinite.
+            settings: of the fit.
+            states: of the batch.
+            mask: the tokens that count.
+            first: the number that the corpus's first batch gave; None: this is it.
         """
-        generator = generator_for(seed)
-        check_lens_model(model)
-        placed = self._placed(model)
-        data = prepare(model, forget, retain, max_length=self.max_length)
-        with fitting(model, after):
-            weights = {layer: mlp_out_weight(model, layer) for layer in given(placed.trained_layers, ())}
-            original = {layer: weight.read() for layer, weight in weights.items()}
-            replaces = {weights[layer].name: tensor_digests(tensor) for layer, tensor in original.items()}
-            resolved = placed._measured(model, data, list(original.values()))
-        settings = asdict(resolved)
-        record = provenance(model, self.name, settings, data, seed=seed)
-        kept = claimed(checkpoint, every, model, record, after)
-        with fitting(model, after):
-            directions = {
-                name: random_units(1, model.cfg.d_model, self.direction, generator)[0].to(data.encoder.device)
-                for name in data.names
-            }
-            masters = {layer: tensor.float().clone().requires_grad_() for layer, tensor in original.items()}
-            kind = torch.optim.AdamW if self.optimizer == "adamw" else TransformersAdamW
-            optimizer = kind(list(masters.values()), lr=given(resolved.lr, 0.0), eps=self.eps, weight_decay=0.0)
-            losses = _Losses(resolved, model, data, weights, masters, list(directions.values()), generator)
-            with captured(model, [losses.hook]) as losses.store:
-                run = train(
-                    losses,
-                    optimizer,
-                    steps=self.steps,
-                    description=self.name,
-                    progress=progress,
-                    generator=generator,
-                    resumable={"losses": losses},
-                    checkpoint=kept,
-                )
-        edit: Edit = WeightEdit(
-            {weights[layer].name: master for layer, master in masters.items()},
-            replaces,
-            provenance={**record, "steps_done": len(run.log)},
-        )
-        return Fit(edit if after is None else after + edit, run.log, settings, run.interrupted, directions)
 
-    def _placed(self, model: LensModel) -> Self:
-        """Hyperparameters checked, layers filled in."""
+    @property
+    def c_of_first_batch(self) -> bool:
+        """Whether the first batch of a corpus says what c is for all of its batches."""
+        return False
+
+    @override
+    def check(self, model: LensModel) -> None:
         positive(
             alpha=self.alpha,
             lr=self.lr,
@@ -167,63 +127,81 @@ class Steering(Method):
         one_of(PaddingSide, padding=self.padding)
         one_of(Optimizer, optimizer=self.optimizer)
         one_of(Site, site=self.site)
+        self._layers(model)
+
+    @override
+    def resolve(self, model: LensModel, data: Data) -> Resolved:
+        layer, trained = self._layers(model)
+        size = entry_size(mlp_out_weight(model, place).read() for place in trained)
+        norm = mean_norm(model, data, layer=layer, hook=hook_name(layer, self.site))
+        return self.settled(norm, layer=layer, trained_layers=trained, lr=given(self.lr, LR_SHARE * size))
+
+    @override
+    def learn(self, settings: Resolved, context: FitContext) -> Fit:
+        model, data, generator = context.model, context.data, context.generator
+        with fitting(model, context.after):
+            weights = {layer: mlp_out_weight(model, layer) for layer in settings.trained_layers}
+            original = {layer: weight.read() for layer, weight in weights.items()}
+            directions = {
+                name: random_units(1, model.cfg.d_model, self.direction, generator)[0].to(data.encoder.device)
+                for name in data.names
+            }
+            masters = {layer: tensor.float().clone().requires_grad_() for layer, tensor in original.items()}
+            kind = torch.optim.AdamW if self.optimizer == "adamw" else TransformersAdamW
+            losses = _Losses(self, settings, context, weights, masters, list(directions.values()))
+            with captured(model, [losses.hook]) as losses.store:
+                run = context.train(
+                    losses,
+                    kind(list(masters.values()), lr=settings.lr, eps=self.eps, weight_decay=0.0),
+                    steps=self.steps,
+                    resumable={"losses": losses},
+                    shown=losses.written,
+                )
+        edit = WeightEdit(
+            {weights[layer].name: master for layer, master in masters.items()},
+            {weights[layer].name: tensor_digests(tensor) for layer, tensor in original.items()},
+            provenance=context.provenance(run),
+        )
+        return context.result(edit, run, directions)
+
+    def _layers(self, model: LensModel) -> tuple[int, tuple[int, ...]]:
+        """Where states are steered, and whose matrices learn."""
         layer = given(self.layer, default_layer(model))
         check_layers(model, [layer])
         trained = check_layers(model, given(self.trained_layers, up_to(layer)))
         if max(trained) > layer:
             raise ValueError(f"trained_layers {trained} reach beyond layer {layer}, where the loss is read")
-        return replace(self, layer=layer, trained_layers=trained)
-
-    def _measured(self, model: LensModel, data: Data, matrices: list[Tensor]) -> Self:
-        """Hyperparameters that depend on the size of weights and states filled in."""
-        norm = mean_norm(model, data, layer=given(self.layer, 0), hook=hook_name(given(self.layer, 0), self.site))
-        placed = self._scaled(norm)
-        alpha = given(self.alpha, ALPHA_SHARE * placed._share(norm) ** 2)
-        return replace(placed, alpha=alpha, lr=given(self.lr, LR_SHARE * entry_size(matrices)))
-
-    def _scaled(self, norm: float) -> Self:
-        """The coefficient filled in, given the mean norm of the forget states."""
-        return self
-
-    def _share(self, norm: float) -> float:
-        """c over the mean norm of the forget states."""
-        raise TypeError("use RMU or AdaptiveRMU, which say what the coefficient is")
-
-    def _coefficient(self, states: States, mask: Mask, first: float | None) -> float | Float[Tensor, "batch #seq 1"]:
-        """c for a batch of frozen forget states, given the number from its corpus's first batch (None: this is it)."""
-        raise TypeError("use RMU or AdaptiveRMU, which say what the coefficient is")
+        return layer, trained
 
 
-class _Losses:
+class _Losses(Generic[Resolved]):
     """What the training loop minimises: for each step the share of each micro-batch."""
 
     def __init__(
         self,
-        settings: Steering,
-        model: LensModel,
-        data: Data,
+        method: Misdirection[Resolved],
+        settings: Resolved,
+        context: FitContext,
         weights: Mapping[int, EditableWeight],
         masters: Mapping[int, Tensor],
         directions: Sequence[Tensor],
-        generator: torch.Generator,
     ) -> None:
-        self.settings, self.model, self.data = settings, model, data
+        self.method, self.settings = method, settings
+        self.model, self.encoder, self.generator = context.model, context.data.encoder, context.generator
         self.weights, self.masters, self.directions = weights, masters, directions
-        self.layer = int(given(settings.layer, 0))
-        self.hook = hook_name(self.layer, settings.site)
+        self.hook = hook_name(settings.layer, method.site)
         self.store: dict[str, Tensor] = {}
         self.first: dict[int, float] = {}
-        self.generator = generator
-        self.forget = [self._batches(rows) for rows in data.forget]
-        self.retain = [self._batches(data.retain) for _ in data.forget]
+        self.forget = [self._batches(rows) for rows in context.data.forget]
+        self.retain = [self._batches(context.data.retain) for _ in self.forget]
 
     def _batches(self, rows: Sequence[Encoded]) -> Batches:
         """Batches for ever: shuffled in each pass, or in the order of the corpus."""
-        size = self.settings.batch_size
-        return Batches(rows, size, self.generator) if self.settings.shuffle else BatchesInTurn(rows, size)
+        size = self.method.batch_size
+        return Batches(rows, size, self.generator) if self.method.shuffle else BatchesInTurn(rows, size)
 
     def _next(self, batches: Batches) -> TokenBatch:
-        return self.data.encoder.collate(next(batches), side=self.settings.padding)
+        return self.encoder.collate(next(batches), side=self.method.padding)
 
     def state_dict(self) -> dict[str, Any]:
         """How far each stream of batches is, and the coefficients that first batches have set."""
@@ -245,7 +223,7 @@ class _Losses:
         for part in self._squared_errors(self._next(self.forget[topic]), topic):
             yield {"loss": part, "forget": part}
         for part in self._squared_errors(self._next(self.retain[topic]), None):
-            yield {"loss": given(self.settings.alpha, 0.0) * part, "retain": part}
+            yield {"loss": self.settings.alpha * part, "retain": part}
 
     def _squared_errors(self, batch: TokenBatch, topic: int | None) -> Iterator[Float[Tensor, ""]]:
         """Shares of mean ||h - target||^2 / d; the target is c u on a forget topic, the frozen state on retain text.
@@ -253,42 +231,46 @@ class _Losses:
         The blocks below the trained ones run once, without gradient, and give trained and frozen states alike; the
         frozen weights are simply the model's own, since training never writes into it.
         """
+        method = self.method
         total = self._mask(batch).sum() * self.model.cfg.d_model
-        if topic is not None and topic not in self.first:
-            self._remember_first(batch, topic)
-        for part in parts_of(batch, self.settings.micro_batch):
+        if topic is not None and method.c_of_first_batch and topic not in self.first:
+            with torch.no_grad():  # in the model as trained so far
+                self.first[topic] = float(method.c(self.settings, self._states(batch)[1], self._mask(batch), None))
+        for part in parts_of(batch, method.micro_batch):
             mask = self._mask(part)
             frozen_states, states = self._states(part)
             target = frozen_states
-            if topic is None and self.settings.retain_noise > 0.0:
+            if topic is None and method.retain_noise > 0.0:
                 target = target + self._noise(target)
             if topic is not None:
-                target = self.settings._coefficient(frozen_states, mask, self.first.get(topic)) * self.directions[topic]
+                c = method.c(self.settings, frozen_states, mask, self.first.get(topic))
+                target = c * self.directions[topic]
             yield ((states - target).square() * mask[..., None]).sum() / total
 
     def _noise(self, states: States) -> States:
         """Isotropic, of the share of each state's norm that the settings say, on average."""
         drawn = torch.randn(states.shape, generator=self.generator).to(states.device)
-        scale = self.settings.retain_noise / states.shape[-1] ** 0.5
+        scale = self.method.retain_noise / states.shape[-1] ** 0.5
         return scale * states.norm(dim=-1, keepdim=True) * drawn
-
-    def _remember_first(self, batch: TokenBatch, topic: int) -> None:
-        """The coefficient of a corpus for good, from its first batch in the model as trained so far."""
-        if getattr(self.settings, "coefficient", None) == "first_batch":
-            with torch.no_grad():
-                first = self.settings._coefficient(self._states(batch)[1], self._mask(batch), None)
-            assert isinstance(first, float)
-            self.first[topic] = first
 
     def _states(self, batch: TokenBatch) -> tuple[States, States]:
         """With the model's own weights, and with those in training."""
-        segment = run_segment(self.model, batch.tokens, batch.attention_mask, first=min(self.weights), last=self.layer)
+        first, last = min(self.weights), self.settings.layer
+        segment = run_segment(self.model, batch.tokens, batch.attention_mask, first=first, last=last)
         frozen_states = self.store[self.hook].float()
         segment.replay({layer: {w.key: w.to_model(self.masters[layer])} for layer, w in self.weights.items()})
         return frozen_states, self.store[self.hook].float()
 
     def _mask(self, batch: TokenBatch) -> Mask:
-        return batch.content_mask if self.settings.positions == "content" else torch.ones_like(batch.content_mask)
+        return batch.content_mask if self.method.positions == "content" else torch.ones_like(batch.content_mask)
+
+    @contextmanager
+    def written(self) -> Iterator[None]:
+        """Inside, the model has the matrices in training."""
+        with restored(weight.parameter for weight in self.weights.values()):
+            for layer, weight in self.weights.items():
+                weight.write(self.masters[layer].detach())
+            yield
 
 
 def default_layer(model: LensModel) -> int:
@@ -296,14 +278,9 @@ def default_layer(model: LensModel) -> int:
     return min(int(model.cfg.n_layers) - 1, max(2, round(DEPTH_OF_LAYER * model.cfg.n_layers)))
 
 
-def up_to(layer: int) -> range:
+def up_to(layer: int) -> tuple[int, ...]:
     """The layers whose matrices learn when states are steered at a layer: it and the two before."""
-    return range(max(0, layer - 2), layer + 1)
-
-
-def default_trained_layers(model: LensModel) -> range:
-    """The layers whose matrices learn unless told otherwise."""
-    return up_to(default_layer(model))
+    return tuple(range(max(0, layer - 2), layer + 1))
 
 
 def entry_size(matrices: Iterable[Tensor]) -> float:
@@ -324,15 +301,15 @@ def mean_norm(model: LensModel, data: Data, *, layer: int, hook: str) -> float:
     summary="Trains three MLP matrices so that forget states become a fixed random vector.",
     source="RMU, arXiv 2403.03218",
     swept=Swept(layer="layer", strength="steering_coeff"),
-    report="MLP output matrices of layers {trained_layers} trained to steer forget states of layer {layer} to a random direction",
+    report=REPORT,
 )
 @dataclass(frozen=True, kw_only=True)
-class RMU(Steering):
+class RMU(Misdirection[RMUSettings]):
     """Representation Misdirection for Unlearning (WMDP, arXiv 2403.03218).
 
     L = mean_forget ||h_l - c u||^2 / d + alpha * mean_retain ||h_l - h_l^frozen||^2 / d, over the tokens of the batch
     (pads and BOS excluded, see `positions`); u is a random unit vector. Only the MLP output matrices of layers
-    l-2, l-1, l learn.
+    l-2, l-1, l learn. Several forget corpora take turns, each with its own u, as in WMDP.
 
     Args:
         layer: l. None: 7/32 of the depth, as in the released Zephyr-7B recipe, at least 2.
@@ -367,50 +344,22 @@ class RMU(Steering):
         The released code pads with EOS (set `model.tokenizer.pad_token`), and cuts texts at 512 tokens. What a model
         computes at pads is its implementation's choice: the Bridge's states there are Hugging Face's,
         HookedTransformer's are not."""
-        return cls(
-            layer=layer,
-            steering_coeff=steering_coeff,
-            alpha=alpha,
-            lr=lr,
-            steps=steps,
-            **_RELEASED,
-        )
+        return cls(layer=layer, steering_coeff=steering_coeff, alpha=alpha, lr=lr, steps=steps, **RELEASED)
 
     @override
-    def _placed(self, model: LensModel) -> Self:
+    def check(self, model: LensModel) -> None:
         positive(steering_coeff=self.steering_coeff)
-        return super()._placed(model)
+        super().check(model)
 
     @override
-    def _scaled(self, norm: float) -> Self:
-        return replace(self, steering_coeff=given(self.steering_coeff, C_SHARE * norm))
+    def settled(self, norm: float, *, layer: int, trained_layers: tuple[int, ...], lr: float) -> RMUSettings:
+        c = given(self.steering_coeff, C_SHARE * norm)
+        alpha = given(self.alpha, ALPHA_SHARE * (c / norm) ** 2)
+        return RMUSettings(layer=layer, trained_layers=trained_layers, alpha=alpha, lr=lr, steering_coeff=c)
 
     @override
-    def _share(self, norm: float) -> float:
-        return float(given(self.steering_coeff, 0.0)) / norm
-
-    @override
-    def _coefficient(self, states: States, mask: Mask, first: float | None) -> float:
-        return float(given(self.steering_coeff, 0.0))
-
-
-@register(
-    "rmu-noise",
-    summary="RMU with random noise on the retain branch.",
-    source="after RNA, arXiv 2501.19202",
-    swept=Swept(layer="layer", strength="steering_coeff"),
-    report="MLP output matrices of layers {trained_layers} trained to steer forget states of layer {layer} to a random direction",
-)
-@dataclass(frozen=True, kw_only=True)
-class NoisyRMU(RMU):
-    """RMU with random noise on the retain branch: the idea of RNA (arXiv 2501.19202), so that a forget token inside a retain
-    text breaks less. The paper's own formula and scale were not to be had: the noise here is drawn anew for every token, a
-    tenth of its state's norm.
-
-    The arguments are those of `RMU`.
-    """
-
-    retain_noise: float = 0.1
+    def c(self, settings: RMUSettings, states: States, mask: Mask, first: float | None) -> float:
+        return float(settings.steering_coeff)
 
 
 @register(
@@ -418,10 +367,10 @@ class NoisyRMU(RMU):
     summary="RMU whose vector is as long as beta times each state's norm.",
     source="Adaptive RMU, arXiv 2408.06223",
     swept=Swept(layer="layer", strength="beta"),
-    report="MLP output matrices of layers {trained_layers} trained to steer forget states of layer {layer} to a random direction",
+    report=REPORT,
 )
 @dataclass(frozen=True, kw_only=True)
-class AdaptiveRMU(Steering):
+class AdaptiveRMU(Misdirection[MisdirectionSettings]):
     """Adaptive RMU (arXiv 2408.06223, Eq. 24): RMU with c = beta * ||h_l^frozen|| of the forget states.
 
     Args:
@@ -441,28 +390,28 @@ class AdaptiveRMU(Steering):
     ) -> "AdaptiveRMU":
         """The recipe of the released code: as `RMU.released`, with c = beta times the mean norm of the corpus's first
         batch. The paper trains 500 steps with c from each sample's own norm."""
-        return cls(
-            layer=layer,
-            beta=beta,
-            alpha=alpha,
-            lr=lr,
-            steps=steps,
-            **_RELEASED,
-            coefficient="first_batch",
-        )
+        return cls(layer=layer, beta=beta, alpha=alpha, lr=lr, steps=steps, coefficient="first_batch", **RELEASED)
 
     @override
-    def _placed(self, model: LensModel) -> Self:
+    def check(self, model: LensModel) -> None:
         positive(beta=self.beta)
         one_of(Coefficient, coefficient=self.coefficient)
-        return super()._placed(model)
+        super().check(model)
 
     @override
-    def _share(self, norm: float) -> float:
-        return self.beta
+    def settled(self, norm: float, *, layer: int, trained_layers: tuple[int, ...], lr: float) -> MisdirectionSettings:
+        alpha = given(self.alpha, ALPHA_SHARE * self.beta**2)
+        return MisdirectionSettings(layer=layer, trained_layers=trained_layers, alpha=alpha, lr=lr)
+
+    @property
+    @override
+    def c_of_first_batch(self) -> bool:
+        return self.coefficient == "first_batch"
 
     @override
-    def _coefficient(self, states: States, mask: Mask, first: float | None) -> float | Float[Tensor, "batch #seq 1"]:
+    def c(
+        self, settings: MisdirectionSettings, states: States, mask: Mask, first: float | None
+    ) -> float | Float[Tensor, "batch #seq 1"]:
         norms = states.norm(dim=-1) * mask
         if self.coefficient == "token":
             return self.beta * norms[..., None]

@@ -1,24 +1,33 @@
 """Looking at a model: what it answers and what its residual stream does. Each metric returns a tidy frame with its control."""
 
+# A row has the keys of text before those of questions: metrics add theirs in the order in which they are imported.
+from mrp_lens.metrics.perplexity import answer_probability, perplexity
+
+# isort: split
 from mrp_lens.metrics.alignment import alignment
-from mrp_lens.metrics.bootstrap import bootstrap_interval
+from mrp_lens.metrics.bootstrap import bootstrap_interval, value
 from mrp_lens.metrics.confidence import confidence, token_confidence
 from mrp_lens.metrics.geometry import geometry, propagation
 from mrp_lens.metrics.logit_lens import logit_lens
 from mrp_lens.metrics.multiple_choice import accuracy, choice_scores
 from mrp_lens.metrics.pca import principal_angles, principal_plane
-from mrp_lens.metrics.perplexity import answer_probability, perplexity
+from mrp_lens.metrics.registry import METRICS, Measured, Metric, frames_for, headings, register, rows_for
 from mrp_lens.metrics.sensitivity import noise_sensitivity, predicted_coefficient
 from mrp_lens.metrics.theory import proposition_1, variance_by_coefficient
 
 __all__ = [
+    "METRICS",
+    "Measured",
+    "Metric",
     "accuracy",
     "alignment",
     "answer_probability",
     "bootstrap_interval",
     "choice_scores",
     "confidence",
+    "frames_for",
     "geometry",
+    "headings",
     "logit_lens",
     "noise_sensitivity",
     "perplexity",
@@ -27,6 +36,9 @@ __all__ = [
     "principal_plane",
     "propagation",
     "proposition_1",
+    "register",
+    "rows_for",
     "token_confidence",
+    "value",
     "variance_by_coefficient",
 ]

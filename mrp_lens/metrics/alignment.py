@@ -9,8 +9,9 @@ from torch import Tensor
 
 from mrp_lens.data.tokenization import PaddingSide
 from mrp_lens.edits.subspace import Law, random_units
-from mrp_lens.metrics.activations import Texts, direction_for, groups_of, hooks_at, read_states
+from mrp_lens.metrics.activations import StateReader, Texts, direction_for, groups_of, hooks_at
 from mrp_lens.metrics.bootstrap import CONFIDENCE, TokenMean
+from mrp_lens.metrics.registry import Measured, register
 from mrp_lens.models import LensModel
 from mrp_lens.models.hooks import Site
 from mrp_lens.utils.torch_state import ordinary_torch
@@ -32,7 +33,7 @@ def alignment(
     batch_size: int = 32,
     max_length: int | None = None,
     padding: PaddingSide = "right",
-    progress: bool = False,
+    progress: bool = True,
 ) -> pd.DataFrame:
     """Cosine of the states with a direction u, and their norm, per layer (arXiv 2408.06223, section on alignment).
 
@@ -69,21 +70,13 @@ def alignment(
     """
     u = direction_for(model, direction)
     groups, hooks = groups_of(texts), hooks_at(model, layers, site)
+    reader = StateReader(model, None, None, seed, batch_size, max_length, padding, progress)
     null = random_units(NULL_DRAWS, len(u), law, generator_for(seed)).double()
     rows = []
     for group, corpus in groups.items():
         cosines, norms = {layer: TokenMean() for layer in hooks}, {layer: TokenMean() for layer in hooks}
         units = {layer: torch.zeros(len(u), dtype=torch.float64) for layer in hooks}  # sum of h / |h|
-        batches = read_states(
-            model,
-            corpus,
-            list(hooks.values()),
-            batch_size=batch_size,
-            max_length=max_length,
-            padding=padding,
-            progress=progress,
-        )
-        for batch in batches:
+        for batch in reader.read(corpus, list(hooks.values())):
             for layer, hook in hooks.items():
                 states = batch.states[hook].float()
                 length = states.norm(dim=-1)
@@ -114,3 +107,17 @@ def alignment(
                 }
             )
     return pd.DataFrame(rows)
+
+
+@register(
+    "alignment",
+    summary="Cosine of the states with the direction u at each layer, and their norm.",
+    source="arXiv 2408.06223, alignment with the random direction",
+    figures=["alignment_by_layer", "norms"],
+)
+def _of_texts(measured: Measured) -> pd.DataFrame:
+    model, u = measured.model, measured.direction
+    if u is None:
+        u = random_units(1, model.cfg.d_model, "uniform", generator_for(measured.seed))[0]
+    texts = measured.task.texts(limit=measured.documents)
+    return alignment(model, texts, u, seed=measured.seed, progress=measured.progress)

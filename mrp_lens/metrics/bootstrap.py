@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from statistics import NormalDist
 
 import numpy as np
+import pandas as pd
 from jaxtyping import Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
@@ -50,6 +51,30 @@ def bootstrap_interval(
     else:  # between infinities there is nothing to interpolate
         low, high = np.sort(estimates)[[round(share * (RESAMPLES - 1)) for share in (tail, 1 - tail)]]
     return float(low), float(high)
+
+
+def value(frame: pd.DataFrame) -> float:
+    """The number that a metric's frame is about: the column before its interval `low`, `high`, as a float.
+
+    For frames with one row (`perplexity`, `answer_probability`, `accuracy` of one group), or whose first row is "all".
+    A function and no kind of frame: it also reads frames that were stored, joined or made by a metric of one's own.
+
+    Raises:
+        ValueError: several rows, none of them for all, or no interval.
+
+    Example:
+        >>> value(pd.DataFrame([{"group": "all", "n": 4, "accuracy": 0.75, "low": 0.25, "high": 1.0}]))
+        0.75
+    """
+    columns = [str(column) for column in frame]
+    if "low" not in columns[1:]:
+        raise ValueError(
+            f"a frame with the columns {', '.join(columns) or 'none'} has no interval `low`, `high` behind a value"
+        )
+    of_all = list(frame["group"] == "all") if "group" in frame else []
+    if len(frame) != 1 and (of_all[:1] != [True] or any(of_all[1:])):
+        raise ValueError(f"the frame has {len(frame)} rows; choose one, such as frame[frame['group'] == 'forget']")
+    return float(frame.iloc[0, columns.index("low") - 1])
 
 
 @dataclass

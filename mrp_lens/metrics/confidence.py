@@ -17,10 +17,13 @@ from tqdm.auto import tqdm
 from mrp_lens.data import Corpus, Document, Questions
 from mrp_lens.data.tokenization import Encoded, PaddingSide, TokenBatch, in_order
 from mrp_lens.metrics.bootstrap import bootstrap_interval
+from mrp_lens.metrics.multiple_choice import accuracy, side_row
+from mrp_lens.metrics.registry import Measured, register
 from mrp_lens.models import LensModel, check_lens_model, encoder_for, logits_of
 from mrp_lens.models.finite import check_log_probabilities
 from mrp_lens.models.hooks import frozen
 from mrp_lens.training.losses import targets
+from mrp_lens.utils.progress import progress_bar
 from mrp_lens.utils.torch_state import ordinary_torch
 
 Mode = Literal["generated", "forced"]
@@ -31,7 +34,7 @@ QuestionSet = Questions | Corpus
 QuestionSets = QuestionSet | Mapping[str, QuestionSet]
 """What to ask: questions, a corpus (prompt and completion), or several of them by name: {"forget": ..., ...}."""
 
-Measured = tuple[list[int], Int[Tensor, " tokens"], Float[Tensor, "tokens measures"]]
+Found = tuple[list[int], Int[Tensor, " tokens"], Float[Tensor, "tokens measures"]]
 """Which item each token belongs to, the tokens, and MEASURES at each."""
 
 
@@ -54,7 +57,7 @@ def confidence(
     batch_size: int = 64,
     padding: PaddingSide = "right",
     seed: int = 0,
-    progress: bool = False,
+    progress: bool = True,
 ) -> pd.DataFrame:
     """How sure the model is, per group: `token_confidence` in figures, MaxLogit of arXiv 2408.06223 among them.
 
@@ -126,7 +129,7 @@ def token_confidence(
     tokens: int = 30,
     batch_size: int = 64,
     padding: PaddingSide = "right",
-    progress: bool = False,
+    progress: bool = True,
 ) -> pd.DataFrame:
     """How sure the model is at every token that it writes, or at every token of the right answer.
 
@@ -169,7 +172,8 @@ def token_confidence(
     items = _items(questions)
     measure = _generated if mode == "generated" else _forced
     rows = []
-    with frozen(model), torch.no_grad(), tqdm(total=len(items), desc=f"{mode} tokens", disable=not progress) as bar:
+    bar = progress_bar(total=len(items), desc=f"{mode} tokens", progress=progress)
+    with frozen(model), torch.no_grad(), bar:
         written = [0] * len(items)
         for places, ids, values in measure(model, items, tokens, batch_size, padding, bar):
             for place, token, of_token in zip(places, ids.tolist(), values.tolist(), strict=True):
@@ -188,6 +192,34 @@ def token_confidence(
             **{name: [row[3 + column] for row in rows] for column, name in enumerate(MEASURES)},
         }
     )
+
+
+@register(
+    "confidence",
+    summary="How sure the model is of each token of the right answers, or of the texts where there is no quiz.",
+    source="arXiv 2408.06223, MaxLogit",
+    figures=["confidence_by_method"],
+)
+def _of_answers(measured: Measured) -> pd.DataFrame:
+    asked = measured.task.asked(limit=measured.limit)
+    return confidence(measured.model, asked, mode="forced", seed=measured.seed, progress=measured.progress)
+
+
+@register(
+    "quiz",
+    summary="Accuracy, largest probability and largest logit of the right answers, on each quiz.",
+    source="arXiv 2408.06223, MaxLogit",
+    row=side_row,
+    tables={"sweep"},
+)
+def _of_quizzes(measured: Measured) -> pd.DataFrame | None:
+    rows = []
+    for side, quiz in measured.task.quiz(limit=measured.limit).items():
+        right = accuracy(measured.model, quiz, seed=measured.seed, progress=measured.progress).iloc[0]
+        sure = confidence(measured.model, {side: quiz}, mode="forced", seed=measured.seed, progress=measured.progress)
+        means = sure.set_index("measure")["mean"]
+        rows.append({"side": side, **right[["accuracy", "low", "high"]], **means[["max_probability", "max_logit"]]})
+    return pd.DataFrame(rows) if rows else None
 
 
 def _items(questions: QuestionSets) -> list[_Item]:
@@ -212,7 +244,7 @@ def _items_of(chosen: QuestionSet) -> list[_Item]:
 
 def _generated(
     model: LensModel, items: Sequence[_Item], tokens: int, batch_size: int, padding: PaddingSide, bar: tqdm
-) -> Iterator[Measured]:
+) -> Iterator[Found]:
     """Greedy decoding without a key/value cache, which the two classes and their hooks treat differently."""
     encoder = encoder_for(model, max_length=int(model.cfg.n_ctx) - tokens)
     rows = encoder.encode([Document("", item.document.prompt) for item in items], keep="end")
@@ -240,7 +272,7 @@ def _generated(
 
 def _forced(
     model: LensModel, items: Sequence[_Item], tokens: int, batch_size: int, padding: PaddingSide, bar: tqdm
-) -> Iterator[Measured]:
+) -> Iterator[Found]:
     """One pass over prompt and answer; what follows the last measured token is not read."""
     encoder = encoder_for(model)
     whole = replace(encoder, max_length=sys.maxsize).encode([item.document for item in items])

@@ -4,17 +4,100 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
 import pandas as pd
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from mrp_lens.data import Corpus
 from mrp_lens.data.tokenization import PaddingSide
-from mrp_lens.edits import Edit, ProjectionEdit
-from mrp_lens.edits.stack import projection_in
+from mrp_lens.edits import Edit, ProjectionEdit, projection_in
 from mrp_lens.edits.subspace import Subspace
-from mrp_lens.metrics.activations import Moments, PairReader, Texts, When, groups_of, hooks_at, read_moments
+from mrp_lens.metrics.activations import StateReader, Texts, When, groups_of, hooks_at
+from mrp_lens.metrics.registry import Measured, register
 from mrp_lens.models import LensModel
 from mrp_lens.models.hooks import Site, layer_of
 from mrp_lens.utils.torch_state import ordinary_torch
+
+USABLE = 1e-12  # an eigenvalue below this share of their sum is rounding noise of float32 states, not a direction
+
+
+class Moments:
+    """Sums over states, in float64 on the CPU: their number, their first and second moments, how far an edit moved them."""
+
+    def __init__(self, d_model: int) -> None:
+        self.documents = 0
+        self.tokens = 0
+        self.moved = 0.0  # sum of squared distances to the unedited states
+        self._length = 0.0
+        self._total = torch.zeros(d_model, dtype=torch.float64)
+        self._products = torch.zeros(d_model, d_model, dtype=torch.float64)
+
+    def add(
+        self,
+        states: Float[Tensor, "tokens d_model"],
+        documents: int,
+        unedited: Float[Tensor, "tokens d_model"] | None = None,
+    ) -> None:
+        """States of so many documents; `unedited` are those of the same tokens without the edit."""
+        wide = states.double()
+        self.documents += documents
+        self.tokens += len(wide)
+        self._length += float(wide.norm(dim=-1).sum())
+        self._total += wide.sum(dim=0).cpu()
+        self._products += (wide.T @ wide).cpu()
+        if unedited is not None:
+            self.moved += float((wide - unedited.double()).square().sum())
+
+    @property
+    def norm(self) -> float:
+        """Mean L2 norm."""
+        return self._length / self.tokens
+
+    @property
+    def energy(self) -> float:
+        """Sum of squared norms."""
+        return float(self._products.trace())
+
+    @property
+    def effective_rank(self) -> float:
+        """exp of the entropy of the covariance's normalised eigenvalues (Roy and Vetterli 2007); NaN without variance."""
+        mean = self._total / self.tokens
+        covariance = self._products / self.tokens - torch.outer(mean, mean)
+        values = torch.linalg.eigvalsh(covariance).clamp(min=0.0)
+        if float(values.sum()) <= USABLE * self.energy / self.tokens:
+            return float("nan")
+        return float(torch.special.entr(values / values.sum()).sum().exp())
+
+    def energy_share(self, subspace: Subspace) -> float:
+        """Share of the states' squared norm inside the subspace; NaN if all states are 0."""
+        basis = subspace.basis.double().cpu()
+        inside = max(float(((basis @ self._products) * basis).sum()), 0.0)
+        return inside / self.energy if self.energy else float("nan")
+
+    def top_directions(self, rank: int) -> Subspace:
+        """The span of the `rank` first principal directions, uncentred as MRP's start (`methods.start`) takes them.
+
+        Raises:
+            ValueError: the states span fewer.
+        """
+        values, vectors = torch.linalg.eigh(self._products)
+        usable = int((values > USABLE * self.energy).sum())
+        if usable < rank:
+            raise ValueError(f"rank {rank} is above the {usable} directions that {self.tokens} states span")
+        return Subspace(vectors[:, -rank:].T.float())
+
+
+def read_moments(reader: StateReader, corpus: Corpus, hooks: Mapping[int, str]) -> dict[When, dict[int, Moments]]:
+    """ "before" and, with an edit, "after" -> layer -> moments of the states at the layer's hook."""
+    d_model = int(reader.model.cfg.d_model)
+    whens: tuple[When, ...] = ("before",) if reader.edit is None else ("before", "after")
+    moments = {when: {layer: Moments(d_model) for layer in hooks} for when in whens}
+    for batch in reader.read(corpus, list(hooks.values())):
+        for when, states in batch.by_when.items():
+            for layer, hook in hooks.items():
+                unedited = batch.states[hook] if when == "after" else None
+                moments[when][layer].add(states[hook], batch.documents, unedited)
+    return moments
 
 
 @ordinary_torch(gradients=False)
@@ -30,7 +113,7 @@ def geometry(
     batch_size: int = 32,
     max_length: int | None = None,
     padding: PaddingSide = "right",
-    progress: bool = False,
+    progress: bool = True,
 ) -> pd.DataFrame:
     """Size and spread of the states per layer, how far the edit moves them, and how much of them its projection removes.
 
@@ -70,16 +153,7 @@ def geometry(
         >>> frame = geometry(model, {"forget": forget, "retain": retain}, fit.edit)  # doctest: +SKIP
     """
     groups, hooks = groups_of(texts), hooks_at(model, layers, site)
-    reader = PairReader(
-        model,
-        edit,
-        documents=documents,
-        seed=seed,
-        batch_size=batch_size,
-        max_length=max_length,
-        padding=padding,
-        progress=progress,
-    )
+    reader = StateReader(model, edit, documents, seed, batch_size, max_length, padding, progress)
     removed = removed_at(model, edit, hooks)
     rows = []
     for group, corpus in groups.items():
@@ -114,7 +188,7 @@ def propagation(
     batch_size: int = 32,
     max_length: int | None = None,
     padding: PaddingSide = "right",
-    progress: bool = False,
+    progress: bool = True,
 ) -> pd.DataFrame:
     """Does what a projection removes at one layer come back at later ones, and where?
 
@@ -142,16 +216,7 @@ def propagation(
         >>> frame = propagation(model, {"forget": forget, "retain": retain}, fit.edit)  # doctest: +SKIP
     """
     groups, later = groups_of(texts), hooks_at(model, None, site)
-    reader = PairReader(
-        model,
-        edit,
-        documents=documents,
-        seed=seed,
-        batch_size=batch_size,
-        max_length=max_length,
-        padding=padding,
-        progress=progress,
-    )
+    reader = StateReader(model, edit, documents, seed, batch_size, max_length, padding, progress)
     followed = _projection_of(edit).subspaces()
     read_at = {
         source: {layer_of(source): source} | {layer: later[layer] for layer in later if layer > layer_of(source)}
@@ -163,9 +228,9 @@ def propagation(
         inside: dict[tuple[When, str, int], float] = defaultdict(float)
         energy: dict[tuple[When, str], float] = defaultdict(float)
         document_count = token_count = 0
-        for pair in reader.pairs(corpus, hooks):
-            document_count, token_count = document_count + pair.documents, token_count + len(pair.tokens)
-            for when, states in pair.states.items():
+        for batch in reader.read(corpus, hooks):
+            document_count, token_count = document_count + batch.documents, token_count + len(batch.rows)
+            for when, states in batch.by_when.items():
                 for hook in hooks:
                     energy[when, hook] += _energy(states[hook])
                 for source, by_layer in read_at.items():
@@ -187,6 +252,33 @@ def propagation(
                     }
                 )
     return pd.DataFrame(rows)
+
+
+@register(
+    "geometry",
+    summary="How far the edit moves the states at each layer, how many directions they use, what of them is removed.",
+    source="effective rank: Roy and Vetterli 2007",
+    figures=["displacement"],
+    compares=True,
+)
+def _of_states(measured: Measured) -> pd.DataFrame | None:
+    if measured.edit is None:
+        return None
+    texts = measured.task.texts(limit=measured.documents)
+    return geometry(measured.model, texts, measured.edit, seed=measured.seed, progress=measured.progress)
+
+
+@register(
+    "propagation",
+    summary="How much of what a projection removes comes back at later layers.",
+    figures=["propagation"],
+    compares=True,
+)
+def _of_removed(measured: Measured) -> pd.DataFrame | None:
+    if measured.edit is None or projection_in(measured.edit) is None:
+        return None
+    texts = measured.task.texts(limit=measured.documents)
+    return propagation(measured.model, texts, measured.edit, seed=measured.seed, progress=measured.progress)
 
 
 def removed_at(model: LensModel, edit: Edit | None, hooks: Mapping[int, str]) -> dict[int, Subspace]:

@@ -9,16 +9,15 @@ import pandas as pd
 import torch
 from jaxtyping import Float, Float32
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from mrp_lens.data import Document, Question, Questions
 from mrp_lens.data.tokenization import Encoded, Encoder, PaddingSide, in_order
 from mrp_lens.metrics.activations import hooks_at, states_of
-from mrp_lens.metrics.bootstrap import bootstrap_interval
-from mrp_lens.metrics.multiple_choice import by_group
+from mrp_lens.metrics.multiple_choice import accuracy_row, by_group
 from mrp_lens.models import LensModel, encoder_for, logits_of
 from mrp_lens.models.finite import non_finite
 from mrp_lens.models.hooks import Site, frozen, hook_name, hooked
+from mrp_lens.utils.progress import progress_bar
 from mrp_lens.utils.torch_state import ordinary_torch
 
 
@@ -32,7 +31,7 @@ def logit_lens(
     batch_size: int = 128,
     padding: PaddingSide = "right",
     seed: int = 0,
-    progress: bool = False,
+    progress: bool = True,
 ) -> pd.DataFrame:
     """What each layer's state would answer: the model's own final norm and unembedding put right behind it.
 
@@ -86,21 +85,8 @@ def logit_lens(
     rows = []
     for layer in hooks:
         for name, part in by_group(table[table["layer"] == layer]):
-            right = part["right"].to_numpy(float)
-            low, high = bootstrap_interval(right, seed=seed)
-            rows.append(
-                {
-                    "layer": layer,
-                    "group": name,
-                    "n": len(part),
-                    "accuracy": right.mean(),
-                    "low": low,
-                    "high": high,
-                    "chance": part["chance"].mean(),
-                    "probability": part["probability"].mean(),
-                    "rank": part["rank"].median(),
-                }
-            )
+            of_answer = {"probability": part["probability"].mean(), "rank": part["rank"].median()}
+            rows.append({"layer": layer, **accuracy_row(name, part, seed=seed), **of_answer})
     return pd.DataFrame(rows)
 
 
@@ -135,7 +121,7 @@ def last_states(
     *,
     batch_size: int = 128,
     padding: PaddingSide = "right",
-    progress: bool = False,
+    progress: bool = True,
 ) -> Iterator[tuple[list[int], Mapping[str, Float[Tensor, "texts d_model"]]]]:
     """States at the last token of each text, batch by batch, each with the places of its texts in `rows`.
 
@@ -154,7 +140,7 @@ def last_states(
     empty = next((place for place, row in enumerate(rows) if not any(row.content)), None)
     if empty is not None:
         raise ValueError(f"text {empty} holds no token besides BOS; give each question a prompt")
-    with tqdm(total=len(rows), desc="reading states", disable=not progress) as bar:
+    with progress_bar(total=len(rows), desc="reading states", progress=progress) as bar:
         for places, batch in in_order(encoder, rows, batch_size, side=padding):
             states = states_of(model, batch, hooks)
             ends = batch.content_mask.sum(dim=1).cumsum(0) - 1  # content tokens lie one text after the other

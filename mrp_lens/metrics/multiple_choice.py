@@ -1,15 +1,24 @@
-"""What a model answers: accuracy on multiple-choice questions."""
+"""What a model answers: likelihoods of the choices of questions, and the share of questions that it answers right."""
 
+import sys
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import pandas as pd
+import torch
 from numpy.typing import NDArray
 
-from mrp_lens.data import Questions
+from mrp_lens.data import Document, Questions
+from mrp_lens.data.tokenization import Encoded, Encoder, in_order
 from mrp_lens.metrics.bootstrap import bootstrap_interval
-from mrp_lens.metrics.perplexity import encoded_choices, mean_log_probabilities
+from mrp_lens.metrics.registry import Measured, register
 from mrp_lens.models import LensModel, encoder_for
+from mrp_lens.models.base import same_positions
+from mrp_lens.models.hooks import frozen
+from mrp_lens.training.losses import predictions
+from mrp_lens.utils.progress import progress_bar
 from mrp_lens.utils.torch_state import ordinary_torch
 
 UNNAMED = "no group"
@@ -17,7 +26,7 @@ UNNAMED = "no group"
 
 @ordinary_torch(gradients=False)
 def accuracy(
-    model: LensModel, questions: Questions, *, batch_size: int = 128, seed: int = 0, progress: bool = False
+    model: LensModel, questions: Questions, *, batch_size: int = 128, seed: int = 0, progress: bool = True
 ) -> pd.DataFrame:
     """Share of questions whose right choice has the largest length-normalised likelihood (log p per token).
 
@@ -45,22 +54,43 @@ def accuracy(
             ],
         }
     )
-    rows = []
-    for name, part in by_group(table):
-        right = part["right"].to_numpy(float)
-        low, high = bootstrap_interval(right, seed=seed)
-        rows.append(
-            {
-                "group": name,
-                "n": len(part),
-                "accuracy": right.mean(),
-                "low": low,
-                "high": high,
-                "chance": part["chance"].mean(),
-                "answer_probability": part["probability"].mean(),
-            }
-        )
-    return pd.DataFrame(rows)
+    return pd.DataFrame(
+        [
+            accuracy_row(name, part, seed=seed) | {"answer_probability": part["probability"].mean()}
+            for name, part in by_group(table)
+        ]
+    )
+
+
+def accuracy_row(group: str, answers: pd.DataFrame, *, seed: int) -> dict[str, Any]:
+    """`group`, `n`, `accuracy`, `low`, `high` and `chance` of questions: `right`, from 0 to 1, and `chance`."""
+    right = answers["right"].to_numpy(float)
+    low, high = bootstrap_interval(right, seed=seed)
+    row = {"group": group, "n": len(answers), "accuracy": right.mean(), "low": low, "high": high}
+    return row | {"chance": answers["chance"].mean()}
+
+
+def side_row(frame: pd.DataFrame) -> dict[str, float]:
+    """Of a frame with a row a `side` ("forget", "retain"): `forget_accuracy`, `forget_low`, ..."""
+    return {
+        f"{side}_{key}": value for side, found in frame.set_index("side").iterrows() for key, value in found.items()
+    }
+
+
+@register(
+    "accuracy",
+    summary="Share of questions answered right, on the forget quiz and on the retain quiz.",
+    row=side_row,
+    headings={"forget_accuracy": "accuracy on the forget quiz", "retain_accuracy": "accuracy on the retain quiz"},
+    tables={"unlearn"},
+)
+def _of_quizzes(measured: Measured) -> pd.DataFrame | None:
+    found = {
+        side: accuracy(measured.model, quiz, seed=measured.seed, progress=measured.progress).iloc[0]
+        for side, quiz in measured.task.quiz(limit=measured.limit).items()
+    }
+    rows = [{"side": side, **first[["accuracy", "low", "high", "chance"]]} for side, first in found.items()]
+    return pd.DataFrame(rows) if rows else None
 
 
 def by_group(table: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
@@ -98,7 +128,7 @@ def answered_right(scores: Sequence[NDArray[np.float64]], questions: Questions) 
 
 @ordinary_torch(gradients=False)
 def choice_scores(
-    model: LensModel, questions: Questions, *, batch_size: int = 128, progress: bool = False
+    model: LensModel, questions: Questions, *, batch_size: int = 128, progress: bool = True
 ) -> list[NDArray[np.float64]]:
     """For each question, the mean log-probability per token (nats) of every choice after the prompt.
 
@@ -112,3 +142,133 @@ def choice_scores(
     sizes = [len(question.choices) for question in questions.questions]
     rows = encoded_choices(encoder, questions)
     return mean_log_probabilities(model, encoder, rows, sizes, batch_size=batch_size, progress=progress)
+
+
+def encoded_choices(encoder: Encoder, questions: Questions, *, right_only: bool = False) -> list[Encoded]:
+    """Prompt + choice as tokens, one after the other, of which those that reach into the choice count in the loss.
+
+    A token that holds the end of the prompt and the beginning of the choice counts. Where both together are too long for
+    the model, the end is kept; the choice has to be in it as a whole, with a token before it.
+
+    Args:
+        encoder: the model's.
+        questions: whose choices.
+        right_only: the right choice of each question alone.
+
+    Raises:
+        ValueError: a choice that cannot be scored as a whole; says which, and why.
+    """
+    asked = [
+        (number, choice)
+        for number, question in enumerate(questions.questions)
+        for choice in ([question.answer] if right_only else range(len(question.choices)))
+    ]
+    documents = [Document(questions.questions[n].prompt, questions.questions[n].choices[c]) for n, c in asked]
+    whole = replace(encoder, max_length=sys.maxsize).encode(documents)
+    rows = encoder.fitted(whole, keep="end")
+    for (number, choice), full, row in zip(asked, whole, rows, strict=True):
+        if reason := _why_not(full, row, encoder.max_length):
+            text = questions.questions[number].choices[choice]
+            raise ValueError(f"{questions.name!r}, question {number}: choice {choice} ({_short(text)}) {reason}")
+    return rows
+
+
+def mean_log_probabilities(
+    model: LensModel,
+    encoder: Encoder,
+    rows: Sequence[Encoded],
+    sizes: Sequence[int],
+    *,
+    batch_size: int,
+    progress: bool = True,
+) -> list[NDArray[np.float64]]:
+    """The mean log-probability (nats) of the tokens that count in each row, grouped as the rows are.
+
+    Within a group one pass over a row also scores those that share its tokens up to their own last one: where every
+    choice of a question is a single token, one pass a question. -infinity where the model rules a token out.
+
+    Args:
+        model: with the edit on, if there is one.
+        encoder: the model's.
+        rows: in which a token counts, and never the first one.
+        sizes: of the groups of rows that may share passes, such as the choices of a question.
+        batch_size: passes at a time.
+        progress: show a progress bar.
+
+    Raises:
+        NonFiniteError: logits that are NaN or infinite.
+    """
+    places = [_counted(row) for row in rows]
+    passes: list[_Pass] = []
+    start = 0
+    for size in sizes:
+        own: list[_Pass] = []
+        for number in sorted(range(start, start + size), key=lambda n: -len(rows[n].ids)):
+            context = rows[number].ids[:-1]
+            length = len(rows[number].ids)
+            alike = (it for it in own if it.row.ids[: len(context)] == context)
+            known = next((it for it in alike if same_positions(model, len(it.row.ids), length)), None)
+            if known is None:
+                known = _Pass(rows[number], [])
+                own.append(known)
+            known.scored.append(number)
+        passes += own
+        start += size
+    read = [it.marked(places) for it in passes]
+    values = np.full(len(rows), np.nan)
+    bar = progress_bar(total=len(read), desc="scoring choices", progress=progress)
+    with frozen(model), torch.no_grad(), bar:
+        for chosen, batch in in_order(encoder, read, batch_size):
+            predicted = predictions(model, batch)
+            scored: list[int] = []
+            lines: list[int] = []
+            begin = 0
+            for number in chosen:
+                line = {place: begin + i for i, place in enumerate(_counted(read[number]))}
+                begin += len(line)
+                scored += passes[number].scored
+                lines += [line[place] for row in passes[number].scored for place in places[row]]
+            ids = [rows[row].ids[place] for row in scored for place in places[row]]
+            found = predicted[lines, ids].double().cpu().numpy()
+            ends = np.cumsum([len(places[row]) for row in scored])
+            values[scored] = [part.mean() for part in np.split(found, ends[:-1])]
+            bar.update(len(chosen))
+    return np.split(values, np.cumsum(sizes)[:-1])
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """A row that is read, and the numbers of the rows that it scores: their tokens but the last are its first ones."""
+
+    row: Encoded
+    scored: list[int]
+
+    def marked(self, places: Sequence[Sequence[int]]) -> Encoded:
+        """The row, with every place in the loss at which one of the scored rows has a token that counts.
+
+        These are not the row's own: where a token holds the end of the prompt and the beginning of one choice, and two
+        tokens do for another, the same place belongs to the prompt of one and to the other choice itself.
+        """
+        wanted = {place for number in self.scored for place in places[number]}
+        return replace(self.row, in_loss=tuple(place in wanted for place in range(len(self.row.ids))))
+
+
+def _counted(row: Encoded) -> list[int]:
+    return [place for place, counts in enumerate(row.in_loss) if counts]
+
+
+def _why_not(whole: Encoded, row: Encoded, max_length: int) -> str | None:
+    """Why a row that was cut from the whole cannot be scored; None if it can."""
+    if not any(whole.in_loss):
+        return "holds no token of its own, so it has no likelihood; leave it out, or give it a text"
+    if sum(row.in_loss) < sum(whole.in_loss):
+        return (
+            f"has {sum(whole.in_loss)} tokens and does not fit into the {max_length} tokens that are read; shorten it"
+        )
+    if row.in_loss[0]:
+        return "has no token before it, after which it could be predicted; give the question a prompt, or shorten the choice"
+    return None
+
+
+def _short(text: str, most: int = 40) -> str:
+    return repr(text if len(text) <= most else text[:most] + "...")

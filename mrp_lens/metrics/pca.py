@@ -15,8 +15,9 @@ from mrp_lens.data import Corpus
 from mrp_lens.data.tokenization import PaddingSide
 from mrp_lens.edits import Edit
 from mrp_lens.edits.subspace import Subspace
-from mrp_lens.metrics.activations import Moments, PairReader, Texts, When, groups_of, hooks_at, read_moments
-from mrp_lens.metrics.geometry import removed_at
+from mrp_lens.metrics.activations import StateReader, Texts, When, groups_of, hooks_at
+from mrp_lens.metrics.geometry import Moments, read_moments, removed_at
+from mrp_lens.metrics.registry import Measured, register
 from mrp_lens.models import LensModel
 from mrp_lens.models.hooks import Site
 from mrp_lens.utils.torch_state import ordinary_torch
@@ -26,6 +27,7 @@ Position = Literal["last", "all"]
 
 REMOVED = "removed"
 NULL_DRAWS = 20
+POINTS = 100  # a side, of the plane on the report page
 FLAT = 1e-6  # a singular value below this share of the points' spread is rounding noise, not an axis
 
 
@@ -43,7 +45,7 @@ def principal_angles(
     batch_size: int = 32,
     max_length: int | None = None,
     padding: PaddingSide = "right",
-    progress: bool = False,
+    progress: bool = True,
 ) -> pd.DataFrame:
     """Angles between the subspaces in which groups' states lie, and between these and what the edit removes.
 
@@ -79,16 +81,7 @@ def principal_angles(
         >>> frame = principal_angles(model, {"forget": forget, "retain": retain}, fit.edit, rank=4)  # doctest: +SKIP
     """
     groups, hooks = groups_of(texts), hooks_at(model, layers, site)
-    reader = PairReader(
-        model,
-        edit,
-        documents=documents,
-        seed=seed,
-        batch_size=batch_size,
-        max_length=max_length,
-        padding=padding,
-        progress=progress,
-    )
+    reader = StateReader(model, edit, documents, seed, batch_size, max_length, padding, progress)
     removed = removed_at(model, edit, hooks)
     d_model = int(model.cfg.d_model)
     if isinstance(rank, bool) or not isinstance(rank, int):
@@ -143,7 +136,7 @@ def principal_plane(
     batch_size: int = 32,
     max_length: int | None = None,
     padding: PaddingSide = "right",
-    progress: bool = False,
+    progress: bool = True,
 ) -> pd.DataFrame:
     """Some states of each group, before and after the edit, in the plane of the first principal directions.
 
@@ -187,16 +180,7 @@ def principal_plane(
     if position not in get_args(Position):
         raise ValueError(f"unknown position {position!r}; choose one of {', '.join(get_args(Position))}")
     groups, hook = groups_of(texts), hooks_at(model, [layer], site)[layer]
-    reader = PairReader(
-        model,
-        edit,
-        documents=points,
-        seed=seed,
-        batch_size=batch_size,
-        max_length=max_length,
-        padding=padding,
-        progress=progress,
-    )
+    reader = StateReader(model, edit, points, seed, batch_size, max_length, padding, progress)
     found = {group: _read_points(reader, corpus, hook, position, points) for group, corpus in groups.items()}
     before = torch.cat([states["before"] for _, states in found.values()])
     centre = before.mean(dim=0)
@@ -212,6 +196,20 @@ def principal_plane(
     return frame[["group", "when", *labels.columns, *names]].assign(
         **{f"share_{name}": share for name, share in zip(names, shares, strict=True)}
     )
+
+
+@register(
+    "principal-plane",
+    summary="States of the last layer in the plane of their first principal directions, before and after the edit.",
+    figures=["principal_plane"],
+    compares=True,
+)
+def _of_last_layer(measured: Measured) -> pd.DataFrame | None:
+    model, edit, seed = measured.model, measured.edit, measured.seed
+    if edit is None:
+        return None
+    texts, last = measured.task.texts(limit=measured.documents), int(model.cfg.n_layers) - 1
+    return principal_plane(model, texts, edit, layer=last, points=POINTS, seed=seed, progress=measured.progress)
 
 
 def _span(moments: Moments, rank: int, group: str, layer: int, when: When) -> Subspace:
@@ -236,23 +234,23 @@ def _null_angles(ranks: tuple[int, int], d_model: int, seed: int) -> list[float]
 
 
 def _read_points(
-    reader: PairReader, corpus: Corpus, hook: str, position: Position, points: int
+    reader: StateReader, corpus: Corpus, hook: str, position: Position, points: int
 ) -> tuple[pd.DataFrame, dict[When, Float[Tensor, "points d_model"]]]:
     """Document, position and token id of the chosen states, and the states in float64 on the CPU."""
     labels, states = pd.DataFrame(), dict[When, Tensor]()
-    for pair in reader.pairs(corpus, [hook]):
-        found = pd.DataFrame({"document": pair.rows.cpu().numpy(), "token": pair.tokens.cpu().numpy()})
+    for batch in reader.read(corpus, [hook]):
+        found = pd.DataFrame({"document": batch.rows.cpu().numpy(), "token": batch.tokens.cpu().numpy()})
         found.insert(1, "position", found.groupby("document").cumcount())
         found["order"] = 0.0
         if position == "last":
             found = found.groupby("document").tail(1)
         else:  # each document with random numbers of its own, so that the choice is the same in any batches
-            documents, sizes = torch.unique_consecutive(pair.rows, return_counts=True)
+            documents, sizes = torch.unique_consecutive(batch.rows, return_counts=True)
             own = zip(documents.tolist(), sizes.tolist(), strict=True)
             found["order"] = np.concatenate(
                 [np.random.default_rng([int_seed(reader.seed), n]).random(size) for n, size in own]
             )
-        new = {when: by_hook[hook].double().cpu()[found.index.tolist()] for when, by_hook in pair.states.items()}
+        new = {when: by_hook[hook].double().cpu()[found.index.tolist()] for when, by_hook in batch.by_when.items()}
         states = {when: torch.cat([states[when], new[when]]) if states else new[when] for when in new}
         labels = pd.concat([labels, found], ignore_index=True) if len(labels) else found.reset_index(drop=True)
         chosen = labels.nsmallest(points, "order").sort_values(["document", "position"])

@@ -1,12 +1,14 @@
 """Which metrics there are, and what each adds to the rows of a table and to the report page."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeVar
 
 import pandas as pd
 
+from mrp_lens.edits import edit_on
 from mrp_lens.utils.registry import Registry
+from mrp_lens.utils.torch_state import ordinary_torch
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -21,13 +23,13 @@ TABLES = frozenset({"unlearn", "sweep", "leaderboard"})
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """What a registered metric looks at: a model with an edit on it, and the data of a task.
+    """What registered metrics look at: a model, an edit, and the data of a task.
 
     Attributes:
-        model: with the edit on.
+        model: as `rows_for` and `frames_for` take it, without the edit, which they put on.
         task: its data.
-        edit: that is on; None: the unedited model.
-        direction: u of the fit, or an unrelated one.
+        edit: the one to look at; None: the model as it is.
+        direction: u of the fit; None: an unrelated one.
         limit: at most this many questions a side; None: all.
         documents: at most this many documents a side; None: all.
         seed: of every random choice.
@@ -41,7 +43,11 @@ class Measured:
     limit: int | None = None
     documents: int | None = None
     seed: int = 0
-    progress: bool = False
+    progress: bool = True
+
+
+Measure = Callable[[Measured], pd.DataFrame | None]
+Row = Callable[[pd.DataFrame], Mapping[str, float]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,66 +57,136 @@ class Metric:
     Attributes:
         name: that tables and commands use.
         summary: one line on what it says.
-        source: paper and equation.
+        source: paper and equation; "": there is none.
         measure: the tidy frame of a model and task; None where it does not apply (no quiz, no projection).
         row: what the frame adds to a row of a table; None: nothing.
-        headings: key of `row` -> heading of its column, for people.
-        figures: names of figures that draw the frame on the report page.
+        headings: key of a row -> heading of its column, for people.
+        figures: names of the figures that draw the frame on the report page.
         tables: of which commands its row is part.
+        compares: `measure` gets the model without the edit, and puts it on and off to read states before and after.
+            Otherwise the edit is on when it is called.
     """
 
     name: str
     summary: str
     source: str
-    measure: Callable[[Measured], pd.DataFrame | None]
-    row: Callable[[pd.DataFrame], Mapping[str, float]] | None = None
+    measure: Measure
+    row: Row | None
     headings: Mapping[str, str] = field(default_factory=dict)
     figures: tuple[str, ...] = ()
     tables: frozenset[str] = TABLES
+    compares: bool = False
 
-    @property
-    def __qualname__(self) -> str:
-        return self.measure.__qualname__
+    def __post_init__(self) -> None:
+        if unknown := self.tables - TABLES:
+            raise ValueError(
+                f"the metric {self.name!r} names the tables {', '.join(sorted(unknown))}; choose among "
+                f"{', '.join(sorted(TABLES))}"
+            )
+        # By where it was defined the registry knows a metric again whose module is imported twice.
+        vars(self).update(__module__=self.measure.__module__, __qualname__=self.measure.__qualname__)
 
 
 METRICS: Registry[Metric] = Registry("metric", "mrp_lens.metrics")
 
-Measure = TypeVar("Measure", bound=Callable[[Measured], pd.DataFrame | None])
+Function = TypeVar("Function", bound=Measure)
 
 
 def register(
     name: str,
     *,
     summary: str,
-    source: str,
-    row: Callable[[pd.DataFrame], Mapping[str, float]] | None = None,
+    source: str = "",
+    row: Row | None = None,
     headings: Mapping[str, str] | None = None,
-    figures: tuple[str, ...] = (),
-    tables: frozenset[str] = TABLES,
-) -> Callable[[Measure], Measure]:
-    """Make a metric known by its name.
+    figures: Iterable[str] = (),
+    tables: Iterable[str] = TABLES,
+    compares: bool = False,
+) -> Callable[[Function], Function]:
+    """Make a metric known by its name; what the arguments mean stands at `Metric`.
 
         @register("mine", summary="Says what I want.", source="arXiv 0000.00000", row=lambda frame: {"mine": frame["mine"].mean()})
         def mine(measured: Measured) -> pd.DataFrame: ...
 
     Raises:
-        ValueError: the name is taken or ill-formed.
+        ValueError: the name is taken or ill-formed, or there is no such table.
     """
 
-    def registered(measure: Measure) -> Measure:
-        METRICS.add(
-            name,
-            Metric(
-                name=name,
-                summary=summary,
-                source=source,
-                measure=measure,
-                row=row,
-                headings=headings or {},
-                figures=figures,
-                tables=tables,
-            ),
+    def registered(measure: Function) -> Function:
+        metric = Metric(
+            name=name,
+            summary=summary,
+            source=source,
+            measure=measure,
+            row=row,
+            headings=headings or {},
+            figures=tuple(figures),
+            tables=frozenset(tables),
+            compares=compares,
         )
+        METRICS.add(name, metric)
         return measure
 
     return registered
+
+
+@ordinary_torch(gradients=False)
+def rows_for(table: str, measured: Measured) -> dict[str, float]:
+    """What the metrics add to the row of an edit in a table, in the order in which they were registered.
+
+    Args:
+        table: "unlearn", "sweep" or "leaderboard".
+        measured: the edit, the model without it, and the data.
+
+    Raises:
+        ValueError: there is no such table, or two metrics give the same key.
+    """
+    if table not in TABLES:
+        raise ValueError(f"unknown table {table!r}; choose one of {', '.join(sorted(TABLES))}")
+    chosen = [metric for metric in METRICS.values() if metric.row is not None and table in metric.tables]
+    found: dict[str, float] = {}
+    for metric, frame in _measured(chosen, measured):
+        assert metric.row is not None
+        row = {key: float(value) for key, value in metric.row(frame).items()}
+        _refuse_twins(metric, "key", row, found)
+        found |= row
+    return found
+
+
+@ordinary_torch(gradients=False)
+def frames_for(measured: Measured) -> dict[str, pd.DataFrame]:
+    """Name of a figure -> the frame that it draws of an edit, for all metrics that have figures on the report page.
+
+    Args:
+        measured: the edit, the model without it, and the data.
+
+    Raises:
+        ValueError: two metrics give a frame for the same figure.
+    """
+    found: dict[str, pd.DataFrame] = {}
+    for metric, frame in _measured([metric for metric in METRICS.values() if metric.figures], measured):
+        _refuse_twins(metric, "figure", metric.figures, found)
+        found |= dict.fromkeys(metric.figures, frame)
+    return found
+
+
+def headings() -> dict[str, str]:
+    """Key of a row -> heading of its column, as all metrics say."""
+    return {key: heading for metric in METRICS.values() for key, heading in metric.headings.items()}
+
+
+def _measured(metrics: list[Metric], measured: Measured) -> list[tuple[Metric, pd.DataFrame]]:
+    """Each metric that applies, with its frame; the edit is put on once for all that want it on."""
+    frames: dict[str, pd.DataFrame | None] = {}
+    for compares in (False, True):
+        with edit_on(measured.model, None if compares else measured.edit):
+            frames |= {metric.name: metric.measure(measured) for metric in metrics if metric.compares is compares}
+    return [(metric, frame) for metric in metrics if (frame := frames[metric.name]) is not None]
+
+
+def _refuse_twins(metric: Metric, noun: str, names: Iterable[str], known: Iterable[str]) -> None:
+    if twins := set(names) & set(known):
+        raise ValueError(
+            f"the metric {metric.name!r} gives the {noun} {', '.join(sorted(twins))}, which another metric gives too; "
+            f"give it another {noun}"
+        )

@@ -16,7 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mrp_lens.data import Corpus
 from mrp_lens.data.tokenization import PaddingSide, TokenBatch
-from mrp_lens.metrics.activations import Texts, direction_for, groups_of, hooks_at, read_batches, read_states
+from mrp_lens.metrics.activations import StateReader, Texts, direction_for, groups_of, hooks_at
 from mrp_lens.metrics.bootstrap import TokenMean, bootstrap_interval
 from mrp_lens.models import LensModel, dtype_of, logits_of
 from mrp_lens.models.finite import NonFiniteError, check_states, non_finite
@@ -202,7 +202,7 @@ def noise_sensitivity(
     batch_size: int = 32,
     max_length: int | None = None,
     padding: PaddingSide = "right",
-    progress: bool = False,
+    progress: bool = True,
 ) -> pd.DataFrame:
     """||g(h + xi) - g(h)||^2 / ||g(h)||^2 per layer, xi ~ N(0, noise * I): arXiv 2408.06223 finds it fall with depth.
 
@@ -237,16 +237,14 @@ def noise_sensitivity(
     """
     _check_law(noise, relative, draws)
     groups, hooks = groups_of(texts), hooks_at(model, layers, "resid_post")
+    reader = StateReader(model, None, None, seed, batch_size, max_length, padding, progress)
     if noise is None and relative is None:
-        noise = _default_noise(model, groups, batch_size, max_length, padding, progress)
+        noise = _default_noise(reader, groups)
     rows = []
     for group, corpus in groups.items():
         generator = generator_for(seed)  # anew, so that no group depends on the others
         means = {layer: {name: TokenMean() for name in MEASURES} for layer in hooks}
-        batches = read_batches(
-            model, corpus, batch_size=batch_size, max_length=max_length, padding=padding, progress=progress
-        )
-        for places, batch in batches:
+        for places, batch in reader.batches(corpus):
             units = torch.randn(draws, int(batch.content_mask.sum()), model.cfg.d_model, generator=generator)
             documents = torch.tensor(places)[batch.content_mask.nonzero()[:, 0].cpu()]
             clean = _streams(model, batch, {*hooks.values(), _final(model)})
@@ -289,7 +287,7 @@ def predicted_coefficient(
     max_length: int | None = None,
     padding: PaddingSide = "right",
     seed: int = 0,
-    progress: bool = False,
+    progress: bool = True,
 ) -> pd.DataFrame:
     """c = ||J h|| / ||J u|| * cos(J u, J h), Eq. 19 of arXiv 2408.06223 with eps = 0: the c u that acts most like h.
 
@@ -323,13 +321,11 @@ def predicted_coefficient(
     """
     u = direction_for(model, direction)
     groups, hooks = groups_of(texts), hooks_at(model, layers, "resid_post")
+    reader = StateReader(model, None, None, seed, batch_size, max_length, padding, progress)
     rows = []
     for group, corpus in groups.items():
         found: dict[int, list[Tensor]] = {layer: [] for layer in hooks}
-        batches = read_batches(
-            model, corpus, batch_size=batch_size, max_length=max_length, padding=padding, progress=progress
-        )
-        for _, batch in batches:
+        for _, batch in reader.batches(corpus):
             places = torch.arange(batch.tokens.shape[1], device=batch.tokens.device)
             last = (batch.content_mask * places).amax(dim=1)
             moved = places == last[:, None]
@@ -405,28 +401,13 @@ def _final(model: LensModel) -> str:
     return hook_name(model.cfg.n_layers - 1)
 
 
-def _default_noise(
-    model: LensModel,
-    groups: Mapping[str, Corpus],
-    batch_size: int,
-    max_length: int | None,
-    padding: PaddingSide,
-    progress: bool,
-) -> float:
+def _default_noise(reader: StateReader, groups: Mapping[str, Corpus]) -> float:
     """The variance for which a draw is DEFAULT_SHARE of the mean norm at layer 0, over all groups' tokens."""
     norms, first = TokenMean(), hook_name(0)
     for corpus in groups.values():
-        for batch in read_states(
-            model,
-            corpus,
-            [first],
-            batch_size=batch_size,
-            max_length=max_length,
-            padding=padding,
-            progress=progress,
-        ):
+        for batch in reader.read(corpus, [first]):
             norms.add(batch.states[first].float().norm(dim=-1), batch.rows)
-    return (DEFAULT_SHARE * norms.mean) ** 2 / float(model.cfg.d_model)
+    return (DEFAULT_SHARE * norms.mean) ** 2 / float(reader.model.cfg.d_model)
 
 
 def _check_law(noise: float | None, relative: float | None, draws: int) -> None:

@@ -13,7 +13,6 @@ import torch
 from jaxtyping import Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from mrp_lens.data import Document
 from mrp_lens.edits import SteeringEdit
@@ -23,6 +22,7 @@ from mrp_lens.metrics.sensitivity import JacobianSize, LayersAbove, jacobian_siz
 from mrp_lens.models import LensModel, check_layers, encoder_for, logits_of
 from mrp_lens.models.finite import non_finite
 from mrp_lens.models.hooks import captured, frozen, hook_name
+from mrp_lens.utils.progress import progress_bar
 from mrp_lens.utils.torch_state import ordinary_torch
 from mrp_lens.utils.validation import generator_for, int_seed
 
@@ -48,7 +48,7 @@ def proposition_1(
     samples: int = 4096,
     batch_size: int = 512,
     seed: int = 0,
-    progress: bool = False,
+    progress: bool = True,
 ) -> pd.DataFrame:
     """Mean and covariance of the logits when h_l = c u + eps, eps ~ N(0, eta I): predicted and measured.
 
@@ -115,7 +115,7 @@ def variance_by_coefficient(
     samples: int = 1024,
     batch_size: int = 512,
     seed: int = 0,
-    progress: bool = False,
+    progress: bool = True,
 ) -> pd.DataFrame:
     """Total variance of the logits as c grows: arXiv 2408.06223 argues that it grows too, and did not measure it.
 
@@ -230,7 +230,7 @@ class _Setting:
         probes, random = generator_for(seed), np.random.default_rng(int_seed(seed))
         uniform = np.full(self.samples, 1 / self.samples)
         steered = list(product(enumerate(self.prompts), coefficients))
-        with tqdm(total=len(steered) * len(noises), desc="sampling logits", disable=not progress) as bar:
+        with progress_bar(total=len(steered) * len(noises), desc="sampling logits", progress=progress) as bar:
             for (prompt, tokens), coefficient in steered:
                 norm = self.norm(tokens)
                 expected, size = self.linearised(tokens, coefficient, probes)

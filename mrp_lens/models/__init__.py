@@ -1,7 +1,7 @@
 """Models: loading, recognising, and where editable weights live. Only this package knows HookedTransformer from TransformerBridge."""
 
+from mrp_lens.models.architectures import Layout, register_family
 from mrp_lens.models.base import (
-    LensModel,
     architecture_of,
     available_backends,
     check_layers,
@@ -17,6 +17,7 @@ from mrp_lens.models.base import (
     modules_of,
 )
 from mrp_lens.models.load import ModelMismatchError, load_model
+from mrp_lens.models.protocol import LensModel
 from mrp_lens.models.weights import (
     CheckpointTensor,
     EditableWeight,
@@ -38,6 +39,7 @@ from mrp_lens.models.weights import (
 __all__ = [
     "CheckpointTensor",
     "EditableWeight",
+    "Layout",
     "LensModel",
     "ModelMismatchError",
     "architecture_of",
@@ -62,6 +64,7 @@ __all__ = [
     "logits_of",
     "mlp_out_weight",
     "modules_of",
+    "register_family",
     "restored",
     "same_tensor",
     "tensor_digests",

@@ -1,8 +1,10 @@
-"""Where Hugging Face's models keep what writes to the residual stream, by architecture."""
+"""Where Hugging Face's models keep what writes to the residual stream: one entry a family."""
 
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass
-from types import MappingProxyType
+from dataclasses import dataclass, replace
+
+from mrp_lens.utils.registry import Registry
 
 
 @dataclass(frozen=True)
@@ -37,59 +39,37 @@ class Layout:
         return f"{self.block(layer)}.{self.matrices[site]}"
 
 
-def _layout(
-    blocks: str, modules: tuple[str, str, str], matrices: tuple[str, str], *embeddings: str, **more: object
-) -> Layout:
-    return Layout(
-        blocks,
-        MappingProxyType(dict(zip(("stream", "attn_out", "mlp_out"), modules, strict=True))),
-        MappingProxyType(dict(zip(("attn_out", "mlp_out"), matrices, strict=True))),
-        embeddings,
-        **more,  # type: ignore[arg-type]
-    )
+# Architecture (the class that a config.json names) -> layout: this library's own, then those that plugins register.
+LAYOUTS: Registry[Layout] = Registry("family", __name__, names=re.compile(r"[A-Za-z_]\w*"))
 
 
-_LLAMA = _layout(
-    "model.layers",
-    ("input_layernorm", "self_attn", "mlp"),
-    ("self_attn.o_proj", "mlp.down_proj"),
-    "model.embed_tokens",
-)
-_GEMMA2 = _layout(
-    "model.layers",
-    ("input_layernorm", "post_attention_layernorm", "post_feedforward_layernorm"),
-    ("self_attn.o_proj", "mlp.down_proj"),
-    "model.embed_tokens",
-    foldable=False,
-)
-_GPT2 = _layout(
-    "transformer.h",
-    ("ln_1", "attn", "mlp"),
-    ("attn.c_proj", "mlp.c_proj"),
-    "transformer.wte",
-    "transformer.wpe",
-    transposed=False,
-)
-_NEOX = _layout(
-    "gpt_neox.layers",
-    ("input_layernorm", "attention", "mlp"),
-    ("attention.dense", "mlp.dense_4h_to_h"),
-    "gpt_neox.embed_in",
-    head="embed_out",
-)
+def register_family(layout: Layout, *architectures: str) -> Layout:
+    """Say where models of some architectures keep what writes to their stream, so that edits export and fold there too.
 
-LAYOUTS: Mapping[str, Layout] = MappingProxyType(
-    {
-        "GPT2LMHeadModel": _GPT2,
-        "GPTNeoXForCausalLM": _NEOX,
-        "LlamaForCausalLM": _LLAMA,
-        "MistralForCausalLM": _LLAMA,
-        "Qwen2ForCausalLM": _LLAMA,
-        "Qwen3ForCausalLM": _LLAMA,
-        "Gemma2ForCausalLM": _GEMMA2,
-        "Phi3ForCausalLM": _LLAMA,
-    }
-)
+    TransformerLens must know the architecture (`load_model` loads it without a layout as well). A package that registers one
+    at import may be named as a plugin (`mrp_lens.utils.registry`), so that other processes know the family too.
+
+    Args:
+        layout: of their Hugging Face classes.
+        architectures: the names of these classes, as config.json gives them.
+
+    Raises:
+        ValueError: an architecture has another layout already.
+
+    Example:
+        >>> olmo = register_family(
+        ...     Layout(
+        ...         blocks="model.layers",
+        ...         modules={"stream": "input_layernorm", "attn_out": "self_attn", "mlp_out": "mlp"},
+        ...         matrices={"attn_out": "self_attn.o_proj", "mlp_out": "mlp.down_proj"},
+        ...         embeddings=("model.embed_tokens",),
+        ...     ),
+        ...     "OlmoForCausalLM",
+        ... )  # doctest: +SKIP
+    """
+    for architecture in architectures:
+        LAYOUTS.add(architecture, layout)
+    return layout
 
 
 def layout_of(architecture: str) -> Layout:
@@ -104,3 +84,46 @@ def layout_of(architecture: str) -> Layout:
             "TransformerLens: edit.save_pretrained(...) keeps it, edit.applied(model) applies it"
         )
     return LAYOUTS[architecture]
+
+
+register_family(
+    Layout(
+        blocks="transformer.h",
+        modules={"stream": "ln_1", "attn_out": "attn", "mlp_out": "mlp"},
+        matrices={"attn_out": "attn.c_proj", "mlp_out": "mlp.c_proj"},
+        embeddings=("transformer.wte", "transformer.wpe"),
+        transposed=False,
+    ),
+    "GPT2LMHeadModel",
+)
+register_family(
+    Layout(
+        blocks="gpt_neox.layers",
+        modules={"stream": "input_layernorm", "attn_out": "attention", "mlp_out": "mlp"},
+        matrices={"attn_out": "attention.dense", "mlp_out": "mlp.dense_4h_to_h"},
+        embeddings=("gpt_neox.embed_in",),
+        head="embed_out",
+    ),
+    "GPTNeoXForCausalLM",
+)
+_LLAMA = register_family(
+    Layout(
+        blocks="model.layers",
+        modules={"stream": "input_layernorm", "attn_out": "self_attn", "mlp_out": "mlp"},
+        matrices={"attn_out": "self_attn.o_proj", "mlp_out": "mlp.down_proj"},
+        embeddings=("model.embed_tokens",),
+    ),
+    *("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "Phi3ForCausalLM"),
+)
+register_family(
+    replace(
+        _LLAMA,
+        modules={
+            "stream": "input_layernorm",
+            "attn_out": "post_attention_layernorm",
+            "mlp_out": "post_feedforward_layernorm",
+        },
+        foldable=False,
+    ),
+    "Gemma2ForCausalLM",
+)

@@ -2,13 +2,14 @@
 
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from mrp_lens.data.tokenization import Encoder
+from mrp_lens.models.protocol import LensModel
 from mrp_lens.utils.validation import whole_numbers
 
 
@@ -57,44 +58,6 @@ def _limit(model: Any) -> int:
     config = getattr(getattr(model, "original_model", None), "config", None)
     rule = getattr(config, "rope_parameters", None) or {}
     return int(rule.get("original_max_position_embeddings") or 0) if rule.get("rope_type") == "longrope" else 0
-
-
-@runtime_checkable
-class LensModel(Protocol):
-    """What this library uses of a HookedTransformer or a TransformerBridge."""
-
-    cfg: Any
-    tokenizer: Any
-    blocks: Any
-    embed: Any
-    unembed: Any
-    training: bool
-    W_E: torch.Tensor
-
-    @property
-    def hook_dict(self) -> dict[str, Any]:
-        """Hook points by name, aliases included."""
-        ...
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Logits, and more if asked."""
-        ...
-
-    def parameters(self) -> Iterator[torch.nn.Parameter]:
-        """As torch.nn.Module."""
-        ...
-
-    def named_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
-        """As torch.nn.Module."""
-        ...
-
-    def modules(self) -> Iterator[torch.nn.Module]:
-        """As torch.nn.Module."""
-        ...
-
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """Sample or decode tokens."""
-        ...
 
 
 def is_bridge(model: LensModel) -> bool:

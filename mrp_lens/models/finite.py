@@ -8,8 +8,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from mrp_lens.data.tokenization import TokenBatch
-from mrp_lens.models import LensModel, dtype_of, forward
+from mrp_lens.models.base import dtype_of, forward
 from mrp_lens.models.hooks import HookFunction, frozen, hook_name, hooked
+from mrp_lens.models.protocol import LensModel
 
 STOPS = ("attn_out", "mlp_out", "resid_post")  # where the stream is looked at in each layer, in the order of the pass
 

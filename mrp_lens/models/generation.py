@@ -10,9 +10,10 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from mrp_lens.data import Document
-from mrp_lens.models import LensModel, device_of, encoder_for
+from mrp_lens.models.base import device_of, encoder_for
 from mrp_lens.models.finite import non_finite
 from mrp_lens.models.hooks import frozen
+from mrp_lens.models.protocol import LensModel
 from mrp_lens.utils.torch_state import ordinary_torch
 
 AT_ONCE = 256  # texts written side by side

@@ -12,8 +12,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from mrp_lens.models import LensModel, check_lens_model, forward, is_bridge, modules_of
 from mrp_lens.models.attachments import check_on, exclusive
+from mrp_lens.models.base import check_lens_model, forward, is_bridge, modules_of
+from mrp_lens.models.protocol import LensModel
 
 Site = Literal["resid_post", "resid_pre", "resid_mid", "mlp_out", "attn_out"]
 SITES: tuple[str, ...] = get_args(Site)

@@ -1,16 +1,21 @@
 """Loading a model into either TransformerLens class, checked against Hugging Face."""
 
 import logging
-from typing import Any, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
-from mrp_lens.models.base import LensModel, device_named, dtype_named
+from mrp_lens.models.base import device_named, dtype_named
 from mrp_lens.models.boot import Kind, boot, check_special_tokens, give_tokenizer
 from mrp_lens.models.fidelity import context_of, hf_log_probabilities, ignored_settings, log_probabilities, probe, reach
+from mrp_lens.models.protocol import LensModel
 from mrp_lens.models.source import Checkpoint, check_memory, one_line, opened
 from mrp_lens.utils.torch_state import ordinary_torch
+
+if TYPE_CHECKING:  # transformers takes seconds to import
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 
@@ -26,13 +31,13 @@ class ModelMismatchError(ValueError):
 
 @ordinary_torch(gradients=True)
 def load_model(
-    source: Any,
+    source: "str | Path | PreTrainedModel",
     *,
     backend: Backend | str = "auto",
     device: str | torch.device | None = None,
-    dtype: torch.dtype | str | None = None,
-    tokenizer: Any = None,
-) -> Any:
+    dtype: str | torch.dtype | None = None,
+    tokenizer: "PreTrainedTokenizerBase | None" = None,
+) -> LensModel:
     """Load a model for editing, with its weights exactly as in the checkpoint: nothing folded, nothing centred.
 
     No code in a folder runs: `trust_remote_code` is never given. `model.tokenizer` is a copy of the tokenizer, and
@@ -90,7 +95,7 @@ def load_model(
         ) from error
 
 
-def _loaded(kind: Kind, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> Any:
+def _loaded(kind: Kind, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> LensModel:
     """The model in a class that computes what its configuration says.
 
     Raises:

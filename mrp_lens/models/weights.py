@@ -11,7 +11,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mrp_lens.models.architectures import LAYOUTS
-from mrp_lens.models.base import LensModel, architecture_of, check_layers, is_bridge
+from mrp_lens.models.base import architecture_of, check_layers, is_bridge
+from mrp_lens.models.protocol import LensModel
 
 SAMPLED = 1024  # values of a tensor that go into a model's identity
 CENTRED = 1e-5  # a row mean below this share of the entries' size is no accident

@@ -1,35 +1,38 @@
 """A grid of panels under one title and one legend, and what is drawn in them."""
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
+from numpy.typing import NDArray
 from plotly.subplots import make_subplots
 
-from mrp_lens.plots import theme
-from mrp_lens.plots.frames import groups, single_rows
+from mrp_lens.plots.frames import Parts, groups, single_rows
 from mrp_lens.plots.theme import (
+    BOTTOM,
     CHARACTER,
     GREY,
     GREY_BAND,
     INK,
     LEFT,
-    PANEL_TITLE,
     RIGHT,
+    TEMPLATE,
     WIDTH,
     Along,
     Axis,
     Look,
-    dress,
     group_colours,
     literal,
     shortened,
 )
 
+Values = NDArray[np.float64]
+
+TITLE, NOTE, LEGEND_ROW, PANEL_TITLE = 34, 26, 21, 24  # pixels
 GAP, GAP_SHARED = 78, 22  # pixels between columns; a panel with a y axis of its own needs room for its labels
 ROW_GAP, ROW_GAP_SHARED = 84, 22  # pixels between rows, likewise; titles of panels come on top
 ASIDE = 2.5  # pixels
@@ -40,12 +43,11 @@ class Panels:
     """A figure in the making: draw into its panels by number, then ask for `figure()`.
 
     Args:
-        titles: one a panel; a single "" for a figure without facets.
+        parts: the label and rows of each panel; a single label "" for a figure without facets.
         x: the axis below all panels, or one a panel.
         y: the axis left of all panels, or one a panel.
         title: what the picture shows.
         note: what its bars, bands and dashes mean.
-        picture: the function's name, for errors.
         columns: panels side by side. None: as suits their number.
         height: of a panel in pixels. None: as suits their number.
         left: of the first panel, in pixels, which its tick labels and title fill.
@@ -54,26 +56,25 @@ class Panels:
 
     def __init__(
         self,
-        titles: Sequence[str],
+        parts: Parts,
         *,
         x: Axis | Sequence[Axis],
         y: Axis | Sequence[Axis],
         title: str,
         note: str,
-        picture: str,
         columns: int | None = None,
         height: int | None = None,
         left: int = LEFT,
         space: bool = False,
     ) -> None:
-        count = len(titles)
-        self.title, self.note, self.picture, self.left, self.space = title, note, picture, left, space
+        labels, count = [label for label, _ in parts], len(parts)
+        self.parts, self.title, self.note, self.left, self.space = [part for _, part in parts], title, note, left, space
         self.xs, self.ys = ([axis] * count if isinstance(axis, Axis) else list(axis) for axis in (x, y))
         self.shared_x, self.shared_y = isinstance(x, Axis), isinstance(y, Axis)
         self.columns = columns or (2 if count == 4 else min(count, 3))
         rows = math.ceil(count / self.columns)
         self.height = height or (330 if rows == 1 else 220)
-        self.titled = any(titles)
+        self.titled = any(labels)
         row_gap = (ROW_GAP_SHARED if self.shared_x else ROW_GAP) + (PANEL_TITLE if self.titled else 0)
         self.all_height = rows * self.height + (rows - 1) * row_gap
         gap, inner = GAP_SHARED if self.shared_y else GAP, WIDTH - left - RIGHT
@@ -83,14 +84,25 @@ class Panels:
             rows,
             self.columns,
             specs=[kinds[start : start + self.columns] for start in range(0, len(kinds), self.columns)],
-            subplot_titles=[shortened(name, int(self.panel_width / CHARACTER / 1.1)) for name in titles],
+            subplot_titles=[shortened(name, int(self.panel_width / CHARACTER / 1.1)) for name in labels],
             horizontal_spacing=gap / inner,
             vertical_spacing=row_gap / self.all_height,
         )
         self.legend: dict[str, None] = {}  # names in order
         self.levels: dict[tuple[int, str, float], tuple[Along, Any]] = {}
         self.asides: list[tuple[int, int, Any]] = []  # panel, side and trace
-        self.shown: list[dict[str, list[float]]] = [{"x": [], "y": [], "ends": []} for _ in titles]
+        self.shown: list[dict[str, list[float]]] = [{"x": [], "y": [], "ends": []} for _ in parts]
+
+    def __iter__(self) -> Iterator[tuple[int, pd.DataFrame]]:
+        """Each panel's number and rows."""
+        return iter(enumerate(self.parts))
+
+    def by_group(self) -> Iterator[tuple[int, str, pd.DataFrame, str]]:
+        """Panel by panel each group: the panel's number, the group's name, its rows and its colour."""
+        colours = group_colours(group for part in self.parts for group in part["group"])
+        for panel, part in self:
+            for group, rows in groups(part):
+                yield panel, group, rows, colours[group]
 
     def series(
         self,
@@ -103,16 +115,22 @@ class Panels:
         interval: tuple[str, str] | None = None,
         along: Along = "y",
     ) -> None:
-        """A value along y (or x) for each place: its interval or, where there is a row a seed, every seed and the mean."""
+        """A value along y (or x) for each place: its interval, if the table has that, or, where there is a row a seed, every
+        seed and the mean."""
         place, value = (x, y) if along == "y" else (y, x)
-        if single_rows(table, [place], picture=self.picture):
+        if single_rows(table, [place]):
             rows = table.sort_values(place)
-            low, high = (rows[column] for column in interval) if interval else (None, None)
-            self.points(panel, rows[x], rows[y], look, low=low, high=high, along=along)
+            ends = [rows[end] for end in interval] if interval and set(interval) <= set(table) else None
+            self.points(panel, rows[x], rows[y], look, ends=ends, along=along)
             return
         self.points(panel, table[x], table[y], replace(look, mode="markers"), opacity=0.35, legend=False)
         mean = table.groupby(place)[value].mean().reset_index()
         self.points(panel, mean[x], mean[y], look)
+
+    def means(self, panel: int, table: pd.DataFrame, x: str, column: str, look: Look, *, legend: bool = True) -> None:
+        """The mean of the rows at each place."""
+        mean = table.groupby(x)[column].mean()
+        self.points(panel, mean.index, mean, look, legend=legend)
 
     def points(
         self,
@@ -121,21 +139,46 @@ class Panels:
         y: Iterable[float],
         look: Look,
         *,
-        low: Iterable[float] | None = None,
-        high: Iterable[float] | None = None,
+        ends: Sequence[Iterable[float]] | None = None,
         along: Along = "y",
         opacity: float = 1.0,
         legend: bool = True,
     ) -> None:
-        """Points, joined or not, with intervals along y (or x); without any number there is nothing to draw."""
-        xs, ys = theme.floats(x), theme.floats(y)
-        if not (np.isfinite(xs) & np.isfinite(ys)).any():
+        """Points, joined or not, with intervals along y (or x); hovering tells their own x and y, wherever they are drawn.
+
+        Without any number there is nothing to draw.
+        """
+        told = [_floats(values) for values in (x, y, *(ends or ()))]
+        xs, ys, *limits = told
+        drawn = np.isfinite(xs) & np.isfinite(ys)
+        if not drawn.any():
             return
-        ends = None if low is None or high is None else (theme.floats(low), theme.floats(high))
         self.shown[panel]["x"].extend(xs)
         self.shown[panel]["y"].extend(ys)
-        self.shown[panel]["ends"].extend(end for part in ends or () for end in part)
-        trace = theme.points(xs, ys, look, ends=ends, along=along, opacity=opacity)
+        self.shown[panel]["ends"].extend(end for part in limits for end in part)
+        hover, bars = "%{fullData.name}<br>%{customdata[0]:.4g}: %{customdata[1]:.4g}", {}
+        if limits:
+            hover += " [%{customdata[2]:.4g}, %{customdata[3]:.4g}]"
+            middle = ys if along == "y" else xs
+            bars[f"error_{along}"] = {
+                "array": _or_none(limits[1] - middle),
+                "arrayminus": _or_none(middle - limits[0]),
+                "thickness": look.width,
+                "width": 3,
+                "color": look.colour,
+            }
+        trace = go.Scatter(
+            x=_or_none(xs),
+            y=_or_none(ys),
+            name=shortened(look.name),
+            mode="markers" if drawn.sum() == 1 else look.mode,  # one point makes no line
+            line=look.line,
+            marker=look.marker,
+            opacity=opacity,
+            customdata=[_or_none(row) for row in np.stack(told, axis=1)],
+            hovertemplate=hover + "<extra></extra>",
+            **bars,
+        )
         self.trace(panel, trace, legend=legend, rank=CONTROLS_RANK if look.colour == GREY else None)
         if look.side and self.xs[panel].scale not in ("category", "linear"):
             self.asides.append((panel, look.side, self.grid.data[-1]))
@@ -145,52 +188,62 @@ class Panels:
         mean = rows.groupby(x)[column].mean()
         if len(mean) == 1:
             self.level(panel, float(mean.iloc[0]), name=name, dash=dash)
-            return
-        self.points(panel, mean.index, mean, Look(name, GREY, dash, mode="lines"))
+        else:
+            self.points(panel, mean.index, mean, Look(name, GREY, dash, mode="lines"))
 
-    def band(self, panel: int, x: Iterable[float], low: Iterable[float], high: Iterable[float], *, name: str) -> None:
-        """The grey band of a control; at a single place it is as wide as the panel."""
-        values = np.stack([theme.floats(x), theme.floats(low), theme.floats(high)])
-        values = values[:, np.isfinite(values).all(axis=0)]
-        xs, lows, highs = values[:, np.argsort(values[0])]
+    def band(self, panel: int, rows: pd.DataFrame, x: str, low: str, high: str, *, name: str) -> None:
+        """The grey band of a control, the means of the rows at each place; at a single place it is as wide as the panel."""
+        mean = rows.groupby(x)[[low, high]].mean()
+        xs, lows, highs = (_floats(values) for values in (mean.index, mean[low], mean[high]))
+        known = np.isfinite(lows) & np.isfinite(highs)
+        xs, lows, highs = xs[known], lows[known], highs[known]
         self.shown[panel]["ends"].extend([*lows, *highs])
         if len(xs) > 1:
-            self.trace(panel, theme.band(xs, lows, highs, name=name), rank=CONTROLS_RANK)
-        elif len(xs):
-            row, column = self._place(panel)
-            self.grid.add_hrect(
-                *(lows[0], highs[0]),
-                row=row,
-                col=column,
+            trace = go.Scatter(
+                x=np.concatenate([xs, xs[::-1]]),
+                y=np.concatenate([lows, highs[::-1]]),
+                name=literal(name),
+                fill="toself",
                 fillcolor=GREY_BAND,
-                line_width=0,
-                layer="below",
-                exclude_empty_subplots=False,
+                line={"width": 0, "color": GREY},
+                mode="lines",
+                hoverinfo="skip",
             )
+            self.trace(panel, trace, rank=CONTROLS_RANK)
+        elif len(xs):
+            look = {"fillcolor": GREY_BAND, "line_width": 0, "layer": "below"}
+            self.grid.add_hrect(lows[0], highs[0], exclude_empty_subplots=False, **look, **self._place(panel))
 
     def level(self, panel: int, value: float, *, name: str, along: Along = "x", dash: str = "dash") -> None:
         """The grey line of a control that is one number: along x, all across the panel, or up along y."""
         if not math.isfinite(value) or (panel, name, value) in self.levels:
             return
-        self.shown[panel]["y" if along == "x" else "x"].append(value)
-        self.trace(panel, theme.level(value, Look(name, GREY, dash, mode="lines"), along), rank=CONTROLS_RANK)
+        across: Along = "y" if along == "x" else "x"
+        self.shown[panel][across].append(value)
+        trace = go.Scatter(
+            **{along: [None, None], across: [value, value]},  # the ends are still to be set
+            name=literal(name),
+            mode="lines",
+            line=Look(name, GREY, dash).line,
+            hovertemplate=f"%{{fullData.name}}: {value:.4g}<extra></extra>",
+        )
+        self.trace(panel, trace, rank=CONTROLS_RANK)
         self.levels[panel, name, value] = (along, self.grid.data[-1])
 
     def explain(self, name: str, symbol: str) -> None:
         """An entry of the legend for a symbol, whatever the colour: it draws nothing."""
         if name not in self.legend:
-            look = Look(name, INK, symbol=symbol)
-            empty = go.Scatter(x=[None], y=[None], name=name, mode="markers", marker=look.marker)
+            marker = Look(name, INK, symbol=symbol).marker
+            empty = go.Scatter(x=[None], y=[None], name=name, mode="markers", marker=marker)
             self.trace(0, empty, rank=SYMBOLS_RANK)
 
     def trace(self, panel: int, trace: Any, *, legend: bool = True, rank: int | None = None) -> None:
         """A trace of any kind; the first of its name gets the entry in the legend, in the order of ranks."""
-        row, column = self._place(panel)
         trace.legendgroup, trace.legendrank = trace.name, rank
         trace.showlegend = legend and trace.name not in self.legend
         if legend:
             self.legend[trace.name] = None
-        self.grid.add_trace(trace, row=row, col=column)
+        self.grid.add_trace(trace, **self._place(panel))
 
     def figure(self) -> go.Figure:
         """The figure, with axes, legend and height that suit what was drawn.
@@ -199,50 +252,58 @@ class Panels:
             ValueError: nothing was drawn.
         """
         if all(trace.legendrank for trace in self.grid.data):  # controls and symbols alone
-            raise ValueError(f"{self.picture}: nothing to draw, the frame holds no number where the picture needs one")
-        for panel in range(0 if self.space else len(self.shown)):
+            raise ValueError("nothing to draw, the frame holds no number where the picture needs one")
+        for panel in range(0 if self.space else len(self.parts)):
             self._axes(panel)
         self._stretch_levels()
         self._step_aside()
         self.grid.data = sorted(self.grid.data, key=lambda trace: trace.legendrank != CONTROLS_RANK)  # controls below
-        dress(
-            self.grid,
-            title=self.title,
-            note=self.note,
-            legend=self.legend,
-            height=self.all_height,
-            left=self.left,
-            titled=self.titled,
-        )
+        self._dress()
         return self.grid
 
     def _axes(self, panel: int) -> None:
-        row, column = self._place(panel)
         own = [self.shown[panel]]
         seen_x, seen_y = self.shown if self.shared_x else own, self.shown if self.shared_y else own
-        lowest, first = panel + self.columns >= len(self.shown), column == 1
+        outer_x = not self.shared_x or panel + self.columns >= len(self.shown)
+        outer_y = not self.shared_y or panel % self.columns == 0
         self.grid.update_xaxes(
-            row=row,
-            col=column,
-            title_text=literal(self.xs[panel].title) if lowest or not self.shared_x else None,
-            showticklabels=lowest or not self.shared_x,
+            title_text=literal(self.xs[panel].title) if outer_x else None,
+            showticklabels=outer_x,
             matches="x" if self.shared_x and panel else None,
             **self.xs[panel].options([value for part in seen_x for value in part["x"]], self.panel_width),
+            **self._place(panel),
         )
         values, ends = ([value for part in seen_y for value in part[key]] for key in ("y", "ends"))
         self.grid.update_yaxes(
-            row=row,
-            col=column,
-            title_text=literal(self.ys[panel].title) if first or not self.shared_y else None,
+            title_text=literal(self.ys[panel].title) if outer_y else None,
+            showticklabels=outer_y,
+            ticks="outside" if outer_y else "",
             matches="y" if self.shared_y and panel else None,
-            showticklabels=first or not self.shared_y,
-            ticks="outside" if first or not self.shared_y else "",
             **self.ys[panel].options(values, self.height, ends=ends),
+            **self._place(panel),
         )
 
+    def _dress(self) -> None:
+        """Put title, note and legend above the panels, with as much room as they fill."""
+        rows, used, room = 1, 0.0, WIDTH - self.left - RIGHT
+        for name in self.legend:
+            width = CHARACTER * len(name) + 44
+            rows, used = (rows + 1, width) if used + width > room else (rows, used + width)
+        top = TITLE + NOTE + LEGEND_ROW * rows + (PANEL_TITLE if self.titled else 0) + 8
+        height = top + self.all_height + BOTTOM
+        self.grid.update_layout(
+            template=TEMPLATE,
+            width=WIDTH,
+            height=height,
+            margin={"l": self.left, "r": RIGHT, "t": top, "b": BOTTOM},
+            title={"text": self.title, "subtitle": {"text": self.note}, "y": 1 - 12 / height},
+            legend={"y": 1 - (TITLE + NOTE) / height},
+            showlegend=True,
+        )
+        self.grid.update_annotations(font_size=13)
+
     def _axis(self, panel: int, along: Along) -> Any:
-        row, column = self._place(panel)
-        return next((self.grid.select_xaxes if along == "x" else self.grid.select_yaxes)(row=row, col=column))
+        return next((self.grid.select_xaxes if along == "x" else self.grid.select_yaxes)(**self._place(panel)))
 
     def _stretch_levels(self) -> None:
         """Levels run from end to end of their axis, which is known only when everything is drawn."""
@@ -259,20 +320,14 @@ class Panels:
             step = side * ASIDE * (axis.range[1] - axis.range[0]) / self.panel_width
             trace.x = [None if x is None else x * 10**step if axis.type == "log" else x + step for x in trace.x]
 
-    def _place(self, panel: int) -> tuple[int, int]:
-        return panel // self.columns + 1, panel % self.columns + 1
+    def _place(self, panel: int) -> dict[str, int]:
+        return {"row": panel // self.columns + 1, "col": panel % self.columns + 1}
 
 
-Draw = Callable[[Panels, int, str, pd.DataFrame, str], None]
+def _floats(values: Iterable[float]) -> Values:
+    return np.asarray(list(values), dtype=float)
 
 
-def by_group(
-    parts: Sequence[tuple[str, pd.DataFrame]], draw: Draw, *, x: Axis, y: Axis, title: str, note: str, picture: str
-) -> go.Figure:
-    """A panel for each part; `draw(panels, panel, group, rows, colour)` fills it group by group."""
-    panels = Panels([label for label, _ in parts], x=x, y=y, title=title, note=note, picture=picture)
-    colours = group_colours(group for _, part in parts for group in part["group"])
-    for panel, (_, part) in enumerate(parts):
-        for group, rows in groups(part):
-            draw(panels, panel, group, rows, colours[group])
-    return panels.figure()
+def _or_none(values: Values) -> list[float | None]:
+    """NaN as the gap that JSON knows."""
+    return [float(value) if math.isfinite(value) else None for value in values]

@@ -1,14 +1,29 @@
-"""The frames that pictures take: read, checked, and cut into facets, groups and seeds."""
+"""The frames that figures take: read, checked, and cut into facets, groups and seeds."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import wraps
+from inspect import cleandoc
+from typing import Any, Concatenate, ParamSpec
 
 import numpy as np
 import pandas as pd
+import plotly.graph_objects as go
 from torch import Tensor
+
+from mrp_lens.plots.registry import register
+
+P = ParamSpec("P")
+Draw = Callable[Concatenate[pd.DataFrame, P], go.Figure]
 
 Frame = pd.DataFrame | Mapping[str, Any]
 """A table, or its columns by name: lists, arrays or tensors of any dtype on any device."""
+
+Parts = list[tuple[str, pd.DataFrame]]
+"""Of a frame: the label and the rows of each panel."""
+
+RAISES = """Raises:
+    TypeError: not a frame.
+    ValueError: not such a frame, no rows, no number to draw, or rows that nothing tells apart; it says what is missing."""
 
 TEXT_COLUMNS = frozenset("group hook measure method mode pair positions prompt question statistic token when".split())
 KEYS = ("group", "when", "pair", "number", "layer", "seed")  # what tells rows apart within a panel
@@ -22,47 +37,68 @@ FACET_LABELS = {
 }
 
 
-def tidy(frame: Frame, columns: Sequence[str], *, picture: str, metric: str) -> pd.DataFrame:
-    """The frame as plain columns of numbers and text, with a new index.
+def figure_of(
+    metric: str, columns: str | Callable[..., str]
+) -> Callable[[Draw[P]], Callable[Concatenate[Frame, P], go.Figure]]:
+    """Register a figure under its function's name. The function gets the frame as plain columns, and its errors name it.
 
     Args:
-        frame: a table or its columns.
-        columns: what the picture cannot do without.
-        picture: its name, for the errors.
         metric: what makes such a frame, for the errors.
+        columns: what the figure cannot do without, separated by spaces; or a function that tells, of the figure's
+            arguments.
+    """
+    source = f"Such a frame comes from {metric}"
+
+    def decorated(draw: Draw[P]) -> Callable[Concatenate[Frame, P], go.Figure]:
+        name = draw.__name__
+
+        @wraps(draw)
+        def drawn(frame: Frame, *args: P.args, **kwargs: P.kwargs) -> go.Figure:
+            if not isinstance(frame, pd.DataFrame | Mapping):
+                raise TypeError(f"{name} takes a DataFrame or a mapping of columns, got {type(frame).__name__}")
+            needed = (columns if isinstance(columns, str) else columns(frame, *args, **kwargs)).split()
+            there = [str(column) for column in frame]
+            if missing := [column for column in needed if column not in there]:
+                raise ValueError(
+                    f"{name} needs the columns {', '.join(missing)}; the frame has {', '.join(there) or 'none'}. {source}"
+                )
+            try:
+                return draw(tidy(frame, needed, source), *args, **kwargs)
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from error
+
+        drawn.__doc__ = f"{cleandoc(draw.__doc__ or '')}\n\n{RAISES}"
+        return register(name)(drawn)  # type: ignore[return-value]  # `frame=` works, too
+
+    return decorated
+
+
+def tidy(frame: Frame, needed: Sequence[str], source: str) -> pd.DataFrame:
+    """The frame as plain columns of numbers and text, with a new index.
 
     Raises:
-        TypeError: not a frame.
-        ValueError: a column is missing, given twice, not one-dimensional, of another length than the rest, or text
-            where numbers are needed; or there are no rows.
+        ValueError: a column is given twice, not one-dimensional, of another length than the rest, or text where numbers
+            are needed; or there are no rows. It ends with the source.
     """
-    if not isinstance(frame, pd.DataFrame | Mapping):
-        raise TypeError(f"{picture} takes a DataFrame or a mapping of columns, got {type(frame).__name__}")
     names = [str(name) for name in frame]
-    source = f"Such a frame comes from {metric}"
-    missing = [name for name in columns if name not in names]
-    if missing:
-        raise ValueError(
-            f"{picture} needs the columns {', '.join(missing)}; the frame has {', '.join(names) or 'none'}. {source}"
-        )
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
-        raise ValueError(f"{picture}: the frame has the column {', '.join(twice)} more than once. {source}")
+        raise ValueError(f"the frame has the column {', '.join(twice)} more than once. {source}")
     plain = {str(name): _plain(column, str(name)) for name, column in frame.items()}
     lengths = {name: len(column) for name, column in plain.items() if isinstance(column, list)}
     if len(set(lengths.values())) > 1:
-        raise ValueError(f"{picture}: the columns differ in length: {lengths}. {source}")
+        raise ValueError(f"the columns differ in length: {lengths}. {source}")
     rows = next(iter(lengths.values()), 1)
     if not rows:
-        raise ValueError(f"{picture}: the frame has no rows. {source}")
+        raise ValueError(f"the frame has no rows. {source}")
     table = pd.DataFrame(
         {name: column if isinstance(column, list) else [column] * rows for name, column in plain.items()}
     )
     for name in {"group", "method"} & set(names):
         table[name] = table[name].astype(str)
-    for name in columns:
+    for name in needed:
         if name not in TEXT_COLUMNS and not pd.api.types.is_numeric_dtype(table[name]):
-            raise ValueError(f"{picture}: the column {name} must hold numbers, got {table[name].iloc[0]!r}. {source}")
+            raise ValueError(f"the column {name} must hold numbers, got {table[name].iloc[0]!r}. {source}")
     return table
 
 
@@ -87,7 +123,7 @@ def _numbers(tensor: Tensor) -> Any:
     return (tensor.double() if tensor.is_floating_point() else tensor).numpy()
 
 
-def known(table: pd.DataFrame, column: str, picture: str) -> pd.DataFrame:
+def known(table: pd.DataFrame, column: str) -> pd.DataFrame:
     """The rows that have a number in this column.
 
     Raises:
@@ -95,11 +131,11 @@ def known(table: pd.DataFrame, column: str, picture: str) -> pd.DataFrame:
     """
     rows = table[np.isfinite(table[column].astype(float))]
     if rows.empty:
-        raise ValueError(f"{picture}: nothing to draw, the column {column} holds no number in any of {len(table)} rows")
+        raise ValueError(f"nothing to draw, the column {column} holds no number in any of {len(table)} rows")
     return rows
 
 
-def facets(table: pd.DataFrame, columns: Sequence[str]) -> list[tuple[str, pd.DataFrame]]:
+def facets(table: pd.DataFrame, columns: Sequence[str]) -> Parts:
     """The table cut by the columns that it has, each part with its label: text as it comes, numbers in order.
 
     A number that is the same everywhere, or NaN, is not mentioned in the label.
@@ -124,9 +160,7 @@ def varying(table: pd.DataFrame, *columns: str) -> list[str]:
     return [column for column in columns if column in table and table[column].nunique() > 1]
 
 
-def layer_facets(
-    table: pd.DataFrame, settings: Sequence[str] = ("coefficient", "relative_coefficient")
-) -> list[tuple[str, pd.DataFrame]]:
+def layer_facets(table: pd.DataFrame, settings: Sequence[str] = ("coefficient", "relative_coefficient")) -> Parts:
     """A part for each method, to be drawn against the layer, and for each value of a setting where that is needed.
 
     It is not where each layer has one value, as where c is derived from the layer's norm. Of several settings that
@@ -158,7 +192,23 @@ def methods_of(table: pd.DataFrame) -> list[str]:
     return [str(name) for name in table["method"].unique()] if "method" in table else ["unedited"]
 
 
-def single_rows(table: pd.DataFrame, keys: Sequence[str], *, picture: str) -> bool:
+def beside(table: pd.DataFrame, spread: float, methods: Sequence[str] | None = None) -> pd.DataFrame:
+    """With `place`: the number of the method, and a little to the side of it for each group.
+
+    Args:
+        table: with `group`, and `method` if there are several.
+        spread: of a method's width, over which its groups stand side by side.
+        methods: None: those of the table.
+    """
+    methods = methods or methods_of(table)
+    names = [name for name, _ in groups(table)]
+    aside = {name: spread * ((place + 0.5) / len(names) - 0.5) for place, name in enumerate(names)}
+    method = table["method"] if "method" in table else pd.Series(methods[0], index=table.index)
+    numbers = method.map({name: number for number, name in enumerate(methods)})
+    return table.assign(place=numbers + table["group"].map(aside))
+
+
+def single_rows(table: pd.DataFrame, keys: Sequence[str]) -> bool:
     """Whether each combination of the keys has one row (True), or one a seed (False).
 
     Raises:
@@ -170,7 +220,7 @@ def single_rows(table: pd.DataFrame, keys: Sequence[str], *, picture: str) -> bo
         first = table[table.duplicated([*keys, *(["seed"] if "seed" in table else [])])].iloc[0]
         place = ", ".join(f"{key} {first[key]}" for key in keys)
         raise ValueError(
-            f"{picture}: several rows for {place}; add a column method, coefficient or seed that tells them apart, "
+            f"several rows for {place}; add a column method, coefficient or seed that tells them apart, "
             "or draw one of them at a time"
         )
     return False

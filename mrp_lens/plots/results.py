@@ -1,4 +1,4 @@
-"""What a sweep found: which layer and which coefficient forget, and which of them keep the rest."""
+"""What runs and sweeps found: what each method, layer and coefficient forgets and keeps, and the losses of a fit."""
 
 from typing import Literal, get_args
 
@@ -6,41 +6,43 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from mrp_lens.plots.facets import Panels
-from mrp_lens.plots.frames import TEXT_COLUMNS, Frame, facets, known, layer_facets, methods_of, tidy
-from mrp_lens.plots.registry import register
+from mrp_lens.plots.frames import TEXT_COLUMNS, Frame, facets, figure_of, known, layer_facets, methods_of
 from mrp_lens.plots.theme import (
-    CHARACTER,
     FORGET,
     INK,
     OTHERS,
     RETAIN,
     SYMBOLS,
+    UNIT,
     WIDE,
     Axis,
     Look,
     Scale,
     control_dash,
-    shortened,
+    room_for,
 )
 
-RUN = "mrp-lens demo, unlearn and the like (table.csv)"
-UNIT = (-0.03, 1.04)
+SWEEP = "mrp-lens sweep (table.csv)"
+SIDES = {"forget": FORGET, "retain": RETAIN}
 ASIDE = 0.15  # of a method's row: forget is drawn above, retain below
 NOT_LOSSES = TEXT_COLUMNS | set("step seconds seed layer coefficient relative_coefficient".split())
-
-
-SWEEP = "mrp-lens sweep (table.csv)"
 Measure = Literal["accuracy", "cosine", "max_probability"]
 TITLES: dict[Measure, str] = {
     "accuracy": "accuracy",
     "cosine": "mean cosine with u",
     "max_probability": "largest probability",
 }
-COLOURS = {"forget": FORGET, "retain": RETAIN}
 
 
-@register("accuracies")
-def accuracies(frame: Frame) -> go.Figure:
+def _asked(frame: Frame) -> str:
+    """Accuracy, or the probability of the forget texts where there was no quiz."""
+    return (
+        "forget_probability" if "forget_probability" in frame and "forget_accuracy" not in frame else "forget_accuracy"
+    )
+
+
+@figure_of("mrp-lens demo, unlearn and the like (table.csv)", lambda frame: f"method {_asked(frame)}")
+def accuracies(frame: pd.DataFrame) -> go.Figure:
     """What each method forgot and what it kept: accuracies with their intervals, and beside them the cost for text.
 
     Args:
@@ -48,89 +50,65 @@ def accuracies(frame: Frame) -> go.Figure:
             intervals are `forget_low` and `forget_high`, or `forget_probability_low` and `..._high`. Drawn if there:
             `retain_accuracy` (with `retain_low`, `retain_high`), `worst_topic_accuracy`, `text_perplexity_ratio`, and
             in grey `untaught_accuracy`, else `forget_chance` or `chance`. `seed` makes faint points around a mean.
-
-    Raises:
-        TypeError, ValueError: not such a frame, no rows, or several rows of a method without a seed.
     """
-    quiz = "forget_accuracy" in frame or "forget_probability" not in frame
-    measured = "forget_accuracy" if quiz else "forget_probability"
-    table = tidy(frame, ["method", measured], picture="accuracies", metric=RUN)
-    methods = methods_of(table)
-    text = "text_perplexity_ratio" in table
-    rows = Axis("method", "category", categories=methods, downwards=True)
+    measured = _asked(frame)
+    quiz, text, methods = measured == "forget_accuracy", "text_perplexity_ratio" in frame, methods_of(frame)
+    place = frame["method"].map({name: number for number, name in enumerate(methods)})
+    frame = frame.assign(above=place - ASIDE, below=place + ASIDE)
+    titles = ["answers" if quiz else "forget documents", "ordinary text"] if text else [""]
+    axes = [Axis("accuracy (share of questions)" if quiz else "probability per token", limits=UNIT)]
     panels = Panels(
-        ["answers" if quiz else "forget documents", "ordinary text"] if text else [""],
-        x=[
-            Axis("accuracy (share of questions)" if quiz else "probability per token", limits=UNIT),
-            *([Axis("perplexity after / before")] if text else []),
-        ],
-        y=rows,
+        [(title, frame) for title in titles],
+        x=[*axes, Axis("perplexity after / before")][: len(titles)],
+        y=Axis("method", "category", categories=methods, downwards=True),
         title="What was forgotten and what was kept",
         note="Bars: 95%, bootstrap over questions or documents.",
-        picture="accuracies",
         height=40 + 40 * len(methods),
-        left=int(CHARACTER * max(len(shortened(name)) for name in methods)) + 52,
+        left=room_for(methods),
     )
-    place = table["method"].map({name: number for number, name in enumerate(methods)})
-    table = table.assign(above=place - ASIDE, below=place + ASIDE)
     ends = ("forget_low", "forget_high") if quiz else ("forget_probability_low", "forget_probability_high")
-    forget, retain = Look("forget", FORGET, mode="markers"), Look("retain", RETAIN, mode="markers")
-    worst = Look("retain, worst topic", RETAIN, symbol="diamond-open", mode="markers")
-    _draw(panels, 0, table, measured, "above", forget, ends)
-    _draw(panels, 0, table, "retain_accuracy", "below", retain, ("retain_low", "retain_high"))
-    _draw(panels, 0, table, "worst_topic_accuracy", "below", worst)
-    for column in ("untaught_accuracy", "forget_chance", "chance") if quiz else ():
-        if column in table:
-            name = "never taught" if column == "untaught_accuracy" else "chance"
-            for value in table[column].dropna().unique():
-                panels.level(0, float(value), name=name, along="y")
-            break
+    for panel, column, row, look, interval in (
+        (0, measured, "above", Look("forget", FORGET, mode="markers"), ends),
+        (0, "retain_accuracy", "below", Look("retain", RETAIN, mode="markers"), ("retain_low", "retain_high")),
+        (
+            0,
+            "worst_topic_accuracy",
+            "below",
+            Look("retain, worst topic", RETAIN, "solid", "diamond-open", "markers"),
+            None,
+        ),
+        (1, "text_perplexity_ratio", "below", Look("text", RETAIN, "solid", "square", "markers"), None),
+    ):
+        if column in frame:
+            panels.series(panel, frame, column, row, look, interval=interval, along="x")
+    control = next((name for name in ("untaught_accuracy", "forget_chance", "chance") if quiz and name in frame), None)
+    for value in [] if control is None else frame[control].dropna().unique():
+        panels.level(0, float(value), name="never taught" if control == "untaught_accuracy" else "chance", along="y")
     if text:
-        _draw(panels, 1, table, "text_perplexity_ratio", "below", Look("text", RETAIN, symbol="square", mode="markers"))
         panels.level(1, 1.0, name="unchanged", along="y", dash="dot")
     return panels.figure()
 
 
-def _draw(
-    panels: Panels,
-    panel: int,
-    table: pd.DataFrame,
-    column: str,
-    place: str,
-    look: Look,
-    ends: tuple[str, str] | None = None,
-) -> None:
-    """Points of a column along x, if the table has it, with their interval, if it has that."""
-    if column in table:
-        interval = ends if ends and set(ends) <= set(table) else None
-        panels.series(panel, table, column, place, look, interval=interval, along="x")
-
-
-@register("training")
-def training(frame: Frame) -> go.Figure:
+@figure_of("the log of a fit (fit.log, log.csv)", "step loss")
+def training(frame: pd.DataFrame) -> go.Figure:
     """The loss and its parts at each step of a fit.
 
     Args:
         frame: `fit.log` or `log.csv`: `step`, `loss` and its parts, one column each. A panel with a scale of its own for
             each `method`, `layer` and `coefficient`, if it has those columns; `seed` makes faint points around a mean.
-
-    Raises:
-        TypeError, ValueError: not such a frame, no rows, or rows that nothing tells apart.
     """
-    table = tidy(frame, ["step", "loss"], picture="training", metric="the log of a fit (fit.log, log.csv)")
-    numeric = (str(name) for name in table.select_dtypes("number"))
+    numeric = (str(name) for name in frame.select_dtypes("number"))
     losses = sorted((name for name in numeric if name not in NOT_LOSSES), key="loss".__eq__)  # the sum lies on top
-    parts = facets(table, ["method", "layer", "coefficient"])
+    parts = facets(frame, ["method", "layer", "coefficient"])
     scales = [_scale(part[losses]) for _, part in parts]
     panels = Panels(
-        [label for label, _ in parts],
+        parts,
         x=Axis("step"),
         y=[Axis("loss", scale) for scale in scales],
         title="Loss of the fit",
         note="Each panel has its own scale; where that is logarithmic, parts that are 0 are left out.",
-        picture="training",
     )
-    for panel, (_, part) in enumerate(parts):
+    for panel, part in panels:
         shown = part if scales[panel] == "linear" else part.assign(**part[losses].where(part[losses] > 0))
         for name in losses:
             panels.series(panel, shown, "step", name, _look(name, losses))
@@ -140,7 +118,7 @@ def training(frame: Frame) -> go.Figure:
 def _look(name: str, losses: list[str]) -> Look:
     """Parts of the loss that are about forgetting or retaining have the colours of these groups."""
     label = name.replace("_", " ")
-    for group, colour in (("forget", FORGET), ("retain", RETAIN)):
+    for group, colour in SIDES.items():
         if name.startswith(group):
             return Look(label, colour, "solid" if name == group else "dot", mode="lines")
     if name == "loss":
@@ -154,54 +132,50 @@ def _scale(values: pd.DataFrame) -> Scale:
     return "log" if wide else "linear"
 
 
-@register("layer_effects")
-def layer_effects(frame: Frame, measure: Measure = "accuracy") -> go.Figure:
+def _measured(frame: Frame, measure: Measure = "accuracy") -> str:
+    if measure not in get_args(Measure):
+        raise ValueError(f"unknown measure {measure!r}; choose one of {', '.join(get_args(Measure))}")
+    return f"method layer forget_{measure} retain_{measure}"
+
+
+@figure_of(SWEEP, _measured)
+def layer_effects(frame: pd.DataFrame, measure: Measure = "accuracy") -> go.Figure:
     """What forget and retain come to, by the layer that a method edits.
 
     Args:
         frame: of a sweep: `method`, `layer`, `forget_<measure>`, `retain_<measure>`. A panel for each method and
             `coefficient`; `forget_low` and `forget_high` are the interval of the accuracy, `seed` makes faint points
-            around a mean. Grey: `untaught_accuracy` (accuracy), `null_mean` with
-            `null_low` and `null_high` (cosine), and rows without a layer, which
-            are the unedited model's.
+            around a mean. Grey: `untaught_accuracy` (accuracy), `null_mean` with `null_low` and `null_high` (cosine),
+            and rows without a layer, which are the unedited model's.
         measure: "accuracy", "cosine" or "max_probability".
-
-    Raises:
-        TypeError, ValueError: not such a frame, no rows, an unknown measure, or rows that nothing tells apart.
     """
-    if measure not in get_args(Measure):
-        raise ValueError(f"unknown measure {measure!r}; choose one of {', '.join(get_args(Measure))}")
-    columns = {group: f"{group}_{measure}" for group in COLOURS}
-    table = tidy(frame, ["method", "layer", *columns.values()], picture="layer_effects", metric=SWEEP)
-    unedited = table[table["layer"].isna()]
-    table = known(table, "layer", "layer_effects")
-    parts = layer_facets(table)
+    unedited = frame[frame["layer"].isna()]
+    frame = known(frame, "layer")
     panels = Panels(
-        [label for label, _ in parts],
+        layer_facets(frame),
         x=Axis("edited layer", "layer"),
-        y=Axis(TITLES[measure], limits=None if measure == "cosine" else (-0.03, 1.04)),
+        y=Axis(TITLES[measure], limits=None if measure == "cosine" else UNIT),
         title=f"Effect of the edited layer: {TITLES[measure]}",
-        note=_note(table, "Bars: 95% over questions." if measure == "accuracy" else ""),
-        picture="layer_effects",
+        note=_note(frame, "Bars: 95% over questions." if measure == "accuracy" else ""),
     )
-    for panel, (_, part) in enumerate(parts):
+    for panel, part in panels:
         if measure == "accuracy":
             _draw_untaught(panels, panel, part)
         if measure == "cosine" and "null_mean" in part:
             panels.control(panel, part, "layer", "null_mean", "unrelated directions", dash="dashdot")
             if {"null_low", "null_high"} <= set(part):
-                null = part.groupby("layer")[["null_low", "null_high"]].mean()
-                panels.band(panel, null.index, null["null_low"], null["null_high"], name="unrelated directions")
-        for group, column in columns.items():
+                panels.band(panel, part, "layer", "null_low", "null_high", name="unrelated directions")
+        for group, colour in SIDES.items():
+            column, ends = f"{group}_{measure}", (f"{group}_low", f"{group}_high")
             for value in unedited[column]:
                 panels.level(panel, float(value), name=f"unedited ({group})", dash=control_dash(group))
-            interval = _interval(part, group) if measure == "accuracy" else None
-            panels.series(panel, part, "layer", column, Look(group, COLOURS[group]), interval=interval)
+            interval = ends if measure == "accuracy" else None
+            panels.series(panel, part, "layer", column, Look(group, colour), interval=interval)
     return panels.figure()
 
 
-@register("coefficient_effects")
-def coefficient_effects(frame: Frame) -> go.Figure:
+@figure_of(SWEEP, "method layer relative_coefficient forget_accuracy retain_accuracy")
+def coefficient_effects(frame: pd.DataFrame) -> go.Figure:
     """Forget and retain accuracy by the steering coefficient over the norm of the states, a symbol for each layer.
 
     RMU is said to fail where the norm exceeds the coefficient (arXiv 2408.06223): left of the grey line at 1. Rows
@@ -211,40 +185,27 @@ def coefficient_effects(frame: Frame) -> go.Figure:
         frame: of a sweep: `method`, `layer`, `relative_coefficient`, `forget_accuracy`, `retain_accuracy`. A panel for
             each method; `forget_low` and `forget_high` are the interval, `seed` makes faint points around a mean.
             Grey: `untaught_accuracy`, if it has that.
-
-    Raises:
-        TypeError, ValueError: not such a frame, no rows, no coefficient, or rows that nothing tells apart.
     """
-    picture = "coefficient_effects"
-    columns = ["method", "layer", "relative_coefficient", "forget_accuracy", "retain_accuracy"]
-    table = known(tidy(frame, columns, picture=picture, metric=SWEEP), "relative_coefficient", picture)
-    layers = sorted(table["layer"].unique())
+    frame = known(frame, "relative_coefficient")
+    layers = sorted(frame["layer"].unique())
     symbols = {layer: SYMBOLS[number % len(SYMBOLS)] for number, layer in enumerate(layers)}
-    parts = facets(table, ["method"])
     panels = Panels(
-        [label for label, _ in parts],
+        facets(frame, ["method"]),
         x=Axis("coefficient c / norm of the states", "log"),
-        y=Axis("accuracy", limits=(-0.03, 1.04)),
+        y=Axis("accuracy", limits=UNIT),
         title="Effect of the steering coefficient",
-        note=_note(table, "Bars: 95% over questions."),
-        picture=picture,
+        note=_note(frame, "Bars: 95% over questions."),
     )
-    for panel, (_, part) in enumerate(parts):
+    for panel, part in panels:
         panels.level(panel, 1.0, name="c = norm", along="y", dash="dot")
         _draw_untaught(panels, panel, part)
-        for group, colour in COLOURS.items():
-            for _, rows in part.groupby("layer"):
-                look = Look(group, colour, symbol=symbols[rows["layer"].iloc[0]])
-                interval = _interval(rows, group)
-                panels.series(panel, rows, "relative_coefficient", f"{group}_accuracy", look, interval=interval)
+        for group, colour in SIDES.items():
+            for layer, rows in part.groupby("layer"):
+                look, ends = Look(group, colour, symbol=symbols[layer]), (f"{group}_low", f"{group}_high")
+                panels.series(panel, rows, "relative_coefficient", f"{group}_accuracy", look, interval=ends)
     for layer, symbol in symbols.items():
         panels.explain(f"layer {layer:g}", symbol)
     return panels.figure()
-
-
-def _interval(table: pd.DataFrame, group: str) -> tuple[str, str] | None:
-    low, high = f"{group}_low", f"{group}_high"
-    return (low, high) if {low, high} <= set(table) else None
 
 
 def _note(table: pd.DataFrame, bars: str) -> str:

@@ -1,4 +1,4 @@
-"""What an axis shows: its title, its kind of scale, and ticks that can be read in the room there is."""
+"""What a figure looks like: colours, the template "mrp_lens" of plotly, marks, and axes whose ticks can be read in the room there is."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import numpy as np
 import plotly.graph_objects as go
-from numpy.typing import NDArray
+import plotly.io
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart. The two groups own their colours in every picture.
 FORGET = "#D55E00"
@@ -25,12 +25,19 @@ SYMBOLS = (*FILLED, *(f"{symbol}-open" for symbol in FILLED))
 
 WIDTH = 900  # pixels, of a notebook's cell and of the report's column
 LEFT, RIGHT, BOTTOM = 80, 24, 58
-TITLE, NOTE, LEGEND_ROW, PANEL_TITLE = 34, 26, 21, 24
 CHARACTER = 6.6  # pixels, of a tick label or a legend entry
 LONGEST_LABEL = 40  # characters of a prompt that a legend can show
 
-FONT = {"family": "Helvetica, Arial, sans-serif", "size": 12, "color": INK}
-AXIS = {
+UNIT = (-0.03, 1.04)  # an axis of shares
+WIDE = 10.0  # positive values whose largest is this many times the smallest are shown on a log scale
+FARTHEST_END = 10.0  # an interval that reaches towards 0 does not stretch a log scale by more than this factor
+LAYER_STEPS = (1, 2, 4, 5, 8, 10, 20, 40)
+
+Along = Literal["x", "y"]
+Scale = Literal["linear", "log", "auto", "layer", "category"]
+
+TEMPLATE = "mrp_lens"
+_AXIS = {
     "showline": True,
     "linecolor": INK,
     "gridcolor": GRID,
@@ -39,17 +46,25 @@ AXIS = {
     "tickangle": 0,
     "title": {"standoff": 10},
 }
-TEMPLATE = go.layout.Template(
-    layout={"font": FONT, "paper_bgcolor": "white", "plot_bgcolor": "white", "xaxis": AXIS, "yaxis": AXIS}
+plotly.io.templates[TEMPLATE] = go.layout.Template(
+    layout={
+        "font": {"family": "Helvetica, Arial, sans-serif", "size": 12, "color": INK},
+        "paper_bgcolor": "white",
+        "plot_bgcolor": "white",
+        "hovermode": "closest",
+        "title": {"font": {"size": 16}, "subtitle": {"font": {"size": 12}}, "x": 12 / WIDTH, "yanchor": "top"},
+        "legend": {
+            "orientation": "h",
+            "x": 0,
+            "yref": "container",
+            "yanchor": "top",
+            "itemsizing": "trace",
+            "tracegroupgap": 0,
+        },
+        "xaxis": _AXIS,
+        "yaxis": _AXIS,
+    }
 )
-
-
-Along = Literal["x", "y"]
-Values = NDArray[np.float64]
-Scale = Literal["linear", "log", "auto", "layer", "category"]
-WIDE = 10.0  # positive values whose largest is this many times the smallest are shown on a log scale
-FARTHEST_END = 10.0  # an interval that reaches towards 0 does not stretch a log scale by more than this factor
-LAYER_STEPS = (1, 2, 4, 5, 8, 10, 20, 40)
 
 
 @dataclass(frozen=True)
@@ -125,119 +140,14 @@ def literal(text: object) -> str:
     return escape(str(text), quote=False)
 
 
-def dress(
-    figure: go.Figure, *, title: str, note: str, legend: Iterable[str], height: float, left: float, titled: bool
-) -> None:
-    """Put title, note and legend above panels of this joint height, with as much room as they fill."""
-    rows = _legend_rows((CHARACTER * len(name) + 44 for name in legend), WIDTH - left - RIGHT)
-    top = TITLE + NOTE + LEGEND_ROW * rows + (PANEL_TITLE if titled else 0) + 8
-    whole = top + height + BOTTOM
-    figure.update_layout(
-        template=TEMPLATE,
-        width=WIDTH,
-        height=whole,
-        margin={"l": left, "r": RIGHT, "t": top, "b": BOTTOM},
-        title={
-            "text": title,
-            "subtitle": {"text": note, "font": {"size": 12}},
-            "font": {"size": 16},
-            "x": 12 / WIDTH,
-            "y": 1 - 12 / whole,
-            "yanchor": "top",
-        },
-        legend={
-            "orientation": "h",
-            "x": 0,
-            "y": 1 - (TITLE + NOTE) / whole,
-            "yref": "container",
-            "yanchor": "top",
-            "itemsizing": "trace",
-            "tracegroupgap": 0,
-        },
-        showlegend=True,
-        hovermode="closest",
-    )
-    figure.update_annotations(font_size=13)
+def fits(labels: Sequence[str], pixels: float) -> bool:
+    """Whether such labels stand side by side along so many pixels."""
+    return max(map(len, labels)) * CHARACTER + 8 <= pixels / len(labels)
 
 
-def _legend_rows(widths: Iterable[float], room: float) -> int:
-    """How many rows entries of these widths fill, one after another."""
-    rows, used = 1, 0.0
-    for width in widths:
-        rows, used = (rows + 1, width) if used + width > room else (rows, used + width)
-    return rows
-
-
-def points(
-    x: Values,
-    y: Values,
-    look: Look,
-    *,
-    ends: tuple[Values, Values] | None = None,
-    along: Along = "y",
-    opacity: float = 1.0,
-) -> go.Scatter:
-    """Points, joined or not, with intervals along y (or x). Hovering tells their own x and y, wherever they are drawn."""
-    told, hover = [x, y], "%{fullData.name}<br>%{customdata[0]:.4g}: %{customdata[1]:.4g}"
-    bars: dict[str, Any] = {}
-    if ends:
-        told += ends
-        hover += " [%{customdata[2]:.4g}, %{customdata[3]:.4g}]"
-        bars[f"error_{along}"] = _bars(ends[0], y if along == "y" else x, ends[1], look)
-    drawn = np.isfinite(x) & np.isfinite(y)
-    return go.Scatter(
-        x=_or_none(x),
-        y=_or_none(y),
-        name=shortened(look.name),
-        mode="markers" if drawn.sum() == 1 else look.mode,  # one point makes no line
-        line=look.line,
-        marker=look.marker,
-        opacity=opacity,
-        customdata=[_or_none(row) for row in np.stack(told, axis=1)],
-        hovertemplate=hover + "<extra></extra>",
-        **bars,
-    )
-
-
-def band(x: Values, low: Values, high: Values, *, name: str) -> go.Scatter:
-    """A grey band over places in order."""
-    return go.Scatter(
-        x=np.concatenate([x, x[::-1]]),
-        y=np.concatenate([low, high[::-1]]),
-        name=literal(name),
-        fill="toself",
-        fillcolor=GREY_BAND,
-        line={"width": 0, "color": GREY},
-        mode="lines",
-        hoverinfo="skip",
-    )
-
-
-def level(value: float, look: Look, along: Along) -> go.Scatter:
-    """A line at one value, whose ends are still to be set."""
-    places = {along: [None, None], "y" if along == "x" else "x": [value, value]}
-    hover = f"%{{fullData.name}}: {value:.4g}<extra></extra>"
-    return go.Scatter(**places, name=literal(look.name), mode="lines", line=look.line, hovertemplate=hover)
-
-
-def floats(values: Iterable[float]) -> Values:
-    """As an array of float64."""
-    return np.asarray(list(values), dtype=float)
-
-
-def _bars(low: Values, middle: Values, high: Values, look: Look) -> dict[str, Any]:
-    return {
-        "array": _or_none(high - middle),
-        "arrayminus": _or_none(middle - low),
-        "thickness": look.width,
-        "width": 3,
-        "color": look.colour,
-    }
-
-
-def _or_none(values: Values) -> list[float | None]:
-    """NaN as the gap that JSON knows."""
-    return [float(value) if math.isfinite(value) else None for value in values]
+def room_for(labels: Iterable[str]) -> int:
+    """Pixels that tick labels and the title of an axis fill left of a panel."""
+    return int(CHARACTER * max((len(shortened(label)) for label in labels), default=0)) + 52
 
 
 @dataclass(frozen=True)
@@ -261,17 +171,15 @@ class Axis:
 
     def options(self, values: Iterable[float], pixels: float, *, ends: Iterable[float] = ()) -> dict[str, Any]:
         """Plotly's settings for an axis that long which shows these values, and the ends of their intervals."""
-        shown = np.array([value for value in values if math.isfinite(value)])
+        shown, reached = (np.array([value for value in part if math.isfinite(value)]) for part in (values, ends))
         if self.scale == "category":
             return self._categories()
         if self.scale == "layer" and len(shown):
             return _layers(shown, pixels)
-        reached = np.array([end for end in ends if math.isfinite(end)])
         if self._is_log(shown):
             return _logarithmic(shown[shown > 0], reached, pixels)
-        options: dict[str, Any] = {"nticks": max(4, int(pixels // 32))}
         limits = self.limits or _limits(np.array([*shown, *reached]))
-        return options | ({"range": list(limits)} if limits else {})
+        return {"nticks": max(4, int(pixels // 32))} | ({"range": list(limits)} if limits else {})
 
     def _is_log(self, shown: Any) -> bool:
         if self.scale == "auto":
@@ -286,11 +194,6 @@ class Axis:
             "range": [-0.5, len(self.categories) - 0.5][:: -1 if self.downwards else 1],
             "showgrid": False,
         }
-
-
-def fits(labels: Sequence[str], pixels: float) -> bool:
-    """Whether such labels stand side by side along so many pixels."""
-    return max(map(len, labels)) * CHARACTER + 8 <= pixels / len(labels)
 
 
 def _limits(values: Any) -> tuple[float, float] | None:
@@ -309,6 +212,7 @@ def _layers(shown: Any, pixels: float) -> dict[str, Any]:
 
 
 def _logarithmic(shown: Any, ends: Any, pixels: float) -> dict[str, Any]:
+    """With as many round numbers as there is room for; plotly labels either decades alone or digits without them."""
     lowest, highest = shown.min(), shown.max()
     ends = ends[ends > 0].clip(lowest / FARTHEST_END, highest * FARTHEST_END)
     low, high = math.log10(min([lowest, *ends])), math.log10(max([highest, *ends]))
@@ -321,8 +225,7 @@ def _logarithmic(shown: Any, ends: Any, pixels: float) -> dict[str, Any]:
         ticks = [(p, f) for p, f in exact if low <= p + math.log10(f) <= high]
         if len(ticks) <= room:
             break
-    every = math.ceil(len(ticks) / room)
-    ticks = ticks[::every]
+    ticks = ticks[:: math.ceil(len(ticks) / room)]
     return {
         "type": "log",
         "range": [low, high],

@@ -34,10 +34,11 @@ class Registry(Mapping[str, Entry], Generic[Entry]):
     Args:
         noun: what an entry is called in errors, such as "method".
         home: the package whose import registers this library's own.
+        names: what a name looks like.
     """
 
-    def __init__(self, noun: str, home: str) -> None:
-        self.noun, self._home = noun, home
+    def __init__(self, noun: str, home: str, *, names: re.Pattern[str] = NAME) -> None:
+        self.noun, self._home, self._names = noun, home, names
         self._entries: dict[str, Entry] = {}
 
     def add(self, name: str, entry: Entry) -> None:
@@ -46,10 +47,11 @@ class Registry(Mapping[str, Entry], Generic[Entry]):
         Raises:
             ValueError: the name is taken, or is not made of lower-case words joined by - or _.
         """
-        if not NAME.fullmatch(name):
-            raise ValueError(f"{name!r} is no name for a {self.noun}; use lower-case words joined by - or _")
+        if not self._names.fullmatch(name):
+            allowed = "lower-case words joined by - or _" if self._names is NAME else f"one like {self._names.pattern}"
+            raise ValueError(f"{name!r} is no name for a {self.noun}; use {allowed}")
         known = self._entries.get(name)
-        if known is not None and _place(known) != _place(entry):
+        if known is not None and known != entry and _place(known) != _place(entry):
             raise ValueError(
                 f"a {self.noun} named {name!r} is registered already, by {_place(known)}; choose another name"
             )
@@ -98,4 +100,5 @@ def load_plugins() -> tuple[str, ...]:
 
 def _place(entry: object) -> str:
     """Where an entry was defined: importing its module a second time registers it again."""
-    return f"{getattr(entry, '__module__', type(entry).__module__)}.{getattr(entry, '__qualname__', '')}"
+    name = getattr(entry, "__qualname__", None)
+    return repr(entry) if name is None else f"{getattr(entry, '__module__', '')}.{name}"

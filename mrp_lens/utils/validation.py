@@ -4,10 +4,12 @@ import operator
 from collections.abc import Iterable
 from dataclasses import fields
 from numbers import Integral, Real
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 import numpy as np
 import torch
+
+Given = TypeVar("Given")
 
 
 class PlainSettings:
@@ -78,7 +80,7 @@ def whole_numbers(values: Iterable[Any], name: str) -> tuple[int, ...]:
     return tuple(operator.index(number) for number in numbers)
 
 
-def given(value: Any, default: Any) -> Any:
+def given(value: Given | None, default: Given) -> Given:
     """The value, or the derived default where it is None."""
     return default if value is None else value
 

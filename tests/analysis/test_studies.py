@@ -9,7 +9,7 @@ import pytest
 
 from analysis import alignment, confidence, layers
 from analysis.common.arguments import parser_for
-from mrp_lens.data.task import task_for
+from mrp_lens.data.task import TaskConfig, task_for
 
 
 def alignment_table(cosines: list[float], *, last: float = 0.5) -> pd.DataFrame:
@@ -144,8 +144,8 @@ def test_the_findings_on_sensitivity_and_on_the_predicted_c_follow_the_numbers()
 
 
 def test_a_study_of_ones_own_model_needs_data() -> None:
-    with pytest.raises(ValueError, match="give --forget and --retain"):
-        task_for("mine", vars(parser_for("", "x").parse_args(["--model", "mine"])))
+    with pytest.raises(ValueError, match=r"give forget=\.\.\. and retain="):
+        task_for("mine", TaskConfig.from_options(vars(parser_for("", "x").parse_args(["--model", "mine"]))))
 
 
 @pytest.mark.slow

@@ -69,7 +69,7 @@ def plain_loss(model: LensModel, prompt: Sequence[int], answer: Sequence[int], s
 
 def plain_rows(model: LensModel, edit: Edit | None) -> list[dict[str, float]]:
     """Norm, relative norm and loss of each question, one at a time, with autograd through the plain loss."""
-    undo = None if edit is None else edit.install(model)
+    handle = None if edit is None else edit.attach(model)
     rows = []
     for question in QUIZ.questions:
         prompt, answer = ids_of(model, question.prompt, question.choices[question.answer])
@@ -79,8 +79,8 @@ def plain_rows(model: LensModel, edit: Edit | None) -> list[dict[str, float]]:
         norm = sum(float(entry) ** 2 for entry in gradient.flatten()) ** 0.5
         size = sum(float(entry) ** 2 for entry in model.W_E[prompt].detach().flatten()) ** 0.5
         rows.append({"norm": norm, "relative": norm * size, "loss": float(loss.detach())})
-    if undo is not None:
-        undo()
+    if handle is not None:
+        handle.detach()
     return rows
 
 

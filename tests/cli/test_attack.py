@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from mrp_lens.attacks import FactSplit
 from mrp_lens.cli.app import app
-from mrp_lens.data.task import DataOptions
+from mrp_lens.data.task import TaskConfig
 from mrp_lens.edits.provenance import label_of
 from mrp_lens.training import loop as training
 from tests.support.edits import projection, weight_edit
@@ -103,7 +103,7 @@ def test_entities_and_untaught_questions_come_from_files(files: Path) -> None:
     options = {name: str(files / file) for name, file in quizzes.items()}
     columns = {"question_prompt": "{q}", "choices": "a", "answer": "y", "entity": "who"}
     sources = {"forget": (str(files / "forget.jsonl"),), "retain": str(files / "retain.txt")}
-    task = DataOptions(**sources, **options, **columns).task()
+    task = TaskConfig(**sources, **options, **columns).load()
     assert task.untaught_questions is not None
     assert task.retain_questions is not None
     assert [q.entity for q in task.untaught_questions.questions][:3] == ["Zaxim50", "Zaxim50", "Zaxim51"]

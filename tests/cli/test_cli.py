@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from mrp_lens.cli.app import app
 from mrp_lens.cli.unlearn import make_method
-from mrp_lens.data.task import DataOptions, hub_parts
+from mrp_lens.data.task import TaskConfig, hub_parts
 from mrp_lens.edits import load_edit
 from mrp_lens.methods import METHODS, MRP, RMU, AdaptiveRMU
 from mrp_lens.training.loop import NonFiniteLossError
@@ -129,7 +129,7 @@ def test_data_sets_of_the_hub_are_read_in_place_of_files(tmp_path: Path, monkeyp
         )
 
     monkeypatch.setattr(datasets, "load_dataset", load)
-    options = DataOptions(("hub:cais/wmdp-corpora:cyber-forget-corpus",), "hub:wikitext", "hub:cais/mmlu::dev", None)
+    options = TaskConfig(("hub:cais/wmdp-corpora:cyber-forget-corpus",), "hub:wikitext", "hub:cais/mmlu::dev", None)
     assert len(options.corpus(options.forget[0], None)) == len(options.corpus(options.retain, None)) == 1
     quiz = options.quiz(options.questions)
     assert quiz is not None
@@ -148,7 +148,7 @@ def test_files_of_known_data_sets_are_read_by_their_schema(tmp_path: Path) -> No
     path = tmp_path / "tofu.jsonl"
     path.write_text("\n".join(json.dumps(row) for row in rows))
     name = "locuslab/TOFU"
-    options = DataOptions((str(path),), str(path), str(path), None, questions_schema=name, question_prompt="{question}")
+    options = TaskConfig((str(path),), str(path), str(path), None, questions_schema=name, question_prompt="{question}")
     assert options.corpus(str(path), name).documents[0].prompt == "Question: Who?\nAnswer:"
     quiz = options.quiz(str(path))
     assert quiz is not None

@@ -22,7 +22,7 @@ from mrp_lens.data.task import UnlearningTask
 from mrp_lens.data.world import World
 from mrp_lens.edits import ProjectionEdit
 from mrp_lens.edits.subspace import Subspace
-from mrp_lens.evals.lm_eval import harness
+from mrp_lens.evals import evaluate
 from mrp_lens.hf import attach
 from mrp_lens.models import load_model
 from tests.support.edits import projection
@@ -122,7 +122,7 @@ def test_the_harness_alone_scores_the_plain_model_and_the_one_with_the_edit(file
     expected: dict[tuple[str, str], float] = {}
     for method in ("unedited", "projection"):
         handle = attach(model, edit) if method != "unedited" else None
-        frame = harness(model, "quiz", tokenizer=tokenizer, include_path=files / "tasks", limit=50)
+        frame = evaluate(model, "quiz", tokenizer=tokenizer, include_path=files / "tasks", limit=50)
         expected |= {(method, row["metric"]): row["value"] for row in frame.to_dict("records")}
         if handle is not None:
             handle.detach()

@@ -6,9 +6,8 @@ from typing import Any
 import pytest
 import torch
 
-from mrp_lens.edits import ProjectionEdit, SteeringEdit
-from mrp_lens.edits.merging import folded
-from mrp_lens.edits.stack import stripped
+from mrp_lens.edits import ProjectionEdit, SteeringEdit, without_hooks
+from mrp_lens.edits.merging import applied_in_weights
 from mrp_lens.edits.subspace import Subspace
 from mrp_lens.models import LensModel, load_model
 from tests.conftest import D_MODEL, assert_same_state, state_of
@@ -22,7 +21,7 @@ PLACES = [((0, 3), "mlp_out"), ((1, 2), "attn_out"), ((0,), "resid_pre")]
 def loaded(request: pytest.FixtureRequest, backend: str, tmp_path_factory: pytest.TempPathFactory) -> Any:
     if backend == "hooked" and request.param in NO_HOOKED:
         pytest.skip("HookedTransformer does not load this family from a folder")
-    model = load_model(save_family(request.param, tmp_path_factory.mktemp(request.param)), backend=backend)
+    model: Any = load_model(save_family(request.param, tmp_path_factory.mktemp(request.param)), backend=backend)
     model.family = request.param
     return model
 
@@ -35,13 +34,13 @@ def test_weights_compute_what_hooks_compute(loaded: Any, layers: tuple[int, ...]
     if tied or (loaded.family == "gemma2" and site != "resid_pre"):  # a norm behind the matrix
         with (
             pytest.raises(ValueError, match="tied to the unembedding" if tied else "a norm stands"),
-            folded(loaded, edit),
+            applied_in_weights(loaded, edit),
         ):
             raise AssertionError("this is not exact")
     else:
         with edit.applied(loaded):
             hooked = logits(loaded, tokens)
-        with folded(loaded, edit):
+        with applied_in_weights(loaded, edit):
             torch.testing.assert_close(logits(loaded, tokens), hooked, atol=2e-5, rtol=0)
             assert not any(point.fwd_hooks for point in loaded.hook_dict.values())
         assert float((logits(loaded, tokens) - hooked).abs().max()) > 1e-2
@@ -52,29 +51,32 @@ def test_stacks_fold_part_by_part(model: LensModel, tokens: torch.Tensor, untouc
     both = projection(1, site="mlp_out") + weight_edit(model, 2)
     with both.applied(model):
         wanted = logits(model, tokens)
-    with folded(model, both):
+    with applied_in_weights(model, both):
         torch.testing.assert_close(logits(model, tokens), wanted, atol=2e-5, rtol=0)
 
 
 def test_the_middle_of_the_stream_has_no_matrix(model: LensModel, untouched: None) -> None:
     for site in ("resid_post", "resid_pre", "resid_mid"):
-        with pytest.raises(ValueError, match="sum of many layers' outputs"), folded(model, projection(2, site=site)):
+        with (
+            pytest.raises(ValueError, match="sum of many layers' outputs"),
+            applied_in_weights(model, projection(2, site=site)),
+        ):
             pass
 
 
 def test_what_is_left_without_hooks(model: LensModel) -> None:
     weights, hooks = weight_edit(model, 1), projection(0)
-    assert stripped(None) is None
-    assert stripped(hooks) is None
-    assert stripped(weights) is weights
-    assert stripped(hooks + weights) is weights
+    assert without_hooks(None) is None
+    assert without_hooks(hooks) is None
+    assert without_hooks(weights) is weights
+    assert without_hooks(hooks + weights) is weights
     assert (hooks + weights).layers == (0, 1)
     assert isinstance(hooks, ProjectionEdit)
 
 
 def test_it_folds_a_checkpoint_in_bfloat16(backend: str, tiny_folder: Path) -> None:
     half = load_model(tiny_folder, backend=backend, dtype=torch.bfloat16)
-    with folded(half, projection(1, site="mlp_out")):
+    with applied_in_weights(half, projection(1, site="mlp_out")):
         pass
 
 
@@ -84,7 +86,7 @@ def test_new_matrices_come_before_the_projection_behind_them(
     both = projection(1, site="mlp_out") + weight_edit(model, 1)
     with both.applied(model):
         wanted = logits(model, tokens)
-    with folded(model, both):
+    with applied_in_weights(model, both):
         torch.testing.assert_close(logits(model, tokens), wanted, atol=2e-5, rtol=0)
 
 
@@ -134,7 +136,9 @@ def test_a_model_that_computes_something_else_once_written_is_brought_back(
 ) -> None:
     own = load_model(tiny_folder, backend=backend)
     before = state_of(own)
-    monkeypatch.setattr("mrp_lens.edits.merging._project", lambda writers, subspace: writers[0][0].data.mul_(1.1))
+    monkeypatch.setattr(
+        "mrp_lens.edits.projection.project_writers", lambda writers, subspace: writers[0][0].data.mul_(1.1)
+    )
     with pytest.raises(ValueError, match=r"differ by .* of their spread"):
         projection(1, site="mlp_out").merge_(own)
     assert_same_state(before, state_of(own))

@@ -18,7 +18,8 @@ from mrp_lens.data.world import World
 from mrp_lens.data.world.facts import QUESTION
 from mrp_lens.edits import ProjectionEdit
 from mrp_lens.edits.subspace import Subspace
-from mrp_lens.evals.lm_eval import harness, prepends_bos
+from mrp_lens.evals import evaluate
+from mrp_lens.evals.lm_eval import prepends_bos
 from mrp_lens.hf import attach
 from mrp_lens.models import encoder_for, load_model
 from tests.support.families import DEMO_FOLDER, FAMILIES, save_family
@@ -105,12 +106,12 @@ def test_accuracies_are_those_of_log_probabilities_summed_by_hand(
     folder = DEMO_FOLDER if family == "demo" else save_family(family, tmp_path)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    frame = harness(str(folder), "potions,towns", include_path=tasks)
+    frame = evaluate(str(folder), "potions,towns", include_path=tasks)
     for task, quiz in quizzes.items():
         scores = by_hand(model, tokenizer, quiz, bos=STARTS_WITH_BOS[family])
         assert value(frame, task) == right(scores, quiz)
         assert value(frame, task, "acc_norm") == right(scores, quiz, per_character=True)
-        each = harness(model, [task], tokenizer=tokenizer, include_path=tasks, per_question=True, batch_size=5)
+        each = evaluate(model, [task], tokenizer=tokenizer, include_path=tasks, per_question=True, batch_size=5)
         torch.testing.assert_close(answers(each), torch.tensor(scores, dtype=torch.float64), rtol=0, atol=1e-4)
         assert each[each["metric"] == "acc"]["value"].mean() == value(frame, task)
 
@@ -129,7 +130,7 @@ def test_bos_can_be_left_to_the_tokenizer(
     hf_model: Any, tokenizer: Any, tasks: Path, quizzes: dict[str, Questions]
 ) -> None:
     assert tokenizer("word").input_ids[0] != tokenizer.bos_token_id
-    frame = harness(hf_model, "towns", tokenizer=tokenizer, include_path=tasks, bos="tokenizer", per_question=True)
+    frame = evaluate(hf_model, "towns", tokenizer=tokenizer, include_path=tasks, bos="tokenizer", per_question=True)
     without, with_bos = (
         torch.tensor(by_hand(hf_model, tokenizer, quizzes["towns"], bos=bos), dtype=torch.float64)
         for bos in (False, True)
@@ -139,14 +140,20 @@ def test_bos_can_be_left_to_the_tokenizer(
 
 
 def test_an_attached_edit_is_scored_and_gone_after_detaching(
-    hf_model: Any, tokenizer: Any, tasks: Path, quizzes: dict[str, Questions], edit: ProjectionEdit
+    hf_model: Any, tokenizer: Any, tasks: Path, quizzes: dict[str, Questions], edit: ProjectionEdit, tmp_path: Path
 ) -> None:
-    def asked() -> torch.Tensor:
-        return answers(harness(hf_model, "potions", tokenizer=tokenizer, include_path=tasks, per_question=True))
+    def asked(model: Any = hf_model, **options: Any) -> torch.Tensor:
+        return answers(
+            evaluate(model, "potions", tokenizer=tokenizer, include_path=tasks, per_question=True, **options)
+        )
 
     before = asked()
     with attach(hf_model, edit):
         after = asked()
+    assert torch.equal(asked(), before)
+    edit.save_pretrained(tmp_path / "edit")
+    assert torch.equal(asked(edit=edit), after)
+    assert torch.equal(asked("demo", edit=tmp_path / "edit"), after)
     assert torch.equal(asked(), before)
     rows = next(iter(edit.subspaces().values())).basis
 
@@ -180,7 +187,7 @@ def test_the_edited_hugging_face_model_and_the_hooked_model_are_equally_accurate
     with edit.applied(model):
         hooked = float(metrics.accuracy(model, quiz)["accuracy"].iloc[0])
     with attach(hf_model, edit):
-        frame = harness(hf_model, "short", tokenizer=tokenizer, include_path=folder)
+        frame = evaluate(hf_model, "short", tokenizer=tokenizer, include_path=folder)
     assert 0.3 < hooked < 0.97  # an accuracy of 1 would be no test
     assert value(frame, "short") == hooked
 
@@ -189,7 +196,7 @@ def test_generated_answers_start_from_the_same_tokens(
     hf_model: Any, tokenizer: Any, tasks: Path, quizzes: dict[str, Questions], edit: ProjectionEdit
 ) -> None:
     with attach(hf_model, edit):
-        frame = harness(hf_model, "potions_written", tokenizer=tokenizer, include_path=tasks, per_question=True)
+        frame = evaluate(hf_model, "potions_written", tokenizer=tokenizer, include_path=tasks, per_question=True)
         written = []
         for question in quizzes["potions"].questions:
             ids = [tokenizer.bos_token_id, *tokenizer(question.prompt, add_special_tokens=False).input_ids]
@@ -204,7 +211,7 @@ def test_generated_answers_start_from_the_same_tokens(
 
 
 def test_a_group_and_the_tasks_in_it_have_rows(tasks: Path) -> None:
-    frame = harness("demo", ["things", "potions_written"], include_path=tasks)
+    frame = evaluate("demo", ["things", "potions_written"], include_path=tasks)
     assert list(frame) == ["task", "group", "metric", "filter", "value", "stderr", "n", "higher_is_better"]
     counts = {(row["task"], row["group"]): row["n"] for row in frame.to_dict("records")}
     assert counts == {
@@ -220,11 +227,11 @@ def test_a_group_and_the_tasks_in_it_have_rows(tasks: Path) -> None:
 
 
 def test_a_limit_keeps_the_first_questions(tasks: Path) -> None:
-    every = harness("demo", "towns", include_path=tasks, per_question=True)
-    some = harness("demo", "towns", include_path=tasks, per_question=True, limit=5)
+    every = evaluate("demo", "towns", include_path=tasks, per_question=True)
+    some = evaluate("demo", "towns", include_path=tasks, per_question=True, limit=5)
     assert some["question"].tolist() == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
     assert some["target"].tolist() == every["target"].tolist()[:10]
-    assert harness("demo", "towns", include_path=tasks, limit=5)["n"].tolist() == [5, 5]
+    assert evaluate("demo", "towns", include_path=tasks, limit=5)["n"].tolist() == [5, 5]
 
 
 def test_solved_examples_are_drawn_by_the_seed(hf_model: Any, tokenizer: Any, tmp_path: Path) -> None:
@@ -233,7 +240,7 @@ def test_solved_examples_are_drawn_by_the_seed(hf_model: Any, tokenizer: Any, tm
 
     def asked(seed: int, num_fewshot: int = 1) -> torch.Tensor:
         options: dict[str, Any] = {"per_question": True, "seed": seed, "num_fewshot": num_fewshot}
-        return answers(harness(hf_model, "short", tokenizer=tokenizer, include_path=folder, **options))
+        return answers(evaluate(hf_model, "short", tokenizer=tokenizer, include_path=folder, **options))
 
     assert torch.equal(asked(0), asked(0))
     assert not torch.equal(asked(0), asked(1))

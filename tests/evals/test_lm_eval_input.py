@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import mrp_lens.evals.lm_eval as harness_module
 from mrp_lens.data.world import World
-from mrp_lens.evals.lm_eval import harness
+from mrp_lens.evals import evaluate
 from tests.support.families import DEMO_FOLDER
 from tests.support.harness_tasks import write_tasks
 
@@ -58,9 +58,9 @@ def test_model_tokenizer_and_random_states_stay_as_they_are(hf_model: Any, tasks
     trainable = [parameter.requires_grad for parameter in hf_model.parameters()]
     random.random(), np.random.rand(), torch.rand(1)  # noqa: NPY002  (away from where an earlier seed may have left them)
     states = (random.getstate(), str(np.random.get_state()), torch.get_rng_state())  # noqa: NPY002
-    harness(hf_model, "towns", tokenizer=own, include_path=tasks, limit=4)
+    evaluate(hf_model, "towns", tokenizer=own, include_path=tasks, limit=4)
     with pytest.raises(ValueError, match="no task 'nothing'"):
-        harness(hf_model, "nothing", tokenizer=own, include_path=tasks)
+        evaluate(hf_model, "nothing", tokenizer=own, include_path=tasks)
     assert random.getstate() == states[0]
     assert str(np.random.get_state()) == states[1]  # noqa: NPY002
     assert torch.equal(torch.get_rng_state(), states[2])
@@ -105,9 +105,9 @@ def test_a_folder_with_code_of_its_own_is_run_when_that_is_allowed(
     module_folder: Path, tiny_folder: Path, tasks: Path
 ) -> None:
     with pytest.raises(ValueError, match=r"code of its own \(modeling_own.py\).*trust_remote_code=True"):
-        harness(module_folder, "towns", include_path=tasks)
-    frame = harness(module_folder, "towns", include_path=tasks, trust_remote_code=True, limit=6, per_question=True)
-    plain = harness(tiny_folder, "towns", include_path=tasks, limit=6, per_question=True)
+        evaluate(module_folder, "towns", include_path=tasks)
+    frame = evaluate(module_folder, "towns", include_path=tasks, trust_remote_code=True, limit=6, per_question=True)
+    plain = evaluate(tiny_folder, "towns", include_path=tasks, limit=6, per_question=True)
     differences = np.concatenate([np.subtract(*pair) for pair in zip(frame["answers"], plain["answers"], strict=True)])
     assert np.abs(differences).max() > 0.1
 
@@ -122,7 +122,7 @@ def test_the_published_tasks_of_the_help_are_in_the_harness() -> None:
 @pytest.mark.parametrize(
     ("changed", "kind", "message"),
     [
-        ({"tasks": "wmdp_bo"}, ValueError, r"no task 'wmdp_bo' \(it has wmdp_bio.*include_path \(--include-path\)"),
+        ({"tasks": "wmdp_bo"}, ValueError, r"no task 'wmdp_bo' \(it has wmdp_bio.*include_path"),
         ({"tasks": "towns,,potions"}, ValueError, "no task in 'towns,,potions'; name some"),
         ({"tasks": []}, ValueError, "no task in"),
         ({"include_path": "/nowhere"}, FileNotFoundError, "no folder at /nowhere"),
@@ -140,22 +140,22 @@ def test_bad_input_is_named_with_its_remedy(
 ) -> None:
     arguments: dict[str, Any] = {"model": "demo", "tasks": "towns", "include_path": tasks, **changed}
     with pytest.raises(kind, match=message):
-        harness(**arguments)
+        evaluate(**arguments)
 
 
 def test_a_transformerlens_model_is_sent_to_attach(model: Any, tasks: Path, untouched: None) -> None:
     with pytest.raises(TypeError, match=r"mrp_lens.hf.attach\(hf_model, edit\)"):
-        harness(model, "towns", include_path=tasks)
+        evaluate(model, "towns", include_path=tasks)
 
 
 def test_a_model_without_a_folder_needs_its_tokenizer(hf_model: Any, tasks: Path) -> None:
-    assert len(harness(hf_model, "towns", include_path=tasks, limit=2)) == 2  # it came from a folder that has one
+    assert len(evaluate(hf_model, "towns", include_path=tasks, limit=2)) == 2  # it came from a folder that has one
     hf_model.config._name_or_path = ""
-    with pytest.raises(ValueError, match=r"pass harness\(model, tasks, tokenizer=...\)"):
-        harness(hf_model, "towns", include_path=tasks)
+    with pytest.raises(ValueError, match=r"pass evaluate\(model, tasks, tokenizer=...\)"):
+        evaluate(hf_model, "towns", include_path=tasks)
 
 
 def test_without_the_harness_the_extra_is_named(monkeypatch: pytest.MonkeyPatch, tasks: Path) -> None:
     monkeypatch.setattr(harness_module, "find_spec", lambda _: None)
     with pytest.raises(ImportError, match=r"pip install 'mrp_lens\[harness\]'"):
-        harness("demo", "towns", include_path=tasks)
+        evaluate("demo", "towns", include_path=tasks)

@@ -18,7 +18,7 @@ from mrp_lens.edits import Edit, ProjectionEdit, modeling
 from mrp_lens.edits.subspace import Subspace
 from mrp_lens.export import export_hf, push_to_hub
 from mrp_lens.export.checkpoint import Checkpoint
-from mrp_lens.export.model_card import Record, model_card
+from mrp_lens.export.model_card import Measurements, model_card
 from mrp_lens.export.remote_code import CODE_FILE
 from mrp_lens.models import load_model
 from mrp_lens.models.hooks import hook_name
@@ -196,7 +196,7 @@ def test_a_card_shows_strangers_names_as_they_are() -> None:
             }
         },
     }
-    record = Record(notes=[HOSTILE], sources=[HOSTILE])
+    record = Measurements(notes=[HOSTILE], sources=[HOSTILE])
     front = {
         "license": HOSTILE,
         "language": {"a": [HOSTILE]},

@@ -114,7 +114,7 @@ def test_each_form_is_loaded_in_its_own_way(fits: dict[str, Edit]) -> None:
     assert 'from_pretrained("me/out", trust_remote_code=True)' in module
     assert "fails, by design" in module
     assert 'from_pretrained("org/base")' in adapter
-    assert 'mrp_lens.hf.attach(model, snapshot_download("me/out"))' in adapter
+    assert 'mrp_lens.hf.attach(model, "me/out")' in adapter
     local = section(card_of(fits["mrp"], "adapter"), "How to load")
     assert 'mrp_lens.hf.attach(model, "path/to/this/folder")' in local
     for text in (folded, module, adapter, local):

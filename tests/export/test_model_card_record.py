@@ -11,7 +11,7 @@ from huggingface_hub import ModelCard
 from mrp_lens.edits import Edit, ProjectionEdit
 from mrp_lens.edits.provenance import label_of
 from mrp_lens.edits.subspace import Subspace
-from mrp_lens.export.model_card import Record, front_matter_of
+from mrp_lens.export.model_card import Measurements, front_matter_of
 from tests.support.edits import projection
 from tests.support.export_cards import (
     FORMS,
@@ -47,7 +47,7 @@ def test_no_text_of_data_or_answers_reaches_the_card(
 ) -> None:
     assert SECRET in (run_folder / "summary.json").read_text()
     assert SECRET in corpora()[0].documents[0].completion
-    card = card_of(fits["mrp"], form, record=Record.read(run_folder, attack_folder))
+    card = card_of(fits["mrp"], form, record=Measurements.read(run_folder, attack_folder))
     for word in ("quince bandit", "Marlowe", "old man walked"):
         assert word not in card
 
@@ -63,24 +63,24 @@ def test_no_directory_of_the_authors_machine_reaches_the_card(fits: dict[str, Ed
     card = card_of(by_hand, base="/home/author/some base", checks=checks)
     for name in ("my start.pt", "texts.jsonl", "b.txt", "c.txt", "some base", "https://example.org/x 1/2", "3 / 4"):
         assert name in card
-    noted = card_of(fits["mrp"], record=Record.read(run_folder))
+    noted = card_of(fits["mrp"], record=Measurements.read(run_folder))
     assert "see log.csv" in noted
     for text in (card, noted):
         assert not re.search("home|author|private|srv", text)
 
 
 def test_figures_stand_beside_their_controls_with_intervals(fits: dict[str, Edit], run_folder: Path) -> None:
-    figures = section(card_of(fits["mrp"], record=Record.read(run_folder)), "Figures")
+    figures = section(card_of(fits["mrp"], record=Measurements.read(run_folder)), "Figures")
     headings, *rows = tables(figures)[0]
     assert [row[0] for row in rows] == ["unedited (control)", "random-projection (control)", "mrp"]
     place = headings.index("accuracy on what must go")
     assert [row[place] for row in rows] == ["91.2% [88.1, 94.3]", "90.7% [88.1, 94.3]", "27.4% [23.6, 31.2]"]
     assert "12.3" not in figures  # of rmu, which is another edit
-    assert "interrupted after 2 steps" in card_of(fits["mrp"], record=Record.read(run_folder))
+    assert "interrupted after 2 steps" in card_of(fits["mrp"], record=Measurements.read(run_folder))
 
 
 def test_attacks_stand_beside_their_controls_with_intervals(fits: dict[str, Edit], attack_folder: Path) -> None:
-    attacks, probes = tables(section(card_of(fits["mrp"], record=Record.read(attacks=attack_folder)), "Attacks"))
+    attacks, probes = tables(section(card_of(fits["mrp"], record=Measurements.read(attacks=attack_folder)), "Attacks"))
     assert attacks[1:] == [
         ["mrp", "relearn, edit kept, 20 steps", "91.2%", "27.4%", "65.5%", "24.4%", "91.2%", "0.61 [0.51, 0.72]"],
         ["never-taught (control)", "relearn, edit kept, 20 steps", "", "", "", "24.4%", "", "0.03"],
@@ -125,15 +125,15 @@ def test_the_same_arguments_give_the_same_text(
 ) -> None:
     first, second = (card_of(fits["stack"], form) for _ in range(2))
     assert first == second
-    first, second = (card_of(fits["mrp"], form, record=Record.read(run_folder, attack_folder)) for _ in range(2))
+    first, second = (card_of(fits["mrp"], form, record=Measurements.read(run_folder, attack_folder)) for _ in range(2))
     assert first == second
     assert not re.search(r"[ \t]$|\n\n\n", first, flags=re.MULTILINE)
 
 
 def test_figures_of_another_edit_are_refused(fits: dict[str, Edit], run_folder: Path, attack_folder: Path) -> None:
     with pytest.raises(ValueError, match=r"another edit than this one \(rmu\)"):
-        card_of(fits["rmu"], record=Record.read(attacks=attack_folder))
-    for record in (Record.read(run_folder), Record.read(attacks=attack_folder)):
+        card_of(fits["rmu"], record=Measurements.read(attacks=attack_folder))
+    for record in (Measurements.read(run_folder), Measurements.read(attacks=attack_folder)):
         with pytest.raises(ValueError, match=r"another edit than this one \(mrp\)"):
             card_of(fits["both"], record=record)  # the same method, and not the edit that was measured
 
@@ -142,22 +142,22 @@ def test_folders_without_the_rows_that_are_wanted_are_refused(
     run_folder: Path, attack_folder: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(FileNotFoundError, match=r"holds no summary\.json; give a folder that mrp-lens unlearn"):
-        Record.read(tmp_path / "nowhere")
+        Measurements.read(tmp_path / "nowhere")
     with pytest.raises(FileNotFoundError, match=r"give a folder that mrp-lens attack"):
-        Record.read(run_folder, tmp_path / "nowhere")
+        Measurements.read(run_folder, tmp_path / "nowhere")
     with pytest.raises(ValueError, match="not those of mrp-lens attack"):
-        Record.read(attacks=run_folder)
+        Measurements.read(attacks=run_folder)
     with pytest.raises(ValueError, match="not those of mrp-lens unlearn"):
-        Record.read(attack_folder)
+        Measurements.read(attack_folder)
     summary = run_folder / "summary.json"
     text = summary.read_text()
     summary.write_text(json.dumps({**json.loads(text), "rows": []}))
     with pytest.raises(ValueError, match="holds no rows"):
-        Record.read(run_folder)
+        Measurements.read(run_folder)
     for damaged in (text[:-30], "[]", '{"rows": [3]}'):
         summary.write_text(damaged)
         with pytest.raises(ValueError, match=r"summary\.json is damaged.*run mrp-lens unlearn"):
-            Record.read(run_folder)
+            Measurements.read(run_folder)
 
 
 def test_an_edit_is_labelled_as_runs_label_it(fits: dict[str, Edit]) -> None:

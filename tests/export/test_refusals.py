@@ -164,7 +164,7 @@ def test_quantised_and_incomplete_folders_are_refused(model: Any, tiny_folder: P
 def test_folded_and_centred_weights_are_refused(backend: str, tmp_path: Path, tiny_folder: Path) -> None:
     if backend != "hooked":
         pytest.skip("HookedTransformer folds")
-    own = load_model(tiny_folder, backend="hooked")
+    own: Any = load_model(tiny_folder, backend="hooked")
     own.process_weights_(fold_ln=True, center_writing_weights=False, center_unembed=False)
     with pytest.raises(ValueError, match="no Hugging Face checkpoint holds these weights"):
         export_hf(own, projection(1), tmp_path / "out", base=tiny_folder, progress=False)
@@ -216,7 +216,7 @@ def test_a_model_that_differs_is_removed_and_the_old_folder_stays(
     out = tmp_path / "out"
     export_hf(model, projection(1, site="mlp_out"), out, verify=False, progress=False)
     before = {file.name: file.read_bytes() for file in out.iterdir()}
-    monkeypatch.setattr("mrp_lens.export.export.folded_into", wrong)
+    monkeypatch.setattr("mrp_lens.export.formats.folded_into", wrong)
     with pytest.raises(ExportMismatchError, match="is not the edited one"):
         export_hf(model, projection(1, site="mlp_out"), out, overwrite=True, progress=False)
     assert {file.name: file.read_bytes() for file in out.iterdir()} == before

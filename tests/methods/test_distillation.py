@@ -11,9 +11,8 @@ from transformers import AutoModelForCausalLM
 from mrp_lens.attacks import relearn
 from mrp_lens.cli.unlearn import make_method
 from mrp_lens.data import Corpus, Questions
-from mrp_lens.edits import ProjectionEdit, WeightEdit, load_edit
+from mrp_lens.edits import ProjectionEdit, WeightEdit, load_edit, without_hooks
 from mrp_lens.edits.provenance import label_of
-from mrp_lens.edits.stack import stripped
 from mrp_lens.edits.subspace import Subspace
 from mrp_lens.export import export_hf
 from mrp_lens.hf import attach
@@ -93,7 +92,7 @@ def test_the_edit_is_saved_loaded_stripped_and_retrained(bridge: Any, texts: Tex
             return logits_of(bridge, tokens, torch.ones_like(tokens, dtype=torch.bool))
 
     assert torch.equal(logits(edit), logits(loaded))
-    weights = stripped(loaded)
+    weights = without_hooks(loaded)
     assert isinstance(weights, WeightEdit)
     assert not torch.equal(logits(loaded), logits(weights))
     rows = [{"q": f"The colour of Q{i} is", "c": [" red", " blue"], "a": i % 2, "e": str(i)} for i in range(48)]
@@ -109,7 +108,7 @@ def test_hugging_face_gets_it_as_a_module_its_matrices_as_a_checkpoint_and_eithe
     bridge: Any, tiny_folder: Path, texts: Texts, tmp_path: Path
 ) -> None:
     edit = QUICK.fit(bridge, *texts, seed=0, progress=False).edit
-    weights = stripped(edit)
+    weights = without_hooks(edit)
     assert weights is not None
     assert export_hf(bridge, edit, tmp_path / "kept").form == "module"  # proved in a fresh process
     assert export_hf(bridge, weights, tmp_path / "weights").form == "folded"

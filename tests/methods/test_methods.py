@@ -209,14 +209,14 @@ def test_adaptive_coefficients_are_beta_times_the_stated_norm(model: LensModel, 
     states = torch.randn(2, 4, D_MODEL, generator=torch.Generator().manual_seed(0))
     mask = torch.tensor([[False, True, True, True], [False, True, False, False]])
     norms = states.norm(dim=-1)
-    got = torch.as_tensor(method._coefficient(states, mask, None))
+    got = torch.as_tensor(method.c(None, states, mask, None))
     if coefficient == "token":
         torch.testing.assert_close(got[mask][:, 0], 3.0 * norms[mask])
     elif coefficient == "sample":
         torch.testing.assert_close(got.flatten(), 3.0 * torch.stack([norms[0, 1:].mean(), norms[1, 1]]))
     else:
         assert float(got) == pytest.approx(3.0 * float(norms[mask].mean()), rel=1e-5)
-        assert method._coefficient(states, mask, 7.0) == 7.0
+        assert method.c(None, states, mask, 7.0) == 7.0
 
 
 def test_uniform_directions_are_far_from_isotropic_and_gaussian_ones_are_not(

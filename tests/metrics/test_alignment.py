@@ -12,7 +12,7 @@ import torch
 from mrp_lens.data import Corpus
 from mrp_lens.edits import SteeringEdit
 from mrp_lens.edits.subspace import random_units
-from mrp_lens.metrics.activations import read_states
+from mrp_lens.metrics.activations import StateReader
 from mrp_lens.metrics.alignment import alignment
 from mrp_lens.metrics.bootstrap import TokenMean
 from mrp_lens.models import load_model
@@ -129,7 +129,7 @@ def test_states_are_read_whatever_the_window(model: Any, monkeypatch: pytest.Mon
     texts[3] = ""
     hook = "blocks.1.hook_resid_post"
     seen: dict[int, torch.Tensor] = {}
-    for batch in read_states(model, Corpus.from_texts(texts), [hook], batch_size=2):
+    for batch in StateReader(model, batch_size=2).read(Corpus.from_texts(texts), [hook]):
         for row in batch.rows.unique().tolist():
             assert row not in seen
             seen[row] = batch.states[hook][batch.rows == row]

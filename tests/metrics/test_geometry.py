@@ -12,8 +12,7 @@ from mrp_lens.data import Corpus
 from mrp_lens.data.tokenization import PaddingSide
 from mrp_lens.edits import Edit, ProjectionEdit, SteeringEdit
 from mrp_lens.edits.subspace import Subspace
-from mrp_lens.metrics.activations import Moments
-from mrp_lens.metrics.geometry import geometry, propagation
+from mrp_lens.metrics.geometry import Moments, geometry, propagation
 from mrp_lens.metrics.pca import principal_angles, principal_plane
 from mrp_lens.models import LensModel
 from mrp_lens.models.hooks import hook_name

@@ -122,7 +122,7 @@ def test_the_last_layer_gives_the_models_own_logits(model: LensModel, edited: bo
     rows = encoder.encode([Document(q.prompt, "") for q in QUIZ.questions])
     name = hook_name(LAYERS - 1)
     edit = projection(1, LAYERS - 1)
-    undo = edit.install(model) if edited else None
+    handle = edit.attach(model) if edited else None
     try:
         ((places, states),) = last_states(model, encoder, rows, [name])
         logits = unembedded(model, states[name])
@@ -132,8 +132,8 @@ def test_the_last_layer_gives_the_models_own_logits(model: LensModel, edited: bo
                 expected = logits_of(model, ids, torch.ones_like(ids, dtype=torch.bool))[0, -1]
             torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
     finally:
-        if undo is not None:
-            undo()
+        if handle is not None:
+            handle.detach()
 
 
 def test_a_soft_cap_on_the_logits_is_kept(tmp_path: Path) -> None:

@@ -147,7 +147,7 @@ def test_a_users_own_folded_hooked_transformer_takes_edits_and_fits_but_no_expor
     tmp_path: Path, texts: Texts, hf_model: Any
 ) -> None:
     folder = save_family("gpt2", tmp_path / "gpt2")
-    model = load_model(folder, backend="hooked")
+    model: Any = load_model(folder, backend="hooked")
     assert why_not_exportable(model) is None
     before = log_probabilities(model)
     model.process_weights_()
@@ -161,7 +161,7 @@ def test_a_users_own_folded_hooked_transformer_takes_edits_and_fits_but_no_expor
 
 
 def test_the_bridges_compatibility_mode_is_known(tiny_folder: Path) -> None:
-    model = load_model(tiny_folder, backend="bridge")
+    model: Any = load_model(tiny_folder, backend="bridge")
     assert why_not_exportable(model) is None
     model.enable_compatibility_mode()
     assert why_not_exportable(model) == "its compatibility mode rewrote the weights"

@@ -225,7 +225,7 @@ def test_a_bos_or_eos_that_the_tokenizer_does_not_have_cannot_be_asked_for(tmp_p
 
 
 def test_a_tokenizer_that_is_assigned_again_stays_what_it_is(tiny_folder: Path, backend: str) -> None:
-    model = load_model(tiny_folder, backend=backend)
+    model: Any = load_model(tiny_folder, backend=backend)
     other = copy.deepcopy(model.tokenizer)
     other.chat_template = "{{ messages }}"
     if backend == "bridge":

@@ -44,7 +44,7 @@ def told(figure: go.Figure, name: str) -> Any:
 def test_every_picture_is_listed_by_its_name() -> None:
     assert list(plots.FIGURES) == sorted(PLAIN)
     assert all(getattr(plots, name) is function for name, function in plots.FIGURES.items())
-    assert set(plots.__all__) == {*PLAIN, "FIGURES", "Frame"}
+    assert set(plots.__all__) == {*PLAIN, "FIGURES", "Frame", "register"}
 
 
 @pytest.mark.parametrize("name", VARIANTS)

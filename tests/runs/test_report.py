@@ -123,7 +123,7 @@ def test_the_table_leaves_out_what_is_empty_and_joins_intervals_to_their_values(
             }
         ]
     )
-    assert table.headings == ["method", "layer", "accuracy on what must stay", "x"]
+    assert table.headings == ["method", "layer", "accuracy on the retain quiz", "x"]
     assert table.rows == [(False, ["mrp", "2", "50.0%", "1.235 [1, 2]"])]
     frame = table_of(
         [

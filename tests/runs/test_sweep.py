@@ -217,9 +217,9 @@ def test_the_command_names_what_is_wrong(tiny_folder: Path, files: Path, extra: 
 
 def test_a_model_of_ones_own_needs_data(tiny_folder: Path, tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["sweep", "--model", str(tiny_folder), "--out", str(tmp_path / "o")])
-    assert "give --forget and --retain" in str(result.exception)
+    assert "give forget=... and retain=..." in str(result.exception)
     result = CliRunner().invoke(app, ["sweep", "--forget", "x.jsonl", "--out", str(tmp_path / "o")])
-    assert "--forget and --retain go together" in str(result.exception)
+    assert "forget and retain go together" in str(result.exception)
 
 
 @pytest.mark.slow

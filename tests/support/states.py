@@ -79,7 +79,7 @@ def plain_states(model: LensModel, corpus: Corpus, hooks: Sequence[str], edit: E
     tokenizer = model.tokenizer
     states: dict[str, States] = {name: {} for name in hooks}
     seen: dict[str, torch.Tensor] = {}
-    undo = edit.install(model) if edit is not None else None
+    handle = edit.attach(model) if edit is not None else None
     for name in hooks:
         model.hook_dict[name].add_hook(lambda activation, hook, name=name: seen.update({name: activation.clone()}))
     for number, document in enumerate(corpus.documents):
@@ -92,8 +92,8 @@ def plain_states(model: LensModel, corpus: Corpus, hooks: Sequence[str], edit: E
                 states[name][number, position] = seen[name][0, position + 1].double().numpy()
     for name in hooks:
         model.hook_dict[name].fwd_hooks.pop().hook.remove()
-    if undo is not None:
-        undo()
+    if handle is not None:
+        handle.detach()
     return states
 
 

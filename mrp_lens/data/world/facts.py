@@ -6,7 +6,8 @@ from functools import cached_property
 from itertools import product
 from typing import TypeVar
 
-from mrp_lens.data import Corpus, Questions
+from mrp_lens.data.documents import Corpus
+from mrp_lens.data.questions import Questions
 
 CHOICES = 4
 

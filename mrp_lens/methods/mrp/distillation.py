@@ -3,8 +3,7 @@
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
@@ -13,7 +12,7 @@ from torch import Tensor
 from mrp_lens.data import Corpus
 from mrp_lens.data.tokenization import Batches, Encoded, Encoder, TokenBatch, in_order
 from mrp_lens.edits import ProjectionEdit, WeightEdit, edit_on
-from mrp_lens.methods.base import parts_of
+from mrp_lens.methods.base import FitContext, parts_of
 from mrp_lens.models import (
     EditableWeight,
     LensModel,
@@ -27,8 +26,7 @@ from mrp_lens.models import (
 )
 from mrp_lens.models.generation import drawn_seed, start_token, written_texts
 from mrp_lens.models.hooks import captured, hook_name
-from mrp_lens.training.checkpoints import Checkpoint
-from mrp_lens.training.loop import TrainingRun, train
+from mrp_lens.training.loop import TrainingRun
 from mrp_lens.training.losses import kl, predictions
 from mrp_lens.training.optim import MasterAdamW, Trainable, warmup_cosine
 from mrp_lens.utils.io import write_json
@@ -36,6 +34,14 @@ from mrp_lens.utils.validation import PlainSettings, given, positive, whole
 
 TEXTS_FILE = "texts.json"
 LR_BY_WIDTH = 0.384  # 3e-3 at d_model 128
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillationSettings:
+    """What a distillation runs with where the user gave nothing."""
+
+    layers: tuple[int, ...]
+    lr: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,8 +79,8 @@ class Distillation(PlainSettings):
     steps: int = 1200
     batch_size: int = 64
 
-    def resolved(self, model: LensModel) -> "Distillation":
-        """Every default filled in and checked.
+    def resolve(self, model: LensModel) -> DistillationSettings:
+        """Defaults filled in, and everything checked.
 
         Raises:
             ValueError: a value out of range, a layer that does not exist, a HookedTransformer, a family whose joint
@@ -102,89 +108,100 @@ class Distillation(PlainSettings):
         start_token(model)
         depth, width = int(model.cfg.n_layers), int(model.cfg.d_model)
         layers = check_layers(model, given(self.layers, range(max(1, depth // 2))))
-        settled = replace(self, layers=layers, lr=given(self.lr, LR_BY_WIDTH / width))
         known = checkpoint_names(model)
-        foreign = [weight.name for weight in settled._matrices(model) if weight.name not in known]
+        foreign = [weight.name for weight in self._matrices(model, layers) if weight.name not in known]
         if foreign:
             raise ValueError(
                 f"distillation is not possible in this architecture: TransformerLens keeps {foreign[0]} and others apart, which the "
                 "checkpoint holds in joint matrices; leave distillation out"
             )
-        return settled
+        return DistillationSettings(layers=layers, lr=given(self.lr, LR_BY_WIDTH / width))
 
-    def fit(
+    def teach(
         self,
-        model: LensModel,
+        settings: DistillationSettings,
+        context: FitContext,
         projection: ProjectionEdit,
-        retain: Sequence[Encoded],
         *,
-        generator: torch.Generator,
         micro_batch: int | None = None,
-        progress: bool = True,
-        checkpoint: Checkpoint | None = None,
     ) -> tuple[WeightEdit, TrainingRun]:
-        """New matrices that do without the facts that the projection removes; `resolved` comes first.
+        """New matrices that do without the facts that the projection removes.
 
         Args:
-            model: Bridge without the projection, frozen; it is left as it is.
-            projection: tells which texts are about what must go. Every other update trains with it on, so that the
+            settings: of `resolve`.
+            context: its model is the Bridge without the projection, frozen; it is left as it is. The documents of its retain
+                set are taught as well; texts and training are kept in its checkpoint, and read from there.
+            projection: tells which texts are about the forget set. Every other update trains with it on, so that the
                 matrices serve with it and without.
-            retain: documents that are taught as well.
-            generator: of texts, noise and order.
             micro_batch: documents a pass, if a batch does not fit into memory.
-            progress: show progress bars.
-            checkpoint: where texts and training are kept while it runs, and read from if they are there.
 
         Raises:
             ValueError: there is no text on which model and projection agree.
         """
-        weights = self._matrices(model)
+        model, generator = context.model, context.generator
+        weights = self._matrices(model, settings.layers)
         encoder = encoder_for(model, append_eos=True)  # what follows a text's last token is taught too
-        texts = self._texts(model, generator, checkpoint, progress=progress)
-        rows = [*self._agreed(model, projection, encoder, texts), *retain]
+        texts = self._texts(context)
+        rows = [*self._agreed(model, projection, encoder, texts), *context.data.retain]
         with restored(weight.parameter for weight in weights):
             original = {weight.name: weight.read() for weight in weights}
-            student = _Student(weights, [self._noise_of(weight) for weight in weights], generator)
+            noise = [self._noise_of(weight, settings.layers) for weight in weights]
+            student = _Student(weights, noise, generator)
             batches = Batches(rows, self.batch_size, generator)
-            losses = partial(self._losses, model, student, projection, batches, encoder, micro_batch)
-            run = train(
+            hook = hook_name(max(settings.layers))
+
+            def losses(step: int) -> Iterator[dict[str, Tensor]]:
+                """KL(unedited || student), and the error of the states behind the reset layers."""
+                batch = encoder.collate(next(batches))
+                for part in parts_of(batch, micro_batch):
+                    with student.away(), torch.no_grad(), captured(model, [hook]) as store:
+                        wanted = predictions(model, part)
+                        states = store[hook]
+                    with edit_on(model, projection if step % 2 else None), captured(model, [hook]) as store:
+                        divergence = kl(wanted, predictions(model, part)).sum() / batch.loss_mask[:, 1:].sum()
+                        share = part.content_mask.sum() / batch.content_mask.sum()
+                        error = unexplained(store[hook], states, part) * share
+                    yield {
+                        "loss": divergence + self.match_weight * error,
+                        "divergence": divergence,
+                        "unexplained": error,
+                    }
+
+            run = context.train(
                 losses,
-                MasterAdamW(student.masters, given(self.lr, 0.0)),
+                MasterAdamW(student.masters, settings.lr),
                 steps=self.steps,
-                description="distillation",
                 schedule=warmup_cosine,
-                progress=progress,
-                generator=generator,
                 resumable={"batches": batches},
-                checkpoint=checkpoint,
+                shown=lambda: edit_on(model, projection),
             )
             learned = {weight.name: weight.read() for weight in weights}
-        return WeightEdit(learned, {name: tensor_digests(matrix) for name, matrix in original.items()}), run
+        replaced = {name: tensor_digests(matrix) for name, matrix in original.items()}
+        return WeightEdit(learned, replaced, provenance=context.provenance(run)), run
 
-    def _matrices(self, model: LensModel) -> list[EditableWeight]:
-        """All tensors of the layers that change."""
-        last = int(model.cfg.n_layers) - 1
-        chosen = range(last + 1) if self.later_noise > 0.0 else given(self.layers, ())
+    def _matrices(self, model: LensModel, layers: Sequence[int]) -> list[EditableWeight]:
+        """All tensors of the layers that change, of which `layers` are reset."""
+        chosen = range(int(model.cfg.n_layers)) if self.later_noise > 0.0 else layers
         inside = {id(p) for layer in chosen for p in model.blocks[layer].parameters()}
         return [weight for weight in weights_by_name(model).values() if id(weight.parameter) in inside]
 
-    def _noise_of(self, weight: EditableWeight) -> float:
+    def _noise_of(self, weight: EditableWeight, layers: Sequence[int]) -> float:
         """The share of a tensor that becomes noise; gains and biases keep theirs."""
         if weight.parameter.ndim < 2:
             return 0.0
-        return self.noise if weight.layer in given(self.layers, ()) else self.later_noise
+        return self.noise if weight.layer in layers else self.later_noise
 
-    def _texts(
-        self, model: LensModel, generator: torch.Generator, checkpoint: Checkpoint | None, *, progress: bool
-    ) -> list[str]:
+    def _texts(self, context: FitContext) -> list[str]:
         """Texts that the model writes; those of the checkpoint, if they are there."""
-        length = min(self.text_length, int(model.cfg.n_ctx) - 2)
-        path = None if checkpoint is None else checkpoint.folder / TEXTS_FILE
-        seed = drawn_seed(generator)  # drawn in either case: what follows must not depend on where the texts come from
+        length = min(self.text_length, int(context.model.cfg.n_ctx) - 2)
+        path = None if context.checkpoint is None else context.checkpoint.folder / TEXTS_FILE
+        seed = drawn_seed(
+            context.generator
+        )  # in either case: what follows must not depend on where the texts come from
         if path is not None and path.is_file():
             known: list[str] = json.loads(path.read_text(encoding="utf-8"))
             return known
-        texts = written_texts(model, self.texts, max_new_tokens=length, seed=seed, progress=progress)
+        texts = written_texts(context.model, self.texts, max_new_tokens=length, seed=seed, progress=context.progress)
         if path is not None:
             write_json(path, texts)
         return texts
@@ -209,29 +226,6 @@ class Distillation(PlainSettings):
                 f"the projection changes what the model predicts by {self.agreement} nats or more in all of its {len(rows)} texts; raise agreement"
             )
         return agreed
-
-    def _losses(
-        self,
-        model: LensModel,
-        student: "_Student",
-        projection: ProjectionEdit,
-        batches: Iterator[list[Encoded]],
-        encoder: Encoder,
-        micro_batch: int | None,
-        step: int,
-    ) -> Iterator[dict[str, Tensor]]:
-        """What is minimised: KL(unedited || student), and the error of the states behind the reset layers."""
-        batch = encoder.collate(next(batches))
-        hook = hook_name(max(given(self.layers, ())))
-        for part in parts_of(batch, micro_batch):
-            with student.away(), torch.no_grad(), captured(model, [hook]) as store:
-                wanted = predictions(model, part)
-                states = store[hook]
-            with edit_on(model, projection if step % 2 else None), captured(model, [hook]) as store:
-                divergence = kl(wanted, predictions(model, part)).sum() / batch.loss_mask[:, 1:].sum()
-                share = part.content_mask.sum() / batch.content_mask.sum()
-                error = unexplained(store[hook], states, part) * share
-            yield {"loss": divergence + self.match_weight * error, "divergence": divergence, "unexplained": error}
 
 
 def unexplained(

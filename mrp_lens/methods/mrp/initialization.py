@@ -143,6 +143,15 @@ class LearnedRows:
         finally:
             self.on = True
 
+    @contextmanager
+    def with_all(self) -> Iterator[None]:
+        """The model as the edit makes it, whichever requests the step under way trains with."""
+        alone, self.alone = self.alone, False
+        try:
+            yield
+        finally:
+            self.alone = alone
+
     def edit(self, request: str, record: Mapping[str, Any]) -> ProjectionEdit:
         """The rows as they are now."""
         subspaces = {

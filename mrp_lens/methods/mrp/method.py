@@ -3,41 +3,39 @@
 import math
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass, replace
 
 import pandas as pd
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from mrp_lens.data import Corpus
 from mrp_lens.data.tokenization import Batches
-from mrp_lens.edits import Edit
-from mrp_lens.edits.stack import besides_projections, projection_in
-from mrp_lens.methods.base import (
-    Data,
-    Fit,
-    Forget,
-    claimed,
-    fitting,
-    parts_of,
-    prepare,
-    provenance,
-    request_provenance,
-)
-from mrp_lens.methods.mrp.distillation import Distillation
+from mrp_lens.edits import Edit, projection_in, without_projections
+from mrp_lens.methods.base import Data, FitContext, FitTemplate, both_sides, fitting, parts_of, request_provenance
+from mrp_lens.methods.fit import Fit
+from mrp_lens.methods.mrp.distillation import Distillation, DistillationSettings
 from mrp_lens.methods.mrp.initialization import LearnedRows, Start, start_rows
-from mrp_lens.methods.registry import Method, Swept, register
-from mrp_lens.models import LensModel, check_layers, check_lens_model, describe
+from mrp_lens.methods.registry import Swept, register
+from mrp_lens.models import LensModel, check_layers, describe
 from mrp_lens.models.hooks import Site, hook_name, hooked
-from mrp_lens.training.checkpoints import EVERY
-from mrp_lens.training.loop import train
 from mrp_lens.training.losses import ForgetLoss, RetainLoss, cross_entropy, kl, log_odds, openness, predictions
 from mrp_lens.training.optim import linear_decay
 from mrp_lens.utils.torch_state import ordinary_torch
 from mrp_lens.utils.validation import generator_for, given, one_of, positive, whole
 
 FORGET_BOUND = {"odds": 1.0, "bounded": 5.0, "ascent": math.inf}  # nats
+
+
+@dataclass(frozen=True, kw_only=True)
+class MRPSettings:
+    """What a fit of MRP runs with where the user gave nothing; the distillation's only where one was asked for."""
+
+    layers: tuple[int, ...]
+    rank: int
+    lr: float
+    distillation: DistillationSettings | None
 
 
 @register(
@@ -48,11 +46,14 @@ FORGET_BOUND = {"odds": 1.0, "bounded": 5.0, "ascent": math.inf}  # nats
     report="subspaces of rank {rank} removed from the residual stream at layers {layers}",
 )
 @dataclass(frozen=True, kw_only=True)
-class MRP(Method):
+class MRP(FitTemplate[MRPSettings]):
     """Metamorphosis Representation Projection (arXiv 2508.15449).
 
     At each chosen layer h <- h - (h Q^T) Q, where Q are orthonormal rows spanning what W [rank, d_model] spans. Only W
-    learns, from forget loss + retain_weight * retain loss.
+    learns, from forget loss + retain_weight * retain loss. Several forget corpora make one request.
+
+    A later request (`fit(..., after=...)`) has rows orthogonal to those of the earlier ones, and every other step trains with
+    these off, so that each request does its work also once another is taken back.
 
     Args:
         layers: where to project. None: the second half of the depth, at most four layers spread over it.
@@ -97,113 +98,10 @@ class MRP(Method):
     max_length: int | None = None
     distillation: Distillation | None = None
 
-    @ordinary_torch(gradients=True)
-    def fit(
-        self,
-        model: LensModel,
-        forget: Forget,
-        retain: Corpus,
-        *,
-        seed: int = 0,
-        after: Edit | None = None,
-        request: str | None = None,
-        progress: bool = True,
-        checkpoint: str | Path | None = None,
-        every: int = EVERY,
-    ) -> Fit:
-        """Learn what to remove; the model itself is left as it is.
+    by_request = True
 
-        Args:
-            model: HookedTransformer or TransformerBridge, in any dtype (W is float32).
-            forget: what must go; several corpora make one request.
-            retain: what must stay.
-            seed: of the order of the data and of random starts.
-            after: an earlier edit; new rows are orthogonal to its rows, the result holds both. Every other step trains
-                with the earlier rows off, so that each request does its work also once another is taken back.
-            request: name of this request. None: the names of the forget corpora.
-            progress: show a progress bar.
-            checkpoint: a folder of its own in which the fit is kept while it runs; the same call again goes on with a fit that
-                was killed, and ends with the same bits. It is left there when the fit is done.
-            every: updates after which it is written.
-
-        Raises:
-            ValueError: a layer that does not exist, rank >= d_model or above the number of usable states, an empty
-                corpus, a request name that `after` has already, a hyperparameter out of range, or a checkpoint of another
-                fit.
-            NonFiniteLossError: the loss became NaN or infinite.
-        """
-        generator = generator_for(seed)
-        check_lens_model(model)
-        resolved, data, label = self._resolved(model, after, request, forget, retain)
-        settings = asdict(resolved)
-        record = provenance(model, self.name, settings, data, seed=seed)
-        kept = claimed(checkpoint, every, model, {**record, "request": label}, after)
-        with fitting(model, after):
-            learned = resolved._start(model, data, after, generator)
-        with fitting(model, besides_projections(after)):
-            optimizer = torch.optim.Adam(list(learned.rows.values()), lr=given(resolved.lr, 0.0))
-            losses = _Losses(resolved, model, data, learned, generator)
-            with hooked(model, learned.hooks()):
-                run = train(
-                    losses,
-                    optimizer,
-                    steps=self.steps,
-                    description=self.name,
-                    schedule=linear_decay,
-                    progress=progress,
-                    generator=generator,
-                    resumable={"forget": losses.forget, "retain": losses.retain},
-                    checkpoint=kept,
-                )
-        projection = learned.edit(label, request_provenance(label, {**record, "steps_done": len(run.log)}))
-        edit: Edit = projection if after is None else after + projection
-        fit = Fit(edit, run.log, settings, run.interrupted)
-        if resolved.distillation is None or run.interrupted:
-            return fit
-        earlier, begun = projection_in(after), time.perf_counter()
-        try:
-            with fitting(model, besides_projections(after)):
-                matrices, taught = resolved.distillation.fit(
-                    model,
-                    projection if earlier is None else earlier.join(projection),
-                    data.retain,
-                    generator=generator,
-                    micro_batch=self.micro_batch,
-                    progress=progress,
-                    checkpoint=None if kept is None else kept.part("distillation"),
-                )
-        except KeyboardInterrupt:
-            return replace(fit, interrupted=True)
-        if taught.interrupted:  # matrices taught halfway are still mostly noise
-            return replace(fit, interrupted=True)
-        taught_record = provenance(model, self.name, settings["distillation"], data, seed=seed)
-        matrices.provenance = {**taught_record, "steps_done": len(taught.log)}
-        log = joined_logs(run.log, taught.log, seconds=time.perf_counter() - begun)
-        return replace(fit, edit=edit + matrices, log=log)
-
-    @ordinary_torch(gradients=True)
-    def start(
-        self,
-        model: LensModel,
-        forget: Forget,
-        retain: Corpus,
-        *,
-        seed: int = 0,
-        after: Edit | None = None,
-        request: str | None = None,
-    ) -> Edit:
-        """The control "untrained start": the projection from which `fit` with the same arguments sets out."""
-        resolved, data, label = self._resolved(model, after, request, forget, retain)
-        with fitting(model, after):
-            edit: Edit = resolved._start(model, data, after, generator_for(seed)).edit(
-                label, {"model": describe(model)}
-            )
-        return edit if after is None else after + edit
-
-    def _resolved(
-        self, model: LensModel, after: Edit | None, request: str | None, forget: Forget, retain: Corpus
-    ) -> tuple["MRP", Data, str]:
-        """Every hyperparameter filled in and checked, the encoded data, the request's name."""
+    @override
+    def check(self, model: LensModel) -> None:
         positive(
             rank=self.rank,
             lr=self.lr,
@@ -219,32 +117,91 @@ class MRP(Method):
         one_of(ForgetLoss, forget_loss=self.forget_loss)
         one_of(RetainLoss, retain_loss=self.retain_loss)
         one_of(Site, site=self.site)
-        width = int(model.cfg.d_model)
-        rank = given(self.rank, default_rank(model))
+        rank, width = given(self.rank, default_rank(model)), int(model.cfg.d_model)
         if rank >= width:
             raise ValueError(
                 f"rank {rank} must be below d_model {width}: removing every direction would leave no state"
             )
-        layers = check_layers(model, given(self.layers, default_layers(model.cfg.n_layers)))
-        data = prepare(model, forget, retain, max_length=self.max_length)
-        label = given(request, "+".join(data.names))
+        self._layers(model)
+
+    @override
+    def check_request(self, request: str, after: Edit | None) -> None:
         earlier = projection_in(after)
-        if earlier is not None and label in earlier.requests:
-            raise ValueError(f"the earlier edit has a request {label!r} already; name this one with request=...")
-        return (
-            replace(
-                self,
-                layers=layers,
-                rank=rank,
-                lr=given(self.lr, 0.2 / math.sqrt(width)),
-                distillation=self.distillation and self.distillation.resolved(model),
-            ),
-            data,
-            label,
+        if earlier is not None and request in earlier.requests:
+            raise ValueError(f"the earlier edit has a request {request!r} already; name this one with request=...")
+
+    @override
+    def resolve(self, model: LensModel, data: Data) -> MRPSettings:
+        return MRPSettings(
+            layers=self._layers(model),
+            rank=given(self.rank, default_rank(model)),
+            lr=given(self.lr, 0.2 / math.sqrt(model.cfg.d_model)),
+            distillation=None if self.distillation is None else self.distillation.resolve(model),
         )
 
-    def _start(self, model: LensModel, data: Data, after: Edit | None, generator: torch.Generator) -> "LearnedRows":
-        hooks = [hook_name(layer, self.site) for layer in given(self.layers, ())]
+    @override
+    def learn(self, settings: MRPSettings, context: FitContext) -> Fit:
+        model, after = context.model, context.after
+        with fitting(model, after):
+            learned = self._start(settings, model, context.data, after, context.generator)
+        with fitting(model, without_projections(after)):
+            losses = _Losses(self, context, learned)
+            with hooked(model, learned.hooks()):
+                run = context.train(
+                    losses,
+                    torch.optim.Adam(list(learned.rows.values()), lr=settings.lr),
+                    steps=self.steps,
+                    schedule=linear_decay,
+                    resumable={"forget": losses.forget, "retain": losses.retain},
+                    shown=learned.with_all,
+                )
+        projection = learned.edit(context.request, request_provenance(context.request, context.provenance(run)))
+        fit = context.result(projection, run)
+        if self.distillation is None or settings.distillation is None or run.interrupted:
+            return fit
+        earlier, begun = projection_in(after), time.perf_counter()
+        phase = context.phase("distillation", fit.settings["distillation"])
+        try:
+            with fitting(model, without_projections(after)):
+                matrices, taught = self.distillation.teach(
+                    settings.distillation,
+                    phase,
+                    projection if earlier is None else earlier.join(projection),
+                    micro_batch=self.micro_batch,
+                )
+        except KeyboardInterrupt:
+            return replace(fit, interrupted=True)
+        if taught.interrupted:  # matrices taught halfway are still mostly noise
+            return replace(fit, interrupted=True)
+        log = joined_logs(run.log, taught.log, seconds=time.perf_counter() - begun)
+        return replace(fit, edit=fit.edit + matrices, log=log)
+
+    @ordinary_torch(gradients=True)
+    def start(
+        self,
+        model: LensModel,
+        forget: Corpus | Sequence[Corpus],
+        retain: Corpus,
+        *,
+        seed: int = 0,
+        after: Edit | None = None,
+        request: str | None = None,
+    ) -> Edit:
+        """The control "untrained start": the projection from which `fit` with the same arguments sets out."""
+        data, settings = self.prepared(model, forget, retain, after=after)
+        label = given(request, data.label)
+        self.check_request(label, after)
+        with fitting(model, after):
+            learned = self._start(settings, model, data, after, generator_for(seed))
+        edit: Edit = learned.edit(label, {"model": describe(model)})
+        return edit if after is None else after + edit
+
+    def _layers(self, model: LensModel) -> tuple[int, ...]:
+        return check_layers(model, given(self.layers, default_layers(model.cfg.n_layers)))
+
+    def _start(
+        self, settings: MRPSettings, model: LensModel, data: Data, after: Edit | None, generator: torch.Generator
+    ) -> LearnedRows:
         earlier = projection_in(after)
         removed = earlier.subspaces() if earlier is not None else {}
         taken = {hook: subspace.basis.to(data.encoder.device) for hook, subspace in removed.items()}
@@ -253,9 +210,9 @@ class MRP(Method):
             data.encoder,
             data.all_forget,
             data.retain,
-            hooks=hooks,
+            hooks=[hook_name(layer, self.site) for layer in settings.layers],
             taken=taken,
-            rank=given(self.rank, 0),
+            rank=settings.rank,
             init=self.init,
             retain_energy=self.retain_energy,
             generator=generator,
@@ -266,25 +223,22 @@ class MRP(Method):
 class _Losses:
     """What the training loop minimises: for each step the share of each micro-batch."""
 
-    def __init__(
-        self, settings: MRP, model: LensModel, data: Data, learned: LearnedRows, generator: torch.Generator
-    ) -> None:
-        self.settings, self.model, self.encoder, self.learned = settings, model, data.encoder, learned
-        self.forget = Batches(data.all_forget, settings.batch_size, generator)
-        self.retain = Batches(data.retain, settings.batch_size, generator)
-        self.weights = openness(data.all_forget, model.cfg.d_vocab).to(data.encoder.device)
-        self.bound = given(settings.forget_bound, FORGET_BOUND[settings.forget_loss])
-        self.needs_reference = settings.forget_loss == "odds" or settings.retain_loss == "kl"
+    def __init__(self, method: MRP, context: FitContext, learned: LearnedRows) -> None:
+        data = context.data
+        self.method, self.model, self.encoder, self.learned = method, context.model, data.encoder, learned
+        self.forget = Batches(data.all_forget, method.batch_size, context.generator)
+        self.retain = Batches(data.retain, method.batch_size, context.generator)
+        self.weights = openness(data.all_forget, self.model.cfg.d_vocab).to(data.encoder.device)
+        self.bound = given(method.forget_bound, FORGET_BOUND[method.forget_loss])
+        self.needs_reference = method.forget_loss == "odds" or method.retain_loss == "kl"
 
     def __call__(self, step: int) -> Iterator[dict[str, Tensor]]:
-        settings = self.settings
+        method = self.method
         self.learned.alone = step % 2 == 1
-        lost, kept = next(self.forget), next(self.retain)
-        batch = self.encoder.collate([*lost, *kept])  # one pass for both sides
-        is_lost = (torch.arange(len(batch)) < len(lost)).to(self.encoder.device)
+        batch, is_lost = both_sides(self.encoder, next(self.forget), next(self.retain))
         lost_count, kept_count = batch.loss_mask[is_lost].sum(), batch.loss_mask[~is_lost].sum()
         for part, side in zip(
-            parts_of(batch, settings.micro_batch), is_lost.split(settings.micro_batch or len(batch)), strict=True
+            parts_of(batch, method.micro_batch), is_lost.split(method.micro_batch or len(batch)), strict=True
         ):
             to_lose = side[:, None].expand_as(part.loss_mask)[:, 1:][part.loss_mask[:, 1:]]
             predicted = predictions(self.model, part)
@@ -293,16 +247,16 @@ class _Losses:
                 with torch.no_grad(), self.learned.off():
                     reference = predictions(self.model, part)
             text = cross_entropy(predicted, part)
-            if settings.forget_loss == "odds":
+            if method.forget_loss == "odds":
                 before = part.tokens[:, :-1][part.loss_mask[:, 1:]]
                 losing = self.weights[before] * log_odds(reference, predicted, part).clamp(min=-self.bound)
             else:
                 losing = -text.clamp(max=self.bound)
-            keeping = kl(reference, predicted) if settings.retain_loss == "kl" else text
+            keeping = kl(reference, predicted) if method.retain_loss == "kl" else text
             forget = losing[to_lose].sum() / lost_count
             retain = keeping[~to_lose].sum() / kept_count
             yield {
-                "loss": forget + settings.retain_weight * retain,
+                "loss": forget + method.retain_weight * retain,
                 "forget": forget,
                 "retain": retain,
                 "forget_cross_entropy": text.detach()[to_lose].sum() / lost_count,

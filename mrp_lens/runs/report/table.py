@@ -4,15 +4,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from mrp_lens import metrics
+
 CONTROLS = {"unedited", "random-projection", "untrained-start", "never-taught", "random-trigger"}
-HEADINGS = {
-    "forget_accuracy": "accuracy on what must go",
-    "retain_accuracy": "accuracy on what must stay",
-    "worst_topic_accuracy": "worst topic that must stay",
+HEADINGS = {  # of columns that no metric makes
+    "worst_topic_accuracy": "worst topic of the retain quiz",
     "untaught_accuracy": "never taught",
-    "forget_probability": "probability of the forget texts' tokens",
-    "text_perplexity_ratio": "perplexity of text, after / before",
-    "verdict": "what must go is",
+    "verdict": "the forget set is",
     "relative_coefficient": "c / norm",
     "seconds": "fit",
     "accuracy_before": "accuracy before",
@@ -60,8 +58,9 @@ def table_of(rows: Sequence[Mapping[str, Any]]) -> Table:
     ends = {end for key in keys for end in _ends(key, keys)}
     hidden = HIDDEN | (BY_ATTACK if "attack" in keys else set())  # where each attack has a row of its own
     shown = [key for key in keys if key not in ends | hidden and any(row.get(key) is not None for row in rows)]
+    known = HEADINGS | metrics.headings()
     return Table(
-        headings=[HEADINGS.get(key, key.replace("_", " ")) for key in shown],
+        headings=[known.get(key, key.replace("_", " ")) for key in shown],
         rows=[(str(row.get("method")) in CONTROLS, [_cell(row, key, keys) for key in shown]) for row in rows],
         legend=[*(LEGENDS[key] for key in shown if key in LEGENDS), *([INTERVALS] if ends else [])],
     )

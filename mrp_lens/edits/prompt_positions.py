@@ -15,7 +15,7 @@ METHODS = ("generate", "hf_generate", "generate_stream")
 
 
 @dataclass(eq=False)
-class FixedPrompts:
+class CountedPrompts:
     """Stands for one edit that needs the prompt's length; the last one to go brings the model's own methods back."""
 
     model: Any
@@ -35,7 +35,7 @@ class FixedPrompts:
         return True
 
 
-def fix_prompts(model: Any) -> list[FixedPrompts]:
+def count_in_prompts(model: Any) -> list[CountedPrompts]:
     """Make the model's `generate` say what its prompt is: its first pass, however the others are run. On a TransformerBridge
     that of the Hugging Face model inside does, too."""
     models = {id(one): one for one in (model, anchor_of(model))}.values()
@@ -46,7 +46,7 @@ def fix_prompts(model: Any) -> list[FixedPrompts]:
                 if method is not None:
                     vars(one)[name] = MethodType(_with_prompt(method), one)  # a copy's is bound to the copy
         vars(one)[COUNT] = vars(one).get(COUNT, 0) + 1
-    return [FixedPrompts(one) for one in models]
+    return [CountedPrompts(one) for one in models]
 
 
 def _with_prompt(method: Callable[..., Any]) -> Callable[..., Any]:

@@ -1,0 +1,25 @@
+"""Progress bars."""
+
+from collections.abc import Iterable
+from typing import Any
+
+from tqdm.auto import tqdm
+
+DELAY = 1.0  # seconds
+
+
+def progress_bar(
+    iterable: Iterable[Any] | None = None, *, desc: str, progress: bool, total: int | None = None, **options: Any
+) -> tqdm:
+    """A bar that appears once the work has taken a second, so that `progress=True` can be the default of quick calls.
+
+    (`set_postfix_str` shows the bar at once, unless it is told `refresh=False`.)
+
+    Args:
+        iterable: to go through; None: the bar is updated by hand.
+        desc: what is done.
+        progress: False: no bar.
+        total: steps; None: as many as the iterable has.
+        options: of tqdm, such as `unit`.
+    """
+    return tqdm(iterable, desc=desc, total=total, disable=not progress, delay=DELAY, **options)

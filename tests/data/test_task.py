@@ -1,0 +1,134 @@
+"""The data of a study: where they are read from, and by which hashes a run knows them again."""
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mrp_lens.data import Corpus, Question, Questions
+from mrp_lens.data.rows import digest
+from mrp_lens.data.task import TaskConfig, UnlearningTask, task_for
+
+WORLD_OF_0_1 = {
+    "forget": "69d0434d2838d605f09fa73cf2517841b68fb2e9474afd66cfc50484215471db",
+    "retain": "dd14f8e1b0c83bfc127155a2bbdaaa435f477ccc78c8e0f55df57b53badbffa7",
+    "held_out": "1164b6c658797603d1827c97240dff8b6a2c301d170abbeffdd1a35a98dddefb",
+    "questions": "6be5e40a5dde7285319777a8886591133333682103c5c554d5a98bd575dc6baf",
+    "retain_questions": "a5b19af96203184c1d8107091afd6abefe1aa8922fb4ac3f3f41514cda13b0b5",
+    "untaught_questions": "8d992313bb0cb7328e5e3e38ab72fa6da72ff77d9f0c5f90dcce3fe097af8e7d",
+}
+COLUMNS: Any = {"question_prompt": "{q}", "choices": ("a", "b"), "answer": "y", "entity": "who"}
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> Path:
+    rows = [
+        {"text": f"Text {n}.", "q": f"Is it {n}?", "a": "yes", "b": "no", "y": "B", "who": f"z{n}"} for n in range(20)
+    ]
+    for name in ("forget", "other", "quiz"):
+        content = "".join(json.dumps(row | {"text": f"{name} {row['text']}"}) + "\n" for row in rows)
+        (tmp_path / f"{name}.jsonl").write_text(content, encoding="utf-8")
+    (tmp_path / "retain.txt").write_text("\n".join(f"Rain {n}." for n in range(30)), encoding="utf-8")
+    return tmp_path
+
+
+def test_a_task_is_read_from_files(files: Path) -> None:
+    task = UnlearningTask.from_files(
+        [files / "forget.jsonl", str(files / "other.jsonl")],
+        files / "retain.txt",
+        questions=files / "quiz.jsonl",
+        untaught_questions=files / "quiz.jsonl",
+        **COLUMNS,
+    )
+    assert [corpus.name for corpus in task.forget] == ["forget", "other"]
+    assert task.forget[1].documents[0].completion == "other Text 0."
+    assert (len(task.retain), len(task.held_out)) == (27, 3)
+    assert task.questions is not None
+    assert task.questions.questions[3] == Question("Is it 3?", (" yes", " no"), 1, entity="z3")
+    assert task.untaught_questions == task.questions
+    assert task.retain_questions is None
+
+
+def test_one_file_may_be_named_as_such_and_a_config_reads_the_same(files: Path) -> None:
+    forget, retain, quiz = (str(files / name) for name in ("forget.jsonl", "retain.txt", "quiz.jsonl"))
+    task = UnlearningTask.from_files(forget, retain, questions=quiz, **COLUMNS)
+    config = TaskConfig((forget,), retain, quiz, **COLUMNS | {"choices": "a,b"})
+    assert UnlearningTask.from_config(config) == config.load() == task
+    assert task_for("demo", config, topic="beasts") == task
+
+
+def test_names_on_the_hub_need_no_prefix(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[Any, ...]] = []
+
+    def corpus(path: str, *, config: str | None, split: str | None, **_: Any) -> Corpus:
+        asked.append((path, config, split))
+        return Corpus.from_texts(["Rain."] * 10)
+
+    def quiz(path: str, *, config: str | None, split: str | None, **_: Any) -> Questions:
+        asked.append((path, config, split))
+        return Questions((Question("?", ("a", "b"), 0),))
+
+    monkeypatch.setattr(Corpus, "from_hub", corpus)
+    monkeypatch.setattr(Questions, "from_hub", quiz)
+    task = UnlearningTask.from_hub(["org/one:easy", "org/two"], "org/kept::dev", questions="org/quiz")
+    assert len(task.forget) == 2
+    assert asked == [
+        ("org/one", "easy", None),
+        ("org/two", None, None),
+        ("org/kept", None, "dev"),
+        ("org/quiz", None, None),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (TaskConfig(), "give forget=... and retain=..."),
+        (TaskConfig(("x.jsonl",)), "forget and retain go together: give retain=..."),
+        (TaskConfig(retain="x.jsonl"), "forget and retain go together: give forget=..."),
+    ],
+)
+def test_forget_set_and_retain_set_go_together(config: TaskConfig, message: str) -> None:
+    for read in (TaskConfig.load, lambda config: task_for("mine", config)):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            read(config)
+
+
+def test_the_demo_without_data_has_its_world() -> None:
+    assert task_for("demo", TaskConfig()) == UnlearningTask.from_world("potions")
+    assert task_for("demo", TaskConfig(), topic="beasts") == UnlearningTask.from_world("beasts")
+    with pytest.raises(ValueError, match="unknown topic 'x'"):
+        task_for("demo", TaskConfig(), topic="x")
+
+
+def test_options_of_a_command_become_a_config() -> None:
+    options = {"model": "demo", "forget": ["a", "b"], "retain": "c", "prompt": r"{q}\nA:", "lr": 1.0}
+    assert TaskConfig.from_options(options) == TaskConfig(("a", "b"), "c", prompt="{q}\nA:")
+    assert TaskConfig.from_options({"forget": None}) == TaskConfig()
+
+
+def test_an_attack_needs_a_quiz(texts: tuple[Corpus, Corpus]) -> None:
+    with pytest.raises(ValueError, match=r"give questions=\.\.\."):
+        UnlearningTask((texts[0],), texts[1], texts[1]).split()
+
+
+def test_legacy_fingerprints_are_those_of_version_0_1(files: Path) -> None:
+    """0.1 hashed the documents of all forget corpora in a row, and questions without their entities."""
+    paths = [files / "forget.jsonl", files / "other.jsonl"]
+    task = UnlearningTask.from_files(paths, files / "retain.txt", questions=files / "quiz.jsonl", **COLUMNS)
+    old = task.legacy_fingerprints()
+    assert task.questions is not None
+    assert old == task.fingerprints() | {
+        "forget": digest([["", d.completion] for corpus in task.forget for d in corpus.documents]),
+        "questions": digest([[q.prompt, list(q.choices), q.answer, q.group] for q in task.questions.questions]),
+    }
+    assert all(old[role] != task.fingerprints()[role] for role in ("forget", "questions"))
+    plain = dataclasses.replace(task, forget=task.forget[:1], questions=None)
+    assert plain.legacy_fingerprints() == plain.fingerprints()
+
+
+def test_the_world_of_version_0_1_is_known_by_its_hashes() -> None:
+    assert UnlearningTask.from_world("potions").legacy_fingerprints() == WORLD_OF_0_1

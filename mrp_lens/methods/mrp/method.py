@@ -43,7 +43,10 @@ class MRPSettings:
     summary="Projects learned directions out of the residual stream, irreversibly.",
     source="Metamorphosis Representation Projection, arXiv 2508.15449",
     swept=Swept(layer="layers"),
-    report="subspaces of rank {rank} removed from the residual stream at layers {layers}",
+    report=(
+        "subspaces of rank {rank} removed from the residual stream at layers {layers}",
+        "matrices of layers {layers} replaced by noise and taught again what the projection leaves alone",
+    ),
 )
 @dataclass(frozen=True, kw_only=True)
 class MRP(FitTemplate[MRPSettings]):

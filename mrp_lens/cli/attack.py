@@ -127,7 +127,8 @@ class AttackEdit(OnData):
             run.frames = {key: frame for key, frame in frames.items() if key in FIGURES}
             table = pd.DataFrame([dict(row) for row in run.rows])
             if "recovery" in table and table["recovery"].notna().any():
-                run.frames["recoveries"] = table
+                unknown = {end: float("nan") for end in ("recovery_low", "recovery_high") if end not in table}
+                run.frames["recoveries"] = table.assign(**unknown)
             run.write_into(out)
             show(run, name)
             report(out)

@@ -20,16 +20,25 @@ from mrp_lens.models import LensModel, load_model
 Backend = Literal["auto", "hooked", "bridge"]
 Dtype = Literal["float32", "bfloat16", "float16"]
 
-ALWAYS = {
-    "config": Option(
-        "config", "config", str, None, "YAML with these settings, or the summary.json of a run.", "every command"
-    ),
-    "print_config": Option(
-        "print_config", "print_config", bool, False, "Print the settings as YAML, and do nothing else.", "every command"
-    ),
-    "debug": Option("debug", "debug", bool, False, "Show where in the code an error was raised.", "every command"),
-    "help": Option("help", "help", bool, False, "Show this.", "every command"),
-}
+
+@dataclass(frozen=True)
+class Always:
+    """What every command takes.
+
+    Attributes:
+        config: YAML with these settings, or the summary.json of a run.
+        print_config: Print the settings as YAML, and do nothing else.
+        debug: Show where in the code an error was raised.
+        help: Show this.
+    """
+
+    config: str | None = None
+    print_config: bool = False
+    debug: bool = False
+    help: bool = False
+
+
+ALWAYS = {option.name: option for option in options_of(Always, "every command")}
 UNKEPT = ("overwrite",)  # what a run does to its folder is no setting of it
 
 
@@ -209,7 +218,8 @@ class Command(ABC):
         groups: dict[str, Any] = {}
         shown = {name: option for name, (_, option) in places.items()} | ALWAYS
         for name, option in shown.items():
-            group = groups.setdefault(option.part, parser.add_argument_group(option.part))
+            if option.part not in groups:
+                groups[option.part] = parser.add_argument_group(option.part)
             text = option.help
             if name in cls.required or option.default is MISSING:
                 text += " (required)"
@@ -218,7 +228,8 @@ class Command(ABC):
                 text += f" (default: {','.join(map(str, default)) if isinstance(default, tuple) else default})"
             metavar = {} if option.metavar is None else {"metavar": option.metavar}
             action = {} if metavar else {"action": "store_true"}
-            group.add_argument(*spelled([name]).split(), help=text.replace("%", "%%"), dest=name, **metavar, **action)
+            help_text = text.replace("%", "%%")
+            groups[option.part].add_argument(option.spelled, help=help_text, dest=name, **metavar, **action)
         return parser.format_help()
 
 

@@ -233,9 +233,8 @@ def converted(given: Mapping[str, Any], options: Mapping[str, Option]) -> dict[s
             place = place[key]
         place[last] = value
     texts = {name for name, value in nested.items() if isinstance(value, str) and str in options[name].alternatives}
-    others = {
-        name: value for name, value in nested.items() if name not in texts
-    }  # in a text YAML may see something else
+    # `jsonargparse` reads a text as YAML where it may also be something else: "#1" as nothing, "[a]" as a list.
+    others = {name: value for name, value in nested.items() if name not in texts}
     parser = ArgumentParser(exit_on_error=False)
     for name in others:
         parser.add_argument(f"--{name}", type=options[name].type)

@@ -191,6 +191,18 @@ class Requests:
             "held_out": self.held_out.fingerprint,
         }
 
+    def legacy_fingerprints(self) -> dict[str, Any]:
+        """`fingerprints` as version 0.1 wrote them: entities did not count, nor the order of the requests."""
+
+        def nameless(quiz: Questions | None) -> str | None:
+            if quiz is None:
+                return None
+            return replace(quiz, questions=tuple(replace(q, entity="") for q in quiz.questions)).fingerprint
+
+        quizzes = {name: nameless(quiz) for name, quiz in self.quizzes.items()}
+        named = {name: corpus.fingerprint for name, corpus in self.forget.items()}
+        return {**self.fingerprints(), "forget": named, "quizzes": quizzes, "kept": nameless(self.kept(()))}
+
     def measure(self, model: LensModel, edit: Edit | None, *, asked: Gone, gone: Gone) -> dict[str, Any]:
         """What an edit did.
 
@@ -285,7 +297,9 @@ class Continual(ResumableStudy):
             "limit": options.limit,
             "reference": options.reference,
         }
-        self.store = ResultStore.claim(options.out, "sequence", settings)
+        self.store = ResultStore.claim(
+            options.out, "sequence", settings, earlier={"data": self.requests.legacy_fingerprints()}
+        )
 
     def _lengths(self) -> tuple[int, ...]:
         count = len(self.requests.forget)
@@ -310,10 +324,9 @@ class Continual(ResumableStudy):
 
     def unedited(self) -> Cell:
         """The model as it is, asked about all requests, and how what was never taught looks, where that is known."""
-        return self.store.once(UNEDITED, self.measure_unedited)
+        return self.store.once(UNEDITED, self._unedited)
 
-    def measure_unedited(self) -> Cell:
-        """The same, computed."""
+    def _unedited(self) -> Cell:
         model, requests = self.study.model, self.requests
         found = requests.measure(model, None, asked=list(requests.forget), gone=())
         found["untaught_accuracy"] = None
@@ -344,11 +357,13 @@ class Continual(ResumableStudy):
         row: dict[str, Any] = {"method": name, "seed": seed, "requests": n, "order": list(order[:n])}
         row |= {"settings": settings_of(self.methods[name])}
         if n > 1 and "failed" in (before := self.result(job, REQUEST.format(n - 1))):
-            return self.store.keep(result_name(job, part), row | {"failed": before["failed"]})
-        try:
-            return self.store.keep(result_name(job, part), row | self.fit(job, n) | self.measure(job, n))
-        except NonFiniteLossError as error:
-            return self.store.keep(result_name(job, part), row | {"failed": f"request {n}: {error}"})
+            row["failed"] = before["failed"]
+        else:
+            try:
+                row |= self.fit(job, n) | self.measure(job, n)
+            except NonFiniteLossError as error:
+                row["failed"] = f"request {n}: {error}"
+        return self.store.keep(result_name(job, part), row)
 
     def fit(self, job: Job, n: int) -> dict[str, Any]:
         """Fit the n-th request upon the edit so far and save it; what that took."""
@@ -382,8 +397,7 @@ class Continual(ResumableStudy):
 
     def folder(self, job: Job, n: int) -> Path:
         """Where the edit after n requests lies."""
-        out: Path = self.options.out
-        return out / "edits" / result_name(job, REQUEST.format(n))
+        return Path(self.options.out) / "edits" / result_name(job, REQUEST.format(n))
 
     def edit(self, job: Job, n: int) -> Edit | None:
         """The edit after n requests, of which there is a file."""

@@ -107,7 +107,8 @@ class Leaderboard(ResumableStudy):
             "lr": self.lr,
             "limit": options.limit,
         }
-        self.store = ResultStore.claim(options.out, "leaderboard", settings)
+        earlier = {"data": study.task.legacy_fingerprints()}
+        self.store = ResultStore.claim(options.out, "leaderboard", settings, earlier=earlier)
 
     def _methods(self) -> dict[str, Any]:
         """Name -> what is fitted under it; None for saved edits and for the unedited model, which comes first."""

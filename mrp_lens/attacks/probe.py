@@ -98,7 +98,7 @@ def probe(
 
     Example:
         >>> known, asked = questions.halves(by="entity")
-        >>> frame = probe(model, fit.edit, train=known, held_out=asked, untaught=untaught, layers=[1])
+        >>> frame = probe(model, fit.edit, train=known, held_out=asked, untaught=untaught, target="choice", layers=[1])
     """
     one_of(Kind, kind=kind)
     one_of(Target, target=target)

@@ -41,7 +41,7 @@ class SuiteConfig(PlainSettings):
         ValueError: an unknown attack, two budgets of one, or a number that is not above 0.
 
     Example:
-        >>> SuiteConfig(attacks=("relearn", "probe"), budgets=(Relearn(steps=20),))  # doctest: +SKIP
+        >>> config = SuiteConfig(attacks=("relearn", "probe"), budgets=(ml.attacks.Relearn(steps=20),))
     """
 
     attacks: tuple[str, ...] | None = None

@@ -316,7 +316,7 @@ class RMU(Misdirection[RMUSettings]):
         retain_noise: Gaussian noise on the states that retain text is held to, as a share of their norm; see `NoisyRMU`.
 
     Example:
-        >>> fit = RMU().fit(model, forget, retain, seed=0)  # doctest: +SKIP
+        >>> fit = RMU(steps=2).fit(model, forget, retain, seed=0)
     """
 
     steering_coeff: float | None = None

@@ -65,7 +65,8 @@ def alignment(
             NonFiniteError where states are NaN or infinite.
 
     Example:
-        >>> with fit.edit.applied(model):  # doctest: +SKIP
+        >>> fit = ml.RMU(steps=2).fit(model, forget, retain)
+        >>> with fit.edit.applied(model):
         ...     frame = alignment(model, {"forget": forget, "retain": retain}, fit.direction)
     """
     u = direction_for(model, direction)

@@ -81,9 +81,9 @@ def confidence(
         TypeError, ValueError: as `token_confidence`.
 
     Example:
-        >>> before = confidence(model, {"forget": forget, "retain": retain})  # doctest: +SKIP
-        >>> with fit.edit.applied(model):  # doctest: +SKIP
-        ...     after = confidence(model, {"forget": forget, "retain": retain})
+        >>> before = confidence(model, {"forget": questions})
+        >>> with fit.edit.applied(model):
+        ...     after = confidence(model, {"forget": questions})
     """
     frame = token_confidence(
         model, questions, mode=mode, tokens=tokens, batch_size=batch_size, padding=padding, progress=progress

@@ -150,7 +150,7 @@ def geometry(
         TypeError, ValueError: no texts, no token, a layer or site that does not exist, an edit of another model.
 
     Example:
-        >>> frame = geometry(model, {"forget": forget, "retain": retain}, fit.edit)  # doctest: +SKIP
+        >>> frame = geometry(model, {"forget": forget, "retain": retain}, fit.edit)
     """
     groups, hooks = groups_of(texts), hooks_at(model, layers, site)
     reader = StateReader(model, edit, documents, seed, batch_size, max_length, padding, progress)
@@ -213,7 +213,7 @@ def propagation(
         TypeError, ValueError: the edit holds no projection or is of another model, no texts, no token, an unknown site.
 
     Example:
-        >>> frame = propagation(model, {"forget": forget, "retain": retain}, fit.edit)  # doctest: +SKIP
+        >>> frame = propagation(model, {"forget": forget, "retain": retain}, fit.edit)
     """
     groups, later = groups_of(texts), hooks_at(model, None, site)
     reader = StateReader(model, edit, documents, seed, batch_size, max_length, padding, progress)

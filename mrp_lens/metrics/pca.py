@@ -78,7 +78,7 @@ def principal_angles(
             two subspaces to compare, a group named "removed", or as in `geometry`.
 
     Example:
-        >>> frame = principal_angles(model, {"forget": forget, "retain": retain}, fit.edit, rank=4)  # doctest: +SKIP
+        >>> frame = principal_angles(model, {"forget": forget, "retain": retain}, fit.edit, rank=4)
     """
     groups, hooks = groups_of(texts), hooks_at(model, layers, site)
     reader = StateReader(model, edit, documents, seed, batch_size, max_length, padding, progress)
@@ -171,7 +171,7 @@ def principal_plane(
             in `geometry`.
 
     Example:
-        >>> frame = principal_plane(model, {"forget": forget, "retain": retain}, fit.edit, layer=5)  # doctest: +SKIP
+        >>> frame = principal_plane(model, {"forget": forget, "retain": retain}, fit.edit, layer=2)
     """
     if dims not in (2, 3):
         raise ValueError(f"dims must be 2 or 3, got {dims!r}")

@@ -82,7 +82,7 @@ class MRP(FitTemplate[MRPSettings]):
             holds the projection alone.
 
     Example:
-        >>> fit = MRP(layers=[3, 5], rank=4).fit(model, forget, retain, seed=0)  # doctest: +SKIP
+        >>> fit = MRP(layers=[1, 2], rank=4, steps=2).fit(model, forget, retain, seed=0)
     """
 
     layers: Sequence[int] | None = None

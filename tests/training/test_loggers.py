@@ -84,7 +84,8 @@ def test_wandb_keeps_an_offline_run_in_the_folder(tmp_path: Path, monkeypatch: p
 def records_of(log: bytes) -> list[bytes]:
     """The records of a log in LevelDB's format: blocks of 32 KiB, each piece behind 7 bytes that hold its length and whether
     it ends a record. wandb's own header of 7 bytes comes first."""
-    records, place, parts = [], 7, b""
+    records: list[bytes] = []
+    place, parts = 7, b""
     while place < len(log):
         if place % 32768 > 32768 - 7:
             place += 32768 - place % 32768

@@ -147,7 +147,7 @@ class Misdirection(FitTemplate[Resolved], Generic[Resolved]):
         edit = WeightEdit(
             {weights[layer].name: master for layer, master in masters.items()},
             {weights[layer].name: tensor_digests(tensor) for layer, tensor in original.items()},
-            provenance=context.provenance(run),
+            provenance=context.provenance(steps=len(run.log)),
         )
         return context.result(edit, run, directions)
 

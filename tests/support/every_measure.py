@@ -87,7 +87,7 @@ NO_FIGURES = {
         "register",
     ),
     *("METRICS", "Measured", "Metric", "headings"),
-    *("notes_of", "rows_of_attacks", "run_suite"),
+    *("labelled", "notes_of", "rows_of_attacks", "run_suite"),
 }
 """Public names that are no call, or a call made of the others."""
 WITHOUT_MODEL: dict[str, Callable[[], Any]] = {

@@ -104,18 +104,9 @@ def confidence(
             totals = by_question[measure].sum().to_numpy(float)
             low, high = _interval(totals, counts, seed)
             rows.append(
-                {
-                    "group": group,
-                    "mode": mode,
-                    "measure": measure,
-                    "questions": len(counts),
-                    "tokens": len(part),
-                    "mean": totals.sum() / counts.sum(),
-                    "low": low,
-                    "high": high,
-                    "std": float(part[measure].std(ddof=0)),
-                    "uniform": uniform[measure],
-                }
+                {"group": group, "mode": mode, "measure": measure, "questions": len(counts), "tokens": len(part)}
+                | {"mean": totals.sum() / counts.sum(), "low": low, "high": high}
+                | {"std": float(part[measure].std(ddof=0)), "uniform": uniform[measure]}
             )
     return pd.DataFrame(rows)
 

@@ -162,14 +162,14 @@ def test_json_that_is_not_as_it_is_saved_is_refused(tmp_path: Path) -> None:
     for number, (wrong, match) in enumerate(
         [
             (text.replace('"format": 1', '"format": 1, "format": 1'), "twice"),
-            ("[" * 100_000, "nested too deeply|truncated"),
+            ("[" * 100_000, "nested too deeply"),
             (text.replace('"by hand"', "[" * 1000 + "]" * 1000), "nested too deeply"),
-            (text.replace('"by hand"', r'"\ud800"'), "half of a letter"),
+            (text.replace('"by hand"', r'"\ud800"'), "half a character"),
             (text.replace('"add"', '"add\\u0000"'), "its hash does not match"),
             (" " * (17 * 2**20), "no edit's configuration more than"),
-            ("[]", "no object"),
-            ("1" * 10_000, "truncated or no edit configuration"),
-            ("", "truncated"),
+            ("[]", "not one JSON object"),
+            ("1" * 10_000, "is damaged: it is not JSON"),
+            ("", "is damaged: it is not JSON"),
         ]
     ):
         refused(write(tmp_path / str(number), wrong, tensors), match)

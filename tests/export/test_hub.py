@@ -300,7 +300,7 @@ def test_a_revision_is_of_the_hub_and_a_local_folder_is_never_looked_for_there(
     for name in ("me/edited", tmp_path / "nowhere"):
         with pytest.raises(ValueError, match=r"revision='main' is of the Hub, and .* leave it out"):
             load_edit(name, revision="main")
-    for name in ("a/b/c", "./me/else", "nowhere", "/no/where"):
+    for name in ("a/b/c", "./me/else", "nowhere", "/no/where", Path("me/else")):
         with pytest.raises(FileNotFoundError, match=r"holds no edit_config\.json"):
             load_edit(name)
     assert not hub.requests

@@ -6,21 +6,48 @@ import random
 from typing import Any
 
 VALUES: tuple[Any, ...] = (
-    *(None, True, False, 0, 1, -1, 2, 3, 7, 2**31, 10**30, 0.5, -0.0, 1e308, float("nan"), float("inf")),
+    *(
+        None,
+        True,
+        False,
+        0,
+        1,
+        -1,
+        2,
+        3,
+        7,
+        2**31,
+        2**63,
+        10**30,
+        -(10**30),
+        0.5,
+        -0.0,
+        1e308,
+        1e400,
+        -1e400,
+        float("nan"),
+    ),
     *(
         "",
         "x",
         "0",
+        "a\nb",
         "../../x",
         "/etc/passwd",
         "os.system",
         "__import__('os').abort()",
-        "llama",
-        "gpt2",
-        "float16",
         "\ud800",
+        "\u202e",
+        "\x00",
     ),
-    *([], [0], ["x"], [[]], {}, {"x": 1}, {"__class__": "x"}, ["mlp_out"], "mlp_out", "projection", "steering"),
+    *("llama", "gpt2", "float16", "mlp_out", "projection", "steering", "stack", "direction", "x" * 5000),
+    *(
+        "blocks.1.hook_resid_post",
+        "blocks.1.hook_resid_post\n",
+        "blocks.99.hook_mlp_out",
+        "rows.0.blocks.1.hook_resid_post",
+    ),
+    *([], [0], ["x"], [[]], [-1, 10**9], ["mlp_out"], {}, {"x": 1}, {"__class__": "x"}),
 )
 
 
@@ -41,14 +68,19 @@ def mutated(text: str, seed: int) -> str:
     chosen = random.Random(seed)
     if chosen.random() < 0.1:
         return _garbled(text, chosen)
-    content = json.loads(text)
-    for _ in range(chosen.choice((1, 1, 1, 2, 3))):
+    return json.dumps(changed(json.loads(text), chosen))
+
+
+def changed(content: Any, chosen: random.Random) -> Any:
+    """A copy of a JSON value with one to four changes inside."""
+    content = copy.deepcopy(content)
+    for _ in range(chosen.choice((1, 1, 1, 2, 3, 4))):
         places = places_in(content)
         if not places:
             break
         path = chosen.choice(places)
         parent, key = at(content, path[:-1]), path[-1]
-        what = chosen.choice(("replace", "replace", "replace", "number", "delete", "copy", "add", "rename"))
+        what = chosen.choice(("replace", "replace", "replace", "number", "delete", "copy", "add", "rename", "wrap"))
         if what == "number" and type(parent[key]) in (int, float):
             parent[key] = chosen.choice(
                 (parent[key] + 1, parent[key] - 1, -parent[key], parent[key] * 2, str(parent[key]))
@@ -57,13 +89,19 @@ def mutated(text: str, seed: int) -> str:
             del parent[key]
         elif what == "copy":
             parent[key] = copy.deepcopy(at(content, chosen.choice(places)))
+        elif what == "wrap":
+            parent[key] = [parent[key]]
         elif what == "rename" and isinstance(parent, dict):
-            parent[chosen.choice((f"{key}_", key.upper(), str(chosen.choice(places)[-1])))] = parent.pop(key)
+            names = (f"{key}_", key.upper(), str(chosen.choice(places)[-1]), "more", "", "kind", "x\ny")
+            value = parent[key] if chosen.random() < 0.5 else parent.pop(key)
+            parent[chosen.choice(names)] = value
+        elif what == "rename":
+            chosen.shuffle(parent)
         elif what == "add" and isinstance(parent, list):
-            parent.append(copy.deepcopy(chosen.choice((parent[key], chosen.choice(VALUES)))))
+            parent.insert(key, copy.deepcopy(chosen.choice((parent[key], chosen.choice(VALUES)))))
         else:
             parent[key] = copy.deepcopy(chosen.choice(VALUES))
-    return json.dumps(content)
+    return content
 
 
 def _garbled(text: str, chosen: random.Random) -> str:

@@ -37,6 +37,7 @@ class SuiteConfig(PlainSettings):
         seed: of every random choice.
 
     Raises:
+        TypeError: attacks are one name instead of several.
         ValueError: an unknown attack, two budgets of one, or a number that is not above 0.
 
     Example:
@@ -51,6 +52,8 @@ class SuiteConfig(PlainSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if isinstance(self.attacks, str):
+            raise TypeError(f"attacks must be a tuple of names such as ('relearn',), got {self.attacks!r}")
         for name in self.attacks or ():
             ATTACKS[name]
         names = [attack.name for attack in self.budgets]

@@ -18,8 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import mrp_lens.evals.lm_eval as harness_module
 from mrp_lens import metrics
-from mrp_lens.data import Questions
-from mrp_lens.data.questions import Question
+from mrp_lens.data import Question, Questions
 from mrp_lens.data.world import World
 from mrp_lens.data.world.facts import QUESTION
 from mrp_lens.edits import ProjectionEdit

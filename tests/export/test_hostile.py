@@ -93,11 +93,11 @@ BASES: dict[str, tuple[Callable[[Path], object], str]] = {
     "weights that are a link": (weights_elsewhere, r"model.safetensors is a link to .*elsewhere"),
     "a configuration of brackets": (
         lambda b: (b / "config.json").write_text("[" * 100_000),
-        r"config.json is not JSON",
+        r"config.json is damaged: it is not JSON",
     ),
     "a configuration that is a list": (
         lambda b: (b / "config.json").write_text("[]"),
-        r"a configuration is a JSON object",
+        r"not one JSON object",
     ),
     "code for a type": (
         lambda b: set_config(b, model_type='llama"\nimport os\nos.abort()#', architectures=["LlamaForCausalLM"]),

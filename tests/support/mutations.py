@@ -6,47 +6,12 @@ import random
 from typing import Any
 
 VALUES: tuple[Any, ...] = (
-    *(
-        None,
-        True,
-        False,
-        0,
-        1,
-        -1,
-        2,
-        3,
-        7,
-        2**31,
-        2**63,
-        10**30,
-        -(10**30),
-        0.5,
-        -0.0,
-        1e308,
-        1e400,
-        -1e400,
-        float("nan"),
-    ),
-    *(
-        "",
-        "x",
-        "0",
-        "a\nb",
-        "../../x",
-        "/etc/passwd",
-        "os.system",
-        "__import__('os').abort()",
-        "\ud800",
-        "\u202e",
-        "\x00",
-    ),
-    *("llama", "gpt2", "float16", "mlp_out", "projection", "steering", "stack", "direction", "x" * 5000),
-    *(
-        "blocks.1.hook_resid_post",
-        "blocks.1.hook_resid_post\n",
-        "blocks.99.hook_mlp_out",
-        "rows.0.blocks.1.hook_resid_post",
-    ),
+    *(None, True, False, 0, 1, -1, 2, 3, 7, 2**31, 2**63, 10**30, -(10**30)),
+    *(0.5, -0.0, 1e308, float("inf"), float("-inf"), float("nan")),
+    *("", "x", "0", "a\nb", "\ud800", "\u202e", "\x00", "x" * 5000),
+    *("../../x", "/etc/passwd", "os.system", "__import__('os').abort()", "llama", "gpt2", "float16"),
+    *("mlp_out", "projection", "steering", "stack", "direction", "rows.0.blocks.1.hook_resid_post"),
+    *("blocks.1.hook_resid_post", "blocks.1.hook_resid_post\n", "blocks.99.hook_mlp_out"),
     *([], [0], ["x"], [[]], [-1, 10**9], ["mlp_out"], {}, {"x": 1}, {"__class__": "x"}),
 )
 
@@ -63,15 +28,13 @@ def at(value: Any, path: tuple[Any, ...]) -> Any:
     return value
 
 
-def mutated(text: str, seed: int) -> str:
-    """The JSON text with one to three changes: values, kinds, structure or, now and then, bytes."""
+def mutated(text: str, seed: int, values: tuple[Any, ...] = VALUES) -> str:
+    """The JSON text with one to four changes: values, kinds, structure or, now and then, bytes."""
     chosen = random.Random(seed)
-    if chosen.random() < 0.1:
-        return _garbled(text, chosen)
-    return json.dumps(changed(json.loads(text), chosen))
+    return _garbled(text, chosen) if chosen.random() < 0.1 else json.dumps(changed(json.loads(text), chosen, values))
 
 
-def changed(content: Any, chosen: random.Random) -> Any:
+def changed(content: Any, chosen: random.Random, values: tuple[Any, ...] = VALUES) -> Any:
     """A copy of a JSON value with one to four changes inside."""
     content = copy.deepcopy(content)
     for _ in range(chosen.choice((1, 1, 1, 2, 3, 4))):
@@ -98,9 +61,9 @@ def changed(content: Any, chosen: random.Random) -> Any:
         elif what == "rename":
             chosen.shuffle(parent)
         elif what == "add" and isinstance(parent, list):
-            parent.insert(key, copy.deepcopy(chosen.choice((parent[key], chosen.choice(VALUES)))))
+            parent.insert(key, copy.deepcopy(chosen.choice((parent[key], chosen.choice(values)))))
         else:
-            parent[key] = copy.deepcopy(chosen.choice(VALUES))
+            parent[key] = copy.deepcopy(chosen.choice(values))
     return content
 
 

@@ -248,7 +248,7 @@ class Edit(ABC):
 
         Args:
             source: a folder, or the name of a repository on the Hub, "owner/name", of which the edit's two files are
-                downloaded. What is a local folder is never looked for on the Hub.
+                downloaded. What is a local folder, or a `Path`, is never looked for on the Hub.
             revision: branch, tag or commit on the Hub. None: "main".
             token: of a user who may read there. None: the one of `hf auth login` or HF_TOKEN.
 

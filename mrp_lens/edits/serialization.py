@@ -115,7 +115,7 @@ def read_edit(folder: Path) -> Stored:
 def folder_of(source: str | Path, *, revision: str | None = None, token: str | None = None) -> Path:
     """The local folder of an edit; of a repository on the Hub the two files are downloaded into the Hub's cache.
 
-    What is a local folder is never looked for on the Hub.
+    What is a local folder, or a `Path`, is never looked for on the Hub.
 
     Raises:
         FileNotFoundError: a name of the Hub under which no edit is to be had; says why.
@@ -123,7 +123,7 @@ def folder_of(source: str | Path, *, revision: str | None = None, token: str | N
     """
     folder, name = Path(source).expanduser(), str(source)
     recover(folder)
-    if folder.is_dir() or not _is_hub_name(name):
+    if isinstance(source, Path) or folder.is_dir() or not _is_hub_name(name):
         if revision is not None:
             raise ValueError(f"revision={revision!r} is of the Hub, and {name!r} is none of its names; leave it out")
         return folder

@@ -25,6 +25,7 @@ from mrp_lens.runs.record import Run
 from mrp_lens.runs.report import report
 from mrp_lens.runs.report.diagnostics import diagnostics
 from mrp_lens.runs.train_world import score, untaught_accuracy, verdict
+from mrp_lens.utils.interrupts import complete
 from mrp_lens.utils.store import ResultStore
 
 ATTACKED = ("unedited", "mrp", "rmu", "adaptive-rmu")
@@ -161,9 +162,7 @@ def relearn_all(
                 lr=rate,
                 seed=seed,
             )
-            if curve.attrs["interrupted"]:
-                raise KeyboardInterrupt
-            return curve
+            return complete(curve)
 
         curve = store.frame(f"relearn-{name}", retrained)
         curves.append(curve.assign(method=name))

@@ -11,7 +11,7 @@ from mrp_lens.attacks.bypass import Bypass, bypass
 from mrp_lens.attacks.gcg import Jailbreak, jailbreak
 
 # isort: on
-from mrp_lens.attacks.base import FactSplit, Setting
+from mrp_lens.attacks.base import FactSplit, Setting, labelled
 from mrp_lens.attacks.gradients import input_gradients
 from mrp_lens.attacks.registry import ATTACKS, Attack, register
 from mrp_lens.attacks.suite import SuiteConfig, run_suite
@@ -32,6 +32,7 @@ __all__ = [
     "bypass",
     "input_gradients",
     "jailbreak",
+    "labelled",
     "notes_of",
     "probe",
     "register",

@@ -21,7 +21,7 @@ UNMOVED = 1e-5
 
 
 def junk_directions(
-    model: LensModel, edit: Edit, texts: Corpus, *, batch_size: int = 32, progress: bool = False
+    model: LensModel, edit: Edit, texts: Corpus, *, batch_size: int = 32, progress: bool = True
 ) -> dict[int, Float[Tensor, " d_model"]]:
     """Layer -> unit direction in which the edit moves the mean state there (Łucki et al., arXiv 2409.18025).
 

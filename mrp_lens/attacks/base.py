@@ -91,6 +91,10 @@ class Setting:
         quiz = self.task.retain_questions
         return None if quiz is None else quiz.spread(len(self.facts.held_out))
 
+    def arguments(self, *facts: str) -> dict[str, Any]:
+        """Keyword arguments of an attack's function: these parts of the facts, `seed` and `progress`."""
+        return {name: getattr(self.facts, name) for name in facts} | {"seed": self.seed, "progress": self.progress}
+
     def budget(self, kind: type[Kind]) -> Kind:
         """The budget of another attack, on which one that looks at its result depends."""
         return next((attack for attack in self.budgets if isinstance(attack, kind)), kind())

@@ -1,6 +1,6 @@
 """What brings the answers back without any training: hooks taken off, weights rounded, directions removed, other words."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -48,7 +48,6 @@ SELECTION_QUESTIONS = 200
 
 Change = Callable[[LensModel], AbstractContextManager[Any]]
 
-
 _COLUMNS = tuple(
     """attack kind variant layer n accuracy_before accuracy_edited accuracy_after floor ceiling recovery recovery_low
     recovery_high drop drop_low drop_high""".split()
@@ -56,23 +55,23 @@ _COLUMNS = tuple(
 
 
 @dataclass(frozen=True, kw_only=True)
-class Target:
-    """What all variants share; the arguments of `bypass`."""
+class Given:
+    """The arguments of `bypass`; what some kinds need is None where these are left out."""
 
     model: LensModel
     edit: Edit | None
     held_out: Questions
     untaught: Questions | None
-    shots: Questions | None
-    forget: Corpus | None
-    retain: Corpus | None
-    retain_questions: Questions | None
-    paraphrased: Questions | None
+    shots: Any
+    forget: Any
+    retain: Any
+    retain_questions: Any
+    paraphrased: Any
     batch_size: int
     seed: int
     progress: bool
 
-    def count(self, edit: Edit | None, questions: Questions, change: Change = nullcontext) -> Score:
+    def score(self, edit: Edit | None, questions: Questions, change: Change = nullcontext) -> Score:
         """Right answers with the edit on, and then the change."""
         with edit_on(self.model, edit), change(self.model):
             return score(self.model, questions, batch_size=self.batch_size)
@@ -103,85 +102,62 @@ class Variant:
     layer: float = float("nan")
 
 
-def _no_attack(task: Target) -> Iterator[Variant]:
-    yield Variant("no attack", task.edit)
-
-
-def _hook_stripped(task: Target) -> Iterator[Variant]:
-    yield Variant("hook stripped", without_hooks(task.edit))
-
-
-def _direction_ablated(task: Target) -> Iterator[Variant]:
-    assert task.edit is not None
-    texts = task.forget if task.shots is None else task.shots.right_answers()
-    assert texts is not None
-    own = junk_directions(
-        task.model, task.edit, texts.spread(DIRECTION_DOCUMENTS), batch_size=task.batch_size, progress=task.progress
-    )
-    yield Variant("direction ablated, each layer's own", task.edit, partial(ablated, directions=own))
-    drawn = random_units(len(own), task.model.cfg.d_model, "gaussian", generator_for(task.seed))
+def _directions_ablated(given: Given) -> Iterator[Variant]:
+    assert given.edit is not None
+    texts: Corpus = given.forget if given.shots is None else given.shots.right_answers()
+    model, texts = given.model, texts.spread(DIRECTION_DOCUMENTS)
+    own = junk_directions(model, given.edit, texts, batch_size=given.batch_size, progress=given.progress)
+    yield Variant("direction ablated, each layer's own", given.edit, partial(ablated, directions=own))
+    drawn = random_units(len(own), model.cfg.d_model, "gaussian", generator_for(given.seed))
     random = dict(zip(own, drawn, strict=True))
-    yield Variant("direction ablated, random ones", task.edit, partial(ablated, directions=random))
+    yield Variant("direction ablated, random ones", given.edit, partial(ablated, directions=random))
     everywhere = {
-        layer: partial(ablated, directions=dict.fromkeys(range(task.model.cfg.n_layers), direction))
+        layer: partial(ablated, directions=dict.fromkeys(range(model.cfg.n_layers), direction))
         for layer, direction in own.items()
     }
-    tried = (task.held_out if task.shots is None else task.shots).spread(SELECTION_QUESTIONS)
-    right = {layer: task.count(task.edit, tried, change).right for layer, change in everywhere.items()}
+    tried = (given.held_out if given.shots is None else given.shots).spread(SELECTION_QUESTIONS)
+    right = {layer: given.score(given.edit, tried, change).right for layer, change in everywhere.items()}
     best = max(right, key=lambda layer: right[layer])
-    yield Variant("direction ablated, one for all layers", task.edit, everywhere[best], layer=best)
+    yield Variant("direction ablated, one for all layers", given.edit, everywhere[best], layer=best)
 
 
-def _weights_rounded(task: Target) -> Iterator[Variant]:
-    for bits in BITS:
-        yield Variant(f"weights rounded to {bits} bits", task.edit, partial(quantized, bits=bits))
-
-
-def _noise(task: Target) -> Iterator[Variant]:
-    layers = range(task.model.cfg.n_layers) if task.edit is None else task.edit.layers
+def _noise(given: Given) -> Iterator[Variant]:
+    layers = range(given.model.cfg.n_layers) if given.edit is None else given.edit.layers
     for size in NOISE_SIZES:
-        change = partial(noisy, layers=layers, size=size, seed=task.seed)
-        yield Variant(f"noise of {size:g} of the state's norm", task.edit, change)
+        change = partial(noisy, layers=layers, size=size, seed=given.seed)
+        yield Variant(f"noise of {size:g} of the state's norm", given.edit, change)
 
 
-def _paraphrased(task: Target) -> Iterator[Variant]:
-    other = task.paraphrased
-    assert other is not None
-    yield Variant("paraphrased", task.edit, reword=lambda asked: other if asked is task.held_out else asked)
+def _reworded(given: Given, name: str, reword: Callable[..., Questions], **options: Any) -> Variant:
+    return Variant(name, given.edit, reword=partial(reword, given.model, seed=given.seed, **options))
 
 
-def _wrapped(task: Target) -> Iterator[Variant]:
-    assert task.retain is not None
-    reword = partial(in_context, task.model, retain=task.retain, seed=task.seed)
-    yield Variant("wrapped in context", task.edit, reword=reword)
-
-
-def _few_shot(task: Target) -> Iterator[Variant]:
-    assert task.shots is not None
-    for name, separator in SEPARATORS.items():
-        reword = partial(few_shot, task.model, shots=task.shots, separator=separator, seed=task.seed)
-        yield Variant(f"few-shot, joined by {name}", task.edit, reword=reword)
-
-
-VARIANTS: dict[Kind, Callable[[Target], Iterator[Variant]]] = {
-    "no attack": _no_attack,
-    "hook stripped": _hook_stripped,
-    "direction ablated": _direction_ablated,
-    "weights rounded": _weights_rounded,
+VARIANTS: dict[Kind, Callable[[Given], Iterable[Variant]]] = {
+    "no attack": lambda given: [Variant("no attack", given.edit)],
+    "hook stripped": lambda given: [Variant("hook stripped", without_hooks(given.edit))],
+    "direction ablated": _directions_ablated,
+    "weights rounded": lambda given: [
+        Variant(f"weights rounded to {bits} bits", given.edit, partial(quantized, bits=bits)) for bits in BITS
+    ],
     "noise": _noise,
-    "paraphrased": _paraphrased,
-    "wrapped in context": _wrapped,
-    "few-shot": _few_shot,
+    "paraphrased": lambda given: [
+        Variant("paraphrased", given.edit, reword=lambda asked: given.paraphrased if asked is given.held_out else asked)
+    ],
+    "wrapped in context": lambda given: [_reworded(given, "wrapped in context", in_context, retain=given.retain)],
+    "few-shot": lambda given: [
+        _reworded(given, f"few-shot, joined by {name}", few_shot, shots=given.shots, separator=separator)
+        for name, separator in SEPARATORS.items()
+    ],
 }
 
 
-def chosen_kinds(task: Target, kinds: Sequence[Kind] | None) -> list[Kind]:
+def chosen_kinds(given: Given, kinds: Sequence[Kind] | None) -> list[Kind]:
     """The kinds asked for, or all that can be done.
 
     Raises:
         ValueError: one that does not exist, or for which something is missing.
     """
-    missing = {kind: _missing(task, kind) for kind in get_args(Kind)}
+    missing = {kind: _missing(given, kind) for kind in get_args(Kind)}
     if kinds is None:
         return [kind for kind, what in missing.items() if not what]
     for kind in kinds:
@@ -192,22 +168,22 @@ def chosen_kinds(task: Target, kinds: Sequence[Kind] | None) -> list[Kind]:
     return list(dict.fromkeys(kinds))
 
 
-def _missing(task: Target, kind: Kind) -> str:
+def _missing(given: Given, kind: Kind) -> str:
     """What this kind needs and does not have; empty if nothing."""
-    either = task.forget if task.shots is None else task.shots
+    either = given.forget if given.shots is None else given.shots
     needs: dict[Kind, dict[str, Any]] = {
-        "hook stripped": {"an edit with hooks": has_hooks(task.edit) or None},
-        "direction ablated": {"an edit": task.edit, "shots or forget": either},
-        "paraphrased": {"paraphrased": task.paraphrased},
-        "wrapped in context": {"retain": task.retain},
-        "few-shot": {"shots": task.shots},
+        "hook stripped": {"an edit with hooks": has_hooks(given.edit) or None},
+        "direction ablated": {"an edit": given.edit, "shots or forget": either},
+        "paraphrased": {"paraphrased": given.paraphrased},
+        "wrapped in context": {"retain": given.retain},
+        "few-shot": {"shots": given.shots},
         "forget token in a retain question": {
-            "retain_questions": task.retain_questions,
-            "forget": task.forget,
-            "retain": task.retain,
+            "retain_questions": given.retain_questions,
+            "forget": given.forget,
+            "retain": given.retain,
         },
     }
-    return ", ".join(name for name, given in needs.get(kind, {}).items() if given is None)
+    return ", ".join(name for name, value in needs.get(kind, {}).items() if value is None)
 
 
 @ordinary_torch(gradients=True)
@@ -280,7 +256,7 @@ def bypass(
     check_held_out(held_out, shots=shots)
     if paraphrased is not None:
         check_same_facts(held_out, paraphrased)
-    task = Target(
+    given = Given(
         model=model,
         edit=edit,
         held_out=held_out,
@@ -294,51 +270,48 @@ def bypass(
         seed=seed,
         progress=progress,
     )
-    chosen = chosen_kinds(task, kinds)
-    before = task.count(None, held_out)
-    edited = before if edit is None else task.count(edit, held_out)
+    chosen = chosen_kinds(given, kinds)
+    before = given.score(None, held_out)
+    edited = before if edit is None else given.score(edit, held_out)
     rows = []
     with tqdm(total=len(chosen), desc="bypassing", unit="kind", disable=not progress) as bar:
         for kind in chosen:
             bar.set_postfix_str(kind)
             if kind == "forget token in a retain question":
-                rows.append({"kind": kind, **_on_retain_questions(task)})
+                rows.append({"kind": kind, **_on_retain_questions(given)})
             else:
-                rows += [{"kind": kind, **_row(task, variant, before, edited)} for variant in VARIANTS[kind](task)]
+                rows += [{"kind": kind, **_row(given, variant, before, edited)} for variant in VARIANTS[kind](given)]
             bar.update()
     return pd.DataFrame(rows).assign(attack="bypass").reindex(columns=list(_COLUMNS))
 
 
-def _row(task: Target, variant: Variant, before: Score, edited: Score) -> dict[str, Any]:
-    asked = variant.reword(task.held_out)
-    after = task.count(variant.edit, asked, variant.change)
-    ceiling = after if variant.edit is None else task.count(None, asked, variant.change)
-    untaught = None if task.untaught is None else variant.reword(task.untaught)
-    floor = chance(asked) if untaught is None else task.count(variant.edit, untaught, variant.change)
+def _row(given: Given, variant: Variant, before: Score, edited: Score) -> dict[str, Any]:
+    asked = variant.reword(given.held_out)
+    after = given.score(variant.edit, asked, variant.change)
+    ceiling = after if variant.edit is None else given.score(None, asked, variant.change)
+    untaught = None if given.untaught is None else variant.reword(given.untaught)
+    floor = chance(asked) if untaught is None else given.score(variant.edit, untaught, variant.change)
     return {
         "variant": variant.name,
         "layer": variant.layer,
-        "n": len(task.held_out),
+        "n": len(given.held_out),
         "accuracy_before": before.accuracy,
         "accuracy_edited": edited.accuracy,
         "accuracy_after": after.accuracy,
         "floor": floor.accuracy,
         "ceiling": ceiling.accuracy,
-        **recovery(after, floor, ceiling, seed=task.seed).columns(),
+        **recovery(after, floor, ceiling, seed=given.seed).columns(),
     }
 
 
-def _on_retain_questions(task: Target) -> dict[str, Any]:
-    plain, forget, retain = task.retain_questions, task.forget, task.retain
-    assert plain is not None
-    assert forget is not None
-    assert retain is not None
-    token = forget_token(task.model, forget, retain)
-    given = with_token(plain, token)
-    before, ceiling = task.right(None, plain), task.right(None, given)
-    edited, after = task.right(task.edit, plain), task.right(task.edit, given)
+def _on_retain_questions(given: Given) -> dict[str, Any]:
+    token = forget_token(given.model, given.forget, given.retain)
+    plain = given.retain_questions
+    asked = with_token(plain, token)
+    before, ceiling = given.right(None, plain), given.right(None, asked)
+    edited, after = given.right(given.edit, plain), given.right(given.edit, asked)
     drops = (edited - after) - (before - ceiling)
-    low, high = bootstrap_interval(drops, seed=task.seed)
+    low, high = bootstrap_interval(drops, seed=given.seed)
     return {
         "variant": f"forget token {token.text.strip()!r} in a retain question",
         "n": len(plain),
@@ -378,14 +351,11 @@ class Bypass(Attack):
             return bypass(
                 setting.model,
                 setting.edit,
-                held_out=setting.facts.held_out,
-                untaught=setting.facts.untaught,
                 shots=setting.facts.train,
                 forget=setting.task.forget_texts,
                 retain=setting.task.retain,
                 retain_questions=setting.retain_questions,
-                seed=setting.seed,
-                progress=setting.progress,
+                **setting.arguments("held_out", "untaught"),
             )
 
         return {"bypass": setting.frame("bypass", found)}

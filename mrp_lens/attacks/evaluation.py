@@ -21,9 +21,9 @@ ASKED_OF_T = 100
 """Of T, at most so many are asked to see whether it was learned."""
 
 
-def score(model: LensModel, questions: Questions, *, batch_size: int = 128, progress: bool = False) -> Score:
+def score(model: LensModel, questions: Questions, *, batch_size: int = 128) -> Score:
     """How many questions the model answers right, by length-normalised likelihood as in `metrics.accuracy`."""
-    scores = choice_scores(model, questions, batch_size=batch_size, progress=progress)
+    scores = choice_scores(model, questions, batch_size=batch_size, progress=False)
     return Score(float(answered_right(scores, questions).sum()), len(questions))
 
 

@@ -13,18 +13,18 @@ from torch.nn.utils import parametrize
 from typing_extensions import override
 
 from mrp_lens.data import Corpus
-from mrp_lens.data.tokenization import Batches, Encoder
+from mrp_lens.data.tokenization import Batches
 from mrp_lens.edits import Edit, edit_on, has_hooks, projection_in, without_hooks
 from mrp_lens.edits.merging import applied_in_weights
 from mrp_lens.models import LensModel, check_lens_model, checkpoint_tensors, encoder_for, is_bridge, restored
 from mrp_lens.models.finite import NonFiniteError, non_finite
 from mrp_lens.models.hooks import frozen
-from mrp_lens.training.callbacks import Callback, Evaluation
+from mrp_lens.training.callbacks import Callback
 from mrp_lens.training.loop import NonFiniteLossError, train
 from mrp_lens.training.losses import cross_entropy, predictions
 from mrp_lens.training.optim import MasterAdamW, Trainable, trainable
 from mrp_lens.utils.torch_state import ordinary_torch, refuse_inference_tensors
-from mrp_lens.utils.validation import generator_for, one_of, positive
+from mrp_lens.utils.validation import generator_for, one_of, positive, whole
 
 Form = Literal["kept", "stripped", "weights"]
 Parameters = Literal["all", "lora", "before", "at", "after"]
@@ -107,8 +107,7 @@ class Attacker:
         taught: Corpus,
         *,
         lr: float,
-        evaluate: Callable[[int], object] | None = None,
-        marks: Sequence[int] = (),
+        callbacks: Sequence[Callback] = (),
         progress: bool = True,
     ) -> Iterator[Outcome]:
         """Inside, the model is what retraining made of it; on exit it is as before, bit for bit.
@@ -120,29 +119,39 @@ class Attacker:
             edit: None: the unedited model.
             taught: what it is trained on; the completions count.
             lr: learning rate.
-            evaluate: called with the number of updates done, whenever that is among `marks`.
-            marks: from 0 to `steps`.
+            callbacks: of the training, such as an `Evaluation`.
             progress: show a progress bar.
 
         Yields:
-            How training ended: "diverged" where the loss, or the model's logits at a mark, became infinite (with a
+            How training ended: "diverged" where the loss, or the logits at an evaluation, became infinite (with a
             warning), "interrupted" by Ctrl-C.
 
         Raises:
             ValueError: nothing to train on, or a model that was loaded in inference mode.
             NonFiniteError: the model's logits are NaN or infinite before the first update.
         """
-        evaluation = [] if evaluate is None else [Evaluation(evaluate, marks)]
+        description = f"retraining ({self.form}, lr {lr:.2g})"
         with ordinary_torch(gradients=True), ExitStack() as entered:
-            encoder = encoder_for(model)
-            rows = [row for row in encoder.encode(taught.documents) if any(row.in_loss[1:])]
-            if not rows:
-                raise ValueError(f"nothing to train on: {taught.name!r} holds no document with a token to predict")
-            batches = Batches(rows, self.batch_size, generator_for(self.seed))
+            losses = Losses(model, taught, self.batch_size, self.seed)
             entered.enter_context(self.faced_with(model, edit))
             tensors = unlocked(model, edit, self.parameters, lora_rank=self.lora_rank, seed=self.seed)
             optimizer = MasterAdamW(entered.enter_context(tensors), lr)
-            outcome = self._train(model, batches, encoder, optimizer, lr, evaluation, progress)
+            outcome: Outcome = "finished"
+            try:
+                run = train(
+                    losses,
+                    optimizer,
+                    steps=self.steps,
+                    description=description,
+                    progress=progress,
+                    callbacks=callbacks,
+                )
+                outcome = "interrupted" if run.interrupted else "finished"
+            except (NonFiniteLossError, NonFiniteError) as error:
+                if not losses.begun:
+                    raise
+                logger.warning("%s", error)
+                outcome = "diverged"
             as_before = entered.pop_all()
         try:
             yield outcome  # to code that sees torch as its own settings have it
@@ -150,38 +159,33 @@ class Attacker:
             with ordinary_torch(gradients=True):
                 as_before.close()
 
-    def _train(
-        self,
-        model: LensModel,
-        batches: Batches,
-        encoder: Encoder,
-        optimizer: MasterAdamW,
-        lr: float,
-        callbacks: Sequence[Callback],
-        progress: bool,
-    ) -> Outcome:
-        begun = False
 
-        def losses(step: int) -> Iterator[dict[str, Tensor]]:
-            nonlocal begun
-            batch = encoder.collate(next(batches))
-            loss = cross_entropy(predictions(model, batch), batch).mean()
-            if not step and not bool(torch.isfinite(loss)):  # it is the model, and not the rate
-                raise non_finite(model, batch.tokens, batch.attention_mask, "the losses")
-            yield {"loss": loss}
-            begun = True
+class Losses:
+    """Cross-entropy of batch after batch of what is taught.
 
-        description = f"retraining ({self.form}, lr {lr:.2g})"
-        try:
-            run = train(
-                losses, optimizer, steps=self.steps, description=description, progress=progress, callbacks=callbacks
-            )
-        except (NonFiniteLossError, NonFiniteError) as error:
-            if not begun:
-                raise
-            logger.warning("%s", error)
-            return "diverged"
-        return "interrupted" if run.interrupted else "finished"
+    Attributes:
+        begun: whether an update was made.
+
+    Raises:
+        ValueError: nothing to train on.
+    """
+
+    def __init__(self, model: LensModel, taught: Corpus, batch_size: int, seed: int) -> None:
+        self.begun = False
+        self._model, self._encoder = model, encoder_for(model)
+        rows = [row for row in self._encoder.encode(taught.documents) if any(row.in_loss[1:])]
+        if not rows:
+            raise ValueError(f"nothing to train on: {taught.name!r} holds no document with a token to predict")
+        self._batches = Batches(rows, batch_size, generator_for(seed))
+
+    def __call__(self, step: int) -> Iterator[dict[str, Tensor]]:
+        """One batch's mean over its counted tokens."""
+        batch = self._encoder.collate(next(self._batches))
+        loss = cross_entropy(predictions(self._model, batch), batch).mean()
+        if not step and not bool(torch.isfinite(loss)):  # it is the model, and not the rate
+            raise non_finite(self._model, batch.tokens, batch.attention_mask, "the losses")
+        yield {"loss": loss}
+        self.begun = True
 
 
 def possible_forms(model: LensModel, edit: Edit, wanted: tuple[Form, ...] | None) -> tuple[Form, ...]:
@@ -282,8 +286,7 @@ def low_rank_updates(model: LensModel, *, rank: int, seed: int) -> Iterator[list
         raise ValueError(
             "low-rank updates need the checkpoint's own matrices, which a HookedTransformer does not have; load the model with backend='bridge'"
         )
-    if rank < 1:
-        raise ValueError(f"lora_rank must be at least 1, got {rank}")
+    whole(lora_rank=rank)
     generator = generator_for(seed)
     blocks = {id(p) for block in model.blocks for p in block.parameters()}
     found = [(module, module._parameters.get("weight")) for module in model.modules()]

@@ -30,7 +30,7 @@ from mrp_lens.models.finite import NonFiniteError, check_states
 from mrp_lens.models.hooks import captured, frozen, hook_name, run_segment
 from mrp_lens.utils.interrupts import deferred
 from mrp_lens.utils.torch_state import ordinary_torch, refuse_inference_tensors
-from mrp_lens.utils.validation import generator_for, positive
+from mrp_lens.utils.validation import generator_for, one_of, positive, whole
 
 logger = logging.getLogger(__name__)
 Loss = Literal["answer", "representation"]
@@ -87,20 +87,14 @@ class Slots:
         last = [(*[False] * (len(row.ids) - 1), True) for row in rows]
         return [Slot(replace(r, in_loss=flags), r.in_loss.index(True)) for r, flags in zip(rows, last, strict=True)]
 
-    def of_choices(self, questions: Questions) -> list[Slot]:
-        """The prompt with each choice, which alone counts in the loss; question by question."""
-        pairs = [(q.prompt, choice) for q in questions.questions for choice in q.choices]
-        return self._placed(pairs, encoded_choices(self.encoder, questions))
-
-    def of_answers(self, questions: Questions) -> list[Slot]:
-        """The prompt with the right choice, which alone counts in the loss."""
-        pairs = [(q.prompt, q.choices[q.answer]) for q in questions.questions]
-        return self._placed(pairs, encoded_choices(self.encoder, questions, right_only=True))
-
-    def _placed(self, pairs: Sequence[tuple[str, str]], rows: Sequence[Encoded]) -> list[Slot]:
+    def of_choices(self, questions: Questions, *, right_only: bool = False) -> list[Slot]:
+        """The prompt with each choice (or the right one), which alone counts in the loss; question by question."""
+        rows = encoded_choices(self.encoder, questions, right_only=right_only)
         # The same text split at the trigger's place: the first token that reaches over the split marks it.
-        parts = [self._parts(prompt) for prompt, _ in pairs]
-        documents = [Document(head, tail + pair[1]) for (head, tail), pair in zip(parts, pairs, strict=True)]
+        documents = []
+        for q in questions.questions:
+            head, tail = self._parts(q.prompt)
+            documents += [Document(head, tail + c) for c in ((q.choices[q.answer],) if right_only else q.choices)]
         with warnings.catch_warnings():  # of cuts, which were told of when the rows were encoded
             warnings.simplefilter("ignore", UserWarning)
             placed = self.encoder.encode(documents, keep="end")
@@ -378,7 +372,7 @@ def jailbreak(
 
 def answer_objective(model: LensModel, slots: Slots, train: Questions) -> Objective:
     """Cross-entropy of the right answers, in nats per token."""
-    return Objective(slots.of_answers(train), lambda batch, _: answer_losses(model, batch))
+    return Objective(slots.of_choices(train, right_only=True), lambda batch, _: answer_losses(model, batch))
 
 
 def representation_objective(
@@ -411,13 +405,10 @@ def representation_objective(
 
 
 def _check_settings(loss: str, layer: int | None, **counts: int) -> None:
-    if loss not in get_args(Loss):
-        raise ValueError(f"unknown loss {loss!r}; choose one of {', '.join(get_args(Loss))}")
+    one_of(Loss, loss=loss)
     if layer is not None and loss != "representation":
         raise ValueError(f"layer={layer} has no effect with loss={loss!r}; leave it out, or use loss='representation'")
-    for name, value in counts.items():
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
+    whole(**counts)
 
 
 def _check_questions(train: Questions, held_out: Questions, untaught: Questions | None) -> None:
@@ -461,25 +452,16 @@ class Jailbreak(Attack):
         for objective in get_args(Loss):
 
             def search(objective: Loss = objective) -> pd.DataFrame:
-                frame = jailbreak(
-                    setting.model,
-                    setting.edit,
-                    train=setting.facts.train,
-                    held_out=setting.facts.held_out,
-                    untaught=setting.facts.untaught,
-                    loss=objective,
-                    steps=self.search_steps,
-                    every=EVERY,
-                    seed=setting.seed,
-                    progress=setting.progress,
-                )
+                arguments = setting.arguments("train", "held_out", "untaught")
+                model, edit, steps = setting.model, setting.edit, self.search_steps
+                frame = jailbreak(model, edit, loss=objective, steps=steps, every=EVERY, **arguments)
                 return frame.assign(objective=objective)
 
             searches.append(setting.frame(f"jailbreak-{objective}", search))
 
         def gradients() -> pd.DataFrame:
             asked = labelled({"forget": setting.facts.held_out, "retain": setting.retain_questions})
-            frame = input_gradients(setting.model, setting.edit, asked, seed=setting.seed, progress=setting.progress)
+            frame = input_gradients(setting.model, setting.edit, asked, **setting.arguments())
             return frame[frame["group"] != "all"]
 
         return {

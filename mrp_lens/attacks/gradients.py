@@ -22,6 +22,7 @@ from mrp_lens.models.finite import NonFiniteError, non_finite
 from mrp_lens.models.hooks import frozen, hooked
 from mrp_lens.training.losses import cross_entropy, predictions
 from mrp_lens.utils.torch_state import ordinary_torch, refuse_inference_tensors
+from mrp_lens.utils.validation import whole
 
 EMBEDDING_HOOK = "hook_embed"
 
@@ -45,7 +46,7 @@ def input_gradients(
     batch_size: int = 32,
     padding: PaddingSide = "right",
     seed: int = 0,
-    progress: bool = False,
+    progress: bool = True,
 ) -> pd.DataFrame:
     """Norm of the gradient of the right answer's cross-entropy towards the embeddings of the prompt's tokens.
 
@@ -83,8 +84,7 @@ def input_gradients(
         raise TypeError(f"questions must be Questions, got {type(questions).__name__}")
     if not len(questions):
         raise ValueError(f"no questions in {questions.name!r}")
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    whole(batch_size=batch_size)
     table = pd.DataFrame({"group": [q.group for q in questions.questions]})
     groups = [(name, part.index.to_numpy()) for name, part in by_group(table)]
     rows = []

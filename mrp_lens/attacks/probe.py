@@ -42,7 +42,7 @@ def probe(
     layers: Sequence[int] | None = None,
     site: Site = "resid_post",
     kind: Kind = "linear",
-    target: Target = "answer",
+    target: Target | None = "answer",
     batch_size: int = 128,
     padding: PaddingSide = "right",
     seed: int = 0,
@@ -75,7 +75,8 @@ def probe(
         target: "answer": one state a question, at the last token of the prompt; every answer that occurs among the
             choices is a class, so that answers must recur. "choice": one state a choice, at the last token of prompt +
             choice, and one score for all, so that answers can be any text. It sees how the choices are worded, too: what
-            it makes of that alone shows in the never-taught rows.
+            it makes of that alone shows in the never-taught rows. None: "answer" where there are no more different
+            answers than facts in `train`, else "choice".
         batch_size: texts at a time. All states at the ends of the texts are kept, in the model's precision.
         padding: "right" or "left"; of no effect beyond rounding.
         seed: of folds, shuffles, halves, initial weights, and the bootstrap.
@@ -101,11 +102,13 @@ def probe(
         >>> frame = probe(model, fit.edit, train=known, held_out=asked, untaught=untaught, target="choice", layers=[1])
     """
     one_of(Kind, kind=kind)
-    one_of(Target, target=target)
+    if target is not None:
+        one_of(Target, target=target)
     one_of(PaddingSide, padding=padding)
     positive(batch_size=batch_size)
     generator_for(seed)
     check_held_out(held_out, train=train)
+    target = target or ("answer" if len(_answers(train, held_out)) <= len(train) else "choice")
     hooks = hooks_at(model, layers, site)
     pairs = [("held-out", train, held_out)]
     if untaught is not None:
@@ -165,22 +168,24 @@ def _labels(
     """
     if len(train) < FOLDS:
         raise ValueError(f"only {len(train)} training facts in {train.name!r}; a probe needs {FOLDS} or more")
-    texts = dict.fromkeys(choice for part in (train, held_out) for q in part.questions for choice in q.choices)
-    numbers = {text: number for number, text in enumerate(texts)}
+    numbers = {text: number for number, text in enumerate(_answers(train, held_out))}
     if target == "answer" and len(numbers) > len(train):
         raise ValueError(
             f"{len(numbers)} different answers among the choices, and only {len(train)} training facts in {train.name!r}: "
             "a class of its own for each cannot be learned; use target='choice', or give more training facts"
         )
     widest = max(len(q.choices) for part in (train, held_out) for q in part.questions)
-    (of_train, right), (of_held_out, other_right) = (
-        (
-            torch.tensor([[numbers[c] for c in q.choices] + [-1] * (widest - len(q.choices)) for q in part.questions]),
-            torch.tensor([q.answer for q in part.questions]),
-        )
-        for part in (train, held_out)
-    )
-    return (of_train, right), (of_held_out, other_right), len(numbers) if target == "answer" else widest
+
+    def labels(part: Questions) -> tuple[Tensor, Tensor]:
+        rows = [[numbers[c] for c in q.choices] + [-1] * (widest - len(q.choices)) for q in part.questions]
+        return torch.tensor(rows), torch.tensor([q.answer for q in part.questions])
+
+    return labels(train), labels(held_out), len(numbers) if target == "answer" else widest
+
+
+def _answers(*parts: Questions) -> list[str]:
+    """Every different choice, in the order of appearance."""
+    return list(dict.fromkeys(choice for part in parts for q in part.questions for choice in q.choices))
 
 
 def _states(
@@ -271,21 +276,11 @@ class Probe(Attack):
 
     def _read(self, setting: Setting, edit: Edit | None) -> Mapping[str, Any]:
         """What a probe and the logit lens read off the model as it is now, and with this edit on."""
-        facts, seed, progress = setting.facts, setting.seed, setting.progress
-        bits = probe(
-            setting.model,
-            edit,
-            train=facts.train,
-            held_out=facts.held_out,
-            untaught=facts.untaught,
-            kind=self.probe_kind,
-            target=target_for(facts.train, facts.held_out),
-            seed=seed,
-            progress=progress,
-        )
-        asked = labelled({"forget": facts.held_out, "never-taught": facts.untaught})
+        arguments = setting.arguments("train", "held_out", "untaught")
+        bits = probe(setting.model, edit, kind=self.probe_kind, target=None, **arguments)
+        asked = labelled({"forget": setting.facts.held_out, "never-taught": setting.facts.untaught})
         with edit_on(setting.model, edit):
-            seen = logit_lens(setting.model, asked, seed=seed, progress=progress)
+            seen = logit_lens(setting.model, asked, **setting.arguments())
         return {"probe": rows_of(bits), "lens": rows_of(seen[seen["group"] != "all"])}
 
     @override
@@ -307,9 +302,3 @@ class Probe(Attack):
                 "bits_in_all": row["entropy"],
                 "never_taught_bits": float(control.iloc[0]) if len(control) else float("nan"),
             }
-
-
-def target_for(train: Questions, held_out: Questions) -> Target:
-    """The target "answer" where answers recur often enough to be classes, else "choice"."""
-    answers = {choice for q in (*train.questions, *held_out.questions) for choice in q.choices}
-    return "answer" if len(answers) <= len(train) else "choice"

@@ -1,9 +1,10 @@
 """Retraining on T (RTT, arXiv 2410.08827): teach an edited model some of what it lost, and ask for the rest."""
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, get_args
 
 import pandas as pd
@@ -11,7 +12,7 @@ from typing_extensions import override
 
 from mrp_lens.attacks.base import Attack, Frames, Setting
 from mrp_lens.attacks.evaluation import Evaluator, score
-from mrp_lens.attacks.finetuning import LORA_RANK, Attacker, Form, Outcome, Parameters, possible_forms, unlocked
+from mrp_lens.attacks.finetuning import LORA_RANK, Attacker, Form, Parameters, possible_forms, unlocked
 from mrp_lens.attacks.registry import register
 from mrp_lens.attacks.summary import ACCURACIES, RECOVERY, columns, without_attack
 from mrp_lens.data import Corpus, Questions
@@ -19,8 +20,9 @@ from mrp_lens.edits import Edit
 from mrp_lens.metrics.recovery import FORM_TITLES, NEVER_TAUGHT, UNEDITED, Score, best, recovery
 from mrp_lens.models import LensModel
 from mrp_lens.models.finite import NonFiniteError
+from mrp_lens.training.callbacks import Evaluation
 from mrp_lens.utils.torch_state import ordinary_torch
-from mrp_lens.utils.validation import one_of, positive
+from mrp_lens.utils.validation import one_of, positive, whole
 
 MARKS = (0, 5, 20, 40, 100)
 """Updates after which an attack is scored, besides its last."""
@@ -101,31 +103,29 @@ def relearn(
     evaluator = Evaluator.of(model, edit, limited(train, samples), held_out, untaught, seed=seed)
     points = sorted({mark for mark in marks if 0 <= mark <= steps} | {steps})
 
-    def measured(taught: Corpus, rate: float, measure: Callable[[], Any]) -> tuple[dict[int, Any], Outcome]:
-        """Step -> what is found there, and the seconds until then, while these are taught."""
-        found: dict[int, Any] = {}
-        begun = time.perf_counter()
-
-        def evaluate(step: int) -> None:
-            found[step] = measure(), time.perf_counter() - begun
-
-        with attacker.retrained(
-            model, edit, taught, lr=rate, evaluate=evaluate, marks=points, progress=progress
-        ) as outcome:
-            return found, outcome
-
     described = {"attack": "relearn", "form": form, "parameters": parameters, "samples": len(evaluator.taught)}
     rows: list[dict[str, Any]] = []
     for rate in rates:
-        curve, outcome = measured(documents_of(evaluator.taught), rate, lambda: evaluator.figures(model))
-        learned: dict[int, Any] = {}
+        begun = time.perf_counter()
+        curve: dict[int, dict[str, Any]] = {}
+        learned: dict[int, float] = {}
+
+        def evaluate(step: int, curve: dict[int, dict[str, Any]] = curve, begun: float = begun) -> None:
+            curve[step] = evaluator.figures(model) | {"seconds": time.perf_counter() - begun}
+
+        def evaluate_new(step: int, learned: dict[int, float] = learned, new: Any = new) -> None:
+            learned[step] = score(model, new).accuracy
+
+        retrained = partial(attacker.retrained, model, edit, lr=rate, progress=progress)
+        with retrained(documents_of(evaluator.taught), callbacks=[Evaluation(evaluate, points)]) as outcome:
+            pass
         if new is not None and outcome == "finished":
-            learned, outcome = measured(new.right_answers(), rate, lambda: score(model, new).accuracy)
-        counts = any(figures["train_accuracy"] >= TAUGHT for figures, _ in curve.values())
-        for step, (figures, seconds) in curve.items():
-            new_accuracy, _ = learned.get(step, (float("nan"), 0.0))
-            row = described | {"lr": rate, "step": step, **figures, "seconds": seconds}
-            rows.append(row | {"new_accuracy": new_accuracy, "counts": counts})
+            with retrained(new.right_answers(), callbacks=[Evaluation(evaluate_new, points)]) as outcome:
+                pass
+        counts = any(figures["train_accuracy"] >= TAUGHT for figures in curve.values())
+        for step, figures in curve.items():
+            row = described | {"lr": rate, "step": step, **figures}
+            rows.append(row | {"new_accuracy": learned.get(step, float("nan")), "counts": counts})
         if outcome == "interrupted":
             break
     frame = pd.DataFrame(rows)
@@ -207,8 +207,7 @@ def limited(train: Questions | Corpus, samples: int | None) -> Questions | Corpu
     """
     if not isinstance(train, Questions | Corpus):
         raise TypeError(f"train must be Questions or a Corpus, got {type(train).__name__}")
-    if samples is not None and samples < 1:
-        raise ValueError(f"samples must be at least 1, got {samples}")
+    whole(samples=samples)
     return train.spread(samples)
 
 
@@ -289,17 +288,12 @@ class Relearn(Attack):
                 return relearn(
                     model,
                     edit,
-                    train=setting.facts.train,
-                    held_out=setting.facts.held_out,
-                    untaught=setting.facts.untaught,
-                    new=setting.facts.new,
                     steps=self.steps,
                     lr=rate,
                     samples=self.samples,
                     form=form,
                     parameters=parameters,
-                    seed=setting.seed,
-                    progress=setting.progress,
+                    **setting.arguments("train", "held_out", "untaught", "new"),
                 )
 
             role = name if edit is None else "edited"

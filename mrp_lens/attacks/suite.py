@@ -37,6 +37,7 @@ class SuiteConfig(PlainSettings):
         seed: of every random choice.
 
     Raises:
+        TypeError: attacks are one name instead of several.
         ValueError: an unknown attack, two budgets of one, or a number that is not above 0.
 
     Example:
@@ -51,6 +52,8 @@ class SuiteConfig(PlainSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if isinstance(self.attacks, str):
+            raise TypeError(f"attacks must be a tuple of names such as ('relearn',), got {self.attacks!r}")
         for name in self.attacks or ():
             ATTACKS[name]
         names = [attack.name for attack in self.budgets]
@@ -161,7 +164,7 @@ def run_suite(
         **{key: value for name in FLAT for key, value in asdict(config.budget(name)).items()},
         **{key: getattr(config, key) for key in ("split", "questions", "seed")},
     }
-    store = ResultStore.claim(out, KIND, settings)
+    store = ResultStore.claim(out, KIND, settings, earlier={"data": _data_as_0_1_wrote(task, facts)})
     setting = Setting(
         model=model,
         edit=edit,
@@ -184,3 +187,11 @@ def run_suite(
         frames |= found
     store.tidy()
     return frames
+
+
+def _data_as_0_1_wrote(task: UnlearningTask, facts: FactSplit) -> dict[str, str]:
+    """The hashes of the data by which version 0.1 knew its folders."""
+    parts = {role: getattr(facts, role) for role in facts.fingerprints()}
+    return task.legacy_fingerprints() | {
+        role: replace(task, questions=part).legacy_fingerprints()["questions"] for role, part in parts.items()
+    }

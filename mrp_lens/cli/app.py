@@ -15,7 +15,7 @@ COMMANDS = {
     ),
     "unlearn": ("Unlearn", "Make your own model forget: fit an edit, save it, and measure before and after."),
     "sweep": ("Sweep", "Fit every method at one layer after another and compare what each did."),
-    "attack": ("Attack", "See what survives an edit: retrain, probe, bypass and jailbreak it."),
+    "attack": ("AttackEdit", "See what survives an edit: retrain, probe, bypass and jailbreak it."),
     "measure": ("Measure", "Measure a model, and the same model with an edit on, without fitting anything."),
     "export": ("Export", "Write an edited model for Hugging Face's transformers, and prove it by reloading."),
     "report": ("Report", "Make one HTML page of a run: table, controls, figures, answers, settings."),

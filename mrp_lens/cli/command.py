@@ -68,6 +68,7 @@ class Command(ABC):
     word: ClassVar[str] = ""
     positional: ClassVar[str | None] = None
     required: ClassVar[tuple[str, ...]] = ()  # of what other commands can do without
+    inside: ClassVar[tuple[str, ...]] = ()  # fields that `gathered` makes of parts
 
     @abstractmethod
     def execute(self) -> Any:
@@ -94,10 +95,25 @@ class Command(ABC):
         return {}
 
     @classmethod
+    def earlier(cls, filed: dict[str, Any]) -> dict[str, Any]:
+        """The settings in a file, where version 0.1 wrote them otherwise."""
+        return filed
+
+    @classmethod
+    def gathered(cls, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """The parts as fields of the command."""
+        return dict(settings)
+
+    def scattered(self) -> dict[str, Any]:
+        """The inverse: the command's parts by name."""
+        given = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: given[name] for name in self.parts(given)}
+
+    @classmethod
     def placed(cls, parts: Mapping[str, type], titles: Mapping[str, str]) -> dict[str, tuple[str, Option]]:
         """Name -> the part it belongs to ("": the command itself) and the option. A name that is taken stands behind its
         part's title."""
-        own = (option for option in options_of(cls, "options") if option.field not in parts)
+        own = (option for option in options_of(cls, "options") if option.field not in {*parts, *cls.inside})
         found = {option.name: ("", option) for option in own}
         for part, kind in parts.items():
             title = titles.get(part, part)
@@ -115,7 +131,7 @@ class Command(ABC):
             ValueError: an option or a file makes no sense; says which.
         """
         first = peeked(words)
-        filed = settings_in(Path(first["config"]), cls.word) if "config" in first else {}
+        filed = cls.earlier(settings_in(Path(first["config"]), cls.word)) if "config" in first else {}
         chosen = filed | first
         parts, titles, aliases = cls.parts(chosen), cls.titles(chosen), cls.aliases(chosen)
         places = cls.placed(parts, titles)
@@ -151,7 +167,7 @@ class Command(ABC):
             raise ValueError(
                 f"{where} needs {spelled(dict.fromkeys(absent))}; `mrp-lens {where} --help` says what they are"
             )
-        return cls(**own, **settings)
+        return cls(**own, **cls.gathered(settings))
 
     @classmethod
     def chosen(cls, given: Mapping[str, Any]) -> list[str]:
@@ -165,11 +181,14 @@ class Command(ABC):
 
     def arguments(self) -> dict[str, Any]:
         """All settings by the names of their options, as JSON: a valid `--config`."""
+        parts = self.scattered()
+        kinds = {name: type(value) for name, value in parts.items()}
         mine = {field.name: getattr(self, field.name) for field in fields(self)}
-        of_parts = {name: value for name, value in mine.items() if name in self.parts(mine)}
-        places = self.placed({name: type(value) for name, value in of_parts.items()}, self.titles(mine))
-        own = {name: value for name, value in mine.items() if name not in of_parts and name not in UNKEPT}
-        inner = {name: value for part, value in of_parts.items() for name, value in named_in(value, part, places)}
+        places = self.placed(kinds, self.titles(mine))
+        own = {
+            name: mine[name] for name, (part, _) in places.items() if not part and name in mine and name not in UNKEPT
+        }
+        inner = {name: value for part, value in parts.items() for name, value in named_in(value, part, places)}
         settings: dict[str, Any] = plain(own | inner)
         return settings
 
@@ -194,7 +213,7 @@ class Command(ABC):
             text = option.help
             if name in cls.required or option.default is MISSING:
                 text += " (required)"
-            elif option.default not in (None, False, ()) and not is_dataclass(option.default):
+            elif option.shows_default:
                 default = option.default
                 text += f" (default: {','.join(map(str, default)) if isinstance(default, tuple) else default})"
             metavar = {} if option.metavar is None else {"metavar": option.metavar}
@@ -280,4 +299,4 @@ def settings_in(path: Path, word: str) -> dict[str, Any]:
     if content.get("command") != word:
         raise ValueError(f"{path} is of `mrp-lens {content.get('command')}`, not of `mrp-lens {word}`")
     kept = {name: value for name, value in content["arguments"].items() if name not in UNKEPT}
-    return {"seed": content["seed"], **kept}
+    return kept if "seeds" in kept else {"seed": content["seed"], **kept}

@@ -10,7 +10,7 @@ import dis
 import errno
 from types import TracebackType
 
-KINDS = (ValueError, TypeError, OSError, FloatingPointError)
+KINDS = (ValueError, TypeError, OSError, FloatingPointError, ImportError)
 OF_THE_MACHINE = {
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOMEM),
     *(errno.EMFILE, errno.ENFILE, errno.ECONNREFUSED, errno.ECONNRESET, errno.ETIMEDOUT, errno.EHOSTUNREACH),

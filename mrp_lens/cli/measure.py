@@ -1,7 +1,6 @@
 """`mrp-lens measure`: a model, and the same model with an edit on, measured without fitting."""
 
 from collections.abc import Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -18,7 +17,6 @@ from mrp_lens.data.task import UnlearningTask
 from mrp_lens.edits import Edit, load_edit
 from mrp_lens.edits.provenance import label_of
 from mrp_lens.evals.lm_eval import Bos, evaluate, load_hf, require_harness, task_manager, task_names
-from mrp_lens.hf import attach
 from mrp_lens.runs.record import Run
 from mrp_lens.runs.report import report
 from mrp_lens.utils.frames import Row, rows_of
@@ -138,10 +136,7 @@ class Measure(OnData):
 
     def harness_rows(self, methods: Mapping[str, Edit | None]) -> list[Row]:
         """A row for each method, task and metric, from the plain Hugging Face model; an edit is attached to it."""
-        try:
-            require_harness()
-        except ImportError as error:
-            raise ValueError(f"--harness: {error}") from error
+        require_harness()
         assert self.harness is not None
         task_manager(task_names(self.harness), self.include_path)  # a wrong name should not wait for the model
         console.print(f"Loading {self.loading.model} for lm-evaluation-harness ...")
@@ -153,18 +148,18 @@ class Measure(OnData):
         )
         rows: list[Row] = []
         for method, edit in methods.items():
-            with nullcontext() if edit is None else attach(hf_model, edit):
-                frame = evaluate(
-                    hf_model,
-                    self.harness,
-                    tokenizer=tokenizer,
-                    include_path=self.include_path,
-                    limit=self.limit,
-                    num_fewshot=self.num_fewshot,
-                    batch_size=self.batch_size,
-                    bos=self.bos,
-                    seed=self.seed,
-                )
+            frame = evaluate(
+                hf_model,
+                self.harness,
+                edit=edit,
+                tokenizer=tokenizer,
+                include_path=self.include_path,
+                limit=self.limit,
+                num_fewshot=self.num_fewshot,
+                batch_size=self.batch_size,
+                bos=self.bos,
+                seed=self.seed,
+            )
             rows += [{"method": method, **row} for row in rows_of(frame.drop(columns="higher_is_better"))]
         return rows
 

@@ -6,6 +6,7 @@ without a value, `3,5` and repeated options for lists, several fields that a doc
 
 import difflib
 import re
+import sys
 from argparse import ArgumentError
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, is_dataclass
@@ -85,6 +86,12 @@ class Option:
         shown = "|".join(map(str, choices)) or {int: "N", float: "X", Path: "PATH"}.get(kind, "TEXT")
         return f"{shown},..." if self.element in (int, float) or self.separator else shown
 
+    @property
+    def shows_default(self) -> bool:
+        """Whether `--help` shows its default: None is explained by the text, and no flag stands at the start."""
+        empty = self.default in ((), {}) or is_dataclass(self.default)
+        return not empty and self.default is not None and self.default is not False
+
     def prepared(self, given: Any) -> Any:
         """What was given, as `jsonargparse` takes it: lists taken apart, flags given their value.
 
@@ -96,8 +103,8 @@ class Option:
         """
         if given is FLAG and not self.is_flag:
             raise ValueError(f"{self.spelled} needs a value")
-        if isinstance(given, Repeated) and self.element is None:
-            given = given[-1]
+        if isinstance(given, Repeated) and (self.element is not str or self.separator is not None):
+            given = given[-1]  # only names that are told apart by repeating the option add up
         if isinstance(given, str) and given.lower() in NONE and NoneType in get_args(self.type):
             return None
         if self.settings is not None:
@@ -140,25 +147,33 @@ def options_of(kind: type, part: str, *, prefix: str = "") -> Iterator[Option]:
 
 
 def described(kind: type) -> dict[str, str]:
-    """Field -> what the `Args:` or `Attributes:` of the docstring, or of a base class's, say of it."""
+    """Field -> what the `Args:` or `Attributes:` of the docstring say of it, or those of a base class, or of the class whose
+    arguments the docstring says they are."""
     found: dict[str, str] = {}
     for base in kind.__mro__:
-        section = re.search(r"\n\s*(?:Args|Attributes):\n(.*?)(?:\n\s*\n|\Z)", base.__doc__ or "", re.DOTALL)
-        if section is None or base.__doc__ is None:
-            continue
-        lines = section[1].splitlines()
-        margin = len(lines[0]) - len(lines[0].lstrip())
-        entries: list[str] = []
-        for line in lines:
-            if len(line) - len(line.lstrip()) == margin:
-                entries.append(line.strip())
-            elif entries:
-                entries[-1] += f" {line.strip()}"
-        for entry in entries:
-            names, _, text = entry.partition(":")
+        text = base.__doc__ or ""
+        section = re.search(r"\n\s*(?:Args|Attributes):\n(.*?)(?:\n\s*\n|\Z)", text, re.DOTALL)
+        for names, meaning in _entries(section[1]) if section is not None else ():
             for name in names.split(","):
-                found.setdefault(name.strip(), text.strip())
+                found.setdefault(name.strip(), meaning)
+        for other in re.findall(r"arguments are those of `(\w+)`", text):
+            found = described(getattr(sys.modules[base.__module__], other)) | found
     return found
+
+
+def _entries(section: str) -> Iterator[tuple[str, str]]:
+    """The names and the text of each entry, which begins at the margin."""
+    lines = section.splitlines()
+    margin = len(lines[0]) - len(lines[0].lstrip())
+    entries: list[str] = []
+    for line in lines:
+        if len(line) - len(line.lstrip()) == margin or not entries:
+            entries.append(line.strip())
+        else:
+            entries[-1] += f" {line.strip()}"
+    for entry in entries:
+        names, _, text = entry.partition(":")
+        yield names, text.strip()
 
 
 def read(words: Sequence[str], options: Mapping[str, Option], *, positional: str | None, where: str) -> dict[str, Any]:
@@ -189,7 +204,8 @@ def read(words: Sequence[str], options: Mapping[str, Option], *, positional: str
                 hint = f"did you mean {options[near[0]].spelled}? " if near else ""
                 raise ValueError(f"{where} has no --{typed}; {hint}`mrp-lens {where} --help` shows what it has")
             elif not equals:
-                value = FLAG if options[name].is_flag or not rest else rest.pop(0)
+                bare = not rest or (options[name].is_flag and rest[0] not in ("true", "false"))
+                value = FLAG if bare else rest.pop(0)
         elif positional is not None and positional not in found:
             name = positional
         else:
@@ -216,14 +232,18 @@ def converted(given: Mapping[str, Any], options: Mapping[str, Option]) -> dict[s
             place[key] = place.get(key) or {}
             place = place[key]
         place[last] = value
+    texts = {name for name, value in nested.items() if isinstance(value, str) and str in options[name].alternatives}
+    others = {
+        name: value for name, value in nested.items() if name not in texts
+    }  # in a text YAML may see something else
     parser = ArgumentParser(exit_on_error=False)
-    for name in nested:
+    for name in others:
         parser.add_argument(f"--{name}", type=options[name].type)
     try:
-        values = parser.instantiate(parser.parse_object(nested))
+        values = parser.instantiate(parser.parse_object(others))
     except ArgumentError as error:
         raise ValueError(_refusal(str(error), nested, options)) from error
-    return {name: values[name] for name in nested}
+    return {name: nested[name] if name in texts else values[name] for name in nested}
 
 
 def _refusal(message: str, given: Mapping[str, Any], options: Mapping[str, Option]) -> str:

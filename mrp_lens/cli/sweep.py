@@ -51,6 +51,13 @@ class Sweep(OnData):
     def titles(cls, given: Mapping[str, Any]) -> dict[str, str]:
         return {**super().titles(given), "config": "sweep"}
 
+    @classmethod
+    @override
+    def earlier(cls, filed: dict[str, Any]) -> dict[str, Any]:
+        """It wrote the number of questions where the place of the quiz had stood."""
+        number = filed.get("questions")
+        return filed | {"questions": None, "questions_limit": number} if isinstance(number, int) else filed
+
     @override
     def execute(self) -> Run | None:
         task, parts = self.task(), shard_of(self.shard)

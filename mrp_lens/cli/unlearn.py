@@ -1,9 +1,9 @@
 """`mrp-lens unlearn`: fit, measure before and after, save, on anybody's model and data."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import pandas as pd
 from typing_extensions import override
@@ -21,6 +21,7 @@ from mrp_lens.models.generation import continuations
 from mrp_lens.runs.record import Run
 from mrp_lens.runs.report import report
 from mrp_lens.runs.report.diagnostics import diagnostics
+from mrp_lens.training.loggers import LoggerCallback, logger_named
 
 EXAMPLES = 3
 CAPTION = (
@@ -74,6 +75,8 @@ class Unlearn(Command):
         released: `rmu`, `adaptive-rmu`: the released code's settings, where none is given.
         out: Folder for the edit, the log and the metrics.
         seed: Of every random choice.
+        logger: Send every update to this tracker, too; log.csv is always written. Needs `pip install 'mrp_lens[wandb]'` and
+            the like.
         overwrite: Replace the output folder if it exists.
     """
 
@@ -87,6 +90,7 @@ class Unlearn(Command):
     released: bool = False
     out: Path
     seed: int = 0
+    logger: Literal["wandb", "trackio", "tensorboard"] | None = None
     overwrite: bool = False
 
     @classmethod
@@ -108,7 +112,7 @@ class Unlearn(Command):
     @classmethod
     @override
     def aliases(cls, given: Mapping[str, Any]) -> dict[str, str]:
-        names = {field.name for field in fields(METHODS[given["method"]])} if given.get("method") else set()
+        names = METHODS[given["method"]].__dataclass_fields__ if given.get("method") else {}
         return {"layers": "layer"} if "layer" in names and "layers" not in names else {}
 
     @classmethod
@@ -130,6 +134,9 @@ class Unlearn(Command):
     @override
     def execute(self) -> Run:
         task, method, out = self.data.load(), self.method, self.out
+        tracked: dict[str, Any] = {}  # not every plugin's method knows callbacks
+        if self.logger is not None:
+            tracked["callbacks"] = [LoggerCallback(logger_named(self.logger, out))]
         about = ", ".join(corpus.name for corpus in task.forget)
         run = Run(
             "unlearn", self.arguments(), self.seed, title=f"{self.loading.model}: forgetting {about} with {method}"
@@ -148,7 +155,10 @@ class Unlearn(Command):
             store.check_same("model", identity_of(model))
             before = store.once("unedited", lambda: measured(model, task, None))
             fit = Fit.once(
-                out, lambda kept: self.fitter.fit(model, task.forget, task.retain, seed=self.seed, checkpoint=kept)
+                out,
+                lambda kept: self.fitter.fit(
+                    model, task.forget, task.retain, seed=self.seed, checkpoint=kept, **tracked
+                ),
             )
             console.print(
                 f"The edit is in {out / 'edit'}; load it with mrp_lens.load_edit({str(out / 'edit')!r}). Measuring it ..."

@@ -3,15 +3,15 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import pandas as pd
+from jinja2 import TemplateError
 
-from mrp_lens.data.rows import Row, digest, evenly, fill, rows_in, shown, text, words
+from mrp_lens.data.question import question_columns, read_questions
+from mrp_lens.data.rows import Row, all_of, check_text, digest, evenly, fill, shown, text
 from mrp_lens.data.schemas import KNOWN, DocumentColumns, Schema, schema_named
-from mrp_lens.data.sources import file_rows, hub_name, hub_rows
-
-Kind = TypeVar("Kind")
+from mrp_lens.data.sources import file_rows, hub_name, hub_rows, rows_in
 
 
 def in_chat(prompt: str, completions: Sequence[str], tokenizer: Any, system: str | None) -> tuple[str, tuple[str, ...]]:
@@ -26,8 +26,6 @@ def in_chat(prompt: str, completions: Sequence[str], tokenizer: Any, system: str
         raise ValueError(
             "this tokenizer has no chat template; set tokenizer.chat_template, or write the turns into prompt= as the model expects them"
         )
-    from jinja2 import TemplateError
-
     messages = [{"role": "user", "content": prompt}]
     if system is not None:
         messages.insert(0, {"role": "system", "content": system})
@@ -112,9 +110,8 @@ class Corpus:
         """
         known = schema_named(schema)
         if known is not None and known.documents is None and field is None and completion is None:
-            from mrp_lens.data.questions import Questions  # which imports this module
-
-            return Questions.from_rows(rows, prompt=prompt, schema=known, name=name).right_answers()
+            asked = read_questions(rows_in(rows, name), question_columns(known, prompt=prompt), known, name)
+            return cls(tuple(Document(q.prompt, q.choices[q.answer]) for q in asked), name)
         columns = _document_columns(field, prompt, completion, known)
         documents = []
         for number, row in enumerate(rows_in(rows, name)):
@@ -210,38 +207,6 @@ class Corpus:
 
     def __len__(self) -> int:
         return len(self.documents)
-
-
-def check_text(value: object, what: str) -> None:
-    """Refuse what is no text.
-
-    Raises:
-        TypeError: it is no string.
-        ValueError: it holds half a character.
-    """
-    if not isinstance(value, str):
-        raise TypeError(f"{what} is {shown(value)}, of type {type(value).__name__}, not a string")
-    try:
-        words(value)
-    except ValueError as error:
-        raise ValueError(f"{what} {error}") from error
-
-
-def all_of(kind: type[Kind], items: Iterable[Kind], what: str) -> tuple[Kind, ...]:
-    """The items as a tuple.
-
-    Raises:
-        TypeError: they are no collection, or one is of another kind (with its place).
-    """
-    if isinstance(items, str | bytes | kind) or not isinstance(items, Iterable):
-        raise TypeError(f"a {what} is made of several {kind.__name__} objects, got {shown(items)}")
-    several = tuple(items)
-    for place, item in enumerate(several):
-        if not isinstance(item, kind):
-            raise TypeError(
-                f"item {place} of a {what} must be a {kind.__name__}, got {shown(item)}; see {what}.from_rows"
-            )
-    return several
 
 
 def _document_columns(

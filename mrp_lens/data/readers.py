@@ -1,6 +1,7 @@
-"""Rows of .parquet files, and of the Arrow files in folders that `save_to_disk` of `datasets` wrote.
+"""Rows of files, one after another: of text, of .parquet, and of the folders that `save_to_disk` of `datasets` wrote.
 
-They are read by pyarrow alone: `datasets` would follow paths out of the folder, and decode pictures and sounds.
+Text is read strictly, each fault with its line. Tables are read by pyarrow alone: `datasets` would follow paths out of the
+folder, and decode pictures and sounds.
 """
 
 import csv
@@ -18,16 +19,14 @@ from typing import Any, TypeGuard
 import numpy as np
 import psutil
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from mrp_lens.data.rows import MOST_LISTED, SURROGATE, Row, Untyped, listing, shown, unique
 
+SPACE = re.compile(r"[ \t\r\n]*")  # between values of JSON
 LONGEST_CELL = 2**24  # characters; a quotation mark that is never closed would fill the memory
 CSV_ROWS = 100  # read at a time
-
-SPACE = re.compile(r"[ \t\r\n]*")
-
-_limit = threading.Lock()
-
+_limit = threading.Lock()  # of cells, which the csv module has once for the whole process
 
 ARROW_ROWS = 256  # rows that are Python objects at a time
 BUFFER = 2**20  # bytes of a .parquet column that are read at a time
@@ -176,7 +175,7 @@ def _records(reader: Any, file: Path) -> Iterator[tuple[int, list[str]]]:
     """The records of a csv reader with the numbers of their last lines."""
     some = [(0, [""])]
     while some:
-        with _limit:  # of the whole process
+        with _limit:
             before = csv.field_size_limit(LONGEST_CELL)
             try:
                 some = [(reader.line_num, cells) for cells in islice(reader, CSV_ROWS)]
@@ -204,8 +203,6 @@ def parquet_rows(file: Path) -> Iterator[Row]:
     Raises:
         ValueError: it is damaged, two columns have one name, or what it announces does not fit into memory.
     """
-    import pyarrow.parquet as pq
-
     with (
         _foreign(file),
         pa.OSFile(str(file)) as source,

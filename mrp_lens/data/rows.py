@@ -1,4 +1,4 @@
-"""Rows of tables: their columns as text, templates of columns, and tables of other libraries as rows."""
+"""Rows of tables: their columns as text, and templates of columns."""
 
 import hashlib
 import json
@@ -6,8 +6,7 @@ import math
 import re
 import reprlib
 import string
-import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from decimal import Decimal
 from numbers import Real
 from typing import Any, TypeVar
@@ -19,6 +18,7 @@ from mrp_lens.data.schemas import template_fields
 
 Row = Mapping[str, Any]
 Item = TypeVar("Item")
+Kind = TypeVar("Kind")
 
 MOST_LISTED = 20
 
@@ -110,49 +110,6 @@ def fill(template: str, row: Row, number: int, name: str) -> str:
     return "".join(parts)
 
 
-def rows_in(table: Any, name: str) -> Iterator[Row]:
-    """The rows of a list of mappings, of a pandas DataFrame or of a Dataset.
-
-    Raises:
-        ValueError: it is a DatasetDict, whose splits get listed, or two columns have one name.
-        TypeError: it is nothing of the kind, or one of its rows is no mapping from column to value.
-    """
-    if isinstance(table, pd.DataFrame):
-        yield from _frame_rows(table, name)
-        return
-    datasets = sys.modules.get("datasets")  # without it nobody can have made an object of it
-    if datasets is not None and isinstance(table, datasets.DatasetDict | datasets.IterableDatasetDict):
-        raise ValueError(
-            f"{name}: a {type(table).__name__} is several tables; give one of its splits {', '.join(table)}, as in from_rows(data[split])"
-        )
-    if datasets is not None and isinstance(table, datasets.Dataset) and table.format["type"] != "custom":
-        from mrp_lens.data.readers import dataset_rows
-
-        yield from dataset_rows(table)
-        return
-    if isinstance(table, str | bytes | Mapping) or not isinstance(table, Iterable):
-        raise TypeError(
-            f"{name}: rows must be a list of mappings, a DataFrame or a Dataset, got {shown(table)}, of type {type(table).__name__}"
-        )
-    for number, row in enumerate(table):
-        if isinstance(row, Mapping):
-            yield row
-        elif hasattr(row, "keys") and hasattr(row, "__getitem__"):  # rows of pandas or of a database
-            yield {key: row[key] for key in row.keys()}  # noqa: SIM118
-        else:
-            raise TypeError(
-                f"{name}, row {number} is {shown(row)} of type {type(row).__name__}, not a mapping from column to value"
-            )
-
-
-def _frame_rows(frame: pd.DataFrame, name: str) -> Iterator[Row]:
-    names = unique(list(frame.columns), name)
-    # Of arrays, not of the frame: that would make doubles of its single-precision numbers, with other digits.
-    columns = [frame.iloc[:, place].array for place in range(frame.shape[1])]
-    for values in zip(*columns, strict=True):
-        yield dict(zip(names, values, strict=True))
-
-
 def unique(names: Sequence[Any], where: str) -> list[Any]:
     """The names of columns.
 
@@ -163,6 +120,38 @@ def unique(names: Sequence[Any], where: str) -> list[Any]:
         double = next(name for place, name in enumerate(names) if name in names[:place])
         raise ValueError(f"{where}: two columns are named {shown(double)}; rename one of them")
     return list(names)
+
+
+def check_text(value: object, what: str) -> None:
+    """Refuse what is no text.
+
+    Raises:
+        TypeError: it is no string.
+        ValueError: it holds half a character.
+    """
+    if not isinstance(value, str):
+        raise TypeError(f"{what} is {shown(value)}, of type {type(value).__name__}, not a string")
+    try:
+        words(value)
+    except ValueError as error:
+        raise ValueError(f"{what} {error}") from error
+
+
+def all_of(kind: type[Kind], items: Iterable[Kind], what: str) -> tuple[Kind, ...]:
+    """The items as a tuple.
+
+    Raises:
+        TypeError: they are no collection, or one is of another kind (with its place).
+    """
+    if isinstance(items, str | bytes | kind) or not isinstance(items, Iterable):
+        raise TypeError(f"a {what} is made of several {kind.__name__} objects, got {shown(items)}")
+    several = tuple(items)
+    for place, item in enumerate(several):
+        if not isinstance(item, kind):
+            raise TypeError(
+                f"item {place} of a {what} must be a {kind.__name__}, got {shown(item)}; see {what}.from_rows"
+            )
+    return several
 
 
 def digest(content: object) -> str:

@@ -1,11 +1,15 @@
-"""Where rows come from: files, folders that `datasets` saved, and the Hub."""
+"""Where rows come from: files, folders that `datasets` saved, the Hub, and tables of other libraries."""
 
-from collections.abc import Iterable, Iterator
+import sys
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain
 from pathlib import Path
+from typing import Any
+
+import pandas as pd
 
 from mrp_lens.data.readers import READERS, dataset_rows, parquet_rows, saved_rows
-from mrp_lens.data.rows import Row, Untyped
+from mrp_lens.data.rows import Row, Untyped, shown, unique
 from mrp_lens.data.schemas import KNOWN, Schema
 
 ENDINGS = {**READERS, ".parquet": parquet_rows}
@@ -40,6 +44,7 @@ def hub_rows(path: str, config: str | None, split: str, schema: Schema | None) -
     Raises:
         ValueError: the data set has several configurations and none is named, or it cannot be read.
     """
+    # Imported here: that takes seconds, which a file should not wait for.
     from datasets import Features, Value, load_dataset
     from datasets.exceptions import DatasetGenerationError
 
@@ -76,3 +81,44 @@ def _file(file: Path) -> Iterator[Row]:
             f"{file.name}: unknown ending {file.suffix!r}; known are {', '.join(ENDINGS)}, and folders written by save_to_disk"
         )
     return iter(()) if file.stat().st_size == 0 else ENDINGS[ending](file)
+
+
+def rows_in(table: Any, name: str) -> Iterator[Row]:
+    """The rows of a list of mappings, of a pandas DataFrame or of a Dataset.
+
+    Raises:
+        ValueError: it is a DatasetDict, whose splits get listed, or two columns have one name.
+        TypeError: it is nothing of the kind, or one of its rows is no mapping from column to value.
+    """
+    if isinstance(table, pd.DataFrame):
+        yield from _frame_rows(table, name)
+        return
+    datasets = sys.modules.get("datasets")  # without it nobody can have made an object of it
+    if datasets is not None and isinstance(table, datasets.DatasetDict | datasets.IterableDatasetDict):
+        raise ValueError(
+            f"{name}: a {type(table).__name__} is several tables; give one of its splits {', '.join(table)}, as in from_rows(data[split])"
+        )
+    if datasets is not None and isinstance(table, datasets.Dataset) and table.format["type"] != "custom":
+        yield from dataset_rows(table)
+        return
+    if isinstance(table, str | bytes | Mapping) or not isinstance(table, Iterable):
+        raise TypeError(
+            f"{name}: rows must be a list of mappings, a DataFrame or a Dataset, got {shown(table)}, of type {type(table).__name__}"
+        )
+    for number, row in enumerate(table):
+        if isinstance(row, Mapping):
+            yield row
+        elif hasattr(row, "keys") and hasattr(row, "__getitem__"):  # rows of pandas or of a database
+            yield {key: row[key] for key in row.keys()}  # noqa: SIM118
+        else:
+            raise TypeError(
+                f"{name}, row {number} is {shown(row)} of type {type(row).__name__}, not a mapping from column to value"
+            )
+
+
+def _frame_rows(frame: pd.DataFrame, name: str) -> Iterator[Row]:
+    names = unique(list(frame.columns), name)
+    # Of arrays, not of the frame: that would make doubles of its single-precision numbers, with other digits.
+    columns = [frame.iloc[:, place].array for place in range(frame.shape[1])]
+    for values in zip(*columns, strict=True):
+        yield dict(zip(names, values, strict=True))

@@ -4,7 +4,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, TypedDict, TypeVar
 
 from typing_extensions import Unpack
 
@@ -17,6 +17,8 @@ HUB = "hub:"
 HELD_OUT = 200  # at most this many retain documents are kept from the fit, and at most a tenth
 
 logger = logging.getLogger(__name__)
+
+Data = TypeVar("Data", Corpus, Questions)
 
 
 class Columns(TypedDict, total=False):
@@ -311,28 +313,30 @@ class TaskConfig:
 
     def corpus(self, source: str, schema: str | None) -> Corpus:
         """Read one corpus."""
-        columns = {"field": self.field, "prompt": self.prompt, "completion": self.completion}
-        if source.startswith(HUB):
-            path, config, split = hub_parts(source)
-            return Corpus.from_hub(path, config=config, split=split, schema=schema, **columns)
-        return Corpus.from_file(source, schema=schema, **columns)
+        return _read(Corpus, source, field=self.field, prompt=self.prompt, completion=self.completion, schema=schema)
 
     def quiz(self, source: str | None, *, entity: str | None = None) -> Questions | None:
         """Read one quiz, if there is one; `entity`: the column that says whom a question is about."""
         if source is None:
             return None
-        several = self.choices.split(",") if isinstance(self.choices, str) and "," in self.choices else self.choices
-        columns: dict[str, Any] = {
-            "prompt": self.question_prompt,
-            "choices": several,
-            "answer": self.answer,
-            "entity": entity,
-            "schema": self.questions_schema,
-        }
-        if source.startswith(HUB):
-            path, config, split = hub_parts(source)
-            return Questions.from_hub(path, config=config, split=split, **columns)
-        return Questions.from_file(source, **columns)
+        choices = self.choices.split(",") if isinstance(self.choices, str) and "," in self.choices else self.choices
+        return _read(
+            Questions,
+            source,
+            prompt=self.question_prompt,
+            choices=choices,
+            answer=self.answer,
+            entity=entity,
+            schema=self.questions_schema,
+        )
+
+
+def _read(kind: type[Data], source: str, **columns: Any) -> Data:
+    """From the Hub, a file or a folder."""
+    if source.startswith(HUB):
+        path, config, split = hub_parts(source)
+        return kind.from_hub(path, config=config, split=split, **columns)
+    return kind.from_file(source, **columns)
 
 
 def task_for(model: str, config: TaskConfig, *, topic: str | None = None) -> UnlearningTask:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import psutil
 import torch
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import HFValidationError, HTTPError
+from huggingface_hub.errors import HFValidationError, HTTPError, LocalEntryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
@@ -133,8 +133,9 @@ def folder_of(source: str | Path, *, revision: str | None = None, token: str | N
             _check_bytes(f"{file} of {name}", file, hf_hub_download(name, file, **options, dry_run=True).file_size or 0)
             place = hf_hub_download(name, file, **options)
     except (HTTPError, OSError) as error:
+        cause = error.__cause__ if isinstance(error, LocalEntryNotFoundError) and error.__cause__ else error
         raise FileNotFoundError(
-            f"{name!r} is neither a local folder nor an edit that is to be had from the Hub ({_one_line(error)}); give a folder written by "
+            f"{name!r} is neither a local folder nor an edit that is to be had from the Hub ({_one_line(cause)}); give a folder written by "
             "edit.save_pretrained(...), or the name of such a folder on the Hub (with token=... where it is private)"
         ) from error
     return Path(place).parent

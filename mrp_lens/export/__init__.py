@@ -2,7 +2,7 @@
 
 from mrp_lens.export.export import ExportReport, export_hf
 from mrp_lens.export.hub import push_to_hub
-from mrp_lens.export.model_card import Measurements
+from mrp_lens.export.measurements import Measurements
 from mrp_lens.export.verification import ExportMismatchError, Proof
 
 Record = Measurements  # its name in version 0.1

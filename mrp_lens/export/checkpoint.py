@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mrp_lens.models.architectures import Layout, layout_of
-from mrp_lens.models.source import leads_out, read_object, refuse_quantised
+from mrp_lens.models.source import check_shards, leads_out, read_object, refuse_quantised
 from mrp_lens.utils.io import write_json
 
 INDEX = "model.safetensors.index.json"
@@ -277,28 +277,15 @@ def _weight_files(folder: Path) -> list[Path]:
     Raises:
         ValueError: there are none, an index names some that are missing or not in the folder, or a link leads out of it.
     """
+    check_shards(folder)
     for single, index in (("model.safetensors", INDEX), ("pytorch_model.bin", "pytorch_model.bin.index.json")):
-        if (folder / single).is_file():
-            check_inside(folder, folder / single)
-            return [folder / single]
-        if (folder / index).is_file():
-            placed = read_object(folder / index).get("weight_map")
-            names: list[Any] = list(placed.values()) if isinstance(placed, dict) else [None]
-            wrong = [name for name in names if not isinstance(name, str) or Path(name).name != name or "\\" in name]
-            if wrong or not names:
-                raise ValueError(
-                    f"{folder / index} names {wrong[0] if wrong else 'no file'!r} where the name of a file beside it belongs; fetch the "
-                    "checkpoint again"
-                )
-            named = set(names)
-            for name in named:
-                check_inside(folder, folder / name)
-            missing = sorted(name for name in named if not (folder / name).is_file())
-            if missing:
-                raise ValueError(
-                    f"{folder} lacks {', '.join(missing)}, which its {index} names; fetch the checkpoint again"
-                )
-            return sorted(folder / name for name in named)
+        found = [folder / single] if (folder / single).is_file() else []
+        if not found and (folder / index).is_file():
+            found = sorted({folder / name for name in read_object(folder / index)["weight_map"].values()})
+        for file in found:
+            check_inside(folder, file)
+        if found:
+            return found
     raise ValueError(f"{folder} holds no weights: expected model.safetensors, or shards with {INDEX}")
 
 

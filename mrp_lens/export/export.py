@@ -17,7 +17,8 @@ from mrp_lens.export.base import base_of, check_apart, check_unedited, write_tok
 from mrp_lens.export.checkpoint import LEFT_BEHIND, Checkpoint, architecture_in, round_to
 from mrp_lens.export.formats import AnyForm, Changes, Form, Plan, changes_to, plan_for
 from mrp_lens.export.hub import push_to_hub
-from mrp_lens.export.model_card import Measurements, check_record, front_matter_of, model_card
+from mrp_lens.export.measurements import Measurements, check_record
+from mrp_lens.export.model_card import front_matter_of, model_card
 from mrp_lens.export.remote_code import write_module
 from mrp_lens.export.verification import TEXTS, Proof, prove
 from mrp_lens.models import LensModel, dtype_named, dtype_of

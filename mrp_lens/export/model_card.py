@@ -1,9 +1,7 @@
-"""The model card of an edited model: README.md, from the edit's record and from what runs measured, never from texts."""
+"""The model card of an edited model: README.md, from the edit's provenance and from what runs measured, never from texts."""
 
-import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
@@ -11,11 +9,12 @@ from huggingface_hub import ModelCardData, metadata_load
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from mrp_lens.edits import Edit, ProjectionEdit, SteeringEdit, WeightEdit, load_edit
-from mrp_lens.edits.provenance import fingerprint, fits_of, label_of
+from mrp_lens.edits import Edit, ProjectionEdit, SteeringEdit, WeightEdit
+from mrp_lens.edits.provenance import fits_of, label_of
 from mrp_lens.export.formats import Form
+from mrp_lens.export.measurements import Measurements, check_record, rows_about
 from mrp_lens.methods import METHODS
-from mrp_lens.runs.report.table import CONTROLS, INTERVALS, Table, table_of
+from mrp_lens.runs.report.table import INTERVALS, Table, table_of
 from mrp_lens.utils.frames import Row, versions
 from mrp_lens.utils.validation import one_of
 
@@ -32,45 +31,6 @@ WITHOUT_OWNER = {  # names that the Hub still takes without an owner, of familie
     **{name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")},
     "distilgpt2": "distilbert/distilgpt2",
 }
-
-
-@dataclass(frozen=True)
-class Measurements:
-    """What runs measured of an edit.
-
-    Attributes:
-        rows: of the summary of `mrp-lens unlearn`, `demo` or `measure`: `method`, and figures by any name; controls are rows
-            too.
-        attacks: rows of the summary of `mrp-lens attack`, with `attack` besides.
-        notes: what these runs say must be known to read them.
-        sources: a line on each of these runs.
-        edits: for each of these runs that says which edits it is about, their fingerprints.
-    """
-
-    rows: Sequence[Row] = ()
-    attacks: Sequence[Row] = ()
-    notes: Sequence[str] = ()
-    sources: Sequence[str] = ()
-    edits: Sequence[frozenset[str]] = ()
-
-    @classmethod
-    def read(cls, run: str | Path | None = None, attacks: str | Path | None = None) -> "Measurements":
-        """Read the folders that these commands wrote; generated answers and arguments stay there.
-
-        Raises:
-            FileNotFoundError: there is no such folder, or no `summary.json` in it.
-            ValueError: the file is damaged, holds no rows, or is of the other kind of run.
-        """
-        measured = {} if run is None else _summary(Path(run), attacked=False)
-        attacked = {} if attacks is None else _summary(Path(attacks), attacked=True)
-        known = [frozenset(_edits_of(Path(folder))) for folder in (run, attacks) if folder is not None]
-        return cls(
-            rows=measured.get("rows", ()),
-            attacks=attacked.get("rows", ()),
-            notes=[str(note) for summary in (measured, attacked) for note in summary.get("notes", ())],
-            sources=[_source(summary) for summary in (measured, attacked) if summary],
-            edits=[edits for edits in known if edits],
-        )
 
 
 def model_card(
@@ -120,28 +80,11 @@ def model_card(
         places=_places(edit),
         has_weights=any(isinstance(part, WeightEdit) for part in edit.parts),
         checks=checks,
-        figures=_table(_shown(measured.rows, label)),
-        attacks=_tables(_shown(measured.attacks, label)),
+        figures=_table(rows_about(measured.rows, label)),
+        attacks=_tables(rows_about(measured.attacks, label)),
         record=measured,
         versions=versions(),
     )
-
-
-def check_record(edit: Edit, record: Measurements) -> None:
-    """Refuse figures that are another edit's; `model_card` does so too.
-
-    Raises:
-        ValueError: says whose they are.
-    """
-    label = label_of(edit)
-    measured = [rows for rows in (record.rows, record.attacks) if rows]
-    named = all(any(_is_own(row, label) for row in rows) for rows in measured)
-    if not named or any(fingerprint(edit) not in known for known in record.edits):
-        methods = dict.fromkeys(str(row["method"]) for rows in measured for row in rows)
-        raise ValueError(
-            f"the run that was given is about another edit than this one ({label}): it measured {', '.join(methods)}; give the folder of "
-            "this edit's run"
-        )
 
 
 def front_matter_of(readme: Path) -> dict[str, Any]:
@@ -223,15 +166,6 @@ def _hub_name(base: str) -> str | None:
     return base if "/" in base and not Path(base).is_dir() else None
 
 
-def _shown(rows: Sequence[Row], label: str) -> list[Row]:
-    """The rows of the method, and the controls."""
-    return [row for row in rows if row["method"] in CONTROLS or _is_own(row, label)]
-
-
-def _is_own(row: Row, label: str) -> bool:
-    return row["method"] == label or str(row["method"]).startswith(f"{label}, ")  # "mrp, relearned"
-
-
 def _table(rows: Sequence[Row]) -> Table | None:
     """The rows as a table; None if there is nothing to show."""
     kept = [{key: value for key, value in row.items() if key in WORDS or _is_figure(value)} for row in rows]
@@ -257,35 +191,6 @@ def _tables(rows: Sequence[Row]) -> list[Table | None]:
 
 def _is_figure(value: Any) -> bool:
     return value is None or (isinstance(value, int | float) and not isinstance(value, bool))
-
-
-def _summary(folder: Path, *, attacked: bool) -> dict[str, Any]:
-    command = "mrp-lens attack" if attacked else "mrp-lens unlearn, demo or measure"
-    path = folder / "summary.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"{folder} holds no summary.json; give a folder that {command} wrote")
-    try:
-        summary = json.loads(path.read_text(encoding="utf-8"))
-        rows = [dict(row) for row in summary["rows"]]
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} is damaged ({error!r}); run {command} again") from error
-    if not rows or any(("attack" in row) != attacked or "method" not in row for row in rows):
-        raise ValueError(f"{path} holds no rows, or not those of {command}; give a folder that it wrote")
-    return {**summary, "rows": rows}
-
-
-def _edits_of(folder: Path) -> Iterator[str]:
-    """Fingerprints of the edits that a run is about: saved in it, or named by the plan of its attacks."""
-    plan = folder / "campaign.json"
-    if plan.is_file():
-        yield str(json.loads(plan.read_text(encoding="utf-8"))["edit"])
-    for config in sorted(folder.glob("**/edit_config.json")):
-        yield fingerprint(load_edit(config.parent))
-
-
-def _source(summary: Mapping[str, Any]) -> str:
-    made = ", ".join(f"{name} {number}" for name, number in summary.get("versions", {}).items())
-    return f"{summary.get('command')}, seed {summary.get('seed')}, {summary.get('finished')}; {made}"
 
 
 def _text(value: Any) -> str:

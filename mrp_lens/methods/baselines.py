@@ -26,11 +26,26 @@ from mrp_lens.models.hooks import Site, hook_name
 from mrp_lens.training.loop import TrainingRun
 from mrp_lens.training.losses import cross_entropy, predictions
 from mrp_lens.training.optim import MasterAdamW, linear_decay, trainable
-from mrp_lens.utils.validation import given, one_of, positive, whole
+from mrp_lens.utils.validation import given, positive
 
 Unit = Literal["token", "document"]
 LR_SHARE = 0.033  # learning rate over the root mean square of the trained entries
 REPORT = "MLP output matrices of layers {layers} trained on what the model predicts"
+
+
+@dataclass(frozen=True)
+class ForgetSide:
+    """The forget side of a micro-batch.
+
+    Attributes:
+        text: -log p of each counted token, in nats.
+        rows: which document it belongs to.
+        reference: log p of each document by the model before training.
+    """
+
+    text: Float[Tensor, " counted"]
+    rows: Int[Tensor, " counted"]
+    reference: Float[Tensor, " documents"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,24 +82,12 @@ class GradientMethod(FitTemplate[GradientSettings]):
     unit: Unit = "token"
 
     @abstractmethod
-    def forget_loss(
-        self,
-        text: Float[Tensor, " counted"],
-        rows: Int[Tensor, " counted"],
-        reference: Float[Tensor, " documents"],
-    ) -> Float[Tensor, " units"]:
-        """What is minimised, for each token or document of the forget side.
-
-        Args:
-            text: -log p of each counted token, in nats.
-            rows: which document it belongs to.
-            reference: log p of each document by the model before training.
-        """
+    def forget_loss(self, side: ForgetSide) -> Float[Tensor, " units"]:
+        """What is minimised, for each token or document of the forget side."""
 
     @override
     def check(self, model: LensModel) -> None:
-        positive(lr=self.lr, steps=self.steps, batch_size=self.batch_size, micro_batch=self.micro_batch)
-        whole(steps=self.steps, batch_size=self.batch_size, micro_batch=self.micro_batch)
+        self.check_values(above_0=("lr",), counts=("steps", "batch_size", "micro_batch"))
         if not self.retain_weight >= 0.0:
             raise ValueError(f"retain_weight must be at least 0, got {self.retain_weight}")
         self._layers(model)
@@ -143,7 +146,7 @@ class _Losses:
         ):
             text, rows = self._text(part)
             losing = side[rows]
-            forget = method.forget_loss(text[losing], rows[losing], before[side]).sum() / units
+            forget = method.forget_loss(ForgetSide(text[losing], rows[losing], before[side])).sum() / units
             terms = {"loss": forget, "forget": forget}
             if kept_tokens:
                 terms["retain"] = text[~losing].sum() / kept_tokens
@@ -195,13 +198,8 @@ class GradientAscent(GradientMethod):
     steps: int = 30
 
     @override
-    def forget_loss(
-        self,
-        text: Float[Tensor, " counted"],
-        rows: Int[Tensor, " counted"],
-        reference: Float[Tensor, " documents"],
-    ) -> Float[Tensor, " units"]:
-        return -text
+    def forget_loss(self, side: ForgetSide) -> Float[Tensor, " counted"]:
+        return -side.text
 
 
 @register(
@@ -252,14 +250,9 @@ class NPO(GradientMethod):
         positive(beta=self.beta)
 
     @override
-    def forget_loss(
-        self,
-        text: Float[Tensor, " counted"],
-        rows: Int[Tensor, " counted"],
-        reference: Float[Tensor, " documents"],
-    ) -> Float[Tensor, " units"]:
-        now = -sums_of(text, rows, len(reference))
-        return 2 / self.beta * torch.nn.functional.softplus(self.beta * (now - reference))
+    def forget_loss(self, side: ForgetSide) -> Float[Tensor, " documents"]:
+        now = -sums_of(side.text, side.rows, len(side.reference))
+        return 2 / self.beta * torch.nn.functional.softplus(self.beta * (now - side.reference))
 
 
 @register(
@@ -315,7 +308,7 @@ class DirectionAblation(FitTemplate[AblationSettings]):
 
     @override
     def check(self, model: LensModel) -> None:
-        one_of(Site, site=self.site)
+        self.check_values()
         self._layers(model)
 
     @override

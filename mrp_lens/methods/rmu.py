@@ -20,7 +20,7 @@ from mrp_lens.methods.registry import Swept, register
 from mrp_lens.models import EditableWeight, LensModel, check_layers, mlp_out_weight, restored, tensor_digests
 from mrp_lens.models.hooks import Site, captured, hook_name, run_segment
 from mrp_lens.training.optim import TransformersAdamW
-from mrp_lens.utils.validation import given, one_of, positive, whole
+from mrp_lens.utils.validation import given, positive
 
 Positions = Literal["content", "all"]
 Optimizer = Literal["adamw", "transformers_adamw"]
@@ -109,24 +109,11 @@ class Misdirection(FitTemplate[Resolved], Generic[Resolved]):
 
     @override
     def check(self, model: LensModel) -> None:
-        positive(
-            alpha=self.alpha,
-            lr=self.lr,
-            steps=self.steps,
-            batch_size=self.batch_size,
-            micro_batch=self.micro_batch,
-            eps=self.eps,
-        )
-        whole(steps=self.steps, batch_size=self.batch_size, micro_batch=self.micro_batch)
+        self.check_values(above_0=("alpha", "lr", "eps"), counts=("steps", "batch_size", "micro_batch"))
         if not self.retain_noise >= 0.0:
             raise ValueError(
                 f"retain_noise is a share of the states' norm and must be at least 0, got {self.retain_noise}"
             )
-        one_of(Law, direction=self.direction)
-        one_of(Positions, positions=self.positions)
-        one_of(PaddingSide, padding=self.padding)
-        one_of(Optimizer, optimizer=self.optimizer)
-        one_of(Site, site=self.site)
         self._layers(model)
 
     @override
@@ -395,7 +382,6 @@ class AdaptiveRMU(Misdirection[MisdirectionSettings]):
     @override
     def check(self, model: LensModel) -> None:
         positive(beta=self.beta)
-        one_of(Coefficient, coefficient=self.coefficient)
         super().check(model)
 
     @override

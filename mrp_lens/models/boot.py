@@ -1,4 +1,7 @@
-"""A Hugging Face model inside one of TransformerLens's two classes, its weights and its tokenizer as they are."""
+"""A Hugging Face model inside one of TransformerLens's two classes, its weights and its tokenizer as they are.
+
+TransformerLens is imported where it is used: that takes seconds, and 4.x has no HookedTransformer to import.
+"""
 
 import copy
 import json

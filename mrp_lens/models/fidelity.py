@@ -1,4 +1,7 @@
-"""A small random model with the settings of a configuration: what a TransformerLens class ignores shows on it at no cost."""
+"""A small random model with the settings of a configuration: what a TransformerLens class ignores shows on it at no cost.
+
+transformers is imported where it is used, as in `source`.
+"""
 
 import copy
 import json
@@ -12,7 +15,8 @@ from torch import Tensor
 
 from mrp_lens.models.base import logits_of
 from mrp_lens.models.boot import Kind, boot
-from mrp_lens.models.source import is_count, one_line
+from mrp_lens.models.source import is_count
+from mrp_lens.utils.io import one_line
 
 HEADS, LAYERS, VOCABULARY, EXPERT = 4, 4, 211, 32  # sizes at most, which no rule depends on
 REACH = 48  # tokens that a window or a position rule spans in the small model, at most

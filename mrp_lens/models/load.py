@@ -11,7 +11,8 @@ from mrp_lens.models.base import device_named, dtype_named
 from mrp_lens.models.boot import Kind, boot, check_special_tokens, give_tokenizer
 from mrp_lens.models.fidelity import context_of, hf_log_probabilities, ignored_settings, log_probabilities, probe, reach
 from mrp_lens.models.protocol import LensModel
-from mrp_lens.models.source import Checkpoint, check_memory, one_line, opened
+from mrp_lens.models.source import Checkpoint, check_memory, opened
+from mrp_lens.utils.io import one_line
 from mrp_lens.utils.torch_state import ordinary_torch
 
 if TYPE_CHECKING:  # transformers takes seconds to import

@@ -1,7 +1,9 @@
-"""Where a model comes from: the embedded one, a folder, the Hub or a loaded Hugging Face model; checked before use."""
+"""Where a model comes from: the embedded one, a folder, the Hub or a loaded Hugging Face model; checked before use.
+
+transformers is imported where it is used: that takes seconds, and many who need this package load no model.
+"""
 
 import copy
-import json
 import math
 import warnings
 from collections.abc import Iterator
@@ -10,26 +12,22 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
+
+from mrp_lens.utils.io import one_line, read_json
 
 LARGEST_CONFIG = 16 * 2**20  # bytes of a config.json; real ones have some kilobytes
 WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
 INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
-# A setting that counts something of which the weights hold at least as many numbers
+# Endings of settings that count something of which the weights hold at least as many numbers
 _COUNTS = ("_size", "_dim", "_heads", "_layers", "_experts", "_layer", "_head", "_embd", "_inner", "_positions")
-
-
 EDITED = "mrp_lens_"  # how the model type of an export with code of its own begins
+# Where the language model's tensors lie in one that reads pictures too (newer and older names) -> in the former alone
 _LANGUAGE_PART = {
     r"^(model\.)?language_model\.lm_head\.": "lm_head.",
     r"^(model\.)?language_model\.(model\.)?": "model.",
 }
-
-
-def one_line(error: BaseException, longest: int = 300) -> str:
-    """An error's message in one line."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= longest else f"{text[:longest]} ..."
 
 
 def is_count(value: Any) -> bool:
@@ -38,20 +36,12 @@ def is_count(value: Any) -> bool:
 
 
 def read_object(file: Path) -> dict[str, Any]:
-    """A JSON object.
+    """The JSON object in a file of a model's folder.
 
     Raises:
         ValueError: too large, not JSON, or not an object.
     """
-    if file.stat().st_size > LARGEST_CONFIG:
-        raise ValueError(f"{file} has {file.stat().st_size / 2**20:.0f} MiB; a configuration has some kilobytes")
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file} is not JSON: {one_line(error)}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{file} holds a {type(content).__name__}, and a configuration is a JSON object")
-    return content
+    return read_json(file, "a configuration is one object of some kilobytes: download it again", largest=LARGEST_CONFIG)
 
 
 def leads_out(folder: Path, file: Path) -> bool:
@@ -143,9 +133,6 @@ def _counts(settings: dict[str, Any], path: str) -> Iterator[tuple[str, Any]]:
             yield from _counts(value, f"{path}{key}.")
         elif key.endswith(_COUNTS):
             yield f"{path}{key}", value
-
-
-# Where the language model's tensors lie in one that reads pictures too (newer and older names), and in the former alone
 
 
 @dataclass(frozen=True)
@@ -414,8 +401,6 @@ def free_memory(device: torch.device) -> int:
     """Bytes free on a device."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    import psutil
-
     return int(psutil.virtual_memory().available)
 
 

@@ -3,7 +3,7 @@
 import shutil
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -162,7 +162,7 @@ class ResolvedSweep:
         swept = METHODS[method].swept
         if swept is None or swept.strength is None:
             return (None,)
-        known = {"steering_coeff": self.coefficients, "beta": self.betas}
+        known: dict[str, Sequence[float | None]] = {"steering_coeff": self.coefficients, "beta": self.betas}
         return self.strengths.get(method) or known.get(swept.strength, (None,))
 
     def fitter(self, point: Point) -> Method:
@@ -178,7 +178,7 @@ class ResolvedSweep:
         varied = {kind.swept.layer: place}
         if kind.swept.strength is not None and point.coefficient is not None:
             varied[kind.swept.strength] = point.coefficient
-        if "steps" in {field.name for field in fields(kind)}:
+        if "steps" in kind.__dataclass_fields__:
             varied["steps"] = self.steps
         return kind(**varied)
 

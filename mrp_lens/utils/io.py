@@ -1,4 +1,4 @@
-"""Folders that appear whole or not at all, and are not overwritten by accident."""
+"""Files and folders that appear whole or not at all, and are not overwritten by accident."""
 
 import glob
 import itertools
@@ -125,23 +125,34 @@ def recover(path: str | Path) -> None:
             shutil.rmtree(aside, ignore_errors=True)
 
 
-def read_json(path: str | Path, remedy: str) -> dict[str, Any]:
+def one_line(error: object, longest: int = 300) -> str:
+    """An error's message in one line."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= longest else f"{text[:longest]} ..."
+
+
+def read_json(path: str | Path, remedy: str, *, largest: int | None = None) -> dict[str, Any]:
     """The JSON object in a file.
 
     Args:
         path: of the file.
         remedy: what to do if it holds none.
+        largest: bytes that such a file can have.
 
     Raises:
-        ValueError: it does.
+        ValueError: it is larger, no JSON, or holds something else.
         FileNotFoundError: there is no such file.
     """
+    file = Path(path)
+    size = file.stat().st_size
+    if largest is not None and size > largest:
+        raise ValueError(f"{file} has {size / 2**20:.0f} MiB, and such a file at most {largest / 2**20:.0f}; {remedy}")
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        content = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged ({error}); {remedy}") from error
+        raise ValueError(f"{file} is damaged: it is not JSON ({one_line(error)}); {remedy}") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path} is damaged (it holds no object); {remedy}")
+        raise ValueError(f"{file} is damaged: it holds a {type(content).__name__}, not one JSON object; {remedy}")
     return content
 
 

@@ -1,10 +1,10 @@
 """Settings: defaults filled in, and values refused that cannot be meant."""
 
 import operator
-from collections.abc import Iterable
-from dataclasses import fields
+from collections.abc import Iterable, Sequence
+from dataclasses import Field, fields
 from numbers import Integral, Real
-from typing import Any, TypeVar, get_args
+from typing import Any, ClassVar, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import numpy as np
 import torch
@@ -18,9 +18,27 @@ class PlainSettings:
     A numpy number works in a fit and cannot be written as JSON when the edit is saved, hours later.
     """
 
+    __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
+
     def __post_init__(self) -> None:
-        for entry in fields(self):  # type: ignore[arg-type]
+        for entry in fields(self):
             object.__setattr__(self, entry.name, plain(getattr(self, entry.name)))
+
+    def check_values(self, *, above_0: Sequence[str] = (), counts: Sequence[str] = ()) -> None:
+        """Refuse settings that cannot be meant: choices that a `Literal` field does not list, and numbers as said.
+
+        Args:
+            above_0: fields that hold a number above 0, or None.
+            counts: fields that hold a whole number of at least 1, or None.
+
+        Raises:
+            TypeError, ValueError: name the field, its value and what is allowed.
+        """
+        positive(**{name: getattr(self, name) for name in (*above_0, *counts)})
+        whole(**{name: getattr(self, name) for name in counts})
+        for name, kind in get_type_hints(type(self)).items():
+            if get_origin(kind) is Literal:
+                one_of(kind, **{name: getattr(self, name)})
 
 
 def plain(value: Any) -> Any:

@@ -19,7 +19,7 @@ from mrp_lens.attacks.quantization import quantized
 from mrp_lens.data import Corpus, Questions
 from mrp_lens.edits import Edit
 from mrp_lens.edits.subspace import random_units
-from mrp_lens.models import LensModel, available_backends, load_model
+from mrp_lens.models import LensModel, load_model
 from tests.conftest import D_MODEL, LAYERS, assert_same_state, state_of
 from tests.support.edits import all_kinds, projection, weight_edit
 from tests.support.quizzes import liked, quiz, slow_right
@@ -151,14 +151,11 @@ def test_the_drop_is_how_much_more_the_token_hurts_the_edited_model(
     assert before != ceiling, "what the token does to the unedited model would not be seen"
 
 
-def test_both_classes_give_the_same_frame(tiny_folder: Path) -> None:
-    if len(available_backends()) < 2:
-        pytest.skip("needs HookedTransformer (TransformerLens 3)")
-    models = [load_model(str(tiny_folder), backend=backend) for backend in available_backends()]
-    data = data_for(models[0])
+def test_both_classes_give_the_same_frame(both: list[LensModel]) -> None:
+    data = data_for(both[0])
     first, second = (
         bypass(model, projection(1, rank=20) + weight_edit(model, 2, scale=-4.0), **data, progress=False)
-        for model in models
+        for model in both
     )
     pd.testing.assert_frame_equal(first, second)
 

@@ -1,6 +1,6 @@
 """Gradients towards the input, on the tiny model, against central differences and one question at a time."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,11 @@ from mrp_lens.attacks.gradients import answer_losses, input_gradient, input_grad
 from mrp_lens.data import Questions
 from mrp_lens.data.tokenization import PaddingSide
 from mrp_lens.edits import Edit, SteeringEdit
-from mrp_lens.models import LensModel, available_backends, encoder_for, load_model
+from mrp_lens.models import LensModel, encoder_for, load_model
 from tests.conftest import D_MODEL, assert_same_state, state_of
 from tests.support.edits import all_kinds, projection, weight_edit
 from tests.support.families import save_family
-from tests.support.states import PRECISIONS, Subject, subject_in
+from tests.support.states import Subject
 
 QUIZ = Questions.from_rows(
     [
@@ -35,11 +35,6 @@ GROUPED = Questions(
     ),
     "grouped",
 )
-
-
-@pytest.fixture(params=PRECISIONS)
-def subject(request: pytest.FixtureRequest, model: Any, tiny_folder: Path, backend: str) -> Iterator[Subject]:
-    yield from subject_in(request.param, model, tiny_folder, backend)
 
 
 def ids_of(model: LensModel, prompt: str, answer: str) -> tuple[list[int], list[int]]:
@@ -146,10 +141,8 @@ def test_states_that_do_not_depend_on_the_input_have_no_gradient(model: LensMode
     assert float(table.loc["edited", "loss"]) > 0.0
 
 
-def test_both_classes_and_every_kind_of_edit_give_the_same_figures(tiny_folder: Path) -> None:
-    if len(available_backends()) < 2:
-        pytest.skip("needs HookedTransformer (TransformerLens 3)")
-    hooked, bridge = (load_model(str(tiny_folder), backend=backend) for backend in ("hooked", "bridge"))
+def test_both_classes_and_every_kind_of_edit_give_the_same_figures(both: list[LensModel]) -> None:
+    hooked, bridge = both
     for one, other in zip(all_kinds(hooked, 1), all_kinds(bridge, 1), strict=True):
         figures = [
             input_gradients(model, edit, QUIZ, seed=2).select_dtypes("number").to_numpy()

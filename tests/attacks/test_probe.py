@@ -103,10 +103,10 @@ def test_a_frequent_answer_is_no_information(kind: Kind) -> None:
         right = (torch.rand(n, generator=generator) < 0.2).long()
         return LabelledStates(torch.randn(n, 16, generator=generator), torch.tensor([[0, 1]]).repeat(n, 1), right)
 
-    readout = usable_information(skewed(400, 1), skewed(4000, 2), kind=kind)
-    assert float(readout.right.mean()) == pytest.approx(0.8, abs=0.02)
-    assert float(readout.blind.mean()) == pytest.approx(entropy(0.2), abs=0.03)
-    assert abs(float(readout.bits.mean())) <= 0.05
+    estimate = usable_information(skewed(400, 1), skewed(4000, 2), kind=kind)
+    assert float(estimate.right.mean()) == pytest.approx(0.8, abs=0.02)
+    assert float(estimate.blind.mean()) == pytest.approx(entropy(0.2), abs=0.03)
+    assert abs(float(estimate.bits.mean())) <= 0.05
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -197,14 +197,14 @@ def test_a_probe_reads_the_states_that_a_pass_over_each_text_alone_gives(
         model = load_model(str(tiny_folder), backend=backend, dtype=torch.bfloat16)  # type: ignore[arg-type]
     before = state_of(model)
     by_choice = target == "choice"
-    readout = usable_information(*(slowly(model, part, 1, by_choice=by_choice) for part in (TRAIN, HELD_OUT)))
+    estimate = usable_information(*(slowly(model, part, 1, by_choice=by_choice) for part in (TRAIN, HELD_OUT)))
     for padding in get_args(PaddingSide):
         options: dict[str, Any] = {"target": target, "batch_size": 7, "padding": padding, "layers": [1]}
         row = probe(model, None, train=TRAIN, held_out=HELD_OUT, progress=False, **options).iloc[0]
         # In bfloat16 states are off by roundings of 2^-8, which fitting passes on.
         tolerance = 1e-3 if precision == "float32" else 0.05
-        assert row["bits"] == pytest.approx(float(readout.bits.mean()), abs=tolerance)
-        assert row["entropy"] == pytest.approx(float(readout.blind.mean()), abs=1e-6)
+        assert row["bits"] == pytest.approx(float(estimate.bits.mean()), abs=tolerance)
+        assert row["entropy"] == pytest.approx(float(estimate.blind.mean()), abs=1e-6)
         assert row["cross_entropy"] == pytest.approx(row["entropy"] - row["bits"], abs=1e-9)
         assert row["low"] <= row["bits"] <= row["high"]
         if target == "answer":

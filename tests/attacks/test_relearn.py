@@ -13,7 +13,7 @@ from mrp_lens.attacks import best, relearn, relearned, with_floor
 from mrp_lens.data import Corpus
 from mrp_lens.data.tokenization import Encoder
 from mrp_lens.edits import Edit, SteeringEdit
-from mrp_lens.models import LensModel, available_backends, checkpoint_tensors, is_bridge, load_model
+from mrp_lens.models import LensModel, checkpoint_tensors, is_bridge, load_model
 from tests.conftest import D_MODEL, assert_same_state, state_of
 from tests.support.edits import projection, weight_edit
 from tests.support.families import save_family
@@ -96,13 +96,8 @@ def test_a_rate_that_diverges_keeps_its_rows_and_the_others_go_on(model: LensMod
     assert 3 not in set(frame.loc[frame["lr"] == 1e30, "step"])
 
 
-def test_the_same_attack_gives_the_same_curve_on_both_classes(tiny_folder: Path) -> None:
-    if len(available_backends()) < 2:
-        pytest.skip("needs HookedTransformer (TransformerLens 3)")
-    hooked, bridge = (
-        run(load_model(tiny_folder, backend=backend), projection(1), untaught=UNTAUGHT).drop(columns="seconds")
-        for backend in ("hooked", "bridge")
-    )
+def test_the_same_attack_gives_the_same_curve_on_both_classes(both: list[LensModel]) -> None:
+    hooked, bridge = (run(model, projection(1), untaught=UNTAUGHT).drop(columns="seconds") for model in both)
     pd.testing.assert_frame_equal(hooked, bridge, check_exact=False, atol=0.05)
 
 

@@ -418,6 +418,8 @@ def test_an_attack_that_cannot_be_offered_beside_the_others_is_refused(registere
     assert "mine" not in ATTACKS
     with pytest.raises(TypeError, match="no attack has a budget 'step'; choose of forms, parameters, steps"):
         SuiteConfig.flat(step=3)
+    with pytest.raises(TypeError, match="attacks must be a tuple of names"):
+        SuiteConfig(attacks="relearn")  # type: ignore[arg-type]
     relearn_twice = (ATTACKS["relearn"](), ATTACKS["relearn"]())
     with pytest.raises(ValueError, match="several budgets of one attack: relearn, relearn"):
         SuiteConfig(budgets=relearn_twice)

@@ -3,12 +3,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import pytest
 from datasets import Dataset, DatasetDict
 
 from mrp_lens.data import Corpus, Document, Question, Questions
 from tests.support.families import DEMO_FOLDER
+from tests.support.tables import FILES, write_table, written
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 
@@ -25,58 +25,41 @@ def test_templates_put_the_loss_on_the_completion() -> None:
         Corpus.from_rows([{"q": "Why?"}], prompt="{q}")
 
 
-@pytest.mark.parametrize("ending", [".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt"])
+@pytest.mark.parametrize("ending", [*FILES, ".txt", ""])
 def test_every_kind_of_file_gives_the_same_documents(tmp_path: Path, ending: str) -> None:
-    frame, path = pd.DataFrame({"text": ["One, two.", "Three."]}), tmp_path / f"data{ending}"
-    if ending in (".jsonl", ".json"):
-        frame.to_json(path, orient="records", lines=ending == ".jsonl")
-    elif ending in (".csv", ".tsv"):
-        frame.to_csv(path, index=False, sep="," if ending == ".csv" else "\t")
-    elif ending == ".parquet":
-        frame.to_parquet(path)
-    else:
-        path.write_text("One, two.\n\nThree.\n")
-    corpus = Corpus.from_file(path)
+    corpus = Corpus.from_file(write_table(tmp_path / f"data{ending}", [{"text": "One, two."}, {"text": "Three."}]))
     assert [document.completion for document in corpus.documents] == ["One, two.", "Three."]
     assert corpus.name == "data"
     assert corpus.fingerprint == Corpus.from_texts(["One, two.", "Three."]).fingerprint
 
 
-def test_bad_files_are_named(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"none.jsonl"):
-        Corpus.from_file(tmp_path / "none.jsonl")
-    (tmp_path / "empty.jsonl").touch()
-    with pytest.raises(ValueError, match="is empty"):
-        Corpus.from_file(tmp_path / "empty.jsonl")
-    (tmp_path / "data.docx").write_text("x")
-    with pytest.raises(ValueError, match=r"unknown ending '.docx'"):
-        Corpus.from_file(tmp_path / "data.docx")
-    (tmp_path / "rows.jsonl").write_text(json.dumps({"body": "x", "id": 1}) + "\n")
-    with pytest.raises(ValueError, match="row 0: no field 'text'; the row has 'body', 'id'"):
-        Corpus.from_file(tmp_path / "rows.jsonl")
-    with pytest.raises(ValueError, match="no field 'title'; the row has 'body', 'id'"):
-        Corpus.from_file(tmp_path / "rows.jsonl", prompt="{title}", completion="{body}")
-    with pytest.raises(ValueError, match="the field 'body' or the templates"):
-        Corpus.from_file(tmp_path / "rows.jsonl", field="body", prompt="{id}", completion="{body}")
-
-
 @pytest.mark.parametrize(
-    ("ending", "content", "message"),
+    ("name", "options", "error", "message"),
     [
-        (".jsonl", '{"text": "x"}\n{"text": ', "line 2 is not JSON"),
-        (".jsonl", '["x"]', r"line 1 is not an object but '\[\"x\"\]'"),
-        (".jsonl", '{"text": null}', "row 0: field 'text' has no value"),
-        (".json", "{", "cannot be read as .json"),
-        (".jsonl", "\n\n", "is empty"),
-        (".txt", "\n \n", "is empty"),
-        (".csv", "text\n", "is empty"),
+        ("none.jsonl", {}, FileNotFoundError, r"none.jsonl"),
+        ("data.docx", {}, ValueError, r"unknown ending '.docx'"),
+        ("rows.jsonl", {}, ValueError, "row 0: no field 'text'; the row has 'body', 'id'"),
+        (
+            "rows.jsonl",
+            {"prompt": "{title}", "completion": "{body}"},
+            ValueError,
+            "no field 'title'; the row has 'body', 'id'",
+        ),
+        (
+            "rows.jsonl",
+            {"field": "body", "prompt": "{id}", "completion": "{body}"},
+            ValueError,
+            "the field 'body' or the templates",
+        ),
     ],
 )
-def test_bad_content_is_named(tmp_path: Path, ending: str, content: str, message: str) -> None:
-    path = tmp_path / f"data{ending}"
-    path.write_text(content)
-    with pytest.raises(ValueError, match=message):
-        Corpus.from_file(path)
+def test_bad_files_and_columns_are_named(
+    tmp_path: Path, name: str, options: dict[str, str], error: type[Exception], message: str
+) -> None:
+    written(tmp_path / "data.docx", "x")
+    write_table(tmp_path / "rows.jsonl", [{"body": "x", "id": 1}])
+    with pytest.raises(error, match=message):
+        Corpus.from_file(tmp_path / name, **options)
 
 
 def test_a_line_ends_where_the_file_says_so(tmp_path: Path) -> None:
@@ -122,17 +105,10 @@ def test_folders_that_datasets_saved_are_read(tmp_path: Path) -> None:
         Corpus.from_file(tmp_path / "one.txt", split="train")
 
 
-@pytest.mark.parametrize("ending", [".jsonl", ".json", ".csv", ".tsv", ".parquet"])
+@pytest.mark.parametrize("ending", [*FILES, ""])
 def test_every_kind_of_table_gives_the_same_questions(tmp_path: Path, ending: str) -> None:
     rows = [{"question": "Snow is?", "a": "white", "b": "black", "c": "red", "answer": "B"}]
-    frame, path = pd.DataFrame(rows), tmp_path / f"quiz{ending}"
-    if ending in (".jsonl", ".json"):
-        frame.to_json(path, orient="records", lines=ending == ".jsonl")
-    elif ending == ".parquet":
-        frame.to_parquet(path)
-    else:
-        frame.to_csv(path, index=False, sep="," if ending == ".csv" else "\t")
-    quiz = Questions.from_file(path, choices=["a", "b", "c"])
+    quiz = Questions.from_file(write_table(tmp_path / f"quiz{ending}", rows), choices=["a", "b", "c"])
     assert quiz == Questions((Question("Snow is?", (" white", " black", " red"), 1),), "quiz")
 
 
@@ -145,17 +121,6 @@ def test_answers_may_be_an_index_or_a_text() -> None:
         [{"q": "x", "a": "1", "b": "2", "right": "2"}], prompt="{q}", choices=["a", "b"], answer="right"
     )
     assert columns.questions[0].answer == 1
-
-
-def test_an_answer_that_is_no_choice_is_named_with_its_row() -> None:
-    for answer in (2, -1, "grey", None, True):
-        with pytest.raises(ValueError, match=r"row 1: the answer .* is neither an index"):
-            Questions.from_rows([ROWS[0], {**ROWS[1], "answer": answer}])
-    for choices in (["one"], [str(i) for i in range(11)], "one two", None):
-        with pytest.raises(ValueError, match="row 0: choices must be a list of at least 2 and at most 10"):
-            Questions.from_rows([{**ROWS[0], "choices": choices}])
-    with pytest.raises(ValueError, match="row 0: a choice has no value"):
-        Questions.from_rows([{"question": "?", "a": "x", "b": None, "answer": 0}], choices=["a", "b"])
 
 
 TEN = [f"text {i}" for i in range(10)]
@@ -188,19 +153,27 @@ def test_an_answer_may_be_a_text_a_letter_or_an_index(choices: list[Any], answer
     assert len(quiz.questions[0].choices) == len(choices)
 
 
+TWO = ["a thing", "another"]
+
+
 @pytest.mark.parametrize(
     ("choices", "answer", "message"),
     [
-        (["a thing", "another"], "C", r"row 1: the answer 'C' is neither an index in 0..1 nor a letter in A..B"),
-        (["a thing", "another"], "2", "row 1: the answer '2' is neither"),
-        (["a thing", "another"], 0.0, "row 1: the answer 0.0 is neither"),
-        ([1, 2, 0], 1, "row 1: the answer 1 may be an index or one of the choices"),
-        (["white", "black", "white "], 0, "row 1: several choices are 'white', the right answer"),
-        (["white", "black", "white"], "A", "row 1: several choices are 'white'"),
+        *((TWO, answer, "the answer .* is neither an index") for answer in (2, -1, "grey", None, True)),
+        (TWO, "C", r"the answer 'C' is neither an index in 0..1 nor a letter in A..B"),
+        (TWO, "2", "the answer '2' is neither"),
+        (TWO, 0.0, "the answer 0.0 is neither"),
+        ([1, 2, 0], 1, "the answer 1 may be an index or one of the choices"),
+        (["white", "black", "white "], 0, "several choices are 'white', the right answer"),
+        (["white", "black", "white"], "A", "several choices are 'white'"),
+        *(
+            (c, 0, "choices must be a list of at least 2 and at most 10")
+            for c in (["one"], [*TEN, "x"], "one two", None)
+        ),
     ],
 )
-def test_an_answer_that_is_none_or_several_is_refused(choices: list[Any], answer: Any, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+def test_an_answer_that_is_none_or_several_is_refused(choices: Any, answer: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=f"row 1: {message}"):
         Questions.from_rows([ROWS[0], {"question": "?", "choices": choices, "answer": answer}])
 
 

@@ -19,47 +19,18 @@ from datasets import Dataset, DatasetDict
 
 from mrp_lens.data import Corpus, Questions
 from mrp_lens.data.sources import file_rows
+from tests.support.tables import FILES, write_table, written
 
-AS_WRITTEN = [
-    "007",
-    "0.50",
-    "1e3",
-    "None",
-    "NA",
-    "nan",
-    "NULL",
-    "1.0",
-    "1_000",
-    "0x1f",
-    "true",
-    "2020-01-01",
-    " x ",
-    "-0",
-]
+AS_WRITTEN = [*"007 0.50 1e3 None NA nan NULL 1.0 1_000 0x1f true 2020-01-01 -0".split(), " x "]
 
 
 def completions(path: Path, **options: Any) -> list[str]:
     return [document.completion for document in Corpus.from_file(path, **options).documents]
 
 
-def written(path: Path, content: str | bytes) -> Path:
-    path.write_bytes(content.encode() if isinstance(content, str) else content)
-    return path
-
-
-@pytest.mark.parametrize("ending", [".csv", ".tsv", ".json", ".jsonl", ".txt", ".parquet", "folder"])
+@pytest.mark.parametrize("ending", [*FILES, ".txt", ""])
 def test_what_looks_like_a_number_a_date_or_nothing_stays_the_text_of_the_file(tmp_path: Path, ending: str) -> None:
-    path = tmp_path / (f"data{ending}" if ending != "folder" else "saved")
-    rows = [{"text": text} for text in AS_WRITTEN]
-    if ending in (".csv", ".tsv", ".txt"):
-        written(path, "\n".join([] if ending == ".txt" else ["text"]) + "\n" + "\n".join(AS_WRITTEN))
-    elif ending in (".json", ".jsonl"):
-        written(path, json.dumps(rows) if ending == ".json" else "\n".join(map(json.dumps, rows)))
-    elif ending == ".parquet":
-        pq.write_table(pa.Table.from_pylist(rows), path)
-    else:
-        Dataset.from_list(rows).save_to_disk(path)
-    assert completions(path) == AS_WRITTEN
+    assert completions(write_table(tmp_path / f"data{ending}", [{"text": text} for text in AS_WRITTEN])) == AS_WRITTEN
 
 
 @pytest.mark.parametrize(
@@ -98,6 +69,9 @@ def test_a_csv_cell_may_hold_quotes_line_breaks_and_a_whole_book(tmp_path: Path)
     assert csv.field_size_limit() == limit
 
 
+EMPTY = [("a.jsonl", ""), ("a.jsonl", "\n\n"), ("a.txt", "\n \n"), ("a.csv", "text\n")]
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
@@ -131,6 +105,11 @@ def test_a_csv_cell_may_hold_quotes_line_breaks_and_a_whole_book(tmp_path: Path)
         ("a.json", '[{"text": "x"},]', "line 1: Expecting value"),
         ("a.json", '[{"text": "x"}', "line 1: a comma or ] is missing"),
         ("a.json", '[{"text": "x"}] x', "line 1: more follows the list"),
+        ("a.jsonl", '{"text": "x"}\n{"text": ', "line 2 is not JSON"),
+        ("a.jsonl", '["x"]', r"line 1 is not an object but '\[\"x\"\]'"),
+        ("a.jsonl", '{"text": null}', "row 0: field 'text' has no value"),
+        ("a.json", "{", "cannot be read as .json"),
+        *((name, content, "is empty") for name, content in EMPTY),
         ("a.parquet", b"PAR1 no parquet PAR1", r"a\.parquet cannot be read, or is damaged"),
     ],
 )

@@ -8,6 +8,7 @@ from datasets import Dataset
 
 from mrp_lens.data import KNOWN, Corpus, Document, Question, Questions, Schema
 from tests.data.test_corpus import shared
+from tests.support.tables import write_table
 
 WMDP = [{"question": "Which?", "choices": ["a", "b", "c", "d"], "answer": 2}]
 MMLU = [{**WMDP[0], "subject": "law"}, {**WMDP[0], "subject": "virology"}]
@@ -16,14 +17,7 @@ PERTURBED = [{**TOFU[0], "paraphrased_answer": "Him.", "perturbed_answer": ["Her
 OPTIONS = [{"question": "Who?", "option1": "X", "option2": "Y", "option3": "Z", "option4": "W", "answer": "Y"}]
 SCIENCE = [
     {"image": None, "question": "What?", "choices": ["this", "that"], "answer": 1, "hint": "", "topic": "biology"},
-    {
-        "image": None,
-        "question": "Why?",
-        "choices": ["1", "2", "3", "4", "5"],
-        "answer": 0,
-        "hint": "",
-        "topic": "physics",
-    },
+    {"image": None, "question": "Why?", "choices": list("12345"), "answer": 0, "hint": "", "topic": "physics"},
 ]
 WIKITEXT = ["", " = Robert Boulter = \n", " A line of some thirty letters . \n", " It was a long line . " * 3 + "\n"]
 WIKITEXT += [" = " + "A long title of a chapter " * 3 + " = \n"]
@@ -108,15 +102,10 @@ def test_other_data_sets_of_the_hub_are_read_by_their_columns(hub: dict[str, Any
     assert hub["call"] == ("org/copy", "x", "test")
 
 
-@pytest.mark.parametrize("ending", ["jsonl", "folder"])
+@pytest.mark.parametrize("ending", [".jsonl", ""])
 def test_local_copies_are_read_by_the_name_of_their_schema(tmp_path: Path, ending: str) -> None:
     def saved(rows: list[dict[str, Any]], name: str) -> Path:
-        path = tmp_path / (name if ending == "folder" else f"{name}.jsonl")
-        if ending == "folder":
-            Dataset.from_list(rows).save_to_disk(path)
-        else:
-            path.write_text("\n".join(json.dumps(row) for row in rows))
-        return path
+        return write_table(tmp_path / f"{name}{ending}", rows)
 
     assert Questions.from_file(saved(WMDP, "wmdp"), schema="cais/wmdp").questions[0].answer == 2
     quiz = Questions.from_file(saved(PERTURBED, "perturbed"), schema="locuslab/TOFU")

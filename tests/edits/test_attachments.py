@@ -23,15 +23,9 @@ from mrp_lens.models import LensModel, available_backends, is_bridge, load_model
 from mrp_lens.models.attachments import exclusive
 from mrp_lens.models.hooks import captured, frozen, hook_name
 from tests.conftest import D_MODEL, assert_same_state, state_of
-from tests.support.edits import all_kinds, logits, projection, weight_edit
+from tests.support.edits import all_kinds, assert_refused, logits, projection, weight_edit
 
 TEXT = Corpus.from_texts(["The old man walked slowly near the house."])
-
-
-@pytest.fixture
-def own(backend: str, tiny_folder: Path) -> Any:
-    """A model that a test may spoil."""
-    return load_model(tiny_folder, backend=backend)  # type: ignore[arg-type]
 
 
 def steering(coefficient: float = 2.0) -> SteeringEdit:
@@ -231,24 +225,22 @@ def test_a_hook_under_two_names_is_refused(model: LensModel, untouched: None) ->
         pytest.skip("this class knows each hook by one name")
     subspaces = {name: projection(1, seed=n).subspaces()[hook_name(1)] for n, name in enumerate(points[:2])}
     edit = type(projection(1))(subspaces)
-    with pytest.raises(ValueError, match="names of one hook"), edit.applied(model):
-        pass
+    assert_refused(model, edit, "names of one hook")
 
 
 @pytest.mark.parametrize("first", ["attn_out", "resid_mid"])
 def test_the_order_of_sites_does_not_depend_on_the_order_of_attaching(
-    backend: str, tiny_folder: Path, tokens: torch.Tensor, first: str
+    model: Any, tiny_folder: Path, tokens: torch.Tensor, first: str
 ) -> None:
     """In one block the sum at resid_mid is changed after what attention adds to it."""
-    loaded = load_model(tiny_folder, backend=backend)  # type: ignore[arg-type]
     plain = AutoModelForCausalLM.from_pretrained(tiny_folder).eval()
     sites = [first, *{"attn_out", "resid_mid"} - {first}]
     edits = {site: projection(1, site=site, seed=number) for number, site in enumerate(sorted(sites))}
     at_once = edits["attn_out"] + projection(1, site="resid_mid", seed=1, request="other")
-    with at_once.applied(loaded):
-        wanted = logits(loaded, tokens)
-    with edits[sites[0]].applied(loaded), edits[sites[1]].applied(loaded), captured(loaded, [hook_name(1)]):
-        torch.testing.assert_close(logits(loaded, tokens), wanted, atol=1e-5, rtol=0)
+    with at_once.applied(model):
+        wanted = logits(model, tokens)
+    with edits[sites[0]].applied(model), edits[sites[1]].applied(model), captured(model, [hook_name(1)]):
+        torch.testing.assert_close(logits(model, tokens), wanted, atol=1e-5, rtol=0)
     with attach(plain, edits[sites[0]]), attach(plain, edits[sites[1]]), torch.no_grad():
         torch.testing.assert_close(plain(tokens).logits, wanted, atol=1e-4, rtol=0)
 

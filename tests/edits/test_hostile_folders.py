@@ -1,7 +1,6 @@
 """Edit folders from strangers: refused in one line, or loaded exactly. Hashes are made to match: anybody can do so."""
 
 import copy
-import hashlib
 import json
 import os
 import random
@@ -18,36 +17,12 @@ import torch
 from safetensors.torch import load, load_file, save_file
 
 from mrp_lens.edits import Edit, ProjectionEdit, SteeringEdit, WeightEdit, load_edit
-from mrp_lens.edits.serialization import _config_hash
 from mrp_lens.models import LensModel
 from mrp_lens.models.hooks import captured, hook_name
+from tests.support.edit_folders import CONFIG, KINDS, SAVED, TENSORS, read, write
 from tests.support.edits import logits
 
-SAVED = (
-    Path(__file__).parents[1] / "support" / "saved_by_0_1" / "edits"
-)  # written by version 0.1, and never to be written again
-KINDS = ("projection", "steering", "weight", "stack")
-CONFIG, TENSORS = "edit_config.json", "edit.safetensors"
 MATRIX = "model.layers.1.mlp.down_proj.weight"
-
-
-def write(folder: Path, config: Any, tensors: bytes) -> Path:
-    """A folder whose hashes match."""
-    folder.mkdir(parents=True, exist_ok=True)
-    if isinstance(config, dict):
-        config = {**config, "tensors_sha256": hashlib.sha256(tensors).hexdigest()}
-        config = {key: value for key, value in config.items() if key != "config_sha256"}
-        try:
-            config["config_sha256"] = _config_hash(config)
-        except UnicodeEncodeError:
-            config["config_sha256"] = "0"
-    (folder / CONFIG).write_text(config if isinstance(config, str) else json.dumps(config), encoding="utf-8")
-    (folder / TENSORS).write_bytes(tensors)
-    return folder
-
-
-def read(kind: str) -> tuple[dict[str, Any], bytes]:
-    return json.loads((SAVED / kind / CONFIG).read_text("utf-8")), (SAVED / kind / TENSORS).read_bytes()
 
 
 # --- what version 0.1 saved
@@ -119,63 +94,52 @@ NESTED: Any = {}
 for _ in range(200):
     NESTED = {"a": NESTED}
 
-WRONG: list[tuple[str, str, Any]] = [
-    ("steering", "settings/positions", "abc"),
-    ("steering", "settings/positions", [0.5]),
-    ("steering", "settings/positions", [True]),
-    ("steering", "settings/positions", 3),
-    ("steering", "settings/noise", float("inf")),
-    ("steering", "settings/noise", float("nan")),
-    ("steering", "settings/noise", "0"),
-    ("steering", "settings/noise", -1.0),
-    ("steering", "settings/coefficient", float("-inf")),
-    ("steering", "settings/coefficient", True),
-    ("steering", "settings/coefficient", None),
-    ("steering", "settings/mode", "exec"),
-    ("steering", "settings/mode", ["add"]),
-    ("steering", "settings/seed", 2**70),
-    ("steering", "settings/seed", 1.0),
-    ("steering", "settings/hook", "blocks.1.hook_resid_post\nblocks.2"),
-    ("steering", "settings/hook", "blocks.01.hook_resid_post"),
-    ("steering", "settings/hook", "blocks.1.__import__('os')"),
-    ("steering", "settings/hook", "blocks.٣.hook_resid_post"),
-    ("steering", "settings/hook", f"blocks.{'9' * 5000}.hook_resid_post"),
-    ("steering", "settings/hook", None),
-    ("steering", "settings", []),
-    ("steering", "settings/more", 1),
-    ("steering", "kind", "stack"),
-    ("steering", "kind", ["steering"]),
-    ("steering", "format", True),
-    ("steering", "format", 1.0),
-    ("steering", "provenance", "a text"),
-    ("steering", "provenance", NESTED),
-    ("steering", "more", 1),
-    ("projection", "settings/requests", "physics"),
-    ("projection", "settings/requests", ["physics", "physics"]),
-    ("projection", "settings/requests", ["physics", ["a"]]),
-    ("projection", "settings/requests", ["a später request", "physics"]),
-    ("projection", "settings/requests", []),
-    ("projection", "settings/hooks", {}),
-    ("projection", "settings/hooks/0/rank", -2),
-    ("projection", "settings/hooks/0/rank", 2.0),
-    ("projection", "settings/hooks/0/rank", 10**400),
-    ("projection", "settings/hooks/0/tensor", "../../x"),
-    ("projection", "settings/hooks/0/hook", "blocks.1.hook_resid_pre"),
-    ("projection", "settings/hooks/0", None),
-    ("projection", "settings/hooks/0/more", 1),
-    ("weight", "settings/shapes", {}),
-    ("weight", f"settings/shapes/{MATRIX}", [32, -48]),
-    ("weight", f"settings/shapes/{MATRIX}", [32, 48.0]),
-    ("weight", f"settings/shapes/{MATRIX}", [2**40, 2**40]),
-    ("weight", f"settings/replaces/{MATRIX}", "text"),
-    ("weight", f"settings/replaces/{MATRIX}", {"float32": 3}),
-    ("weight", "settings/replaces/other", {}),
-    ("stack", "settings/parts", []),
-    ("stack", "settings/parts", {"0": 1}),
-    ("stack", "settings/parts/0/kind", "stack"),
-    ("stack", "settings/parts/0/provenance", None),
-    ("stack", "settings/parts/1", None),
+HASHES = f"settings/replaces/{MATRIX}"
+SHAPE = f"settings/shapes/{MATRIX}"
+HOOKS = [
+    *("blocks.1.hook_resid_post\nblocks.2", "blocks.01.hook_resid_post", "blocks.1.__import__('os')"),
+    *("blocks.٣.hook_resid_post", f"blocks.{'9' * 5000}.hook_resid_post", None),
 ]
+REQUESTS = ["physics", ["physics", "physics"], ["physics", ["a"]], ["a später request", "physics"], []]
+# kind -> what of its configuration -> what no edit has there
+WRONG: dict[str, dict[str, list[Any]]] = {
+    "steering": {
+        "settings/positions": ["abc", [0.5], [True], 3],
+        "settings/noise": [float("inf"), float("nan"), "0", -1.0],
+        "settings/coefficient": [float("-inf"), True, None],
+        "settings/mode": ["exec", ["add"]],
+        "settings/seed": [2**70, 1.0],
+        "settings/hook": HOOKS,
+        "settings": [[]],
+        "settings/more": [1],
+        "kind": ["stack", ["steering"]],
+        "format": [True, 1.0],
+        "provenance": ["a text", NESTED],
+        "more": [1],
+    },
+    "projection": {
+        "settings/requests": REQUESTS,
+        "settings/hooks": [{}],
+        "settings/hooks/0": [None],
+        "settings/hooks/0/rank": [-2, 2.0, 10**400],
+        "settings/hooks/0/tensor": ["../../x"],
+        "settings/hooks/0/hook": ["blocks.1.hook_resid_pre"],
+        "settings/hooks/0/more": [1],
+    },
+    "weight": {
+        "settings/shapes": [{}],
+        SHAPE: [[32, -48], [32, 48.0], [2**40, 2**40]],
+        HASHES: ["text", {"float32": 3}],
+        "settings/replaces/other": [{}],
+    },
+    "stack": {
+        "settings/parts": [[], {"0": 1}],
+        "settings/parts/0/kind": ["stack"],
+        "settings/parts/0/provenance": [None],
+        "settings/parts/1": [None],
+    },
+}
+CASES = [(kind, path, value) for kind, of in WRONG.items() for path, values in of.items() for value in values]
 
 
 def refused(folder: Path, match: str = "edit") -> None:
@@ -186,9 +150,9 @@ def refused(folder: Path, match: str = "edit") -> None:
     assert type(caught.value) is ValueError
 
 
-@pytest.mark.parametrize("number", range(len(WRONG)))
+@pytest.mark.parametrize("number", range(len(CASES)))
 def test_settings_that_no_edit_has_are_refused(number: int, tmp_path: Path) -> None:
-    kind, path, value = WRONG[number]
+    kind, path, value = CASES[number]
     refused(write(tmp_path / "edit", change(kind, path, value), read(kind)[1]))
 
 

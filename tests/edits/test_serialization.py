@@ -1,4 +1,3 @@
-import json
 import multiprocessing
 import os
 import signal
@@ -7,14 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
-from safetensors.torch import load_file, save_file
 
 from mrp_lens.edits import EditStack, ProjectionEdit, load_edit
-from mrp_lens.edits.serialization import _config_hash
 from mrp_lens.models import LensModel, describe
 from mrp_lens.models.hooks import hook_name
 from tests.conftest import D_MODEL, LAYERS
+from tests.support.edit_folders import read, write
 from tests.support.edits import all_kinds, logits, projection
 
 
@@ -36,21 +35,6 @@ def test_save_and_load_are_bit_identical(
         expected = logits(model, tokens)
     with again.applied(model):
         assert torch.equal(logits(model, tokens), expected)
-
-
-def rewrite(folder: Path, **changes: Any) -> None:
-    """Alter the configuration and hash it again, as somebody would who knows the format."""
-    config = json.loads((folder / "edit_config.json").read_text())
-    config.pop("config_sha256")
-    config |= changes
-    (folder / "edit_config.json").write_text(json.dumps({**config, "config_sha256": _config_hash(config)}))
-
-
-def replace_tensors(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
-    import hashlib
-
-    save_file(tensors, folder / "edit.safetensors")
-    rewrite(folder, tensors_sha256=hashlib.sha256((folder / "edit.safetensors").read_bytes()).hexdigest())
 
 
 @pytest.fixture
@@ -78,15 +62,15 @@ def test_an_altered_folder_is_refused(saved: Path) -> None:
     with pytest.raises(ValueError, match=r"edit_config.json is truncated or was altered"):
         load_edit(saved)
     (saved / "edit_config.json").write_text(config)
-    tensors = load_file(saved / "edit.safetensors")
-    save_file({name: tensor * 1.001 for name, tensor in tensors.items()}, saved / "edit.safetensors")
+    tensors = safetensors.torch.load_file(saved / "edit.safetensors")
+    safetensors.torch.save_file({name: tensor * 1.001 for name, tensor in tensors.items()}, saved / "edit.safetensors")
     with pytest.raises(ValueError, match=r"edit.safetensors is truncated or was altered"):
         load_edit(saved)
 
 
 def test_tensors_that_no_edit_may_have_are_refused(saved: Path) -> None:
-    tensors = load_file(saved / "edit.safetensors")
-    (name, basis), *_ = tensors.items()
+    config, content = read(saved)
+    (name, basis), *_ = safetensors.torch.load(content).items()
     nan = basis.clone()
     nan[0, 0] = float("nan")
     for bad, message in (
@@ -95,13 +79,13 @@ def test_tensors_that_no_edit_may_have_are_refused(saved: Path) -> None:
         (basis[:2], "configuration says rank 3"),
         (torch.eye(D_MODEL), "rank"),
     ):
-        replace_tensors(saved, {name: bad})
+        write(saved, config, safetensors.torch.save({name: bad}))
         with pytest.raises(ValueError, match=message):
             load_edit(saved)
-    replace_tensors(saved, {"other": basis})
+    write(saved, config, safetensors.torch.save({"other": basis}))
     with pytest.raises(ValueError, match="does not hold what its configuration says"):
         load_edit(saved)
-    rewrite(saved, kind="spell")
+    write(saved, {**config, "kind": "spell"}, content)
     with pytest.raises(ValueError, match="unknown kind of edit 'spell'"):
         load_edit(saved)
 

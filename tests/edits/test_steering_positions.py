@@ -9,10 +9,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from mrp_lens.edits import SteeringEdit
-from mrp_lens.export import export_hf
 from mrp_lens.hf import attach
 from mrp_lens.models import LensModel, is_bridge, load_model
 from tests.conftest import D_MODEL
+from tests.support.edits import GREEDY, written
+from tests.support.export_edits import exported, write
 from tests.support.families import save_family
 
 NEW = 8
@@ -52,20 +53,6 @@ def by_hand(hf_model: Any, edit: SteeringEdit, prompts: torch.Tensor, mask: torc
     return tokens[:, width:]
 
 
-def written(model: Any, prompts: torch.Tensor, *, cache: bool) -> torch.Tensor:
-    output: torch.Tensor = model.generate(
-        prompts,
-        max_new_tokens=NEW,
-        do_sample=False,
-        use_past_kv_cache=cache,
-        stop_at_eos=False,
-        verbose=False,
-        return_type="tokens",
-        prepend_bos=False,
-    )
-    return output[:, prompts.shape[1] :]
-
-
 def written_by_hf(
     hf_model: Any, prompts: torch.Tensor, mask: torch.Tensor | None = None, **options: Any
 ) -> torch.Tensor:
@@ -90,11 +77,11 @@ def test_generate_writes_the_same_with_and_without_cache(
     edit = edit_at(positions, mode)
     wanted = by_hand(plain, edit, PROMPTS)
     with edit.applied(model):
-        assert torch.equal(written(model, PROMPTS, cache=True), wanted)
-        assert torch.equal(written(model, PROMPTS, cache=False), wanted)
+        assert torch.equal(written(model, PROMPTS, NEW, cache=True), wanted)
+        assert torch.equal(written(model, PROMPTS, NEW, cache=False), wanted)
         for cache in (True, False) if is_bridge(model) else ():
             assert torch.equal(written_by_hf(model.original_model, PROMPTS, use_cache=cache), wanted)  # type: ignore[attr-defined]
-    assert not torch.equal(written(model, PROMPTS, cache=True), wanted)
+    assert not torch.equal(written(model, PROMPTS, NEW, cache=True), wanted)
     with attach(plain, edit):
         for cache in (True, False):
             assert torch.equal(written_by_hf(plain, PROMPTS, use_cache=cache), wanted)
@@ -107,7 +94,7 @@ def test_a_prompt_of_one_token_is_steered(model: LensModel, plain: Any, untouche
     wanted = by_hand(plain, edit, prompt)
     with edit.applied(model), attach(plain, edit):
         for cache in (True, False):
-            assert torch.equal(written(model, prompt, cache=cache), wanted)
+            assert torch.equal(written(model, prompt, NEW, cache=cache), wanted)
             assert torch.equal(written_by_hf(plain, prompt, use_cache=cache), wanted)
 
 
@@ -118,8 +105,7 @@ def test_exported_and_attached_models_too_in_batches_padded_on_the_left(
     folder = save_family(family, tmp_path / family)
     lens = load_model(folder, backend=backend)  # type: ignore[arg-type]
     edit = edit_at([-1, -3], "add")
-    export_hf(lens, edit, tmp_path / "out", "module", verify=False, progress=False)
-    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    loaded = exported(write(lens, edit, tmp_path / "out", "module"))
     attached = AutoModelForCausalLM.from_pretrained(folder)
     padded, mask = torch.zeros(3, 9, dtype=torch.long), torch.zeros(3, 9, dtype=torch.bool)
     for row, length in enumerate((9, 4, 6)):
@@ -127,9 +113,9 @@ def test_exported_and_attached_models_too_in_batches_padded_on_the_left(
     wanted = by_hand(AutoModelForCausalLM.from_pretrained(folder), edit, padded, mask)
     with attach(attached, edit):
         for cache in (True, False):
-            assert torch.equal(written_by_hf(exported, padded, mask, use_cache=cache), wanted)
+            assert torch.equal(written_by_hf(loaded, padded, mask, use_cache=cache), wanted)
             assert torch.equal(written_by_hf(attached, padded, mask, use_cache=cache), wanted)
-            assert torch.equal(written_by_hf(copy.deepcopy(exported), padded, mask, use_cache=cache), wanted)
+            assert torch.equal(written_by_hf(copy.deepcopy(loaded), padded, mask, use_cache=cache), wanted)
 
 
 def test_two_edits_at_positions_come_and_go_in_any_order(model: LensModel, plain: Any, untouched: None) -> None:
@@ -138,18 +124,17 @@ def test_two_edits_at_positions_come_and_go_in_any_order(model: LensModel, plain
     second.attach(model)
     first.detach(model)
     for cache in (True, False):
-        assert torch.equal(written(model, PROMPTS, cache=cache), by_hand(plain, second, PROMPTS))
+        assert torch.equal(written(model, PROMPTS, NEW, cache=cache), by_hand(plain, second, PROMPTS))
     second.detach(model)
     assert "generate" not in vars(model)
 
 
-def test_a_copy_generates_with_its_own_steering(backend: str, tiny_folder: Path, plain: Any) -> None:
-    own = load_model(tiny_folder, backend=backend)  # type: ignore[arg-type]
+def test_a_copy_generates_with_its_own_steering(own: Any, plain: Any) -> None:
     with edit_at([-1]).applied(own):
         twin = copy.deepcopy(own)
-    assert not torch.equal(written(own, PROMPTS, cache=True), by_hand(plain, edit_at([-1]), PROMPTS))
+    assert not torch.equal(written(own, PROMPTS, NEW, cache=True), by_hand(plain, edit_at([-1]), PROMPTS))
     for cache in (True, False):
-        assert torch.equal(written(twin, PROMPTS, cache=cache), by_hand(plain, edit_at([-1]), PROMPTS))
+        assert torch.equal(written(twin, PROMPTS, NEW, cache=cache), by_hand(plain, edit_at([-1]), PROMPTS))
 
 
 def test_streams_count_in_their_prompt(model: LensModel, plain: Any) -> None:
@@ -158,19 +143,9 @@ def test_streams_count_in_their_prompt(model: LensModel, plain: Any) -> None:
     edit = edit_at([-1])
     with edit.applied(model):
         for cache in (True, False):
-            store = model.generate_stream(  # type: ignore[attr-defined]
-                PROMPTS[:1],
-                max_new_tokens=NEW,
-                do_sample=False,
-                use_past_kv_cache=cache,
-                stop_at_eos=False,
-                verbose=False,
-                return_type="tokens",
-                prepend_bos=False,
-                max_tokens_per_yield=3,
-            )
-            got = torch.cat(list(store), dim=1)[:, -NEW:]
-            assert torch.equal(got, by_hand(plain, edit, PROMPTS[:1]))
+            options = {"max_new_tokens": NEW, "use_past_kv_cache": cache, "max_tokens_per_yield": 3, **GREEDY}
+            got = torch.cat(list(model.generate_stream(PROMPTS[:1], **options)), dim=1)  # type: ignore[attr-defined]
+            assert torch.equal(got[:, -NEW:], by_hand(plain, edit, PROMPTS[:1]))
 
 
 @pytest.mark.parametrize("option", [{"prompt_lookup_num_tokens": 2}, {"prefill_chunk_size": 2}])
@@ -184,4 +159,4 @@ def test_positions_are_whole_numbers_inside_the_prompt(model: LensModel, untouch
         with pytest.raises(TypeError, match="positions must be a list of whole numbers"):
             edit_at(wrong)  # type: ignore[arg-type]
     with edit_at([6]).applied(model), pytest.raises(ValueError, match="position 6 is outside a prompt of 6 tokens"):
-        written(model, PROMPTS, cache=True)
+        written(model, PROMPTS, NEW, cache=True)

@@ -5,7 +5,6 @@ The oracle is plain transformers with hooks that were placed by hand; mrp_lens's
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -19,10 +18,9 @@ from mrp_lens.export.formats import folded_into
 from mrp_lens.models import load_model, tensor_digests
 from tests.support.checkpoints import VARIANTS, ends, own_head_under_a_tied_config, set_config, set_tensors, tensors_in
 from tests.support.edits import projection
-from tests.support.export_edits import EDITS, every_write, log_probabilities, put_on_by_hand
+from tests.support.export_edits import EDITS, every_write, exported, log_probabilities, put_on_by_hand, write
 from tests.support.families import FAMILIES, save_family
 
-TOKENS = torch.arange(3, 43).view(2, 20)
 ROUNDED = {"old dtype", "no dtype"}  # stored in bfloat16: a folded projection is rounded to that
 OFTEN = {
     "no dtype",
@@ -43,11 +41,7 @@ CASES = [
 def by_hand(base: Path, family: str, edit: Edit) -> Tensor:
     hf_model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     put_on_by_hand(hf_model, family, edit)
-    return log_probabilities(hf_model, TOKENS)
-
-
-def exported(folder: Path, **options: Any) -> Any:
-    return AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, **options)
+    return log_probabilities(hf_model)
 
 
 @pytest.mark.parametrize(("family", "variant"), CASES)
@@ -58,10 +52,9 @@ def test_an_export_is_what_transformers_loads_with_the_edit_on(family: str, vari
     folding = projection(0, site="resid_pre") if family == "gemma2" else every_write()
     edits = {"folded": folding, "module": EDITS["new matrices + projection, resid_post"](model)}
     for form, edit in edits.items():
-        out = tmp_path / form
-        export_hf(model, edit, out, form, verify=False, progress=False)  # type: ignore[arg-type]
+        out = write(model, edit, tmp_path / form, form)
         allowed = 0.05 if form == "folded" and variant in ROUNDED else 1e-5
-        got = log_probabilities(exported(out, dtype=torch.float32), TOKENS)
+        got = log_probabilities(exported(out, dtype=torch.float32))
         torch.testing.assert_close(got, by_hand(base, family, edit), atol=allowed, rtol=0)
         # Nobody said a precision: it is that in which the base loads.
         assert exported(out).dtype == AutoModelForCausalLM.from_pretrained(base).dtype
@@ -88,7 +81,7 @@ def test_two_heads_that_differ_leave_untied_in_every_version_of_transformers(tmp
     model = load_model(base, backend="bridge", device="cpu")
     for form in ("folded", "module"):
         edit = projection(1, site="mlp_out" if form == "folded" else "resid_post")
-        export_hf(model, edit, tmp_path / form, form, verify=False, progress=False)  # type: ignore[arg-type]
+        write(model, edit, tmp_path / form, form)
         config = json.loads((tmp_path / form / "config.json").read_text())
         assert config.get("base_config", config)["tie_word_embeddings"] is False
 
@@ -104,15 +97,11 @@ def test_a_new_embedding_of_a_tied_model_is_its_new_head_too(files: str, tmp_pat
     model = load_model(base, backend="bridge", device="cpu")
     old = AutoModelForCausalLM.from_pretrained(base).get_input_embeddings().weight.detach().clone()
     new = WeightEdit({embedding: old * 1.5 + 0.01}, {embedding: tensor_digests(old)})
-    export_hf(model, new, tmp_path / "alone", verify=False, progress=False)
-    torch.testing.assert_close(
-        log_probabilities(exported(tmp_path / "alone"), TOKENS), by_hand(base, "gpt2", new), atol=1e-5, rtol=0
-    )
+    alone = exported(write(model, new, tmp_path / "alone"))
+    torch.testing.assert_close(log_probabilities(alone), by_hand(base, "gpt2", new), atol=1e-5, rtol=0)
     both = new + projection(0, site="resid_pre")  # projected at the entrance alone: the new head stays whole
-    export_hf(model, both, tmp_path / "both", "folded", verify=False, progress=False)
-    torch.testing.assert_close(
-        log_probabilities(exported(tmp_path / "both"), TOKENS), by_hand(base, "gpt2", both), atol=1e-5, rtol=0
-    )
+    projected = exported(write(model, both, tmp_path / "both", "folded"))
+    torch.testing.assert_close(log_probabilities(projected), by_hand(base, "gpt2", both), atol=1e-5, rtol=0)
     assert {tensor.dtype for tensor in tensors_in(tmp_path / "both").values()} == {torch.float32}
 
 
@@ -122,7 +111,7 @@ def test_a_head_that_is_nowhere_is_refused(tmp_path: Path) -> None:
     _, head = ends(base)
     set_tensors(base, lambda t: {name: tensor for name, tensor in t.items() if name != head})
     with pytest.raises(ValueError, match=r"holds no lm_head.weight, and its config.json does not say"):
-        export_hf(model, projection(1), tmp_path / "out", verify=False, progress=False)
+        write(model, projection(1), tmp_path / "out")
 
 
 @pytest.mark.parametrize("stored", ["float8_e4m3fn", "int8"])
@@ -150,5 +139,5 @@ def test_a_head_that_is_added_has_the_precision_of_the_files(tmp_path: Path) -> 
     edit = projection(0, site="resid_pre")
     for dtype, expected in ((None, torch.float16), (torch.bfloat16, torch.bfloat16)):
         out = tmp_path / str(expected)
-        export_hf(model, edit, out, "folded", dtype=dtype, verify=False, progress=False)
+        write(model, edit, out, "folded", dtype=dtype)
         assert {tensor.dtype for tensor in tensors_in(out).values()} == {expected}

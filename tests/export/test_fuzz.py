@@ -5,6 +5,7 @@ mrp_lens has written beside them is checked by the exported modelling file, and 
 """
 
 import json
+import shutil
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -13,29 +14,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from mrp_lens.edits import load_edit
-from mrp_lens.export import export_hf
 from mrp_lens.hf import attach
-from mrp_lens.models import load_model
-from tests.support.edits import projection
 from tests.support.export_edits import log_probabilities
 from tests.support.mutations import mutated
 
-TOKENS = torch.arange(3, 43).view(2, 20)
 FORMS = {"folded": "config.json", "module": "config.json", "adapter": "edit_config.json"}
-REFUSALS = (
-    ValueError,
-    KeyError,
-    TypeError,
-    OSError,
-    AttributeError,
-    ImportError,
-    RuntimeError,
-)  # transformers' own are of any kind
+# transformers' own are of any kind
+REFUSALS = (ValueError, KeyError, TypeError, OSError, AttributeError, ImportError, RuntimeError)
 SLOW_IN_TRANSFORMERS = 64  # layers: it builds any number of them before it looks at the weights
 
 _events: list[str] | None = None
@@ -65,28 +54,24 @@ def watched() -> Iterator[list[str]]:
 
 
 @pytest.fixture(scope="module")
-def exports(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """A folder of each form, what it computes, and what the unedited model computes."""
-    model, place = load_model(tiny_folder, backend="bridge"), tmp_path_factory.mktemp("exports")
-    found: dict[str, Any] = {"base": tiny_folder}
-    plain = AutoModelForCausalLM.from_pretrained(tiny_folder)
-    found["unedited"] = log_probabilities(plain, TOKENS)
-    for form in FORMS:
-        edit = projection(1, 2, site="mlp_out" if form == "folded" else "resid_post")
-        export_hf(model, edit, place / form, form, verify=False, progress=False)  # type: ignore[arg-type]
-        text = (place / form / FORMS[form]).read_text()
-        found[form] = (place / form, text, _computed(place / form, form, found))
+def known(exports: dict[str, Path], tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """A copy of the folder of each form, its configuration and what it computes, and what the unedited model computes."""
+    place, plain = tmp_path_factory.mktemp("changed"), AutoModelForCausalLM.from_pretrained(tiny_folder)
+    found: dict[str, Any] = {"base": tiny_folder, "unedited": log_probabilities(plain)}
+    for form, name in FORMS.items():
+        folder = Path(shutil.copytree(exports[form], place / form))
+        found[form] = (folder, (folder / name).read_text(), _computed(folder, form, found))
     return found
 
 
-def _computed(folder: Path, form: str, exports: dict[str, Any]) -> Tensor:
+def _computed(folder: Path, form: str, known: dict[str, Any]) -> Tensor:
     if form == "adapter":
         edit = load_edit(folder)
-        plain = AutoModelForCausalLM.from_pretrained(exports["base"])
+        plain = AutoModelForCausalLM.from_pretrained(known["base"])
         with attach(plain, edit):
-            return log_probabilities(plain, TOKENS)
+            return log_probabilities(plain)
     loaded = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=form == "module")
-    return log_probabilities(loaded.float(), TOKENS)
+    return log_probabilities(loaded.float())
 
 
 def _layers(text: str) -> Any:
@@ -97,9 +82,9 @@ def _layers(text: str) -> Any:
         return 0
 
 
-def outcome(exports: dict[str, Any], form: str, seed: int) -> str:
+def outcome(known: dict[str, Any], form: str, seed: int) -> str:
     """What came of one changed configuration; fails where something else than was exported is passed off for it."""
-    folder, text, wanted = exports[form]
+    folder, text, wanted = known[form]
     changed = mutated(text, seed)
     layers = _layers(changed)
     if isinstance(layers, int) and layers > SLOW_IN_TRANSFORMERS:
@@ -109,14 +94,14 @@ def outcome(exports: dict[str, Any], form: str, seed: int) -> str:
     before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
     try:
         with watched() as events:
-            got = _computed(folder, form, exports)
+            got = _computed(folder, form, known)
     except MemoryError:
         raise
     except Exception as error:
         if form == "adapter" and not isinstance(error, ValueError):
             pytest.fail(f"seed {seed}: {error!r}")
-        known = next((kind for kind in REFUSALS if isinstance(error, kind)), Exception)
-        return f"refused: {known.__name__}"
+        refusal = next((kind for kind in REFUSALS if isinstance(error, kind)), Exception)
+        return f"refused: {refusal.__name__}"
     finally:
         after = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
         file.write_text(text)
@@ -129,20 +114,20 @@ def outcome(exports: dict[str, Any], form: str, seed: int) -> str:
     if form == "module":
         now, then = json.loads(changed), json.loads(text)
         assert now["mrp_lens"] == then["mrp_lens"], f"seed {seed}: changed settings of the edit were loaded"
-        assert not bool((got - exports["unedited"]).abs().max() <= 1e-5), f"seed {seed}: the unedited model was loaded"
+        assert not bool((got - known["unedited"]).abs().max() <= 1e-5), f"seed {seed}: the unedited model was loaded"
     return "loaded exactly" if same else "loaded by transformers as another model (its own settings were changed)"
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_a_changed_configuration_is_refused_or_loads_what_was_exported(form: str, exports: dict[str, Any]) -> None:
-    outcomes = [outcome(exports, form, seed) for seed in range(12)]
+def test_a_changed_configuration_is_refused_or_loads_what_was_exported(form: str, known: dict[str, Any]) -> None:
+    outcomes = [outcome(known, form, seed) for seed in range(12)]
     assert any(kind.startswith("refused") for kind in outcomes)
 
 
 @pytest.mark.slow
-def test_two_thousand_changed_configurations_are_refused_or_load_what_was_exported(exports: dict[str, Any]) -> None:
+def test_two_thousand_changed_configurations_are_refused_or_load_what_was_exported(known: dict[str, Any]) -> None:
     seeds = {form: range(10_000 * number, 10_000 * number + 667) for number, form in enumerate(FORMS, 1)}
-    counts = Counter((form, outcome(exports, form, seed)) for form, known in seeds.items() for seed in known)
+    counts = Counter((form, outcome(known, form, seed)) for form, numbers in seeds.items() for seed in numbers)
     for (form, kind), count in sorted(counts.items()):
         sys.stdout.write(f"{form:8} {count:5} {kind}\n")
     assert sum(counts.values()) == 2001

@@ -9,10 +9,9 @@ from transformers import AutoModelForCausalLM
 
 from mrp_lens.edits import ProjectionEdit
 from mrp_lens.edits.subspace import Subspace
-from mrp_lens.export import export_hf
 from mrp_lens.hf import attach
 from mrp_lens.models import load_model, logits_of
-from tests.support.export_edits import EDITS
+from tests.support.export_edits import EDITS, exported, write
 from tests.support.families import NO_HOOKED, families_mostly_slow, save_family
 
 NEW = 50
@@ -76,15 +75,15 @@ def test_fifty_greedy_tokens_with_and_without_cache_batched_with_padding(
     if form == "folded" and folder.name == "gemma2":
         pytest.skip("a norm stands between the matrix and the hook")
     edit = EDITS["projection, resid_post" if folder.name == "neox" and form == "adapter" else SAVED[form]](lens)
-    export_hf(lens, edit, tmp_path / "out", form, verify=False, progress=False)  # type: ignore[arg-type]
+    out = write(lens, edit, tmp_path / "out", form)
+    loaded = AutoModelForCausalLM.from_pretrained(
+        folder if form == "adapter" else out, trust_remote_code=form == "module"
+    )
     if form == "adapter":
-        exported = AutoModelForCausalLM.from_pretrained(folder)
-        attach(exported, tmp_path / "out")
-    else:
-        exported = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=form == "module")
+        attach(loaded, out)
     wanted = written_by_hooks(lens, edit)
-    assert torch.equal(written_by_exported(exported, use_cache=True), wanted)
-    assert torch.equal(written_by_exported(exported, use_cache=False), wanted)
+    assert torch.equal(written_by_exported(loaded, use_cache=True), wanted)
+    assert torch.equal(written_by_exported(loaded, use_cache=False), wanted)
     unedited = written_by_exported(AutoModelForCausalLM.from_pretrained(folder), use_cache=True)
     assert not torch.equal(unedited, wanted)
 
@@ -92,11 +91,10 @@ def test_fifty_greedy_tokens_with_and_without_cache_batched_with_padding(
 def test_the_hooked_models_own_generate_writes_the_same(backend: str, tmp_path: Path) -> None:
     lens = load_model("demo", backend=backend)
     edit = ProjectionEdit({"blocks.5.hook_resid_post": Subspace.random(16, 128, seed=3)})
-    export_hf(lens, edit, tmp_path / "out", dtype=torch.float32, verify=False, progress=False)
-    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
-    exported.generation_config.eos_token_id = None
+    loaded = exported(write(lens, edit, tmp_path / "out", dtype=torch.float32))
+    loaded.generation_config.eos_token_id = None
     prompt = torch.tensor([[1, 40, 60, 80, 100]])
-    ours = exported.generate(
+    ours = loaded.generate(
         input_ids=prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=NEW, do_sample=False, pad_token_id=0
     )
     for use_cache in (True, False):

@@ -12,27 +12,18 @@ import pytest
 import safetensors.torch
 import torch
 from huggingface_hub import ModelCard
-from transformers import AutoModelForCausalLM
 
-from mrp_lens.edits import Edit, ProjectionEdit, modeling
+from mrp_lens.edits import ProjectionEdit, modeling
 from mrp_lens.edits.subspace import Subspace
-from mrp_lens.export import export_hf, push_to_hub
+from mrp_lens.export import Measurements, push_to_hub
 from mrp_lens.export.checkpoint import Checkpoint
-from mrp_lens.export.model_card import Measurements, model_card
+from mrp_lens.export.model_card import model_card
 from mrp_lens.export.remote_code import CODE_FILE
-from mrp_lens.models import load_model
 from mrp_lens.models.hooks import hook_name
 from tests.conftest import D_MODEL
 from tests.support.checkpoints import set_config, tensors_in
-from tests.support.edits import logits, projection
-from tests.support.export_edits import log_probabilities
-
-TOKENS = torch.arange(3, 43).view(2, 20)
-
-
-@pytest.fixture(scope="module")
-def model(tiny_folder: Path) -> Any:
-    return load_model(tiny_folder, backend="bridge")
+from tests.support.edits import projection
+from tests.support.export_edits import assert_exact, exported, write
 
 
 @pytest.fixture
@@ -80,9 +71,15 @@ def weights_elsewhere(base: Path) -> None:
 
 
 BASES: dict[str, tuple[Callable[[Path], object], str]] = {
-    "an index that leads out": (lambda b: indexed(b, "../shard.safetensors"), r"names '../shard.safetensors' where"),
-    "an index that names a root": (lambda b: indexed(b, "/etc/passwd"), r"names '/etc/passwd' where"),
-    "an index of numbers": (lambda b: indexed(b, 3), r"names 3 where the name of a file beside it belongs"),
+    "an index that leads out": (
+        lambda b: indexed(b, "../shard.safetensors"),
+        r"names '../shard.safetensors', which is no file in this folder",
+    ),
+    "an index that names a root": (
+        lambda b: indexed(b, "/etc/passwd"),
+        r"names '/etc/passwd', which is no file in this folder",
+    ),
+    "an index of numbers": (lambda b: indexed(b, 3), r"has no weight_map from tensors to file names"),
     "a pickle that runs a command": (pickled, r"pytorch_model.bin is damaged, or holds more than tensors"),
     "a header of 4 PiB": (huge, r"model.safetensors is damaged"),
     "a tokenizer that is a link": (
@@ -96,11 +93,11 @@ BASES: dict[str, tuple[Callable[[Path], object], str]] = {
     "weights that are a link": (weights_elsewhere, r"model.safetensors is a link to .*elsewhere"),
     "a configuration of brackets": (
         lambda b: (b / "config.json").write_text("[" * 100_000),
-        r"config.json is not JSON",
+        r"config.json is damaged: it is not JSON",
     ),
     "a configuration that is a list": (
         lambda b: (b / "config.json").write_text("[]"),
-        r"a configuration is a JSON object",
+        r"not one JSON object",
     ),
     "code for a type": (
         lambda b: set_config(b, model_type='llama"\nimport os\nos.abort()#', architectures=["LlamaForCausalLM"]),
@@ -113,16 +110,16 @@ BASES: dict[str, tuple[Callable[[Path], object], str]] = {
 
 
 @pytest.mark.parametrize("harm", BASES)
-def test_a_base_checkpoint_that_does_harm_is_refused(model: Any, base: Path, harm: str) -> None:
+def test_a_base_checkpoint_that_does_harm_is_refused(bridge: Any, base: Path, harm: str) -> None:
     change, message = BASES[harm]
     change(base)
     before = sorted(base.parent.rglob("*"))
     with pytest.raises(ValueError, match=message):
-        export_hf(model, projection(1), base.parent / "out", base=base, verify=False, progress=False)
+        write(bridge, projection(1), base.parent / "out", base=base)
     assert sorted(base.parent.rglob("*")) == before
 
 
-def test_settings_that_name_code_or_kernels_of_others_stay_behind(model: Any, base: Path) -> None:
+def test_settings_that_name_code_or_kernels_of_others_stay_behind(bridge: Any, base: Path) -> None:
     set_config(
         base,
         auto_map={"AutoConfig": "evil/repo--x.X"},
@@ -136,17 +133,14 @@ def test_settings_that_name_code_or_kernels_of_others_stay_behind(model: Any, ba
     (base / "tokenizer_evil.py").write_text("raise SystemExit")
     for form, edit in (("folded", projection(1, site="mlp_out")), ("module", projection(1))):
         out = base.parent / form
-        export_hf(model, edit, out, form, base=base, verify=False, progress=False)  # type: ignore[arg-type]
+        write(bridge, edit, out, form, base=base)
         text = "".join(file.read_text() for file in out.iterdir() if file.suffix in (".json", ".py"))
         assert not any(word in text for word in ("evil", "os.system", "somebody"))
         assert sorted(out.glob("*.py")) == ([out / CODE_FILE] if form == "module" else [])
-        loaded = AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True)
-        with edit.applied(model):
-            wanted = logits(model, TOKENS).log_softmax(-1)
-        torch.testing.assert_close(log_probabilities(loaded, TOKENS), wanted, atol=1e-4, rtol=0)
+        assert_exact(bridge, edit, out)
 
 
-def test_the_links_of_the_hubs_cache_are_followed(model: Any, tiny_folder: Path, tmp_path: Path) -> None:
+def test_the_links_of_the_hubs_cache_are_followed(bridge: Any, tiny_folder: Path, tmp_path: Path) -> None:
     snapshot = tmp_path / "models--org--name" / "snapshots" / "0123abcd"
     blobs = snapshot.parent.parent / "blobs"
     blobs.mkdir(parents=True)
@@ -157,7 +151,7 @@ def test_the_links_of_the_hubs_cache_are_followed(model: Any, tiny_folder: Path,
     (tmp_path / "mine").symlink_to(snapshot)
     for place in (snapshot, tmp_path / "mine"):
         out = tmp_path / f"out-{place.name}"
-        export_hf(model, projection(1), out, base=place, verify=False, progress=False)
+        write(bridge, projection(1), out, base=place)
         assert (out / "tokenizer.json").read_bytes() == (tiny_folder / "tokenizer.json").read_bytes()
         assert not any(file.is_symlink() for file in out.iterdir())
     (snapshot / "tokenizer.json").unlink()
@@ -165,15 +159,14 @@ def test_the_links_of_the_hubs_cache_are_followed(model: Any, tiny_folder: Path,
     (tmp_path / "models--org--other").mkdir()
     (snapshot / "vocab.txt").symlink_to(tiny_folder / "config.json")
     with pytest.raises(ValueError, match="outside of its folder"):
-        export_hf(model, projection(1), tmp_path / "no", base=snapshot, verify=False, progress=False)
+        write(bridge, projection(1), tmp_path / "no", base=snapshot)
 
 
-def test_an_upload_follows_no_link_out_of_the_folder(model: Any, tmp_path: Path) -> None:
-    export_hf(model, projection(1), tmp_path / "out", "adapter", verify=False, progress=False)
+def test_an_upload_follows_no_link_out_of_the_folder(copied: dict[str, Path], tmp_path: Path) -> None:
     (tmp_path / "secret").write_text("secret")
-    (tmp_path / "out" / "notes.txt").symlink_to(tmp_path / "secret")
+    (copied["adapter"] / "notes.txt").symlink_to(tmp_path / "secret")
     with pytest.raises(ValueError, match=r"notes.txt is a link to .*secret"):
-        push_to_hub(tmp_path / "out", "me/model", endpoint="http://127.0.0.1:9")
+        push_to_hub(copied["adapter"], "me/model", endpoint="http://127.0.0.1:9")
 
 
 HOSTILE = "x](http://evil) <img src=http://evil> `code` | --- \n---\nlicense: mit\n# heading {{ 7 * 7 }}"
@@ -182,27 +175,18 @@ HOSTILE = "x](http://evil) <img src=http://evil> `code` | --- \n---\nlicense: mi
 def test_a_card_shows_strangers_names_as_they_are() -> None:
     edit = ProjectionEdit({hook_name(1): Subspace.random(2, D_MODEL)}, request=HOSTILE)
     corpus = {"name": HOSTILE, "documents": HOSTILE, "sha256": HOSTILE}
+    made = dict.fromkeys(["method", "seed", "steps_done"], HOSTILE) | {
+        "settings": {HOSTILE: HOSTILE, "steps": HOSTILE},
+        "data": {HOSTILE: [corpus]},
+        "versions": {"torch": HOSTILE},
+    }
     edit.provenance = {
         "model": {"name": HOSTILE, "n_layers": HOSTILE, "d_model": 1, "d_vocab": 1},
-        "requests": {
-            HOSTILE: {
-                **{
-                    "method": HOSTILE,
-                    "seed": HOSTILE,
-                    "steps_done": HOSTILE,
-                    "settings": {HOSTILE: HOSTILE, "steps": HOSTILE},
-                },
-                **{"data": {HOSTILE: [corpus]}, "versions": {"torch": HOSTILE}},
-            }
-        },
+        "requests": {HOSTILE: made},
     }
     record = Measurements(notes=[HOSTILE], sources=[HOSTILE])
-    front = {
-        "license": HOSTILE,
-        "language": {"a": [HOSTILE]},
-        "datasets": ["org/data", HOSTILE],
-        "license_name": "mine",
-    }
+    language, datasets = {"a": [HOSTILE]}, ["org/data", HOSTILE]
+    front = {"license": HOSTILE, "language": language, "datasets": datasets, "license_name": "mine"}
     plain = ModelCard(model_card(projection(1), base="org/base", form="module")).content.count("\n---")
     for form in ("folded", "module", "adapter"):
         card = ModelCard(
@@ -222,14 +206,6 @@ def test_a_card_shows_strangers_names_as_they_are() -> None:
         assert card.content.count("\n---") == plain
     with pytest.raises(ValueError, match="Repo id must"):
         model_card(projection(1), base="org/base", form="module", repo_id='x"); import os #')
-
-
-@pytest.fixture(scope="module")
-def module(model: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Edit]:
-    """An export of the kind that brings code."""
-    folder, edit = tmp_path_factory.mktemp("module") / "out", projection(1, 2)
-    export_hf(model, edit, folder, verify=False, progress=False)
-    return folder, edit
 
 
 def changed(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
@@ -268,17 +244,16 @@ SETTINGS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
 
 
 @pytest.mark.parametrize("what", SETTINGS)
-def test_changed_settings_of_a_module_never_load(module: tuple[Path, Edit], what: str, tmp_path: Path) -> None:
+def test_changed_settings_of_a_module_never_load(copied: dict[str, Path], what: str) -> None:
     change, message = SETTINGS[what]
-    folder = Path(shutil.copytree(module[0], tmp_path / "copy"))
-    changed(folder, change)
+    changed(copied["module"], change)
     with pytest.raises(ValueError, match=message):
-        AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+        exported(copied["module"])
 
 
 @pytest.mark.parametrize("value", [0.0, float("nan"), 1.0])
-def test_changed_tensors_of_a_modules_edit_never_load(module: tuple[Path, Edit], value: float, tmp_path: Path) -> None:
-    folder = Path(shutil.copytree(module[0], tmp_path / "copy"))
+def test_changed_tensors_of_a_modules_edit_never_load(copied: dict[str, Path], value: float) -> None:
+    folder = copied["module"]
     (name,) = [
         file for file in folder.glob("*.safetensors") if any(".edit." in k for k in safetensors.torch.load_file(file))
     ]
@@ -287,15 +262,7 @@ def test_changed_tensors_of_a_modules_edit_never_load(module: tuple[Path, Edit],
     tensors[key][0, 0] = value
     safetensors.torch.save_file(tensors, name, metadata={"format": "pt"})
     with pytest.raises(ValueError, match=r"the edit's tensor rows at layer \d \(resid_post\) was changed"):
-        AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
-
-
-def test_the_settings_that_were_written_load(module: tuple[Path, Edit], model: Any) -> None:
-    folder, edit = module
-    loaded = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
-    with edit.applied(model):
-        wanted = logits(model, TOKENS).log_softmax(-1)
-    torch.testing.assert_close(log_probabilities(loaded, TOKENS), wanted, atol=1e-4, rtol=0)
+        exported(folder)
 
 
 def test_an_open_checkpoint_reads_no_architecture_from_its_configuration(base: Path) -> None:

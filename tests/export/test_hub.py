@@ -1,4 +1,4 @@
-"""Uploading against a local stand-in of the Hub's API; nothing leaves this machine."""
+"""Uploading to, and loading from, a local stand-in of the Hub's API; nothing leaves this machine."""
 
 import socket
 from collections.abc import Iterator
@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from mrp_lens.edits import load_edit
+from mrp_lens.edits import Edit, ProjectionEdit, SteeringEdit, load_edit
 from mrp_lens.export.hub import push_to_hub
+from mrp_lens.hf import attach
 from tests.support.edits import projection
+from tests.support.export_edits import content_of
 from tests.support.families import save_family
 from tests.support.hub_standin import Hub, Repository, serving
 
@@ -46,6 +48,7 @@ def alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     settings = {
         "HF_TOKEN_PATH": str(tmp_path / "no-token"),
         "HF_STORED_TOKENS_PATH": str(tmp_path / "no-tokens"),
+        "HF_HUB_CACHE": str(tmp_path / "cache"),
         "HF_HUB_OFFLINE": False,
         "HF_HUB_DISABLE_TELEMETRY": True,
         "HF_HUB_DISABLE_XET": True,
@@ -58,13 +61,14 @@ def alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
 
 
 @pytest.fixture
-def hub() -> Iterator[Hub]:
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    from huggingface_hub import constants
+
     with serving(Hub(tokens={TOKEN: ("me", True), READER: ("me", False), STRANGER: ("you", True)})) as found:
+        template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, found.endpoint)
+        monkeypatch.setattr(constants, "ENDPOINT", found.endpoint)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
         yield found
-
-
-def content_of(folder: Path) -> dict[str, bytes]:
-    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
 
 def push(folder: Path, hub: Hub, repo_id: str = "me/edited", *, token: str | None = TOKEN, **options: object) -> str:
@@ -88,16 +92,6 @@ def test_a_model_arrives_byte_for_byte_and_computes_the_same(model_folder: Path,
     with torch.no_grad():
         wanted, got = (AutoModelForCausalLM.from_pretrained(f)(tokens).logits for f in (model_folder, tmp_path))
     assert torch.equal(got, wanted)
-
-
-def test_an_edit_arrives_and_is_loaded_again(edit_folder: Path, hub: Hub, tmp_path: Path) -> None:
-    push(edit_folder, hub)
-    (tmp_path / "arrived").mkdir()
-    for name, content in hub.repositories["me/edited"].files.items():
-        (tmp_path / "arrived" / name).write_bytes(content)
-    (_, wanted), (_, got) = load_edit(edit_folder).to_parts(), load_edit(tmp_path / "arrived").to_parts()
-    assert wanted.keys() == got.keys()
-    assert all(torch.equal(wanted[name], got[name]) for name in wanted)
 
 
 def test_small_files_arrive_by_the_pipeline_of_hf_xet_too(
@@ -258,3 +252,100 @@ def test_a_folder_that_is_no_whole_export_is_refused_before_anything_is_asked(
     with pytest.raises(FileNotFoundError, match="no folder at"):
         push(tmp_path / "nowhere", hub)
     assert not hub.requests
+
+
+# --- loading
+
+
+def test_an_edit_arrives_and_is_loaded_by_its_name(
+    edit_folder: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from huggingface_hub import constants
+
+    push(edit_folder, hub)
+    hub.repositories["me/edited"].files["model.safetensors"] = bytes(1000)
+    hub.requests.clear()
+    (settings, wanted), provenance = load_edit(edit_folder).to_parts(), load_edit(edit_folder).provenance
+    for load in (load_edit, Edit.from_pretrained, ProjectionEdit.from_pretrained):
+        edit = load("me/edited", token=READER)
+        assert edit.to_parts()[0] == settings
+        assert wanted.keys() == edit.to_parts()[1].keys()
+        assert all(torch.equal(wanted[name], tensor) for name, tensor in edit.to_parts()[1].items())
+        assert edit.provenance == provenance
+    assert {request.split("/")[-1] for request in hub.requests} == {"edit_config.json", "edit.safetensors"}
+    assert sum(request.startswith("GET") for request in hub.requests) == 2  # it is in the cache from then on
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert load_edit("me/edited") == edit
+    with pytest.raises(TypeError, match="holds a ProjectionEdit, and not a SteeringEdit; load it with load_edit"):
+        SteeringEdit.from_pretrained("me/edited")
+
+
+def test_an_edit_on_the_hub_attaches_to_a_plain_model(model_folder: Path, edit_folder: Path, hub: Hub) -> None:
+    from transformers import AutoModelForCausalLM
+
+    push(edit_folder, hub, private=False)
+    model, tokens = AutoModelForCausalLM.from_pretrained(model_folder).eval(), torch.arange(3, 12)[None]
+    with torch.no_grad():
+        with attach(model, load_edit(edit_folder)):
+            wanted = model(tokens).logits
+        with attach(model, "me/edited"):
+            assert torch.equal(model(tokens).logits, wanted)
+
+
+def test_a_revision_is_of_the_hub_and_a_local_folder_is_never_looked_for_there(
+    edit_folder: Path, hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    push(edit_folder, hub, revision="rank-8/first")
+    assert load_edit("me/edited", revision="rank-8/first", token=TOKEN) == projection(1)
+    with pytest.raises(FileNotFoundError, match=r"'me/edited' is neither a local folder nor an edit .* \(404"):
+        load_edit("me/edited", token=TOKEN)  # nothing on main
+    hub.requests.clear()
+    projection(2).save_pretrained(tmp_path / "me" / "edited")
+    monkeypatch.chdir(tmp_path)
+    assert load_edit("me/edited") == projection(2)
+    for name in ("me/edited", tmp_path / "nowhere"):
+        with pytest.raises(ValueError, match=r"revision='main' is of the Hub, and .* leave it out"):
+            load_edit(name, revision="main")
+    for name in ("a/b/c", "./me/else", "nowhere", "/no/where"):
+        with pytest.raises(FileNotFoundError, match=r"holds no edit_config\.json"):
+            load_edit(name)
+    assert not hub.requests
+
+
+@pytest.mark.parametrize(("name", "token"), [("me/edited", None), ("me/edited", STRANGER), ("me/nothing", TOKEN)])
+def test_what_is_not_to_be_had_is_said_in_one_line(edit_folder: Path, hub: Hub, name: str, token: str | None) -> None:
+    push(edit_folder, hub)
+    with pytest.raises(FileNotFoundError, match=r"neither a local folder nor an edit .*with token=\.\.\.") as caught:
+        load_edit(name, token=token)
+    assert "\n" not in str(caught.value)
+    assert TOKEN not in str(caught.value)
+
+
+def test_a_hub_that_is_away_or_offline_is_named(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(FileNotFoundError, match=r"neither a local folder nor an edit .*offline mode"):
+        load_edit("me/edited")
+    assert not hub.requests
+
+
+def test_files_on_the_hub_are_checked_as_those_of_a_folder_and_large_ones_not_fetched(
+    edit_folder: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    push(edit_folder, hub, private=False)
+    files = hub.repositories["me/edited"].files
+    monkeypatch.setattr("mrp_lens.edits.serialization.CONFIG_BYTES", 100)
+    with pytest.raises(
+        ValueError, match=r"edit_config\.json of me/edited has .* no edit's configuration more than 100"
+    ):
+        load_edit("me/edited")
+    assert not any(request.startswith("GET") and "resolve" in request for request in hub.requests)
+    monkeypatch.setattr("mrp_lens.edits.serialization.CONFIG_BYTES", 10**6)
+    files["edit.safetensors"] = files["edit.safetensors"][:-4] + bytes(4)
+    with pytest.raises(ValueError, match=r"edit\.safetensors is truncated or was altered"):
+        load_edit("me/edited")
+    del files["edit.safetensors"]
+    hub.repositories["me/edited"].messages.append("another commit")
+    with pytest.raises(FileNotFoundError, match=r"'me/edited' is neither a local folder nor an edit"):
+        load_edit("me/edited")

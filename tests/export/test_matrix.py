@@ -8,11 +8,10 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from mrp_lens.export import export_hf
 from mrp_lens.hf import attach
 from mrp_lens.models import load_model
 from tests.support.edits import logits
-from tests.support.export_edits import EDITS, log_probabilities, put_on_by_hand, rms_over_spread, table_of
+from tests.support.export_edits import EDITS, log_probabilities, put_on_by_hand, rms_over_spread, table_of, write
 from tests.support.families import FAMILIES, NO_HOOKED, families_mostly_slow, save_family
 
 FORMS = ("folded", "module", "adapter")
@@ -75,7 +74,7 @@ def outcome(lens: Any, folder: Path, family: str, edit_name: str, form: str, out
     if not all(hook in lens.hook_dict for part in edit.parts for hook in getattr(part, "hook_names", ())):
         return "not applicable"
     try:
-        export_hf(lens, edit, out, form, verify=False, progress=False)
+        write(lens, edit, out, form)
     except ValueError as error:
         reason = str(error)
     else:

@@ -9,12 +9,7 @@ from huggingface_hub import ModelCard
 
 from mrp_lens.edits import Edit, SteeringEdit, WeightEdit
 from tests.support.edits import projection
-from tests.support.export_cards import FORMS, card_of, corpora, section, tables, tiny_fits
-
-
-@pytest.fixture(scope="module")
-def fits(tiny_folder: Path) -> dict[str, Edit]:
-    return tiny_fits(tiny_folder)
+from tests.support.export_cards import FORMS, card_of, corpora, section, tables
 
 
 def test_hugging_face_reads_the_front_matter(fits: dict[str, Edit]) -> None:

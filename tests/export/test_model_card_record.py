@@ -11,24 +11,22 @@ from huggingface_hub import ModelCard
 from mrp_lens.edits import Edit, ProjectionEdit
 from mrp_lens.edits.provenance import label_of
 from mrp_lens.edits.subspace import Subspace
-from mrp_lens.export.model_card import Measurements, front_matter_of
+from mrp_lens.export import Measurements
+from mrp_lens.export.model_card import front_matter_of
+from mrp_lens.methods import METHODS
+from tests.support.commands import invoke
 from tests.support.edits import projection
 from tests.support.export_cards import (
+    ATTACK,
     FORMS,
     SECRET,
     card_of,
     corpora,
     section,
     tables,
-    tiny_fits,
     write_attack,
     write_run,
 )
-
-
-@pytest.fixture(scope="module")
-def fits(tiny_folder: Path) -> dict[str, Edit]:
-    return tiny_fits(tiny_folder)
 
 
 @pytest.fixture
@@ -73,7 +71,7 @@ def test_figures_stand_beside_their_controls_with_intervals(fits: dict[str, Edit
     figures = section(card_of(fits["mrp"], record=Measurements.read(run_folder)), "Figures")
     headings, *rows = tables(figures)[0]
     assert [row[0] for row in rows] == ["unedited (control)", "random-projection (control)", "mrp"]
-    place = headings.index("accuracy on what must go")
+    place = headings.index("accuracy on the forget quiz")
     assert [row[place] for row in rows] == ["91.2% [88.1, 94.3]", "90.7% [88.1, 94.3]", "27.4% [23.6, 31.2]"]
     assert "12.3" not in figures  # of rmu, which is another edit
     assert "interrupted after 2 steps" in card_of(fits["mrp"], record=Measurements.read(run_folder))
@@ -87,6 +85,35 @@ def test_attacks_stand_beside_their_controls_with_intervals(fits: dict[str, Edit
     ]
     assert probes[1][:2] == ["mrp, relearned", "probe, linear"]
     assert "1.25" in probes[1]
+
+
+def test_figures_of_a_plugin_are_shown_whatever_their_names(fits: dict[str, Edit]) -> None:
+    row = {"method": "mrp", "forget_accuracy": 0.3, "my_metric": 0.125, "text": "the secret"}
+    attack = {
+        "method": "mrp",
+        "attack": "mine",
+        "success_rate": 0.375,
+        "success_rate_low": 0.25,
+        "success_rate_high": 0.5,
+    }
+    record = Measurements(rows=[row], attacks=[ATTACK, attack, {**attack, "attack": "mine too", "n": 7}])
+    card = card_of(fits["mrp"], record=record)
+    assert tables(section(card, "Figures"))[0][0][-1] == "my metric"
+    assert tables(section(card, "Figures"))[0][1][-1] == "0.125"
+    known, mine = tables(section(card, "Attacks"))
+    assert [row[1] for row in known[1:]] == [ATTACK["attack"]]
+    assert mine[0] == ["method", "attack", "success rate"]
+    assert [row[1:] for row in mine[1:]] == [["mine", "0.375 [0.25, 0.5]"], ["mine too", "0.375 [0.25, 0.5]"]]
+    assert "the secret" not in card
+
+
+def test_a_method_is_named_with_what_it_says_of_itself(fits: dict[str, Edit]) -> None:
+    edit = section(card_of(fits["stack"]), "The edit")
+    for name in ("mrp", "rmu"):
+        assert f"{METHODS[name].summary} Source: {METHODS[name].source}." in edit
+    by_plugin = projection(1)
+    by_plugin.provenance = {"requests": {"edit": {"method": "of-a-plugin-that-is-not-here", "seed": 0}}}
+    assert "of-a-plugin-that-is-not-here" in card_of(by_plugin)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -104,16 +131,8 @@ def test_without_a_record_nothing_is_said_to_be_measured(fits: dict[str, Edit], 
 def test_the_command_that_would_measure_attacks_has_only_options_that_there_are(
     fits: dict[str, Edit], base: str
 ) -> None:
-    import typer
-
-    from mrp_lens.cli.app import app
-
     command = section(card_of(fits["mrp"], base=base), "Attacks").split("```")[1]
-    known = {
-        name
-        for parameter in typer.main.get_command(app).commands["attack"].params  # type: ignore[attr-defined]
-        for name in parameter.opts
-    }
+    known = set(re.findall(r"--[a-z-]+", invoke("attack", "--help").output))
     used = re.findall(r"--[a-z-]+", command)
     assert {"--edit", "--out"} <= set(used) <= known
     assert ("--model org/base" in command) == (base != "demo")

@@ -9,12 +9,10 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import safetensors.torch
 import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -28,68 +26,50 @@ from mrp_lens.models import available_backends, load_model
 from mrp_lens.models.hooks import hook_name
 from mrp_lens.utils.io import whole_folder
 from tests.conftest import D_MODEL
+from tests.support.checkpoints import set_config, set_tensors
 from tests.support.edits import projection, weight_edit
+from tests.support.export_edits import content_of, write
 from tests.support.families import save_family
 from tests.utils.test_io import files_end_at
 
 
 @pytest.fixture(scope="module")
-def model(tiny_folder: Path) -> Any:
+def model(bridge: Any) -> Any:
     """The Bridge alone: what is refused does not depend on the class."""
-    return load_model(tiny_folder, backend="bridge")
+    return bridge
 
 
-def wrong_layer(model: Any) -> Edit:
-    return ProjectionEdit({hook_name(17, "mlp_out"): Subspace.random(2, D_MODEL)})
+WRONG_LAYER = ProjectionEdit({hook_name(17, "mlp_out"): Subspace.random(2, D_MODEL)})
+NOISY = SteeringEdit.towards(torch.ones(D_MODEL), layer=1, coefficient=1.0, noise=0.5)
+REFUSED: dict[str, tuple[dict[str, Any], Edit | None, type[Exception], str]] = {
+    "another layer": ({}, WRONG_LAYER, ValueError, "no hook"),
+    "an unknown form": ({"form": "gguf"}, projection(1), ValueError, "unknown form"),
+    "folded in mid-stack": ({"form": "folded"}, projection(1), ValueError, "form='module'"),
+    "weights as a module": ({"form": "module"}, None, ValueError, "form='folded'"),
+    "noise": ({"form": "auto"}, NOISY, ValueError, "noise"),
+    "an unknown dtype": ({"dtype": torch.int8}, projection(1), ValueError, "unknown dtype"),
+    "an unknown dtype by name": ({"dtype": "float8"}, projection(1), ValueError, "unknown dtype float8; choose one of"),
+    "a dtype for an adapter": ({"form": "adapter", "dtype": torch.float32}, projection(1), ValueError, "dtype"),
+    "no such base": ({"base": "/nowhere/at/all"}, projection(1), ValueError, "base=FOLDER"),
+    "texts as a string": ({"texts": "one"}, projection(1), TypeError, "list"),
+    "no texts": ({"texts": []}, projection(1), ValueError, "empty"),
+}
 
 
-REFUSED: list[tuple[str, dict[str, Any], Callable[[Any], Edit], type[Exception], str]] = [
-    ("another layer", {}, wrong_layer, ValueError, "no hook"),
-    ("an unknown form", {"form": "gguf"}, lambda m: projection(1), ValueError, "unknown form"),
-    ("folded in mid-stack", {"form": "folded"}, lambda m: projection(1), ValueError, "form='module'"),
-    ("weights as a module", {"form": "module"}, lambda m: weight_edit(m, 1), ValueError, "form='folded'"),
-    (
-        "noise",
-        {"form": "auto"},
-        lambda m: SteeringEdit.towards(torch.ones(D_MODEL), layer=1, coefficient=1.0, noise=0.5),
-        ValueError,
-        "noise",
-    ),
-    ("an unknown dtype", {"dtype": torch.int8}, lambda m: projection(1), ValueError, "unknown dtype"),
-    (
-        "a dtype for an adapter",
-        {"form": "adapter", "dtype": torch.float32},
-        lambda m: projection(1),
-        ValueError,
-        "dtype",
-    ),
-    ("no such base", {"base": "/nowhere/at/all"}, lambda m: projection(1), ValueError, "base=FOLDER"),
-    ("texts as a string", {"texts": "one"}, lambda m: projection(1), TypeError, "list"),
-    ("no texts", {"texts": []}, lambda m: projection(1), ValueError, "empty"),
-]
-
-
-@pytest.mark.parametrize(("options", "edit", "kind", "match"), [r[1:] for r in REFUSED], ids=[r[0] for r in REFUSED])
-def test_bad_input_is_refused_and_leaves_nothing(
-    model: Any,
-    options: dict[str, Any],
-    edit: Callable[[Any], Edit],
-    kind: type[Exception],
-    match: str,
-    tmp_path: Path,
-    untouched: None,
-) -> None:
+@pytest.mark.parametrize("what", REFUSED)
+def test_bad_input_is_refused_and_leaves_nothing(model: Any, what: str, tmp_path: Path, untouched: None) -> None:
+    options, edit, kind, match = REFUSED[what]
     with pytest.raises(kind, match=match):
-        export_hf(model, edit(model), tmp_path / "out", progress=False, **options)
+        export_hf(model, edit or weight_edit(model, 1), tmp_path / "out", progress=False, **options)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_an_existing_folder_stays_unless_told_otherwise(model: Any, tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("mine")
     with pytest.raises(FileExistsError, match="overwrite"):
-        export_hf(model, projection(1, site="mlp_out"), tmp_path, verify=False, progress=False)
+        write(model, projection(1, site="mlp_out"), tmp_path)
     assert (tmp_path / "mine.txt").read_text() == "mine"
-    export_hf(model, projection(1, site="mlp_out"), tmp_path, verify=False, progress=False, overwrite=True)
+    write(model, projection(1, site="mlp_out"), tmp_path, overwrite=True)
     assert not (tmp_path / "mine.txt").exists()
 
 
@@ -97,17 +77,14 @@ def test_another_models_folder_is_refused(model: Any, tiny_folder: Path, tmp_pat
     other = save_family("llama", tmp_path / "other", seed=1)
     with pytest.raises(ValueError, match=r"not the checkpoint of this model: .* differs"):
         export_hf(model, projection(1), tmp_path / "out", base=other, progress=False)
-    subtle = tmp_path / "subtle"  # the same but for one matrix of attention, and that by little
-    shutil.copytree(tiny_folder, subtle)
-    tensors = safetensors.torch.load_file(subtle / "model.safetensors")
-    tensors["model.layers.0.self_attn.q_proj.weight"] *= 1.01
-    safetensors.torch.save_file(tensors, subtle / "model.safetensors", metadata={"format": "pt"})
+    subtle, name = Path(shutil.copytree(tiny_folder, tmp_path / "subtle")), "model.layers.0.self_attn.q_proj.weight"
+    set_tensors(subtle, lambda tensors: {**tensors, name: tensors[name] * 1.01})  # one matrix, and that by little
     for loaded in (
         model,
         *(load_model(tiny_folder, backend=kind) for kind in available_backends() if kind == "hooked"),
     ):
         with pytest.raises(ValueError, match=r"not the checkpoint of this model: .* differs"):
-            export_hf(loaded, projection(1), tmp_path / "out", base=subtle, verify=False, progress=False)
+            write(loaded, projection(1), tmp_path / "out", base=subtle)
     assert not (tmp_path / "out").exists()
 
 
@@ -127,12 +104,11 @@ def test_a_base_of_another_model_is_seen_in_the_proof_as_well(tiny_folder: Path,
 
 @pytest.mark.parametrize("above", [False, True])
 def test_the_base_checkpoint_is_never_overwritten(model: Any, tiny_folder: Path, tmp_path: Path, above: bool) -> None:
-    base = tmp_path / "models" / "base"
-    shutil.copytree(tiny_folder, base)
-    before = {file.name: file.read_bytes() for file in base.iterdir()}
+    base = Path(shutil.copytree(tiny_folder, tmp_path / "models" / "base"))
+    before = content_of(base)
     with pytest.raises(ValueError, match="would be deleted"):
         export_hf(model, projection(1), base.parent if above else base, base=base, overwrite=True, progress=False)
-    assert {file.name: file.read_bytes() for file in base.iterdir()} == before
+    assert content_of(base) == before
 
 
 def test_a_model_from_memory_needs_its_folder(tiny_folder: Path, tmp_path: Path) -> None:
@@ -141,24 +117,24 @@ def test_a_model_from_memory_needs_its_folder(tiny_folder: Path, tmp_path: Path)
     own = load_model(hf_model, backend="bridge", tokenizer=AutoTokenizer.from_pretrained(tiny_folder))
     with pytest.raises(ValueError, match=r"from memory: .* give base=FOLDER"):
         export_hf(own, projection(1), tmp_path / "out", progress=False)
-    export_hf(own, projection(1), tmp_path / "out", base=tiny_folder, verify=False, progress=False)
+    write(own, projection(1), tmp_path / "out", base=tiny_folder)
 
 
 def test_quantised_and_incomplete_folders_are_refused(model: Any, tiny_folder: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "base"
-    shutil.copytree(tiny_folder, folder)
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "gptq"}}))
-    with pytest.raises(ValueError, match="quantised"):
-        export_hf(model, projection(1), tmp_path / "out", base=folder, progress=False)
-    (folder / "config.json").write_text(json.dumps(config))
+    folder = Path(shutil.copytree(tiny_folder, tmp_path / "base"))
+
+    def refused(match: str) -> None:
+        with pytest.raises(ValueError, match=match):
+            export_hf(model, projection(1), tmp_path / "out", base=folder, progress=False)
+
+    set_config(folder, quantization_config={"quant_method": "gptq"})
+    refused("quantised")
+    set_config(folder, quantization_config=...)
     (folder / "model.safetensors").rename(folder / "weights.safetensors")
-    with pytest.raises(ValueError, match="holds no weights"):
-        export_hf(model, projection(1), tmp_path / "out", base=folder, progress=False)
+    refused("holds no weights")
     index = {"weight_map": {"model.norm.weight": "model-00001-of-00009.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(ValueError, match="lacks model-00001-of-00009"):
-        export_hf(model, projection(1), tmp_path / "out", base=folder, progress=False)
+    refused("names 'model-00001-of-00009.safetensors', which is no file in this folder")
 
 
 def test_folded_and_centred_weights_are_refused(backend: str, tmp_path: Path, tiny_folder: Path) -> None:
@@ -189,7 +165,7 @@ def test_room_is_asked_for_what_is_added_too(backend: str, tmp_path: Path, monke
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=int(1.05 * size) + head // 2))
     with pytest.raises(ValueError, match=r"needs about .* GiB"):
         export_hf(tied, projection(0, site="resid_pre"), tmp_path / "out", "folded", progress=False)
-    export_hf(tied, projection(0, site="mlp_out"), tmp_path / "out", "folded", verify=False, progress=False)
+    write(tied, projection(0, site="mlp_out"), tmp_path / "out", "folded")
 
 
 def test_a_disk_that_fills_up_leaves_nothing(model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -214,12 +190,12 @@ def test_a_model_that_differs_is_removed_and_the_old_folder_stays(
         return changes
 
     out = tmp_path / "out"
-    export_hf(model, projection(1, site="mlp_out"), out, verify=False, progress=False)
-    before = {file.name: file.read_bytes() for file in out.iterdir()}
+    write(model, projection(1, site="mlp_out"), out)
+    before = content_of(out)
     monkeypatch.setattr("mrp_lens.export.formats.folded_into", wrong)
     with pytest.raises(ExportMismatchError, match="is not the edited one"):
         export_hf(model, projection(1, site="mlp_out"), out, overwrite=True, progress=False)
-    assert {file.name: file.read_bytes() for file in out.iterdir()} == before
+    assert content_of(out) == before
     assert list(tmp_path.iterdir()) == [out]
 
 
@@ -248,7 +224,7 @@ def test_a_killed_export_leaves_no_half_folder_and_the_next_one_clears_up(model:
     process.stdout.close()
     assert not out.exists()
     assert [path.name for path in tmp_path.iterdir()] == [f".out.partial-{process.pid}"]
-    export_hf(model, projection(1), out, verify=False, progress=False)
+    write(model, projection(1), out)
     assert list(tmp_path.iterdir()) == [out]
 
 
@@ -265,9 +241,9 @@ def test_a_disk_that_is_full_at_any_file_of_an_export_leaves_the_old_folder(
     model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: Any
 ) -> None:
     out, edit = tmp_path / "out", projection(1, site="mlp_out")
-    export_hf(model, edit, out, form, verify=False, progress=False)
+    write(model, edit, out, form)
     written = sum(1 for _ in out.iterdir())
-    before = {file.name: file.read_bytes() for file in out.iterdir()}
+    before = content_of(out)
     opened, left = [], [0]
     original = {module.__name__: module.open for module in (io, os, builtins)}
 
@@ -289,11 +265,11 @@ def test_a_disk_that_is_full_at_any_file_of_an_export_leaves_the_old_folder(
         opened.clear()
         left[0] = number
         try:
-            export_hf(model, edit, out, form, verify=False, progress=False, overwrite=True)
+            write(model, edit, out, form, overwrite=True)
             break
         except OSError as error:
             errors.append(str(error))
-        assert {file.name: file.read_bytes() for file in out.iterdir()} == before
+        assert content_of(out) == before
         assert list(tmp_path.iterdir()) == [out]
     assert len(errors) >= written
     assert all("No space left" in error for error in errors)
@@ -305,10 +281,10 @@ def test_a_disk_that_is_full_in_the_middle_of_a_file_of_an_export_leaves_the_old
     model: Any, tmp_path: Path, form: Any
 ) -> None:
     out, edit = tmp_path / "out", projection(1, site="mlp_out")
-    export_hf(model, edit, out, form, verify=False, progress=False)
-    before = {file.name: file.read_bytes() for file in out.iterdir()}
+    write(model, edit, out, form)
+    before = content_of(out)
     for size in sorted({len(content) - 1 for content in before.values()}):
         with files_end_at(size), pytest.raises(OSError, match=r"could not be written|File too large"):
-            export_hf(model, edit, out, form, verify=False, progress=False, overwrite=True)
-        assert {file.name: file.read_bytes() for file in out.iterdir()} == before
+            write(model, edit, out, form, overwrite=True)
+        assert content_of(out) == before
         assert list(tmp_path.iterdir()) == [out]

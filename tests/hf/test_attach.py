@@ -1,4 +1,4 @@
-"""Edits on plain Hugging Face models. That they compute what hooks placed by hand compute: tests/test_export_matrix.py."""
+"""Edits on plain Hugging Face models. That they compute what hooks placed by hand compute: tests/export/test_matrix.py."""
 
 import copy
 from pathlib import Path
@@ -8,16 +8,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from mrp_lens.edits import Edit, ProjectionEdit, SteeringEdit
+from mrp_lens.edits import ProjectionEdit, SteeringEdit
 from mrp_lens.edits.subspace import Subspace
 from mrp_lens.hf import attach
 from mrp_lens.models import describe, load_model
 from tests.conftest import D_MODEL
-from tests.support.edits import logits, projection, weight_edit
-from tests.support.export_edits import log_probabilities
+from tests.support.edits import projection, weight_edit
+from tests.support.export_edits import TOKENS, assert_exact, log_probabilities
 from tests.support.families import save_family
-
-TOKENS = torch.arange(3, 43).view(2, 20)
 
 
 @pytest.fixture
@@ -40,21 +38,16 @@ def assert_as_before(before: dict[str, Any], hf_model: Any) -> None:
     assert (before["hooks"], before["flags"]) == (after["hooks"], after["flags"])
 
 
-def hooked(model: Any, edit: Edit) -> torch.Tensor:
-    with edit.applied(model):
-        return logits(model, TOKENS).log_softmax(-1)
-
-
 @pytest.mark.parametrize("kind", range(3))
 def test_an_edit_goes_on_and_off(model: Any, plain: Any, kind: int) -> None:
     steering = SteeringEdit.towards(torch.ones(D_MODEL), layer=1, coefficient=2.0, positions=[0, 3, -1])
     edit = (projection(0, 2), weight_edit(model, 1) + projection(1), steering)[kind]
-    before, unedited = state_of_plain(plain), log_probabilities(plain, TOKENS)
+    before, unedited = state_of_plain(plain), log_probabilities(plain)
     handle = attach(plain, edit)
-    torch.testing.assert_close(log_probabilities(plain, TOKENS), hooked(model, edit), atol=1e-4, rtol=0)
+    assert_exact(model, edit, plain)
     handle.detach()
     assert_as_before(before, plain)
-    assert torch.equal(log_probabilities(plain, TOKENS), unedited)
+    assert torch.equal(log_probabilities(plain), unedited)
     with pytest.raises(ValueError, match="detached already"):
         handle.detach()
 
@@ -64,7 +57,7 @@ def test_a_folder_attaches_and_a_block_ends_it_whatever_was_raised(model: Any, p
     edit.save_pretrained(tmp_path / "edit")
     before = state_of_plain(plain)
     with attach(plain, tmp_path / "edit"):
-        torch.testing.assert_close(log_probabilities(plain, TOKENS), hooked(model, edit), atol=1e-4, rtol=0)
+        assert_exact(model, edit, plain)
     assert_as_before(before, plain)
     with pytest.raises(RuntimeError, match="inside"), attach(plain, tmp_path / "edit"):
         raise RuntimeError("inside")
@@ -75,14 +68,14 @@ def test_left_padding_changes_nothing(model: Any, plain: Any) -> None:
     padded, mask = torch.zeros(2, 26, dtype=torch.long), torch.zeros(2, 26, dtype=torch.bool)
     padded[:, 6:], mask[:, 6:] = TOKENS, True
     with attach(plain, projection(0, 3)):
-        right = log_probabilities(plain, TOKENS)
+        right = log_probabilities(plain)
         torch.testing.assert_close(log_probabilities(plain, padded, mask)[:, 6:], right, atol=1e-4, rtol=0)
 
 
 def test_a_copy_of_an_edited_model_is_edited(model: Any, plain: Any) -> None:
     attach(plain, projection(0, 2))
     twin = copy.deepcopy(plain)
-    assert torch.equal(log_probabilities(twin, TOKENS), log_probabilities(plain, TOKENS))
+    assert torch.equal(log_probabilities(twin), log_probabilities(plain))
 
 
 def test_two_projections_at_one_hook_are_refused_and_their_sum_is_not(model: Any, plain: Any) -> None:
@@ -93,7 +86,7 @@ def test_two_projections_at_one_hook_are_refused_and_their_sum_is_not(model: Any
             attach(plain, second)
         assert_as_before(before, plain)
     with attach(plain, first + second):
-        torch.testing.assert_close(log_probabilities(plain, TOKENS), hooked(model, first + second), atol=1e-4, rtol=0)
+        assert_exact(model, first + second, plain)
 
 
 def test_bad_input_is_refused_and_leaves_the_model_as_it_was(
@@ -170,19 +163,19 @@ def test_saving_a_model_with_hooks_on_says_that_they_are_not_saved(plain: Any, m
     plain.save_pretrained(tmp_path / "after")
     with attach(plain, weight_edit(model, 1)):
         plain.save_pretrained(tmp_path / "weights")  # these hold the edit
-        wanted = log_probabilities(plain, TOKENS)
+        wanted = log_probabilities(plain)
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "weights").eval()
-    assert torch.equal(log_probabilities(again, TOKENS), wanted)
+    assert torch.equal(log_probabilities(again), wanted)
 
 
 def test_a_copy_of_a_plain_model_can_lose_the_edit(plain: Any, model: Any) -> None:
-    unedited, edit = log_probabilities(plain, TOKENS), projection(1) + weight_edit(model, 1)
+    unedited, edit = log_probabilities(plain), projection(1) + weight_edit(model, 1)
     with attach(plain, edit):
         twin = copy.deepcopy(plain)
         with pytest.raises(ValueError, match="already"):
             attach(twin, edit, check=False)
     edit.detach(twin)
-    assert torch.equal(log_probabilities(twin, TOKENS), unedited)
+    assert torch.equal(log_probabilities(twin), unedited)
     assert_as_before(state_of_plain(plain), twin)
 
 
@@ -191,9 +184,9 @@ def test_any_order_leaves_the_plain_model_as_it_was(model: Any, plain: Any) -> N
     with first.applied(model):
         second = weight_edit(model, 1, scale=0.5)
     handles = [attach(plain, edit) for edit in (first, projection(1), second)]
-    wanted = log_probabilities(plain, TOKENS)
+    wanted = log_probabilities(plain)
     handles[0].detach()
-    assert torch.equal(log_probabilities(plain, TOKENS), wanted)
+    assert torch.equal(log_probabilities(plain), wanted)
     handles[1].detach()
     handles[2].detach()
     assert_as_before(before, plain)

@@ -8,15 +8,14 @@ import pytest
 import torch
 
 from mrp_lens import metrics
-from mrp_lens.cli.options import Method
-from mrp_lens.cli.unlearn import make_method
 from mrp_lens.data import Corpus
 from mrp_lens.data.task import UnlearningTask
 from mrp_lens.edits import ProjectionEdit, WeightEdit
 from mrp_lens.methods import METHODS, NPO, RMU, DirectionAblation, GradientAscent, GradientDifference, NoisyRMU
-from mrp_lens.models import LensModel, available_backends, encoder_for, load_model, logits_of
+from mrp_lens.models import LensModel, encoder_for, logits_of
 from mrp_lens.models.hooks import captured, hook_name
 from mrp_lens.runs.report.page import edits_in
+from tests.support.commands import fitter
 from tests.support.edits import logits
 
 Texts = tuple[Corpus, Corpus]
@@ -102,28 +101,6 @@ def test_some_layers_and_an_earlier_edit(model: LensModel, texts: Texts, untouch
         assert flat_mean(token_losses(model, texts[0])) < both
 
 
-def test_both_classes_learn_the_same_matrices(tiny_folder: Path, texts: Texts) -> None:
-    if len(available_backends()) < 2:
-        pytest.skip("needs HookedTransformer (TransformerLens 3)")
-    edits = [
-        NPO(**TUNED).fit(load_model(tiny_folder, backend=backend), *texts, **FIT).edit
-        for backend in ("hooked", "bridge")
-    ]
-    for name, tensor in edits[0].tensors.items():  # type: ignore[attr-defined]
-        torch.testing.assert_close(tensor, edits[1].tensors[name], atol=2e-4, rtol=0)  # type: ignore[attr-defined]
-
-
-def test_bfloat16_trains_float32_masters(tiny_folder: Path, backend: str, texts: Texts) -> None:
-    half = load_model(tiny_folder, backend=backend, dtype=torch.bfloat16)
-    edit = NPO(lr=1e-5, **TUNED).fit(half, *texts, **FIT).edit
-    assert isinstance(edit, WeightEdit)
-    assert all(tensor.dtype == torch.float32 for tensor in edit.tensors.values())
-    moved = [bool((tensor != tensor.to(torch.bfloat16).float()).any()) for tensor in edit.tensors.values()]
-    assert all(moved)  # updates that bfloat16 would round away
-    with edit.applied(half):
-        pass
-
-
 def test_noise_on_the_retain_branch_is_a_share_of_the_states_norm(
     model: LensModel, texts: Texts, untouched: None
 ) -> None:
@@ -161,22 +138,6 @@ def test_direction_ablation_removes_the_difference_of_means(model: LensModel, te
 
 
 @pytest.mark.parametrize(
-    ("method", "match"),
-    [
-        (GradientAscent(steps=0), "steps must be above 0"),
-        (GradientDifference(retain_weight=-1.0), "retain_weight must be at least 0"),
-        (NPO(beta=0.0), "beta must be above 0"),
-        (NPO(layers=[9]), "layers 0"),
-        (NoisyRMU(retain_noise=-0.1), "retain_noise"),
-        (DirectionAblation(site="nowhere"), "unknown site"),  # type: ignore[arg-type]
-    ],
-)
-def test_bad_input_is_refused(method: Any, match: str, model: LensModel, texts: Texts, untouched: None) -> None:
-    with pytest.raises(ValueError, match=match):
-        method.fit(model, *texts, **FIT)
-
-
-@pytest.mark.parametrize(
     ("method", "words"),
     [
         (NPO(layers=[1, 2], **TUNED), "npo: MLP output matrices of layers 1 and 2 trained on what the model predicts; 4 steps"),
@@ -195,21 +156,11 @@ def test_the_page_of_a_run_says_what_each_rival_did(
     assert told.sentence.startswith(words)
 
 
-def test_every_rival_has_a_name_of_its_own() -> None:
-    assert [name for name in METHODS if name not in ("mrp", "rmu", "adaptive-rmu")] == [
-        "gradient-ascent",
-        "gradient-difference",
-        "npo",
-        "rmu-noise",
-        "direction-ablation",
-    ]
-
-
 def test_the_command_line_knows_them() -> None:
-    assert make_method("npo", "1,2", {"beta": 0.2}) == NPO(layers=[1, 2], beta=0.2)
-    assert {type(make_method(name.value, None, {})) for name in Method} == set(METHODS.values())
+    assert fitter("--method", "npo", "--layers", "1,2", "--beta", "0.2") == NPO(layers=[1, 2], beta=0.2)
+    assert {type(fitter("--method", name)) for name in METHODS} == set(METHODS.values())
     with pytest.raises(ValueError, match="has no released recipe"):
-        make_method("npo", None, {}, released=True)
+        fitter("--method", "npo", "--released")
 
 
 @pytest.mark.slow

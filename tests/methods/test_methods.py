@@ -1,36 +1,54 @@
+"""What holds for every method, and RMU."""
+
 import os
 import signal
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 import torch
 
+import mrp_lens as ml
 from mrp_lens.data import Corpus
-from mrp_lens.edits import EditStack, WeightEdit
+from mrp_lens.edits import EditStack, SteeringEdit, WeightEdit
 from mrp_lens.edits.subspace import Subspace
-from mrp_lens.methods import MRP, RMU, AdaptiveRMU
-from mrp_lens.models import LensModel, encoder_for, load_model, logits_of, mlp_out_weight
+from mrp_lens.methods import METHODS, MRP, NPO, RMU, AdaptiveRMU, DirectionAblation, GradientDifference, NoisyRMU
+from mrp_lens.models import LensModel, available_backends, encoder_for, load_model, logits_of, mlp_out_weight
 from mrp_lens.models.finite import NonFiniteError
 from mrp_lens.models.hooks import captured, hook_name
-from mrp_lens.training.loop import NonFiniteLossError
+from mrp_lens.training import Evaluation, NonFiniteLossError, TrainingRun
+from mrp_lens.utils.registry import Registry
 from tests.conftest import D_MODEL, LAYERS, assert_same_state, state_of
 
 Texts = tuple[Corpus, Corpus]
 QUICK: dict[str, Any] = {"steps": 3, "batch_size": 8}
-ALL = [MRP(**QUICK), RMU(**QUICK), AdaptiveRMU(**QUICK)]
+ALL = [MRP(**QUICK), RMU(**QUICK), AdaptiveRMU(**QUICK), NPO(**QUICK)]
 FIT: dict[str, Any] = {"seed": 0, "progress": False}
+
+every_method = pytest.mark.parametrize("method", ALL, ids=lambda method: method.name)
 
 
 def tensors_of(edit: Any) -> dict[str, torch.Tensor]:
-    return dict(edit.to_parts()[1])
+    """Of an edit: projections as what they project on, since a subspace has many bases."""
+    tensors = dict(edit.to_parts()[1])
+    return tensors if isinstance(edit, WeightEdit) else {name: Subspace(t).projector() for name, t in tensors.items()}
 
 
-@pytest.mark.parametrize("method", ALL, ids=lambda m: m.name)
+def assert_close(one: Any, other: Any) -> None:
+    a, b = tensors_of(one), tensors_of(other)
+    assert a.keys() == b.keys()
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], atol=2e-4, rtol=1e-3)
+
+
+@every_method
 def test_a_fit_leaves_the_model_untouched_and_repeats_with_its_seed(
     method: Any, model: LensModel, texts: Texts, untouched: None
 ) -> None:
     one, two, other = (method.fit(model, *texts, seed=seed, progress=False) for seed in (0, 0, 1))
-    a, b, c = (tensors_of(fit.edit) for fit in (one, two, other))
+    a, b, c = (dict(fit.edit.to_parts()[1]) for fit in (one, two, other))
     assert all(torch.equal(a[name], b[name]) for name in a)
     assert not all(torch.equal(a[name], c[name]) for name in a)
     assert one.log.drop(columns="seconds").equals(two.log.drop(columns="seconds"))
@@ -38,40 +56,56 @@ def test_a_fit_leaves_the_model_untouched_and_repeats_with_its_seed(
     assert {"loss", "forget", "retain", "seconds"} <= set(one.log.columns)
 
 
-@pytest.mark.parametrize("method", ALL, ids=lambda m: m.name)
+@every_method
 def test_micro_batches_give_the_same_edit(method: Any, model: LensModel, texts: Texts, untouched: None) -> None:
-    from dataclasses import replace
-
-    whole = tensors_of(method.fit(model, *texts, **FIT).edit)
-    split = tensors_of(replace(method, micro_batch=3).fit(model, *texts, **FIT).edit)
-    for name in whole:
-        a, b = (t if method.name != "mrp" else Subspace(t).projector() for t in (whole[name], split[name]))
-        torch.testing.assert_close(a, b, atol=2e-4, rtol=1e-3)
+    assert_close(*(replace(method, micro_batch=size).fit(model, *texts, **FIT).edit for size in (None, 3)))
 
 
-@pytest.mark.parametrize("method", ALL, ids=lambda m: m.name)
-def test_both_backends_learn_the_same(
-    method: Any, tiny_folder: Any, texts: Texts, backend: str, model: LensModel
-) -> None:
-    if backend == "bridge":
-        pytest.skip("compared from the hooked side")
-    other = load_model(str(tiny_folder), backend="bridge")
-    a, b = (tensors_of(method.fit(m, *texts, **FIT).edit) for m in (model, other))
-    for name in a:
-        x, y = (t if method.name != "mrp" else Subspace(t).projector() for t in (a[name], b[name]))
-        torch.testing.assert_close(x, y, atol=2e-4, rtol=1e-3)
+@every_method
+def test_both_classes_learn_the_same(method: Any, tiny_folder: Path, texts: Texts) -> None:
+    if len(available_backends()) < 2:
+        pytest.skip("needs HookedTransformer (TransformerLens 3)")
+    models = [load_model(tiny_folder, backend=backend) for backend in ("hooked", "bridge")]
+    assert_close(*(method.fit(each, *texts, **FIT).edit for each in models))
 
 
-@pytest.mark.parametrize("method", ALL, ids=lambda m: m.name)
-def test_fits_work_in_bfloat16_with_float32_masters(method: Any, backend: str, tiny_folder: Any, texts: Texts) -> None:
-    half = load_model(str(tiny_folder), backend=backend, dtype=torch.bfloat16)  # type: ignore[arg-type]
-    fit = method.fit(half, *texts, **FIT)
-    assert all(tensor.dtype == torch.float32 for tensor in tensors_of(fit.edit).values())
-    with fit.edit.applied(half):
+@every_method
+def test_fits_work_in_bfloat16_with_float32_masters(method: Any, backend: str, tiny_folder: Path, texts: Texts) -> None:
+    half = load_model(tiny_folder, backend=backend, dtype=torch.bfloat16)  # type: ignore[arg-type]
+    edit = replace(method, lr=1e-5 if method.name == "npo" else None).fit(half, *texts, **FIT).edit
+    tensors = edit.to_parts()[1].values()
+    assert all(tensor.dtype == torch.float32 for tensor in tensors)
+    assert all(
+        (tensor != tensor.to(torch.bfloat16).float()).any() for tensor in tensors
+    )  # bfloat16 would round it away
+    with edit.applied(half):
         pass
 
 
-@pytest.mark.parametrize("method", ALL, ids=lambda m: m.name)
+@every_method
+def test_an_evaluation_during_a_fit_sees_what_the_edit_makes_of_the_model(
+    method: Any, model: LensModel, texts: Texts, tokens: torch.Tensor, untouched: None
+) -> None:
+    """Also the last of an odd number of steps, in which MRP trains without the earlier rows."""
+
+    def logits(into: dict[int, torch.Tensor], done: int) -> None:
+        with torch.no_grad():
+            into[done] = logits_of(model, tokens, torch.ones_like(tokens, dtype=torch.bool))
+
+    seen: dict[int, torch.Tensor] = {}
+    after = DirectionAblation(layers=[0]).fit(model, *texts, request="earlier", **FIT).edit
+    method = replace(method, steps=2)
+    evaluation = Evaluation(lambda done: logits(seen, done), marks=(0, 2))
+    edit = method.fit(model, *texts, after=after, callbacks=[evaluation], **FIT).edit
+    assert_close(edit.parts[-1], method.fit(model, *texts, after=after, **FIT).edit.parts[-1])
+    for done, on in ((2, edit), (0, method.start(model, *texts, after=after) if method.name == "mrp" else after)):
+        with on.applied(model):
+            logits(seen, 9)
+        torch.testing.assert_close(seen[done], seen[9], atol=2e-5, rtol=1e-4)
+    assert not torch.allclose(seen[0], seen[2], atol=1e-4)
+
+
+@every_method
 def test_ctrl_c_keeps_what_was_learned(
     method: Any, model: LensModel, texts: Texts, untouched: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -95,29 +129,27 @@ def test_ctrl_c_keeps_what_was_learned(
         pass
 
 
-@pytest.mark.parametrize(
-    "method", [MRP(lr=1e30, **QUICK), RMU(lr=1e30, **QUICK), AdaptiveRMU(lr=1e30, **QUICK)], ids=lambda m: m.name
-)
+@pytest.mark.parametrize("method", [RMU(lr=1e30, **QUICK), AdaptiveRMU(lr=1e30, **QUICK)], ids=lambda m: m.name)
 def test_a_non_finite_loss_stops_the_fit_and_leaves_the_model(
     method: Any, model: LensModel, texts: Texts, untouched: None
 ) -> None:
-    if (
-        method.name == "mrp"
-    ):  # its loss depends on the span alone, so no learning rate breaks it; a NaN from the model does
-        name = hook_name(LAYERS - 1)
-
-        def nan(activation: torch.Tensor, hook: Any) -> torch.Tensor:
-            return activation * float("nan")
-
-        context = model.hooks(fwd_hooks=[(name, nan)])  # type: ignore[attr-defined]
-        with context, pytest.raises(NonFiniteError, match=f"the first state that does is {name}"):
-            MRP(init="random", **QUICK).fit(model, *texts, **FIT)
-    else:
-        with pytest.raises(NonFiniteLossError, match=r"step [12].*Lower the learning rate"):
-            method.fit(model, *texts, **FIT)
+    with pytest.raises(NonFiniteLossError, match=r"step [12].*Lower the learning rate"):
+        method.fit(model, *texts, **FIT)
 
 
-@pytest.mark.parametrize("method", ALL, ids=lambda m: m.name)
+def test_a_nan_from_the_model_stops_mrp_whose_own_loss_no_rate_can_break(
+    model: LensModel, texts: Texts, untouched: None
+) -> None:
+    def nan(activation: torch.Tensor, hook: Any) -> torch.Tensor:
+        return activation * float("nan")
+
+    name = hook_name(LAYERS - 1)
+    context = model.hooks(fwd_hooks=[(name, nan)])  # type: ignore[attr-defined]
+    with context, pytest.raises(NonFiniteError, match=f"the first state that does is {name}"):
+        MRP(init="random", **QUICK).fit(model, *texts, **FIT)
+
+
+@every_method
 def test_an_empty_corpus_is_refused(method: Any, model: LensModel, texts: Texts, untouched: None) -> None:
     empty = Corpus.from_texts([], name="nothing")
     with pytest.raises(ValueError, match="forget corpus 'nothing' is empty"):
@@ -128,24 +160,50 @@ def test_an_empty_corpus_is_refused(method: Any, model: LensModel, texts: Texts,
         method.fit(model, texts[0], ["a"], **FIT)
 
 
-def test_layers_and_ranks_out_of_range_are_refused(model: LensModel, texts: Texts, untouched: None) -> None:
-    for method in (MRP(layers=[LAYERS], **QUICK), MRP(layers=[-1], **QUICK), RMU(layer=LAYERS, **QUICK)):
-        with pytest.raises(ValueError, match=f"this model has layers 0..{LAYERS - 1}"):
-            method.fit(model, *texts, **FIT)
-    with pytest.raises(ValueError, match="no layers given"):
-        MRP(layers=[], **QUICK).fit(model, *texts, **FIT)
-    with pytest.raises(ValueError, match=f"rank {D_MODEL} must be below d_model {D_MODEL}"):
-        MRP(rank=D_MODEL, **QUICK).fit(model, *texts, **FIT)
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        (MRP(layers=[LAYERS], **QUICK), f"this model has layers 0..{LAYERS - 1}"),
+        (MRP(layers=[-1], **QUICK), f"this model has layers 0..{LAYERS - 1}"),
+        (RMU(layer=LAYERS, **QUICK), f"this model has layers 0..{LAYERS - 1}"),
+        (NPO(layers=[9]), f"this model has layers 0..{LAYERS - 1}"),
+        (RMU(layer=1, trained_layers=(2,)), r"trained_layers \(2,\) reach beyond layer 1"),
+        (MRP(layers=[], **QUICK), "no layers given"),
+        (MRP(rank=D_MODEL, **QUICK), f"rank {D_MODEL} must be below d_model {D_MODEL}"),
+        (MRP(site="resid", **QUICK), "unknown site 'resid'"),
+        (DirectionAblation(site="nowhere"), "unknown site 'nowhere'"),
+        (RMU(direction="north", **QUICK), "unknown direction 'north'; choose one of uniform, gaussian"),
+        (AdaptiveRMU(coefficient="all"), "unknown coefficient 'all'"),
+        (MRP(init="cold"), "unknown init 'cold'"),
+        (MRP(forget_loss="hinge"), "unknown forget_loss 'hinge'"),
+        (MRP(steps=0), "steps must be above 0"),
+        (NPO(steps=0), "steps must be above 0"),
+        (RMU(alpha=-1.0), "alpha must be above 0"),
+        (RMU(steering_coeff=0.0), "steering_coeff must be above 0"),
+        (AdaptiveRMU(beta=0.0), "beta must be above 0"),
+        (NPO(beta=0.0), "beta must be above 0"),
+        (RMU(micro_batch=0), "micro_batch must be above 0"),
+        (GradientDifference(retain_weight=-1.0), "retain_weight must be at least 0"),
+        (NoisyRMU(retain_noise=-0.1), "retain_noise is a share"),
+        (RMU(steps=2.5), "steps must be a whole number, got 2.5"),
+        (RMU(lr="fast"), "lr must be a number, got 'fast'"),
+        (MRP(rank=True), "rank must be a number, got True"),
+        (NPO(batch_size=3.0), "batch_size must be a whole number, got 3.0"),
+    ],
+)
+def test_settings_that_cannot_be_meant_are_refused_by_name(
+    method: Any, message: str, model: LensModel, texts: Texts, untouched: None
+) -> None:
+    with pytest.raises(TypeError if "number, got" in message else ValueError, match=message):
+        method.fit(model, *texts, **FIT)
+
+
+def test_a_rank_above_the_directions_that_the_texts_leave_is_refused(
+    model: LensModel, texts: Texts, untouched: None
+) -> None:
     few = Corpus.from_texts(["red blue"], name="few")
     with pytest.raises(ValueError, match=r"rank 20 is above the \d directions"):
         MRP(rank=20, **QUICK).fit(model, few, texts[1], **FIT)
-    with pytest.raises(ValueError, match="unknown site 'resid'"):
-        MRP(site="resid", **QUICK).fit(model, *texts, **FIT)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="unknown direction 'north'"):
-        RMU(direction="north", **QUICK).fit(model, *texts, **FIT)  # type: ignore[arg-type]
-    for bad in (MRP(steps=0), RMU(alpha=-1.0), AdaptiveRMU(beta=0.0), RMU(micro_batch=0)):
-        with pytest.raises(ValueError, match="must be above 0"):
-            bad.fit(model, *texts, **FIT)
 
 
 def test_training_from_the_start_lowers_the_loss(model: LensModel, texts: Texts, untouched: None) -> None:
@@ -234,14 +292,8 @@ def test_uniform_directions_are_far_from_isotropic_and_gaussian_ones_are_not(
 
 def test_the_released_recipes_are_as_published() -> None:
     rmu, adaptive = RMU.released(), AdaptiveRMU.released()
-    assert (rmu.layer, rmu.steering_coeff, rmu.alpha, rmu.lr, rmu.batch_size, rmu.steps) == (
-        7,
-        6.5,
-        1200.0,
-        5e-5,
-        4,
-        150,
-    )
+    published = {"layer": 7, "steering_coeff": 6.5, "alpha": 1200.0, "lr": 5e-5, "batch_size": 4, "steps": 150}
+    assert {name: getattr(rmu, name) for name in published} == published
     assert (adaptive.beta, adaptive.coefficient, adaptive.steps) == (5.0, "first_batch", 500)
     assert rmu.positions == adaptive.positions == "all"
     assert rmu.eps == adaptive.eps == 1e-6
@@ -296,9 +348,60 @@ def test_state_helpers_notice_a_change(model: LensModel) -> None:
     weight.write(weight.read() + 1e-6)
     with pytest.raises(AssertionError, match="changed"):
         assert_same_state(before, state_of(model))
-    weight.write(
-        before["weights"][next(n for n, p in model.named_parameters() if p is weight.parameter)].T
-        if weight.transposed
-        else before["weights"][next(n for n, p in model.named_parameters() if p is weight.parameter)]
-    )
+    old = before["weights"][next(name for name, own in model.named_parameters() if own is weight.parameter)]
+    weight.write(old.T if weight.transposed else old)
     assert_same_state(before, state_of(model))
+
+
+def test_the_methods_are_listed_with_mrp_first_and_say_what_they_are() -> None:
+    names = "mrp rmu adaptive-rmu gradient-ascent gradient-difference npo rmu-noise direction-ablation"
+    assert [name for name, kind in METHODS.items() if kind.__module__.startswith("mrp_lens.")] == names.split()
+    for name, kind in METHODS.items():
+        assert kind.name == name
+        assert kind.summary.endswith(".")
+        assert kind.report
+
+
+@dataclass(frozen=True)
+class WhereSettings:
+    layer: int
+
+
+def test_a_method_of_ones_own_is_one_class_by_the_template_or_with_a_fit_whole(
+    model: LensModel, texts: Texts, tmp_path: Path, untouched: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mrp_lens.methods.registry.METHODS", Registry("method", "mrp_lens.methods"))
+    told = {"source": "here", "report": "steered at {layer}"}
+
+    @ml.methods.register("mine", summary="Steers.", **told)
+    @dataclass(frozen=True, kw_only=True)
+    class Mine(ml.methods.FitTemplate[WhereSettings]):
+        layer: int | None = None
+
+        def resolve(self, model: LensModel, data: ml.methods.Data) -> WhereSettings:
+            return WhereSettings(layer=1 if self.layer is None else self.layer)
+
+        def learn(self, settings: WhereSettings, context: ml.methods.FitContext) -> ml.methods.Fit:
+            direction = torch.randn(context.model.cfg.d_model, generator=context.generator)
+            run = TrainingRun(pd.DataFrame([{"step": 0, "loss": 0.0, "seconds": 0.0}]), interrupted=False)
+            edit = SteeringEdit.towards(direction, layer=settings.layer, coefficient=3.0)
+            edit.provenance = context.provenance(run)
+            return context.result(edit, run)
+
+    @ml.methods.register("whole", summary="Steers.", **told)
+    @dataclass(frozen=True)
+    class Whole(ml.methods.Method):
+        def fit(self, model: LensModel, forget: Any, retain: Any, **options: Any) -> ml.methods.Fit:  # type: ignore[override]
+            return Mine(layer=2).fit(model, forget, retain, **options)
+
+    first = Mine().fit(model, *texts, seed=1, checkpoint=tmp_path, progress=False)
+    assert first.edit.layers == (1,)
+    assert first.settings == {"layer": 1}
+    assert first.edit.provenance["method"] == "mine"
+    assert first.edit.provenance["steps_done"] == 1
+    assert Whole().fit(model, *texts, after=first.edit, **FIT).edit.layers == (1, 2)
+    with pytest.raises(ValueError, match="another fit"):
+        Mine().fit(model, *texts, seed=2, checkpoint=tmp_path, progress=False)
+    for abstract in (ml.methods.Method, ml.methods.FitTemplate, RMU.__mro__[1]):
+        with pytest.raises(TypeError, match="abstract"):
+            abstract()  # type: ignore[abstract]

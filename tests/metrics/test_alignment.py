@@ -4,7 +4,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -14,9 +13,9 @@ from mrp_lens.edits import SteeringEdit
 from mrp_lens.edits.subspace import random_units
 from mrp_lens.metrics.activations import StateReader
 from mrp_lens.metrics.alignment import alignment
-from mrp_lens.metrics.bootstrap import TokenMean
-from mrp_lens.models import load_model
 from tests.conftest import D_MODEL, LAYERS
+from tests.support.plain import ids_of, states_at
+from tests.support.states import Subject
 
 U = torch.linspace(-1.0, 2.0, D_MODEL)
 TEXTS = {
@@ -26,19 +25,10 @@ TEXTS = {
 
 
 def plain_states(model: Any, text: str, layer: int) -> torch.Tensor:
-    """[tokens, d_model] of one text without BOS: no batch, no padding, a hook of its own."""
-    ids = [
-        model.tokenizer.bos_token_id,
-        *model.tokenizer(text, add_special_tokens=False)["input_ids"],
-    ]
-    found: list[torch.Tensor] = []
-
-    def keep(activation: torch.Tensor, hook: Any) -> None:
-        found.append(activation[0, 1:].detach().float())
-
-    with torch.no_grad(), model.hooks(fwd_hooks=[(f"blocks.{layer}.hook_resid_post", keep)]):
-        model(torch.tensor([ids]), attention_mask=torch.ones(1, len(ids), dtype=torch.long))
-    return found[-1]
+    """[tokens, d_model] of one text without BOS."""
+    with torch.no_grad():
+        (states,) = states_at(model, ids_of(model, text), [f"blocks.{layer}.hook_resid_post"]).values()
+    return states[1:].float()
 
 
 def check(model: Any, frame: pd.DataFrame, tolerance: float) -> None:
@@ -64,15 +54,11 @@ def check(model: Any, frame: pd.DataFrame, tolerance: float) -> None:
 
 
 @pytest.mark.parametrize("padding", ["right", "left"])
-def test_alignment_equals_the_plain_calculation(model: Any, padding: Any, untouched: None) -> None:
-    check(model, alignment(model, TEXTS, 7.0 * U, batch_size=2, padding=padding), 1e-5)
-
-
-@pytest.mark.parametrize("padding", ["right", "left"])
-def test_alignment_in_bfloat16_equals_the_plain_calculation(tiny_folder: Path, backend: Any, padding: Any) -> None:
+def test_alignment_equals_the_plain_calculation(subject: Subject, padding: Any) -> None:
     # bf16 keeps 8 bits: batching and padding alone move a state by about 1%
-    model = load_model(str(tiny_folder), backend=backend, dtype=torch.bfloat16)
-    check(model, alignment(model, TEXTS, U.bfloat16().float(), padding=padding), 2e-2)
+    exact = subject.relative < 1e-3
+    frame = alignment(subject.model, TEXTS, 7.0 * U if exact else U.bfloat16().float(), batch_size=2, padding=padding)
+    check(subject.model, frame, 1e-5 if exact else 2e-2)
 
 
 def test_a_steered_model_is_aligned_and_has_norm_c(model: Any) -> None:
@@ -143,23 +129,6 @@ def test_cut_documents_are_counted_once_over_all_windows(model: Any, monkeypatch
     with pytest.warns(UserWarning, match="7 of 7 documents are longer than 4 tokens") as caught:
         alignment(model, Corpus.from_texts(["The old man walked slowly."] * 7), U, batch_size=2, max_length=4)
     assert len(caught) == 1
-
-
-def test_token_means_know_that_tokens_of_a_document_go_together() -> None:
-    """Documents of equal tokens: the interval is that of the documents, not of the tokens."""
-    generator = np.random.default_rng(0)
-    hits = 0
-    for _ in range(300):
-        mean = TokenMean()
-        for start in range(0, 60, 20):
-            lengths = generator.integers(1, 9, size=20)
-            effects = generator.normal(2.0, 1.0, size=20)
-            values = np.repeat(effects, lengths) + generator.normal(0, 0.1, size=lengths.sum())
-            mean.add(torch.tensor(values), torch.tensor(np.repeat(np.arange(start, start + 20), lengths)))
-        low, high = mean.interval
-        hits += low <= 2.0 <= high
-    assert 0.90 <= hits / 300 <= 0.98
-    assert mean.documents == 60
 
 
 MEMORY = """

@@ -1,7 +1,12 @@
+import numpy as np
 import pandas as pd
 import pytest
+import torch
 
+from mrp_lens import metrics
 from mrp_lens.metrics import value
+from mrp_lens.metrics.bootstrap import TokenMean
+from mrp_lens.utils.validation import generator_for, int_seed
 
 ROW = {"n": 4, "accuracy": 0.75, "low": 0.25, "high": 1.0, "chance": 0.5}
 
@@ -27,3 +32,40 @@ def test_the_value_of_a_frame_is_the_column_before_its_interval(groups: list[str
 def test_a_frame_without_one_value_is_refused(frame: pd.DataFrame, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         value(frame)
+
+
+def test_the_bootstrap_interval_covers_as_often_as_it_says() -> None:
+    generator = np.random.default_rng(0)
+    hits = 0
+    for seed in range(200):
+        low, high = metrics.bootstrap_interval(generator.binomial(1, 0.3, size=300).astype(float), seed=seed)
+        hits += low <= 0.3 <= high
+    assert 0.90 <= hits / 200 <= 0.99
+    values = generator.normal(size=50)
+    assert metrics.bootstrap_interval(values, seed=1) == metrics.bootstrap_interval(values, seed=1)
+
+
+def test_token_means_know_that_tokens_of_a_document_go_together() -> None:
+    """Documents of equal tokens: the interval is that of the documents, not of the tokens."""
+    generator = np.random.default_rng(0)
+    hits = 0
+    for _ in range(300):
+        mean = TokenMean()
+        for start in range(0, 60, 20):
+            lengths = generator.integers(1, 9, size=20)
+            effects = generator.normal(2.0, 1.0, size=20)
+            values = np.repeat(effects, lengths) + generator.normal(0, 0.1, size=lengths.sum())
+            mean.add(torch.tensor(values), torch.tensor(np.repeat(np.arange(start, start + 20), lengths)))
+        low, high = mean.interval
+        hits += low <= 2.0 <= high
+    assert 0.90 <= hits / 300 <= 0.98
+    assert mean.documents == 60
+
+
+def test_seeds_of_numpy_are_seeds_and_others_are_refused() -> None:
+    drawn_by = [torch.rand(3, generator=generator_for(seed)) for seed in (np.int64(3), 3)]  # type: ignore[arg-type]
+    assert torch.equal(*drawn_by)
+    assert type(int_seed(np.uint8(7))) is int  # type: ignore[arg-type]
+    for seed in (True, np.True_, 1.5, "3", None):
+        with pytest.raises(TypeError, match="seed must be an int"):
+            generator_for(seed)  # type: ignore[arg-type]

@@ -2,8 +2,7 @@
 
 import copy
 import math
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -15,11 +14,13 @@ from mrp_lens.data import Corpus, Document, Question, Questions
 from mrp_lens.data.tokenization import PaddingSide
 from mrp_lens.data.world import World
 from mrp_lens.metrics.confidence import MEASURES, confidence, token_confidence
-from mrp_lens.models import LensModel, load_model
+from mrp_lens.models import load_model
 from mrp_lens.models.generation import continuations
 from mrp_lens.models.hooks import hooked
 from tests.conftest import assert_same_state, state_of
 from tests.support.edits import projection
+from tests.support.plain import ids_of, plain_logits
+from tests.support.states import Subject
 
 COLUMNS = ["group", "mode", "question", "position", "token", *MEASURES]
 QUIZ = Questions(
@@ -34,16 +35,6 @@ QUIZ = Questions(
 # Of logits and nats, and relative of probabilities. The tiny model's logits are below 1 (spread 0.3), where numbers in
 # bfloat16 are 0.004 apart: batched and single matrix products may round to different ones.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 0.01}
-
-
-def ids_of(model: LensModel, text: str) -> list[int]:
-    return [model.tokenizer.bos_token_id, *model.tokenizer(text, add_special_tokens=False)["input_ids"]]
-
-
-def plain_logits(model: LensModel, ids: Sequence[int]) -> list[float]:
-    with torch.no_grad():
-        mask = torch.ones(1, len(ids), dtype=torch.long)
-        return model(torch.tensor([list(ids)]), attention_mask=mask)[0, -1].double().tolist()
 
 
 def plain_measures(logits: Sequence[float], token: int) -> dict[str, float]:
@@ -66,16 +57,6 @@ def assert_measured(row: pd.Series, logits: Sequence[float], token: int, toleran
         assert row[measure] == pytest.approx(expected, rel=rel, abs=absolute), measure
 
 
-@pytest.fixture(params=[torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def typed(request: pytest.FixtureRequest, model: LensModel, backend: str, tiny_folder: Path) -> Iterator[Any]:
-    """The tiny model in either precision; fails the test unless it is left as it was."""
-    half = request.param == torch.bfloat16
-    chosen = load_model(str(tiny_folder), backend=backend, dtype=request.param) if half else model
-    before = state_of(chosen)
-    yield chosen
-    assert_same_state(before, state_of(chosen))
-
-
 @pytest.fixture(scope="module")
 def demo(backend: str) -> Any:
     """A trained model, which ends what it writes."""
@@ -83,36 +64,38 @@ def demo(backend: str) -> Any:
 
 
 @pytest.mark.parametrize("padding", ["right", "left"])
-def test_forced_equals_reading_one_token_at_a_time(typed: Any, padding: PaddingSide) -> None:
-    frame = token_confidence(typed, QUIZ, mode="forced", batch_size=3, padding=padding)
+def test_forced_equals_reading_one_token_at_a_time(subject: Subject, padding: PaddingSide) -> None:
+    frame = token_confidence(subject.model, QUIZ, mode="forced", batch_size=3, padding=padding)
     assert (list(frame.columns), set(frame["mode"])) == (COLUMNS, {"forced"})
     place = 0
     for number, question in enumerate(QUIZ.questions):
-        ids = ids_of(typed, question.prompt + question.choices[question.answer])
-        start = len(ids_of(typed, question.prompt))
+        ids = ids_of(subject.model, question.prompt + question.choices[question.answer])
+        start = len(ids_of(subject.model, question.prompt))
         for position, end in enumerate(range(start, len(ids))):
             row = frame.iloc[place]
             assert (row["group"], row["question"], row["position"]) == (question.group or "all", number, position)
-            assert row["token"] == typed.tokenizer.decode([ids[end]])
-            assert_measured(row, plain_logits(typed, ids[:end]), ids[end], TOLERANCE[typed.W_E.dtype])
+            assert row["token"] == subject.model.tokenizer.decode([ids[end]])
+            assert_measured(row, plain_logits(subject.model, ids[:end]), ids[end], TOLERANCE[subject.model.W_E.dtype])
             place += 1
     assert place == len(frame)
 
 
 @pytest.mark.parametrize("padding", ["right", "left"])
-def test_generated_equals_a_plain_greedy_loop(typed: Any, padding: PaddingSide) -> None:
-    tolerance = TOLERANCE[typed.W_E.dtype]
-    frame = token_confidence(typed, QUIZ, tokens=6, batch_size=3, padding=padding)
+def test_generated_equals_a_plain_greedy_loop(subject: Subject, padding: PaddingSide) -> None:
+    tolerance = TOLERANCE[subject.model.W_E.dtype]
+    frame = token_confidence(subject.model, QUIZ, tokens=6, batch_size=3, padding=padding)
     assert (list(frame.columns), set(frame["mode"])) == (COLUMNS, {"generated"})
     for number, question in enumerate(QUIZ.questions):
         part = frame[frame["question"] == number]
         assert set(part["group"]) == {question.group or "all"}
         assert list(part["position"]) == list(range(6))
-        ids = ids_of(typed, question.prompt)
+        ids = ids_of(subject.model, question.prompt)
         for _, row in part.iterrows():
-            logits = plain_logits(typed, ids)
+            logits = plain_logits(subject.model, ids)
             # Rounding may decide between two that are as likely: follow the one that was taken.
-            same_text = [token for token in range(len(logits)) if typed.tokenizer.decode([token]) == row["token"]]
+            same_text = [
+                token for token in range(len(logits)) if subject.model.tokenizer.decode([token]) == row["token"]
+            ]
             token = max(same_text, key=logits.__getitem__)
             assert logits[token] >= max(logits) - tolerance
             assert_measured(row, logits, token, tolerance)

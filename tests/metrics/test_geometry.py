@@ -1,9 +1,5 @@
 """Every figure is computed a second time in numpy, from states read one document at a time without padding."""
 
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
-
 import numpy as np
 import pytest
 import torch
@@ -18,14 +14,9 @@ from mrp_lens.models import LensModel
 from mrp_lens.models.hooks import hook_name
 from tests.conftest import D_MODEL, LAYERS
 from tests.support.edits import projection, weight_edit
-from tests.support.states import GROUPS, PRECISIONS, Array, Subject, matrix, plain_passes, plain_states, subject_in
+from tests.support.states import GROUPS, Array, Subject, matrix, plain_passes, plain_states
 
 PADDINGS: list[PaddingSide] = ["right", "left"]
-
-
-@pytest.fixture(params=PRECISIONS)
-def subject(request: pytest.FixtureRequest, model: Any, tiny_folder: Path, backend: str) -> Iterator[Subject]:
-    yield from subject_in(request.param, model, tiny_folder, backend)
 
 
 def plain_share(states: Array, subspace: Subspace) -> float:

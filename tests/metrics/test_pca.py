@@ -1,8 +1,6 @@
 """Angles and planes are computed a second time in numpy, from states read one document at a time without padding."""
 
-from collections.abc import Iterator
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,14 +13,9 @@ from mrp_lens.models import LensModel
 from mrp_lens.models.hooks import hook_name
 from tests.conftest import D_MODEL
 from tests.support.edits import projection, weight_edit
-from tests.support.states import GROUPS, PRECISIONS, Array, Subject, matrix, plain_passes, subject_in
+from tests.support.states import GROUPS, Array, Subject, matrix, plain_passes
 
 PADDINGS: list[PaddingSide] = ["right", "left"]
-
-
-@pytest.fixture(params=PRECISIONS)
-def subject(request: pytest.FixtureRequest, model: Any, tiny_folder: Path, backend: str) -> Iterator[Subject]:
-    yield from subject_in(request.param, model, tiny_folder, backend)
 
 
 def plain_angles(one: Array, other: Array) -> Array:

@@ -1,7 +1,6 @@
-"""How the layers above react, on the tiny model, against one document at a time and full Jacobians."""
+"""How the layers above react, on the tiny model, against one document at a time, differences and full Jacobians."""
 
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -11,45 +10,32 @@ import torch
 
 from mrp_lens.data import Corpus
 from mrp_lens.edits import SteeringEdit
-from mrp_lens.metrics.sensitivity import noise_sensitivity, predicted_coefficient
+from mrp_lens.metrics.sensitivity import (
+    JacobianSize,
+    LayersAbove,
+    jacobian_size,
+    noise_sensitivity,
+    predicted_coefficient,
+)
 from mrp_lens.models import LensModel
 from tests.conftest import D_MODEL, LAYERS
-from tests.support.states import GROUPS, PRECISIONS, Subject, subject_in
+from tests.support.jacobians import DIRECTION, LAYER, PROMPTS, jacobians, outputs_with, relative
+from tests.support.plain import ids_of, states_at
+from tests.support.states import GROUPS, Subject
 
 BATCH = 4
 DRAWS = 2
-DIRECTION = torch.rand(D_MODEL, generator=torch.Generator().manual_seed(3))
 FINAL = f"blocks.{LAYERS - 1}.hook_resid_post"
-
-
-@pytest.fixture(params=PRECISIONS)
-def subject(request: pytest.FixtureRequest, model: Any, tiny_folder: Path, backend: str) -> Iterator[Subject]:
-    yield from subject_in(request.param, model, tiny_folder, backend)
 
 
 def token_rows(model: LensModel, corpus: Corpus) -> list[list[int]]:
     """Of the documents that hold a token, shortest first, which is the order in which they are read."""
-    rows = [model.tokenizer(d.prompt + d.completion, add_special_tokens=False)["input_ids"] for d in corpus.documents]
-    return sorted(([model.tokenizer.bos_token_id, *row] for row in rows if row), key=len)
+    rows = [ids_of(model, document.prompt + document.completion) for document in corpus.documents]
+    return sorted((row for row in rows if len(row) > 1), key=len)
 
 
-def streams(
-    model: LensModel, ids: list[int], names: list[str], layer: int = 0, shift: torch.Tensor | None = None
-) -> dict[str, torch.Tensor]:
-    """States of one document at the hooks, BOS included, with a shift of the states at a layer."""
-    seen: dict[str, torch.Tensor] = {}
-    moved = model.hook_dict[f"blocks.{layer}.hook_resid_post"]
-    if shift is not None:
-        moved.add_hook(lambda activation, hook: (activation.float() + shift).to(activation.dtype))
-    for name in names:
-        model.hook_dict[name].add_hook(lambda activation, hook, name=name: seen.update({name: activation[0]}))
-    tokens = torch.tensor([ids])
-    model(tokens, attention_mask=torch.ones_like(tokens))
-    for name in names:
-        model.hook_dict[name].fwd_hooks.pop().hook.remove()
-    if shift is not None:
-        moved.fwd_hooks.pop().hook.remove()
-    return seen
+def shifted(shift: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+    return lambda states: (states.float() + shift).to(states.dtype)
 
 
 def plain_sensitivity(
@@ -61,7 +47,7 @@ def plain_sensitivity(
     found: dict[str, list[float]] = {"sensitivity": [], "input_ratio": [], "norm": [], "noise": []}
     for start in range(0, len(rows), BATCH):
         batch = rows[start : start + BATCH]
-        clean = [streams(model, ids, [name, FINAL]) for ids in batch]
+        clean = [states_at(model, ids, [name, FINAL]) for ids in batch]
         states = torch.cat([c[name][1:].float() for c in clean])
         variance = (
             noise if noise is not None else float(relative or 0) ** 2 * float((states**2).sum(1).mean()) / D_MODEL
@@ -74,7 +60,7 @@ def plain_sensitivity(
             reactions, ratios = [], []
             for unit in mine:
                 shift = torch.cat([torch.zeros(1, D_MODEL), variance**0.5 * unit])
-                after = streams(model, ids, [FINAL], layer, shift)[FINAL].float()
+                after = states_at(model, ids, [FINAL], layer, shifted(shift))[FINAL].float()
                 stream = before[FINAL].float()
                 reactions.append((((after - stream) ** 2).sum(1) / (stream**2).sum(1))[1:].double().numpy())
                 ratios.append(((shift**2).sum(1) / (before[name].float() ** 2).sum(1))[1:].double().numpy())
@@ -122,7 +108,7 @@ def test_the_noise_of_no_law_is_a_tenth_of_the_norm_at_layer_0(subject: Subject)
     with torch.no_grad():
         for corpus in GROUPS.values():
             for ids in token_rows(subject.model, corpus):
-                states = streams(subject.model, ids, ["blocks.0.hook_resid_post"])["blocks.0.hook_resid_post"]
+                (states,) = states_at(subject.model, ids, ["blocks.0.hook_resid_post"]).values()
                 norms += states[1:].float().norm(dim=1).tolist()
     assert frame["noise"].nunique() == 1
     assert frame["noise"].iloc[0] == pytest.approx((0.1 * np.mean(norms)) ** 2 / D_MODEL, rel=2 * subject.relative)
@@ -158,11 +144,11 @@ def plain_coefficient(model: LensModel, ids: list[int], layer: int) -> tuple[flo
     """c, u . h and |h| at the last token, from the full Jacobian at its state."""
     name = f"blocks.{layer}.hook_resid_post"
     with torch.no_grad():
-        state = streams(model, ids, [name])[name][-1].float()
+        state = states_at(model, ids, [name])[name][-1].float()
 
     def stream(shift: torch.Tensor) -> torch.Tensor:
         whole = torch.cat([torch.zeros(len(ids) - 1, D_MODEL), shift[None]])
-        return streams(model, ids, [FINAL], layer, whole)[FINAL][-1].float()
+        return states_at(model, ids, [FINAL], layer, shifted(whole))[FINAL][-1].float()
 
     jacobian: Any = torch.autograd.functional.jacobian(stream, torch.zeros(D_MODEL))
     u = DIRECTION / DIRECTION.norm()
@@ -236,3 +222,90 @@ def test_texts_and_directions_that_are_none_are_refused(model: LensModel, untouc
     for direction, message in ((torch.zeros(D_MODEL), "non-zero"), (torch.ones(7), "7 entries")):
         with pytest.raises(ValueError, match=message):
             predicted_coefficient(model, GROUPS, direction)
+
+
+def above_all(model: LensModel, ids: list[int], output: Any = "logits") -> LayersAbove:
+    """All positions are moved, the last is read."""
+    tokens = torch.tensor([ids])
+    ones = torch.ones_like(tokens, dtype=torch.bool)
+    return LayersAbove(model, LAYER, tokens, ones, ones, torch.tensor([len(ids) - 1]), output)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_products_with_the_jacobian_are_those_of_differences_in_a_padded_batch(
+    model: LensModel, double: Any, side: str, untouched: None
+) -> None:
+    rows = [ids_of(double, prompt) for prompt in PROMPTS]
+    width = max(map(len, rows))
+    starts = [width - len(row) if side == "left" else 0 for row in rows]
+    tokens, mask = torch.zeros(2, width, dtype=torch.long), torch.zeros(2, width, dtype=torch.bool)
+    for i, (row, start) in enumerate(zip(rows, starts, strict=True)):
+        tokens[i, start : start + len(row)], mask[i, start : start + len(row)] = torch.tensor(row), True
+    places = [[len(row) - 3, len(row) - 1] for row in rows]
+    moved = torch.zeros_like(mask)
+    for i, start in enumerate(starts):
+        moved[i, [start + place for place in places[i]]] = True
+    read = torch.tensor([start + len(row) - 1 for row, start in zip(rows, starts, strict=True)])
+    generator = torch.Generator().manual_seed(0)
+    tangents = torch.randn(2, width, D_MODEL, generator=generator)
+    for output, which in (("logits", 0), ("stream", 1)):
+        above = LayersAbove(model, LAYER, tokens, mask, moved, read, output)
+        pushed = above.jvp(tangents)
+        cotangents = torch.randn(pushed.shape, generator=generator)
+        pulled = above.vjp(cotangents)
+        assert float(pulled[~moved].abs().max()) == 0.0
+        for i, row in enumerate(rows):
+            plain = jacobians(double, row, LAYER, places[i], None)[which]
+            assert relative(pushed[i], plain @ tangents[i, moved[i]].flatten().numpy()) < 1e-3
+            assert relative(pulled[i, moved[i]].flatten(), plain.T @ cotangents[i].numpy()) < 1e-3
+            wrong = jacobians(double, row, LAYER + 1, places[i], None)[which]
+            assert relative(pushed[i], wrong @ tangents[i, moved[i]].flatten().numpy()) > 0.1
+
+
+def test_products_with_the_jacobian_are_those_of_autograds_full_jacobian(model: LensModel, untouched: None) -> None:
+    ids = ids_of(model, PROMPTS[0])
+    above = above_all(model, ids, "stream")
+
+    def stream(shift: torch.Tensor) -> torch.Tensor:
+        return outputs_with(model, ids, LAYER, lambda states: states + shift)[1]
+
+    full: Any = torch.autograd.functional.jacobian(stream, torch.zeros(1, len(ids), D_MODEL))
+    matrix = full.reshape(D_MODEL, -1)
+    generator = torch.Generator().manual_seed(0)
+    coordinates = torch.randn(5, above.inputs, generator=generator)  # five tangents on one row
+    cotangents = torch.randn(5, D_MODEL, generator=generator)
+    pushed, pulled = above.jvp(above.spread(coordinates)), above.vjp(cotangents)
+    assert relative(pushed, coordinates @ matrix.T) < 1e-5
+    assert relative(pulled.flatten(1), cotangents @ matrix) < 1e-5
+    shifted = above.outputs(1e-3 * above.spread(coordinates)) - above.outputs(0 * above.spread(coordinates))
+    assert relative(shifted, 1e-3 * pushed) < 0.02
+
+
+def test_states_after_the_position_that_is_read_have_no_influence(model: LensModel, untouched: None) -> None:
+    tokens = torch.tensor([ids_of(model, PROMPTS[0])])
+    ones = torch.ones_like(tokens, dtype=torch.bool)
+    later = torch.arange(tokens.shape[1])[None] > 2
+    above = LayersAbove(model, LAYER, tokens, ones, later, torch.tensor([2]))
+    assert float(above.jvp(torch.ones(1, tokens.shape[1], D_MODEL)).abs().max()) == 0.0
+    assert float(above.vjp(torch.ones(1, model.cfg.d_vocab)).abs().max()) == 0.0
+
+
+def test_the_size_of_a_jacobian_is_exact_with_enough_products_and_close_with_fewer(
+    model: LensModel, double: Any
+) -> None:
+    ids = ids_of(model, PROMPTS[0])
+    above = above_all(model, ids)
+    singular = np.linalg.svd(jacobians(double, ids, LAYER, list(range(len(ids))), None)[0], compute_uv=False)
+
+    def size(probes: int) -> JacobianSize:
+        return jacobian_size(above, probes=probes, batch_size=50, generator=torch.Generator().manual_seed(0))
+
+    exact = size(above.inputs)
+    assert exact.squared_norm == pytest.approx((singular**2).sum(), rel=1e-3)
+    assert exact.top_eigenvalue == pytest.approx(singular[0] ** 2, rel=1e-3)
+    # Hutchinson's variance with random signs is at most 2 ||A||_F^2 / probes; four standard deviations
+    tolerance = 4 * (2 * (singular[8:] ** 4).sum() / 100) ** 0.5
+    estimate = size(100)
+    assert above.inputs > 100
+    assert 0 < abs(estimate.squared_norm - (singular**2).sum()) < tolerance < 0.3 * (singular**2).sum()
+    assert estimate.top_eigenvalue == exact.top_eigenvalue

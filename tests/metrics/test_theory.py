@@ -20,10 +20,10 @@ from tests.support.jacobians import (
     PROMPTS,
     SMALL,
     Array,
-    ids_of,
     jacobians,
     outputs_with,
 )
+from tests.support.plain import ids_of
 
 
 @pytest.mark.parametrize(

@@ -12,9 +12,10 @@ from mrp_lens.data.tokenization import Encoder
 from mrp_lens.edits import load_edit
 from mrp_lens.edits.subspace import Subspace
 from mrp_lens.methods import MRP, RMU, AdaptiveRMU
-from mrp_lens.models import encoder_for, load_model, logits_of, mlp_out_weight, weights_by_name
+from mrp_lens.models import encoder_for, load_model, mlp_out_weight, weights_by_name
 from mrp_lens.training.losses import predictions
 from tests.support.families import FAMILIES, NO_HOOKED, save_family
+from tests.support.reference import difference, random_tokens
 
 Texts = tuple[Corpus, Corpus]
 METHODS: list[Any] = [MRP(steps=3, batch_size=8), RMU(steps=3, batch_size=8), AdaptiveRMU(steps=3, batch_size=8)]
@@ -33,20 +34,11 @@ def loaded(family_folder: Path, backend: str) -> Any:
     return load_model(family_folder, backend=backend)
 
 
-def worst_difference(model: Any, folder: Path) -> float:
-    """Largest difference of log-probabilities from Hugging Face's."""
-    reference = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", dtype=torch.float32)
-    tokens = torch.randint(3, model.cfg.d_vocab, (2, 20), generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        expected = reference(input_ids=tokens, attention_mask=torch.ones_like(tokens)).logits.log_softmax(-1)
-        got = logits_of(model, tokens, torch.ones_like(tokens, dtype=torch.bool)).log_softmax(-1)
-    return float((got - expected).abs().max())
-
-
 def test_log_probabilities_are_hugging_faces_and_a_mutated_copy_is_noticed(
     loaded: Any, family_folder: Path, tmp_path: Path
 ) -> None:
-    assert worst_difference(loaded, family_folder) <= 1e-4
+    tokens = random_tokens(loaded.cfg.d_vocab, 20, rows=2)
+    assert difference(loaded, family_folder, tokens) <= 1e-4
     hf_model = AutoModelForCausalLM.from_pretrained(family_folder)
     for name, parameter in hf_model.named_parameters():
         if parameter.ndim == 1 and "2" in name:  # one bias or norm weight of layer 2
@@ -56,7 +48,7 @@ def test_log_probabilities_are_hugging_faces_and_a_mutated_copy_is_noticed(
     else:
         raise AssertionError("no vector in layer 2")
     hf_model.save_pretrained(tmp_path)
-    assert worst_difference(loaded, tmp_path) > 1e-3
+    assert difference(loaded, tmp_path, tokens) > 1e-3
 
 
 @pytest.mark.parametrize("method", METHODS, ids=lambda m: m.name)

@@ -14,19 +14,15 @@ from mrp_lens.data import Corpus
 from mrp_lens.edits import ProjectionEdit
 from mrp_lens.edits.subspace import Subspace
 from mrp_lens.methods import MRP, RMU
-from mrp_lens.models import available_backends, is_bridge, load_model, logits_of, why_not_exportable
+from mrp_lens.models import available_backends, is_bridge, load_model, why_not_exportable
 from mrp_lens.models.hooks import hook_name
 from mrp_lens.models.source import count_parameters
 from tests.conftest import D_MODEL
 from tests.support.families import save_family
+from tests.support.reference import difference, log_probabilities
 
 Texts = tuple[Corpus, Corpus]
-
-
-def log_probabilities(model: Any) -> torch.Tensor:
-    tokens = torch.arange(3, 15)[None]
-    with torch.no_grad():
-        return logits_of(model, tokens, torch.ones_like(tokens, dtype=torch.bool)).log_softmax(-1)
+TOKENS = torch.arange(3, 15)[None]
 
 
 @pytest.fixture
@@ -41,11 +37,8 @@ def test_a_loaded_and_changed_hugging_face_model_is_taken_as_it_is_and_left_alon
         hf_model.model.layers[1].mlp.down_proj.weight.mul_(1.5)
     before = {name: tensor.clone() for name, tensor in hf_model.state_dict().items()}
     model = load_model(hf_model, backend=backend)
-    tokens = torch.arange(3, 15)[None]
-    with torch.no_grad():
-        expected = hf_model(input_ids=tokens, attention_mask=torch.ones_like(tokens)).logits.log_softmax(-1)
-    assert float((log_probabilities(model) - expected).abs().max()) < 1e-4
-    assert float((log_probabilities(load_model(tiny_folder, backend=backend)) - expected).abs().max()) > 1e-3
+    assert difference(model, hf_model, TOKENS) < 1e-4
+    assert difference(load_model(tiny_folder, backend=backend), hf_model, TOKENS) > 1e-3
     with ProjectionEdit({hook_name(1): Subspace.random(4, D_MODEL, seed=0)}).applied(model):
         pass
     assert list(hf_model.state_dict()) == list(before)
@@ -149,15 +142,15 @@ def test_a_users_own_folded_hooked_transformer_takes_edits_and_fits_but_no_expor
     folder = save_family("gpt2", tmp_path / "gpt2")
     model: Any = load_model(folder, backend="hooked")
     assert why_not_exportable(model) is None
-    before = log_probabilities(model)
+    before = log_probabilities(model, TOKENS)
     model.process_weights_()
-    torch.testing.assert_close(log_probabilities(model), before, atol=1e-4, rtol=0)  # folded: the same function
+    torch.testing.assert_close(log_probabilities(model, TOKENS), before, atol=1e-4, rtol=0)  # folded: the same function
     assert why_not_exportable(model) == "LayerNorm is folded into its weights"
     for method in (MRP(steps=2), RMU(steps=2)):
         with pytest.warns(UserWarning, match=r"LayerNorm is folded.*cannot be exported"):
             fit = method.fit(model, *texts, seed=0, progress=False)
         with fit.edit.applied(model):
-            assert float((log_probabilities(model) - before).abs().max()) > 1e-4
+            assert float((log_probabilities(model, TOKENS) - before).abs().max()) > 1e-4
 
 
 def test_the_bridges_compatibility_mode_is_known(tiny_folder: Path) -> None:

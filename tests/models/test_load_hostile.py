@@ -13,11 +13,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
 
 import mrp_lens.models.source as source
 from mrp_lens.models import load_model
 from tests.support.families import save_family
+from tests.support.mutations import VALUES, mutated
+from tests.support.reference import difference, plain, random_tokens
 
 Change = Callable[[Path], object]
 
@@ -43,11 +44,14 @@ def refused(folder: Path, pattern: str) -> None:
 @pytest.mark.parametrize(
     ("text", "pattern"),
     [
-        ("[1, 2]", "config.json holds a list, and a configuration is a JSON object"),
-        ("{", "config.json is not JSON"),
-        ("", "config.json is not JSON"),
-        ('{"a": ' + "[" * 100_000 + "]" * 100_000 + "}", "config.json is not JSON"),
-        ('{"a": "' + "x" * 17 * 2**20 + '"}', "config.json has 17 MiB; a configuration has some kilobytes"),
+        ("[1, 2]", "config.json is damaged: it holds a list, not one JSON object"),
+        ("{", "config.json is damaged: it is not JSON"),
+        ("", "config.json is damaged: it is not JSON"),
+        ('{"a": ' + "[" * 100_000 + "]" * 100_000 + "}", "config.json is damaged: it is not JSON"),
+        (
+            '{"a": "' + "x" * 17 * 2**20 + '"}',
+            "config.json has 17 MiB, .*; a configuration is one object of some kilobytes",
+        ),
         ("{}", "says model_type None, which transformers .* does not know"),
         ('{"model_type": ["llama"]}', r"says model_type \['llama'\], which transformers"),
     ],
@@ -57,7 +61,7 @@ def test_a_broken_configuration_is_named(text: str, pattern: str, folder: Path) 
     (folder / "config.json").write_text(text)
     refused(folder, pattern)
     (folder / "config.json").write_bytes(b"\xff\xfe{}")
-    refused(folder, "config.json is not JSON")
+    refused(folder, "config.json is damaged: it is not JSON")
 
 
 @pytest.mark.parametrize("name", ["hidden_size", "vocab_size", "num_hidden_layers", "intermediate_size", "head_dim"])
@@ -112,11 +116,7 @@ def test_no_code_of_a_folder_runs(folder: Path, monkeypatch: pytest.MonkeyPatch)
         UserWarning, match="brings code of its own .* is never run here: it is loaded as the llama model"
     ):
         model = load_model(folder)
-    reference = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False)
-    tokens = torch.arange(3, 20)[None]
-    with torch.no_grad():
-        wanted = reference(input_ids=tokens).logits.log_softmax(-1)
-        assert float((model(tokens).log_softmax(-1) - wanted).abs().max()) < 1e-4
+    assert difference(model, folder, torch.arange(3, 20)[None]) < 1e-4
     edit_json(folder / "tokenizer_config.json", tokenizer_class="T")
     with pytest.warns(UserWarning, match="is never run"):
         refused(folder, "no usable tokenizer in .* contains custom code")
@@ -204,62 +204,11 @@ def test_broken_weights_are_named(folder: Path) -> None:
         refused(folder, "model.safetensors is not a safetensors file: .*; download it again")
 
 
-VALUES: list[Any] = [
-    None,
-    -1,
-    0,
-    1,
-    2,
-    3,
-    7,
-    10**12,
-    2**63,
-    -(2**63),
-    0.5,
-    -1.0,
-    float("nan"),
-    float("inf"),
-    True,
-    False,
-]
-VALUES += [
-    "",
-    "x",
-    "llama",
-    "../..",
-    [],
-    [1],
-    ["full_attention"] * 4,
-    ["sliding_attention"] * 4,
-    {},
-    {"rope_type": "yarn"},
-]
-VALUES += [{"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}, "gelu", "float16", "eager", 16, 64, 128]
-
-
-def mutated(folder: Path, draw: random.Random) -> str:
-    """One to three settings of a configuration changed, lost, or added; returns what was done."""
-    config = json.loads((folder / "config.json").read_text())
-    names = [
-        *config,
-        "sliding_window",
-        "layer_types",
-        "head_dim",
-        "auto_map",
-        "pretraining_tp",
-        "quantization_config",
-        "n_ctx",
-    ]
-    done = []
-    for name in draw.sample(names, draw.choice([1, 1, 2, 3])):
-        if draw.random() < 0.15:
-            config.pop(name, None)
-            done.append(f"without {name}")
-        else:
-            config[name] = draw.choice(VALUES)
-            done.append(f"{name} = {config[name]!r}")
-    (folder / "config.json").write_text(json.dumps(config))
-    return ", ".join(done)
+SETTINGS = (
+    *VALUES,
+    *(16, 64, 128, 10**12, 2**63, -(2**63), -1.0, "gelu", "eager", {"rope_type": "yarn"}),
+    *(["full_attention"] * 4, ["sliding_attention"] * 4, {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}),
+)
 
 
 @pytest.mark.slow
@@ -267,18 +216,15 @@ def mutated(folder: Path, draw: random.Random) -> str:
 def test_a_hundred_mutated_configurations_are_refused_or_loaded_as_transformers_loads_them(
     family: str, tmp_path: Path
 ) -> None:
-    folder = (
-        save_family(family, tmp_path / family, sliding_window=8)
-        if family == "qwen2"
-        else save_family(family, tmp_path / family)
-    )
-    original = (folder / "config.json").read_text()
-    draw = random.Random(0)
+    folder = save_family(family, tmp_path / family, **{"sliding_window": 8} if family == "qwen2" else {})
+    original = json.loads((folder / "config.json").read_text())
+    absent = ("sliding_window", "layer_types", "head_dim", "auto_map", "pretraining_tp", "quantization_config", "n_ctx")
     refusals: list[str] = []
     loaded = 0
-    for _ in range(100):
-        (folder / "config.json").write_text(original)
-        done = mutated(folder, draw)
+    for seed in range(100):
+        draw = random.Random(seed)
+        added = {draw.choice(absent): draw.choice(SETTINGS)} if draw.random() < 0.3 else {}
+        (folder / "config.json").write_text(changed := mutated(json.dumps(original | added), seed, SETTINGS))
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
@@ -287,16 +233,11 @@ def test_a_hundred_mutated_configurations_are_refused_or_loaded_as_transformers_
             refusals.append(str(error))
             continue
         except BaseException as error:
-            raise AssertionError(f"{done}: {type(error).__name__}: {error}") from error
-        reference = AutoModelForCausalLM.from_pretrained(
-            folder, attn_implementation="eager", dtype=torch.float32, trust_remote_code=False
-        ).eval()
+            raise AssertionError(f"seed {seed}, {changed}: {type(error).__name__}: {error}") from error
+        reference = plain(folder)
         length = min(60, int(getattr(reference.config, "max_position_embeddings", 60)))
-        tokens = torch.randint(0, reference.config.vocab_size, (1, length), generator=torch.Generator().manual_seed(0))
-        with torch.no_grad():
-            wanted = reference(input_ids=tokens).logits.log_softmax(-1)
-            off = float((model(tokens).log_softmax(-1) - wanted).abs().max())
-        assert off < 1e-3, f"{done}: {type(model).__name__} is {off} off"
+        off = difference(model, reference, random_tokens(reference.config.vocab_size, length, first=0))
+        assert off < 1e-3, f"seed {seed}, {changed}: {type(model).__name__} is {off} off"
         loaded += 1
     assert not [text for text in refusals if "\n" in text]
     assert loaded > 10

@@ -20,6 +20,7 @@ from mrp_lens.methods import MRP, RMU, AdaptiveRMU, GradientAscent
 from mrp_lens.models import encoder_for, load_model
 from mrp_lens.models.hooks import hook_name
 from tests.support.families import DEMO_FOLDER, WIDTH, save_family
+from tests.support.reference import difference, random_tokens
 
 SIZE = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
 QUIZ = Questions.from_rows([{"question": "It is", "choices": ["red", "blue"], "answer": 0}])
@@ -60,11 +61,8 @@ def test_the_language_model_of_one_that_reads_pictures_is_loaded(
     model = load_model(
         folder if from_folder else whole, tokenizer=None if from_folder else AutoTokenizer.from_pretrained(folder)
     )
-    tokens = torch.randint(10, 800, (2, 40), generator=torch.Generator().manual_seed(0))
     whole.set_attn_implementation("eager")
-    with torch.no_grad():
-        wanted = whole(input_ids=tokens, attention_mask=torch.ones_like(tokens)).logits.log_softmax(-1)
-        assert float((model(tokens).log_softmax(-1) - wanted).abs().max()) < 1e-4
+    assert difference(model, whole, random_tokens(800, 40, rows=2, first=10)) < 1e-4
 
 
 def test_a_model_without_a_language_model_head_is_refused(tiny_folder: Path, hf_model: Any, tmp_path: Path) -> None:
@@ -98,11 +96,10 @@ def test_an_offloaded_model_is_refused_and_one_that_was_dispatched_whole_is_load
     whole = AutoModelForCausalLM.from_pretrained(tiny_folder, device_map=places)
     model = load_model(whole, tokenizer=tokenizer, backend=backend)
     tokens = torch.arange(3, 20)[None]
+    assert difference(model, hf_model, tokens) < 1e-4
     with torch.no_grad():
-        wanted = hf_model(input_ids=tokens).logits.log_softmax(-1)
-        assert float((model(tokens).log_softmax(-1) - wanted).abs().max()) < 1e-4
         model.blocks[0].mlp.W_out.zero_()
-        assert torch.equal(whole(input_ids=tokens).logits.log_softmax(-1), wanted)  # its own copy
+    assert difference(whole, hf_model, tokens) == 0  # its own copy
     places["model.layers.1"] = "disk"
     away = AutoModelForCausalLM.from_pretrained(tiny_folder, device_map=places, offload_folder=tmp_path)
     with pytest.raises(ValueError, match=r"offloaded to disk or were never filled .*model.layers.1.*load it whole"):

@@ -12,7 +12,9 @@ import mrp_lens.models.load as load
 from mrp_lens.models import ModelMismatchError, available_backends, is_bridge, load_model
 from mrp_lens.models.boot import boot
 from mrp_lens.models.fidelity import ignored_settings, reach, small_config
+from tests.support.export_edits import rms_over_spread
 from tests.support.families import save_family
+from tests.support.reference import log_probabilities, plain, random_tokens
 
 LENGTH = 60
 YARN = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_position_embeddings": 16}
@@ -51,12 +53,9 @@ OFTEN = ("qwen2 window", "mistral window", "llama yarn")
 
 def off(model: Any, folder: Path, length: int = LENGTH) -> tuple[float, float]:
     """Largest difference from plain transformers' log-probabilities, and its root mean square as a share of their spread."""
-    reference = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", dtype=torch.float32)
-    tokens = torch.randint(3, 800, (1, length), generator=torch.Generator().manual_seed(3))
-    with torch.no_grad():
-        wanted = reference(input_ids=tokens).logits.log_softmax(-1)
-        got = model(tokens).float().log_softmax(-1)
-    return float((got - wanted).abs().max()), float((got - wanted).square().mean().sqrt() / wanted.std())
+    tokens = random_tokens(800, length, seed=3)
+    wanted, got = log_probabilities(plain(folder), tokens), log_probabilities(model, tokens)
+    return float((got - wanted).abs().max()), rms_over_spread(wanted, got)
 
 
 @pytest.mark.parametrize("name", [n if n in OFTEN else pytest.param(n, marks=pytest.mark.slow) for n in SETTINGS])

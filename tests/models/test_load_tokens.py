@@ -19,6 +19,7 @@ from mrp_lens.evals.lm_eval import prepends_bos
 from mrp_lens.models import encoder_for, load_model
 from mrp_lens.models.generation import continuations, start_token
 from tests.support.families import DEMO_FOLDER, save_family
+from tests.support.reference import difference
 
 TEXT = "The old man walked slowly near the house."
 
@@ -135,9 +136,7 @@ def test_tokens_and_templates_added_in_memory_are_used(tiny_folder: Path, backen
     assert row.ids[-1] == tokenizer.convert_tokens_to_ids("<new2>") == len(tokenizer) - 1
     chat = [{"role": "user", "content": "hi"}]
     assert model.tokenizer.apply_chat_template(chat, tokenize=False) == "USER: hi ASSISTANT:"
-    with torch.no_grad():
-        wanted = hf_model(input_ids=torch.tensor([row.ids])).logits.log_softmax(-1)
-        assert float((model(torch.tensor([row.ids])).log_softmax(-1) - wanted).abs().max()) < 1e-4
+    assert difference(model, hf_model, torch.tensor([row.ids])) < 1e-4
 
 
 def test_a_tokenizer_and_a_model_from_memory_load(backend: str, tokenizer: Any) -> None:
@@ -149,9 +148,7 @@ def test_a_tokenizer_and_a_model_from_memory_load(backend: str, tokenizer: Any) 
     assert model.cfg.model_name == "LlamaForCausalLM"
     tokens = model.to_tokens(TEXT)
     assert tokens[0, 0] == tokenizer.bos_token_id
-    with torch.no_grad():
-        wanted = hf_model.eval()(input_ids=tokens).logits.log_softmax(-1)
-        assert float((model(tokens).log_softmax(-1) - wanted).abs().max()) < 1e-4
+    assert difference(model, hf_model.eval(), tokens) < 1e-4
 
 
 def test_padding_may_be_any_token_and_the_figures_stay(tmp_path: Path, backend: str, tokenizer: Any) -> None:

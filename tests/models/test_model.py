@@ -1,4 +1,5 @@
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,22 @@ def test_without_hooked_transformer_the_remedy_is_named(tiny_folder: Path) -> No
     with pytest.raises(ImportError, match="use backend='bridge' or install transformer-lens<4"):
         load_model(tiny_folder, backend="hooked")
     assert is_bridge(load_model(tiny_folder))
+
+
+def test_a_loaded_model_has_what_its_type_says(model: Any) -> None:
+    if sys.version_info < (3, 12):  # from there on a torch module's parts are not looked for
+        assert isinstance(model, LensModel)
+        assert not isinstance(torch.nn.Linear(1, 1), LensModel)
+    text = "The old man walked."
+    logits, cache = model.run_with_cache(text, names_filter=["blocks.1.hook_resid_post"])
+    assert torch.equal(logits, model(model.to_tokens(text)))
+    assert cache["blocks.1.hook_resid_post"].shape[-1] == model.cfg.d_model == model.W_U.shape[0]
+    assert str(model.to_string(model.to_tokens(text)[0, 1:])).strip() == text
+    assert model.to_single_token(" man") == model.to_tokens(text)[0, 3]
+    seen: list[Any] = []
+    with model.hooks(fwd_hooks=[("blocks.1.hook_resid_post", lambda states, hook: seen.append(states))]):
+        model(text)
+    assert torch.equal(seen[0], cache["blocks.1.hook_resid_post"])
 
 
 def test_is_bridge_refuses_other_things() -> None:

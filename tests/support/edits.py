@@ -1,5 +1,8 @@
 """Small edits of every kind."""
 
+from typing import Any
+
+import pytest
 import torch
 
 from mrp_lens.edits import Edit, ProjectionEdit, SteeringEdit, WeightEdit
@@ -30,3 +33,17 @@ def logits(model: LensModel, tokens: torch.Tensor) -> torch.Tensor:
 def all_kinds(model: LensModel, layer: int) -> list[Edit]:
     steering = SteeringEdit.towards(torch.ones(D_MODEL), layer=layer, coefficient=3.0, noise=0.1)
     return [projection(layer), steering, weight_edit(model, layer), projection(layer) + weight_edit(model, layer)]
+
+
+def written(model: Any, prompts: torch.Tensor, new: int, *, cache: bool = True) -> torch.Tensor:
+    """What a model of TransformerLens generates, greedily, after the prompts."""
+    whole: torch.Tensor = model.generate(prompts, use_past_kv_cache=cache, max_new_tokens=new, **GREEDY)
+    return whole[:, prompts.shape[1] :]
+
+
+GREEDY = {"do_sample": False, "verbose": False, "stop_at_eos": False, "return_type": "tokens", "prepend_bos": False}
+
+
+def assert_refused(model: LensModel, edit: Edit, match: str) -> None:
+    with pytest.raises(ValueError, match=match), edit.applied(model):
+        pass

@@ -9,6 +9,7 @@ import torch
 
 from mrp_lens import attacks, metrics
 from mrp_lens.data import Corpus
+from mrp_lens.data.task import UnlearningTask
 from mrp_lens.edits import ProjectionEdit
 from mrp_lens.edits.subspace import Subspace
 from mrp_lens.models import is_bridge
@@ -66,6 +67,12 @@ def jailbreak(model: Any) -> Any:
     return pd.concat(found)
 
 
+def measured(model: Any) -> metrics.Measured:
+    return metrics.Measured(
+        model=model, task=UnlearningTask((GROUPS["forget"],), TEXTS, TEXTS, QUIZ, TRAIN), edit=PROJECTION
+    )
+
+
 NO_FIGURES = {
     *(
         "ATTACKS",
@@ -79,10 +86,12 @@ NO_FIGURES = {
         "SuiteConfig",
         "register",
     ),
-    *("notes_of", "rows_of_attacks", "run_suite"),
+    *("METRICS", "Measured", "Metric", "headings"),
+    *("labelled", "notes_of", "rows_of_attacks", "run_suite"),
 }
 """Public names that are no call, or a call made of the others."""
 WITHOUT_MODEL: dict[str, Callable[[], Any]] = {
+    "value": lambda: metrics.value(pd.DataFrame({"accuracy": [0.5], "low": [0.0], "high": [1.0]})),
     "bootstrap_interval": lambda: metrics.bootstrap_interval(np.arange(5.0)),
     "best": lambda: attacks.best(CURVES),
     "with_floor": lambda: attacks.with_floor(CURVES, CURVES.assign(held_out_accuracy=0.2)),
@@ -93,6 +102,7 @@ OF_A_MODEL: dict[str, Callable[[Any], Any]] = {
     "answer_probability": lambda model: metrics.answer_probability(model, TEXTS),
     "choice_scores": lambda model: metrics.choice_scores(model, QUIZ),
     "confidence": lambda model: metrics.confidence(model, QUIZ, mode="forced"),
+    "frames_for": lambda model: metrics.frames_for(measured(model))["alignment_by_layer"],
     "geometry": lambda model: metrics.geometry(model, TEXTS, PROJECTION),
     "logit_lens": lambda model: metrics.logit_lens(model, QUIZ),
     "noise_sensitivity": lambda model: metrics.noise_sensitivity(model, TEXTS),
@@ -104,6 +114,7 @@ OF_A_MODEL: dict[str, Callable[[Any], Any]] = {
     "proposition_1": lambda model: metrics.proposition_1(
         model, SENTENCES[:1], U, layer=3, coefficient=2.0, noise=[0.01], samples=8
     ),
+    "rows_for": lambda model: pd.DataFrame([metrics.rows_for("unlearn", measured(model))]),
     "token_confidence": lambda model: metrics.token_confidence(model, QUIZ, tokens=2),
     "variance_by_coefficient": lambda model: metrics.variance_by_coefficient(
         model, SENTENCES[:1], U, layer=3, coefficients=[2.0], noise=0.01, samples=8

@@ -1,17 +1,22 @@
 """Edits of every kind for the tiny families, and the same edits put on Hugging Face's models by hand: the oracle."""
 
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
 
 from mrp_lens.edits import Edit, ProjectionEdit, SteeringEdit, WeightEdit
 from mrp_lens.edits.subspace import Subspace
+from mrp_lens.export import export_hf
 from mrp_lens.models import LensModel, mlp_out_weight, tensor_digests
 from mrp_lens.models.hooks import hook_name
-from tests.support.edits import projection
+from tests.support.edits import logits, projection
 from tests.support.families import DEPTH, WIDTH
+
+TOKENS = torch.arange(3, 43).view(2, 20)
 
 EDITS: dict[str, Callable[[LensModel], Edit]] = {
     "projection, mlp_out": lambda model: projection(0, 3, site="mlp_out"),
@@ -104,7 +109,35 @@ def _project(block: nn.Module, site: str, keep: Tensor, attention: str, mlp: str
         block.register_forward_hook(lambda module, args, out: (out.double() - lost[0]).to(out.dtype))
 
 
-def log_probabilities(hf_model: Any, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+def write(model: LensModel, edit: Edit, out: Path, form: str = "auto", **options: Any) -> Path:
+    """Export without a proof; returns the folder."""
+    export_hf(model, edit, out, form, verify=False, progress=False, **options)
+    return out
+
+
+def content_of(folder: Path) -> dict[str, bytes]:
+    """Its files, byte for byte."""
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+def exported(folder: Path, **options: Any) -> Any:
+    """What plain transformers loads from a folder, whose code may run."""
+    return AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, **options)
+
+
+def hooked(model: LensModel, edit: Edit) -> Tensor:
+    """Log-probabilities of `TOKENS` in TransformerLens."""
+    with edit.applied(model):
+        return logits(model, TOKENS).log_softmax(-1)
+
+
+def assert_exact(model: LensModel, edit: Edit, hf_model: Any) -> None:
+    """A Hugging Face model, or the folder of one, computes what the hooked model does."""
+    loaded = exported(hf_model) if isinstance(hf_model, Path) else hf_model
+    torch.testing.assert_close(log_probabilities(loaded), hooked(model, edit), atol=1e-4, rtol=0)
+
+
+def log_probabilities(hf_model: Any, tokens: Tensor = TOKENS, mask: Tensor | None = None) -> Tensor:
     """Of plain transformers; GPT-2 wants its positions told where rows are padded on the left."""
     mask = torch.ones_like(tokens) if mask is None else mask.long()
     positions = (mask.cumsum(-1) - 1).clamp(min=0)

@@ -1,4 +1,4 @@
-"""A stand-in of the part of the Hugging Face Hub's HTTP API that uploading a folder uses, on 127.0.0.1."""
+"""A stand-in of the part of the Hugging Face Hub's HTTP API that uploading a folder and fetching files use, on 127.0.0.1."""
 
 import base64
 import hashlib
@@ -30,7 +30,10 @@ class Repository:
 
     @property
     def oid(self) -> str:
-        return hashlib.sha1(str(len(self.messages)).encode()).hexdigest()
+        return self.commit_of(MAIN)
+
+    def commit_of(self, branch: str) -> str:
+        return hashlib.sha1(f"{branch} {len(self.messages)}".encode()).hexdigest()
 
 
 @dataclass
@@ -80,13 +83,10 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self._answer()
 
-    def do_POST(self) -> None:
-        self._answer()
-
-    def do_PUT(self) -> None:
-        self._answer()
+    do_HEAD = do_POST = do_PUT = do_GET
 
     def _answer(self) -> None:
+        self.fetched: dict[str, str] = {}
         body = self._body()
         path = unquote(urlsplit(self.path).path)
         self.hub.requests.append(f"{self.command} {path}")
@@ -94,8 +94,11 @@ class _Handler(BaseHTTPRequestHandler):
             for part, (status, message) in self.hub.answers.items():
                 if part in path:
                     raise Refused(status, message)
-            content = json.dumps(self._routed(path, body)).encode()
+            answer = self._routed(path, body)
+            content = answer if isinstance(answer, bytes) else json.dumps(answer).encode()
             self.send_response(200)
+            for name, value in self.fetched.items():
+                self.send_header(name, value)
         except Refused as refused:
             content = json.dumps({"error": refused.message, **refused.also}).encode()
             self.send_response(refused.status)
@@ -105,7 +108,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
-        self.wfile.write(content)
+        if self.command != "HEAD":
+            self.wfile.write(content)
 
     def _body(self) -> bytes:
         if self.headers.get("Transfer-Encoding") != "chunked":
@@ -127,6 +131,7 @@ class _Handler(BaseHTTPRequestHandler):
             (rf"POST /api/models/{name}/preupload/(?P<branch>.+)", self._preupload),
             (rf"POST /api/models/{name}/commit/(?P<branch>.+)", self._commit),
             (rf"POST /{name}\.git/info/lfs/objects/batch", self._batch),
+            (rf"(?:GET|HEAD) /{name}/resolve/(?P<branch>.+)/(?P<file>[^/]+)", self._resolve),
             (r"PUT /objects/(?P<oid>[0-9a-f]{64})", self._store),
         ]
         for pattern, answer in routes:
@@ -144,8 +149,9 @@ class _Handler(BaseHTTPRequestHandler):
         return user
 
     def _repository(self, name: str, *, writes: bool, branch: str | None = None) -> Repository:
-        user = self._user(writes=writes)
         found = self.hub.repositories.get(name)
+        anonymous = found is not None and not found.private and not writes and not self.headers.get("Authorization")
+        user = "" if anonymous else self._user(writes=writes)
         if found is None or (found.private and name.split("/")[0] != user):
             raise Refused(404, "Repository not found", "RepoNotFound")
         if writes and name.split("/")[0] != user:
@@ -172,6 +178,14 @@ class _Handler(BaseHTTPRequestHandler):
         files = found.branches[branch or MAIN]
         siblings = [{"rfilename": path} for path in files]
         return {"id": name, "sha": found.oid, "private": found.private, "tags": [], "siblings": siblings}
+
+    def _resolve(self, body: bytes, name: str, branch: str, file: str) -> bytes:
+        found = self._repository(name, writes=False, branch=branch)
+        if file not in found.branches[branch]:
+            raise Refused(404, "Entry not found", "EntryNotFound")
+        content = found.branches[branch][file]
+        self.fetched = {"ETag": f'"{_blob(content)}"', "X-Repo-Commit": found.commit_of(branch)}
+        return content
 
     def _branch(self, body: bytes, name: str, branch: str) -> Any:
         found = self._repository(name, writes=True)

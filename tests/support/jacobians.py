@@ -17,10 +17,6 @@ DIRECTION = torch.rand(D_MODEL, generator=torch.Generator().manual_seed(3))
 SMALL = 1e-5  # of the noise: 0.02 in length, against 1.5 for the state
 
 
-def ids_of(model: LensModel, prompt: str) -> list[int]:
-    return [model.tokenizer.bos_token_id, *model.tokenizer(prompt, add_special_tokens=False)["input_ids"]]
-
-
 def outputs_with(
     model: LensModel, ids: list[int], layer: int, put: Callable[[torch.Tensor], torch.Tensor], rows: int = 1
 ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -7,19 +7,8 @@ from typing import Any
 
 VALUES: tuple[Any, ...] = (
     *(None, True, False, 0, 1, -1, 2, 3, 7, 2**31, 10**30, 0.5, -0.0, 1e308, float("nan"), float("inf")),
-    *(
-        "",
-        "x",
-        "0",
-        "../../x",
-        "/etc/passwd",
-        "os.system",
-        "__import__('os').abort()",
-        "llama",
-        "gpt2",
-        "float16",
-        "\ud800",
-    ),
+    *("", "x", "0", "../../x", "/etc/passwd", "os.system", "__import__('os').abort()"),
+    *("llama", "gpt2", "float16", "\ud800"),
     *([], [0], ["x"], [[]], {}, {"x": 1}, {"__class__": "x"}, ["mlp_out"], "mlp_out", "projection", "steering"),
 )
 
@@ -36,7 +25,7 @@ def at(value: Any, path: tuple[Any, ...]) -> Any:
     return value
 
 
-def mutated(text: str, seed: int) -> str:
+def mutated(text: str, seed: int, values: tuple[Any, ...] = VALUES) -> str:
     """The JSON text with one to three changes: values, kinds, structure or, now and then, bytes."""
     chosen = random.Random(seed)
     if chosen.random() < 0.1:
@@ -60,9 +49,9 @@ def mutated(text: str, seed: int) -> str:
         elif what == "rename" and isinstance(parent, dict):
             parent[chosen.choice((f"{key}_", key.upper(), str(chosen.choice(places)[-1])))] = parent.pop(key)
         elif what == "add" and isinstance(parent, list):
-            parent.append(copy.deepcopy(chosen.choice((parent[key], chosen.choice(VALUES)))))
+            parent.append(copy.deepcopy(chosen.choice((parent[key], chosen.choice(values)))))
         else:
-            parent[key] = copy.deepcopy(chosen.choice(VALUES))
+            parent[key] = copy.deepcopy(chosen.choice(values))
     return json.dumps(content)
 
 

@@ -7,7 +7,7 @@ import numpy as np
 from mrp_lens.data import Question, Questions
 from mrp_lens.metrics import choice_scores
 from mrp_lens.models import LensModel
-from tests.metrics.test_multiple_choice import log_probability
+from tests.support.plain import log_probability
 
 WORDS = " man, woman, child, farmer, teacher, house, garden, bridge, market, old".split(",")
 

@@ -15,6 +15,7 @@ from mrp_lens.data import Corpus
 from mrp_lens.edits import Edit
 from mrp_lens.models import LensModel, load_model
 from tests.conftest import assert_same_state, state_of
+from tests.support.plain import ids_of, states_at
 
 Array = NDArray[np.float64]
 PRECISIONS = ["float32", "bfloat16"]
@@ -76,22 +77,15 @@ States = dict[tuple[int, int], Array]
 
 def plain_states(model: LensModel, corpus: Corpus, hooks: Sequence[str], edit: Edit | None = None) -> dict[str, States]:
     """Hook -> states."""
-    tokenizer = model.tokenizer
     states: dict[str, States] = {name: {} for name in hooks}
-    seen: dict[str, torch.Tensor] = {}
     handle = edit.attach(model) if edit is not None else None
-    for name in hooks:
-        model.hook_dict[name].add_hook(lambda activation, hook, name=name: seen.update({name: activation.clone()}))
     for number, document in enumerate(corpus.documents):
-        ids = tokenizer(document.prompt + document.completion, add_special_tokens=False)["input_ids"]
-        tokens = torch.tensor([[tokenizer.bos_token_id, *ids]])
+        ids = ids_of(model, document.prompt + document.completion)
         with torch.no_grad():
-            model(tokens, attention_mask=torch.ones_like(tokens))
+            seen = states_at(model, ids, hooks)
         for name in hooks:
-            for position in range(len(ids)):
-                states[name][number, position] = seen[name][0, position + 1].double().numpy()
-    for name in hooks:
-        model.hook_dict[name].fwd_hooks.pop().hook.remove()
+            of_document = seen[name][1:].double().numpy()
+            states[name] |= {(number, position): state for position, state in enumerate(of_document)}
     if handle is not None:
         handle.detach()
     return states

@@ -256,20 +256,6 @@ def test_settings_may_be_numpy_numbers_and_the_edit_can_still_be_saved(
     beta.edit.save_pretrained(tmp_path / "adaptive")
 
 
-@pytest.mark.parametrize(
-    ("fitter", "message"),
-    [
-        (RMU(steps=2.5), "steps must be a whole number, got 2.5"),  # type: ignore[arg-type]
-        (RMU(lr="fast"), "lr must be a number, got 'fast'"),  # type: ignore[arg-type]
-        (MRP(rank=True), "rank must be a number, got True"),
-        (NPO(batch_size=3.0), "batch_size must be a whole number, got 3.0"),  # type: ignore[arg-type]
-    ],
-)
-def test_settings_of_another_type_are_refused_by_name(fitter: Any, message: str, model: Any, texts: Any) -> None:
-    with pytest.raises(TypeError, match=message):
-        fitter.fit(model, *texts, progress=False)
-
-
 def test_a_fit_is_the_same_whatever_a_notebook_has_switched_off(model: Any, texts: tuple[Corpus, Corpus]) -> None:
     for name in ("mrp", "rmu", "npo"):
         usual = FITTERS[name].fit(model, *texts, progress=False)

@@ -1,7 +1,7 @@
-"""Every public metric and attack gives the same figures, bit for bit, whatever a notebook's first cell did to torch."""
+"""What a notebook's first cell did to torch does not reach the library: every figure is the same, bit for bit."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 from mrp_lens import attacks, metrics
 from mrp_lens.metrics import sensitivity as derivatives
 from mrp_lens.models import load_model, modules_of
-from mrp_lens.utils.torch_state import refuse_inference_tensors
+from mrp_lens.utils.torch_state import ordinary_torch, refuse_inference_tensors
 from tests.conftest import assert_same_state, state_of
 from tests.support.every_measure import LEARN, NO_FIGURES, OF_A_MODEL, PROJECTION, WITHOUT_MODEL
 from tests.support.families import save_family
@@ -37,17 +37,6 @@ def gradients_off() -> Iterator[None]:
         torch.set_grad_enabled(True)
 
 
-@contextmanager
-def everything() -> Iterator[None]:
-    with (
-        torch.inference_mode(),
-        default_dtype(torch.bfloat16),
-        torch.autocast("cpu", dtype=torch.bfloat16),
-        torch.device("meta"),
-    ):
-        yield
-
-
 ONE_BY_ONE: dict[str, Callable[[], Any]] = {
     "grad": gradients_off,
     "no_grad": torch.no_grad,
@@ -57,6 +46,49 @@ ONE_BY_ONE: dict[str, Callable[[], Any]] = {
     "autocast": lambda: torch.autocast("cpu", dtype=torch.bfloat16),
     "meta": lambda: torch.device("meta"),
 }
+
+
+@contextmanager
+def everything() -> Iterator[None]:
+    with ExitStack() as stack:
+        for name in ("inference", "bfloat16", "autocast", "meta"):
+            stack.enter_context(ONE_BY_ONE[name]())
+        yield
+
+
+def test_inside_gradients_are_recorded_whatever_was_switched_off_outside() -> None:
+    x = torch.ones(2, requires_grad=True)
+    with torch.no_grad(), ordinary_torch(gradients=True):
+        assert (x * 2).requires_grad
+    with torch.inference_mode():
+        with ordinary_torch(gradients=True):
+            assert (x * 2).requires_grad
+            assert not torch.is_inference_mode_enabled()
+        assert torch.is_inference_mode_enabled()
+
+
+def test_new_tensors_are_float32_on_the_cpu_and_products_are_not_rounded() -> None:
+    with default_dtype(torch.bfloat16):
+        with ONE_BY_ONE["autocast"](), torch.device("meta"), ordinary_torch(gradients=False):
+            drawn = torch.randn(3, 3)
+            assert (drawn.dtype, drawn.device.type) == (torch.float32, "cpu")
+            assert (drawn @ drawn).dtype == torch.float32
+        assert torch.get_default_dtype() == torch.bfloat16
+
+
+def test_everything_is_as_before_after_an_error() -> None:
+    with default_dtype(torch.float64):
+        with pytest.raises(RuntimeError, match="inside"), torch.no_grad(), ordinary_torch(gradients=True):
+            raise RuntimeError("inside")
+        assert torch.get_default_dtype() == torch.float64
+    assert torch.is_grad_enabled()
+
+
+def test_it_is_a_decorator_as_well() -> None:
+    enabled = ordinary_torch(gradients=True)(torch.is_grad_enabled)
+    with torch.no_grad():
+        assert enabled()
+        assert enabled()
 
 
 def assert_equal(found: Any, expected: Any) -> None:

@@ -30,7 +30,7 @@ from mrp_lens.training.loop import TrainingRun
 from mrp_lens.training.losses import kl, predictions
 from mrp_lens.training.optim import MasterAdamW, Trainable, warmup_cosine
 from mrp_lens.utils.io import write_json
-from mrp_lens.utils.validation import PlainSettings, given, positive, whole
+from mrp_lens.utils.validation import PlainSettings, given
 
 TEXTS_FILE = "texts.json"
 LR_BY_WIDTH = 0.384  # 3e-3 at d_model 128
@@ -86,17 +86,10 @@ class Distillation(PlainSettings):
             ValueError: a value out of range, a layer that does not exist, a HookedTransformer, a family whose joint
                 matrices the Bridge keeps apart, or a tokenizer without a token to start texts from.
         """
-        positive(
-            noise=self.noise,
-            texts=self.texts,
-            text_length=self.text_length,
-            agreement=self.agreement,
-            match_weight=self.match_weight,
-            lr=self.lr,
-            steps=self.steps,
-            batch_size=self.batch_size,
+        self.check_values(
+            above_0=("noise", "agreement", "match_weight", "lr"),
+            counts=("texts", "text_length", "steps", "batch_size"),
         )
-        whole(texts=self.texts, text_length=self.text_length, steps=self.steps, batch_size=self.batch_size)
         if self.noise > 1.0 or not 0.0 <= self.later_noise <= 1.0:
             raise ValueError(
                 f"noise must be in (0, 1] and later_noise in [0, 1], got {self.noise} and {self.later_noise}: shares of each matrix"

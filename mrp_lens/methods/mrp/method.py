@@ -23,7 +23,7 @@ from mrp_lens.models.hooks import Site, hook_name, hooked
 from mrp_lens.training.losses import ForgetLoss, RetainLoss, cross_entropy, kl, log_odds, openness, predictions
 from mrp_lens.training.optim import linear_decay
 from mrp_lens.utils.torch_state import ordinary_torch
-from mrp_lens.utils.validation import generator_for, given, one_of, positive, whole
+from mrp_lens.utils.validation import generator_for, given
 
 FORGET_BOUND = {"odds": 1.0, "bounded": 5.0, "ascent": math.inf}  # nats
 
@@ -43,7 +43,10 @@ class MRPSettings:
     summary="Projects learned directions out of the residual stream, irreversibly.",
     source="Metamorphosis Representation Projection, arXiv 2508.15449",
     swept=Swept(layer="layers"),
-    report="subspaces of rank {rank} removed from the residual stream at layers {layers}",
+    report=(
+        "subspaces of rank {rank} removed from the residual stream at layers {layers}",
+        "matrices of layers {layers} replaced by noise and taught again what the projection leaves alone",
+    ),
 )
 @dataclass(frozen=True, kw_only=True)
 class MRP(FitTemplate[MRPSettings]):
@@ -102,21 +105,10 @@ class MRP(FitTemplate[MRPSettings]):
 
     @override
     def check(self, model: LensModel) -> None:
-        positive(
-            rank=self.rank,
-            lr=self.lr,
-            steps=self.steps,
-            batch_size=self.batch_size,
-            micro_batch=self.micro_batch,
-            retain_weight=self.retain_weight,
-            forget_bound=self.forget_bound,
-            retain_energy=self.retain_energy,
+        self.check_values(
+            above_0=("lr", "retain_weight", "forget_bound", "retain_energy"),
+            counts=("rank", "steps", "batch_size", "micro_batch"),
         )
-        whole(rank=self.rank, steps=self.steps, batch_size=self.batch_size, micro_batch=self.micro_batch)
-        one_of(Start, init=self.init)
-        one_of(ForgetLoss, forget_loss=self.forget_loss)
-        one_of(RetainLoss, retain_loss=self.retain_loss)
-        one_of(Site, site=self.site)
         rank, width = given(self.rank, default_rank(model)), int(model.cfg.d_model)
         if rank >= width:
             raise ValueError(

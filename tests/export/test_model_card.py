@@ -17,6 +17,7 @@ from mrp_lens.edits.subspace import Subspace
 from mrp_lens.export import Measurements
 from mrp_lens.export.model_card import front_matter_of
 from mrp_lens.methods import METHODS
+from tests.support.commands import invoke
 from tests.support.edits import projection
 from tests.support.export_cards import ATTACK, FORMS, SECRET, card_of, corpora, section, tables, write_attack, write_run
 
@@ -267,16 +268,8 @@ def test_without_a_record_nothing_is_said_to_be_measured(fits: dict[str, Edit], 
 def test_the_command_that_would_measure_attacks_has_only_options_that_there_are(
     fits: dict[str, Edit], base: str
 ) -> None:
-    import typer
-
-    from mrp_lens.cli.app import app
-
     command = section(card_of(fits["mrp"], base=base), "Attacks").split("```")[1]
-    known = {
-        name
-        for parameter in typer.main.get_command(app).commands["attack"].params  # type: ignore[attr-defined]
-        for name in parameter.opts
-    }
+    known = set(re.findall(r"--[a-z-]+", invoke("attack", "--help").output))
     used = re.findall(r"--[a-z-]+", command)
     assert {"--edit", "--out"} <= set(used) <= known
     assert ("--model org/base" in command) == (base != "demo")

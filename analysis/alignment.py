@@ -8,11 +8,11 @@ no direction: its states are held against RMU's u, which is unrelated to it.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import pandas as pd
 
 from analysis.common.arguments import Study, parser_for
+from analysis.common.tables import UNEDITED, markdown_of_rows
 from mrp_lens import metrics
 from mrp_lens.data import Corpus
 from mrp_lens.edits import edit_on
@@ -23,6 +23,24 @@ SHARES = (0.5, 1.0, 2.0, 4.0)  # c over the norm of the forget states
 USUAL = 2.0  # RMU's default; by layer, the one nearest to it is shown
 ALPHA = ALPHA_SHARE * USUAL**2
 DOCUMENTS = 200  # a side
+SHOWN = (
+    "method",
+    "relative_coefficient",
+    "group",
+    "cosine",
+    "low",
+    "high",
+    "null_mean",
+    "null_low",
+    "null_high",
+    "norm",
+)
+READING = """\
+The cosine of the states with u at layer {layer}, where unedited forget states have a mean norm of {norm:.3g}; `c / norm` is
+RMU's c in units of that norm. The entries of u are drawn from U[0, 1), so that a cosine other than 0 says nothing by itself:
+`null mean` is what unrelated directions of the same law give. RMU steers where forget states lie above that interval while
+retain states stay inside it, and the paper is right about c where their cosine rises from one c to the next. MRP's rows show
+what an edit does that has never heard of u."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -45,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         ("adaptive-rmu", AdaptiveRMU.beta): study.fit(AdaptiveRMU(layer=layer)),
         ("mrp", float("nan")): study.fit(MRP()),
     }
-    frames = [measured(study, texts, None, first).assign(method="unedited")]
+    frames = [measured(study, texts, None, first).assign(method=UNEDITED)]
     for (method, share), fit in fits.items():
         frame = measured(study, texts, fit, first)
         frames.append(frame.assign(method=method, relative_coefficient=share))
@@ -55,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     usual = min(options.shares, key=lambda share: abs(share - USUAL))
     by_layer = table[(table["method"] != "rmu") | (table["relative_coefficient"] == usual)]
     study.end(
-        finding(at_layer, layer, norm, usual),
+        finding(at_layer, layer, norm),
         {
             "alignment_by_coefficient": at_layer[at_layer["method"] == "rmu"],
             "alignment_by_layer": by_layer.drop(columns=["coefficient", "relative_coefficient"]),
@@ -72,42 +90,9 @@ def measured(study: Study, texts: Mapping[str, Corpus], fit: Fit | None, first: 
         return metrics.alignment(study.model, texts, u, seed=study.run.seed)
 
 
-def finding(table: pd.DataFrame, layer: int, norm: float, usual: float = USUAL) -> str:
-    """What the numbers say, in sentences."""
-    rmu = table[table["method"] == "rmu"].sort_values("relative_coefficient")
-    course = {}
-    for side in ("forget", "retain"):
-        rows = rmu[rmu["group"] == side].to_dict("records")
-        course[side] = ", ".join(f"{row['cosine']:.2f} at c = {row['relative_coefficient']:g} norms" for row in rows)
-    lines = [
-        f"Layer {layer}, where unedited forget states have a mean norm of {norm:.3g}. RMU: the cosine of forget states "
-        f"with u {trend(rmu[rmu['group'] == 'forget']['cosine'])}: {course['forget']}. Retain states: {course['retain']}."
-    ]
-    shown = table[(table["method"] != "rmu") | (table["relative_coefficient"] == usual)]
-    for method, part in shown.groupby("method", sort=False):
-        lines.append(f"{method}: {'; '.join(said(row) for row in part.to_dict('records'))}.")
-    return "\n\n".join(lines)
-
-
-def trend(values: pd.Series) -> str:
-    """How a series goes as c grows."""
-    steps = values.diff().dropna()
-    if steps.empty:
-        return "was measured at a single c"
-    if (steps > 0).all():
-        return "rises with c at every step"
-    return "falls with c at every step" if (steps < 0).all() else "does not rise with c throughout"
-
-
-def said(row: Mapping[Any, Any]) -> str:
-    """One row in words."""
-    place = "inside the null's interval"
-    if not row["null_low"] <= row["cosine"] <= row["null_high"]:
-        place = "above the null" if row["cosine"] > row["null_high"] else "below the null"
-    return (
-        f"{row['group']} {row['cosine']:.2f} [{row['low']:.2f}, {row['high']:.2f}], unrelated directions "
-        f"{row['null_mean']:.2f} [{row['null_low']:.2f}, {row['null_high']:.2f}], so {place}; norm {row['norm']:.3g}"
-    )
+def finding(table: pd.DataFrame, layer: int, norm: float) -> str:
+    """The rows of RMU's layer, and how to read them; Adaptive RMU's c is beta times the norm of each state."""
+    return f"{markdown_of_rows(table.to_dict('records'), SHOWN)}\n\n{READING.format(layer=layer, norm=norm)}"
 
 
 if __name__ == "__main__":

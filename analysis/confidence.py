@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import pandas as pd
 
 from analysis.common.arguments import Study, parser_for
+from analysis.common.tables import UNEDITED, markdown_of_rows
 from mrp_lens import metrics
 from mrp_lens.edits import Edit, edit_on
 
@@ -22,6 +23,13 @@ SPREADS = (0.3, 0.1, 0.01)  # length of the noise over c, in the theory check
 SHARES = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0)  # c over the norm of the prompts' own states
 NOISE_SHARE = 0.01  # length of the noise over that norm, as c grows
 KEYS = ["method", "group", "mode", "measure"]
+READING = """\
+First table: the largest logit and the probability of the right answer's tokens, mean over tokens with the spread (`std`) beside
+it. An edit makes the model less sure where MaxLogit falls out of the unedited interval on forget questions and not on retain
+questions. Second: Proposition 1 at c = {c:.4g}, the mean absolute error of each statistic of the logits at the last position,
+and for how many prompts the prediction lies `inside` the sampling interval; it is a statement about small noise (eta), so that
+the smallest is the one that tests it. Third: with the noise held and c in units of the states' norm, the paper argues that the
+variance of the logits grows with c."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -33,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     study = Study.begin("analysis.confidence", "Confidence before and after, and Proposition 1", options)
     questions = study.task.asked(limit=QUESTIONS)
     fits = study.fit_defaults()
-    edits: dict[str, Edit | None] = {"unedited": None} | {name: fit.edit for name, fit in fits.items()}
+    edits: dict[str, Edit | None] = {UNEDITED: None} | {name: fit.edit for name, fit in fits.items()}
     summaries, tokens = [], []
     for name, edit in edits.items():
         with edit_on(study.model, edit):
@@ -75,65 +83,29 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "theory_check": theory,
         "variance_by_coefficient": growth,
     }
-    text = "\n\n".join([confidence_finding(table), theory_finding(theory, c), growth_finding(growth)])
-    study.end(text, frames, table[[*KEYS, *(name for name in table if name not in KEYS)]])
+    study.end(finding(table, theory, growth, c), frames, table[[*KEYS, *(name for name in table if name not in KEYS)]])
 
 
-def confidence_finding(table: pd.DataFrame) -> str:
-    """MaxLogit and the right answer's probability, before and after, in sentences."""
-    values = {tuple(row[key] for key in KEYS): row for row in table.to_dict("records")}
-    lines = []
-    for method in table["method"].unique():
-        if method == "unedited":
-            continue
-        parts = []
-        for group in table["group"].unique():
-            for mode in table["mode"].unique():
-                before, after = (values[name, group, mode, "max_logit"] for name in ("unedited", method))
-                moved = (
-                    "down" if after["high"] < before["low"] else "up" if after["low"] > before["high"] else "nowhere"
-                )
-                spread = "narrower" if after["std"] < before["std"] else "wider"
-                parts.append(
-                    f"{group}, {mode}: {moved} from {before['mean']:.2f} to {after['mean']:.2f}, {spread} "
-                    f"(spread over tokens {before['std']:.2f} to {after['std']:.2f})"
-                )
-        answer = [values[name, "forget", "forced", "probability"]["mean"] for name in ("unedited", method)]
-        lines.append(
-            f"{method}, MaxLogit: {'; '.join(parts)}. Probability of the right answer's tokens on forget questions: "
-            f"{answer[0]:.3f} to {answer[1]:.3f}."
-        )
-    return "\n\n".join(lines)
-
-
-def theory_finding(theory: pd.DataFrame, c: float) -> str:
-    """How far Proposition 1 is off, and from which noise on it is not."""
-    lines = [f"Proposition 1 at c = {c:.4g}, the noise at the last position:"]
-    for statistic, rows in theory.groupby("statistic", sort=False):
-        steps = [
-            f"{abs(part['error']).mean():.3f} at eta = {noise:.3g} (inside the interval for {int(part['inside'].sum())} of {len(part)} prompts)"
-            for noise, part in sorted(rows.groupby("noise"), key=lambda pair: -float(pair[0]))  # type: ignore[arg-type]
-        ]
-        lines.append(f"{str(statistic).replace('_', ' ')}, mean absolute error: {', '.join(steps)}.")
-    smallest = theory[theory["noise"] == theory["noise"].min()]
-    share = float(smallest["inside"].mean())
-    verdict = (
-        "holds to within sampling error" if share >= 0.9 else "does not hold throughout" if share >= 0.5 else "fails"
-    )
-    lines.append(
-        f"At the smallest noise it {verdict} ({int(smallest['inside'].sum())} of {len(smallest)} statistics inside)."
-    )
-    return " ".join(lines)
-
-
-def growth_finding(growth: pd.DataFrame) -> str:
-    """Whether the logits' variance grows with c, as the paper argues."""
-    mean = growth.assign(share=growth["coefficient"] / growth["norm"].mean()).groupby("share")["measured"].mean()
-    course = ", ".join(f"{value:.3g} at c = {share:g} norms" for share, value in mean.items())
-    steps = mean.diff().dropna()
-    grows = "grows" if (steps > 0).all() else "falls" if (steps < 0).all() else "goes up and down"
-    agrees = "as the paper argues" if grows == "grows" else "against the paper's argument"
-    return f"As c grows with the noise held, the variance of the logits {grows}, {agrees}: {course}."
+def finding(table: pd.DataFrame, theory: pd.DataFrame, growth: pd.DataFrame, c: float) -> str:
+    """The rows of MaxLogit and the right answer's probability, both checks of the theory, and how to read them."""
+    sure = table[table["measure"].isin(["max_logit", "probability"])]
+    check = theory.assign(error=theory["error"].abs()).groupby(["statistic", "noise"], sort=False)
+    rising = growth.assign(relative_coefficient=growth["coefficient"] / growth["norm"].mean())
+    means = rising.groupby("relative_coefficient")["measured"].mean()
+    tables = [
+        markdown_of_rows(sure.to_dict("records"), [*KEYS, "mean", "low", "high", "std"]),
+        markdown_of_rows(
+            check.agg(mean_error=("error", "mean"), inside=("inside", "sum"), prompts=("inside", "size"))
+            .reset_index()
+            .to_dict("records"),
+            ["statistic", "noise", "mean_error", "inside", "prompts"],
+        ),
+        markdown_of_rows(
+            means.rename("variance_of_the_logits").reset_index().to_dict("records"),
+            ["relative_coefficient", "variance_of_the_logits"],
+        ),
+    ]
+    return "\n\n".join([*tables, READING.format(c=c)])
 
 
 if __name__ == "__main__":

@@ -19,19 +19,19 @@ import argparse
 import inspect
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
-from tqdm.auto import tqdm
+import pandas as pd
 
-from analysis.common.arguments import Study, parser_for
-from analysis.common.attackers import UNEDITED
-from analysis.common.contenders import changed, contenders, names_in, settings_of
-from analysis.common.endurance import compact, finding, pictures, rows_of_cells
-from analysis.common.sequence import Requests, accuracy, numbers_in
-from mrp_lens.cli.parsing import numbers, shard_of
+from analysis.common.arguments import Study, add_resumable_options, numbers, parser_for, shard_of
+from analysis.common.methods import changed, compared_methods, names_in, settings_of
+from analysis.common.requests import Requests, accuracy, numbers_in
+from analysis.common.resumable import Job, ResumableStudy, result_name
+from analysis.common.tables import NONE, UNEDITED, figure, markdown, mean_of
 from mrp_lens.data.task import TaskConfig
 from mrp_lens.data.world import World
 from mrp_lens.edits import Edit, ProjectionEdit, load_edit
@@ -42,16 +42,37 @@ from mrp_lens.utils.store import ResultStore
 
 FULL_SEEDS = "0,1,2"
 TAKEN_BACK = 1  # the second request: one before it and one after it stay
+FORGOTTEN_WITHIN = 0.10  # of the never-taught level, above or below
+KEPT = 0.95  # of what the unedited model knows of the worst topic that stays
+TEXT = 1.1  # times the perplexity of ordinary text
+SHOWN = {
+    "requests so far": "forget_accuracy",
+    "highest": "forget_highest_accuracy",
+    "latest": "forget_latest_accuracy",
+    "first": "forget_first_accuracy",
+    "worst topic that stays": "worst_topic_accuracy",
+    "mean": "retain_accuracy",
+    "text": "text_perplexity_ratio",
+}
+READING = f"""\
+One row a method and number of requests: accuracy on the requests so far (their mean, the highest, the latest, the first), on the
+worst topic that stays (empty where none is left) and the mean of these, and the perplexity of ordinary text over the unedited
+model's; of several seeds the mean (lowest to highest). Facts that were never taught are answered {{untaught}}: that is where requests
+should be, and a first request that climbs away from it as others follow comes back. `does both` counts the seeds in which every
+request so far is within {FORGOTTEN_WITHIN:.2f} of that level, the worst topic at {KEPT:.0%} of what it was, and text at no more than {TEXT:g}
+times its perplexity. `taken back` is what taking the second request back again does to it / to the other requests / to the worst
+topic that stays. The costs are those of one request. A sequence that broke off has no figures, and its reason in the last column."""
 
-Chain = tuple[str, int]
-"""Name of a method, and seed: one sequence of requests."""
+REQUEST = "request{}"  # part of a result's name
 
-Cell = dict[str, Any]
+Cell = Mapping[str, Any]
+"""What was found after a number of requests, or why they could not be fitted."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the study, print its table and what it found, and write it."""
+    """Run the study, print what it found and write it."""
     parser = parser_for(__doc__, "continual")
+    add_resumable_options(parser, seeds="--seed, with --full three; of order and fits")
     parser.set_defaults(topic=World().topics[0], questions=None)
     several = parser.add_argument_group("requests", conflict_handler="resolve")  # here there is more than one of each
     several.add_argument("--topic", nargs="+", dest="topics", help="of the demo's world, to request (default all)")
@@ -59,8 +80,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--questions", nargs="+", dest="quizzes", help="a file for each of --forget, in the same order"
     )
     parser.add_argument("--requests", help="lengths of sequences, such as 3,4 (default: all, and all but one)")
-    parser.add_argument("--methods", help="separated by commas (default: all)")
-    parser.add_argument("--seeds", help="of order and fits, such as 0,1,2 (default: --seed)")
     parser.add_argument("--full", action="store_true", help=f"seeds {FULL_SEEDS}")
     parser.add_argument(
         "--set",
@@ -70,20 +89,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
         metavar="[METHOD.]NAME=VALUE",
         help="a hyperparameter, such as steps=50 or rmu.alpha=4, of one method or of all that have it",
     )
-    parser.add_argument("--limit", type=int, help="at most this many questions of each quiz and topic")
     parser.add_argument("--reference", help="a model that never saw what is forgotten: how absent looks")
-    parser.add_argument("--shard", default="1/1", help="i/n: this process's part of the sequences (default 1/1)")
     options = parser.parse_args(arguments)
-    parts = shard_of(options.shard)
+    shard = shard_of(options.shard)
     study = Study.begin("analysis.continual", "Requests one after another", options, in_place=True)
-    campaign = Campaign(study, options)
-    cells = campaign.run(parts)
-    if cells is None:
-        print(f"Shard {options.shard} is done; other requests of {options.out} are still missing.")
+    continual = Continual(study, options)
+    if not continual.run(shard):
         return
-    table = rows_of_cells(cells, campaign.unedited())
-    print(compact(table, campaign.lengths).to_string(index=False))
-    study.end(finding(table, campaign.lengths), pictures(table, campaign.lengths), table, in_place=True)
+    table = rows_of_cells([continual.result(*part) for part in continual.parts()], continual.unedited())
+    reading = READING.format(untaught=mean_of(table, "untaught_accuracy"))
+    text = f"{markdown(compact(table, continual.lengths))}\n\n{reading}"
+    study.end(text, pictures(table, continual.lengths), table, in_place=True)
 
 
 def requests_of(study: Study, options: argparse.Namespace) -> Requests:
@@ -120,7 +136,7 @@ def with_settings(methods: Mapping[str, Any], texts: Sequence[str]) -> dict[str,
     return changed
 
 
-class Campaign:
+class Continual(ResumableStudy):
     """Every request of every sequence, each in a file of its own.
 
     Attributes:
@@ -132,14 +148,18 @@ class Campaign:
         self.requests = requests_of(study, options)
         self.seeds = numbers(options.seeds or (FULL_SEEDS if options.full else str(options.seed)), int, "--seeds") or ()
         self.lengths = self._lengths()
-        self.methods = self._methods()
+        known = compared_methods(study.model)
+        chosen = names_in(options.methods, known, default=list(known))
+        self.methods = with_settings({name: known[name] for name in chosen}, options.set)
         settings = {
             "model": describe(study.model),
             "data": self.requests.fingerprints(),
             "limit": options.limit,
             "reference": options.reference,
         }
-        self.store = ResultStore.claim(options.out, "sequence", settings)
+        self.store = ResultStore.claim(
+            options.out, "sequence", settings, earlier={"data": self.requests.legacy_fingerprints()}
+        )
 
     def _lengths(self) -> tuple[int, ...]:
         count = len(self.requests.forget)
@@ -148,43 +168,27 @@ class Campaign:
             raise ValueError(f"--requests {self.options.requests}: there are {count}; choose lengths from 1 to {count}")
         return tuple(sorted(set(chosen)))
 
-    def _methods(self) -> dict[str, Any]:
-        known = contenders(self.study.model)
-        chosen = names_in(self.options.methods, known, default=list(known))
-        return with_settings({name: known[name] for name in chosen}, self.options.set)
-
     @property
-    def chains(self) -> list[Chain]:
+    def jobs(self) -> list[Job]:
         """The sequences, seed by seed."""
         return [(name, seed) for seed in self.seeds for name in self.methods]
 
-    def run(self, shard: tuple[int, int]) -> list[Cell] | None:
-        """Compute this shard's requests that have no file yet; all requests, once every one has.
+    def parts(self) -> list[tuple[Job, str]]:
+        """The requests of each sequence."""
+        return [(job, REQUEST.format(n)) for job in self.jobs for n in range(1, self.lengths[-1] + 1)]
 
-        Raises:
-            ValueError: a method of the folder was fitted with other settings.
-        """
-        number, count = shard
-        mine = self.chains[number - 1 :: count]
-        every = range(1, self.lengths[-1] + 1)
+    def run(self, shard: tuple[int, int]) -> bool:
+        """Compute this shard's requests; first the unedited model, which all are compared with."""
         self.unedited()
-        with tqdm([(chain, n) for chain in mine for n in every], desc="requests") as bar:
-            for chain, n in bar:
-                bar.set_postfix_str(piece_of(chain, n))
-                self.cell(chain, n)
-        if any(self.store.stored(piece_of(chain, n)) is None for chain in self.chains for n in every):
-            return None
-        self.store.tidy()
-        return [self.cell(chain, n) for chain in self.chains for n in every]
+        return super().run(shard)
 
     def unedited(self) -> Cell:
         """The model as it is, asked about all requests, and how what was never taught looks, where that is known."""
-        return self.store.once(UNEDITED, self.measure_unedited)
+        return self.store.once(UNEDITED, self._unedited)
 
-    def measure_unedited(self) -> Cell:
-        """The same, computed."""
+    def _unedited(self) -> Cell:
         model, requests = self.study.model, self.requests
-        found: Cell = requests.measure(model, None, asked=list(requests.forget), gone=())
+        found = requests.measure(model, None, asked=list(requests.forget), gone=())
         found["untaught_accuracy"] = None
         if requests.untaught is not None:
             found["untaught_accuracy"] = accuracy(model, requests.untaught)
@@ -194,10 +198,14 @@ class Campaign:
             found["untaught_accuracy"] = sum(asked) / len(asked)
         return found
 
-    def cell(self, chain: Chain, n: int) -> Cell:
-        """The n-th request of a sequence, from 1: fitted, saved and measured, unless it was before."""
-        name, seed = chain
-        known = self.store.stored(piece_of(chain, n))
+    def result(self, job: Job, part: str) -> Cell:
+        """A request of a sequence: fitted, saved and measured, unless it was before.
+
+        Raises:
+            ValueError: the method was fitted with other settings.
+        """
+        (name, seed), n = job, int(part.removeprefix("request"))
+        known = self.store.stored(result_name(job, part))
         if known is not None:
             differing = changed(known["settings"], self.methods[name])
             if differing:
@@ -206,20 +214,22 @@ class Campaign:
                 )
             return known
         order = self.requests.order(seed)
-        row: Cell = {"method": name, "seed": seed, "requests": n, "order": list(order[:n])}
-        row["settings"] = settings_of(self.methods[name])
-        if n > 1 and "failed" in (before := self.cell(chain, n - 1)):
-            return self.store.keep(piece_of(chain, n), row | {"failed": before["failed"]})
-        try:
-            return self.store.keep(piece_of(chain, n), row | self.fit(chain, n) | self.measure(chain, n))
-        except NonFiniteLossError as error:
-            return self.store.keep(piece_of(chain, n), row | {"failed": f"request {n}: {error}"})
+        row: dict[str, Any] = {"method": name, "seed": seed, "requests": n, "order": list(order[:n])}
+        row |= {"settings": settings_of(self.methods[name])}
+        if n > 1 and "failed" in (before := self.result(job, REQUEST.format(n - 1))):
+            row["failed"] = before["failed"]
+        else:
+            try:
+                row |= self.fit(job, n) | self.measure(job, n)
+            except NonFiniteLossError as error:
+                row["failed"] = f"request {n}: {error}"
+        return self.store.keep(result_name(job, part), row)
 
-    def fit(self, chain: Chain, n: int) -> Cell:
+    def fit(self, job: Job, n: int) -> dict[str, Any]:
         """Fit the n-th request upon the edit so far and save it; what that took."""
-        name, seed = chain
+        name, seed = job
         method, gone = self.methods[name], self.requests.order(seed)[:n]
-        before = self.edit(chain, n - 1)
+        before = self.edit(job, n - 1)
         named = {"request": gone[-1]} if "request" in inspect.signature(method.fit).parameters else {}
         retain = self.requests.retain(gone)
         started = time.perf_counter()
@@ -227,38 +237,148 @@ class Campaign:
         seconds = time.perf_counter() - started
         if fit.interrupted:
             raise KeyboardInterrupt
-        fit.edit.save_pretrained(self.folder(chain, n), overwrite=True)
+        fit.edit.save_pretrained(self.folder(job, n), overwrite=True)
         learned = bool(fit.log["loss"].notna().any())  # a method that trains nothing has no loss
+        size_before = stored_bytes(self.folder(job, n - 1)) if n > 1 else 0
         return {
             "trained_numbers": numbers_in(fit.edit) - numbers_in(before) if learned else 0,
-            "stored_bytes": stored_bytes(self.folder(chain, n))
-            - (stored_bytes(self.folder(chain, n - 1)) if n > 1 else 0),
+            "stored_bytes": stored_bytes(self.folder(job, n)) - size_before,
             "seconds": seconds,
         }
 
-    def measure(self, chain: Chain, n: int) -> Cell:
+    def measure(self, job: Job, n: int) -> dict[str, Any]:
         """What the edit after n requests did, and what taking the second back does to an edit that can."""
-        edit, gone = self.edit(chain, n), self.requests.order(chain[1])[:n]
-        found = self.requests.measure(self.study.model, edit, asked=gone, gone=gone)
+        model, edit, gone = self.study.model, self.edit(job, n), self.requests.order(job[1])[:n]
+        found = self.requests.measure(model, edit, asked=gone, gone=gone)
         if isinstance(edit, ProjectionEdit) and n > TAKEN_BACK + 1:
-            found["taken_back"] = self.requests.measure(
-                self.study.model, edit.without(gone[TAKEN_BACK]), asked=gone, gone=gone
-            )
+            without = edit.without(gone[TAKEN_BACK])
+            found["taken_back"] = self.requests.measure(model, without, asked=gone, gone=gone)
         return found
 
-    def folder(self, chain: Chain, n: int) -> Path:
+    def folder(self, job: Job, n: int) -> Path:
         """Where the edit after n requests lies."""
-        out: Path = self.options.out
-        return out / "edits" / piece_of(chain, n)
+        return Path(self.options.out) / "edits" / result_name(job, REQUEST.format(n))
 
-    def edit(self, chain: Chain, n: int) -> Edit | None:
+    def edit(self, job: Job, n: int) -> Edit | None:
         """The edit after n requests, of which there is a file."""
-        return load_edit(self.folder(chain, n)) if n else None
+        return load_edit(self.folder(job, n)) if n else None
 
 
-def piece_of(chain: Chain, n: int) -> str:
-    """The name of a result's file."""
-    return f"{chain[0]}-seed{chain[1]}-request{n}"
+def rows_of_cells(cells: Sequence[Cell], unedited: Cell) -> pd.DataFrame:
+    """One row a method, seed and number of requests; the unedited model's come first.
+
+    Args:
+        cells: what was found after each request, or why it could not be fitted.
+        unedited: what the model knew of all requests and topics.
+
+    Returns:
+        `method`, `seed`, `requests` (how many so far), `request` (the latest), `order`; accuracy on the requests so far:
+        `forget_accuracy` (mean), `forget_highest_accuracy`, `forget_lowest_accuracy`, `forget_latest_accuracy`,
+        `forget_first_accuracy`, and `accuracy_<name>` of each and of each topic that stays; `untaught_accuracy`;
+        `worst_topic_accuracy`, `worst_topic`, `retain_accuracy` (mean), unknown where no topic is left to stay;
+        `text_perplexity_ratio`; of this request alone `trained_numbers`, `stored_bytes` and `seconds`;
+        once the second request is taken back, accuracy on it (`returned_accuracy`), on the other requests
+        (`others_accuracy`, mean) and on the worst topic that stays (`staying_accuracy`), each with what it was before
+        (`returned_before_accuracy`); `failed`: why there are no figures.
+    """
+    fixed = {"untaught_accuracy": unedited["untaught_accuracy"]}
+    rows: dict[Any, dict[str, Any]] = {}
+    for cell in cells:
+        keys = {key: cell[key] for key in ("seed", "requests")}
+        keys |= {"request": cell["order"][-1], "order": ", ".join(cell["order"])}
+        known = {key: cell[key] for key in ("trained_numbers", "stored_bytes", "seconds", "failed") if key in cell}
+        row = {"method": cell["method"], **keys, **known, **fixed}
+        if "failed" not in cell:
+            row |= _figures(cell, cell["order"], cell["kept"], unedited) | _taken_back(cell)
+            untouched = {"method": UNEDITED, **keys, **fixed}
+            untouched |= _figures(unedited, cell["order"], cell["kept"], unedited)
+            rows.setdefault((UNEDITED, cell["seed"], cell["requests"]), untouched)
+        rows[cell["method"], cell["seed"], cell["requests"]] = row
+    controls_first = sorted(rows.values(), key=lambda row: row["method"] != UNEDITED)
+    table = pd.DataFrame(controls_first)
+    figures = [*SHOWN.values(), "forget_lowest_accuracy"]  # missing where every sequence broke off
+    return table.reindex(columns=list(dict.fromkeys([*table.columns, *figures])))
+
+
+def _figures(found: Cell, order: Sequence[str], topics: Iterable[str], unedited: Cell) -> dict[str, Any]:
+    """Accuracies on the requests of the sequence and on the topics that stay, and the cost for text."""
+    asked, kept = [found["asked"][name] for name in order], {topic: found["kept"][topic] for topic in topics}
+    worst = min(kept, key=lambda topic: float(kept[topic])) if kept else None
+    return {
+        "forget_accuracy": fmean(asked),
+        "forget_highest_accuracy": max(asked),
+        "forget_lowest_accuracy": min(asked),
+        "forget_latest_accuracy": asked[-1],
+        "forget_first_accuracy": asked[0],
+        "worst_topic_accuracy": kept[worst] if worst is not None else None,
+        "worst_topic": worst,
+        "retain_accuracy": fmean(list(kept.values())) if kept else None,
+        "text_perplexity_ratio": found["text_perplexity"] / unedited["text_perplexity"],
+        **{f"accuracy_{name}": value for name, value in [*zip(order, asked, strict=True), *kept.items()]},
+    }
+
+
+def _taken_back(cell: Cell) -> dict[str, Any]:
+    """The second request, the others and what stays, before and after it is taken back; nothing for an edit that cannot."""
+    if "taken_back" not in cell:
+        return {}
+    second, others = cell["order"][1], [cell["order"][0], *cell["order"][2:]]
+    return {
+        f"{which}_{when}accuracy": value
+        for when, found in (("before_", cell), ("", cell["taken_back"]))
+        for which, value in (
+            ("returned", found["asked"][second]),
+            ("others", fmean([found["asked"][name] for name in others])),
+            ("staying", min(found["kept"].values(), default=None)),
+        )
+    }
+
+
+def works(table: pd.DataFrame) -> "pd.Series[bool]":
+    """Whether each row has every request so far forgotten, and the worst topic that stays and ordinary text kept."""
+    before = table[table["method"] == UNEDITED].set_index(["seed", "requests"])["worst_topic_accuracy"]
+    places = pd.MultiIndex.from_frame(table[["seed", "requests"]])
+    needed = KEPT * before.astype(float).reindex(places).set_axis(table.index)
+    untaught, worst = table["untaught_accuracy"].astype(float), table["worst_topic_accuracy"].astype(float)
+    forgotten = table["forget_highest_accuracy"] <= untaught + FORGOTTEN_WITHIN
+    forgotten &= table["forget_lowest_accuracy"] >= untaught - FORGOTTEN_WITHIN
+    return forgotten & ((worst >= needed) | needed.isna()) & (table["text_perplexity_ratio"] <= TEXT)
+
+
+def compact(table: pd.DataFrame, lengths: Sequence[int]) -> pd.DataFrame:
+    """As text, one row a method and length: mean over the seeds with the lowest and the highest."""
+    judged = table.assign(works=works(table))
+    rows = []
+    for method, part in judged.groupby("method", sort=False):
+        for length in lengths:
+            at, so_far = part[part["requests"] == length], part[part["requests"] <= length]
+            known = at[at["forget_accuracy"].notna() & at["untaught_accuracy"].notna()]
+            row = {"method": str(method), "requests": str(length)}
+            row |= {heading: figure(at, column) for heading, column in SHOWN.items()}
+            row["does both"] = f"{known['works'].sum()} of {len(known)}" if len(known) else ""
+            row["taken back"] = _change(at)
+            row["trained"] = mean_of(so_far, "trained_numbers", "{:,.0f}")
+            row["stored"] = mean_of(so_far, "stored_bytes", "{:,.1f} kB", scale=1e-3)
+            row["fit"] = mean_of(so_far, "seconds", "{:.0f} s")
+            row["broken off"] = "; ".join(dict.fromkeys(at["failed"].dropna())) if "failed" in at else ""
+            rows.append(row)
+    return pd.DataFrame(rows).replace(NONE, "")
+
+
+def _change(at: pd.DataFrame) -> str:
+    """The second request, the others, and the worst topic that stays, before and after the second is taken back."""
+    ends = [(f"{which}_before_accuracy", f"{which}_accuracy") for which in ("returned", "others", "staying")]
+    changes = [f"{mean_of(at, before)} to {mean_of(at, after)}" for before, after in ends]
+    return " / ".join(change for change in changes if NONE not in change)
+
+
+def pictures(table: pd.DataFrame, lengths: Sequence[int]) -> dict[str, pd.DataFrame]:
+    """The frame that the report draws: every method after each length."""
+    shown = table[table["requests"].isin(lengths) & table["forget_accuracy"].notna()]
+    shown = shown.sort_values("requests", kind="stable").dropna(axis="columns", how="all")
+    columns = [*SHOWN.values(), "seed", "untaught_accuracy"]
+    named = shown["method"] + shown["requests"].map(lambda count: f", {count} request{'s' if count > 1 else ''}")
+    return {"accuracies": shown[[name for name in columns if name in shown]].assign(method=named)}
 
 
 if __name__ == "__main__":

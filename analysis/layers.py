@@ -13,16 +13,22 @@ from collections.abc import Sequence
 import pandas as pd
 import torch
 
-from analysis.common.arguments import Study, parser_for
+from analysis.common.arguments import Study, numbers, parser_for
+from analysis.common.tables import UNEDITED, markdown_of_rows
 from mrp_lens import metrics
-from mrp_lens.cli.sweep import Grid
 from mrp_lens.edits.subspace import random_units
-from mrp_lens.runs.sweep import UNEDITED, sweep
+from mrp_lens.runs.sweep import SweepConfig, sweep
 from mrp_lens.runs.train_world import ABSENT_WITHIN
 
 KEPT_WITHIN = 0.05
 DOCUMENTS = 100  # a side, for noise sensitivity and Eq. 19
 MOST = 0.5  # "most": more than this share
+READING = """\
+First table: fits of {steps} steps, `works` being the share of seeds with which both sides came out as they should. The claim
+holds where RMU works in the rows with `c / norm` above 1 and not in the others, and where Adaptive RMU (whose `c / norm` is beta)
+works at more than half of the layers. Second: how much of a noise added at a layer arrives behind the last block (`sensitivity`,
+which the paper finds falling with depth), and the c that Eq. 19 predicts before any fit, with its interval, beside the smallest
+of those tried that worked there (`working coefficient`; nothing where none did)."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -33,9 +39,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seeds", help="such as 0,1,2 (default: --seed, with --full three)")
     options = parser.parse_args(arguments)
     study = Study.begin("analysis.layers", "Per-layer effects of each method", options, in_place=True)
-    seeds = options.seeds or (None if options.full else str(options.seed))
-    plan = Grid(methods=options.methods, seeds=seeds, full=options.full).plan(study.model, study.task)
-    table = sweep(study.model, study.task, plan, options.out / "sweep")
+    seeds = numbers(options.seeds or (None if options.full else str(options.seed)), int, "--seeds")
+    config = SweepConfig(methods=tuple(options.methods.split(",")), seeds=seeds, full=options.full)
+    steps = config.resolved(study.model, study.task).steps
+    table = sweep(study.model, study.task, config, options.out / "sweep")
     assert table is not None
     table = table.assign(works=works(table))
     texts = study.task.texts(limit=DOCUMENTS)
@@ -49,10 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "predicted_coefficients": predicted,
         "coefficient_effects": table[table["method"] == "rmu"],
     }
-    text = "\n\n".join(
-        [f"Fits of {plan.steps} steps. {claim(table)}", sensitivity_finding(sensitivity), prediction_finding(predicted)]
-    )
-    study.end(text, frames, table, in_place=True)
+    study.end(finding(table, sensitivity, predicted, steps), frames, table, in_place=True)
 
 
 def works(table: pd.DataFrame) -> "pd.Series[bool]":
@@ -69,76 +73,18 @@ def smallest_working(table: pd.DataFrame) -> "pd.Series[float]":
     return share[share["works"] > MOST].groupby("layer")["coefficient"].min()
 
 
-def claim(table: pd.DataFrame) -> str:
-    """The paper's claim held against the table."""
-    parts = {method: table[table["method"] == method] for method in ("rmu", "adaptive-rmu", "mrp")}
-    lines = []
-    if len(parts["rmu"]):
-        lines.append(rmu_claim(parts["rmu"]))
-    if len(parts["adaptive-rmu"]):
-        share = parts["adaptive-rmu"].groupby("layer")["works"].mean()
-        working = [str(int(layer)) for layer in share.index[share > MOST]]
-        lines.append(
-            f"Adaptive RMU worked at {len(working)} of {len(share)} layers ({', '.join(working) or 'none'}): that it works "
-            f"at most layers {'holds' if len(working) > MOST * len(share) else 'does not hold'} here."
-        )
-    if len(parts["mrp"]):
-        left = parts["mrp"].groupby("layer")["forget_accuracy"].mean()
-        lines.append(
-            f"MRP at a single layer left an accuracy of {left.min():.3f} at best (layer {left.idxmin():.0f}) and "
-            f"{left.max():.3f} at worst (layer {left.idxmax():.0f})."
-        )
-    return " ".join(lines)
-
-
-def rmu_claim(rows: pd.DataFrame) -> str:
-    """Whether RMU with a fixed c worked where c exceeds the norm of the stream, and only there."""
-    above, below = rows[rows["relative_coefficient"] > 1], rows[rows["relative_coefficient"] <= 1]
-    told = f"RMU with a fixed c worked in {counted(above)} fits where c exceeds the norm of the stream, {counted(below)} where it does not"
-    if above.empty or below.empty:
-        return f"{told}: whether it works only where c exceeds the norm cannot be told from one side."
-    if not rows["works"].any():
-        return f"{told}: as none worked, whether c must exceed the norm cannot be told."
-    needed = "is not needed" if below["works"].any() else "is needed"
-    enough = "is enough" if above["works"].all() else "is not always enough"
-    more = (
-        "works more often there" if above["works"].mean() > below["works"].mean() else "does not work more often there"
+def finding(table: pd.DataFrame, sensitivity: pd.DataFrame, predicted: pd.DataFrame, steps: int) -> str:
+    """Every layer and c with the share of seeds that worked, noise sensitivity and Eq. 19's c, and how to read them."""
+    keys = ["method", "layer", "relative_coefficient"]
+    columns = ["forget_accuracy", "retain_accuracy", "works"]
+    fits = table[table["method"] != UNEDITED].groupby(keys, sort=False, dropna=False)[columns].mean().reset_index()
+    theory = predicted.merge(sensitivity[["group", "layer", "sensitivity"]], how="left", on=["group", "layer"])
+    shown = ["group", "layer", "sensitivity", "coefficient", "low", "high", "norm", "working_coefficient"]
+    tables = (
+        markdown_of_rows(fits.to_dict("records"), [*keys, *columns]),
+        markdown_of_rows(theory.to_dict("records"), shown),
     )
-    return f"{told}: c above the norm {needed}, and it {enough}; RMU {more}."
-
-
-def counted(rows: pd.DataFrame) -> str:
-    """3 of 8."""
-    return f"{int(rows['works'].sum())} of {len(rows)}"
-
-
-def sensitivity_finding(table: pd.DataFrame) -> str:
-    """Whether noise sensitivity falls with depth."""
-    parts = []
-    for group, rows in table.groupby("group", sort=False):
-        values = rows.sort_values("layer")["sensitivity"]
-        steps = values.diff().dropna()
-        trend = "does not fall throughout"
-        if (steps < 0).all() or (steps > 0).all():
-            trend = f"{'falls' if steps.iloc[0] < 0 else 'rises'} at every step"
-        parts.append(f"{group} {values.iloc[0]:.3g} at the first layer, {values.iloc[-1]:.3g} at the last; it {trend}")
-    return f"Noise sensitivity of the layers above, by depth: {'; '.join(parts)}."
-
-
-def prediction_finding(table: pd.DataFrame) -> str:
-    """Eq. 19's c beside the c that worked."""
-    rows = table[table["group"] == "forget"].dropna(subset="working_coefficient")
-    if rows.empty:
-        return "Eq. 19's c cannot be compared: no c that was tried worked at any layer."
-    parts = [
-        f"layer {row['layer']}: {row['coefficient']:.3g} predicted, {row['working_coefficient']:.3g} worked (norm {row['norm']:.3g})"
-        for row in rows.to_dict("records")
-    ]
-    ratio = (rows["working_coefficient"] / rows["coefficient"]).median()
-    return (
-        f"Eq. 19's c beside the smallest that worked of those tried: {'; '.join(parts)}. Median ratio of the second to the "
-        f"first: {ratio:.3g}."
-    )
+    return "\n\n".join([*tables, READING.format(steps=steps)])
 
 
 if __name__ == "__main__":

@@ -13,95 +13,173 @@ attacks saved edits instead of fitting. Curves lie in the output folder and are 
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pandas as pd
-from tqdm.auto import tqdm
 
-from analysis.common.arguments import Study, parser_for
-from analysis.common.attackers import (
-    OTHERS,
-    RANDOM,
-    UNEDITED,
-    USUAL,
-    WEIGHTS,
-    WIDEST,
-    Attack,
-    possible,
-    retrain,
-    variants,
+from analysis.common.arguments import (
+    Study,
+    add_attacker_options,
+    add_resumable_options,
+    numbers,
+    parser_for,
+    saved_edits,
+    shard_of,
 )
-from analysis.common.contenders import names_in
-from analysis.common.resistance import BUDGETS, finding, rows_of_curves
-from mrp_lens import metrics
-from mrp_lens.attacks import with_floor
-from mrp_lens.cli.parsing import numbers, shard_of
+from analysis.common.methods import names_in
+from analysis.common.resumable import Job, ResumableStudy, result_name
+from analysis.common.tables import DOES_NOT_COUNT, NEVER_TAUGHT, RANDOM, UNEDITED, figure, markdown
+from mrp_lens import attacks, metrics
+from mrp_lens.attacks.finetuning import Form, Parameters
+from mrp_lens.data import Corpus, Questions
+from mrp_lens.data.questions import Half
 from mrp_lens.data.task import TaskConfig
 from mrp_lens.edits import Edit, ProjectionEdit, edit_on, load_edit
 from mrp_lens.edits.subspace import Subspace
-from mrp_lens.models import LensModel, describe, load_model
+from mrp_lens.methods import MRP, RMU, AdaptiveRMU
+from mrp_lens.methods.mrp.method import default_rank
+from mrp_lens.models import LensModel, describe, is_bridge, load_model
 from mrp_lens.models.hooks import hook_name
 from mrp_lens.utils.store import ResultStore
 
 QUICK_METHODS, FULL_SEEDS, QUICK_QUESTIONS = "mrp,mrp-all-wide,rmu", "0,1,2", 200
+BUDGETS = (5, 20, 100)
+FEW, MANY = BUDGETS[1], BUDGETS[-1]
+INTERVAL = ("recovery", "recovery_low", "recovery_high")
 REFERENCE = "reference"
+WIDEST = "mrp-all-wide"  # whose ranks and layers the random projection has
+FEW_FACTS = 25
+READING = f"""\
+Accuracy on forget and retain questions before the attack; then the share of V that is back after 5, 20 and 100 updates on T at
+the attacker's best rate, with the edit kept: 0 is as if never taught, 1 as before the edit, below 0 is suppressed. After 100
+updates also with the hooks stripped (which leaves the unedited model) and in the weights. Behind a figure: lowest to highest of
+the seeds, or the 95% interval. `{NEVER_TAUGHT}` is the control, one half of the never-taught facts against the floor of the other,
+and should be near 0. {DOES_NOT_COUNT}: T was not learned to 95%, so that this attack does not count. `new facts` is accuracy on
+facts that no model here knew, after {FEW} updates on them: an edited model that learns them as the unedited one does can be trained,
+so that what does not come back is hidden better and not merely slow. MRP's rows tell layers from rank: {WIDEST} differs from
+mrp-all by rank alone, mrp-all from mrp by layers alone, and {RANDOM} has the ranks and layers of {WIDEST}. Other attackers
+stand below the usual one."""
 
-Job = tuple[str, int]
-"""Name of an edit, or of a control, and seed."""
+
+def variants(model: LensModel) -> dict[str, Any]:
+    """The methods that are compared: MRP at several sets of layers and ranks, RMU, Adaptive RMU."""
+    depth, rank = int(model.cfg.n_layers), default_rank(model)
+    every, first_half = range(depth), range(depth // 2)
+    return {
+        "mrp": MRP(),
+        "mrp-wide": MRP(rank=2 * rank),
+        "mrp-early": MRP(layers=first_half),
+        "mrp-all": MRP(layers=every),
+        WIDEST: MRP(layers=every, rank=2 * rank),
+        "mrp-mlp": MRP(layers=every, site="mlp_out"),
+        "rmu": RMU(),
+        "adaptive-rmu": AdaptiveRMU(),
+    }
+
+
+@dataclass(frozen=True)
+class Retraining:
+    """One way to retrain.
+
+    Attributes:
+        data: what on: "half" of the forgotten facts, "near" facts that the edit was to keep, or "unrelated" text.
+        split: how that half is drawn.
+        samples: at most so many documents of it.
+        form, parameters: as in `attacks.relearn`.
+    """
+
+    data: Literal["half", "near", "unrelated"] = "half"
+    split: Half = "entity"
+    samples: int | None = None
+    form: Form = "kept"
+    parameters: Parameters = "all"
+
+    @property
+    def name(self) -> str:
+        """In words, as far as it differs from the usual way."""
+        words = {
+            "data": self.data,
+            "split": f"by {self.split}",
+            "samples": f"{self.samples} facts",
+            "form": self.form,
+            "parameters": self.parameters,
+        }
+        usual = Retraining()
+        return "-".join(word for key, word in words.items() if getattr(self, key) != getattr(usual, key)) or "usual"
+
+
+USUAL, WEIGHTS = Retraining(), Retraining(form="weights")
+OTHERS = (
+    Retraining(split="question"),
+    Retraining(samples=FEW_FACTS),
+    Retraining(data="near"),
+    Retraining(data="unrelated"),
+    Retraining(parameters="lora"),
+    Retraining(parameters="before"),
+    Retraining(parameters="at"),
+    Retraining(parameters="after"),
+)
+
+
+def possible(how: Retraining, model: LensModel, edit: Edit | None) -> bool:
+    """Whether there is something to retrain in this way."""
+    if how.parameters == "lora":
+        return is_bridge(model)
+    if how.parameters in ("before", "at", "after"):
+        return edit is not None and not (how.parameters == "after" and edit.layers[-1] == model.cfg.n_layers - 1)
+    return True
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the study, print what it found and write it."""
     parser = parser_for(__doc__, "relearning")
+    add_resumable_options(parser, seeds="--seed, with --full three")
+    add_attacker_options(parser)
+    parser.set_defaults(methods=None)
     parser.add_argument("--full", action="store_true", help="every edit, seeds 0, 1 and 2, all questions")
     parser.add_argument("--others", action="store_true", help="other attackers as well, with the first seed")
-    parser.add_argument("--methods", help=f"separated by commas (default {QUICK_METHODS}; with --full all)")
-    parser.add_argument("--seeds", help="such as 0,1,2 (default: --seed, with --full three)")
-    parser.add_argument("--edits", nargs="+", default=[], metavar="NAME=DIR", help="saved edits to attack, unfitted")
     parser.add_argument("--reference", help="a model that never saw what was forgotten: the floor")
     parser.add_argument("--new", help="questions on facts that no model here knows, with the columns of --questions")
-    parser.add_argument("--entity", help="column of --questions that says whom they are about")
-    parser.add_argument("--limit", type=int, help="at most this many questions on what was forgotten")
-    parser.add_argument("--steps", type=int, default=BUDGETS[-1], help="updates of an attack (default 100)")
-    parser.add_argument("--lr", help="the attacker's grid, such as 3e-4,1e-3 (default: three around one by width)")
-    parser.add_argument("--shard", default="1/1", help="i/n: this process's part of the curves (default 1/1)")
+    parser.add_argument("--steps", type=int, default=MANY, help=f"updates of an attack (default {MANY})")
     options = parser.parse_args(arguments)
-    parts = shard_of(options.shard)
+    shard = shard_of(options.shard)
     study = Study.begin("analysis.relearning", "What retraining brings back", options, in_place=True)
-    campaign = Campaign(study, options)
-    curves = campaign.run(parts)
-    if curves is None:
-        print(f"Shard {options.shard} is done; other curves of {options.out} are still missing.")
+    relearning = Relearning(study, options)
+    if not relearning.run(shard):
         return
-    table = rows_of_curves(curves, campaign.quizzes())
+    curves = relearning.curves()
+    table = rows_of_curves(curves, relearning.quizzes())
     frames = {"relearning_curves": curves[curves["attacker"] == USUAL.name]}
-    study.end(finding(table), frames, table, in_place=True)
+    study.end(f"{markdown(compact(table))}\n\n{READING}", frames, table, in_place=True)
 
 
-class Campaign:
+class Relearning(ResumableStudy):
     """Every curve of the study, each in a file of its own."""
 
     def __init__(self, study: Study, options: argparse.Namespace) -> None:
         self.study, self.options = study, options
-        self.saved: dict[str, str] = dict(text.split("=", 1) for text in options.edits)
+        self.saved = saved_edits(options.edits)
         self.seeds = numbers(options.seeds or (FULL_SEEDS if options.full else str(options.seed)), int, "--seeds") or ()
         self.lr = numbers(options.lr, float, "--lr")
         self.limit = options.limit or (None if options.full else QUICK_QUESTIONS)
-        columns = TaskConfig.from_options(vars(options) | {"forget": ()})
-        self.new = columns.quiz(options.new) if options.new else None
+        self.new = TaskConfig.from_options(vars(options)).quiz(options.new)
         self.names = self._names()
+        new = {"new": self.new.fingerprint} if self.new else {}
         settings = {
             "model": describe(study.model),
-            "data": study.task.fingerprints() | ({"new": self.new.fingerprint} if self.new else {}),
+            "data": study.task.fingerprints() | new,
             "steps": options.steps,
             "lr": self.lr,
             "limit": self.limit,
             "edits": self.saved,
             "reference": options.reference,
         }
-        self.store = ResultStore.claim(options.out, "relearning", settings)
+        self.store = ResultStore.claim(
+            options.out, "relearning", settings, earlier={"data": study.task.legacy_fingerprints() | new}
+        )
 
     def _names(self) -> list[str]:
         """The reference and the controls first, then the edits."""
@@ -113,70 +191,80 @@ class Campaign:
 
     @property
     def jobs(self) -> list[Job]:
-        """All that is attacked."""
+        """All that is retrained."""
         return [(name, seed) for seed in self.seeds for name in self.names]
 
-    def attacks(self, job: Job) -> list[Attack]:
+    def retrainings(self, job: Job) -> list[Retraining]:
         """What is done to it."""
         name, seed = job
         chosen = name in QUICK_METHODS.split(",") or name in self.saved
         others = OTHERS if self.options.others and seed == self.seeds[0] and chosen else ()
-        weights = [WEIGHTS] if name == "mrp-mlp" else []
-        return [USUAL, *weights, *others]
+        return [USUAL, *([WEIGHTS] if name == "mrp-mlp" else []), *others]
 
-    def run(self, shard: tuple[int, int]) -> pd.DataFrame | None:
-        """Compute this shard's curves that have no file yet; all curves, once every one has."""
-        number, count = shard
-        mine = self.jobs[number - 1 :: count]
-        curves = [(job, attack) for job in mine for attack in self.attacks(job)]
-        curves.sort(key=lambda curve: curve[1] in OTHERS)  # the headline first
-        with tqdm(curves, desc="curves") as bar:
-            for job, attack in bar:
-                bar.set_postfix_str(piece_of(job, attack.name))
-                self.quiz(job)
-                self.curve(job, attack)
-        wanted = [piece_of(job, attack.name) for job in self.jobs for attack in self.attacks(job)]
-        if any(self.store.stored(piece) is None for piece in wanted):
-            return None
-        self.store.tidy()
+    def parts(self) -> list[tuple[Job, str]]:
+        """Of each job the quiz and its curves, the headline's first."""
+        curves = [(job, how) for job in self.jobs for how in self.retrainings(job)]
+        curves.sort(key=lambda curve: curve[1] in OTHERS)
+        every = [(job, part) for job, how in curves for part in ("quiz", how.name)]
+        return list(dict.fromkeys(every))
+
+    def result(self, job: Job, part: str) -> Any:
+        """The quiz of a job, or one of its curves."""
+        if part == "quiz":
+            return self.store.once(result_name(job, part), lambda: self.quiz(job))
+        how = next(how for how in self.retrainings(job) if how.name == part)
+        return self.store.frame(result_name(job, part), lambda: self.curve(job, how))
+
+    def curves(self) -> pd.DataFrame:
+        """All curves, once every one is there."""
         frames = []
         for job in self.jobs:
-            for attack in self.attacks(job) if job[0] != REFERENCE else ():  # it is the floor of the others
-                frame = self.curve(job, attack)
-                if self.options.reference and attack == USUAL and len(frame):
-                    frame = with_floor(frame, self.curve((REFERENCE, job[1]), USUAL), seed=job[1])
+            for how in self.retrainings(job) if job[0] != REFERENCE else ():  # it is the floor of the others
+                frame = self.result(job, how.name)
+                if self.options.reference and how == USUAL and len(frame):
+                    floor = self.result((REFERENCE, job[1]), USUAL.name)
+                    frame = attacks.with_floor(frame, floor, seed=job[1])
                 frames.append(frame.assign(method=job[0], seed=job[1]))
         return pd.concat([frame for frame in frames if len(frame)], ignore_index=True)
 
-    def curve(self, job: Job, attack: Attack) -> pd.DataFrame:
-        """One attack on one edit, at every rate; no rows where there is nothing to retrain in this way."""
+    def curve(self, job: Job, how: Retraining) -> pd.DataFrame:
+        """One edit retrained in one way, at every rate; no rows where there is nothing to retrain so. Ctrl-C ends the study.
 
-        def compute() -> pd.DataFrame:
-            name, seed = job
-            model, edit = self.model_of(name), self.edit(job)
-            if not possible(attack, model, edit):
-                return pd.DataFrame()
-            return retrain(
-                model,
-                edit,
-                attack,
-                self.study.task,
-                new=self.new,
-                limit=self.limit,
-                steps=self.options.steps,
-                lr=self.lr,
-                marks=(0, *BUDGETS),
-                seed=seed,
-            )
-
-        return self.store.frame(piece_of(job, attack.name), compute)
+        Raises:
+            ValueError: the data lack the questions that this needs, or these do not say whom they are about.
+        """
+        name, seed = job
+        model, edit, task = self.model_of(name), self.edit(job), self.study.task
+        if not possible(how, model, edit):
+            return pd.DataFrame()
+        split = how.split if how.split != USUAL.split else None  # by entity where the questions know it
+        facts = attacks.FactSplit.of(task, by=split, limit=self.limit, seed=seed)
+        new = facts.new if self.new is None else self.new
+        sources = {"half": facts.train, "near": task.retain_questions, "unrelated": task.held_out}
+        train: Questions | Corpus | None = sources[how.data]
+        if train is None:
+            raise ValueError("near data are questions on what was to stay; give --retain-questions")
+        frame = attacks.relearn(
+            model,
+            edit,
+            train=train,
+            held_out=facts.held_out,
+            untaught=facts.untaught,
+            new=new if how in (USUAL, WEIGHTS) else None,
+            steps=self.options.steps,
+            lr=self.lr,
+            samples=how.samples,
+            form=how.form,
+            parameters=how.parameters,
+            marks=(0, *BUDGETS),
+            seed=seed,
+        )
+        if frame.attrs["interrupted"]:
+            raise KeyboardInterrupt
+        return frame.assign(attacker=how.name)
 
     def quiz(self, job: Job) -> dict[str, Any]:
         """Accuracy on what was to go and on what was to stay, before any attack."""
-        return self.store.once(piece_of(job, "quiz"), lambda: self.measure(job))
-
-    def measure(self, job: Job) -> dict[str, Any]:
-        """The same, computed."""
         model, edit = self.model_of(job[0]), self.edit(job)
         row: dict[str, Any] = {"method": job[0], "seed": job[1]}
         row |= {"layers": ",".join(map(str, edit.layers)) if edit else "", "rank": rank_of(edit)}
@@ -187,7 +275,7 @@ class Campaign:
 
     def quizzes(self) -> pd.DataFrame:
         """The quizzes of all jobs."""
-        return pd.DataFrame([self.quiz(job) for job in self.jobs])
+        return pd.DataFrame([self.result(job, "quiz") for job in self.jobs])
 
     def model_of(self, name: str) -> LensModel:
         """The model that is attacked under this name."""
@@ -222,16 +310,81 @@ def random_projection(model: LensModel, *, rank: int, seed: int) -> ProjectionEd
     )
 
 
-def piece_of(job: Job, what: str) -> str:
-    """The name of a result's file."""
-    return f"{job[0]}-seed{job[1]}-{what.replace(' ', '-')}"
-
-
 def rank_of(edit: Edit | None) -> int | None:
     """The largest rank that a projection removes at a hook; None for other edits."""
     if not isinstance(edit, ProjectionEdit):
         return None
     return max(subspace.rank for subspace in edit.subspaces().values())
+
+
+def rows_of_curves(curves: pd.DataFrame, quizzes: pd.DataFrame) -> pd.DataFrame:
+    """One row an edit, seed and attacker: recovery after 5, 20 and 100 updates at the attacker's best rate, with what the
+    edit had done before. The control "never-taught" is the other half of the never-taught facts."""
+    rows: list[dict[str, Any]] = []
+    known: dict[Any, dict[str, Any]] = {
+        (row["method"], row["seed"]): {str(key): value for key, value in row.items()}
+        for row in quizzes.to_dict("records")
+    }
+    for (method, seed, attacker), part in curves.groupby(["method", "seed", "attacker"], sort=False):
+        at_best = attacks.best(part).sort_values("step").set_index("step")
+        row: dict[str, Any] = {**known[method, seed], "attacker": attacker}
+        last = at_best.iloc[-1]
+        row |= {name: last[name] for name in ("floor", "ceiling", "train_accuracy", "counts", "n")}
+        learned = part.groupby("step")[["new_accuracy"]].max()  # at the best rate for these
+        row |= _by_budget(at_best, INTERVAL) | _by_budget(learned, ["new_accuracy"])
+        rows.append(row)
+        if method == UNEDITED and attacker == USUAL.name and at_best["control_recovery"].notna().any():
+            control = at_best.drop(columns=list(INTERVAL)).rename(columns=lambda name: name.removeprefix("control_"))
+            rows.append({"method": NEVER_TAUGHT, "seed": seed, "attacker": attacker, **_by_budget(control, INTERVAL)})
+    return _with_forms(pd.DataFrame(rows))
+
+
+def _by_budget(at_best: pd.DataFrame, columns: Sequence[str]) -> dict[str, Any]:
+    """`recovery_low` after 5 updates as `recovery_5_low`."""
+    named = {}
+    for budget in (budget for budget in BUDGETS if budget in at_best.index):
+        for column in columns:
+            stem, _, end = column.partition("_") if column.startswith("recovery") else (column, "", "")
+            named[f"{stem}_{budget}{'_' + end if end else ''}"] = at_best.loc[budget, column]
+    return named
+
+
+def _with_forms(table: pd.DataFrame) -> pd.DataFrame:
+    """Beside the recovery with the edit kept, that without its hooks (the unedited model) and in the weights."""
+    usual = table[table["attacker"] == USUAL.name].set_index(["method", "seed"])
+    headline = f"recovery_{MANY}"
+    if headline not in table:
+        return table
+    for place, row in table[table["attacker"] == USUAL.name].iterrows():
+        edited = isinstance(row["layers"], str) and row["layers"] != ""
+        hooks = edited and pd.notna(row["rank"])  # a projection; other edits are in the weights as they are
+        weights = table[
+            (table["attacker"] == WEIGHTS.name) & (table["method"] == row["method"]) & (table["seed"] == row["seed"])
+        ]
+        if hooks:
+            table.loc[place, f"{headline}_stripped"] = usual.loc[(UNEDITED, row["seed"]), headline]
+        elif edited:
+            table.loc[place, f"{headline}_weights"] = row[headline]
+        if len(weights):
+            table.loc[place, f"{headline}_weights"] = weights[headline].iloc[0]
+    return table
+
+
+def compact(table: pd.DataFrame) -> pd.DataFrame:
+    """As text, one row an edit and attacker, the usual attacker's first: means over the seeds."""
+    budgets = [budget for budget in BUDGETS if f"recovery_{budget}" in table]
+    ordered = table.sort_values("attacker", key=lambda names: names != USUAL.name, kind="stable")
+    rows = []
+    for (attacker, method), part in ordered.groupby(["attacker", "method"], sort=False):
+        row = {"attacker": str(attacker), "edit": str(method)}
+        row |= {title: figure(part, f"{title}_accuracy") for title in ("forget", "retain")}
+        row |= {f"recovery, {budget}": figure(part, f"recovery_{budget}", f"recovery_{budget}") for budget in budgets}
+        row |= {form: figure(part, f"recovery_{MANY}_{form}") for form in ("stripped", "weights")}
+        row[f"new facts, {FEW}"] = figure(part, f"new_accuracy_{FEW}")
+        if part["counts"].isin([False]).any():
+            row[f"recovery, {budgets[-1]}"] += f" {DOES_NOT_COUNT}"
+        rows.append(row)
+    return pd.DataFrame(rows)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,8 @@ import torch
 from tqdm.auto import tqdm
 
 from analysis.common import plain_harness
-from analysis.common.arguments import Study, parser_for
+from analysis.common.arguments import Study, parser_for, saved_edits
+from analysis.common.tables import markdown_of_rows
 from mrp_lens.data import Document, Questions
 from mrp_lens.edits import Edit, edit_on, load_edit
 from mrp_lens.export import ExportReport, export_hf
@@ -35,6 +36,10 @@ METHODS: dict[str, Any] = {
     "rmu": RMU(),
     "adaptive-rmu": AdaptiveRMU(),
 }
+READING = """\
+`exported accuracy` is the harness's, on the folder in the form given; `hooked accuracy` that of the model with its hooks, by the
+same rule. Nothing is lost by shipping where they are equal and `same answers` is 1; `largest difference` is that of any
+log-probability when the export was checked."""
 TASK = "forgotten"
 TASK_FILE = """\
 task: {name}
@@ -64,15 +69,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if study.task.questions is None:
         raise ValueError("the harness asks questions about what was forgotten; give --questions")
     questions = study.task.questions.spread(options.limit)
-    saved = dict(text.split("=", 1) for text in options.edits)
+    saved = saved_edits(options.edits)
     rows = []
     with tqdm(list(saved) or list(METHODS), desc="edits") as bar:
         for name in bar:
             bar.set_postfix_str(name)
             edit = load_edit(saved[name]) if saved else study.fit(METHODS[name]).edit
             rows.append({"method": name, **shipped(study.model, edit, questions)})
-    table = pd.DataFrame(rows)
-    study.end(finding(table), {}, table)
+    keys = ["method", "form", "n", "hooked_accuracy", "exported_accuracy", "same_answers", "largest_difference"]
+    study.end(f"{markdown_of_rows(rows, keys)}\n\n{READING}", {}, pd.DataFrame(rows))
 
 
 def shipped(model: LensModel, edit: Edit, questions: Questions) -> dict[str, Any]:
@@ -135,17 +140,6 @@ def answers_by_harness(report: ExportReport, tasks: Path) -> Mapping[str, Any]:
     subprocess.run([sys.executable, "-P", str(plain_harness.__file__), json.dumps(job)], check=True)
     result: Mapping[str, Any] = json.loads(answered.read_text(encoding="utf-8"))
     return result
-
-
-def finding(table: pd.DataFrame) -> str:
-    """What the numbers say, in sentences."""
-    lines = [
-        f"{row.method}: exported as {row.form}; the harness scores {row.exported_accuracy:.3f} of {row.n} questions, the hooked model "
-        f"{row.hooked_accuracy:.3f}; {row.same_answers:.1%} of the answers are the same (largest difference of a log-probability "
-        f"{row.largest_difference:.1e})."
-        for row in table.itertuples()
-    ]
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

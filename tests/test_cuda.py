@@ -9,17 +9,16 @@ import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
-from typer.testing import CliRunner
 
 import mrp_lens as ml
 from mrp_lens import attacks, metrics
-from mrp_lens.cli.app import app
 from mrp_lens.data import Corpus, Questions
 from mrp_lens.edits import Edit, WeightEdit, load_edit
 from mrp_lens.edits.provenance import fingerprint
 from mrp_lens.methods import MRP, NPO, RMU, AdaptiveRMU
 from mrp_lens.models import load_model
 from tests.conftest import assert_same_state, state_of
+from tests.support.commands import invoke
 from tests.support.edits import projection
 from tests.support.kills import Killed, arguments, kill_at_save, write_data
 
@@ -176,7 +175,7 @@ def data(tmp_path: Path) -> Iterator[Path]:
 @pytest.mark.parametrize("method", ["mrp", "rmu"])
 def test_the_whole_command_runs_there(method: str, dtype: str, tiny_folder: Path, data: Path) -> None:
     line = [*arguments("unlearn", tiny_folder, data, data / "out", method), "--dtype", dtype, "--device", "cuda"]
-    result = CliRunner().invoke(app, line)
+    result = invoke(*line)
     assert result.exit_code == 0, result.output + repr(result.exception)
-    assert CliRunner().invoke(app, line).exit_code == 0
+    assert invoke(*line).exit_code == 0
     assert (data / "out" / "report.html").is_file()

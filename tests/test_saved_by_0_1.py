@@ -12,7 +12,11 @@ import pytest
 import torch
 
 import mrp_lens as ml
-from mrp_lens.runs.report import write_report
+from mrp_lens.cli.attack import AttackEdit
+from mrp_lens.cli.command import Command
+from mrp_lens.cli.sweep import Sweep
+from mrp_lens.cli.unlearn import Unlearn
+from mrp_lens.runs.report import report
 
 SAVED = Path(__file__).parent / "support" / "saved_by_0_1"
 COMMON = [
@@ -76,7 +80,7 @@ def test_a_run_folder_is_gone_on_with(name: str, arguments: list[str], missing: 
 
 @pytest.mark.parametrize("name", ["unlearn", "sweep", "attack"])
 def test_a_page_is_made_of_its_run_folders(name: str, saved: Path) -> None:
-    page = write_report(saved / name).read_text()
+    page = report(saved / name).read_text()
     assert json.loads((saved / name / "summary.json").read_text())["title"] in page
 
 
@@ -98,3 +102,14 @@ def test_a_summary_of_it_is_a_configuration(saved: Path) -> None:
     again, before = (ml.load_edit(saved / side / "edit") for side in ("again", "unlearn"))
     for name, tensor in before.to_parts()[1].items():
         torch.testing.assert_close(again.to_parts()[1][name], tensor, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(("name", "kind"), [("unlearn", Unlearn), ("sweep", Sweep), ("attack", AttackEdit)])
+def test_settings_of_its_summaries_are_understood(name: str, kind: type[Command]) -> None:
+    summary = json.loads((SAVED / name / "summary.json").read_text())
+    command = kind.parsed(["--config", str(SAVED / name / "summary.json"), "--out", "out"])
+    assert command is not None
+    told = command.arguments()
+    for key in ("model", "retain", "steps", "question_prompt", "choices", "backend", "dtype"):
+        assert told[key] == summary["arguments"][key]
+    assert told["forget"] == list(summary["arguments"]["forget"])

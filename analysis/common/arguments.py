@@ -2,31 +2,21 @@
 
 import argparse
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pandas as pd
 
 from mrp_lens.data.task import TaskConfig, UnlearningTask, task_for
 from mrp_lens.methods import METHODS, Fit
-from mrp_lens.models import load_model
+from mrp_lens.models import LensModel, load_model
 from mrp_lens.runs.record import Run
-from mrp_lens.runs.report import write_report
+from mrp_lens.runs.report import report
 from mrp_lens.utils.frames import rows_of
 from mrp_lens.utils.io import check_free, write_text
 
-DATA = (
-    "retain",
-    "questions",
-    "retain_questions",
-    "field",
-    "prompt",
-    "completion",
-    "question_prompt",
-    "choices",
-    "answer",
-)
+Number = TypeVar("Number", int, float)
 
 
 def parser_for(doc: str | None, out: str) -> argparse.ArgumentParser:
@@ -34,9 +24,10 @@ def parser_for(doc: str | None, out: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="demo", help="`demo` (default), a local Hugging Face folder, or a Hub name")
     parser.add_argument("--topic", default="potions", help="of the demo's world, to forget (default potions)")
-    parser.add_argument("--forget", nargs="+", help="files of texts to forget; without them, the topic of the demo")
-    for name in DATA:
-        parser.add_argument(f"--{name.replace('_', '-')}", help="as in `mrp-lens unlearn`")
+    parser.add_argument("--forget", nargs="+", help="sources of the forget set; without them, the topic of the demo")
+    for option in fields(TaskConfig):
+        if option.name != "forget":
+            parser.add_argument(f"--{option.name.replace('_', '-')}", help="as in `mrp-lens unlearn`")
     parser.add_argument("--backend", default="auto", help="auto, hooked or bridge (default auto)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("runs") / out, help=f"output folder (default runs/{out})")
@@ -44,11 +35,54 @@ def parser_for(doc: str | None, out: str) -> argparse.ArgumentParser:
     return parser
 
 
+def add_resumable_options(parser: argparse.ArgumentParser, *, seeds: str = "--seed") -> None:
+    """Those of the studies that fit or attack many edits one by one."""
+    parser.add_argument("--methods", help="separated by commas")
+    parser.add_argument("--seeds", help=f"such as 0,1,2 (default: {seeds})")
+    parser.add_argument("--limit", type=int, help="at most this many questions of each quiz")
+    parser.add_argument("--shard", default="1/1", help="i/n: this process's part of the work (default 1/1)")
+
+
+def add_attacker_options(parser: argparse.ArgumentParser) -> None:
+    """Those of the studies that retrain edited models."""
+    parser.add_argument("--edits", nargs="+", default=[], metavar="NAME=DIR", help="saved edits to attack, unfitted")
+    parser.add_argument("--lr", help="the attacker's grid, such as 3e-4,1e-3 (default: three around one by width)")
+
+
+def numbers(text: str | None, kind: type[Number], option: str) -> tuple[Number, ...] | None:
+    """ "3,5" -> (3, 5).
+
+    Raises:
+        ValueError: a part is not such a number.
+    """
+    try:
+        return None if text is None else tuple(kind(part) for part in text.split(","))
+    except ValueError as error:
+        raise ValueError(f"{option} takes numbers separated by commas, got {text!r}") from error
+
+
+def shard_of(text: str) -> tuple[int, int]:
+    """ "2/4" -> (2, 4).
+
+    Raises:
+        ValueError: it is not two numbers.
+    """
+    parts = text.split("/")
+    if len(parts) != 2 or not all(part.isdigit() for part in parts):
+        raise ValueError(f"--shard takes i/n, such as 1/4, got {text!r}")
+    return int(parts[0]), int(parts[1])
+
+
+def saved_edits(texts: Sequence[str]) -> dict[str, str]:
+    """Name -> folder, of `NAME=DIR`."""
+    return dict(text.split("=", 1) for text in texts)
+
+
 @dataclass(frozen=True)
 class Study:
     """A model, its data, and the record to fill."""
 
-    model: Any
+    model: LensModel
     task: UnlearningTask
     run: Run
     out: Path
@@ -80,13 +114,20 @@ class Study:
     def end(
         self, finding: str, frames: Mapping[str, pd.DataFrame], rows: pd.DataFrame, *, in_place: bool = False
     ) -> None:
-        """Print the finding, write the folder and its page; in place where the folder holds a sweep."""
+        """Print the finding, write the folder and its page; in place where the folder holds results one by one.
+
+        Args:
+            finding: a table in Markdown and a paragraph on how to read it.
+            frames: what the report draws, by the name of the figure.
+            rows: of `table.csv`.
+            in_place: the folder exists.
+        """
         self.run.frames |= frames
         self.run.rows = rows_of(rows)
         print(finding)
         extras: Sequence[Callable[[Path], object]] = [
             lambda folder: write_text(folder / "finding.md", finding + "\n"),
-            write_report,
+            report,
         ]
         if in_place:
             self.run.write_into(self.out)

@@ -41,7 +41,7 @@ class SuiteConfig(PlainSettings):
         ValueError: an unknown attack, two budgets of one, or a number that is not above 0.
 
     Example:
-        >>> SuiteConfig(attacks=("relearn", "probe"), budgets=(Relearn(steps=20),))  # doctest: +SKIP
+        >>> config = SuiteConfig(attacks=("relearn", "probe"), budgets=(ml.attacks.Relearn(steps=20),))
     """
 
     attacks: tuple[str, ...] | None = None
@@ -165,7 +165,7 @@ def run_suite(
         **{key: value for name in FLAT for key, value in asdict(config.budget(name)).items()},
         **{key: getattr(config, key) for key in ("split", "questions", "seed")},
     }
-    store = ResultStore.claim(out, KIND, settings)
+    store = ResultStore.claim(out, KIND, settings, earlier={"data": _data_as_0_1_wrote(task, facts)})
     setting = Setting(
         model=model,
         edit=edit,
@@ -188,3 +188,11 @@ def run_suite(
         frames |= found
     store.tidy()
     return frames
+
+
+def _data_as_0_1_wrote(task: UnlearningTask, facts: FactSplit) -> dict[str, str]:
+    """The hashes of the data by which version 0.1 knew its folders."""
+    parts = {role: getattr(facts, role) for role in facts.fingerprints()}
+    return task.legacy_fingerprints() | {
+        role: replace(task, questions=part).legacy_fingerprints()["questions"] for role, part in parts.items()
+    }

@@ -1,26 +1,24 @@
 """`mrp-lens attack`: what survives an edit, on anybody's model, edit and data."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pandas as pd
+from typing_extensions import override
 
-from mrp_lens.attacks.registry import ATTACKS
-from mrp_lens.attacks.suite import SuiteConfig, run_suite
-from mrp_lens.attacks.summary import notes_of, rows_of_attacks
+from mrp_lens.attacks import ATTACKS, Attack, SuiteConfig, notes_of, rows_of_attacks, run_suite
+from mrp_lens.cli.command import OnData
+from mrp_lens.cli.console import Column, console, show_table
 from mrp_lens.cli.folder import stoppable
-from mrp_lens.cli.parsing import dtype_named, numbers
-from mrp_lens.cli.show import Column, console, show_table
-from mrp_lens.data.task import TaskConfig, task_for
+from mrp_lens.data.questions import Half
 from mrp_lens.edits import load_edit
 from mrp_lens.edits.provenance import label_of
 from mrp_lens.metrics.recovery import CONTROL_METHODS
-from mrp_lens.models import load_model
 from mrp_lens.plots import FIGURES
 from mrp_lens.runs.record import Run
-from mrp_lens.runs.report import write_report
+from mrp_lens.runs.report import report
 from mrp_lens.utils.io import make_folder
 from mrp_lens.utils.store import check_holds
 
@@ -36,81 +34,105 @@ PROBE_CAPTION = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class Budget:
-    """What the command line says of the plan; lists are separated by commas."""
+class AttackEdit(OnData):
+    """See what survives an edit: retrain, probe, bypass and jailbreak it, against what was never taught.
 
-    attack: str = ALL
-    forms: str | None = None
-    parameters: str = "all"
-    steps: int = 100
-    lr: str | None = None
-    samples: int | None = None
-    probe_kind: str = "linear"
-    search_steps: int = 50
-    split: str | None = None
-    questions: int | None = None
+    Half of the questions on what was forgotten are the attacker's; what counts is the other half. *Recovery* is 0 where
+    the attacked model knows no more of these than of facts that it was never taught, and 1 where it knows as much as
+    before the edit.
 
-    def plan(self, seed: int) -> SuiteConfig:
-        """The plan.
+    - `relearn`: retraining on the attacker's half (arXiv 2410.08827), with the edit on, with its hooks stripped, and
+      where possible written into the weights. The unedited model is retrained as well, and new facts are taught likewise.
+    - `probe`: what a probe, and the logit lens, read off each layer, before, with the edit, and after retraining.
+    - `bypass`: hooks stripped, directions ablated, weights rounded, noise, other contexts: no training.
+    - `jailbreak`: a trigger for all prompts, found by gradients; and how steep these are.
 
-        Raises:
-            ValueError: something unknown, or a budget that is not above 0.
-        """
-        return SuiteConfig.flat(
-            attacks=tuple(ATTACKS) if self.attack == ALL else (self.attack,),
-            forms=None if self.forms is None else tuple(self.forms.split(",")),
-            parameters=tuple(self.parameters.split(",")),
-            steps=self.steps,
-            lr=numbers(self.lr, float, "--lr"),
-            samples=self.samples,
-            probe_kind=self.probe_kind,
-            search_steps=self.search_steps,
-            split=self.split,  # type: ignore[arg-type]
-            questions=self.questions,
-            seed=seed,
+    Each result is kept, whole or not at all: run the same command again after Ctrl-C or a crash and it goes on where it
+    stopped. All attacks on an edit of the demo take about half an hour on two cores; `--questions-limit 120 --lr 1e-3
+    --search-steps 10` a few minutes.
+
+    Examples:
+
+        mrp-lens attack --edit runs/demo/mrp/edit --attack relearn --out runs/attack
+
+        mrp-lens attack --model ./my-checkpoint --edit runs/mine/edit --forget forget.jsonl --retain retain.jsonl \\
+            --questions quiz.jsonl --untaught-questions never.jsonl --entity person --out runs/mine-attacked
+
+    Attributes:
+        edit: Folder of the edit, such as `runs/demo/mrp/edit`.
+        out: Folder of the attacks; one that holds part of them is gone on with.
+        attack: Which: names separated by commas, or `all`.
+        split: How questions are halved: no `entity` in both halves, or no `question`. Default: `entity` where all are known.
+        reference: A model that never saw what was forgotten: the floor of relearning, retrained likewise.
+        questions_limit: Questions on what was forgotten, both halves together. Default: all.
+        seed: Of every random choice.
+    """
+
+    word: ClassVar[str] = "attack"
+    inside: ClassVar[tuple[str, ...]] = ("budgets",)
+
+    budgets: tuple[Attack, ...]
+    edit: Path
+    out: Path
+    attack: tuple[str, ...] = field(default=(ALL,), metadata={"separator": ","})
+    split: Half | None = None
+    reference: str | None = None
+    questions_limit: int | None = None
+    seed: int = 0
+
+    @classmethod
+    @override
+    def parts(cls, given: Mapping[str, Any]) -> dict[str, type]:
+        return {**super().parts(given), **ATTACKS}
+
+    @classmethod
+    @override
+    def gathered(cls, settings: Mapping[str, Any]) -> dict[str, Any]:
+        rest = {name: value for name, value in settings.items() if name not in ATTACKS}
+        return {**rest, "budgets": tuple(settings[name] for name in ATTACKS)}
+
+    @override
+    def scattered(self) -> dict[str, Any]:
+        return {"loading": self.loading, "data": self.data, **{budget.name: budget for budget in self.budgets}}
+
+    @classmethod
+    @override
+    def listed(cls, given: Mapping[str, Any]) -> str:
+        return "\n".join(["attacks:", *(f"  {name:<12}{kind.summary} {kind.source}" for name, kind in ATTACKS.items())])
+
+    @property
+    def config(self) -> SuiteConfig:
+        """What the suite covers."""
+        attacks = None if ALL in self.attack else self.attack
+        limits: dict[str, Any] = {"split": self.split, "questions": self.questions_limit, "seed": self.seed}
+        return SuiteConfig(attacks=attacks, budgets=self.budgets, **limits)
+
+    @override
+    def execute(self) -> Run:
+        config, out = self.config, self.out
+        check_holds(out, "campaign")
+        edit = load_edit(self.edit)
+        name = label_of(edit)
+        task = self.task()
+        make_folder(out)
+        run = Run(
+            "attack", self.arguments(), self.seed, title=f"{self.loading.model}: what survives {name} ({self.edit})"
         )
-
-
-def run_attack(
-    *,
-    options: Mapping[str, Any],
-    budget: Budget,
-    edit_folder: Path,
-    reference_name: str | None,
-    out: Path,
-    backend: str,
-    dtype: str,
-    device: str | None,
-    seed: int,
-) -> Run:
-    """Attack as far as that has not been done; print and write the table."""
-    plan, precision = budget.plan(seed), dtype_named(dtype)
-    check_holds(out, "campaign")
-    edit = load_edit(edit_folder)
-    model_name, name = str(options["model"]), label_of(edit)
-    task = task_for(model_name, TaskConfig.from_options(options), topic=options["topic"])
-    make_folder(out)
-    run = Run("attack", options, seed, title=f"{model_name}: what survives {name} ({edit_folder})")
-
-    def loaded(which: str) -> Any:
-        console.print(f"Loading {which} ...")
-        return load_model(which, backend=backend, device=device, dtype=precision)
-
-    model = loaded(model_name)
-    reference = loaded(reference_name) if reference_name is not None else None
-    with stoppable(out):
-        frames = run_suite(model, edit, task, plan, out, name=name, reference=reference)
-        run.rows = rows_of_attacks(frames, name, plan)
-        run.notes = notes_of(frames, name, plan)
-        run.frames = {key: frame for key, frame in frames.items() if key in FIGURES}
-        table = pd.DataFrame([dict(row) for row in run.rows])
-        if "recovery" in table and table["recovery"].notna().any():
-            run.frames["recoveries"] = table
-        run.write_into(out)
-        show(run, name)
-        write_report(out)
-        console.print(f"Written to {out}: points/, report.html, table.csv, summary.json.")
-    return run
+        model = self.loading.load()
+        reference = None if self.reference is None else self.loading.load(self.reference)
+        with stoppable(out):
+            frames = run_suite(model, edit, task, config, out, name=name, reference=reference)
+            run.rows = rows_of_attacks(frames, name, config)
+            run.notes = notes_of(frames, name, config)
+            run.frames = {key: frame for key, frame in frames.items() if key in FIGURES}
+            table = pd.DataFrame([dict(row) for row in run.rows])
+            if "recovery" in table and table["recovery"].notna().any():
+                run.frames["recoveries"] = table
+            run.write_into(out)
+            show(run, name)
+            report(out)
+            console.print(f"Written to {out}: points/, report.html, table.csv, summary.json.")
+        return run
 
 
 def show(run: Run, name: str) -> None:

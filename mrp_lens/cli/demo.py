@@ -1,16 +1,19 @@
 """`mrp-lens demo`: the whole job on the embedded world, with the library's defaults and nothing else."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pandas as pd
+from typing_extensions import override
 
 from mrp_lens.attacks.finetuning import Attacker
 from mrp_lens.attacks.relearn import relearn
+from mrp_lens.cli.command import Backend, Command
+from mrp_lens.cli.console import Column, console, percent, show_examples, show_table
 from mrp_lens.cli.folder import begun
-from mrp_lens.cli.show import Column, console, percent, show_examples, show_table
 from mrp_lens.data.task import UnlearningTask
 from mrp_lens.data.world import World
 from mrp_lens.data.world.facts import QUESTION
@@ -19,9 +22,10 @@ from mrp_lens.methods import MRP, RMU, AdaptiveRMU, Fit
 from mrp_lens.models import LensModel, identity_of, load_model
 from mrp_lens.models.generation import continuations
 from mrp_lens.runs.record import Run
-from mrp_lens.runs.report import write_report
+from mrp_lens.runs.report import report
 from mrp_lens.runs.report.diagnostics import diagnostics
 from mrp_lens.runs.train_world import score, untaught_accuracy, verdict
+from mrp_lens.utils.interrupts import complete
 from mrp_lens.utils.store import ResultStore
 
 ATTACKED = ("unedited", "mrp", "rmu", "adaptive-rmu")
@@ -42,35 +46,69 @@ COLUMNS: list[Column] = [
 ]
 
 
-def run_demo(*, out: Path, topic: str, backend: str, seed: int, overwrite: bool) -> Run:
-    """Fit, measure, look, print, write, as far as that has not been done; returns the record."""
-    world = World()
-    task = UnlearningTask.from_world(topic, world=world)
-    arguments = {"topic": topic, "backend": backend, "out": out}
-    run = Run("demo", arguments, seed, title=f"Forgetting {topic} in a small invented world")
-    settings = {"command": "demo", "data": task.fingerprints(), "backend": backend, "seed": seed}
-    with begun(out, settings, overwrite=overwrite) as store:
-        console.print(f"Loading the model that knows {', '.join(world.topics)} ...")
-        model = load_model("demo", backend=backend)
-        store.check_same("model", identity_of(model))
-        fits = fit_all(model, task, out, seed=seed)
-        edits = with_controls(model, task, fits, seed=seed)
-        run.rows = score_edits(model, world, [topic], edits, fits, store)
-        run.examples = answers(model, world, topic, edits, store)
-        run.frames["relearning_curves"] = relearn_all(model, task, edits, run, store, seed=seed)
-        show(run, topic)
-        run.write_into(out)
-        console.print(f"Written to {out}: table.csv, summary.json, and for each method its edit and log.")
-        logs = [fit.log.assign(method=name) for name, fit in fits.items()]
-        run.frames["training"] = pd.concat(logs, ignore_index=True)
-        run.frames["accuracies"] = pd.DataFrame([dict(row) for row in run.rows])
-        directions = {name: fit.direction for name, fit in fits.items() if fit.directions}
-        looked = {name: edit for name, edit in edits.items() if name != "untrained-start"}
-        run.frames |= diagnostics(model, task, looked, directions, seed=seed, store=store)
-        run.write_into(out)
-        store.tidy()
-        console.print(f"The page: {write_report(out)}")
-    return run
+@dataclass(frozen=True, kw_only=True)
+class Demo(Command):
+    """Forget one topic of the embedded invented world with MRP, RMU and Adaptive RMU, and compare them.
+
+    Takes two to three minutes on two cores. The model knows 2,000 invented facts about potions, beasts, towns and machines.
+    Each method gets texts about one topic to forget, texts about half of the rest to keep, and the library's defaults.
+    The table shows, next to the unedited model, a random projection of the same rank, and MRP's start before training:
+
+    - **forgotten topic**: accuracy on its questions, in a wording no method saw. *absent*: as low as on facts the model
+      was never taught. *suppressed*: lower, so the answer is still known and pushed down. *known*: higher.
+    - **back after 20 updates**: how much of half of the topic comes back when the edited model is retrained on the other
+      half: 0 as if never taught, 1 all of it. `mrp-lens attack` does more.
+    - **worst other topic**: accuracy on entities that no method saw.
+    - **text**: perplexity of unseen ordinary sentences, as a multiple of the unedited model's.
+
+    Example:
+
+        mrp-lens demo --out runs/demo
+
+    Attributes:
+        out: Folder for the table, the edits, the logs and the metrics.
+        topic: What to forget: `potions`, `beasts`, `towns` or `machines`.
+        backend: HookedTransformer (`hooked`, TransformerLens 3 only), TransformerBridge (`bridge`), or whichever fits.
+        seed: Of every random choice.
+        overwrite: Replace the output folder if it exists.
+    """
+
+    word: ClassVar[str] = "demo"
+
+    out: Path = Path("runs/demo")
+    topic: str = "potions"
+    backend: Backend = "auto"
+    seed: int = 0
+    overwrite: bool = False
+
+    @override
+    def execute(self) -> Run:
+        world = World()
+        task, topic, seed, out = UnlearningTask.from_world(self.topic, world=world), self.topic, self.seed, self.out
+        run = Run("demo", self.arguments(), seed, title=f"Forgetting {topic} in a small invented world")
+        settings = {"command": "demo", "data": task.fingerprints(), "backend": self.backend, "seed": seed}
+        with begun(out, settings, overwrite=self.overwrite) as store:
+            console.print(f"Loading the model that knows {', '.join(world.topics)} ...")
+            model = load_model("demo", backend=self.backend)
+            store.check_same("model", identity_of(model))
+            fits = fit_all(model, task, out, seed=seed)
+            edits = with_controls(model, task, fits, seed=seed)
+            run.rows = score_edits(model, world, [topic], edits, fits, store)
+            run.examples = answers(model, world, topic, edits, store)
+            run.frames["relearning_curves"] = relearn_all(model, task, edits, run, store, seed=seed)
+            show(run, topic)
+            run.write_into(out)
+            console.print(f"Written to {out}: table.csv, summary.json, and for each method its edit and log.")
+            logs = [fit.log.assign(method=name) for name, fit in fits.items()]
+            run.frames["training"] = pd.concat(logs, ignore_index=True)
+            run.frames["accuracies"] = pd.DataFrame([dict(row) for row in run.rows])
+            directions = {name: fit.direction for name, fit in fits.items() if fit.directions}
+            looked = {name: edit for name, edit in edits.items() if name != "untrained-start"}
+            run.frames |= diagnostics(model, task, looked, directions, seed=seed, store=store)
+            run.write_into(out)
+            store.tidy()
+            console.print(f"The page: {report(out)}")
+        return run
 
 
 def fit_all(model: LensModel, task: UnlearningTask, out: Path, *, seed: int) -> dict[str, Fit]:
@@ -124,9 +162,7 @@ def relearn_all(
                 lr=rate,
                 seed=seed,
             )
-            if curve.attrs["interrupted"]:
-                raise KeyboardInterrupt
-            return curve
+            return complete(curve)
 
         curve = store.frame(f"relearn-{name}", retrained)
         curves.append(curve.assign(method=name))

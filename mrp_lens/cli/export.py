@@ -1,84 +1,105 @@
 """`mrp-lens export`: an edit as files that plain transformers loads."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, ClassVar, Literal
 
-from mrp_lens.cli.parsing import dtype_named
-from mrp_lens.cli.show import console
+from typing_extensions import override
+
+from mrp_lens.cli.command import Command, Dtype, ModelOptions
+from mrp_lens.cli.console import console
 from mrp_lens.data import Corpus
 from mrp_lens.edits import load_edit
 from mrp_lens.export import ExportReport, Record, export_hf
 from mrp_lens.export.base import check_apart
-from mrp_lens.models import load_model
+from mrp_lens.models.base import dtype_named
 from mrp_lens.utils.io import check_free
 
 
 @dataclass(frozen=True, kw_only=True)
-class Wanted:
-    """What the command line says of the export.
+class Export(Command):
+    """Write an edited model for Hugging Face's transformers, and prove it by reloading.
+
+    - `folded`: a plain checkpoint of the same architecture. Exact for RMU's matrices, and for projections at `mlp_out`,
+      `attn_out` and `resid_pre` of layer 0; refused elsewhere.
+    - `module`: a folder with a small modelling file and its own model type. `trust_remote_code=True` loads it; without,
+      loading fails and never gives the unedited model.
+    - `adapter`: the edit alone, for `mrp_lens.hf.attach(hf_model, folder)`.
+    - `auto`: `folded` where that is exact, else `module`.
+
+    The folder appears only if the model in it, loaded by plain transformers in a fresh process, computes what the model
+    with its hooks computes. Its model card holds the figures of the run.
+
+    Examples:
+
+        mrp-lens export --edit runs/demo/mrp/edit --out runs/export
+
+        mrp-lens export --model ./my-checkpoint --edit runs/mine/edit --attacks runs/mine-attacked --out my-model-edited
 
     Attributes:
-        form, base, verify: as in `export_hf`.
-        save_dtype: of the written tensors; None: the base's.
-        texts: a file whose texts are compared on.
-        run, attacks: folders whose figures go into the model card. None: for `run`, where the edit lies.
-        push_to: repository on the Hub.
-        public: make it public.
+        edit: Folder of the edit, such as `runs/demo/mrp/edit`.
+        out: Folder for the edited model.
+        form: See above.
+        base: Checkpoint that is edited, if it is not the one of --model: the same model elsewhere.
+        save_dtype: Of the written tensors. Default: the base's.
+        texts: File of texts that the proof is made on. Default: a few sentences.
+        run: Run whose figures the model card shows. Default: the one that left the edit, if it is there.
+        attacks: Folder of `mrp-lens attack` whose figures the model card shows.
+        verify: Reload in a fresh process and compare with the hooked model; --no-verify: do not.
+        push_to: Upload to this repository of the Hub, such as `me/my-model-edited`.
+        public: `--push-to`: everybody may see it.
+        overwrite: Replace the output folder if it exists.
     """
 
-    form: str
-    base: str | None
-    save_dtype: str | None
-    texts: str | None
-    run: Path | None
-    attacks: Path | None
-    verify: bool
-    push_to: str | None
-    public: bool
+    word: ClassVar[str] = "export"
 
+    loading: ModelOptions
+    edit: Path
+    out: Path
+    form: Literal["auto", "folded", "module", "adapter"] = "auto"
+    base: str | None = None
+    save_dtype: Dtype | None = None
+    texts: str | None = None
+    run: Path | None = None
+    attacks: Path | None = None
+    verify: bool = True
+    push_to: str | None = None
+    public: bool = False
+    overwrite: bool = False
 
-def run_export(
-    *,
-    model_name: str,
-    edit_folder: Path,
-    wanted: Wanted,
-    out: Path,
-    backend: str,
-    dtype: str,
-    device: str | None,
-    overwrite: bool,
-) -> ExportReport:
-    """Export, verify, print, and upload if asked."""
-    check_free(out, overwrite=overwrite)
-    check_apart(out, edit_folder, "the edit")
-    edit, precision = load_edit(edit_folder), dtype_named(dtype)
-    saved = None if wanted.save_dtype is None else dtype_named(wanted.save_dtype)
-    run = run_of(edit_folder) if wanted.run is None else wanted.run
-    record = Record.read(run, wanted.attacks)
-    texts = None if wanted.texts is None else Corpus.from_file(wanted.texts)
-    console.print(f"Loading {model_name} ...")
-    model = load_model(model_name, backend=backend, device=device, dtype=precision)
-    report = export_hf(
-        model,
-        edit,
-        out,
-        wanted.form,  # type: ignore[arg-type]
-        verify=wanted.verify,
-        base=wanted.base,
-        dtype=saved,
-        texts=texts,
-        record=record,
-        overwrite=overwrite,
-    )
-    console.print(f"Form: {report.form} ({report.reason}).")
-    console.print(f"Proof: {report.proof}." if report.proof is not None else "Not verified.")
-    console.print(
-        f"Figures on the card: {', '.join(record.sources) if record.sources else 'none; see --run, --attacks'}."
-    )
-    console.print(f"Written to {out}; how to load it is in {out / 'README.md'}.")
-    if wanted.push_to is not None:
-        console.print(f"Uploaded: {report.push_to_hub(wanted.push_to, private=not wanted.public)}")
-    return report
+    @classmethod
+    @override
+    def parts(cls, given: Mapping[str, Any]) -> dict[str, type]:
+        return {"loading": ModelOptions}
+
+    @override
+    def execute(self) -> ExportReport:
+        check_free(self.out, overwrite=self.overwrite)
+        check_apart(self.out, self.edit, "the edit")
+        edit = load_edit(self.edit)
+        record = Record.read(run_of(self.edit) if self.run is None else self.run, self.attacks)
+        texts = None if self.texts is None else Corpus.from_file(self.texts)
+        report = export_hf(
+            self.loading.load(),
+            edit,
+            self.out,
+            self.form,
+            verify=self.verify,
+            base=self.base,
+            dtype=None if self.save_dtype is None else dtype_named(self.save_dtype),
+            texts=texts,
+            record=record,
+            overwrite=self.overwrite,
+        )
+        console.print(f"Form: {report.form} ({report.reason}).")
+        console.print(f"Proof: {report.proof}." if report.proof is not None else "Not verified.")
+        figures = ", ".join(record.sources) if record.sources else "none; see --run, --attacks"
+        console.print(f"Figures on the card: {figures}.")
+        console.print(f"Written to {self.out}; how to load it is in {self.out / 'README.md'}.")
+        if self.push_to is not None:
+            console.print(f"Uploaded: {report.push_to_hub(self.push_to, private=not self.public)}")
+        return report
 
 
 def run_of(edit_folder: Path) -> Path | None:

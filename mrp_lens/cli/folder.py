@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from mrp_lens.cli.show import console
+from mrp_lens.cli.console import console
 from mrp_lens.utils.store import POINTS, ResultStore
 
 KIND = "run"

@@ -1,124 +1,266 @@
-"""Options that commands share, and what `--help` says of them."""
+"""Options from settings dataclasses: name, type, default and help are those of a field and its docstring.
 
-from enum import StrEnum
+`jsonargparse` converts and checks the values by the fields' types. What stands here is what it does not do: dashes in names, flags
+without a value, `3,5` and repeated options for lists, several fields that a docstring describes together.
+"""
+
+import difflib
+import re
+import sys
+from argparse import ArgumentError
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import MISSING, dataclass, fields, is_dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Annotated
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-import typer
+from jsonargparse import ArgumentParser
 
-
-class Method(StrEnum):
-    """Methods by the names that tables use."""
-
-    MRP = "mrp"
-    RMU = "rmu"
-    ADAPTIVE_RMU = "adaptive-rmu"
-    GRADIENT_ASCENT = "gradient-ascent"
-    GRADIENT_DIFFERENCE = "gradient-difference"
-    NPO = "npo"
-    RMU_NOISE = "rmu-noise"
-    DIRECTION_ABLATION = "direction-ablation"
+FLAG = True  # what an option without a value was given
+NONE = ("none", "null")
 
 
-class AttackName(StrEnum):
-    """What `attack` does."""
-
-    RELEARN = "relearn"
-    PROBE = "probe"
-    BYPASS = "bypass"
-    JAILBREAK = "jailbreak"
-    ALL = "all"
+class Repeated(list[Any]):
+    """What an option was given that stands several times."""
 
 
-class Split(StrEnum):
-    """How an attacker's questions are told from those that count."""
+@dataclass(frozen=True)
+class Option:
+    """One option.
 
-    ENTITY = "entity"
-    QUESTION = "question"
+    Attributes:
+        name: with underscores; `distillation.steps` is an option inside another.
+        field: of the settings, that it sets.
+        type: of its value.
+        default: MISSING: there is none.
+        help: what the docstring says.
+        part: the title it stands under in `--help`.
+        separator: between several names; None: they are told apart by repeating the option.
+    """
+
+    name: str
+    field: str
+    type: Any
+    default: Any
+    help: str
+    part: str
+    separator: str | None = None
+
+    @property
+    def spelled(self) -> str:
+        """As it is typed."""
+        return f"--{self.name.replace('_', '-')}"
+
+    @cached_property
+    def alternatives(self) -> tuple[Any, ...]:
+        """The types that its value may have, None left out."""
+        several = get_args(self.type) if get_origin(self.type) in (Union, UnionType) else (self.type,)
+        return tuple(kind for kind in several if kind is not NoneType)
+
+    @property
+    def settings(self) -> type | None:
+        """The dataclass, if its value is one."""
+        return next((kind for kind in self.alternatives if is_dataclass(kind) and isinstance(kind, type)), None)
+
+    @property
+    def element(self) -> Any:
+        """What its value is a list of; None: it is no list."""
+        if str in self.alternatives:
+            return None
+        lists = [kind for kind in self.alternatives if get_origin(kind) in (list, tuple, Sequence)]
+        return get_args(lists[0])[0] if lists else None
+
+    @property
+    def is_flag(self) -> bool:
+        """Whether it may stand without a value."""
+        return bool in self.alternatives or self.settings is not None
+
+    @property
+    def metavar(self) -> str | None:
+        """What `--help` shows for its value."""
+        if self.is_flag:
+            return None
+        kind = self.element or self.alternatives[0]
+        choices = get_args(kind) if get_origin(kind) is Literal else ()
+        shown = "|".join(map(str, choices)) or {int: "N", float: "X", Path: "PATH"}.get(kind, "TEXT")
+        return f"{shown},..." if self.element in (int, float) or self.separator else shown
+
+    @property
+    def shows_default(self) -> bool:
+        """Whether `--help` shows its default: None is explained by the text, and no flag stands at the start."""
+        empty = self.default in ((), {}) or is_dataclass(self.default)
+        return not empty and self.default is not None and self.default is not False
+
+    def prepared(self, given: Any) -> Any:
+        """What was given, as `jsonargparse` takes it: lists taken apart, flags given their value.
+
+        Args:
+            given: text, FLAG or False, what an option was given that stands several times, or a value from a file.
+
+        Raises:
+            ValueError: numbers that are none, or a value that is missing or makes no sense.
+        """
+        if given is FLAG and not self.is_flag:
+            raise ValueError(f"{self.spelled} needs a value")
+        if isinstance(given, Repeated) and (self.element is not str or self.separator is not None):
+            given = given[-1]  # only names that are told apart by repeating the option add up
+        if isinstance(given, str) and given.lower() in NONE and NoneType in get_args(self.type):
+            return None
+        if self.settings is not None:
+            return {} if given in (FLAG, "true") else None if given in (False, "false") else given
+        return self._listed(given) if self.element is not None and given is not None else given
+
+    def _listed(self, given: Any) -> list[Any]:
+        texts = given if isinstance(given, list | tuple) else [given]
+        separator = self.separator if self.element is str else ","
+        parts = [
+            part
+            for text in texts
+            for part in (text.split(separator) if isinstance(text, str) and separator else [text])
+        ]
+        if self.element in (int, float):
+            try:
+                return [self.element(part) if isinstance(part, str) else part for part in parts]
+            except ValueError as error:
+                raise ValueError(f"{self.spelled} takes numbers separated by commas, got {given!r}") from error
+        return parts
 
 
-class BackendName(StrEnum):
-    """TransformerLens classes."""
+def options_of(kind: type, part: str, *, prefix: str = "") -> Iterator[Option]:
+    """The options of a settings dataclass, those of dataclasses inside it behind them."""
+    hints, helps = get_type_hints(kind), described(kind)
+    for field in fields(kind):
+        default = field.default if field.default_factory is MISSING else field.default_factory()
+        option = Option(
+            prefix + field.name,
+            field.name,
+            hints[field.name],
+            default,
+            helps.get(field.name, ""),
+            part,
+            field.metadata.get("separator"),
+        )
+        yield option
+        if option.settings is not None:
+            yield from options_of(option.settings, f"{part}: {option.spelled}", prefix=f"{option.name}.")
 
-    AUTO = "auto"
-    HOOKED = "hooked"
-    BRIDGE = "bridge"
+
+def described(kind: type) -> dict[str, str]:
+    """Field -> what the `Args:` or `Attributes:` of the docstring say of it, or those of a base class, or of the class whose
+    arguments the docstring says they are."""
+    found: dict[str, str] = {}
+    for base in kind.__mro__:
+        text = base.__doc__ or ""
+        section = re.search(r"\n\s*(?:Args|Attributes):\n(.*?)(?:\n\s*\n|\Z)", text, re.DOTALL)
+        for names, meaning in _entries(section[1]) if section is not None else ():
+            for name in names.split(","):
+                found.setdefault(name.strip(), meaning)
+        for other in re.findall(r"arguments are those of `(\w+)`", text):
+            found = described(getattr(sys.modules[base.__module__], other)) | found
+    return found
 
 
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output folder if it exists.")]
-Seed = Annotated[int, typer.Option(help="Seed of every random choice.")]
-BackendOption = Annotated[
-    BackendName,
-    typer.Option(
-        help="HookedTransformer (`hooked`, TransformerLens 3 only), TransformerBridge (`bridge`), or whichever fits (`auto`)."
-    ),
-]
-Out = Annotated[Path, typer.Option(help="Folder for what the run leaves.")]
-Model = Annotated[str, typer.Option(help="`demo`, a local Hugging Face folder, or a name on the Hub.")]
-ForgetFiles = Annotated[
-    list[str],
-    typer.Option(
-        help="Texts to forget: a .jsonl, .json, .csv, .tsv, .parquet or .txt file, a folder that `save_to_disk` wrote, "
-        "or `hub:NAME[:CONFIG[:SPLIT]]`. Repeat for several topics."
-    ),
-]
-OwnForgetFiles = Annotated[
-    list[str] | None,
-    typer.Option(help="Texts to forget, as in `unlearn`. Without it: a topic of the demo's world."),
-]
-OwnRetainFile = Annotated[str | None, typer.Option(help="Texts to keep, as in `unlearn`.")]
-Topic = Annotated[str, typer.Option(help="`--model demo`: what to forget.")]
-RetainFile = Annotated[str, typer.Option(help="Texts to keep, likewise. A tenth is held out to measure perplexity on.")]
-QuestionsFile = Annotated[
-    str | None, typer.Option(help="Multiple-choice questions about what must go: a file, a folder or `hub:...`.")
-]
-RetainQuestionsFile = Annotated[
-    str | None, typer.Option(help="Multiple-choice questions about what must stay, likewise.")
-]
-UntaughtQuestionsFile = Annotated[
-    str | None,
-    typer.Option(
-        help="Questions like --questions about what the model was never taught, likewise: what absent looks like."
-    ),
-]
-Entity = Annotated[
-    str | None,
-    typer.Option(help="Column of --questions and --untaught-questions that says whom or what a question is about."),
-]
-ForgetSchema = Annotated[
-    str | None,
-    typer.Option(help="Known data set whose columns the files of --forget have, such as `locuslab/TOFU`."),
-]
-RetainSchema = Annotated[str | None, typer.Option(help="Likewise for --retain, such as `wikitext`.")]
-QuestionsSchema = Annotated[
-    str | None, typer.Option(help="Likewise for --questions and --retain-questions, such as `cais/wmdp`.")
-]
-Field = Annotated[
-    str | None,
-    typer.Option(help="Column of --forget and --retain that holds the text. Default: `text`, or the schema's."),
-]
-Prompt = Annotated[
-    str | None,
-    typer.Option(help="Template of the context, such as `Question: {question}\\nAnswer:`; instead of --field."),
-]
-Completion = Annotated[
-    str | None, typer.Option(help="Template of what follows and counts in the loss, such as ` {answer}`.")
-]
-QuestionPrompt = Annotated[
-    str | None,
-    typer.Option(help="Template of the quiz prompt; braces name columns. Default: `{question}`, or the schema's."),
-]
-Choices = Annotated[
-    str | None,
-    typer.Option(
-        help="Column with the list of choices, or several columns: `a,b,c,d`. Default: `choices`, or the schema's."
-    ),
-]
-Answer = Annotated[
-    str | None,
-    typer.Option(
-        help="Column with the text, the letter or the index of the right choice. Default: `answer`, or the schema's."
-    ),
-]
-Dtype = Annotated[str, typer.Option(help="`float32`, `bfloat16` or `float16`.")]
-Device = Annotated[str | None, typer.Option(help="Such as `cuda:0`. Default: a GPU if there is one.")]
+def _entries(section: str) -> Iterator[tuple[str, str]]:
+    """The names and the text of each entry, which begins at the margin."""
+    lines = section.splitlines()
+    margin = len(lines[0]) - len(lines[0].lstrip())
+    entries: list[str] = []
+    for line in lines:
+        if len(line) - len(line.lstrip()) == margin or not entries:
+            entries.append(line.strip())
+        else:
+            entries[-1] += f" {line.strip()}"
+    for entry in entries:
+        names, _, text = entry.partition(":")
+        yield names, text.strip()
+
+
+def read(words: Sequence[str], options: Mapping[str, Option], *, positional: str | None, where: str) -> dict[str, Any]:
+    """What was typed, by name.
+
+    Args:
+        words: the command line behind the command's name.
+        options: by name.
+        positional: the option that a word without a name is for.
+        where: what has these options, for errors.
+
+    Raises:
+        ValueError: there is no such option, or its value is missing.
+    """
+    found: dict[str, Any] = {}
+    rest = list(words)
+    while rest:
+        word = rest.pop(0)
+        value: Any = word
+        if word.startswith("--"):
+            typed, equals, value = word[2:].partition("=")
+            name = typed.replace("-", "_")
+            positive = options.get(name.removeprefix("no_"))
+            if name not in options and name.startswith("no_") and positive is not None and positive.is_flag:
+                name, value = positive.name, False
+            elif name not in options:
+                near = difflib.get_close_matches(name, options, n=1)
+                hint = f"did you mean {options[near[0]].spelled}? " if near else ""
+                raise ValueError(f"{where} has no --{typed}; {hint}`mrp-lens {where} --help` shows what it has")
+            elif not equals:
+                bare = not rest or (options[name].is_flag and rest[0] not in ("true", "false"))
+                value = FLAG if bare else rest.pop(0)
+        elif positional is not None and positional not in found:
+            name = positional
+        else:
+            raise ValueError(f"{where} takes no {word!r}; options begin with --")
+        found[name] = value if name not in found else Repeated([*_several(found[name]), value])
+    return found
+
+
+def _several(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+def converted(given: Mapping[str, Any], options: Mapping[str, Option]) -> dict[str, Any]:
+    """The values by name, as the fields' types have them; only what was given.
+
+    Raises:
+        ValueError: one is not of its type.
+    """
+    nested: dict[str, Any] = {}
+    for name in sorted(given, key=lambda name: name.count(".")):  # the outer ones first
+        value = options[name].prepared(given[name])
+        place, (*outer, last) = nested, name.split(".")
+        for key in outer:
+            place[key] = place.get(key) or {}
+            place = place[key]
+        place[last] = value
+    texts = {name for name, value in nested.items() if isinstance(value, str) and str in options[name].alternatives}
+    others = {
+        name: value for name, value in nested.items() if name not in texts
+    }  # in a text YAML may see something else
+    parser = ArgumentParser(exit_on_error=False)
+    for name in others:
+        parser.add_argument(f"--{name}", type=options[name].type)
+    try:
+        values = parser.instantiate(parser.parse_object(others))
+    except ArgumentError as error:
+        raise ValueError(_refusal(str(error), nested, options)) from error
+    return {name: nested[name] if name in texts else values[name] for name in nested}
+
+
+def _refusal(message: str, given: Mapping[str, Any], options: Mapping[str, Option]) -> str:
+    """In one line, what `jsonargparse` says in several."""
+    key = re.search(r'[Kk]ey "([\w.]+)"', message)
+    name = key[1] if key else ""
+    if name not in options or name not in given:
+        return " ".join(message.split())
+    option, value = options[name], given[name]
+    choices = get_args(option.element or option.alternatives[0])
+    if get_origin(option.element or option.alternatives[0]) is Literal:
+        wrong = [one for one in _several(value) if one not in choices]
+        return f"unknown {name.replace('_', ' ')} {wrong[0]!r}; choose one of {', '.join(map(str, choices))}"
+    wanted = {int: "a whole number", float: "a number", bool: "true or false"}.get(option.alternatives[0])
+    return f"{option.spelled} must be {wanted or option.alternatives[0]}, got {value!r}"
+
+
+def spelled(names: Iterable[str]) -> str:
+    """--forget, --retain."""
+    return ", ".join(f"--{name.replace('_', '-')}" for name in names)

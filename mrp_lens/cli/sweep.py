@@ -1,26 +1,104 @@
 """`mrp-lens sweep`: per-layer effects of every method, on anybody's model and data."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+from typing_extensions import override
+
+from mrp_lens.cli.command import OnData, plain
+from mrp_lens.cli.console import Column, console, percent, show_table
 from mrp_lens.cli.folder import stoppable
-from mrp_lens.cli.parsing import dtype_named, numbers, shard_of
-from mrp_lens.cli.show import Column, console, percent, show_table
-from mrp_lens.data.task import TaskConfig, UnlearningTask, task_for
-from mrp_lens.methods.rmu import default_layer
-from mrp_lens.models import LensModel, load_model
 from mrp_lens.runs.record import Run
-from mrp_lens.runs.report import write_report
-from mrp_lens.runs.sweep import Plan, default_coefficient, default_layers, sweep
+from mrp_lens.runs.report import report
+from mrp_lens.runs.sweep import SweepConfig, sweep
 from mrp_lens.utils.frames import rows_of
 from mrp_lens.utils.io import make_folder
 from mrp_lens.utils.store import check_holds
 
-QUICK_LAYERS, QUICK_STEPS, QUICK_QUESTIONS, QUICK_DOCUMENTS = 4, 75, 150, 100
-FULL_SEEDS = (0, 1, 2)
-FULL_SHARES = (0.25, 1.0, 4.0)
+
+@dataclass(frozen=True, kw_only=True)
+class Sweep(OnData):
+    """Fit every method at one layer after another and compare what each did.
+
+    One file a point is kept, whole or not at all: run the same command again after Ctrl-C or a crash and it goes on
+    where it stopped. Several processes share a folder with `--shard 1/4` to `--shard 4/4`; from several machines, copy
+    the files of `points/` together and run the command once more.
+
+    Example:
+
+        mrp-lens sweep --model demo --out runs/sweep
+
+    Attributes:
+        out: Folder of the sweep; one that holds part of it is gone on with.
+        shard: `i/n`: every n-th point from the i-th on, for several processes.
+    """
+
+    word: ClassVar[str] = "sweep"
+
+    config: SweepConfig
+    out: Path
+    shard: str = "1/1"
+
+    @classmethod
+    @override
+    def parts(cls, given: Mapping[str, Any]) -> dict[str, type]:
+        return {**super().parts(given), "config": SweepConfig}
+
+    @classmethod
+    @override
+    def titles(cls, given: Mapping[str, Any]) -> dict[str, str]:
+        return {**super().titles(given), "config": "sweep"}
+
+    @classmethod
+    @override
+    def earlier(cls, filed: dict[str, Any]) -> dict[str, Any]:
+        """It wrote the number of questions where the place of the quiz had stood."""
+        number = filed.get("questions")
+        return filed | {"questions": None, "questions_limit": number} if isinstance(number, int) else filed
+
+    @override
+    def execute(self) -> Run | None:
+        task, parts = self.task(), shard_of(self.shard)
+        check_holds(self.out, "sweep")
+        make_folder(self.out)
+        model = self.loading.load()
+        plan = self.config.resolved(model, task)
+        derived = {"layers", "coefficients", "seeds", "steps", "documents"}
+        arguments = self.arguments() | plain({name: getattr(plan, name) for name in derived})
+        arguments["questions_limit"] = plan.questions
+        title = f"{self.loading.model}: effects of each method by layer"
+        run = Run("sweep", arguments, plan.seeds[0], title=title)
+        with stoppable(self.out):
+            frame = sweep(model, task, self.config, self.out, shard=parts)
+            if frame is None:
+                console.print(f"Shard {self.shard} is done; other points of {self.out} are still missing.")
+                return None
+            run.rows = rows_of(frame)
+            run.frames["layer_effects"] = frame
+            run.write_into(self.out)
+            report(self.out)
+            show_table("Per-layer effects", COLUMNS, run.rows)
+            console.print(f"Written to {self.out}: points/, report.html, table.csv, summary.json.")
+        return run
+
+
+def shard_of(text: str) -> tuple[int, int]:
+    """ "2/4" -> (2, 4).
+
+    Raises:
+        ValueError: it is not two numbers.
+    """
+    parts = text.split("/")
+    if len(parts) != 2 or not all(part.isdigit() for part in parts):
+        raise ValueError(f"--shard takes i/n, such as 1/4, got {text!r}")
+    return int(parts[0]), int(parts[1])
+
+
+def _number(value: float | None, form: str) -> str:
+    return "" if value is None else format(int(value) if form == "d" else value, form)
+
 
 COLUMNS: list[Column] = [
     ("method", lambda row: str(row["method"])),
@@ -34,82 +112,3 @@ COLUMNS: list[Column] = [
     ("cos(u, retain)", lambda row: _number(row["retain_cosine"], ".2f")),
     ("text", lambda row: f"x{row['text_perplexity_ratio']:.3f}"),
 ]
-
-
-@dataclass(frozen=True)
-class Grid:
-    """What the command line says of the plan; None: derived from the model."""
-
-    methods: str = "mrp,rmu,adaptive-rmu"
-    layers: str | None = None
-    coefficients: str | None = None
-    betas: str | None = None
-    seeds: str | None = None
-    steps: int | None = None
-    questions: int | None = None
-    full: bool = False
-
-    def plan(self, model: LensModel, task: UnlearningTask) -> Plan:
-        """The plan for a model."""
-        layers = numbers(self.layers, int, "--layers")
-        if layers is None:
-            layers = tuple(range(model.cfg.n_layers)) if self.full else default_layers(model, QUICK_LAYERS)
-        coefficients = numbers(self.coefficients, float, "--coefficients")
-        if coefficients is None:
-            usual = default_coefficient(model, task, layer=default_layer(model))
-            coefficients = tuple(usual * share for share in (FULL_SHARES if self.full else (1.0,)))
-        quick = (
-            {"steps": QUICK_STEPS, "questions": QUICK_QUESTIONS, "documents": QUICK_DOCUMENTS} if not self.full else {}
-        )
-        chosen = {"steps": self.steps, "questions": self.questions}
-        options = quick | {name: value for name, value in chosen.items() if value is not None}
-        betas = numbers(self.betas, float, "--betas")
-        if betas is not None:
-            options["betas"] = betas  # type: ignore[assignment]
-        return Plan(
-            methods=tuple(self.methods.split(",")),
-            layers=layers,
-            coefficients=coefficients,
-            seeds=numbers(self.seeds, int, "--seeds") or (FULL_SEEDS if self.full else (0,)),
-            **options,  # type: ignore[arg-type]
-        )
-
-
-def run_sweep(
-    *,
-    options: Mapping[str, Any],
-    grid: Grid,
-    shard: str,
-    out: Path,
-    backend: str,
-    dtype: str,
-    device: str | None,
-) -> Run | None:
-    """Fit and measure what is not there yet; print and write the table once all points are."""
-    model_name = str(options["model"])
-    task = task_for(model_name, TaskConfig.from_options(options), topic=options["topic"])
-    parts = shard_of(shard)
-    check_holds(out, "sweep")
-    make_folder(out)
-    console.print(f"Loading {model_name} ...")
-    model = load_model(model_name, backend=backend, device=device, dtype=dtype_named(dtype))
-    plan = grid.plan(model, task)
-    run = Run(
-        "sweep", {**options, **asdict(plan)}, plan.seeds[0], title=f"{model_name}: effects of each method by layer"
-    )
-    with stoppable(out):
-        frame = sweep(model, task, plan, out, shard=parts)
-        if frame is None:
-            console.print(f"Shard {shard} is done; other points of {out} are still missing.")
-            return None
-        run.rows = rows_of(frame)
-        run.frames["layer_effects"] = frame
-        run.write_into(out)
-        write_report(out)
-        show_table("Per-layer effects", COLUMNS, run.rows)
-        console.print(f"Written to {out}: points/, report.html, table.csv, summary.json.")
-    return run
-
-
-def _number(value: float | None, form: str) -> str:
-    return "" if value is None else format(int(value) if form == "d" else value, form)

@@ -1,91 +1,197 @@
 """`mrp-lens unlearn`: fit, measure before and after, save, on anybody's model and data."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import pandas as pd
+from typing_extensions import override
 
-from mrp_lens import metrics
+from mrp_lens.cli.command import Command, ModelOptions
+from mrp_lens.cli.console import Column, console, percent, show_examples, show_table
 from mrp_lens.cli.folder import begun
-from mrp_lens.cli.parsing import dtype_named, numbers
-from mrp_lens.cli.show import Column, console, percent, show_examples, show_table
-from mrp_lens.data.task import TaskConfig, UnlearningTask, beginning
-from mrp_lens.methods import METHODS, Distillation, Fit
-from mrp_lens.models import LensModel, identity_of, load_model
+from mrp_lens.data import TaskConfig
+from mrp_lens.data.task import UnlearningTask, beginning
+from mrp_lens.edits import Edit, edit_on
+from mrp_lens.methods import METHODS, Fit, Method
+from mrp_lens.metrics import Measured, rows_for
+from mrp_lens.models import LensModel, identity_of
 from mrp_lens.models.generation import continuations
 from mrp_lens.runs.record import Run
-from mrp_lens.runs.report import write_report
+from mrp_lens.runs.report import report
 from mrp_lens.runs.report.diagnostics import diagnostics
+from mrp_lens.training.loggers import LoggerCallback, logger_named
 
 EXAMPLES = 3
+CAPTION = (
+    "forget text: mean probability per token of the forget documents. Brackets: 95%, bootstrap. text: perplexity of retain documents "
+    "that the fit did not see, as a multiple of the unedited model's. Chance is what guessing gives; below it, the answer is suppressed, not gone."
+)
 
 
-def run_unlearn(
-    *,
-    model_name: str,
-    method: str,
-    layers: str | None,
-    released: bool,
-    hyperparameters: Mapping[str, Any],
-    data: TaskConfig,
-    out: Path,
-    backend: str,
-    dtype: str,
-    device: str | None,
-    seed: int,
-    overwrite: bool,
-) -> Run:
-    """Fit, measure, print, write, as far as that has not been done; returns the record."""
-    precision = dtype_named(dtype)
-    fitter = make_method(method, layers, hyperparameters, released=released)
-    task = data.load()
-    arguments = {
-        "model": model_name,
-        "method": method,
-        "layers": layers,
-        "released": released,
-        **hyperparameters,
-        **asdict(data),
-        "backend": backend,
-        "dtype": dtype,
-    }
-    about = ", ".join(corpus.name for corpus in task.forget)
-    run = Run("unlearn", arguments, seed, title=f"{model_name}: forgetting {about} with {method}")
-    settings = {
-        "command": "unlearn",
-        "method": method,
-        "settings": asdict(fitter),
-        "data": task.fingerprints(),
-        "backend": backend,
-        "dtype": dtype,
-        "seed": seed,
-    }
-    with begun(out, settings, overwrite=overwrite) as store:
-        console.print(f"Loading {model_name} ...")
-        model = load_model(model_name, backend=backend, device=device, dtype=precision)
-        store.check_same("model", identity_of(model))
-        before = store.once("unedited", lambda: measured(model, task))
-        fit = Fit.once(out, lambda kept: fitter.fit(model, task.forget, task.retain, seed=seed, checkpoint=kept))
-        console.print(
-            f"The edit is in {out / 'edit'}; load it with mrp_lens.load_edit({str(out / 'edit')!r}). Measuring it ..."
+@dataclass(frozen=True, kw_only=True)
+class Unlearn(Command):
+    """Make your own model forget: fit an edit, save it, and measure before and after.
+
+    The model's files are never changed: the result is an *edit*, a small folder that `mrp_lens.load_edit` reads.
+    The edit is on disk before anything is measured, and the fit is kept while it runs: run the same command again after
+    Ctrl-C, a kill or a crash and it goes on where it stopped, and ends with the same bits.
+
+    Each method has its own settings: `mrp-lens unlearn --method rmu --help` shows those of RMU.
+
+    Examples:
+
+        mrp-lens unlearn --model ./my-checkpoint --method mrp --forget forget.jsonl --retain retain.jsonl --out runs/mine
+
+        mrp-lens unlearn --model ./my-checkpoint --method rmu --layers 7 --forget bio.jsonl --forget cyber.jsonl \\
+            --retain wikitext.txt --questions quiz.jsonl --question-prompt "Question: {question}\\nAnswer:" --out runs/rmu
+
+    The same again, in another folder, from what the first run wrote down:
+
+        mrp-lens unlearn --config runs/rmu/summary.json --out runs/rmu-again
+
+    WMDP on Zephyr-7B with the published settings of RMU. The forget corpus about biology is handed out on request only;
+    put it into a file. `--released` stands for the values that follow it here, left padding and the
+    corpora's own order:
+
+        mrp-lens unlearn --model HuggingFaceH4/zephyr-7b-beta --dtype bfloat16 --method rmu \\
+            --released --layers 7 --steering-coeff 6.5 --alpha 1200 --lr 5e-5 --batch-size 4 --steps 150 \\
+            --forget bio-forget-corpus.jsonl --forget hub:cais/wmdp-corpora:cyber-forget-corpus --retain hub:wikitext \\
+            --max-length 512 --questions hub:cais/wmdp:wmdp-bio --retain-questions hub:cais/mmlu --out runs/zephyr-rmu
+
+    Adaptive RMU, in the paper with beta 5 and 500 steps:
+
+        mrp-lens unlearn --model HuggingFaceH4/zephyr-7b-beta --dtype bfloat16 --method adaptive-rmu \\
+            --released --beta 5 --steps 500 \\
+            --forget bio-forget-corpus.jsonl --forget hub:cais/wmdp-corpora:cyber-forget-corpus --retain hub:wikitext \\
+            --max-length 512 --questions hub:cais/wmdp:wmdp-bio --retain-questions hub:cais/mmlu --out runs/zephyr-adaptive
+
+    Known data sets (`hub:NAME` and the schemas): `cais/wmdp`, `cais/wmdp-corpora`, `cais/mmlu`, `locuslab/TOFU`,
+    `derek-thomas/ScienceQA`, `wikitext`.
+
+    Attributes:
+        method: How to forget.
+        released: `rmu`, `adaptive-rmu`: the released code's settings, where none is given.
+        out: Folder for the edit, the log and the metrics.
+        seed: Of every random choice.
+        logger: Send every update to this tracker, too; log.csv is always written. Needs `pip install 'mrp_lens[wandb]'` and
+            the like.
+        overwrite: Replace the output folder if it exists.
+    """
+
+    word: ClassVar[str] = "unlearn"
+    required: ClassVar[tuple[str, ...]] = ("model", "method", "forget", "retain")
+
+    loading: ModelOptions
+    data: TaskConfig
+    fitter: Method
+    method: str
+    released: bool = False
+    out: Path
+    seed: int = 0
+    logger: Literal["wandb", "trackio", "tensorboard"] | None = None
+    overwrite: bool = False
+
+    @classmethod
+    @override
+    def parts(cls, given: Mapping[str, Any]) -> dict[str, type]:
+        chosen = {"fitter": METHODS[given["method"]]} if given.get("method") else {}
+        return {"loading": ModelOptions, "data": TaskConfig, **chosen}
+
+    @classmethod
+    @override
+    def titles(cls, given: Mapping[str, Any]) -> dict[str, str]:
+        return {"loading": "model", "data": "data", "fitter": str(given.get("method"))}
+
+    @classmethod
+    @override
+    def chosen(cls, given: Mapping[str, Any]) -> list[str]:
+        return ["--method", str(given["method"])] if given.get("method") else []
+
+    @classmethod
+    @override
+    def aliases(cls, given: Mapping[str, Any]) -> dict[str, str]:
+        names = METHODS[given["method"]].__dataclass_fields__ if given.get("method") else {}
+        return {"layers": "layer"} if "layer" in names and "layers" not in names else {}
+
+    @classmethod
+    @override
+    def assembled(cls, kind: type, values: Mapping[str, Any], others: Mapping[str, Any]) -> Any:
+        if not issubclass(kind, Method) or not others.get("released"):
+            return super().assembled(kind, values, others)
+        return replace(released(kind), **values)
+
+    @classmethod
+    @override
+    def listed(cls, given: Mapping[str, Any]) -> str:
+        method = METHODS[given["method"]] if given.get("method") else None
+        if method is not None:
+            return f"{method.name}: {method.summary} {method.source}."
+        lines = [f"  {name:<22}{kind.summary} {kind.source}" for name, kind in METHODS.items()]
+        return "\n".join(["methods:", *lines])
+
+    @override
+    def execute(self) -> Run:
+        task, method, out = self.data.load(), self.method, self.out
+        tracked: dict[str, Any] = {}  # not every plugin's method knows callbacks
+        if self.logger is not None:
+            tracked["callbacks"] = [LoggerCallback(logger_named(self.logger, out))]
+        about = ", ".join(corpus.name for corpus in task.forget)
+        run = Run(
+            "unlearn", self.arguments(), self.seed, title=f"{self.loading.model}: forgetting {about} with {method}"
         )
-        with fit.edit.applied(model):
-            after = store.once("edited", lambda: measured(model, task))
-        report(run, task, method, fit, before, after)
-        run.write_into(out)
-        run.frames["training"] = fit.log
-        run.frames["accuracies"] = pd.DataFrame([dict(row) for row in run.rows])
-        directions = dict(zip([method], fit.directions.values(), strict=False))
-        run.frames |= diagnostics(model, task, {"unedited": None, method: fit.edit}, directions, seed=seed, store=store)
-        run.write_into(out)
-        store.tidy()
-        console.print(f"Written to {out}: edit/, log.csv, table.csv, summary.json. The page: {write_report(out)}")
-    return run
+        settings = {
+            "command": "unlearn",
+            "method": method,
+            "settings": asdict(self.fitter),
+            "data": task.fingerprints(),
+            "backend": self.loading.backend,
+            "dtype": self.loading.dtype,
+            "seed": self.seed,
+        }
+        with begun(out, settings, overwrite=self.overwrite) as store:
+            model = self.loading.load()
+            store.check_same("model", identity_of(model))
+            before = store.once("unedited", lambda: measured(model, task, None))
+            fit = Fit.once(
+                out,
+                lambda kept: self.fitter.fit(
+                    model, task.forget, task.retain, seed=self.seed, checkpoint=kept, **tracked
+                ),
+            )
+            console.print(
+                f"The edit is in {out / 'edit'}; load it with mrp_lens.load_edit({str(out / 'edit')!r}). Measuring it ..."
+            )
+            after = store.once("edited", lambda: measured(model, task, fit.edit))
+            fill(run, task, method, fit, before, after)
+            run.write_into(out)
+            run.frames["training"] = fit.log
+            run.frames["accuracies"] = pd.DataFrame([dict(row) for row in run.rows])
+            edits, directions = {"unedited": None, method: fit.edit}, fit.directions.values()
+            run.frames |= diagnostics(
+                model, task, edits, dict(zip([method], directions, strict=False)), seed=self.seed, store=store
+            )
+            run.write_into(out)
+            store.tidy()
+            console.print(f"Written to {out}: edit/, log.csv, table.csv, summary.json. The page: {report(out)}")
+        return run
 
 
-def report(
+def released(kind: type[Method]) -> Method:
+    """The settings of the code that a paper came with.
+
+    Raises:
+        ValueError: there are none here.
+    """
+    if not hasattr(kind, "released"):
+        known = [name for name, method in METHODS.items() if hasattr(method, "released")]
+        raise ValueError(f"--released is for {', '.join(known)}; {kind.name} has no released recipe here")
+    recipe: Method = kind.released()
+    return recipe
+
+
+def fill(
     run: Run, task: UnlearningTask, method: str, fit: Fit, before: Mapping[str, Any], after: Mapping[str, Any]
 ) -> None:
     """Fill the record with what was measured, and print it."""
@@ -109,84 +215,39 @@ def report(
     show_examples(run.examples)
 
 
-def measured(model: LensModel, task: UnlearningTask) -> dict[str, Any]:
+def measured(model: LensModel, task: UnlearningTask, edit: Edit | None) -> dict[str, Any]:
     """All figures of one row, and what the model writes."""
-    return {"figures": measure(model, task), "examples": continuations(model, example_prompts(task))}
+    figures = measure(model, task, edit)
+    with edit_on(model, edit):
+        return {"figures": figures, "examples": continuations(model, example_prompts(task))}
 
 
-CAPTION = (
-    "forget text: mean probability per token of the forget documents. Brackets: 95%, bootstrap. text: perplexity of retain documents "
-    "that the fit did not see, as a multiple of the unedited model's. Chance is what guessing gives; below it, the answer is suppressed, not gone."
-)
-
-
-def make_method(method: str, layers: str | None, hyperparameters: Mapping[str, Any], *, released: bool = False) -> Any:
-    """The method with its hyperparameters; those not given are the library's, or the released code's.
-
-    Raises:
-        ValueError: layers that are no numbers, a hyperparameter that the method does not have, or no released recipe.
-    """
-    kind: Any = METHODS[method]
-    chosen = numbers(layers, int, "--layers")
-    known = set(kind.__dataclass_fields__)
-    foreign = [name for name in hyperparameters if name not in known]
-    if foreign:
-        raise ValueError(f"{method} has no --{foreign[0].replace('_', '-')}; it has {', '.join(sorted(known))}")
-    options = dict(hyperparameters)
-    if options.pop("distillation", False):
-        options["distillation"] = Distillation()
-    if chosen is not None and "layers" in known:
-        options["layers"] = list(chosen)
-    elif chosen is not None:
-        if len(chosen) != 1:
-            raise ValueError(f"{method} steers at one layer; got --layers {layers}")
-        options["layer"] = chosen[0]
-    if not released:
-        return kind(**options)
-    if not hasattr(kind, "released"):
-        raise ValueError(f"--released is for rmu and adaptive-rmu; {method} has no released recipe here")
-    return replace(kind.released(), **options)
-
-
-def measure(model: LensModel, task: UnlearningTask) -> dict[str, float]:
+def measure(model: LensModel, task: UnlearningTask, edit: Edit | None) -> dict[str, float]:
     """All figures of one row."""
-    probability = metrics.answer_probability(model, task.forget_texts, progress=True).iloc[0]
-    row = {
-        f"forget_probability{suffix}": float(probability[name])
-        for name, suffix in (("probability", ""), ("low", "_low"), ("high", "_high"))
-    }
-    row["text_perplexity"] = float(metrics.perplexity(model, task.held_out, progress=True)["perplexity"].iloc[0])
-    for side, quiz in task.quiz().items():
-        figures = metrics.accuracy(model, quiz, progress=True).iloc[0]
-        row |= {f"{side}_{name}": float(figures[name]) for name in ("accuracy", "low", "high", "chance")}
-    return row
+    return rows_for("unlearn", Measured(model=model, task=task, edit=edit))
 
 
 def columns(figures: Mapping[str, float]) -> list[Column]:
     """The columns that these figures fill."""
-    chosen: list[Column] = [
-        ("method", lambda row: str(row["method"])),
+
+    def with_interval(key: str, low: str, high: str) -> Any:
+        return lambda row: f"{percent(row[key])} [{percent(row[low])}, {percent(row[high])}]"
+
+    quizzes = [
         (
-            "forget text",
-            lambda row: (
-                f"{percent(row['forget_probability'])} [{percent(row['forget_probability_low'])}, {percent(row['forget_probability_high'])}]"
-            ),
-        ),
+            f"{side} quiz (chance {percent(figures[f'{side}_chance'])})",
+            with_interval(f"{side}_accuracy", f"{side}_low", f"{side}_high"),
+        )
+        for side in ("forget", "retain")
+        if f"{side}_accuracy" in figures
     ]
-    for side, heading in (("forget", "forget quiz"), ("retain", "retain quiz")):
-        if f"{side}_accuracy" in figures:
-            chosen.append((f"{heading} (chance {percent(figures[f'{side}_chance'])})", _quiz_cell(side)))
     return [
-        *chosen,
+        ("method", lambda row: str(row["method"])),
+        ("forget text", with_interval("forget_probability", "forget_probability_low", "forget_probability_high")),
+        *quizzes,
         ("text", lambda row: f"x{row['text_perplexity_ratio']:.3f}"),
         ("fit", lambda row: f"{row['seconds']:.0f} s"),
     ]
-
-
-def _quiz_cell(side: str) -> Any:
-    return lambda row: (
-        f"{percent(row[f'{side}_accuracy'])} [{percent(row[f'{side}_low'])}, {percent(row[f'{side}_high'])}]"
-    )
 
 
 def example_prompts(task: UnlearningTask) -> list[str]:

@@ -40,14 +40,15 @@ class Method(PlainSettings, ABC):
         summary: one line on what it does.
         source: the paper, such as "arXiv 2403.03218".
         swept: what a sweep may vary; None: it is no method for sweeps.
-        report: a sentence on what was done, with fields of the fit's settings in braces.
+        report: a sentence on what was done, with fields of the fit's settings in braces; several, if it leaves records of
+            several phases: the first whose fields are all there is told.
     """
 
     name: ClassVar[str] = ""
     summary: ClassVar[str] = ""
     source: ClassVar[str] = ""
     swept: ClassVar[Swept | None] = None
-    report: ClassVar[str] = ""
+    report: ClassVar[str | tuple[str, ...]] = ""
 
     @abstractmethod
     def fit(
@@ -95,7 +96,7 @@ Kind = TypeVar("Kind", bound=type[Any])
 
 
 def register(
-    name: str, *, summary: str, source: str, swept: Swept | None = None, report: str = ""
+    name: str, *, summary: str, source: str, swept: Swept | None = None, report: str | tuple[str, ...] = ""
 ) -> Callable[[Kind], Kind]:
     """Make a method known by its name.
 

@@ -3,7 +3,7 @@
 import shutil
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -14,17 +14,21 @@ from tqdm.auto import tqdm
 
 from mrp_lens import metrics
 from mrp_lens.data.task import UnlearningTask
+from mrp_lens.edits import Edit
 from mrp_lens.edits.subspace import random_units
-from mrp_lens.methods import MRP, RMU, AdaptiveRMU, Fit
-from mrp_lens.methods.rmu import C_SHARE
+from mrp_lens.methods import METHODS, AdaptiveRMU, Fit, Method
+from mrp_lens.methods.rmu import C_SHARE, default_layer
+from mrp_lens.metrics import Measured, rows_for
 from mrp_lens.models import LensModel, check_layers, identity_of
 from mrp_lens.utils.store import ResultStore
 from mrp_lens.utils.torch_state import ordinary_torch
-from mrp_lens.utils.validation import generator_for
+from mrp_lens.utils.validation import generator_for, given
 
 UNEDITED = "unedited"
 FITS = "fits"  # of points that are not measured yet
-SWEPT = (MRP.name, RMU.name, AdaptiveRMU.name)
+QUICK_LAYERS, QUICK_STEPS, QUICK_QUESTIONS, QUICK_DOCUMENTS = 4, 75, 150, 100
+FULL_SEEDS, FULL_STEPS, FULL_DOCUMENTS = (0, 1, 2), 150, 200
+FULL_SHARES = (0.25, 1.0, 4.0)
 
 
 @dataclass(frozen=True)
@@ -32,9 +36,10 @@ class Point:
     """One fit: a method at a layer with a coefficient and a seed.
 
     Attributes:
-        method: "mrp", "rmu" or "adaptive-rmu".
+        method: by name.
         layer: that MRP projects, or that RMU steers at.
-        coefficient: c of RMU in units of the stream, beta of Adaptive RMU; None: MRP has none.
+        coefficient: how hard: c of RMU in units of the stream, beta of Adaptive RMU; None: the method has no such setting, or
+            derives it from the model.
         seed: of the fit.
     """
 
@@ -50,58 +55,132 @@ class Point:
         return f"{self.method}-layer{self.layer}{strength}-seed{self.seed}"
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What a sweep covers, and how much it trains and measures at each point.
+@dataclass(frozen=True, kw_only=True)
+class SweepConfig:
+    """What a sweep covers, and how much it trains and measures at each point. None: derived from the model, or as quick as is
+    useful.
 
     Attributes:
-        methods: by name.
-        layers: to fit at.
-        coefficients: c of RMU in units of the stream.
-        betas: of Adaptive RMU.
-        seeds: of the fits.
-        steps: updates of each fit.
-        questions: at most this many on each side are asked at each point, evenly spread.
-        documents: from at most this many on each side states are read, likewise.
+        methods: By name.
+        layers: To fit at. Default: four, evenly spread.
+        coefficients: Values of c, in units of the stream, of methods that have a `steering_coeff`. Default: twice the forget
+            states' norm at RMU's layer.
+        betas: Values of beta, of methods that have one.
+        strengths: Values of any method's strength, by its name; they go before those of `coefficients` and `betas`.
+        seeds: Of the fits. Default: 0.
+        steps: Updates of each fit. Default: 75.
+        questions_limit: Questions asked on each side at each point, evenly spread. Default: 150.
+        documents: Documents on each side that states are read from, evenly spread. Default: 100.
+        full: All layers, seeds 0, 1 and 2, c at a quarter, once and four times its default, 150 steps, all questions, 200
+            documents, where nothing else is given.
     """
+
+    methods: tuple[str, ...] = field(default=("mrp", "rmu", "adaptive-rmu"), metadata={"separator": ","})
+    layers: tuple[int, ...] | None = None
+    coefficients: tuple[float, ...] | None = None
+    betas: tuple[float, ...] = (AdaptiveRMU.beta,)
+    strengths: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    seeds: tuple[int, ...] | None = None
+    steps: int | None = None
+    questions_limit: int | None = None
+    documents: int | None = None
+    full: bool = False
+
+    def __post_init__(self) -> None:
+        sweepable = [name for name, kind in METHODS.items() if kind.swept is not None]
+        unknown = [method for method in (*self.methods, *self.strengths) if method not in sweepable]
+        if unknown or not self.methods:
+            raise ValueError(f"unknown methods {unknown}; choose among {', '.join(sweepable)}")
+        varied = {"coefficients": self.coefficients or (), "betas": self.betas, **self.strengths}
+        for name, values in varied.items():
+            if not all(value > 0 for value in values):
+                raise ValueError(f"{name} must be above 0, got {list(values)}")
+        for method in self.strengths:
+            swept = METHODS[method].swept
+            if swept is None or swept.strength is None:
+                raise ValueError(f"{method} has no strength to vary; leave it out of strengths")
+        if self.steps is not None and self.steps < 1:
+            raise ValueError(f"steps must be at least 1, got {self.steps}")
+
+    def resolved(self, model: LensModel, task: UnlearningTask) -> "ResolvedSweep":
+        """Every default filled in."""
+        layers, coefficients, full = self.layers, self.coefficients, self.full
+        if layers is None:
+            layers = tuple(range(model.cfg.n_layers)) if full else default_layers(model, QUICK_LAYERS)
+        if coefficients is None:
+            usual = default_coefficient(model, task, layer=default_layer(model))
+            coefficients = tuple(usual * share for share in (FULL_SHARES if full else (1.0,)))
+        return ResolvedSweep(
+            methods=self.methods,
+            layers=layers,
+            coefficients=coefficients,
+            betas=self.betas,
+            seeds=self.seeds or (FULL_SEEDS if full else (0,)),
+            steps=given(self.steps, FULL_STEPS if full else QUICK_STEPS),
+            questions=given(self.questions_limit, None if full else QUICK_QUESTIONS),
+            documents=given(self.documents, FULL_DOCUMENTS if full else QUICK_DOCUMENTS),
+            strengths={method: tuple(values) for method, values in self.strengths.items()},
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResolvedSweep:
+    """A `SweepConfig` with every default filled in; what it says decides which folder a sweep goes on in."""
 
     methods: tuple[str, ...]
     layers: tuple[int, ...]
     coefficients: tuple[float, ...]
-    betas: tuple[float, ...] = (AdaptiveRMU.beta,)
-    seeds: tuple[int, ...] = (0,)
-    steps: int = 150
-    questions: int | None = None
-    documents: int | None = 200
+    betas: tuple[float, ...]
+    seeds: tuple[int, ...]
+    steps: int
+    questions: int | None
+    documents: int
+    strengths: Mapping[str, tuple[float, ...]]
 
     def __post_init__(self) -> None:
-        unknown = [method for method in self.methods if method not in SWEPT]
-        if unknown or not self.methods:
-            raise ValueError(f"unknown methods {unknown}; choose among {', '.join(SWEPT)}")
-        for name in ("coefficients", "betas"):
-            if not all(value > 0 for value in getattr(self, name)):
-                raise ValueError(f"{name} must be above 0, got {list(getattr(self, name))}")
-        if self.steps < 1:
-            raise ValueError(f"steps must be at least 1, got {self.steps}")
         for name, number in Counter(point.name for point in self.points()).items():
             if number > 1:
                 raise ValueError(
                     f"{number} points would be kept as {name!r}; give coefficients that differ in six digits"
                 )
 
+    def settings(self) -> dict[str, Any]:
+        """As version 0.1 wrote them; strengths by method, which it did not know, where there are any."""
+        return {name: value for name, value in asdict(self).items() if name != "strengths" or value}
+
     def points(self) -> list[Point]:
         """All of them once, in the order of the table."""
-        strengths: dict[str, Sequence[float | None]] = {
-            MRP.name: (None,),
-            RMU.name: self.coefficients,
-            AdaptiveRMU.name: self.betas,
-        }
         points = [
             Point(method, layer, strength, seed)
             for method in self.methods
-            for strength, layer, seed in product(strengths[method], self.layers, self.seeds)
+            for strength, layer, seed in product(self._strengths(method), self.layers, self.seeds)
         ]
         return list(dict.fromkeys(points))
+
+    def _strengths(self, method: str) -> Sequence[float | None]:
+        """The values of its strength; None: it has none, or derives it from the model."""
+        swept = METHODS[method].swept
+        if swept is None or swept.strength is None:
+            return (None,)
+        known: dict[str, Sequence[float | None]] = {"steering_coeff": self.coefficients, "beta": self.betas}
+        return self.strengths.get(method) or known.get(swept.strength, (None,))
+
+    def fitter(self, point: Point) -> Method:
+        """The method of a point.
+
+        Raises:
+            ValueError: it is no method for sweeps, or it has no strength, or needs one.
+        """
+        kind = METHODS[point.method]
+        if kind.swept is None or (point.coefficient is not None and kind.swept.strength is None):
+            raise ValueError(f"a sweep cannot fit {point.method!r} with coefficient {point.coefficient}")
+        place: Any = [point.layer] if kind.swept.layer == "layers" else point.layer
+        varied = {kind.swept.layer: place}
+        if kind.swept.strength is not None and point.coefficient is not None:
+            varied[kind.swept.strength] = point.coefficient
+        if "steps" in kind.__dataclass_fields__:
+            varied["steps"] = self.steps
+        return kind(**varied)
 
 
 def default_layers(model: LensModel, count: int) -> tuple[int, ...]:
@@ -122,8 +201,8 @@ def default_coefficient(model: LensModel, task: UnlearningTask, *, layer: int) -
 def sweep(
     model: LensModel,
     task: UnlearningTask,
-    plan: Plan,
-    out: str | Path,
+    config: SweepConfig | None = None,
+    out: str | Path = "runs/sweep",
     *,
     shard: tuple[int, int] = (1, 1),
     progress: bool = True,
@@ -136,8 +215,8 @@ def sweep(
 
     Args:
         model: HookedTransformer or TransformerBridge; left as it is.
-        case: the data, with `questions` and `retain_questions`.
-        plan: what to cover.
+        task: the data, with `questions` and `retain_questions`.
+        config: what to cover. None: the quick sweep of `SweepConfig()`.
         out: the folder.
         shard: (i, n): every n-th point from the i-th on, i from 1.
         progress: show progress bars.
@@ -147,13 +226,13 @@ def sweep(
         `method`, `layer`, `coefficient`, `seed`; `norm` (mean of the unedited forget states at the layer, in units of
         the stream), `relative_coefficient` (RMU: c over that norm; Adaptive RMU: beta);
         `forget_accuracy`, `retain_accuracy`, the intervals `forget_low`, `forget_high`, `retain_low`, `retain_high`
-        (95%, bootstrap over questions), the controls `untaught_accuracy` (where the case knows it) and `chance`;
+        (95%, bootstrap over questions), the controls `untaught_accuracy` (where the task knows it) and `chance`;
         `forget_cosine`, `retain_cosine` with the fit's u at the layer (MRP: with an unrelated u), the controls
         `null_mean`, `null_low`, `null_high`; `forget_norm`, `retain_norm`; `forget_max_probability`,
         `retain_max_probability`, `forget_max_logit`, `retain_max_logit` (teacher-forced); `text_perplexity_ratio`.
 
     Raises:
-        ValueError: the case lacks questions, a layer does not exist, the shard is not 1 <= i <= n, or the folder
+        ValueError: the task lacks questions, a layer does not exist, the shard is not 1 <= i <= n, or the folder
             belongs to a sweep with other settings (which differ is said).
         KeyboardInterrupt: Ctrl-C; the points that are done stay.
     """
@@ -163,9 +242,10 @@ def sweep(
     missing = {"forget", "retain"} - set(task.quiz())
     if missing:
         raise ValueError(f"a sweep needs questions on both sides; there are none for {', '.join(sorted(missing))}")
+    plan = (config or SweepConfig()).resolved(model, task)
     check_layers(model, plan.layers)
-    settings = {"model": identity_of(model), "data": task.fingerprints(), **asdict(plan)}
-    store = ResultStore.claim(out, "sweep", settings)
+    settings = {"model": identity_of(model), "data": task.fingerprints(), **plan.settings()}
+    store = ResultStore.claim(out, "sweep", settings, earlier={"data": task.legacy_fingerprints()})
     untouched = store.once(UNEDITED, lambda: _measure_unedited(model, task, plan))
     todo = [point for point in plan.points()[number - 1 :: count] if store.stored(point.name) is None]
     with tqdm(todo, desc="points", disable=not progress) as bar:
@@ -186,7 +266,7 @@ def table(store: ResultStore, points: Iterable[Point]) -> pd.DataFrame | None:
     return pd.DataFrame([file["row"] for file in files if file is not None])
 
 
-def _measure_unedited(model: LensModel, task: UnlearningTask, plan: Plan) -> dict[str, Any]:
+def _measure_unedited(model: LensModel, task: UnlearningTask, plan: ResolvedSweep) -> dict[str, Any]:
     """The baseline: its row, the forget states' norm at each layer, and the perplexity that ratios refer to."""
     perplexity = float(metrics.perplexity(model, task.held_out)["perplexity"].iloc[0])
     norms = metrics.alignment(
@@ -196,7 +276,7 @@ def _measure_unedited(model: LensModel, task: UnlearningTask, plan: Plan) -> dic
         "method": UNEDITED,
         **dict.fromkeys(("layer", "coefficient", "seed", "norm", "relative_coefficient")),
     }
-    row |= _behaviour(model, task, plan) | {"text_perplexity_ratio": 1.0}
+    row |= _behaviour(model, task, plan, None) | {"text_perplexity_ratio": 1.0}
     controls: dict[str, float] = {}
     if task.untaught_questions is not None:
         controls["untaught_accuracy"] = float(metrics.accuracy(model, task.untaught_questions)["accuracy"].iloc[0])
@@ -213,7 +293,7 @@ def _measure_unedited(model: LensModel, task: UnlearningTask, plan: Plan) -> dic
 def _fit_and_measure(
     model: LensModel,
     task: UnlearningTask,
-    plan: Plan,
+    plan: ResolvedSweep,
     point: Point,
     untouched: Mapping[str, Any],
     kept: Path,
@@ -221,7 +301,7 @@ def _fit_and_measure(
     progress: bool,
 ) -> dict[str, Any]:
     """The row of a point; its fit is kept in a folder until that is written."""
-    method = _method(plan, point)
+    method = plan.fitter(point)
     fit = Fit.once(
         kept,
         lambda checkpoint: method.fit(
@@ -232,10 +312,12 @@ def _fit_and_measure(
     if u is None:  # MRP has none: an unrelated one shows what the null looks like
         u = random_units(1, model.cfg.d_model, "uniform", generator_for(point.seed))[0]
     norm = float(untouched["norms"][str(point.layer)])
-    share = point.coefficient / norm if point.method == "rmu" and point.coefficient is not None else point.coefficient
+    swept = METHODS[point.method].swept
+    in_units = swept is not None and swept.strength == "steering_coeff" and point.coefficient is not None
+    share = point.coefficient / norm if in_units and point.coefficient is not None else point.coefficient
     row = asdict(point) | {"norm": norm, "relative_coefficient": share}
+    row |= _behaviour(model, task, plan, fit.edit)
     with fit.edit.applied(model):
-        row |= _behaviour(model, task, plan)
         perplexity = float(metrics.perplexity(model, task.held_out)["perplexity"].iloc[0])
         aligned = metrics.alignment(
             model, task.texts(limit=plan.documents), u, layers=[point.layer], law="uniform", seed=point.seed
@@ -247,26 +329,7 @@ def _fit_and_measure(
     return {"row": row | untouched["controls"], "seconds": float(fit.log["seconds"].iloc[-1])}
 
 
-def _method(plan: Plan, point: Point) -> MRP | RMU | AdaptiveRMU:
-    layer, strength = point.layer, point.coefficient
-    if point.method == MRP.name:
-        return MRP(layers=[layer], steps=plan.steps)
-    if point.method == RMU.name and strength is not None:
-        return RMU(layer=layer, steps=plan.steps, steering_coeff=strength)
-    if point.method == AdaptiveRMU.name and strength is not None:
-        return AdaptiveRMU(layer=layer, steps=plan.steps, beta=strength)
-    raise ValueError(
-        f"a sweep cannot fit {point.method!r} with coefficient {strength}; choose among {', '.join(SWEPT)}"
-    )
-
-
-def _behaviour(model: LensModel, task: UnlearningTask, plan: Plan) -> dict[str, float]:
-    """Accuracy and confidence on each side."""
-    row: dict[str, float] = {}
-    for side, quiz in task.quiz(limit=plan.questions).items():
-        figures = metrics.accuracy(model, quiz).iloc[0]
-        row |= {f"{side}_accuracy": float(figures["accuracy"])}
-        row |= {f"{side}_{end}": float(figures[end]) for end in ("low", "high")}
-        sure = metrics.confidence(model, {side: quiz}, mode="forced").set_index("measure")["mean"]
-        row |= {f"{side}_{measure}": float(sure[measure]) for measure in ("max_probability", "max_logit")}
-    return row
+def _behaviour(model: LensModel, task: UnlearningTask, plan: ResolvedSweep, edit: Edit | None) -> dict[str, float]:
+    """What the registered metrics say of an edit."""
+    asked = Measured(model=model, task=task, edit=edit, limit=plan.questions, documents=plan.documents, progress=False)
+    return rows_for("sweep", asked)

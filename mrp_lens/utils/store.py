@@ -25,7 +25,13 @@ class ResultStore:
 
     @classmethod
     def claim(
-        cls, folder: str | Path, kind: str, settings: Mapping[str, Any], *, overwrite: bool = False
+        cls,
+        folder: str | Path,
+        kind: str,
+        settings: Mapping[str, Any],
+        *,
+        earlier: Mapping[str, Any] | None = None,
+        overwrite: bool = False,
     ) -> "ResultStore":
         """Make the folder, or go on in one of the same settings.
 
@@ -33,6 +39,8 @@ class ResultStore:
             folder: of the run.
             kind: what it is called in errors, such as "sweep".
             settings: everything that the results depend on; JSON.
+            earlier: those of the settings that version 0.1 wrote otherwise, as it did; they are as good in a folder whose
+                record shows that 0.1 wrote it.
             overwrite: begin anew, whatever the folder holds.
 
         Raises:
@@ -48,6 +56,10 @@ class ResultStore:
         path = target / f"{kind}.json"
         plain: dict[str, Any] = json.loads(json.dumps(settings))
         known = read_json(path, REMEDY) if path.is_file() else None
+        if known is not None and earlier is not None and _of_0_1(known, plain):
+            plain |= {
+                key: known.get(key) for key, value in earlier.items() if known.get(key) == json.loads(json.dumps(value))
+            }
         differing = [] if known is None else _differing(known, plain)
         begun = any(entry != path for entry in target.rglob("*") if not entry.is_dir())
         if differing and begun:
@@ -122,6 +134,12 @@ def check_holds(folder: str | Path, kind: str) -> None:
         raise FileExistsError(
             f"{target} exists and holds no {kind}; choose another folder, or replace it where there is --overwrite"
         )
+
+
+def _of_0_1(known: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
+    """Whether version 0.1 wrote the settings of a folder: it knew a model by its embedding alone."""
+    there, now = known.get("model"), wanted.get("model")
+    return isinstance(there, dict) and isinstance(now, dict) and "weights" in now and "weights" not in there
 
 
 def _differing(known: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:

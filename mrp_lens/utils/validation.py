@@ -2,9 +2,9 @@
 
 import operator
 from collections.abc import Iterable, Sequence
-from dataclasses import fields
+from dataclasses import Field, fields
 from numbers import Integral, Real
-from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import numpy as np
 import torch
@@ -18,8 +18,10 @@ class PlainSettings:
     A numpy number works in a fit and cannot be written as JSON when the edit is saved, hours later.
     """
 
+    __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
+
     def __post_init__(self) -> None:
-        for entry in fields(self):  # type: ignore[arg-type]
+        for entry in fields(self):
             object.__setattr__(self, entry.name, plain(getattr(self, entry.name)))
 
     def check_values(self, *, above_0: Sequence[str] = (), counts: Sequence[str] = ()) -> None:

@@ -1,14 +1,16 @@
 """Requests one after another: the study measures what it says, loses nothing, and is gone on with shard by shard."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 
 from analysis import continual
-from analysis.common.sequence import Requests, numbers_in
+from analysis.common.requests import Requests, numbers_in
 from analysis.continual import with_settings
 from mrp_lens.data import Corpus, Questions
 from mrp_lens.data.task import UnlearningTask
@@ -17,8 +19,155 @@ from mrp_lens.edits import load_edit
 from mrp_lens.methods import MRP, RMU, Fit
 from mrp_lens.metrics import perplexity
 from mrp_lens.models import LensModel
+from mrp_lens.plots import accuracies
 from mrp_lens.training.loop import NonFiniteLossError
 from tests.conftest import D_MODEL
+
+ORDER = ("a", "b", "c")
+KNOWN: dict[str, Any] = {"asked": dict.fromkeys(ORDER, 1.0), "kept": dict.fromkeys(ORDER, 1.0), "text_perplexity": 5.0}
+UNEDITED: dict[str, Any] = {**KNOWN, "untaught_accuracy": 0.25}
+
+
+def cell(
+    method: str, asked: Sequence[float], kept: Sequence[float], *, seed: int = 0, **changes: Any
+) -> dict[str, Any]:
+    """What was found after as many requests as there are accuracies; the topics that stay are the others of ORDER."""
+    count = len(asked)
+    found = {
+        "asked": dict(zip(ORDER, asked, strict=False)),
+        "kept": dict(zip(ORDER[count:], kept, strict=True)),
+        "text_perplexity": 5.5,
+    }
+    took = {"trained_numbers": 4096, "stored_bytes": 20000, "seconds": 30.0}
+    return {"method": method, "seed": seed, "requests": count, "order": list(ORDER[:count]), **found, **took, **changes}
+
+
+def sequence(method: str, first: Sequence[float], worst: Sequence[float], **changes: Any) -> list[dict[str, Any]]:
+    """Three requests: accuracy on the first after each (the later ones are at 0.3), and on the worst topic that stays."""
+    return [
+        cell(method, [first[0]], [1.0, worst[0]], **changes),
+        cell(method, [first[1], 0.3], [worst[1]], **changes),
+        cell(method, [first[2], 0.3, 0.3], [], **changes),
+    ]
+
+
+def table_of(*cells: dict[str, Any]) -> pd.DataFrame:
+    return continual.rows_of_cells(cells, UNEDITED)
+
+
+def shown(table: pd.DataFrame, *lengths: int) -> dict[tuple[str, str], dict[str, str]]:
+    """(method, number of requests) -> its row of the table for people."""
+    rows = continual.compact(table, lengths).to_dict("records")
+    return {(row["method"], row["requests"]): {str(key): cell for key, cell in row.items()} for row in rows}
+
+
+def test_rows_tell_the_requests_so_far_from_what_stays() -> None:
+    table = table_of(cell("mrp", [0.4, 0.2], [0.9]), cell("mrp", [0.4, 0.2, 0.3], []))
+    row = table[(table["method"] == "mrp") & (table["requests"] == 2)].iloc[0]
+    assert row["forget_accuracy"] == pytest.approx(0.3)
+    assert [row[f"forget_{which}_accuracy"] for which in ("highest", "lowest", "latest", "first")] == [
+        0.4,
+        0.2,
+        0.2,
+        0.4,
+    ]
+    assert (row["request"], row["order"], row["worst_topic"]) == ("b", "a, b", "c")
+    assert (row["worst_topic_accuracy"], row["retain_accuracy"], row["text_perplexity_ratio"]) == (0.9, 0.9, 1.1)
+    assert (row["accuracy_a"], row["accuracy_c"]) == (0.4, 0.9)
+    last = table.iloc[-1]
+    assert pd.isna(last["worst_topic_accuracy"])
+    assert last["forget_accuracy"] == pytest.approx(0.3)
+
+
+def test_the_unedited_model_is_asked_the_same() -> None:
+    table = table_of(*sequence("mrp", [0.3] * 3, [0.9, 0.9]), *sequence("rmu", [0.3] * 3, [0.9, 0.9]))
+    rows = table[table["method"] == "unedited"]
+    assert rows["requests"].tolist() == [1, 2, 3]
+    assert (rows["forget_accuracy"] == 1.0).all()
+    assert rows["text_perplexity_ratio"].tolist() == [1.0] * 3
+    assert rows["worst_topic_accuracy"].isna().tolist() == [False, False, True]
+
+
+def test_the_table_has_means_and_ranges_over_the_seeds() -> None:
+    one, other = sequence("mrp", [0.3] * 3, [0.9, 0.8]), sequence("mrp", [0.3, 0.5, 0.3], [0.9, 0.9], seed=1)
+    rows = shown(table_of(*one, *other), 2, 3)
+    assert rows["mrp", "2"]["requests so far"] == "0.35 (0.30 to 0.40)"
+    assert rows["mrp", "2"]["worst topic that stays"] == "0.85 (0.80 to 0.90)"
+    assert rows["mrp", "2"]["text"] == "1.10 (1.10 to 1.10)"
+    assert (rows["mrp", "3"]["worst topic that stays"], rows["unedited", "3"]["requests so far"]) == (
+        "",
+        "1.00 (1.00 to 1.00)",
+    )
+
+
+@pytest.mark.parametrize(
+    ("changed", "able"),
+    [
+        ({}, "2 of 2"),
+        ({"asked": {"a": 0.36, "b": 0.25}}, "1 of 2"),  # one of the requests is still known
+        ({"asked": {"a": 0.14, "b": 0.25}}, "1 of 2"),  # or suppressed
+        ({"kept": {"c": 0.94}}, "1 of 2"),
+        ({"text_perplexity": 5.6}, "1 of 2"),
+    ],
+)
+def test_a_method_does_both_only_if_every_request_topic_and_text_is_as_it_should_be(
+    changed: dict[str, Any], able: str
+) -> None:
+    table = table_of(cell("mrp", [0.25, 0.25], [0.96]), {**cell("mrp", [0.25, 0.25], [0.96], seed=1), **changed})
+    assert shown(table, 2)["mrp", "2"]["does both"] == able
+
+
+def test_where_nothing_tells_the_never_taught_level_nothing_is_judged() -> None:
+    table = continual.rows_of_cells([cell("mrp", [0.25, 0.25], [0.96])], UNEDITED | {"untaught_accuracy": None})
+    assert shown(table, 2)["mrp", "2"]["does both"] == ""
+
+
+def test_the_first_request_stands_beside_the_latest() -> None:
+    rows = shown(table_of(*sequence("npo", [0.3, 0.5, 0.6], [1, 1])), 1, 3)
+    assert [rows["npo", length]["first"] for length in ("1", "3")] == ["0.30", "0.60"]
+    assert rows["npo", "3"]["latest"] == "0.30"
+
+
+def test_taking_a_request_back_has_its_column() -> None:
+    cells = sequence("mrp", [0.3] * 3, [1, 1])
+    back = {"a": 0.4, "b": 0.9, "c": 0.2}
+    cells[2]["taken_back"] = {"asked": back, "kept": {}, "text_perplexity": 5.0}
+    assert shown(table_of(*cells), 3)["mrp", "3"]["taken back"] == "0.30 to 0.90 / 0.30 to 0.30"
+    cells[2] |= {"kept": {"d": 0.8}, "taken_back": {"asked": back, "kept": {"d": 0.7}, "text_perplexity": 5.0}}
+    table = continual.rows_of_cells(cells, UNEDITED | {"kept": {**KNOWN["kept"], "d": 1.0}})
+    assert shown(table, 3)["mrp", "3"]["taken back"] == "0.30 to 0.90 / 0.30 to 0.30 / 0.80 to 0.70"
+    assert shown(table_of(*sequence("rmu", [0.3] * 3, [1, 1])), 3)["rmu", "3"]["taken back"] == ""
+
+
+def test_a_sequence_that_breaks_off_is_reported_and_not_counted() -> None:
+    broken = {"method": "npo", "seed": 0, "requests": 3, "order": list(ORDER), "failed": "request 3: no number"}
+    table = table_of(*sequence("mrp", [0.3] * 3, [1, 1]), *sequence("npo", [0.3] * 3, [1, 1])[:2], broken)
+    rows = shown(table, 3)
+    assert (rows["npo", "3"]["broken off"], rows["mrp", "3"]["broken off"]) == ("request 3: no number", "")
+    assert (rows["npo", "3"]["requests so far"], rows["mrp", "3"]["requests so far"]) == ("", "0.30")
+
+
+def test_where_every_sequence_breaks_off_that_is_what_is_said() -> None:
+    broken = {"method": "npo", "seed": 0, "requests": 1, "order": ["a"], "failed": "request 1: no number"}
+    (row,) = shown(table_of(broken), 1).values()
+    assert (row["requests so far"], row["broken off"]) == ("", "request 1: no number")
+
+
+def test_every_method_is_drawn_after_each_length() -> None:
+    broken = {"method": "npo", "seed": 0, "requests": 3, "order": list(ORDER), "failed": "request 3: no number"}
+    table = table_of(*sequence("mrp", [0.3] * 3, [1, 1]), *sequence("npo", [0.3] * 3, [1, 1])[:2], broken)
+    frame = continual.pictures(table, (2, 3))["accuracies"]
+    methods = ["unedited, 2 requests", "mrp, 2 requests", "npo, 2 requests", "unedited, 3 requests", "mrp, 3 requests"]
+    assert frame["method"].tolist() == methods
+    assert accuracies(frame).data
+    assert accuracies(continual.pictures(table, (3,))["accuracies"]).data  # where no topic is left to stay
+
+
+def test_the_table_tells_what_a_request_takes() -> None:
+    rows = shown(table_of(*sequence("mrp", [0.3] * 3, [1, 1])), 2, 3)
+    assert list(rows) == [(method, length) for method in ("unedited", "mrp") for length in ("2", "3")]
+    assert [rows["mrp", "3"][heading] for heading in ("trained", "stored", "fit")] == ["4,096", "20.0 kB", "30 s"]
+    assert rows["unedited", "3"]["fit"] == ""
 
 
 def test_a_topic_stays_until_it_is_requested(world: World) -> None:
@@ -39,6 +188,16 @@ def test_the_seed_draws_the_order(world: World) -> None:
     assert len(orders) > 1
     assert all(sorted(order) == sorted(world.topics) for order in orders)
     assert requests.order(3) == requests.order(3)
+
+
+def test_a_folder_of_version_0_1_is_known_by_the_hashes_that_it_wrote(world: World) -> None:
+    requests = Requests.from_world(world.topics, limit=5)
+    earlier, topic = requests.legacy_fingerprints(), world.topics[0]
+    assert earlier["forget"] == dict(requests.fingerprints()["forget"])
+    quiz = requests.quizzes[topic]
+    nameless = Questions(tuple(replace(q, entity="") for q in quiz.questions), quiz.name)
+    assert earlier["quizzes"][topic] == nameless.fingerprint != quiz.fingerprint
+    assert earlier.keys() == requests.fingerprints().keys()
 
 
 def test_what_is_measured_is_what_is_asked_for(model: LensModel, world: World, untouched: None) -> None:
@@ -132,7 +291,7 @@ def test_a_finished_study_is_not_computed_again_and_other_settings_are_refused(
     stamps = {path: path.stat().st_mtime_ns for path in (out / "points").iterdir()}
     continual.main(options)
     assert stamps == {path: path.stat().st_mtime_ns for path in (out / "points").iterdir()}
-    assert "After 1 request (1 seed), accuracy on these" in capsys.readouterr().out
+    assert "| method   | requests | requests so far" in capsys.readouterr().out
     with pytest.raises(ValueError, match=r"holds rmu with other settings: steps \(1 there, 2 now\); choose another"):
         continual.main([*options, "--set", "steps=2"])
     with pytest.raises(ValueError, match=r"holds a sequence with other settings: .*limit"):
@@ -166,7 +325,7 @@ class Stumbling:
 def test_what_was_found_before_is_kept(
     error: type[BaseException] | None, files: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(continual, "contenders", lambda model: {"rmu": Stumbling(error), "mrp": MRP()})
+    monkeypatch.setattr(continual, "compared_methods", lambda model: {"rmu": Stumbling(error), "mrp": MRP()})
     monkeypatch.setattr(continual, "with_settings", lambda methods, texts: methods)
     options = [*files, "--methods", "rmu", "--requests", "1,3"]
     if error is None:
@@ -178,24 +337,13 @@ def test_what_was_found_before_is_kept(
     kept = points(tmp_path / "out")
     assert "failed" not in kept["rmu-seed0-request1"]
     assert kept["rmu-seed0-request2"]["failed"] == kept["rmu-seed0-request3"]["failed"] == "request 2: the loss is NaN"
-    assert "Broken off: rmu, seed 0: request 2" in (tmp_path / "out" / "finding.md").read_text()
+    assert "request 2: the loss is NaN" in (tmp_path / "out" / "finding.md").read_text()
 
 
 @pytest.mark.slow
 def test_topics_of_the_world_are_requested_until_none_is_left(world: World, tmp_path: Path) -> None:
-    options = [
-        "--backend",
-        "bridge",
-        "--methods",
-        "rmu",
-        "--set",
-        "steps=30",
-        "--limit",
-        "40",
-        "--out",
-        str(tmp_path / "out"),
-    ]
-    continual.main([*options, "--requests", "1,2", "--topic", "towns", "beasts"])
+    options = "--backend bridge --methods rmu --set steps=30 --limit 40 --requests 1,2 --topic towns beasts --out"
+    continual.main([*options.split(), str(tmp_path / "out")])
     kept = points(tmp_path / "out")
     assert set(kept["rmu-seed0-request2"]["asked"]) == {"towns", "beasts"}
     assert set(kept["rmu-seed0-request2"]["kept"]) == {"potions", "machines"}

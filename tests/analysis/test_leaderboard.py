@@ -1,12 +1,21 @@
-"""The leaderboard's rows and sentences follow from its cells."""
+"""The leaderboard's rows follow from its cells, each of which is computed once, whoever asks for it."""
 
+import json
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pytest
 
-from analysis.common.standings import compact, markdown, rows_of_cells
-from analysis.common.verdicts import finding
+from analysis import leaderboard
+from analysis.leaderboard import compact, finding, further_columns, rows_of_cells
+from mrp_lens import attacks
+from mrp_lens.data import Questions
+from mrp_lens.methods import MRP, RMU
+from mrp_lens.models import load_model
+from tests.support.edits import projection, weight_edit
+from tests.support.quizzes import liked, quiz
 
 UPDATES = (5, 20, 100)
 NOTHING, HOOKS, WEIGHTS, BOTH = ({"hooks": h, "weights": w} for w in (False, True) for h in (False, True))
@@ -67,10 +76,6 @@ def table_of(methods: dict[str, dict[str, Any]], seed: int = 0) -> pd.DataFrame:
     return rows_of_cells({(name, seed): found for name, found in cells.items()}, UPDATES)
 
 
-def said(**methods: dict[str, Any]) -> str:
-    return finding(table_of(methods), UPDATES)
-
-
 def by_method(table: pd.DataFrame) -> dict[Any, dict[str, Any]]:
     return {row["method"]: {str(key): value for key, value in row.items()} for row in table.to_dict("records")}
 
@@ -110,7 +115,7 @@ def test_the_floor_has_a_row_behind_the_unedited_model() -> None:
 def test_the_compact_table_says_where_an_attack_does_not_count_and_where_there_is_nothing_to_attack() -> None:
     hooked = stages(HOOKS, retrained(0.1, 0.2, 0.3, taught=0.5))
     table = table_of({"hooked": hooked, "written": stages(WEIGHTS, retrained(0.7, 0.8, 0.9))})
-    text = compact(table, UPDATES)
+    text = compact(table, UPDATES, {})
     rows = text.set_index("").T
     assert rows["hooked"].tolist() == [
         *("0.25 [0.20, 0.30]", "0.98 [0.93, 1.03]", "x1.100", "0.10 / 0.20 / 0.30 [0.20, 0.40] †", "as unedited"),
@@ -118,7 +123,7 @@ def test_the_compact_table_says_where_an_attack_does_not_count_and_where_there_i
     ]
     assert rows.loc["in the weights, 5 / 20 / 100", "written"] == "as kept"
     assert "†" not in str(rows.loc["edit kept, 5 / 20 / 100", "written"])
-    lines = markdown(text, table, UPDATES).splitlines()
+    lines = finding(table, UPDATES).splitlines()
     assert len({len(line) for line in lines[:6]}) == 1  # aligned
 
 
@@ -126,53 +131,10 @@ def test_several_seeds_are_a_mean_and_a_range() -> None:
     first = table_of({"hooked": stages(HOOKS, retrained(0.1, 0.2, 0.3), forget=0.2)})
     second = table_of({"hooked": stages(HOOKS, retrained(0.3, 0.4, 0.7), forget=0.3)}, seed=1)
     table = pd.concat([first, second], ignore_index=True)
-    row = compact(table, UPDATES).set_index("").loc["hooked"]
+    row = compact(table, UPDATES, {}).set_index("").loc["hooked"]
     assert row["asked at once"] == "0.25 (0.20 to 0.30)"
     assert row["edit kept, 5 / 20 / 100"] == "0.20 / 0.30 / 0.50 (0.30 to 0.70)"
-    assert "lowest to highest of 2 seeds" in markdown(compact(table, UPDATES), table, UPDATES)
-    assert "hooked withstands best: 0.20 / 0.30 / 0.50 (0.30 to 0.70)" in finding(table, UPDATES)
-
-
-def test_the_finding_names_who_withstands_best_in_each_form_and_at_which_cost() -> None:
-    weak = stages(HOOKS, retrained(0.5, 0.8, 0.9), weights=retrained(0.1, 0.1, 0.15))
-    strong = stages(HOOKS, retrained(0.1, 0.2, 0.3), weights=retrained(0.8, 0.8, 0.85))
-    text = said(weak=weak, strong=strong)
-    assert (
-        "With the edit kept, strong withstands best: 0.10 / 0.20 / 0.30 [0.20, 0.40] of V is back after 5 / 20" in text
-    )
-    assert "More comes back of: weak 0.90." in text
-    assert "As weights, weak withstands best: 0.10 / 0.10 / 0.15 [0.05, 0.25]" in text
-    assert (
-        "Its cost: worst other topic 0.98 [0.93, 1.03], perplexity of ordinary text x1.100, fit 40 s, stored 33 kB."
-        in text
-    )
-    assert "Stripped of the hooks, weak and strong are the unedited model, which answers 1.00" in text
-    weak = stages(HOOKS, retrained(0.1, 0.2, 0.35))
-    assert "Not told apart from it, as the ranges overlap: weak 0.35." in said(weak=weak, strong=strong)
-
-
-def test_what_the_attackers_rate_leaves_the_unedited_model_stands_beside_what_comes_back() -> None:
-    high = retrained(0.9, 0.5, 0.25, lr=3e-3)
-    unedited = {**UNEDITED, "relearn-kept": {**high, "rows": UNEDITED["relearn-kept"]["rows"] + high["rows"]}}
-    text = said(unedited=unedited, hooked=stages(HOOKS, retrained(0.1, 0.2, 0.2, lr=3e-3)))
-    assert "At the attacker's best rate in the end, 0.003, the unedited model is left with 0.25 of V." in text
-    assert "rate in the end, 0.001, the unedited model is left with 0.98 of V." in said(plain=PLAIN)
-
-
-def test_recovery_below_0_counts_by_its_size() -> None:
-    text = said(pushed=stages(HOOKS, retrained(-0.5, -0.5, -0.5), forget=0.05), plain=PLAIN)
-    assert "With the edit kept, plain withstands best" in text
-    assert "Answered less often than never-taught facts, so suppressed and not gone: pushed 0.05 [0.00, 0.10]." in text
-    assert "Recovery below 0 after 100 updates, so still suppressed: pushed -0.50 [-0.60, -0.40]." in text
-    assert "suppressed" not in said(plain=PLAIN)
-
-
-def test_a_method_that_ruins_ordinary_text_does_not_keep_the_rest() -> None:
-    babbling = stages(HOOKS, retrained(0.0, 0.0, 0.01))
-    babbling["quiz"]["text"]["perplexity"] = 1000.0
-    text = said(babbling=babbling, plain=PLAIN)
-    assert "babbling 0.98 [0.93, 1.03], text x100.000." in text
-    assert "With the edit kept, plain withstands best" in text
+    assert "lowest to highest of 2 seeds" in finding(table, UPDATES)
 
 
 def test_the_attackers_best_rate_is_that_of_the_last_score() -> None:
@@ -189,48 +151,112 @@ def test_several_seeds_without_retain_questions_have_a_table() -> None:
         for name, found in {"unedited": UNEDITED, "plain": PLAIN}.items():
             quiz = {side: rows for side, rows in found["quiz"].items() if side != "retain"}
             cells[name, seed] = {**found, "quiz": quiz}
-    shown = compact(rows_of_cells(cells, UPDATES), UPDATES)
+    shown = compact(rows_of_cells(cells, UPDATES), UPDATES, {})
     assert list(shown["worst other topic"]) == ["-"] * 3
-    assert "of the worst other topic" not in finding(rows_of_cells(cells, UPDATES), UPDATES)
 
 
-def test_who_cannot_forget_or_loses_the_rest_or_is_not_attacked_validly_is_out_of_the_running() -> None:
-    text = said(
-        stubborn=stages(HOOKS, retrained(0.0, 0.0, 0.0), forget=0.9),
-        ruined=stages(WEIGHTS, retrained(0.0, 0.0, 0.01), worst=0.3),
-        untrained=stages(HOOKS, retrained(0.0, 0.0, 0.02, taught=0.6)),
-        plain=PLAIN,
-    )
-    assert "Cannot forget it at these settings: stubborn 0.90 [0.85, 0.95]." in text
-    lost = "Forget it, but lose too much of the worst other topic or of ordinary text: ruined 0.30 [0.25, 0.35], text x1.100."
-    assert lost in text
-    assert "untrained and plain get it down to that level" in text
-    assert "With the edit kept, plain withstands best" in text
-    assert (
-        "Less comes back of stubborn 0.00 (does not forget to begin with), ruined 0.01 (keeps too little of the rest), "
-        "untrained 0.02 (T was not learned, so this does not count)." in text
-    )
-    assert "T was not learned to 95%, so these attacks do not count: untrained, with the edit kept (0.60 of T)." in text
-    assert "Every attack counts" in said(plain=PLAIN)
-    assert "As weights, no method that forgets and keeps the rest" in said(
-        ruined=stages(WEIGHTS, retrained(0.0, 0.0, 0.01), worst=0.3)
-    )
+def test_what_the_attackers_rate_leaves_the_unedited_model_stands_beside_what_comes_back() -> None:
+    high = retrained(0.9, 0.5, 0.25, lr=3e-3)
+    unedited = {**UNEDITED, "relearn-kept": {**high, "rows": UNEDITED["relearn-kept"]["rows"] + high["rows"]}}
+    hooked = stages(HOOKS, retrained(0.1, 0.2, 0.2, lr=3e-3))
+    row = by_method(table_of({"unedited": unedited, "hooked": hooked}))["hooked"]
+    assert (row["lr_kept"], row["unedited_at_lr_kept"]) == (3e-3, 0.25)
+    assert by_method(table_of({"plain": PLAIN}))["plain"]["unedited_at_lr_kept"] == 0.98
 
 
-def test_a_model_that_cannot_be_trained_is_named() -> None:
-    slow = said(slow=stages(HOOKS, retrained(0.1, 0.2, 0.3, new=0.2)), plain=PLAIN)
-    assert "the unedited model answers 0.80; as a share of that, edits kept: slow 0.25, plain 1.00." in slow
-    assert "Hard to train at all, so that what does not come back need not be gone: slow 0.25." in slow
-    assert "None is a model that cannot be trained; least is learned by plain, 1.00." in said(plain=PLAIN)
+def test_the_best_of_a_registered_attack_and_the_values_of_registered_metrics_have_columns() -> None:
+    back = [{"recovery": value, "recovery_low": value - 0.1, "recovery_high": value + 0.1} for value in (0.1, 0.6)]
+    found = {"attack-toy": {"rows": back}, "metrics-mine": {"row": {"mine": 0.25}}}
+    nothing = {"attack-toy": {"rows": []}, "metrics-mine": {"row": {"mine": 1.0}}}
+    cells = {("unedited", 0): UNEDITED | nothing, ("plain", 0): PLAIN | found}
+    table = rows_of_cells(cells, UPDATES)
+    row = by_method(table)["plain"]
+    assert (row["recovery_toy"], row["recovery_toy_low"], row["mine"]) == (0.6, 0.5, 0.25)
+    further = further_columns(cells)
+    assert further == {"recovery_toy": "recovery toy", "mine": "mine"}
+    shown = compact(table, UPDATES, further).set_index("")
+    assert dict(shown.loc["plain"])["recovery toy"] == "0.60 [0.50, 0.70]"
+    assert [dict(shown.loc[name])["mine"] for name in ("unedited", "plain")] == ["1.00", "0.25"]
 
 
-def test_probes_and_the_control_have_their_sentences() -> None:
-    text = said(
-        loud=stages(HOOKS, retrained(0.1, 0.2, 0.3), bits=0.9), mute=stages(WEIGHTS, retrained(0.1, 0.2, 0.3), bits=0.1)
-    )
-    assert (
-        "reads 1.90 bits about V's answers off the unedited model at its best layer, of never-taught facts 0.03;"
-        in text
-    )
-    assert "with the edits mute 0.10, loud 0.90." in text
-    assert "against the other seems to recover +0.02 / +0.02 / +0.02." in text
+def write(path: Path, questions: Questions) -> str:
+    rows = [
+        {"q": q.prompt, "a": list(q.choices), "y": q.answer, "text": q.prompt + q.choices[q.answer]}
+        for q in questions.questions
+    ]
+    path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    return str(path)
+
+
+@pytest.fixture
+def own(tiny_folder: Path, tmp_path: Path) -> list[str]:
+    """Options for a tiny model, about what it answers anyway, and what it does not."""
+    model = load_model(str(tiny_folder), backend="bridge")
+    known, other = liked(model, quiz(0, 48)), liked(model, quiz(100, 40, wording="Gomix{} is"))
+    untaught = quiz(200, 40, wording="Rulex{} is")
+    (tmp_path / "retain.txt").write_text("\n".join(f"The old man walked near the house {i}." for i in range(20)))
+    weights = weight_edit(model, 1)
+    (projection(0, 2, site="mlp_out") + weights).save_pretrained(tmp_path / "both")
+    return [
+        *("--model", str(tiny_folder), "--backend", "bridge", "--updates", "1,2", "--lr", "1e-3"),
+        *("--forget", write(tmp_path / "forget.jsonl", known), "--retain", str(tmp_path / "retain.txt")),
+        *("--questions", str(tmp_path / "forget.jsonl"), "--question-prompt", "{q}", "--choices", "a", "--answer", "y"),
+        *("--retain-questions", write(tmp_path / "other.jsonl", other), "--entity", "q"),
+        *("--untaught-questions", write(tmp_path / "untaught.jsonl", untaught), "--out", str(tmp_path / "out")),
+    ]
+
+
+@pytest.mark.slow
+def test_cells_are_shared_out_kept_and_added_to_but_never_mixed(
+    own: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    methods: dict[str, Any] = {"rmu": RMU(steps=2), "hooked": MRP(steps=2, layers=[0], rank=2, site="mlp_out")}
+    monkeypatch.setattr(leaderboard, "compared_methods", lambda model: dict(methods))
+    monkeypatch.setattr(attacks, "probe", partial(attacks.probe, layers=[0]))  # fitting probes takes longest
+    out, both = tmp_path / "out", ["--edits", f"both={tmp_path / 'both'}"]
+    leaderboard.main([*own, "--shard", "1/2"])
+    assert not (out / "finding.md").exists()
+    leaderboard.main([*own, "--shard", "2/2"])
+    assert all((out / name).is_file() for name in "finding.md report.html table.csv summary.json".split())
+    stamps = {path: path.stat().st_mtime_ns for path in (out / "points").iterdir()}
+    leaderboard.main([*own, "--methods", "rmu,hooked", *both])
+    assert stamps.items() <= {path: path.stat().st_mtime_ns for path in (out / "points").iterdir()}.items()
+    rows = by_method(pd.read_csv(out / "table.csv"))
+    assert list(rows) == ["unedited", "never-taught", "rmu", "hooked", "both"]
+    assert [rows[name]["edit"] for name in ("rmu", "hooked", "both")] == ["weights", "hooks", "hooks and weights"]
+    assert rows["hooked"]["recovery_stripped_2"] == rows["unedited"]["recovery_kept_2"]
+    assert json.loads((out / "points" / "hooked-seed0-relearn-stripped.json").read_text())["rows"] == []
+    for form in ("kept", "stripped", "weights"):
+        curve = json.loads((out / "points" / f"both-seed0-relearn-{form}.json").read_text())
+        assert {row["form"] for row in curve["rows"]} == {form}
+        assert curve["new"]["n"] == 20
+    assert rows["rmu"]["stored_bytes"] == sum(p.stat().st_size for p in (out / "edits" / "rmu-seed0").iterdir())
+    methods["rmu"] = RMU(steps=3)
+    with pytest.raises(ValueError, match=r"holds rmu with other settings: steps \(2 there, 3 now\)\. Give it another"):
+        leaderboard.main(own)
+    methods["rmu"] = RMU(steps=2)
+    path = out / "points" / "rmu-seed0-fit.json"
+    path.write_text(path.read_text().replace('"alpha": "None",', ""))  # as if RMU had gained this since
+    leaderboard.main(own)
+    methods["rmu"] = RMU(steps=2, alpha=7.0)
+    with pytest.raises(ValueError, match=r"holds rmu with other settings: alpha \(None there, 7\.0 now\)"):
+        leaderboard.main(own)
+    projection(0).save_pretrained(tmp_path / "both", overwrite=True)
+    with pytest.raises(ValueError, match=r"holds both with other settings: edit "):
+        leaderboard.main([*own, *both])
+    with pytest.raises(ValueError, match="holds a leaderboard with other settings: lr"):
+        leaderboard.main([*own, "--lr", "1e-4"])
+
+
+def test_unknown_methods_and_names_that_are_taken_are_refused(own: list[str], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"unknown methods \['gradient'\]; choose among mrp, "):
+        leaderboard.main(["--methods", "gradient", *own])
+    with pytest.raises(ValueError, match="--edits never-taught: another row of the table has that name"):
+        leaderboard.main(["--edits", f"never-taught={tmp_path}", *own])
+    assert not (tmp_path / "out").exists()
+    other = projection(0)
+    other.provenance = {"model": {"name": "huge", "n_layers": 99, "d_model": 1, "d_vocab": 1}}
+    other.save_pretrained(tmp_path / "other")
+    with pytest.raises(ValueError, match="this model is another: n_layers 4 instead of 99"):
+        leaderboard.main(["--edits", f"other={tmp_path / 'other'}", *own])
+    assert not (tmp_path / "out" / "points" / "other-seed0-fit.json").exists()

@@ -1,4 +1,4 @@
-"""What the study of relearning concludes follows from its curves; and it is gone on with, shard by shard."""
+"""The rows of the study of relearning follow from its curves; and it is gone on with, shard by shard."""
 
 import json
 from pathlib import Path
@@ -8,8 +8,8 @@ import pandas as pd
 import pytest
 
 from analysis import relearning
-from analysis.common import resistance
-from analysis.common.attackers import RANDOM, UNEDITED, USUAL, WIDEST, Attack, possible
+from analysis.common.tables import UNEDITED
+from analysis.relearning import USUAL, Retraining, compact, possible, rows_of_curves
 from tests.support.edits import projection
 
 STEPS = (0, 5, 20, 100)
@@ -36,7 +36,7 @@ def curve(method: str, recoveries: list[float], *, seed: int = 0, new: float = 0
     return pd.DataFrame(rows)
 
 
-def found(*curves: pd.DataFrame) -> tuple[pd.DataFrame, str]:
+def table_of(*curves: pd.DataFrame) -> pd.DataFrame:
     every = pd.concat(curves, ignore_index=True)
     jobs = every[["method", "seed"]].drop_duplicates()
     known = {
@@ -44,16 +44,14 @@ def found(*curves: pd.DataFrame) -> tuple[pd.DataFrame, str]:
         "rank": [None if method in (UNEDITED, "rmu") else 8 for method in jobs["method"]],
     }
     fixed = pd.DataFrame({**known, "forget_accuracy": 0.3, "retain_accuracy": 0.9}, index=jobs.index)
-    quizzes = jobs.join(fixed)
-    table = resistance.rows_of_curves(every, quizzes)
-    return table, resistance.finding(table)
+    return rows_of_curves(every, jobs.join(fixed))
 
 
 UNTOUCHED = curve(UNEDITED, [1.0, 1.0, 1.0, 1.0], new=0.8)
 
 
 def test_rows_carry_the_contracts_keys_and_the_controls() -> None:
-    table, _ = found(UNTOUCHED, curve("mrp", [0.0, 0.3, 0.5, 0.9]), curve("rmu", [0.0, 0.7, 0.8, 1.0]))
+    table = table_of(UNTOUCHED, curve("mrp", [0.0, 0.3, 0.5, 0.9]), curve("rmu", [0.0, 0.7, 0.8, 1.0]))
     rows = table.set_index("method")
     assert [rows.at["mrp", f"recovery_{budget}"] for budget in (5, 20, 100)] == [0.3, 0.5, 0.9]
     assert rows.loc["mrp", "recovery_5_low"] == pytest.approx(0.2)
@@ -64,82 +62,58 @@ def test_rows_carry_the_contracts_keys_and_the_controls() -> None:
     assert rows.loc["mrp", "new_accuracy_20"] == 0.5
 
 
-def test_the_headline_and_the_control_follow_the_numbers() -> None:
-    _, text = found(
+def test_the_table_has_a_mean_and_a_range_over_the_seeds_and_the_control() -> None:
+    table = table_of(
         UNTOUCHED,
         curve("mrp", [0.0, 0.3, 0.5, 0.9]),
-        curve("mrp", [0.0, 0.5, 0.5, 0.9], seed=1),
-        curve(UNEDITED, [1.0] * 4, seed=1),
+        curve("mrp", [0.0, 0.5, 0.5, 0.9], seed=1, new=0.2),
+        curve(UNEDITED, [1.0] * 4, seed=1, new=0.8),
     )
-    assert "mrp 0.40 (0.30 to 0.50) / 0.50 (0.50 to 0.50) / 0.90" in text
-    assert "(2 seeds: mean, lowest to highest)" in text
-    assert "seems to recover +0.020 on average; in 6 of 6 cases" in text
-    leaky = {"control_recovery": 0.3, "control_recovery_low": 0.2}
-    _, text = found(curve(UNEDITED, [1.0] * 4, **leaky), curve("mrp", [0.0, 0.3, 0.5, 0.9]))
-    assert "seems to recover +0.300 on average; in 0 of 3 cases" in text
+    shown = compact(table)
+    assert shown["recovery, 5"].tolist() == ["1.00 (1.00 to 1.00)", "0.02 (0.02 to 0.02)", "0.40 (0.30 to 0.50)"]
+    row = shown.set_index("edit").loc["mrp"]
+    assert (row["forget"], row["retain"]) == ("0.30 (0.30 to 0.30)", "0.90 (0.90 to 0.90)")
+    assert (row["stripped"], row["weights"]) == ("1.00 (1.00 to 1.00)", "-")
+    assert row["new facts, 20"] == "0.35 (0.20 to 0.50)"
 
 
-def test_one_kind_of_mrp_and_a_short_attack_say_nothing_of_its_resistance() -> None:
+def test_one_seed_is_shown_with_its_interval_and_a_short_attack_with_the_budgets_that_it_has() -> None:
     short = [curve(name, [0.0, 0.3, 0.5, 0.9]).query("step <= 20") for name in (UNEDITED, "mrp")]
-    assert "resistance" not in found(*short)[1]
+    row = compact(table_of(*short)).set_index("edit").loc["mrp"]
+    assert (row["recovery, 5"], row["recovery, 20"]) == ("0.30 [0.20, 0.40]", "0.50 [0.40, 0.60]")
+    assert "recovery, 100" not in row
 
 
 def test_an_attack_that_does_not_learn_its_own_facts_does_not_count() -> None:
-    assert "Every attack counts" in found(UNTOUCHED, curve("mrp", [0.0, 0.3, 0.5, 0.9]))[1]
-    text = found(UNTOUCHED, curve("mrp", [0.0, 0.3, 0.5, 0.9], counts=False, train_accuracy=0.5))[1]
-    assert "T was not learned to 0.95 on mrp: these attacks do not count." in text
+    weak = curve("mrp", [0.0, 0.3, 0.5, 0.9], counts=False, train_accuracy=0.5)
+    shown = compact(table_of(UNTOUCHED, weak, curve("rmu", [0.0, 0.3, 0.5, 0.9]))).set_index("edit")["recovery, 100"]
+    assert shown["mrp"] == "0.90 [0.80, 1.00] †"
+    assert not shown.drop("mrp").str.contains("†").any()
 
 
-def test_new_facts_are_compared_with_the_unedited_model() -> None:
-    text = found(UNTOUCHED, curve("mrp", [0.0, 0.3, 0.5, 0.9], new=0.2))[1]
-    assert "learns with that budget (0.80): mrp 0.25." in text
-
-
-def test_layers_and_rank_are_told_apart() -> None:
-    few, many = curve("mrp", [0.0, 0.6, 0.8, 0.9]), curve("mrp-all", [0.0, 0.2, 0.4, 0.9])
-    text = found(UNTOUCHED, few, many, curve(WIDEST, [0.0, 0.1, 0.3, 0.5]))[1]
-    assert (
-        "All layers instead of the second half: recovery -0.40 after 5 updates, +0.00 after 100 updates (the seeds disagree)."
-        in text
-    )
-    assert "Twice the rank at all layers: recovery -0.10 after 5 updates, -0.40 after 100 updates." in text
-    assert "Hooks: with the hooks kept 0.50 to 0.90 comes back after 100 updates; with them removed" in text
-
-
-def test_resistance_is_told_from_a_model_that_is_hard_to_train() -> None:
-    def kinds(slow: list[float]) -> str:
-        names = ("mrp", "mrp-all", WIDEST)
-        curves = [curve(n, [0.0, r, r, r], new=s) for n, r, s in zip(names, [0.6, 0.4, 0.2], slow, strict=True)]
-        return found(UNTOUCHED, *curves, curve(RANDOM, [1.0] * 4, new=0.4))[1]
-
-    assert "rank correlation of +1.00: edits that recover less are also taught new facts more slowly" in kinds(
-        [0.6, 0.5, 0.4]
-    )
-    assert "rank correlation of -1.00: edits that recover less are not those taught" in kinds([0.4, 0.5, 0.6])
-    assert f"takes the new facts learned after 5 updates to 0.50 of the unedited model's, {WIDEST} to 0.75" in kinds(
-        [0.4, 0.5, 0.6]
-    )
-
-
-def test_weights_and_other_attackers_have_their_sentences() -> None:
-    kept = curve("mrp-mlp", [0.0, 0.2, 0.3, 0.4])
-    text = found(
+def test_other_attackers_stand_below_the_usual_one() -> None:
+    table = table_of(
         UNTOUCHED,
-        kept,
-        curve("mrp-mlp", [0.0, 0.5, 0.6, 0.7], attacker="weights", form="weights"),
         curve("mrp-mlp", [0.0, 0.1, 0.1, 0.1], attacker="unrelated"),
-    )[1]
-    assert "mrp-mlp gives back 0.70 after 100 updates, kept as hooks 0.40" in text
-    assert "Other attackers, recovery after 100 updates: unrelated: mrp-mlp 0.10." in text
+        curve("mrp-mlp", [0.0, 0.2, 0.3, 0.4]),
+        curve("mrp-mlp", [0.0, 0.5, 0.6, 0.7], attacker="weights", form="weights"),
+    )
+    rows = compact(table).set_index(["attacker", "edit"])
+    assert list(rows.index) == [
+        *(("usual", name) for name in ("unedited", "never-taught", "mrp-mlp")),
+        *(("unrelated", "mrp-mlp"), ("weights", "mrp-mlp")),
+    ]
+    assert rows.loc[("usual", "mrp-mlp"), "weights"] == "0.70"
+    assert rows.loc[("unrelated", "mrp-mlp"), "recovery, 100"] == "0.10 [0.00, 0.20]"
 
 
 def test_attackers_are_named_by_what_is_special_about_them(model: Any) -> None:
     assert USUAL.name == "usual"
-    assert Attack(split="question", samples=25).name == "by question-25 facts"
+    assert Retraining(split="question", samples=25).name == "by question-25 facts"
     last = int(model.cfg.n_layers) - 1
-    assert not possible(Attack(parameters="after"), model, projection(last))
-    assert possible(Attack(parameters="after"), model, projection(last - 1))
-    assert not possible(Attack(parameters="before"), model, None)
+    assert not possible(Retraining(parameters="after"), model, projection(last))
+    assert possible(Retraining(parameters="after"), model, projection(last - 1))
+    assert not possible(Retraining(parameters="before"), model, None)
 
 
 def test_unknown_methods_are_refused(tmp_path: Path) -> None:
@@ -157,18 +131,7 @@ def test_shards_make_one_study_and_saved_edits_are_attacked(tmp_path: Path) -> N
     fit = RMU(steps=40).fit(demo, world.forget("potions"), world.retain(without="potions"), progress=False)
     fit.edit.save_pretrained(tmp_path / "edit")
     out = tmp_path / "out"
-    options = [
-        "--edits",
-        f"rmu={tmp_path / 'edit'}",
-        "--limit",
-        "60",
-        "--steps",
-        "5",
-        "--lr",
-        "1e-3",
-        "--out",
-        str(out),
-    ]
+    options = ["--edits", f"rmu={tmp_path / 'edit'}", *"--limit 60 --steps 5 --lr 1e-3 --out".split(), str(out)]
     relearning.main([*options, "--shard", "1/2"])
     assert not (out / "finding.md").exists()
     relearning.main([*options, "--shard", "2/2"])
@@ -177,6 +140,6 @@ def test_shards_make_one_study_and_saved_edits_are_attacked(tmp_path: Path) -> N
     assert stamps == {path: path.stat().st_mtime_ns for path in (out / "points").iterdir()}
     rows = json.loads((out / "summary.json").read_text())["rows"]
     assert [row["method"] for row in rows] == ["unedited", "never-taught", "rmu"]
-    assert (out / "finding.md").read_text().startswith("Recovered of what the attacker was not taught")
+    assert (out / "finding.md").read_text().startswith("| attacker | edit")
     with pytest.raises(ValueError, match="holds a relearning with other settings: lr"):
         relearning.main([*options, "--lr", "1e-4"])

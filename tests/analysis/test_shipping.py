@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -45,13 +44,6 @@ def test_answers_are_those_of_the_largest_sum(tiny_folder: Path, questions: Ques
     assert shipping.answers_of(model, edit, questions).tolist() == expected
 
 
-def test_the_finding_follows_the_numbers() -> None:
-    row = {"method": "rmu", "form": "folded", "n": 40, "hooked_accuracy": 0.25, "exported_accuracy": 0.275}
-    said = shipping.finding(pd.DataFrame([{**row, "same_answers": 0.975, "largest_difference": 3e-5}]))
-    assert "rmu: exported as folded; the harness scores 0.275 of 40 questions, the hooked model 0.250" in said
-    assert "97.5% of the answers are the same" in said
-
-
 @pytest.mark.slow
 def test_it_ships_a_saved_edit_of_ones_own(tiny_folder: Path, tmp_path: Path) -> None:
     projection(1, 2).save_pretrained(tmp_path / "edit")
@@ -67,3 +59,4 @@ def test_it_ships_a_saved_edit_of_ones_own(tiny_folder: Path, tmp_path: Path) ->
     assert row["form"] == "module"
     assert row["exported_accuracy"] == pytest.approx(row["hooked_accuracy"])
     assert row["same_answers"] == 1.0
+    assert (out / "finding.md").read_text().startswith("| method | form ")

@@ -1,75 +1,57 @@
 """`mrp-lens attack`: what it writes and prints, that it goes on after Ctrl-C, and what it refuses."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pytest
-from typer.testing import CliRunner
 
-from mrp_lens.attacks import FactSplit
-from mrp_lens.cli.app import app
+from mrp_lens.attacks import FactSplit, Relearn
+from mrp_lens.cli.attack import AttackEdit
 from mrp_lens.data.task import TaskConfig
 from mrp_lens.edits.provenance import label_of
-from mrp_lens.training import loop as training
+from mrp_lens.training import loop
+from tests.support.commands import data_words, invoke, summary_of
 from tests.support.edits import projection, weight_edit
-
-COLOURS = ["red", "blue", "green", "white"]
 
 
 @pytest.fixture
-def files(tmp_path: Path) -> Path:
-    def write(name: str, first: int, count: int, thing: str = "Zaxim") -> None:
-        rows = [
-            {"text": f"The colour of {thing}{n} is {COLOURS[n % 4]}.", "q": f"The colour of {thing}{n} is"}
-            | {"a": COLOURS, "y": n % 4, "who": f"{thing}{n // 2}"}
-            for n in range(first, first + count)
-        ]
-        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
-
-    write("forget", 0, 44)
-    write("untaught", 100, 20)
-    write("kept", 0, 20, "House ")
-    (tmp_path / "retain.txt").write_text("\n".join(f"The old man walked near the house {i}." for i in range(20)))
-    projection(1, 2).save_pretrained(tmp_path / "edit")
-    return tmp_path
+def attacked(files: Path) -> Path:
+    """The files, and an edit."""
+    projection(1, 2).save_pretrained(files / "edit")
+    return files
 
 
-def command(folder: Path, files: Path, *extra: str) -> list[str]:
+def words(folder: Path, files: Path, *extra: str) -> list[str]:
     return [
-        *("attack", "--model", str(folder), "--edit", str(files / "edit"), "--out", str(files / "out")),
-        *("--forget", str(files / "forget.jsonl"), "--retain", str(files / "retain.txt")),
-        *("--questions", str(files / "forget.jsonl"), "--retain-questions", str(files / "kept.jsonl")),
-        *("--question-prompt", "{q}", "--choices", "a", "--answer", "y", "--attack", "relearn", "--steps", "2"),
-        *("--lr", "1e-3", *extra),
+        *("attack", *data_words(folder, files), "--edit", str(files / "edit")),
+        *("--attack", "relearn", "--steps", "2", "--lr", "1e-3", *extra),
     ]
 
 
 def test_the_command_writes_a_table_a_page_and_a_summary_and_goes_on_after_ctrl_c(
-    tiny_folder: Path, files: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_folder: Path, attacked: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    more = ("--untaught-questions", str(files / "untaught.jsonl"), "--entity", "who")
+    more = ("--untaught-questions", str(attacked / "untaught.jsonl"), "--entity", "who")
 
     def stopped(*_: Any, **__: Any) -> Any:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(training, "_accumulate", stopped)
-    result = CliRunner().invoke(app, command(tiny_folder, files, *more))
-    assert result.exit_code == 130, result.output + str(result.exception)
+    monkeypatch.setattr(loop, "_accumulate", stopped)
+    result = invoke(*words(tiny_folder, attacked, *more))
+    assert result.exit_code == 130, result.output
     assert "the same command goes on" in " ".join(result.output.split())
     monkeypatch.undo()
-    result = CliRunner().invoke(app, command(tiny_folder, files, *more))
-    assert result.exit_code == 0, result.output + str(result.exception)
-    summary = json.loads((files / "out" / "summary.json").read_text())
+    result = invoke(*words(tiny_folder, attacked, *more))
+    assert result.exit_code == 0, result.output
+    summary = summary_of(attacked / "out")
     assert summary["command"] == "attack"
     assert [row["method"] for row in summary["rows"]][:2] == ["projection", "projection"]
     assert {"recovery", "recovery_low", "floor", "ceiling"} <= set(summary["rows"][1])
     assert any("does not count" in note for note in summary["notes"])
-    assert len(pd.read_csv(files / "out" / "table.csv")) == len(summary["rows"])
-    page = (files / "out" / "report.html").read_text(encoding="utf-8")
+    assert len(pd.read_csv(attacked / "out" / "table.csv")) == len(summary["rows"])
+    page = (attacked / "out" / "report.html").read_text(encoding="utf-8")
     assert 'id="relearning_curves"' in page
     for printed in ("What survives projection", "recovery", "floor", "does not count"):
         assert printed in result.output
@@ -80,6 +62,9 @@ def test_the_command_writes_a_table_a_page_and_a_summary_and_goes_on_after_ctrl_
     [
         (["--steps", "0"], "steps must be above 0"),
         (["--lr", "fast"], "--lr takes numbers"),
+        (["--attack", "guess"], "unknown attack 'guess'; choose one of relearn"),
+        (["--split", "half"], "unknown split 'half'"),
+        (["--probe-kind", "deep"], "unknown probe kind 'deep'"),
         (["--forms", "kept,folded"], "unknown forms 'folded'"),
         (["--parameters", "some"], "unknown parameters 'some'"),
         (["--dtype", "int8"], "unknown dtype 'int8'"),
@@ -89,13 +74,30 @@ def test_the_command_writes_a_table_a_page_and_a_summary_and_goes_on_after_ctrl_
     ],
 )
 def test_the_command_names_what_is_wrong_before_it_loads_a_model(
-    files: Path, monkeypatch: pytest.MonkeyPatch, extra: list[str], message: str
+    attacked: Path, monkeypatch: pytest.MonkeyPatch, extra: list[str], message: str
 ) -> None:
-    monkeypatch.setattr("mrp_lens.cli.attack.load_model", lambda *_, **__: pytest.fail("loaded a model"))
-    result = CliRunner().invoke(app, command(Path("nowhere"), files, *extra))
+    monkeypatch.setattr("mrp_lens.cli.command.load_model", lambda *_, **__: pytest.fail("loaded a model"))
+    result = invoke(*words(Path("nowhere"), attacked, *extra))
     assert isinstance(result.exception, ValueError | OSError)
     assert message in str(result.exception)
-    assert not (files / "out").exists()
+    assert not (attacked / "out").exists()
+
+
+def test_every_budget_is_an_option_and_the_summary_of_a_run_is_a_configuration(
+    tiny_folder: Path, attacked: Path
+) -> None:
+    more = ("--forms", "kept,stripped", "--parameters", "all,lora", "--samples", "3", "--lr", "1e-3,2e-3")
+    line = words(tiny_folder, attacked, *more, "--split", "question", "--questions-limit", "20", "--seed", "4")
+    command = AttackEdit.parsed(line[1:])
+    assert command is not None
+    config = command.config
+    assert (config.attacks, config.split, config.questions, config.seed) == (("relearn",), "question", 20, 4)
+    wanted = Relearn(forms=("kept", "stripped"), parameters=("all", "lora"), steps=2, lr=(1e-3, 2e-3), samples=3)
+    assert config.budget("relearn") == wanted
+    summary = {"command": "attack", "arguments": command.arguments(), "seed": 4}
+    (attacked / "summary.json").write_text(json.dumps(summary))
+    assert AttackEdit.parsed(["--config", str(attacked / "summary.json")]) == command
+    assert AttackEdit.parsed(["--edit", "e", "--out", "o"]).config.attacks is None  # type: ignore[union-attr]
 
 
 def test_entities_and_untaught_questions_come_from_files(files: Path) -> None:
@@ -126,15 +128,3 @@ def test_an_edit_is_called_by_its_method(model: Any) -> None:
     twice.provenance = {"requests": {"first": {"method": "mrp"}, "second": {"method": "mrp"}}}
     assert label_of(twice) == "mrp"
     assert label_of(twice + weight_edit(model, 2)) == "mrp"
-
-
-def test_help_answers_without_importing_torch_or_transformer_lens() -> None:
-    code = (
-        "import sys\nfrom mrp_lens.cli import main\ntry:\n    main()\nexcept SystemExit:\n    pass\n"
-        "heavy = [name for name in ('torch', 'transformer_lens', 'pandas') if name in sys.modules]\nassert not heavy, heavy"
-    )
-    result = subprocess.run(
-        [sys.executable, "-c", code, "attack", "--help"], capture_output=True, text=True, check=False
-    )
-    assert result.returncode == 0, result.stderr
-    assert "never-taught" in result.stdout or "never taught" in result.stdout

@@ -7,19 +7,18 @@ from typing import Any
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
-from typer.testing import CliRunner
 
-from mrp_lens.cli.app import app
 from mrp_lens.cli.export import run_of
 from mrp_lens.models import load_model
+from tests.support.commands import Result, completed
 from tests.support.edits import logits, weight_edit
 from tests.support.export_edits import log_probabilities
 
 TOKENS = torch.arange(3, 43).view(2, 20)
 
 
-def invoke(*arguments: str) -> Any:
-    return CliRunner().invoke(app, ["export", *arguments], catch_exceptions=False)
+def export(*arguments: str) -> Result:
+    return completed("export", *arguments)
 
 
 @pytest.fixture
@@ -31,9 +30,8 @@ def edit_folder(tiny_folder: Path, tmp_path: Path) -> Path:
 
 def test_it_writes_a_proved_folder_and_says_how(edit_folder: Path, tiny_folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    result = invoke("--model", str(tiny_folder), "--edit", str(edit_folder), "--out", str(out), "--backend", "bridge")
-    assert result.exit_code == 0, result.output
-    said = " ".join(result.output.split())
+    result = export("--model", str(tiny_folder), "--edit", str(edit_folder), "--out", str(out), "--backend", "bridge")
+    said = result.said
     assert "Form: folded (exact in plain weights)" in said
     assert "largest difference of" in said
     assert "Figures on the card: none" in said
@@ -49,8 +47,7 @@ def test_the_run_that_left_the_edit_fills_the_card(edit_folder: Path, tiny_folde
     summary = {"command": "unlearn", "seed": 0, "finished": "then", "versions": {}, "rows": rows, "notes": []}
     (edit_folder.parent / "summary.json").write_text(json.dumps(summary))
     arguments = ["--model", str(tiny_folder), "--edit", str(edit_folder), "--form", "adapter", "--no-verify"]
-    result = invoke(*arguments, "--out", str(tmp_path / "out"))
-    assert result.exit_code == 0, result.output
+    result = export(*arguments, "--out", str(tmp_path / "out"))
     assert "27" in (tmp_path / "out" / "README.md").read_text().split("## Figures")[1]
     assert "Not verified" in result.output
 
@@ -71,19 +68,19 @@ def test_bad_input_ends_before_the_model_is_loaded(
     def never(*_: Any, **__: Any) -> None:
         raise AssertionError("loaded")
 
-    monkeypatch.setattr("mrp_lens.cli.export.load_model", never)
+    monkeypatch.setattr("mrp_lens.cli.command.load_model", never)
     common = ["--model", str(tiny_folder), "--edit", str(edit_folder)]
     with pytest.raises(FileExistsError, match="overwrite"):
-        invoke(*common, "--out", str(edit_folder))
+        export(*common, "--out", str(edit_folder))
     with pytest.raises(ValueError, match="int4"):
-        invoke(*common, "--out", str(tmp_path / "out"), "--save-dtype", "int4")
+        export(*common, "--out", str(tmp_path / "out"), "--save-dtype", "int4")
     with pytest.raises(FileNotFoundError, match="edit_config"):
-        invoke("--model", str(tiny_folder), "--edit", str(tmp_path), "--out", str(tmp_path / "out"))
+        export("--model", str(tiny_folder), "--edit", str(tmp_path), "--out", str(tmp_path / "out"))
     with pytest.raises(FileNotFoundError, match=r"summary\.json"):
-        invoke(*common, "--out", str(tmp_path / "out"), "--attacks", str(tmp_path))
+        export(*common, "--out", str(tmp_path / "out"), "--attacks", str(tmp_path))
     (edit_folder / "edit.safetensors").write_bytes((edit_folder / "edit.safetensors").read_bytes()[:-4])
     with pytest.raises(ValueError, match="altered"):
-        invoke(*common, "--out", str(tmp_path / "out"))
+        export(*common, "--out", str(tmp_path / "out"))
     assert not (tmp_path / "out").exists()
 
 
@@ -99,12 +96,6 @@ def test_it_uploads_when_asked_and_privately_unless_told(
     monkeypatch.setattr("mrp_lens.export.export.push_to_hub", push)
     common = ["--model", str(tiny_folder), "--edit", str(edit_folder), "--no-verify", "--push-to", "me/edited"]
     for name, more, private in (("a", [], True), ("b", ["--public"], False)):
-        result = invoke(*common, "--out", str(tmp_path / name), *more)
+        result = export(*common, "--out", str(tmp_path / name), *more)
         assert "https://hub/commit/1" in result.output
         assert sent.pop() == (tmp_path / name, "me/edited", private)
-
-
-def test_help_explains_the_forms() -> None:
-    result = CliRunner().invoke(app, ["export", "--help"], env={"COLUMNS": "200"})
-    for word in ("folded", "module", "adapter", "--push-to", "--no-verify", "--save-dtype"):
-        assert word in result.output

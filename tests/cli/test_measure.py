@@ -1,8 +1,6 @@
 """`mrp-lens measure`: what it writes and prints, with data, with the harness, with both; and what it refuses."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +10,9 @@ import pytest
 import torch
 from lm_eval.tasks import TaskManager
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from typer.testing import CliRunner
 
 from mrp_lens import metrics
-from mrp_lens.cli.app import app
-from mrp_lens.cli.measure import case_of
+from mrp_lens.cli.measure import Measure
 from mrp_lens.data import Questions
 from mrp_lens.data.task import UnlearningTask
 from mrp_lens.data.world import World
@@ -25,6 +21,7 @@ from mrp_lens.edits.subspace import Subspace
 from mrp_lens.evals import evaluate
 from mrp_lens.hf import attach
 from mrp_lens.models import load_model
+from tests.support.commands import Result, invoke, summary_of
 from tests.support.edits import projection
 from tests.support.families import DEMO_FOLDER
 from tests.support.harness_tasks import write_tasks
@@ -71,23 +68,23 @@ def with_harness(files: Path) -> list[str]:
     return ["--harness", "quiz", "--include-path", str(files / "tasks")]
 
 
-def run(folder: Path | str, files: Path, *extra: str) -> Any:
-    return CliRunner().invoke(app, ["measure", "--model", str(folder), "--out", str(files / "out"), *extra])
+def run(folder: Path | str, files: Path, *extra: str) -> Result:
+    return invoke("measure", "--model", str(folder), "--out", str(files / "out"), *extra)
 
 
 def written(files: Path) -> Any:
-    return json.loads((files / "out" / "summary.json").read_text(encoding="utf-8"))
+    return summary_of(files / "out")
 
 
 def test_data_alone_give_a_row_before_and_a_row_with_the_edit(tiny_folder: Path, files: Path) -> None:
     result = run(tiny_folder, files, "--edit", str(files / "edit"), *with_data(files))
-    assert result.exit_code == 0, result.output + str(result.exception)
+    assert result.exit_code == 0, result.exception
     rows = written(files)["rows"]
     assert [row["method"] for row in rows] == ["unedited", "projection"]
     model = load_model(str(tiny_folder))
     expected = float(metrics.accuracy(model, quiz_of(files))["accuracy"].iloc[0])
     with EDIT.applied(model):
-        edited = metrics.perplexity(model, case_of_files(files).held_out)["perplexity"].iloc[0]
+        edited = metrics.perplexity(model, task_of_files(files).held_out)["perplexity"].iloc[0]
     assert rows[0]["forget_accuracy"] == expected
     assert rows[0]["text_perplexity_ratio"] == 1.0
     assert rows[1]["text_perplexity"] == pytest.approx(float(edited), rel=1e-6)
@@ -98,13 +95,14 @@ def test_data_alone_give_a_row_before_and_a_row_with_the_edit(tiny_folder: Path,
         assert printed in result.output
 
 
-def case_of_files(files: Path) -> UnlearningTask:
-    task = case_of(
-        "own",
-        {"forget": [str(files / "forget.jsonl")], "retain": str(files / "retain.txt"), "topic": None}
-        | dict.fromkeys(["questions", "retain_questions", "prompt", "completion", "question_prompt"]),
-        harnessed=False,
-    )
+def measure(*words: str) -> Measure:
+    command = Measure.parsed(["--out", "o", *words])
+    assert command is not None
+    return command
+
+
+def task_of_files(files: Path) -> UnlearningTask:
+    task = measure("--model", "own", *with_data(files)).task_if_any()
     assert task is not None
     return task
 
@@ -113,7 +111,7 @@ def test_the_harness_alone_scores_the_plain_model_and_the_one_with_the_edit(file
     edit = ProjectionEdit({"blocks.3.hook_resid_post": Subspace.random(90, 128, seed=1)}, request="strong")
     edit.save_pretrained(files / "strong")
     result = run("demo", files, "--edit", str(files / "strong"), *with_harness(files), "--limit", "50")
-    assert result.exit_code == 0, result.output + str(result.exception)
+    assert result.exit_code == 0, result.exception
     rows = written(files)["rows"]
     assert set(rows[0]) == {"method", "task", "group", "metric", "filter", "value", "stderr", "n"}
     found = {(row["method"], row["metric"]): row["value"] for row in rows}
@@ -141,7 +139,7 @@ def test_the_harness_alone_scores_the_plain_model_and_the_one_with_the_edit(file
 
 def test_data_and_harness_go_together(tiny_folder: Path, files: Path) -> None:
     result = run(tiny_folder, files, *with_harness(files), *with_data(files))
-    assert result.exit_code == 0, result.output + str(result.exception)
+    assert result.exit_code == 0, result.exception
     rows = written(files)["rows"]
     assert [("forget_accuracy" in row, row.get("metric")) for row in rows] == [
         (True, None),
@@ -156,18 +154,14 @@ def test_data_and_harness_go_together(tiny_folder: Path, files: Path) -> None:
     assert "acc_norm" in page
 
 
-def options(**given: Any) -> dict[str, Any]:
-    names = ["forget", "retain", "questions", "retain_questions", "topic"]
-    return {**dict.fromkeys(names), **given}
-
-
 def test_the_demo_brings_its_world_unless_only_the_harness_is_asked_for() -> None:
-    for given, harnessed, topic in (({}, False, "potions"), ({"topic": "towns"}, True, "towns")):
-        task = case_of("demo", options(**given), harnessed=harnessed)
+    harness = ("--harness", "quiz")
+    for given, topic in (((), "potions"), (("--topic", "towns", *harness), "towns")):
+        task = measure(*given).task_if_any()
         assert task is not None
         assert task.fingerprints() == UnlearningTask.from_world(topic).fingerprints()
-    assert case_of("demo", options(), harnessed=True) is None
-    assert case_of("own", options(), harnessed=True) is None
+    assert measure(*harness).task_if_any() is None
+    assert measure("--model", "own", *harness).task_if_any() is None
 
 
 @pytest.mark.parametrize(
@@ -176,7 +170,7 @@ def test_the_demo_brings_its_world_unless_only_the_harness_is_asked_for() -> Non
         ([], "give --forget and --retain (and --questions), or --harness TASKS"),
         (["--questions", "quiz.jsonl"], "--questions and --retain-questions go with --forget and --retain"),
         (["--questions", "quiz.jsonl", "--harness", "quiz"], "--questions and --retain-questions go with"),
-        (["--forget", "forget.jsonl", "--harness", "quiz"], "--forget and --retain go together"),
+        (["--forget", "forget.jsonl", "--harness", "quiz"], "forget and retain go together: give retain=..."),
         (["--harness", "quiz", "--include-path", "nowhere"], "no folder at nowhere"),
         (["--harness", "wmdp_boi"], "no task 'wmdp_boi' (it has wmdp_bio"),
         (["--harness", "wmdp", "--dtype", "int8"], "unknown dtype 'int8'"),
@@ -186,8 +180,8 @@ def test_the_demo_brings_its_world_unless_only_the_harness_is_asked_for() -> Non
 def test_bad_input_is_named_before_a_model_is_loaded(
     tiny_folder: Path, files: Path, monkeypatch: pytest.MonkeyPatch, extra: list[str], message: str
 ) -> None:
-    for loader in ("load_model", "load_hf"):
-        monkeypatch.setattr(f"mrp_lens.cli.measure.{loader}", lambda *_, **__: pytest.fail("loaded a model"))
+    for loader in ("command.load_model", "measure.load_hf"):
+        monkeypatch.setattr(f"mrp_lens.cli.{loader}", lambda *_, **__: pytest.fail("loaded a model"))
     result = run(tiny_folder, files, *extra)
     assert isinstance(result.exception, ValueError | OSError), result.output
     assert message in str(result.exception)
@@ -215,22 +209,6 @@ def test_a_missing_harness_is_named_with_its_extra(
 ) -> None:
     monkeypatch.setattr("mrp_lens.evals.lm_eval.find_spec", lambda _: None)
     result = run(tiny_folder, files, *with_harness(files))
-    assert isinstance(result.exception, ValueError)
+    assert isinstance(result.exception, ImportError)
     assert "pip install 'mrp_lens[harness]'" in str(result.exception)
     assert not (files / "out").exists()
-
-
-def test_help_is_quick_and_shows_the_line_for_the_published_tasks() -> None:
-    code = (
-        "import sys\nfrom mrp_lens.cli import main\ntry:\n    main()\nexcept SystemExit:\n    pass\n"
-        "heavy = [name for name in ('torch', 'lm_eval', 'transformers', 'pandas') if name in sys.modules]\nassert not heavy, heavy"
-    )
-    result = subprocess.run(
-        [sys.executable, "-c", code, "measure", "--help"], capture_output=True, text=True, check=False
-    )
-    assert result.returncode == 0, result.stderr
-    printed = " ".join(result.stdout.split())
-    assert (
-        "mrp-lens measure --model HuggingFaceH4/zephyr-7b-beta --dtype bfloat16 --edit runs/zephyr-rmu/edit" in printed
-    )
-    assert "--harness wmdp,mmlu --out runs/zephyr-rmu-harness" in printed

@@ -6,11 +6,13 @@ import re
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
+from datasets import Dataset
 
 from mrp_lens.data import Corpus, Question, Questions
 from mrp_lens.data.rows import digest
-from mrp_lens.data.task import TaskConfig, UnlearningTask, task_for
+from mrp_lens.data.task import TaskConfig, UnlearningTask, hub_parts, task_for
 
 WORLD_OF_0_1 = {
     "forget": "69d0434d2838d605f09fa73cf2517841b68fb2e9474afd66cfc50484215471db",
@@ -132,3 +134,48 @@ def test_legacy_fingerprints_are_those_of_version_0_1(files: Path) -> None:
 
 def test_the_world_of_version_0_1_is_known_by_its_hashes() -> None:
     assert UnlearningTask.from_world("potions").legacy_fingerprints() == WORLD_OF_0_1
+
+
+def test_hub_names_have_up_to_three_parts() -> None:
+    assert hub_parts("hub:wikitext") == ("wikitext", None, None)
+    assert hub_parts("hub:cais/wmdp:wmdp-bio") == ("cais/wmdp", "wmdp-bio", None)
+    assert hub_parts("hub:cais/mmlu::dev") == ("cais/mmlu", None, "dev")
+    with pytest.raises(ValueError, match=r"'hub:' is no data set of the Hub; write hub:NAME"):
+        hub_parts("hub:")
+
+
+def test_data_sets_of_the_hub_are_read_in_place_of_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def load(path: str, config: str | None, *, split: str) -> Dataset:
+        calls.append((path, config, split))
+        return Dataset.from_list(
+            [{"text": "x" * 60, "question": "?", "choices": ["p", "q"], "answer": 1, "subject": "s"}]
+        )
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    options = TaskConfig(("hub:cais/wmdp-corpora:cyber-forget-corpus",), "hub:wikitext", "hub:cais/mmlu::dev", None)
+    assert len(options.corpus(options.forget[0], None)) == len(options.corpus(options.retain, None)) == 1
+    quiz = options.quiz(options.questions)
+    assert quiz is not None
+    assert quiz.groups == ("s",)
+    assert calls == [
+        ("cais/wmdp-corpora", "cyber-forget-corpus", "train"),
+        ("Salesforce/wikitext", "wikitext-2-raw-v1", "test"),
+        ("cais/mmlu", "all", "dev"),
+    ]
+
+
+def test_files_of_known_data_sets_are_read_by_their_schema(tmp_path: Path) -> None:
+    rows = [
+        {"question": "Who?", "answer": "He.", "option1": "She.", "option2": "He.", "option3": "I.", "option4": "It."}
+    ]
+    path = tmp_path / "tofu.jsonl"
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    name = "locuslab/TOFU"
+    options = TaskConfig((str(path),), str(path), str(path), None, questions_schema=name, question_prompt="{question}")
+    assert options.corpus(str(path), name).documents[0].prompt == "Question: Who?\nAnswer:"
+    quiz = options.quiz(str(path))
+    assert quiz is not None
+    assert quiz.questions[0].prompt == "Who?"
+    assert quiz.questions[0].choices[quiz.questions[0].answer] == " He."

@@ -8,8 +8,6 @@ import pytest
 import torch
 
 from mrp_lens import metrics
-from mrp_lens.cli.options import Method
-from mrp_lens.cli.unlearn import make_method
 from mrp_lens.data import Corpus
 from mrp_lens.data.task import UnlearningTask
 from mrp_lens.edits import ProjectionEdit, WeightEdit
@@ -17,6 +15,7 @@ from mrp_lens.methods import METHODS, NPO, RMU, DirectionAblation, GradientAscen
 from mrp_lens.models import LensModel, encoder_for, logits_of
 from mrp_lens.models.hooks import captured, hook_name
 from mrp_lens.runs.report.page import edits_in
+from tests.support.commands import fitter
 from tests.support.edits import logits
 
 Texts = tuple[Corpus, Corpus]
@@ -158,10 +157,10 @@ def test_the_page_of_a_run_says_what_each_rival_did(
 
 
 def test_the_command_line_knows_them() -> None:
-    assert make_method("npo", "1,2", {"beta": 0.2}) == NPO(layers=[1, 2], beta=0.2)
-    assert {type(make_method(name.value, None, {})) for name in Method} == set(METHODS.values())
+    assert fitter("--method", "npo", "--layers", "1,2", "--beta", "0.2") == NPO(layers=[1, 2], beta=0.2)
+    assert {type(fitter("--method", name)) for name in METHODS} == set(METHODS.values())
     with pytest.raises(ValueError, match="has no released recipe"):
-        make_method("npo", None, {}, released=True)
+        fitter("--method", "npo", "--released")
 
 
 @pytest.mark.slow

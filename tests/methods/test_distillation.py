@@ -9,7 +9,6 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from mrp_lens.attacks import relearn
-from mrp_lens.cli.unlearn import make_method
 from mrp_lens.data import Corpus, Questions
 from mrp_lens.edits import ProjectionEdit, WeightEdit, load_edit, without_hooks
 from mrp_lens.edits.provenance import label_of
@@ -23,6 +22,7 @@ from mrp_lens.models import available_backends, encoder_for, load_model, logits_
 from mrp_lens.models.generation import written_texts
 from mrp_lens.runs.report.page import sentence
 from tests.conftest import D_MODEL, LAYERS, assert_same_state, state_of
+from tests.support.commands import fitter
 from tests.support.families import save_family
 
 Texts = tuple[Corpus, Corpus]
@@ -262,10 +262,10 @@ def test_settings_that_cannot_be_meant_are_refused_before_anything_is_fitted(
 
 
 def test_the_command_has_a_flag_for_it() -> None:
-    assert make_method("mrp", "2", {"distillation": True}) == MRP(layers=[2], distillation=Distillation())
-    assert make_method("mrp", None, {}) == MRP()
+    assert fitter("--method", "mrp", "--layers", "2", "--distillation") == MRP(layers=[2], distillation=Distillation())
+    assert fitter("--method", "mrp") == MRP()
     with pytest.raises(ValueError, match="npo has no --distillation"):
-        make_method("npo", None, {"distillation": True})
+        fitter("--method", "npo", "--distillation")
 
 
 def test_a_hooked_transformer_is_refused_with_the_remedy(tiny_folder: Path, texts: Texts) -> None:

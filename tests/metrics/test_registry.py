@@ -14,7 +14,7 @@ from mrp_lens.data.task import UnlearningTask
 from mrp_lens.metrics import METRICS, Measured, frames_for, register, rows_for
 from mrp_lens.plots import FIGURES
 from mrp_lens.runs.record import Run
-from mrp_lens.runs.report import write_report
+from mrp_lens.runs.report import report
 from mrp_lens.runs.report.diagnostics import diagnostics
 from tests.conftest import state_of
 from tests.support.edits import projection
@@ -74,7 +74,7 @@ def test_a_metric_with_a_figure_of_ones_own_is_on_the_page(
     run.frames |= diagnostics(model, task, {"unedited": None, "mine": EDIT}, {}, progress=False)
     assert run.frames["toy_by_side"]["method"].tolist() == ["unedited"] * 2 + ["mine"] * 2
     run.write(tmp_path / "run", overwrite=False)
-    page = write_report(tmp_path / "run").read_text(encoding="utf-8")
+    page = report(tmp_path / "run").read_text(encoding="utf-8")
     for expected in ("<th>toys in all</th>", 'id="toy_by_side"', "Toys on each side.", "what the toy drew"):
         assert expected in page, expected
     assert "toy_by_side" in FIGURES

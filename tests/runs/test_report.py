@@ -6,21 +6,20 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
-from typer.testing import CliRunner
 
 from mrp_lens import metrics
-from mrp_lens.cli.app import app
 from mrp_lens.data import Corpus
 from mrp_lens.data.task import UnlearningTask
-from mrp_lens.methods import MRP, RMU
+from mrp_lens.methods import METHODS, MRP, RMU
 from mrp_lens.models import LensModel
 from mrp_lens.plots import FIGURES
 from mrp_lens.runs.record import Run
-from mrp_lens.runs.report import write_report
+from mrp_lens.runs.report import report
 from mrp_lens.runs.report.diagnostics import diagnostics
 from mrp_lens.runs.report.page import OTHERWISE, sentence
 from mrp_lens.runs.report.table import table_of
 from tests.conftest import D_MODEL
+from tests.support.commands import completed
 
 ROWS = [
     {
@@ -53,7 +52,7 @@ def folder(model: LensModel, texts: tuple[Corpus, Corpus], tmp_path: Path) -> Pa
 
 
 def test_the_page_tells_what_was_done_and_needs_nothing_else(folder: Path) -> None:
-    page = write_report(folder)
+    page = report(folder)
     assert page == folder / "report.html"
     html = page.read_text(encoding="utf-8")
     body = html[html.index("<body>") :]
@@ -71,6 +70,7 @@ def test_the_page_tells_what_was_done_and_needs_nothing_else(folder: Path) -> No
         'id="alignment_by_layer"',
         "&lt;script&gt;alert(1)&lt;/script&gt;",
         "red&lt;/s&gt;",
+        f"{RMU.summary} {RMU.source}",
         "transformer_lens",
     ):
         assert expected in body, expected
@@ -79,33 +79,45 @@ def test_the_page_tells_what_was_done_and_needs_nothing_else(folder: Path) -> No
     assert not re.findall(r"<(?:script|link|img|iframe)[^>]+(?:src|href)=[\"']?(?:https?:)?//", html)
 
 
-@pytest.mark.parametrize("settings", [{"strength": 3}, {"rank": 4}, {"rank": 4, "layers": 2}, {}], ids=str)
-def test_of_settings_that_the_page_does_not_know_it_says_that_something_was_fitted(settings: dict[str, Any]) -> None:
+def record_of(method: str, settings: dict[str, Any]) -> dict[str, Any]:
     side = [{"documents": 5}]
-    record = {
-        "method": "new",
-        "settings": settings,
+    return {
+        **{"method": method, "settings": settings, "steps_done": 7, "seed": 1},
         "data": {"forget": side, "retain": side},
-        "steps_done": 7,
-        "seed": 1,
     }
-    done = "subspaces of rank 4 removed from the residual stream at layers 2" if "layers" in settings else OTHERWISE
-    assert sentence(record, "") == f"new: {done}; 7 steps, 5 documents to forget, 5 to keep, seed 1"
+
+
+@pytest.mark.parametrize("settings", [{"strength": 3}, {"rank": 4}, {}, {"rank": 4, "layers": 2}], ids=str)
+@pytest.mark.parametrize("method", ["new", "mrp"])
+def test_of_a_fit_that_the_page_does_not_know_it_says_that_something_was_fitted(
+    method: str, settings: dict[str, Any]
+) -> None:
+    known = method == "mrp" and "layers" in settings
+    done = "subspaces of rank 4 removed from the residual stream at layers 2" if known else OTHERWISE
+    told = sentence(record_of(method, settings), "")
+    assert told == f"{method}: {done}; 7 steps, 5 documents to forget, 5 to keep, seed 1"
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_tells_what_it_did(name: str) -> None:
+    settings = {"layers": [1, 2], "rank": 2, "trained_layers": [0, 1], "layer": 1}
+    told = sentence(record_of(name, settings), "")
+    assert OTHERWISE not in told
+    assert re.search(r"layers? \d", told)
 
 
 def test_the_page_can_be_put_elsewhere_and_the_command_makes_it(folder: Path, tmp_path: Path) -> None:
-    result = CliRunner().invoke(app, ["report", str(folder), "--out", str(tmp_path / "page.html")])
-    assert result.exit_code == 0, result.output
+    completed("report", str(folder), "--out", str(tmp_path / "page.html"))
     assert (tmp_path / "page.html").is_file()
     assert not (folder / "report.html").exists()
 
 
 def test_a_folder_without_a_summary_is_refused(tmp_path: Path, folder: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"holds no summary.json; give the folder that a command or study"):
-        write_report(tmp_path / "nowhere")
+        report(tmp_path / "nowhere")
     (folder / "summary.json").write_text("{")
     with pytest.raises(ValueError, match=r"summary.json is damaged .*; run the command again"):
-        write_report(folder)
+        report(folder)
     assert not (folder / "report.html").exists()
 
 

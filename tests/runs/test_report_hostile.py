@@ -10,7 +10,7 @@ import pytest
 
 from mrp_lens.plots import FIGURES
 from mrp_lens.runs.record import Run
-from mrp_lens.runs.report import write_report
+from mrp_lens.runs.report import report
 from tests.support.edits import projection
 from tests.support.frames import PLAIN, VARIANTS
 
@@ -74,7 +74,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_a_page_runs_and_loads_nothing_of_a_run_folder(folder: Path) -> None:
-    html = write_report(folder).read_text(encoding="utf-8")
+    html = report(folder).read_text(encoding="utf-8")
     body = html[html.index("<body>") :]
     outside = re.sub(r"<script\b[^>]*>.*?</script>", "", body, flags=re.DOTALL)
     assert body.count("onerror=alert(1)") > 10
@@ -112,7 +112,7 @@ def test_a_broken_file_of_a_run_folder_is_named(folder: Path, what: str) -> None
     (folder / name).write_bytes(change(text).encode(errors="surrogateescape"))
     assert change(text) != text
     with pytest.raises(ValueError, match=rf"{name} is damaged \(.*\); run the command again"):
-        write_report(folder)
+        report(folder)
     assert not (folder / "report.html").exists()
 
 
@@ -120,5 +120,5 @@ def test_a_page_is_made_of_files_in_the_folder_alone(folder: Path, tmp_path: Pat
     (tmp_path / "elsewhere" / "edit").mkdir(parents=True)
     (tmp_path / "elsewhere" / "edit" / "edit_config.json").write_text("{")
     (folder / "linked").symlink_to(tmp_path / "elsewhere")
-    write_report(folder)
+    report(folder)
     assert MARK not in (folder / "report.html").read_text(encoding="utf-8")

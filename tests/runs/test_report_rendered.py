@@ -9,7 +9,7 @@ import pytest
 
 from mrp_lens.plots import FIGURES
 from mrp_lens.runs.record import Run
-from mrp_lens.runs.report import write_report
+from mrp_lens.runs.report import report
 from tests.runs.test_report import ROWS
 from tests.support.browser import Seen, look_at
 from tests.support.frames import CASES
@@ -37,7 +37,7 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> Seen:
     folder = tmp_path_factory.mktemp("page") / "run"
     run.write(folder, overwrite=False)
     shot = os.environ.get("MRP_LENS_SHOT")
-    return look_at(write_report(folder), READ, ready=DRAWN, shot=Path(shot) if shot else None)
+    return look_at(report(folder), READ, ready=DRAWN, shot=Path(shot) if shot else None)
 
 
 def test_the_page_opens_offline_without_complaint(seen: Seen) -> None:

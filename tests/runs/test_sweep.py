@@ -1,27 +1,19 @@
-import json
-import random
-import signal
-import subprocess
-import sys
-import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pytest
-from typer.testing import CliRunner
 
 from mrp_lens import metrics
-from mrp_lens.cli.app import app
-from mrp_lens.cli.parsing import numbers, shard_of
 from mrp_lens.data import Corpus, Questions
 from mrp_lens.data.task import UnlearningTask
-from mrp_lens.methods import RMU
-from mrp_lens.runs.sweep import Plan, Point, _method, default_coefficient, default_layers, sweep
+from mrp_lens.methods import METHODS, MRP, RMU, AdaptiveRMU, DirectionAblation, NoisyRMU, Swept
+from mrp_lens.methods.registry import register
+from mrp_lens.runs.sweep import Point, SweepConfig, default_coefficient, default_layers, sweep
 from tests.conftest import LAYERS
 
-PLAN = Plan(("mrp", "rmu", "adaptive-rmu"), layers=(1, 2), coefficients=(3.0,), steps=2)
+CONFIG = SweepConfig(layers=(1, 2), coefficients=(3.0,), steps=2)
 
 
 @pytest.fixture
@@ -40,7 +32,7 @@ def task(texts: tuple[Corpus, Corpus]) -> UnlearningTask:
 def test_a_sweep_measures_every_point_beside_the_unedited_model(
     model: Any, task: UnlearningTask, tmp_path: Path, untouched: None
 ) -> None:
-    frame = sweep(model, task, PLAN, tmp_path / "sweep", progress=False)
+    frame = sweep(model, task, CONFIG, tmp_path / "sweep", progress=False)
     assert frame is not None
     assert list(frame["method"]) == ["unedited", "mrp", "mrp", "rmu", "rmu", "adaptive-rmu", "adaptive-rmu"]
     assert list(frame["layer"])[1:] == [1, 2] * 3
@@ -63,15 +55,15 @@ def test_a_sweep_measures_every_point_beside_the_unedited_model(
 def test_points_that_are_there_are_skipped_and_shards_fill_one_folder(
     model: Any, task: UnlearningTask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = sweep(model, task, PLAN, tmp_path / "whole", progress=False)
+    whole = sweep(model, task, CONFIG, tmp_path / "whole", progress=False)
     assert whole is not None
-    assert sweep(model, task, PLAN, tmp_path / "shards", shard=(1, 2), progress=False) is None
+    assert sweep(model, task, CONFIG, tmp_path / "shards", shard=(1, 2), progress=False) is None
     assert len(list((tmp_path / "shards" / "points").glob("*.json"))) == 1 + 3
-    joined = sweep(model, task, PLAN, tmp_path / "shards", shard=(2, 2), progress=False)
+    joined = sweep(model, task, CONFIG, tmp_path / "shards", shard=(2, 2), progress=False)
     assert joined is not None
     pd.testing.assert_frame_equal(whole, joined)
     monkeypatch.setattr(RMU, "fit", lambda *_, **__: pytest.fail("fitted again"))
-    again = sweep(model, task, PLAN, tmp_path / "whole", progress=False)
+    again = sweep(model, task, CONFIG, tmp_path / "whole", progress=False)
     assert again is not None
     pd.testing.assert_frame_equal(whole, again)
 
@@ -80,7 +72,7 @@ def test_a_folder_of_other_settings_is_refused_and_the_difference_named(
     model: Any, task: UnlearningTask, tmp_path: Path
 ) -> None:
     out = tmp_path / "sweep"
-    plan = replace(PLAN, methods=("rmu",), layers=(1,))
+    plan = replace(CONFIG, methods=("rmu",), layers=(1,))
     sweep(model, task, plan, out, progress=False)
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     with pytest.raises(ValueError, match=r"other settings: steps \(2 there, 3 now\)"):
@@ -102,32 +94,86 @@ def test_an_interrupted_fit_leaves_no_point(
     real = RMU.fit
     monkeypatch.setattr(RMU, "fit", lambda *a, **k: replace(real(*a, **k), interrupted=True))
     with pytest.raises(KeyboardInterrupt):
-        sweep(model, task, replace(PLAN, methods=("rmu",)), tmp_path / "sweep", progress=False)
+        sweep(model, task, replace(CONFIG, methods=("rmu",)), tmp_path / "sweep", progress=False)
     assert [path.name for path in (tmp_path / "sweep" / "points").iterdir()] == ["unedited.json"]
 
 
-def test_a_method_that_a_sweep_does_not_know_is_never_fitted_as_another() -> None:
-    for name, strength in (("mrp", None), ("rmu", 3.0), ("adaptive-rmu", 5.0)):
-        assert _method(PLAN, Point(name, 1, strength, 0)).name == name
-    for name, strength in (("mrp-new", 3.0), ("mrp-new", None), ("rmu", None)):
-        with pytest.raises(
-            ValueError, match=f"a sweep cannot fit '{name}' with coefficient {strength}; choose among mrp, rmu"
-        ):
-            _method(PLAN, Point(name, 1, strength, 0))
+def test_every_method_for_sweeps_is_fitted_as_what_it_is(model: Any, task: UnlearningTask) -> None:
+    plan = replace(CONFIG, strengths={"adaptive-rmu": (4.0,)}).resolved(model, task)
+    swept = {name: kind for name, kind in METHODS.items() if kind.swept is not None}
+    for name, kind in swept.items():
+        point = next(point for point in replace(plan, methods=(name,)).points())
+        assert type(plan.fitter(point)) is kind
+    made = {name: plan.fitter(replace(plan, methods=(name,)).points()[0]) for name in swept}
+    assert made["mrp"] == MRP(layers=[1], steps=2)
+    assert made["rmu"] == RMU(layer=1, steps=2, steering_coeff=3.0)
+    assert made["rmu-noise"] == NoisyRMU(layer=1, steps=2, steering_coeff=3.0)
+    assert made["adaptive-rmu"] == AdaptiveRMU(layer=1, steps=2, beta=4.0)
+    assert made["direction-ablation"] == DirectionAblation(layers=[1])
+    for name, strength in (("mrp", 3.0), ("npo", None)):
+        with pytest.raises(ValueError, match=f"a sweep cannot fit '{name}' with coefficient {strength}"):
+            plan.fitter(Point(name, 1, strength, 0))
+    with pytest.raises(ValueError, match="unknown method 'mrp-new'"):
+        plan.fitter(Point("mrp-new", 1, None, 0))
+
+
+def test_a_method_of_another_package_is_swept_by_its_own_strength(
+    model: Any, task: UnlearningTask, tmp_path: Path
+) -> None:
+    try:
+
+        @register("toy", summary="RMU.", source="nowhere", swept=Swept(layer="layer", strength="alpha"))
+        @dataclass(frozen=True, kw_only=True)
+        class Toy(RMU):
+            """A toy."""
+
+        config = replace(CONFIG, methods=("toy", "rmu-noise"), layers=(2,), strengths={"toy": (7.0, 8.0)})
+        frame = sweep(model, task, config, tmp_path / "sweep", progress=False)
+        assert frame is not None
+        assert list(zip(frame["method"], frame["coefficient"], strict=True))[1:] == [
+            *(("toy", 7.0), ("toy", 8.0), ("rmu-noise", 3.0))
+        ]
+        assert (tmp_path / "sweep" / "points" / "toy-layer2-c7-seed0.json").is_file()
+        fit = Toy(layer=2, alpha=8.0, steps=2).fit(model, task.forget, task.retain, progress=False)
+        with fit.edit.applied(model):
+            expected = metrics.perplexity(model, task.held_out)["perplexity"].iloc[0]
+        base = metrics.perplexity(model, task.held_out)["perplexity"].iloc[0]
+        assert frame["text_perplexity_ratio"][2] == pytest.approx(expected / base, rel=1e-6)
+        derived = replace(config, strengths={}, methods=("toy",)).resolved(model, task)
+        assert derived.fitter(derived.points()[0]) == Toy(layer=2, steps=2)
+    finally:
+        METHODS._entries.pop("toy", None)
+
+
+def test_the_settings_of_a_sweep_are_those_of_version_0_1(model: Any, task: UnlearningTask, tmp_path: Path) -> None:
+    resolved = CONFIG.resolved(model, task)
+    assert resolved.settings() == {
+        **{"methods": ("mrp", "rmu", "adaptive-rmu"), "layers": (1, 2), "coefficients": (3.0,), "betas": (5.0,)},
+        **{"seeds": (0,), "steps": 2, "questions": 150, "documents": 100},
+    }
+    full = replace(CONFIG, full=True, steps=None, layers=None).resolved(model, task)
+    assert (full.seeds, full.steps, full.questions, full.documents) == ((0, 1, 2), 150, None, 200)
+    assert full.layers == tuple(range(LAYERS))
+    usual = default_coefficient(model, task, layer=2)
+    assert replace(CONFIG, coefficients=None, full=True).resolved(model, task).coefficients == tuple(
+        usual * share for share in (0.25, 1.0, 4.0)
+    )
 
 
 def test_two_coefficients_never_share_a_file(model: Any, task: UnlearningTask, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="2 points would be kept as 'rmu-layer1-c1-seed0'"):
-        replace(PLAN, methods=("rmu",), coefficients=(1.0, 1.0000001))
-    assert len(replace(PLAN, layers=(1, 1)).points()) == 3  # a point that is named twice is one
+        replace(CONFIG, methods=("rmu",), coefficients=(1.0, 1.0000001)).resolved(model, task)
+    assert len(replace(CONFIG, layers=(1, 1)).resolved(model, task).points()) == 3  # a point named twice is one
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"methods": ("npo",)}, r"unknown methods \['npo'\]; choose among mrp, rmu, adaptive-rmu"),
+        ({"methods": ("npo",)}, r"unknown methods \['npo'\]; choose among .*rmu, .*adaptive-rmu"),
         ({"coefficients": (0.0,)}, "coefficients must be above 0"),
         ({"betas": (-1.0,)}, "betas must be above 0"),
+        ({"strengths": {"rmu": (0.0,)}}, "rmu must be above 0"),
+        ({"strengths": {"mrp": (1.0,)}}, "mrp has no strength to vary"),
         ({"steps": 0}, "steps must be at least 1"),
         ({"layers": (LAYERS,)}, "layer 4 is out of range"),
     ],
@@ -136,20 +182,15 @@ def test_bad_plans_are_named(
     model: Any, task: UnlearningTask, tmp_path: Path, change: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        sweep(model, task, replace(PLAN, **change), tmp_path / "sweep", progress=False)
+        sweep(model, task, replace(CONFIG, **change), tmp_path / "sweep", progress=False)
     assert not (tmp_path / "sweep").exists()
 
 
 def test_bad_shards_and_missing_questions_are_named(model: Any, task: UnlearningTask, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="shard 3/2 does not exist; write 1/2 to 2/2"):
-        sweep(model, task, PLAN, tmp_path / "sweep", shard=(3, 2))
+        sweep(model, task, CONFIG, tmp_path / "sweep", shard=(3, 2))
     with pytest.raises(ValueError, match="there are none for retain"):
-        sweep(model, replace(task, retain_questions=None), PLAN, tmp_path / "sweep")
-    assert shard_of("2/4") == (2, 4)
-    with pytest.raises(ValueError, match="--shard takes i/n"):
-        shard_of("2")
-    with pytest.raises(ValueError, match="--layers takes numbers separated by commas, got '1;2'"):
-        numbers("1;2", int, "--layers")
+        sweep(model, replace(task, retain_questions=None), CONFIG, tmp_path / "sweep")
 
 
 def test_defaults_come_from_the_model(model: Any, task: UnlearningTask) -> None:
@@ -164,94 +205,3 @@ def test_defaults_come_from_the_model(model: Any, task: UnlearningTask) -> None:
     assert default_coefficient(model, task, layer=2) == pytest.approx(2 * norm, rel=0.01)
     assert Point("rmu", 3, 6.5, 1).name == "rmu-layer3-c6.5-seed1"
     assert Point("mrp", 3, None, 0).name == "mrp-layer3-seed0"
-
-
-@pytest.fixture
-def files(tmp_path: Path) -> Path:
-    rows = [
-        {"text": f"The colour of Zaxim{i} is red.", "q": f"The colour of Zaxim{i} is", "a": ["red", "blue"], "y": i % 2}
-        for i in range(12)
-    ]
-    (tmp_path / "forget.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
-    (tmp_path / "retain.txt").write_text("\n".join(f"The old man walked near the house {i}." for i in range(20)))
-    return tmp_path
-
-
-def command(folder: Path, files: Path, out: str, *extra: str) -> list[str]:
-    quiz = str(files / "forget.jsonl")
-    return [
-        *("sweep", "--model", str(folder), "--forget", quiz, "--retain", str(files / "retain.txt")),
-        *("--questions", quiz, "--retain-questions", quiz),
-        *("--question-prompt", "{q}", "--choices", "a", "--answer", "y"),
-        *("--steps", "2", "--layers", "1,2", "--coefficients", "3,9", "--out", str(files / out), *extra),
-    ]
-
-
-def test_the_command_writes_a_table_once_all_shards_are_there(tiny_folder: Path, files: Path) -> None:
-    first = CliRunner().invoke(app, command(tiny_folder, files, "out", "--shard", "1/2"))
-    assert first.exit_code == 0, first.output + str(first.exception)
-    assert "other points" in first.output
-    assert not (files / "out" / "summary.json").exists()
-    second = CliRunner().invoke(app, command(tiny_folder, files, "out", "--shard", "2/2"))
-    assert second.exit_code == 0, second.output + str(second.exception)
-    rows = json.loads((files / "out" / "summary.json").read_text())["rows"]
-    assert len(rows) == len(pd.read_csv(files / "out" / "table.csv")) == 1 + 2 + 4 + 2
-    assert rows[0]["layer"] is None
-    assert (files / "out" / "frames" / "layer_effects.csv").is_file()
-
-
-@pytest.mark.parametrize(
-    ("extra", "message"),
-    [
-        (["--layers", "9"], "layer 9 is out of range"),
-        (["--shard", "0/2"], "shard 0/2 does not exist"),
-        (["--coefficients", "x"], "--coefficients takes numbers"),
-    ],
-)
-def test_the_command_names_what_is_wrong(tiny_folder: Path, files: Path, extra: list[str], message: str) -> None:
-    result = CliRunner().invoke(app, command(tiny_folder, files, "out", *extra))
-    assert isinstance(result.exception, ValueError)
-    assert message in str(result.exception)
-    assert not list((files / "out").iterdir())
-
-
-def test_a_model_of_ones_own_needs_data(tiny_folder: Path, tmp_path: Path) -> None:
-    result = CliRunner().invoke(app, ["sweep", "--model", str(tiny_folder), "--out", str(tmp_path / "o")])
-    assert "give forget=... and retain=..." in str(result.exception)
-    result = CliRunner().invoke(app, ["sweep", "--forget", "x.jsonl", "--out", str(tmp_path / "o")])
-    assert "forget and retain go together" in str(result.exception)
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(900)
-def test_a_sweep_killed_three_times_and_one_in_two_shards_end_as_an_undisturbed_one(
-    tiny_folder: Path, files: Path
-) -> None:
-    main = [sys.executable, "-c", "from mrp_lens.cli import main; main()"]
-
-    def start(*arguments: str) -> subprocess.Popen[bytes]:
-        return subprocess.Popen([*main, *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-
-    steps = ("--steps", "40")
-    began = time.monotonic()
-    assert start(*command(tiny_folder, files, "whole", *steps)).wait() == 0
-    whole = time.monotonic() - began
-    rng = random.Random(time.time_ns())
-    kills = 0
-    while kills < 3:
-        process = start(*command(tiny_folder, files, "killed", *steps))
-        time.sleep(rng.uniform(0.3, 0.9) * whole)
-        if process.poll() is None:
-            process.send_signal(signal.SIGKILL)
-            kills += process.wait() == -signal.SIGKILL
-        else:  # it was done before the blow fell
-            break
-    assert kills
-    assert start(*command(tiny_folder, files, "killed", *steps)).wait() == 0
-    shards = [start(*command(tiny_folder, files, "shards", *steps, "--shard", f"{i}/2")) for i in (1, 2)]
-    assert [shard.wait() for shard in shards] == [0, 0]
-    assert start(*command(tiny_folder, files, "shards", *steps)).wait() == 0
-    tables = {name: (files / name / "table.csv").read_bytes() for name in ("whole", "killed", "shards")}
-    assert tables["killed"] == tables["whole"]
-    assert tables["shards"] == tables["whole"]
-    assert not list((files / "killed").rglob("*.partial"))

@@ -27,6 +27,7 @@ import pytest
 from tqdm import tqdm
 
 from mrp_lens.training.checkpoints import Checkpoint
+from tests.support.commands import data_words
 
 COLOURS = ["red", "blue", "green", "white"]
 ENOUGH = 300.0  # seconds that no run here takes
@@ -70,11 +71,7 @@ def write_data(folder: Path) -> None:
 
 def arguments(command: str, model: Path, data: Path, out: Path, method: str) -> list[str]:
     """The command line of a small run."""
-    common = [
-        *("--model", str(model), "--forget", str(data / "forget.jsonl"), "--retain", str(data / "retain.txt")),
-        *("--questions", str(data / "forget.jsonl"), "--retain-questions", str(data / "kept.jsonl")),
-        *("--question-prompt", "{q}", "--choices", "a", "--answer", "y", "--out", str(out)),
-    ]
+    common = [*data_words(model, data, out=None), "--out", str(out)]
     more = {
         "unlearn": ["--method", method, "--steps", "60", "--batch-size", "8"],
         "sweep": ["--methods", "mrp,rmu", "--layers", "1,2", "--coefficients", "3", "--steps", "30"],
@@ -97,10 +94,10 @@ def start(line: Sequence[str], log: Path) -> int:
         with log.open("ab") as file:
             os.dup2(file.fileno(), 1)
             os.dup2(file.fileno(), 2)
-        from mrp_lens.cli.app import app
+        from mrp_lens.cli import main
 
-        returned = app(list(line), standalone_mode=False)  # typer turns Ctrl-C into a number
-        code = returned if isinstance(returned, int) else 0
+        main(line)
+        code = 0
     except SystemExit as error:
         code = error.code if isinstance(error.code, int) else 1
     except BaseException as error:

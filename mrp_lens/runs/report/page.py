@@ -12,6 +12,7 @@ import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined, UndefinedError
 from plotly.offline import get_plotlyjs
 
+from mrp_lens.methods import METHODS
 from mrp_lens.plots import FIGURES
 from mrp_lens.runs.record import FRAMES
 from mrp_lens.runs.report.table import table_of
@@ -20,14 +21,6 @@ from mrp_lens.utils.io import write_text
 PAGE = "report.html"
 EDIT_CONFIG = "edit_config.json"
 
-# A setting that tells a kind of fit from those below it -> what was done.
-DONE = {
-    "rank": "subspaces of rank {rank} removed from the residual stream at layers {layers}",
-    "trained_layers": "MLP output matrices of layers {trained_layers} trained to steer forget states of layer {layer} to a random direction",
-    "agreement": "matrices of layers {layers} replaced by noise and taught again what the projection leaves alone",
-    "site": "one direction removed from the residual stream at layers {layers}",
-    "layers": "MLP output matrices of layers {layers} trained on what the model predicts",
-}
 OTHERWISE = "fitted with the settings below"
 
 
@@ -42,14 +35,20 @@ class Picture:
 
 @dataclass(frozen=True)
 class Fitted:
-    """An edit of the run: what it is called, a sentence about it, and its settings."""
+    """A fit of the run.
 
-    name: str
+    Attributes:
+        sentence: what was done.
+        method: a line on the method, and where it comes from; "": this library does not know it.
+        settings: of the fit.
+    """
+
     sentence: str
+    method: str
     settings: Mapping[str, Any]
 
 
-def write_report(folder: str | Path, *, out: str | Path | None = None) -> Path:
+def report(folder: str | Path, out: str | Path | None = None) -> Path:
     """Make one self-contained HTML page of a run folder; it opens without a network.
 
     Args:
@@ -129,29 +128,32 @@ def edits_in(folder: Path) -> Iterator[Fitted]:
     for path in sorted(folder.glob(f"**/{EDIT_CONFIG}")):
         with _named(path):
             fits = list(_fits_in(path))
-        for words, settings in fits:
+        for words, method, settings in fits:
             if words not in told:
                 told.add(words)
-                yield Fitted(str(path.parent.relative_to(folder)), words, settings)
+                yield Fitted(words, method, settings)
 
 
-def _fits_in(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """A sentence about each fit of an edit that is on disk, and its settings."""
+def _fits_in(path: Path) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """Of each fit of an edit that is on disk: a sentence, a line on its method, and its settings."""
     config = json.loads(path.read_text(encoding="utf-8"))
     parts = config["settings"]["parts"] if config["kind"] == "stack" else [config]
     for part in parts:
         records = part["provenance"].get("requests", {"": part["provenance"]})
         for request, record in records.items():
             if "method" in record:
-                yield sentence(record, request), dict(record["settings"])
+                kind = METHODS.get(str(record["method"]))
+                method = "" if kind is None else f"{kind.summary} {kind.source}".strip()
+                yield sentence(record, request), method, dict(record["settings"])
 
 
 def sentence(record: Mapping[str, Any], request: str) -> str:
-    """What was done, from the record of a fit; of a method that this page does not know, that it was fitted."""
-    settings, data = record["settings"], record["data"]
+    """What was done, from the record of a fit and what its method says; of an unknown method, that it was fitted."""
+    settings, data, kind = record["settings"], record["data"], METHODS.get(str(record["method"]))
     told = {key: listed(value) if key.endswith("layers") else value for key, value in settings.items()}
-    known = (words for key, words in DONE.items() if key in settings)
-    done = next((words for words in known if set(_names(words)) <= told.keys()), OTHERWISE).format_map(told)
+    reports = () if kind is None else (kind.report,) if isinstance(kind.report, str) else kind.report
+    known = (words for words in reports if words and set(_names(words)) <= told.keys())
+    done = next(known, OTHERWISE).format_map(told)
     sides = {side: sum(part["documents"] for part in data[side]) for side in ("forget", "retain")}
     about = f" (request {request})" if request else ""
     return (

@@ -1,4 +1,4 @@
-"""The methods that the comparing studies set against each other."""
+"""The methods that the comparing studies set against each other, and the settings that their results depend on."""
 
 from collections.abc import Collection, Mapping
 from dataclasses import fields
@@ -10,9 +10,9 @@ from mrp_lens.models import LensModel, is_bridge
 OWN = ("mrp", "rmu", "adaptive-rmu")  # the methods of this library's papers
 
 
-def contenders(model: LensModel) -> dict[str, Any]:
-    """Name -> method: those of this library with their defaults, MRP at every layer and with distillation (Bridge only),
-    and the rivals."""
+def compared_methods(model: LensModel) -> dict[str, Any]:
+    """Name -> method: this library's with their defaults, MRP at every layer and with distillation (Bridge only), then all
+    others that are registered, baselines and plugins."""
     every = range(int(model.cfg.n_layers))
     own = {name: METHODS[name]() for name in OWN}
     wider = {"mrp-all": MRP(layers=every), "mrp-mlp": MRP(layers=every, site="mlp_out")}
@@ -20,8 +20,8 @@ def contenders(model: LensModel) -> dict[str, Any]:
     return own | wider | robust | {name: method() for name, method in METHODS.items() if name not in OWN}
 
 
-def names_in(text: str | None, known: Collection[str], *, default: list[str]) -> list[str]:
-    """The names of `--methods`, which are separated by commas; the default where there are none.
+def names_in(text: str | None, known: Collection[str], *, default: list[str], noun: str = "methods") -> list[str]:
+    """The names in an option such as `--methods`, which are separated by commas; the default where it is not given.
 
     Raises:
         ValueError: one that is not known.
@@ -29,7 +29,7 @@ def names_in(text: str | None, known: Collection[str], *, default: list[str]) ->
     chosen = text.split(",") if text else default
     unknown = [name for name in chosen if name not in known]
     if unknown:
-        raise ValueError(f"unknown methods {unknown}; choose among {', '.join(known)}")
+        raise ValueError(f"unknown {noun} {unknown}; choose among {', '.join(known)}")
     return chosen
 
 

@@ -2,7 +2,7 @@
 
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from mrp_lens import metrics
@@ -99,6 +99,18 @@ class Requests:
             "kept": kept.fingerprint if kept is not None else None,
             "held_out": self.held_out.fingerprint,
         }
+
+    def legacy_fingerprints(self) -> dict[str, Any]:
+        """`fingerprints` as version 0.1 wrote them: entities did not count, nor the order of the requests."""
+
+        def nameless(quiz: Questions | None) -> str | None:
+            if quiz is None:
+                return None
+            return replace(quiz, questions=tuple(replace(q, entity="") for q in quiz.questions)).fingerprint
+
+        quizzes = {name: nameless(quiz) for name, quiz in self.quizzes.items()}
+        named = {name: corpus.fingerprint for name, corpus in self.forget.items()}
+        return {**self.fingerprints(), "forget": named, "quizzes": quizzes, "kept": nameless(self.kept(()))}
 
     def measure(self, model: LensModel, edit: Edit | None, *, asked: Gone, gone: Gone) -> dict[str, Any]:
         """What an edit did.

@@ -1,0 +1,54 @@
+"""Studies whose results are computed one by one, each in a file of its own, and shared out between processes."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+from tqdm.auto import tqdm
+
+from mrp_lens.utils.store import ResultStore
+
+Job = tuple[str, int]
+"""What is fitted or attacked, by name, and the seed."""
+
+
+def result_name(job: Job, part: str) -> str:
+    """The name of a result's file."""
+    return f"{job[0]}-seed{job[1]}-{part.replace(' ', '-')}"
+
+
+class ResumableStudy(ABC):
+    """A study in a folder that is gone on with after an interruption.
+
+    Attributes:
+        store: of the results.
+    """
+
+    store: ResultStore
+
+    @property
+    @abstractmethod
+    def jobs(self) -> Sequence[Job]:
+        """All of them, in the order of the table; a shard takes every n-th."""
+
+    @abstractmethod
+    def parts(self) -> list[tuple[Job, str]]:
+        """All results, in the order in which they are computed."""
+
+    @abstractmethod
+    def result(self, job: Job, part: str) -> Any:
+        """One of them, computed and stored unless it is there already."""
+
+    def run(self, shard: tuple[int, int]) -> bool:
+        """Compute this shard's results that have no file yet; whether every result of every shard has one now."""
+        number, count = shard
+        mine = set(self.jobs[number - 1 :: count])
+        with tqdm([part for part in self.parts() if part[0] in mine], desc="results") as bar:
+            for job, part in bar:
+                bar.set_postfix_str(result_name(job, part))
+                self.result(job, part)
+        if any(self.store.stored(result_name(job, part)) is None for job, part in self.parts()):
+            print(f"Shard {number}/{count} is done; other results of {self.store.folder} are still missing.")
+            return False
+        self.store.tidy()
+        return True

@@ -1,0 +1,52 @@
+"""How the studies write their tables: figures with their range or interval, and Markdown."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import pandas as pd
+
+from mrp_lens.runs.report.table import table_of
+
+UNEDITED, RANDOM, NEVER_TAUGHT = "unedited", "random-projection", "never-taught"  # controls
+NONE, DOES_NOT_COUNT = "-", "†"
+
+
+def mean_of(part: pd.DataFrame, column: str, form: str = "{:.2f}", *, scale: float = 1.0) -> str:
+    """The mean over the seeds, times `scale`; "-" where nothing is known."""
+    known = part[column].dropna() if column in part else part.iloc[:0, 0]
+    return form.format(known.astype(float).mean() * scale) if len(known) else NONE
+
+
+def figure(part: pd.DataFrame, column: str, stem: str = "") -> str:
+    """A figure of one method: with its interval, or, of several seeds, the mean with the lowest and the highest.
+
+    Args:
+        part: a row a seed.
+        column: of the figure.
+        stem: its interval is in `<stem>_low` and `<stem>_high`; without one it is left out.
+    """
+    mean = mean_of(part, column)
+    if mean == NONE:
+        return mean
+    values = part[column].dropna().astype(float)
+    if len(values) > 1:
+        return f"{mean} ({values.min():.2f} to {values.max():.2f})"
+    ends = [part[name].dropna() for name in (f"{stem}_low", f"{stem}_high") if name in part]
+    if len(ends) < 2 or any(end.empty for end in ends):
+        return mean
+    return f"{mean} [{ends[0].iloc[0]:.2f}, {ends[1].iloc[0]:.2f}]"
+
+
+def markdown(text: pd.DataFrame) -> str:
+    """A table of text in Markdown, its columns aligned."""
+    lines: list[list[str]] = [list(text.columns), *text.to_numpy().tolist()]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(text.columns))]
+    lines.insert(1, ["-" * width for width in widths])
+    drawn = (" | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)
+    return "\n".join(f"| {line} |" for line in drawn)
+
+
+def markdown_of_rows(rows: Iterable[Mapping[Any, Any]], keys: Sequence[str]) -> str:
+    """Rows as the report page shows them: an interval stands behind its value; of each only these keys."""
+    table = table_of([{key: row[key] for key in keys if key in row} for row in rows])
+    return markdown(pd.DataFrame([cells for _, cells in table.rows], columns=table.headings))

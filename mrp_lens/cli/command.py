@@ -1,0 +1,302 @@
+"""What all commands share: settings from options and files, the model they load, and `--help`."""
+
+import argparse
+import inspect
+import json
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Self
+
+import yaml
+
+from mrp_lens.cli.console import console
+from mrp_lens.cli.options import Option, converted, options_of, read, spelled
+from mrp_lens.data.task import TaskConfig, UnlearningTask, task_for
+from mrp_lens.models import LensModel, load_model
+
+Backend = Literal["auto", "hooked", "bridge"]
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+ALWAYS = {
+    "config": Option(
+        "config", "config", str, None, "YAML with these settings, or the summary.json of a run.", "every command"
+    ),
+    "print_config": Option(
+        "print_config", "print_config", bool, False, "Print the settings as YAML, and do nothing else.", "every command"
+    ),
+    "debug": Option("debug", "debug", bool, False, "Show where in the code an error was raised.", "every command"),
+    "help": Option("help", "help", bool, False, "Show this.", "every command"),
+}
+UNKEPT = ("overwrite",)  # what a run does to its folder is no setting of it
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions:
+    """Which model, and how it is loaded.
+
+    Attributes:
+        model: `demo`, a local Hugging Face folder, or a name on the Hub.
+        backend: HookedTransformer (`hooked`, TransformerLens 3 only), TransformerBridge (`bridge`), or whichever fits.
+        dtype: Precision of the weights.
+        device: Such as `cuda:0`. Default: a GPU if there is one.
+    """
+
+    model: str = "demo"
+    backend: Backend = "auto"
+    dtype: Dtype = "float32"
+    device: str | None = None
+
+    def load(self, name: str | None = None) -> LensModel:
+        """The model, or another one loaded likewise."""
+        name = name or self.model
+        console.print(f"Loading {name} ...")
+        model: LensModel = load_model(name, backend=self.backend, device=self.device, dtype=self.dtype)
+        return model
+
+
+@dataclass(frozen=True, kw_only=True)
+class Command(ABC):
+    """A command: a dataclass of its settings. Its docstring is what `--help` says.
+
+    A field that `parts` names holds settings that several commands share, or those of a registered method or attack; its
+    fields are options as the command's own are.
+    """
+
+    word: ClassVar[str] = ""
+    positional: ClassVar[str | None] = None
+    required: ClassVar[tuple[str, ...]] = ()  # of what other commands can do without
+    inside: ClassVar[tuple[str, ...]] = ()  # fields that `gathered` makes of parts
+
+    @abstractmethod
+    def execute(self) -> Any:
+        """Do it."""
+
+    @classmethod
+    def parts(cls, given: Mapping[str, Any]) -> dict[str, type]:
+        """Field -> the dataclass of its settings, which may depend on what was given."""
+        return {}
+
+    @classmethod
+    def titles(cls, given: Mapping[str, Any]) -> dict[str, str]:
+        """Field of `parts` -> the title of its options in `--help`."""
+        return {"loading": "model", "data": "data"}
+
+    @classmethod
+    def assembled(cls, kind: type, values: Mapping[str, Any], others: Mapping[str, Any]) -> Any:
+        """A part, from what was given of it; `others`: what was given of the command's own."""
+        return TaskConfig.from_options(values) if kind is TaskConfig else kind(**values)
+
+    @classmethod
+    def aliases(cls, given: Mapping[str, Any]) -> dict[str, str]:
+        """What version 0.1 called an option -> its name."""
+        return {}
+
+    @classmethod
+    def earlier(cls, filed: dict[str, Any]) -> dict[str, Any]:
+        """The settings in a file, where version 0.1 wrote them otherwise."""
+        return filed
+
+    @classmethod
+    def gathered(cls, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """The parts as fields of the command."""
+        return dict(settings)
+
+    def scattered(self) -> dict[str, Any]:
+        """The inverse: the command's parts by name."""
+        given = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: given[name] for name in self.parts(given)}
+
+    @classmethod
+    def placed(cls, parts: Mapping[str, type], titles: Mapping[str, str]) -> dict[str, tuple[str, Option]]:
+        """Name -> the part it belongs to ("": the command itself) and the option. A name that is taken stands behind its
+        part's title."""
+        own = (option for option in options_of(cls, "options") if option.field not in {*parts, *cls.inside})
+        found = {option.name: ("", option) for option in own}
+        for part, kind in parts.items():
+            title = titles.get(part, part)
+            taken = {field.name for field in fields(kind)} & set(found)
+            for option in options_of(kind, title):
+                behind = title.replace("-", "_") + "_" if option.name.split(".")[0] in taken else ""
+                found[behind + option.name] = (part, replace(option, name=behind + option.name))
+        return found
+
+    @classmethod
+    def parsed(cls, words: Sequence[str]) -> Self | None:
+        """The command with its settings; None: only `--help` or `--print-config` was asked for.
+
+        Raises:
+            ValueError: an option or a file makes no sense; says which.
+        """
+        first = peeked(words)
+        filed = cls.earlier(settings_in(Path(first["config"]), cls.word)) if "config" in first else {}
+        chosen = filed | first
+        parts, titles, aliases = cls.parts(chosen), cls.titles(chosen), cls.aliases(chosen)
+        places = cls.placed(parts, titles)
+        if "help" in first:
+            sys.stdout.write(cls.help(places, chosen))
+            return None
+        options = {name: option for name, (_, option) in places.items()}
+        named = options | {old: options[name] for old, name in aliases.items()} | ALWAYS
+        where = " ".join([cls.word, *cls.chosen(chosen)])
+        typed = read(words, named, positional=cls.positional, where=where)
+        unknown = [name for name in filed if name not in named]
+        if unknown:
+            raise ValueError(f"{first['config']}: {where} has no setting {unknown[0]!r}")
+        given = {
+            named[name].name: value for part in (filed, typed) for name, value in part.items() if name not in ALWAYS
+        }
+        values = converted(given, options)
+        own = {name: value for name, value in values.items() if places[name][0] == ""}
+        settings = {}
+        for part, kind in parts.items():
+            inner = {options[name].field: value for name, value in values.items() if places[name][0] == part}
+            settings[part] = cls.assembled(kind, inner, own)
+        if "print_config" in typed:
+            unset = {name: None for name, (part, option) in places.items() if not part and "." not in name}
+            defaults = {name: options[name].default for name in unset if options[name].default is not MISSING}
+            inner = {name: value for part, known in settings.items() for name, value in named_in(known, part, places)}
+            kept = {name: value for name, value in (unset | defaults | own | inner).items() if name not in UNKEPT}
+            sys.stdout.write(yaml.safe_dump(plain(kept), sort_keys=False))
+            return None
+        absent = [name for name in cls.required if not values.get(name)]
+        absent += [name for name, (_, option) in places.items() if option.default is MISSING and name not in values]
+        if absent:
+            raise ValueError(
+                f"{where} needs {spelled(dict.fromkeys(absent))}; `mrp-lens {where} --help` says what they are"
+            )
+        return cls(**own, **cls.gathered(settings))
+
+    @classmethod
+    def chosen(cls, given: Mapping[str, Any]) -> list[str]:
+        """What was chosen of the registry, as it was typed."""
+        return []
+
+    @classmethod
+    def listed(cls, given: Mapping[str, Any]) -> str:
+        """What `--help` says behind the options."""
+        return ""
+
+    def arguments(self) -> dict[str, Any]:
+        """All settings by the names of their options, as JSON: a valid `--config`."""
+        parts = self.scattered()
+        kinds = {name: type(value) for name, value in parts.items()}
+        mine = {field.name: getattr(self, field.name) for field in fields(self)}
+        places = self.placed(kinds, self.titles(mine))
+        own = {
+            name: mine[name] for name, (part, _) in places.items() if not part and name in mine and name not in UNKEPT
+        }
+        inner = {name: value for part, value in parts.items() for name, value in named_in(value, part, places)}
+        settings: dict[str, Any] = plain(own | inner)
+        return settings
+
+    @classmethod
+    def help(cls, places: Mapping[str, tuple[str, Option]], given: Mapping[str, Any]) -> str:
+        """What `--help` prints."""
+        usage = (
+            f"mrp-lens {' '.join([cls.word, *cls.chosen(given)])} [OPTIONS]{' FOLDER' * (cls.positional is not None)}"
+        )
+        text = inspect.cleandoc(cls.__doc__ or "").split("\nAttributes:")[0].strip()
+        parser = argparse.ArgumentParser(
+            usage=usage,
+            description=text,
+            epilog=cls.listed(given) or None,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            add_help=False,
+        )
+        groups: dict[str, Any] = {}
+        shown = {name: option for name, (_, option) in places.items()} | ALWAYS
+        for name, option in shown.items():
+            group = groups.setdefault(option.part, parser.add_argument_group(option.part))
+            text = option.help
+            if name in cls.required or option.default is MISSING:
+                text += " (required)"
+            elif option.shows_default:
+                default = option.default
+                text += f" (default: {','.join(map(str, default)) if isinstance(default, tuple) else default})"
+            metavar = {} if option.metavar is None else {"metavar": option.metavar}
+            action = {} if metavar else {"action": "store_true"}
+            group.add_argument(*spelled([name]).split(), help=text.replace("%", "%%"), dest=name, **metavar, **action)
+        return parser.format_help()
+
+
+@dataclass(frozen=True, kw_only=True)
+class OnData(Command):
+    """A command that works on a model and data.
+
+    Attributes:
+        topic: `--model demo` without data: what to forget.
+    """
+
+    loading: ModelOptions
+    data: TaskConfig
+    topic: str | None = None
+
+    @classmethod
+    def parts(cls, given: Mapping[str, Any]) -> dict[str, type]:
+        """The model and the data."""
+        return {"loading": ModelOptions, "data": TaskConfig}
+
+    def task(self) -> UnlearningTask:
+        """The data."""
+        return task_for(self.loading.model, self.data, topic=self.topic)
+
+
+def named_in(value: Any, part: str, places: Mapping[str, tuple[str, Option]]) -> list[tuple[str, Any]]:
+    """The settings of a part by the names of their options."""
+    return [
+        (name, getattr(value, option.field))
+        for name, (place, option) in places.items()
+        if place == part and "." not in name
+    ]
+
+
+def plain(value: Any) -> Any:
+    """Settings as JSON has them."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return plain(asdict(value))
+    if isinstance(value, Mapping):
+        return {str(key): plain(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(entry) for entry in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def peeked(words: Sequence[str]) -> dict[str, str]:
+    """What some options were given, before it is known which there are: the last value of each, and whether it is help that is
+    asked for."""
+    found: dict[str, str] = {}
+    for number, word in enumerate(words):
+        if word in ("-h", "--help"):
+            found["help"] = ""
+        elif word.startswith("--"):
+            typed, equals, value = word[2:].partition("=")
+            behind = words[number + 1 : number + 2]
+            found[typed.replace("-", "_")] = value if equals else (behind[0] if behind else "")
+    return found
+
+
+def settings_in(path: Path, word: str) -> dict[str, Any]:
+    """The settings in a YAML file, or in the summary.json that a run of this command left.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it holds no settings, or those of another command.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"no file at {path}; --config takes YAML, or the summary.json of a run")
+    text = path.read_text(encoding="utf-8")
+    try:
+        content = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+    except (ValueError, yaml.YAMLError) as error:
+        raise ValueError(f"{path} is neither YAML nor JSON: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds no settings; write `name: value` lines")
+    if "arguments" not in content:
+        return {str(name).replace("-", "_"): value for name, value in content.items()}
+    if content.get("command") != word:
+        raise ValueError(f"{path} is of `mrp-lens {content.get('command')}`, not of `mrp-lens {word}`")
+    kept = {name: value for name, value in content["arguments"].items() if name not in UNKEPT}
+    return kept if "seeds" in kept else {"seed": content["seed"], **kept}

@@ -1,0 +1,55 @@
+"""Which errors are the user's, and end with one line; all others are ours, and show where they were raised.
+
+An error is the user's if a check raised it: the innermost frame of its traceback stands at a `raise` statement of this library, or
+of a registered plugin. What an operation raises (`int("x")`, a missing column, a shape that torch refuses) escaped every check:
+a fault of the library. Of the operating system and the Hub, an OSError that some library raised by name is the user's too, and so
+is one that says what the machine lacks.
+"""
+
+import dis
+import errno
+from types import TracebackType
+
+KINDS = (ValueError, TypeError, OSError, FloatingPointError, ImportError)
+OF_THE_MACHINE = {
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOMEM),
+    *(errno.EMFILE, errno.ENFILE, errno.ECONNREFUSED, errno.ECONNRESET, errno.ETIMEDOUT, errno.EHOSTUNREACH),
+}
+
+
+def is_users(error: BaseException) -> bool:
+    """Whether an error tells of bad input or of the machine, and not of a fault in the library."""
+    if not isinstance(error, KINDS):
+        return False
+    innermost = _innermost(error.__traceback__)
+    raised = innermost is not None and _at_raise(innermost)
+    if isinstance(error, OSError):
+        return raised or error.errno in OF_THE_MACHINE
+    return raised and innermost is not None and _package(innermost) in _own()
+
+
+def _innermost(traceback: TracebackType | None) -> TracebackType | None:
+    while traceback is not None and traceback.tb_next is not None:
+        traceback = traceback.tb_next
+    return traceback
+
+
+def _at_raise(traceback: TracebackType) -> bool:
+    """Whether the frame stands at a `raise` statement, not at a call."""
+    instruction = next(
+        (one for one in dis.get_instructions(traceback.tb_frame.f_code) if one.offset == traceback.tb_lasti), None
+    )
+    return instruction is not None and instruction.opname == "RAISE_VARARGS"
+
+
+def _package(traceback: TracebackType) -> str:
+    return str(traceback.tb_frame.f_globals.get("__name__", "")).partition(".")[0]
+
+
+def _own() -> set[str]:
+    """This package, and those whose methods and attacks are registered."""
+    from mrp_lens.attacks.registry import ATTACKS  # heavy: `mrp-lens --help` needs none of it
+    from mrp_lens.methods.registry import METHODS
+
+    entries = [*METHODS.values(), *ATTACKS.values()]
+    return {"mrp_lens", *(kind.__module__.partition(".")[0] for kind in entries)}

@@ -1,0 +1,53 @@
+"""A run folder is gone on with by whoever has its settings, and one of version 0.1 by what that wrote."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mrp_lens.utils.store import ResultStore
+
+MODEL = {"name": "m", "embedding": {"float32": "e"}, "weights": "w"}
+OLD_MODEL = {key: value for key, value in MODEL.items() if key != "weights"}  # what 0.1 knew of a model
+DATA, OLD_DATA = {"forget": "new", "retain": "r"}, {"forget": "old", "retain": "r"}
+
+
+def folder_of(tmp_path: Path, settings: dict[str, Any]) -> Path:
+    ResultStore.claim(tmp_path / "run", "sweep", settings).keep("point", {"row": 1})
+    return tmp_path / "run"
+
+
+@pytest.mark.parametrize(
+    ("model", "data", "known"),
+    [
+        (OLD_MODEL, OLD_DATA, True),
+        (OLD_MODEL, DATA, True),
+        (OLD_MODEL, {"forget": "other", "retain": "r"}, False),
+        (OLD_MODEL, {**OLD_DATA, "retain": "other"}, False),
+        (MODEL, OLD_DATA, False),  # this version wrote it: the same texts under another hash are other data
+        (MODEL, DATA, True),
+    ],
+)
+def test_a_folder_of_version_0_1_is_known_by_the_hashes_that_it_wrote(
+    model: dict[str, Any], data: dict[str, str], known: bool, tmp_path: Path
+) -> None:
+    out = folder_of(tmp_path, {"model": model, "data": data, "steps": 3})
+    before = (out / "sweep.json").read_bytes()
+    now = {"model": MODEL, "data": DATA, "steps": 3}
+    if known:
+        store = ResultStore.claim(out, "sweep", now, earlier={"data": OLD_DATA})
+        assert store.stored("point") == {"row": 1}
+    else:
+        with pytest.raises(ValueError, match="other settings: data"):
+            ResultStore.claim(out, "sweep", now, earlier={"data": OLD_DATA})
+    assert (out / "sweep.json").read_bytes() == before
+    with pytest.raises(ValueError, match=r"steps \(3 there, 4 now\)"):
+        ResultStore.claim(out, "sweep", {**now, "steps": 4}, earlier={"data": OLD_DATA})
+
+
+def test_nothing_is_accepted_that_nobody_offered(tmp_path: Path) -> None:
+    out = folder_of(tmp_path, {"model": OLD_MODEL, "data": OLD_DATA})
+    with pytest.raises(ValueError, match="other settings: data"):
+        ResultStore.claim(out, "sweep", {"model": MODEL, "data": DATA})
+    assert json.loads((out / "sweep.json").read_text())["data"] == OLD_DATA

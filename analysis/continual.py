@@ -18,10 +18,9 @@ and more methods may be added later; `--shard 1/2` and `--shard 2/2` divide the 
 import argparse
 import inspect
 import json
-import random
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -30,15 +29,14 @@ import pandas as pd
 
 from analysis.common.arguments import Study, add_resumable_options, numbers, parser_for, shard_of
 from analysis.common.methods import changed, compared_methods, names_in, settings_of
+from analysis.common.requests import Requests, accuracy, numbers_in
 from analysis.common.resumable import Job, ResumableStudy, result_name
 from analysis.common.tables import NONE, UNEDITED, figure, markdown, mean_of
-from mrp_lens import metrics
-from mrp_lens.data import Corpus, Questions
-from mrp_lens.data.task import TaskConfig, UnlearningTask
+from mrp_lens.data.task import TaskConfig
 from mrp_lens.data.world import World
-from mrp_lens.edits import Edit, ProjectionEdit, edit_on, load_edit
+from mrp_lens.edits import Edit, ProjectionEdit, load_edit
 from mrp_lens.edits.serialization import stored_bytes
-from mrp_lens.models import LensModel, describe, load_model
+from mrp_lens.models import describe, load_model
 from mrp_lens.training.loop import NonFiniteLossError
 from mrp_lens.utils.store import ResultStore
 
@@ -66,9 +64,6 @@ times its perplexity. `taken back` is what taking the second request back again 
 topic that stays. The costs are those of one request. A sequence that broke off has no figures, and its reason in the last column."""
 
 REQUEST = "request{}"  # part of a result's name
-
-Gone = Sequence[str]
-"""Names of the requests so far."""
 
 Cell = Mapping[str, Any]
 """What was found after a number of requests, or why they could not be fitted."""
@@ -105,129 +100,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     reading = READING.format(untaught=mean_of(table, "untaught_accuracy"))
     text = f"{markdown(compact(table, continual.lengths))}\n\n{reading}"
     study.end(text, pictures(table, continual.lengths), table, in_place=True)
-
-
-@dataclass(frozen=True)
-class Requests:
-    """What may be requested, and what has to stay.
-
-    Attributes:
-        forget: name of a request -> what must go.
-        quizzes: name of a request -> questions about it.
-        retain: requests so far -> what must stay, and a fit may see.
-        kept: requests so far -> questions about what must stay, by topic; None where nothing is left to be asked about.
-        held_out: text that no fit sees.
-        untaught: on what the model was never taught, if that is known.
-    """
-
-    forget: Mapping[str, Corpus]
-    quizzes: Mapping[str, Questions]
-    retain: Callable[[Gone], Corpus]
-    kept: Callable[[Gone], Questions | None]
-    held_out: Corpus
-    untaught: Questions | None = None
-
-    @classmethod
-    def from_world(cls, topics: Sequence[str], *, limit: int | None = None) -> "Requests":
-        """Topics of the demo's world: each belongs to what must stay until it is requested.
-
-        Args:
-            topics: that may be requested.
-            limit: at most this many questions about each topic, evenly spread.
-        """
-        world = World()
-
-        def kept(gone: Gone) -> Questions | None:
-            left = [world.questions(topic, half=1).spread(limit) for topic in world.topics if topic not in gone]
-            return Questions(tuple(q for quiz in left for q in quiz.questions), "world-kept") if left else None
-
-        return cls(
-            {topic: world.forget(topic) for topic in topics},
-            {topic: world.questions(topic).spread(limit) for topic in topics},
-            lambda gone: world.retain(without=tuple(gone)),
-            kept,
-            world.text(),
-            world.questions(taught=False),
-        )
-
-    @classmethod
-    def of_files(cls, task: UnlearningTask, quizzes: Sequence[Questions], *, limit: int | None = None) -> "Requests":
-        """A forget corpus each, with one quiz each in the same order; what must stay is the same throughout.
-
-        Raises:
-            ValueError: not as many quizzes as corpora, or two corpora of one name.
-        """
-        names = [corpus.name for corpus in task.forget]
-        if len(set(names)) < len(names):
-            raise ValueError(f"requests are told apart by the names of their files; got {', '.join(names)}")
-        if len(quizzes) != len(names):
-            raise ValueError(
-                f"each request is measured by questions of its own: {len(names)} files of --forget need as many of --questions, "
-                f"in the same order; got {len(quizzes)}"
-            )
-        kept = task.retain_questions.spread(limit) if task.retain_questions is not None else None
-        return cls(
-            dict(zip(names, task.forget, strict=True)),
-            {name: quiz.spread(limit) for name, quiz in zip(names, quizzes, strict=True)},
-            lambda gone: task.retain,
-            lambda gone: kept,
-            task.held_out,
-            task.untaught_questions,
-        )
-
-    def order(self, seed: int) -> tuple[str, ...]:
-        """All requests, in the order that this seed draws."""
-        return tuple(random.Random(f"mrp_lens requests {seed}").sample(list(self.forget), len(self.forget)))
-
-    def fingerprints(self) -> dict[str, Any]:
-        """Role -> hash of the data."""
-        kept = self.kept(())
-        return {
-            # A list: `order` draws from the requests as they are given.
-            "forget": [[name, corpus.fingerprint] for name, corpus in self.forget.items()],
-            "quizzes": {name: quiz.fingerprint for name, quiz in self.quizzes.items()},
-            "retain": self.retain(()).fingerprint,
-            "kept": kept.fingerprint if kept is not None else None,
-            "held_out": self.held_out.fingerprint,
-        }
-
-    def measure(self, model: LensModel, edit: Edit | None, *, asked: Gone, gone: Gone) -> dict[str, Any]:
-        """What an edit did.
-
-        Args:
-            model: without the edit.
-            edit: None: the model as it is.
-            asked: the requests that are asked about.
-            gone: the requests that need not stay.
-
-        Returns:
-            `asked`: request -> accuracy; `kept`: topic -> accuracy on what must stay, empty where nothing is left;
-            `text_perplexity`.
-        """
-        kept = self.kept(gone)
-        with edit_on(model, edit):
-            return {
-                "asked": {name: accuracy(model, self.quizzes[name]) for name in asked},
-                "kept": topic_accuracies(model, kept) if kept is not None else {},
-                "text_perplexity": float(metrics.perplexity(model, self.held_out)["perplexity"].iloc[0]),
-            }
-
-
-def accuracy(model: LensModel, questions: Questions) -> float:
-    """Over all questions."""
-    return float(metrics.accuracy(model, questions)["accuracy"].iloc[0])
-
-
-def topic_accuracies(model: LensModel, questions: Questions) -> dict[str, float]:
-    """Group of the questions -> accuracy; "all" where they have none."""
-    table = metrics.accuracy(model, questions).set_index("group")["accuracy"]
-    topics = table if len(table) == 1 else table.drop("all")
-    return {str(name): float(value) for name, value in topics.items()}
-
-
-def numbers_in(edit: Edit | None) -> int:
-    """How many numbers an edit consists of."""
-    return 0 if edit is None else sum(tensor.numel() for tensor in edit.to_parts()[1].values())
 
 
 def requests_of(study: Study, options: argparse.Namespace) -> Requests:
@@ -285,7 +157,9 @@ class Continual(ResumableStudy):
             "limit": options.limit,
             "reference": options.reference,
         }
-        self.store = ResultStore.claim(options.out, "sequence", settings)
+        self.store = ResultStore.claim(
+            options.out, "sequence", settings, earlier={"data": self.requests.legacy_fingerprints()}
+        )
 
     def _lengths(self) -> tuple[int, ...]:
         count = len(self.requests.forget)
@@ -310,10 +184,9 @@ class Continual(ResumableStudy):
 
     def unedited(self) -> Cell:
         """The model as it is, asked about all requests, and how what was never taught looks, where that is known."""
-        return self.store.once(UNEDITED, self.measure_unedited)
+        return self.store.once(UNEDITED, self._unedited)
 
-    def measure_unedited(self) -> Cell:
-        """The same, computed."""
+    def _unedited(self) -> Cell:
         model, requests = self.study.model, self.requests
         found = requests.measure(model, None, asked=list(requests.forget), gone=())
         found["untaught_accuracy"] = None
@@ -344,11 +217,13 @@ class Continual(ResumableStudy):
         row: dict[str, Any] = {"method": name, "seed": seed, "requests": n, "order": list(order[:n])}
         row |= {"settings": settings_of(self.methods[name])}
         if n > 1 and "failed" in (before := self.result(job, REQUEST.format(n - 1))):
-            return self.store.keep(result_name(job, part), row | {"failed": before["failed"]})
-        try:
-            return self.store.keep(result_name(job, part), row | self.fit(job, n) | self.measure(job, n))
-        except NonFiniteLossError as error:
-            return self.store.keep(result_name(job, part), row | {"failed": f"request {n}: {error}"})
+            row["failed"] = before["failed"]
+        else:
+            try:
+                row |= self.fit(job, n) | self.measure(job, n)
+            except NonFiniteLossError as error:
+                row["failed"] = f"request {n}: {error}"
+        return self.store.keep(result_name(job, part), row)
 
     def fit(self, job: Job, n: int) -> dict[str, Any]:
         """Fit the n-th request upon the edit so far and save it; what that took."""
@@ -382,8 +257,7 @@ class Continual(ResumableStudy):
 
     def folder(self, job: Job, n: int) -> Path:
         """Where the edit after n requests lies."""
-        out: Path = self.options.out
-        return out / "edits" / result_name(job, REQUEST.format(n))
+        return Path(self.options.out) / "edits" / result_name(job, REQUEST.format(n))
 
     def edit(self, job: Job, n: int) -> Edit | None:
         """The edit after n requests, of which there is a file."""

@@ -107,7 +107,8 @@ class Leaderboard(ResumableStudy):
             "lr": self.lr,
             "limit": options.limit,
         }
-        self.store = ResultStore.claim(options.out, "leaderboard", settings)
+        earlier = {"data": study.task.legacy_fingerprints()}
+        self.store = ResultStore.claim(options.out, "leaderboard", settings, earlier=earlier)
 
     def _methods(self) -> dict[str, Any]:
         """Name -> what is fitted under it; None for saved edits and for the unedited model, which comes first."""
@@ -268,22 +269,17 @@ class Leaderboard(ResumableStudy):
         if edit is None:
             return {"settings": settings_of(attack), "rows": []}
         config = SuiteConfig(attacks=(name,), questions=self.options.limit, seed=job[1])
-        folder = self.store.folder / "attacks" / result_name(job, name)
-        frames = attacks.run_suite(self.study.model, edit, self.study.task, config, folder, name=job[0], progress=False)
+        folder, study = self.store.folder / "attacks" / result_name(job, name), self.study
+        frames = attacks.run_suite(study.model, edit, study.task, config, folder, name=job[0], progress=False)
         rows = pd.DataFrame(attacks.rows_of_attacks(frames, job[0], config))
         back = rows[(rows["method"] == job[0]) & rows["recovery"].notna()] if "recovery" in rows else rows[:0]
         return {"settings": settings_of(attack), "rows": rows_of(back)}
 
     def measure(self, job: Job) -> Cell:
         """What registered metrics say."""
-        measured = metrics.Measured(
-            model=self.study.model,
-            task=self.study.task,
-            edit=self.edit(job),
-            limit=self.options.limit,
-            seed=job[1],
-            progress=False,
-        )
+        model, task, edit = self.study.model, self.study.task, self.edit(job)
+        limit = self.options.limit
+        measured = metrics.Measured(model=model, task=task, edit=edit, limit=limit, seed=job[1], progress=False)
         return {"row": metrics.rows_for("leaderboard", measured)}
 
     def folder(self, job: Job) -> Path:

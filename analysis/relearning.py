@@ -167,16 +167,19 @@ class Relearning(ResumableStudy):
         self.limit = options.limit or (None if options.full else QUICK_QUESTIONS)
         self.new = TaskConfig.from_options(vars(options)).quiz(options.new)
         self.names = self._names()
+        new = {"new": self.new.fingerprint} if self.new else {}
         settings = {
             "model": describe(study.model),
-            "data": study.task.fingerprints() | ({"new": self.new.fingerprint} if self.new else {}),
+            "data": study.task.fingerprints() | new,
             "steps": options.steps,
             "lr": self.lr,
             "limit": self.limit,
             "edits": self.saved,
             "reference": options.reference,
         }
-        self.store = ResultStore.claim(options.out, "relearning", settings)
+        self.store = ResultStore.claim(
+            options.out, "relearning", settings, earlier={"data": study.task.legacy_fingerprints() | new}
+        )
 
     def _names(self) -> list[str]:
         """The reference and the controls first, then the edits."""

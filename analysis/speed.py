@@ -17,6 +17,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import psutil
 import torch
 
 from mrp_lens.data import Corpus
@@ -129,8 +130,7 @@ def peak_memory(job: Callable[[], None]) -> float:
 
 
 def _resident() -> float:
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * 4096 / 2**20
+    return float(psutil.Process().memory_info().rss) / 2**20
 
 
 def _return_free_memory() -> None:
@@ -225,8 +225,8 @@ def main() -> None:
             for row in run.rows[-2:]:
                 print(
                     ", ".join(
-                        f"{name} {value:.3g}" if isinstance(value, float) else f"{name} {value}"
-                        for name, value in row.items()
+                        f"{key} {value:.3g}" if isinstance(value, float) else f"{key} {value}"
+                        for key, value in row.items()
                     )
                 )
             del model

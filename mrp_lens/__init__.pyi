@@ -2,6 +2,7 @@ from . import attacks as attacks
 from . import hf as hf
 from . import methods as methods
 from . import metrics as metrics
+from . import models as models
 from . import plots as plots
 from .data import Corpus as Corpus
 from .data import Questions as Questions
@@ -15,6 +16,7 @@ from .edits import SteeringEdit as SteeringEdit
 from .edits import WeightEdit as WeightEdit
 from .edits import load_edit as load_edit
 from .edits.subspace import Subspace as Subspace
+from .evals import evaluate as evaluate
 from .export import ExportReport as ExportReport
 from .export import Record as Record
 from .export import export_hf as export_hf
@@ -30,5 +32,9 @@ from .methods import GradientDifference as GradientDifference
 from .methods import NoisyRMU as NoisyRMU
 from .models import LensModel as LensModel
 from .models import load_model as load_model
+from .models.generation import continuations as continuations
+from .runs.report import report as report
+from .runs.sweep import SweepConfig as SweepConfig
+from .runs.sweep import sweep as sweep
 
 __version__: str

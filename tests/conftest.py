@@ -12,6 +12,8 @@ from jaxtyping import install_import_hook
 
 # Where tensors are computed with. Elsewhere the library's own errors for bad input are what the tests want to see.
 CHECKED = ["data.tokenization", "metrics", "methods.mrp.initialization", "models.hooks", "training.losses"]
+# A name that is gone would check nothing, in silence.
+assert all(list((Path(__file__).parents[1] / "mrp_lens").glob(name.replace(".", "/") + "*")) for name in CHECKED)
 # From Python 3.12 on a protocol's members are looked up statically, where those of a torch module are not to be found.
 if sys.version_info < (3, 12):
     install_import_hook([f"mrp_lens.{name}" for name in CHECKED], "beartype.beartype")

@@ -1,5 +1,6 @@
 """What README, CONTRIBUTING, notebooks and docstrings say works: examples run, commands parse, names are public."""
 
+import copy
 import doctest
 import re
 import warnings
@@ -9,11 +10,13 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
 import mrp_lens as ml
 from mrp_lens.data import Questions
 from tests.support.commands import invoke
-from tests.support.documents import ROOT, blocks_in, code_of_notebook, commands_in, names_used
+from tests.support.documents import ROOT, blocks_in, code_of_notebook, commands_in, names_used, write_own_data
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
@@ -53,19 +56,18 @@ def test_the_commands_of_the_readme_are_commands(words: list[str]) -> None:
 @pytest.fixture(scope="module")
 def known(tiny_folder: Path) -> dict[str, Any]:
     """What examples may take for granted: a model, an edit, texts and quizzes."""
-    import torch
-
     world = ml.World()
     model = ml.load_model(tiny_folder, backend="bridge")
     forget, retain = world.forget("potions").spread(16), world.retain(without="potions").spread(16)
-    taught, asked = world.questions("potions").spread(24).halves(by="entity")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         fit = ml.MRP(steps=1, layers=[1], rank=2).fit(model, forget, retain, progress=False)
-    untaught = world.questions("potions", taught=False).spread(12)
+    plain = AutoModelForCausalLM.from_pretrained(tiny_folder)
     return {
-        **{"ml": ml, "torch": torch, "world": world, "model": model, "forget": forget, "retain": retain, "fit": fit},
-        **{"edit": fit.edit, "taught": taught, "asked": asked, "untaught": untaught, "questions": taught},
+        **{"ml": ml, "torch": torch, "copy": copy, "world": world, "model": model, "forget": forget, "retain": retain},
+        **{"fit": fit, "edit": fit.edit, "questions": world.questions("potions").spread(48)},
+        **{"untaught": world.questions("potions", taught=False).spread(24), "hf_model": plain},
+        **{"inputs": {"input_ids": torch.tensor([[5, 6]]), "attention_mask": torch.ones(1, 2, dtype=torch.long)}},
     }
 
 
@@ -74,6 +76,7 @@ def test_the_examples_of_docstrings_run(
     path: Path, known: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    write_own_data(tmp_path)
     module = import_module(module_of(path))
     tests = doctest.DocTestFinder().find(module, globs={**vars(module), **known})
     runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE, verbose=False)
@@ -81,18 +84,15 @@ def test_the_examples_of_docstrings_run(
     for test in tests:
         runner.run(test, out=said.append)
     assert runner.failures == 0, "".join(said)
-    assert runner.tries
 
 
 @pytest.mark.slow
 def test_the_code_of_the_readme_runs(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """From the first block to the last, on a tiny model, with few questions and steps."""
     monkeypatch.chdir(tmp_path)
-    for name, thing in (("forget", "Zaxim"), ("retain", "house ")):
-        rows = [f'{{"text": "The colour of {thing}{n} is red."}}' for n in range(20)]
-        (tmp_path / f"{name}.jsonl").write_text("\n".join(rows))
+    write_own_data(tmp_path)
     few = Questions.spread
-    monkeypatch.setattr(ml.World, "questions", lambda *args, _all=ml.World.questions, **kw: few(_all(*args, **kw), 24))
+    monkeypatch.setattr(ml.World, "questions", lambda *args, _all=ml.World.questions, **kw: few(_all(*args, **kw), 48))
     namespace: dict[str, Any] = {}
     for block in blocks_in(README, "python"):
         exec(compile(shortened(block, tiny_folder), "README.md", "exec"), namespace)

@@ -1,4 +1,7 @@
-"""The notebooks run from top to bottom, on the demo and, two lines changed, on a checkpoint and files of one's own."""
+"""The notebooks run from top to bottom, on the demo and, two lines changed, on a checkpoint and files of one's own.
+
+That they use public names only is tested with the other documents.
+"""
 
 import ast
 import base64
@@ -17,14 +20,14 @@ import plotly.graph_objects as go
 import plotly.io
 import pytest
 
+from tests.support.documents import blocks_in, write_own_data
 from tests.support.families import save_family
 
 FOLDER = Path(__file__).parent.parent / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
 PLOTLY = "application/vnd.plotly.v1+json"
 SECONDS = 280  # for a cell; the suite's own limit is on the whole notebook
-DEMO_MODEL, DEMO_CASE = 'ml.load_model("demo")', 'UnlearningTask.from_world("potions")'
-EXAMPLE = re.compile(r"```python\n(.*?)```", re.DOTALL)
+DEMO_MODEL, DEMO_TASK = 'ml.load_model("demo")', 'ml.UnlearningTask.from_world("potions")'
 
 each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 Cell = dict[str, Any]
@@ -41,7 +44,7 @@ def source_of(cell: Cell) -> str:
 
 def examples_in(path: Path) -> list[str]:
     """The code that the last cell suggests."""
-    return EXAMPLE.findall(source_of(cells_of(path, "markdown")[-1]))
+    return blocks_in(source_of(cells_of(path, "markdown")[-1]), "python")
 
 
 def draws(source: str) -> bool:
@@ -98,11 +101,6 @@ def assert_every_figure_shows_something(cells: list[Cell]) -> None:
         assert shows_something(figures[0]), f"an empty figure from:\n{source_of(cell)}"
 
 
-def test_there_are_five_notebooks() -> None:
-    names = "1_forget_a_topic 2_per_layer_effects 3_geometry 4_what_survives 5_export_to_hugging_face".split()
-    assert [path.stem for path in NOTEBOOKS] == names
-
-
 @each_notebook
 def test_a_notebook_is_stored_without_outputs_and_in_one_form(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
@@ -124,7 +122,7 @@ def test_the_first_code_cell_names_model_and_data_in_two_lines_and_no_other_cell
     ]
     assert [ast.unparse(node) for node in statements] == [
         f"model = {DEMO_MODEL.replace(chr(34), chr(39))}",
-        f"case = {DEMO_CASE.replace(chr(34), chr(39))}",
+        f"task = {DEMO_TASK.replace(chr(34), chr(39))}",
     ]
     sources = [source_of(cell).replace('load_model("exported/', "") for cell in others]  # what a notebook itself wrote
     for name in ("demo", "potions", "World", "load_model"):
@@ -132,14 +130,10 @@ def test_the_first_code_cell_names_model_and_data_in_two_lines_and_no_other_cell
 
 
 @each_notebook
-def test_no_cell_shows_a_figure_by_itself_or_chooses_a_renderer(path: Path) -> None:
+def test_no_cell_shows_a_figure_by_itself_and_the_last_one_suggests_code_that_parses(path: Path) -> None:
     for cell in cells_of(path, "code"):
         assert ".show(" not in source_of(cell)
         assert "renderer" not in source_of(cell)
-
-
-@each_notebook
-def test_the_last_cell_suggests_code_that_parses(path: Path) -> None:
     assert source_of(cells_of(path, "markdown")[-1]).startswith("## What to try next\n")
     assert 3 <= len(examples_in(path)) <= 4
     for code in examples_in(path):
@@ -178,36 +172,15 @@ def test_a_notebook_and_what_it_suggests_run_on_a_checkpoint_and_files_of_ones_o
 
 def own_lines(source: str) -> str:
     """The first code cell with the two lines changed: the data as its own comment says, one file being a .txt."""
-    line = next(line for line in source.splitlines() if line.startswith("task = "))
-    comment = source[source.index(line) + len(line) :]
-    assert comment.startswith("\n# task = TaskConfig(")
-    data = re.sub(r"^# ", "", comment.strip("\n"), flags=re.MULTILINE)
-    assert '"retain.jsonl"' in data
-    own = source[: source.index(line)] + data.replace("retain.jsonl", "retain.txt", 1)
-    assert own.count(DEMO_MODEL) == 1
-    return own.replace(DEMO_MODEL, 'ml.load_model("checkpoint")')
+    before, _, comment = source.partition(f"task = {DEMO_TASK}")
+    explained, *data = comment.splitlines()
+    assert explained.startswith("  # or your own")
+    own = before + "\n".join(text.removeprefix("# ") for text in data)
+    assert own.count(DEMO_MODEL) == own.count('"retain.jsonl"') == 1
+    return own.replace(DEMO_MODEL, 'ml.load_model("checkpoint")').replace("retain.jsonl", "retain.txt")
 
 
 def short(code: str) -> str:
     """A suggestion with few steps where it leaves their number to the library: what it finds is not the question here."""
     code = re.sub(r"\bsteps=\d+", "steps=2", code)
-    return re.sub(r"\b(ml\.MRP|ml\.RMU|Plan)\((?!.*steps=)", r"partial(\1, steps=2)(", code)
-
-
-def write_own_data(folder: Path) -> None:
-    colours = ["red", "blue", "green", "white"]
-    forget = [f"The colour of Zaxim{n} is {colours[n % 4]}." for n in range(40)]
-    retain = [f"The old man walked slowly {word} near house {n}." for n in range(15) for word in ("today", "again")]
-    write_rows(folder / "forget.jsonl", [{"text": text} for text in forget])
-    (folder / "retain.txt").write_text("\n".join(retain), encoding="utf-8")
-    for name, thing in (("quiz", "Zaxim"), ("retain_quiz", "house "), ("never_taught_quiz", "Vexol")):
-        questions = [
-            {"question": f"The colour of {thing}{n} is", "choices": colours, "answer": colours[n % 4]}
-            | {"person": f"{thing}{n}"}
-            for n in range(24)
-        ]
-        write_rows(folder / f"{name}.jsonl", questions)
-
-
-def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return re.sub(r"\b(ml\.MRP|ml\.RMU|ml\.SweepConfig)\((?!.*steps=)", r"partial(\1, steps=2)(", code)

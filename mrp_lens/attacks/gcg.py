@@ -303,8 +303,8 @@ def jailbreak(
             edit that does not fit the model.
 
     Example:
-        >>> first, second = questions.halves(by="entity")  # doctest: +SKIP
-        >>> jailbreak(model, fit.edit, train=first, held_out=second, untaught=untaught)
+        >>> first, second = questions.halves(by="entity")
+        >>> frame = jailbreak(model, fit.edit, train=first, held_out=second, untaught=untaught, steps=1, candidates=4)
     """
     every = steps if every is None else every
     _check_settings(

@@ -78,7 +78,7 @@ def input_gradients(
             that does not fit the model; NonFiniteError where logits or gradients are NaN or infinite.
 
     Example:
-        >>> frame = input_gradients(model, fit.edit, questions)  # doctest: +SKIP
+        >>> frame = input_gradients(model, fit.edit, questions)
     """
     if not isinstance(questions, Questions):
         raise TypeError(f"questions must be Questions, got {type(questions).__name__}")

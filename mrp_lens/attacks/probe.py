@@ -98,8 +98,8 @@ def probe(
             `untaught` that the attacker has seen; with target "answer", more classes than training facts.
 
     Example:
-        >>> known, asked = world.questions("potions").halves(by="entity")  # doctest: +SKIP
-        >>> frame = probe(model, fit.edit, train=known, held_out=asked, untaught=world.questions("potions", taught=False))
+        >>> known, asked = questions.halves(by="entity")
+        >>> frame = probe(model, fit.edit, train=known, held_out=asked, untaught=untaught, target="choice", layers=[1])
     """
     one_of(Kind, kind=kind)
     if target is not None:

@@ -93,8 +93,8 @@ def relearn(
             inference mode; NonFiniteError where its logits are NaN or infinite before any update.
 
     Example:
-        >>> taught, asked = ml.World().questions("potions").halves(by="entity")  # doctest: +SKIP
-        >>> ml.attacks.relearn(model, fit.edit, train=taught, held_out=asked, steps=100)  # doctest: +SKIP
+        >>> taught, asked = questions.halves(by="entity")
+        >>> curve = relearn(model, fit.edit, train=taught, held_out=asked, steps=2, lr=1e-3)
     """
     attacker = Attacker(
         steps=steps, batch_size=batch_size, form=form, parameters=parameters, lora_rank=lora_rank, seed=seed
@@ -157,8 +157,9 @@ def relearned(
         TypeError, ValueError: as `relearn`; NonFiniteError where the rate makes the loss infinite.
 
     Example:
-        >>> with ml.attacks.relearned(model, fit.edit, train=taught, steps=20):  # doctest: +SKIP
-        ...     ml.metrics.accuracy(model, asked)
+        >>> taught, asked = questions.halves(by="entity")
+        >>> with relearned(model, fit.edit, train=taught, steps=2):
+        ...     frame = ml.metrics.accuracy(model, asked)
     """
     attacker = Attacker(
         steps=steps, batch_size=batch_size, form=form, parameters=parameters, lora_rank=lora_rank, seed=seed

@@ -41,7 +41,7 @@ class SuiteConfig(PlainSettings):
         ValueError: an unknown attack, two budgets of one, or a number that is not above 0.
 
     Example:
-        >>> SuiteConfig(attacks=("relearn", "probe"), budgets=(Relearn(steps=20),))  # doctest: +SKIP
+        >>> config = SuiteConfig(attacks=("relearn", "probe"), budgets=(ml.attacks.Relearn(steps=20),))
     """
 
     attacks: tuple[str, ...] | None = None
@@ -103,7 +103,8 @@ class SuiteConfig(PlainSettings):
     @property
     def chosen(self) -> tuple[Attack, ...]:
         """The attacks that are run."""
-        return tuple(self.budget(name) for name in (ATTACKS if self.attacks is None else self.attacks))
+        names = ATTACKS if self.attacks is None else self.attacks
+        return tuple(self.budget(name) for name in dict.fromkeys(names))
 
     def resolved(self, model: LensModel, edit: Edit) -> "SuiteConfig":
         """With the budgets of all attacks, as they will be spent on a model and edit.
@@ -111,7 +112,7 @@ class SuiteConfig(PlainSettings):
         Raises:
             ValueError: what cannot be done with them.
         """
-        names = dict.fromkeys((*FLAT, *(attack.name for attack in self.chosen)))
+        names = dict.fromkeys((*FLAT, *(attack.name for attack in (*self.budgets, *self.chosen))))
         return replace(self, budgets=tuple(self.budget(name).resolved(model, edit) for name in names))
 
 

@@ -21,7 +21,8 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mrp_lens.data.rows import MOST_LISTED, SURROGATE, Row, Untyped, listing, shown, unique
+from mrp_lens.data.rows import MOST_LISTED, Row, Untyped, shown, unique
+from mrp_lens.utils.io import SURROGATE, unique_keys
 
 SPACE = re.compile(r"[ \t\r\n]*")  # between values of JSON
 LONGEST_CELL = 2**24  # characters; a quotation mark that is never closed would fill the memory
@@ -46,14 +47,7 @@ class Written(float):
         return self.digits
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise ValueError(f"an object has one of the keys {listing(found)} twice")
-    return found
-
-
-_JSON = json.JSONDecoder(object_pairs_hook=_object, parse_float=Written)
+_JSON = json.JSONDecoder(object_pairs_hook=unique_keys, parse_float=Written)
 
 
 def parsed(text: str, place: int = 0) -> tuple[Any, int]:

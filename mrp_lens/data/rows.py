@@ -3,7 +3,6 @@
 import hashlib
 import json
 import math
-import re
 import reprlib
 import string
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,14 +14,13 @@ import numpy as np
 import pandas as pd
 
 from mrp_lens.data.schemas import template_fields
+from mrp_lens.utils.io import SURROGATE
 
 Row = Mapping[str, Any]
 Item = TypeVar("Item")
 Kind = TypeVar("Kind")
 
 MOST_LISTED = 20
-
-SURROGATE = re.compile("[\ud800-\udfff]")
 
 _short = reprlib.Repr()
 _short.maxlist = _short.maxtuple = 10

@@ -100,7 +100,7 @@ class UnlearningTask:
             ValueError: a file cannot be read; as `Corpus.from_rows` and `Questions.from_rows`.
 
         Example:
-            >>> task = UnlearningTask.from_files(  # doctest: +SKIP
+            >>> task = UnlearningTask.from_files(
             ...     "forget.jsonl", "retain.jsonl", questions="quiz.jsonl", question_prompt="Question: {question}\\nAnswer:"
             ... )
         """

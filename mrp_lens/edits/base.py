@@ -153,8 +153,8 @@ class Edit(ABC):
                 on already; another thread uses the model.
 
         Example:
-            >>> with edit.applied(model):  # doctest: +SKIP
-            ...     model.generate("Question: ...")
+            >>> with edit.applied(model):
+            ...     written = model.generate("The colour of", max_new_tokens=2)
         """
         check_lens_model(model)
         with exclusive(model):
@@ -174,8 +174,8 @@ class Edit(ABC):
             ValueError: as `applied`.
 
         Example:
-            >>> handle = edit.attach(model)  # doctest: +SKIP
-            >>> handle.detach()  # doctest: +SKIP
+            >>> handle = edit.attach(model)
+            >>> handle.detach()
         """
         check_lens_model(model)
         with putting_on(model, self) as entry:
@@ -216,7 +216,9 @@ class Edit(ABC):
             ValueError: the edit has no such form on this model; says why. The model is left as it was.
 
         Example:
-            >>> edit.merge_(model)  # doctest: +SKIP
+            >>> fit = ml.RMU(steps=2).fit(model, forget, retain)
+            >>> other = copy.deepcopy(model)
+            >>> fit.edit.merge_(other)
         """
         if entries_on(model):
             raise ValueError(
@@ -246,7 +248,7 @@ class Edit(ABC):
 
         Args:
             source: a folder, or the name of a repository on the Hub, "owner/name", of which the edit's two files are
-                downloaded. What is a local folder is never looked for on the Hub.
+                downloaded. What is a local folder, or a `Path`, is never looked for on the Hub.
             revision: branch, tag or commit on the Hub. None: "main".
             token: of a user who may read there. None: the one of `hf auth login` or HF_TOKEN.
 
@@ -257,7 +259,8 @@ class Edit(ABC):
             TypeError: it is an edit of another class than the one that was asked.
 
         Example:
-            >>> edit = Edit.from_pretrained("runs/mrp/edit")  # doctest: +SKIP
+            >>> fit.edit.save_pretrained("runs/mrp/edit")
+            >>> edit = Edit.from_pretrained("runs/mrp/edit")
         """
         stored = read_edit(folder_of(source, revision=revision, token=token))
         if not isinstance(stored.kind, str) or stored.kind not in KINDS:

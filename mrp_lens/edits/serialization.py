@@ -23,7 +23,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from mrp_lens.models.source import leads_out
-from mrp_lens.utils.io import recover, write_json
+from mrp_lens.utils.io import read_json, recover, write_json
 
 if TYPE_CHECKING:
     from mrp_lens.edits.base import Edit
@@ -35,7 +35,6 @@ KEYS = {"format", "kind", "settings", "provenance", "tensors_sha256"}
 
 CONFIG_BYTES = 16 * 2**20  # a configuration of 20,000 matrices takes 6 MB
 HEADER_BYTES = 16 * 2**20
-DEPTH = 64  # of JSON within JSON
 LONGEST = 500  # characters of an error's cause
 
 
@@ -80,7 +79,8 @@ def read_edit(folder: Path) -> Stored:
             format.
     """
     config_file, tensor_file = (_file_in(folder, name) for name in (CONFIG_FILE, TENSOR_FILE))
-    config = _read_config(config_file)
+    _check_bytes(config_file, CONFIG_FILE, config_file.stat().st_size)
+    config = read_json(config_file, "save the edit again", strict=True)
     stated = config.pop("config_sha256", None)
     if missing := sorted(KEYS - set(config)):
         raise ValueError(
@@ -115,7 +115,7 @@ def read_edit(folder: Path) -> Stored:
 def folder_of(source: str | Path, *, revision: str | None = None, token: str | None = None) -> Path:
     """The local folder of an edit; of a repository on the Hub the two files are downloaded into the Hub's cache.
 
-    What is a local folder is never looked for on the Hub.
+    What is a local folder, or a `Path`, is never looked for on the Hub.
 
     Raises:
         FileNotFoundError: a name of the Hub under which no edit is to be had; says why.
@@ -123,7 +123,7 @@ def folder_of(source: str | Path, *, revision: str | None = None, token: str | N
     """
     folder, name = Path(source).expanduser(), str(source)
     recover(folder)
-    if folder.is_dir() or not _is_hub_name(name):
+    if isinstance(source, Path) or folder.is_dir() or not _is_hub_name(name):
         if revision is not None:
             raise ValueError(f"revision={revision!r} is of the Hub, and {name!r} is none of its names; leave it out")
         return folder
@@ -220,47 +220,6 @@ def _check_bytes(what: str | Path, name: str, size: int) -> None:
         raise ValueError(f"{what} has {size:,} bytes and no edit's configuration more than {CONFIG_BYTES:,}")
     if name == TENSOR_FILE and size > free:
         raise ValueError(f"{what} has {size:,} bytes, and {free:,} of memory are free")
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    """A JSON object.
-
-    Raises:
-        ValueError: too large, too deeply nested, not UTF-8, not JSON, not an object, a key that stands twice, or a lone surrogate.
-    """
-    _check_bytes(path, CONFIG_FILE, path.stat().st_size)
-    try:
-        config = json.loads(path.read_bytes().decode("utf-8"), object_pairs_hook=_once_each)
-    except RecursionError:
-        raise ValueError(f"{path} is nested too deeply to be an edit's configuration") from None
-    except ValueError as error:
-        raise ValueError(f"{path} is truncated or no edit configuration ({error}); save the edit again") from None
-    if not isinstance(config, dict):
-        raise ValueError(f"{path} is truncated or no edit configuration (no object); save the edit again")
-    _check_values(config, path, DEPTH)
-    return config
-
-
-def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    content: dict[str, Any] = {}
-    for name, value in pairs:
-        if name in content:
-            raise ValueError(f"{name[:50]!r} stands there twice")
-        content[name] = value
-    return content
-
-
-def _check_values(value: Any, path: Path, depth: int) -> None:
-    if depth == 0:
-        raise ValueError(f"{path} is nested too deeply to be an edit's configuration")
-    if isinstance(value, str):
-        try:
-            value.encode()
-        except UnicodeEncodeError:
-            raise ValueError(f"{path} holds half of a letter ({value[:50]!r}); save the edit again") from None
-    entries = [*value, *value.values()] if isinstance(value, dict) else value if isinstance(value, list) else ()
-    for entry in entries:
-        _check_values(entry, path, depth - 1)
 
 
 def _check_size(path: Path) -> None:

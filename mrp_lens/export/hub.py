@@ -6,6 +6,16 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import HfApi
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    HTTPError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+)
+from huggingface_hub.utils import validate_repo_id
+
 from mrp_lens.edits.serialization import CONFIG_FILE, TENSOR_FILE
 from mrp_lens.export.checkpoint import check_inside
 
@@ -50,8 +60,6 @@ def push_to_hub(
     Example:
         >>> push_to_hub("out", "me/my-model-edited")  # doctest: +SKIP
     """
-    from huggingface_hub import HfApi
-
     source = Path(folder)
     _check_folder(source)
     _check_name(repo_id)
@@ -76,8 +84,6 @@ def push_to_hub(
 
 def _found(api: Any, repo_id: str) -> Any | None:
     """What the Hub says of a repository; None if it shows none, or if its owner is not named."""
-    from huggingface_hub.errors import RepositoryNotFoundError
-
     try:
         return api.model_info(repo_id) if "/" in repo_id else None
     except RepositoryNotFoundError:
@@ -117,8 +123,6 @@ def _check_name(repo_id: str) -> None:
     Raises:
         ValueError: says why.
     """
-    from huggingface_hub.utils import HFValidationError, validate_repo_id
-
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:
@@ -146,8 +150,6 @@ def _check_leftovers(folder: Path, name: str, present: list[str]) -> None:
 @contextmanager
 def _explained(repo_id: str, endpoint: str) -> Iterator[None]:
     """What goes wrong inside is raised as an error that says what to do."""
-    from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled
-
     try:
         yield
     except OfflineModeIsEnabled as error:

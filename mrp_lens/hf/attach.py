@@ -42,8 +42,9 @@ def attach(hf_model: Any, edit: Edit | str | Path, *, check: bool = True) -> Att
             the model inside of a TransformerBridge.
 
     Example:
-        >>> with attach(hf_model, "runs/mine/edit"):  # doctest: +SKIP
-        ...     hf_model.generate(**inputs)
+        >>> fit.edit.save_pretrained("runs/mine/edit")
+        >>> with attach(hf_model, "runs/mine/edit"):
+        ...     written = hf_model.generate(**inputs, max_new_tokens=2)
     """
     if not (isinstance(hf_model, nn.Module) and hasattr(hf_model, "config")):
         raise TypeError(

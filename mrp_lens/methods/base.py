@@ -15,7 +15,7 @@ from typing_extensions import override
 
 from mrp_lens.data import Corpus
 from mrp_lens.data.tokenization import Encoded, Encoder, TokenBatch
-from mrp_lens.edits import Edit, edit_on
+from mrp_lens.edits import Edit, edit_on, projection_in
 from mrp_lens.edits.provenance import fingerprint
 from mrp_lens.methods.fit import Fit
 from mrp_lens.methods.registry import Method
@@ -42,11 +42,6 @@ class Data:
     forget: tuple[list[Encoded], ...]
     retain: list[Encoded]
     record: Mapping[str, Any]
-
-    @property
-    def label(self) -> str:
-        """How the forget corpora are called together."""
-        return "+".join(self.names)
 
     @property
     def all_forget(self) -> list[Encoded]:
@@ -169,9 +164,14 @@ class FitContext:
         kept = None if self.checkpoint is None else self.checkpoint.part(name)
         return replace(self, name=name, record={**self.record, "settings": settings}, checkpoint=kept)
 
-    def provenance(self, run: TrainingRun) -> dict[str, Any]:
-        """Of an edit that a run gave."""
-        return {**self.record, "steps_done": len(run.log)}
+    def provenance(self, *, steps: int) -> dict[str, Any]:
+        """Of an edit that so many updates gave."""
+        return {**self.record, "steps_done": steps}
+
+    def request_provenance(self, *, steps: int) -> dict[str, Any]:
+        """Of a ProjectionEdit with this request: the model is that of all requests, the rest is this one's."""
+        own = {key: value for key, value in self.provenance(steps=steps).items() if key != "model"}
+        return {"model": self.record["model"], "requests": {self.request: own}}
 
     def result(
         self, edit: Edit, run: TrainingRun, directions: Mapping[str, Float[Tensor, " d_model"]] | None = None
@@ -189,7 +189,7 @@ class FitTemplate(Method, Generic[Settings]):
 
     Attributes:
         max_length: tokens at which documents are cut. None: 512, or the context if that is shorter.
-        by_request: the edit is kept by the name of its request, which a checkpoint therefore has to be for.
+        by_request: the edit is kept by the name of its request, which has to be new, and a checkpoint is for that alone.
     """
 
     max_length: int | None = None
@@ -227,9 +227,7 @@ class FitTemplate(Method, Generic[Settings]):
         callbacks: Sequence[Callback] = (),
     ) -> Fit:
         generator = generator_for(seed)
-        data, settings = self.prepared(model, forget, retain, after=after)
-        label = given(request, data.label)
-        self.check_request(label, after)
+        data, settings, label = self.prepared(model, forget, retain, after, request)
         record = {
             "method": self.name,
             "settings": recorded(self, settings),
@@ -248,17 +246,23 @@ class FitTemplate(Method, Generic[Settings]):
         return self.learn(settings, context)
 
     def prepared(
-        self, model: LensModel, forget: Corpus | Sequence[Corpus], retain: Corpus, *, after: Edit | None
-    ) -> tuple[Data, Settings]:
-        """Everything that a fit needs before it draws a random number, checked."""
+        self,
+        model: LensModel,
+        forget: Corpus | Sequence[Corpus],
+        retain: Corpus,
+        after: Edit | None,
+        request: str | None,
+    ) -> tuple[Data, Settings, str]:
+        """What a fit needs before it draws a random number, checked; with the name of the request."""
         check_lens_model(model)
         self.check(model)
         data = prepare(model, forget, retain, max_length=self.max_length)
+        label = given(request, "+".join(data.names))
+        earlier = projection_in(after)
+        if self.by_request and earlier is not None and label in earlier.requests:
+            raise ValueError(f"the earlier edit has a request {label!r} already; name this one with request=...")
         with fitting(model, after):
-            return data, self.resolve(model, data)
-
-    def check_request(self, request: str, after: Edit | None) -> None:
-        """Refuse a name that the earlier edit has already, where edits are kept by request."""
+            return data, self.resolve(model, data), label
 
 
 @contextmanager
@@ -276,14 +280,6 @@ def recorded(given: Any, resolved: Any) -> dict[str, Any]:
         for value in [getattr(resolved, field.name)]
     }
     return asdict(given) | derived
-
-
-def request_provenance(request: str, record: Mapping[str, Any]) -> dict[str, Any]:
-    """The provenance of a ProjectionEdit with one request, from its `provenance`: the model is that of all requests."""
-    return {
-        "model": record["model"],
-        "requests": {request: {key: value for key, value in record.items() if key != "model"}},
-    }
 
 
 def both_sides(

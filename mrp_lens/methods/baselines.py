@@ -15,7 +15,7 @@ from typing_extensions import override
 from mrp_lens.data.tokenization import Batches, Encoded, TokenBatch, in_order
 from mrp_lens.edits import ProjectionEdit, WeightEdit
 from mrp_lens.edits.subspace import Subspace
-from mrp_lens.methods.base import Data, FitContext, FitTemplate, both_sides, fitting, parts_of, request_provenance
+from mrp_lens.methods.base import Data, FitContext, FitTemplate, both_sides, fitting, parts_of
 from mrp_lens.methods.fit import Fit
 from mrp_lens.methods.mrp.initialization import states_at
 from mrp_lens.methods.registry import Swept, register
@@ -117,7 +117,7 @@ class GradientMethod(FitTemplate[GradientSettings]):
                 weight.name: weight.to_checkpoint(master.master.detach())
                 for weight, master in zip(weights, masters, strict=True)
             }
-        return context.result(WeightEdit(learned, replaced, provenance=context.provenance(run)), run)
+        return context.result(WeightEdit(learned, replaced, provenance=context.provenance(steps=len(run.log))), run)
 
     def _layers(self, model: LensModel) -> tuple[int, ...]:
         return check_layers(model, given(self.layers, up_to(default_layer(model))))
@@ -326,9 +326,8 @@ class DirectionAblation(FitTemplate[AblationSettings]):
                 for rows in (data.all_forget, data.retain)
             )
         subspaces = {hook: Subspace.spanned_by((lost[hook].mean(0) - kept[hook].mean(0))[None].cpu()) for hook in hooks}
-        record = request_provenance(context.request, {**context.record, "steps_done": 0})
         log = pd.DataFrame([{"step": 0, "loss": float("nan"), "seconds": time.perf_counter() - started}])
-        edit = ProjectionEdit(subspaces, request=context.request, provenance=record)
+        edit = ProjectionEdit(subspaces, request=context.request, provenance=context.request_provenance(steps=0))
         return context.result(edit, TrainingRun(log, interrupted=False))
 
     def _layers(self, model: LensModel) -> tuple[int, ...]:

@@ -147,7 +147,7 @@ class Misdirection(FitTemplate[Resolved], Generic[Resolved]):
         edit = WeightEdit(
             {weights[layer].name: master for layer, master in masters.items()},
             {weights[layer].name: tensor_digests(tensor) for layer, tensor in original.items()},
-            provenance=context.provenance(run),
+            provenance=context.provenance(steps=len(run.log)),
         )
         return context.result(edit, run, directions)
 
@@ -316,7 +316,7 @@ class RMU(Misdirection[RMUSettings]):
         retain_noise: Gaussian noise on the states that retain text is held to, as a share of their norm; see `NoisyRMU`.
 
     Example:
-        >>> fit = RMU().fit(model, forget, retain, seed=0)  # doctest: +SKIP
+        >>> fit = RMU(steps=2).fit(model, forget, retain, seed=0)
     """
 
     steering_coeff: float | None = None

@@ -49,7 +49,7 @@ def alignment(
         site: of the hook points.
         law: how u was drawn, hence the null: "uniform" (RMU's default) or "gaussian".
         seed: of the 1,000 directions of the null.
-        batch_size: documents at a time; nothing else is held, so memory does not grow with the number of documents.
+        batch_size: documents in a forward pass; nothing else is held, so memory does not grow with their number.
         max_length: tokens at which documents are cut. None: the model's context length.
         padding: "right" or "left".
         progress: show a progress bar.
@@ -65,7 +65,8 @@ def alignment(
             NonFiniteError where states are NaN or infinite.
 
     Example:
-        >>> with fit.edit.applied(model):  # doctest: +SKIP
+        >>> fit = ml.RMU(steps=2).fit(model, forget, retain)
+        >>> with fit.edit.applied(model):
         ...     frame = alignment(model, {"forget": forget, "retain": retain}, fit.direction)
     """
     u = direction_for(model, direction)
@@ -88,23 +89,12 @@ def alignment(
             of_null = null @ (units[layer] / cosines[layer].tokens)
             tail = (1 - CONFIDENCE) / 2
             low, high = torch.quantile(of_null, torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
+            cosine, norm = cosines[layer], norms[layer]
             rows.append(
-                {
-                    "group": group,
-                    "layer": layer,
-                    "documents": cosines[layer].documents,
-                    "tokens": int(cosines[layer].tokens),
-                    "cosine": cosines[layer].mean,
-                    "low": cosines[layer].interval[0],
-                    "high": cosines[layer].interval[1],
-                    "cosine_std": cosines[layer].std,
-                    "null_mean": float(of_null.mean()),
-                    "null_low": low,
-                    "null_high": high,
-                    "null_std": float(of_null.std()),
-                    "norm": norms[layer].mean,
-                    "norm_std": norms[layer].std,
-                }
+                {"group": group, "layer": layer, "documents": cosine.documents, "tokens": int(cosine.tokens)}
+                | {"cosine": cosine.mean, "low": cosine.interval[0], "high": cosine.interval[1]}
+                | {"cosine_std": cosine.std, "null_mean": float(of_null.mean()), "null_low": low, "null_high": high}
+                | {"null_std": float(of_null.std()), "norm": norm.mean, "norm_std": norm.std}
             )
     return pd.DataFrame(rows)
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import NormalDist
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -74,7 +75,8 @@ def value(frame: pd.DataFrame) -> float:
     of_all = list(frame["group"] == "all") if "group" in frame else []
     if len(frame) != 1 and (of_all[:1] != [True] or any(of_all[1:])):
         raise ValueError(f"the frame has {len(frame)} rows; choose one, such as frame[frame['group'] == 'forget']")
-    return float(frame.iloc[0, columns.index("low") - 1])
+    number: Any = frame.iloc[0, columns.index("low") - 1]
+    return float(number)
 
 
 @dataclass

@@ -81,9 +81,9 @@ def confidence(
         TypeError, ValueError: as `token_confidence`.
 
     Example:
-        >>> before = confidence(model, {"forget": forget, "retain": retain})  # doctest: +SKIP
-        >>> with fit.edit.applied(model):  # doctest: +SKIP
-        ...     after = confidence(model, {"forget": forget, "retain": retain})
+        >>> before = confidence(model, {"forget": questions})
+        >>> with fit.edit.applied(model):
+        ...     after = confidence(model, {"forget": questions})
     """
     frame = token_confidence(
         model, questions, mode=mode, tokens=tokens, batch_size=batch_size, padding=padding, progress=progress
@@ -104,18 +104,9 @@ def confidence(
             totals = by_question[measure].sum().to_numpy(float)
             low, high = _interval(totals, counts, seed)
             rows.append(
-                {
-                    "group": group,
-                    "mode": mode,
-                    "measure": measure,
-                    "questions": len(counts),
-                    "tokens": len(part),
-                    "mean": totals.sum() / counts.sum(),
-                    "low": low,
-                    "high": high,
-                    "std": float(part[measure].std(ddof=0)),
-                    "uniform": uniform[measure],
-                }
+                {"group": group, "mode": mode, "measure": measure, "questions": len(counts), "tokens": len(part)}
+                | {"mean": totals.sum() / counts.sum(), "low": low, "high": high}
+                | {"std": float(part[measure].std(ddof=0)), "uniform": uniform[measure]}
             )
     return pd.DataFrame(rows)
 

@@ -18,6 +18,7 @@ from mrp_lens.models import LensModel
 from mrp_lens.models.hooks import Site, layer_of
 from mrp_lens.utils.torch_state import ordinary_torch
 
+WHENS: tuple[When, ...] = ("before", "after")
 USABLE = 1e-12  # an eigenvalue below this share of their sum is rounding noise of float32 states, not a direction
 
 
@@ -90,7 +91,7 @@ class Moments:
 def read_moments(reader: StateReader, corpus: Corpus, hooks: Mapping[int, str]) -> dict[When, dict[int, Moments]]:
     """ "before" and, with an edit, "after" -> layer -> moments of the states at the layer's hook."""
     d_model = int(reader.model.cfg.d_model)
-    whens: tuple[When, ...] = ("before",) if reader.edit is None else ("before", "after")
+    whens = WHENS[:1] if reader.edit is None else WHENS
     moments = {when: {layer: Moments(d_model) for layer in hooks} for when in whens}
     for batch in reader.read(corpus, list(hooks.values())):
         for when, states in batch.by_when.items():
@@ -131,10 +132,7 @@ def geometry(
         documents: read at most so many of each corpus, chosen at random by `seed`. None: all. The effective rank of few
             states is too low: give many times d_model tokens.
         seed: of that choice.
-        batch_size: documents at a time.
-        max_length: tokens at which documents are cut. None: the model's context length.
-        padding: "right" or "left".
-        progress: show a progress bar.
+        batch_size, max_length, padding, progress: as in `alignment`.
 
     Returns:
         One row a group, `when` ("before", "after") and layer: `group`, `when`, `layer`, `documents`, `tokens`; `norm`,
@@ -150,7 +148,7 @@ def geometry(
         TypeError, ValueError: no texts, no token, a layer or site that does not exist, an edit of another model.
 
     Example:
-        >>> frame = geometry(model, {"forget": forget, "retain": retain}, fit.edit)  # doctest: +SKIP
+        >>> frame = geometry(model, {"forget": forget, "retain": retain}, fit.edit)
     """
     groups, hooks = groups_of(texts), hooks_at(model, layers, site)
     reader = StateReader(model, edit, documents, seed, batch_size, max_length, padding, progress)
@@ -160,19 +158,10 @@ def geometry(
         moments = read_moments(reader, corpus, hooks)
         for when, by_layer in moments.items():
             for layer, now in by_layer.items():
-                rows.append(
-                    {
-                        "group": group,
-                        "when": when,
-                        "layer": layer,
-                        "documents": now.documents,
-                        "tokens": now.tokens,
-                        "norm": now.norm,
-                        "effective_rank": now.effective_rank,
-                        **_removal(now, removed.get(layer)),
-                        "displacement": (now.moved / moments["before"][layer].energy) ** 0.5,
-                    }
-                )
+                about = {"group": group, "when": when, "layer": layer, "documents": now.documents, "tokens": now.tokens}
+                found = {"norm": now.norm, "effective_rank": now.effective_rank, **_removal(now, removed.get(layer))}
+                displacement = (now.moved / moments["before"][layer].energy) ** 0.5
+                rows.append(about | found | {"displacement": displacement})
     return pd.DataFrame(rows)
 
 
@@ -213,7 +202,7 @@ def propagation(
         TypeError, ValueError: the edit holds no projection or is of another model, no texts, no token, an unknown site.
 
     Example:
-        >>> frame = propagation(model, {"forget": forget, "retain": retain}, fit.edit)  # doctest: +SKIP
+        >>> frame = propagation(model, {"forget": forget, "retain": retain}, fit.edit)
     """
     groups, later = groups_of(texts), hooks_at(model, None, site)
     reader = StateReader(model, edit, documents, seed, batch_size, max_length, padding, progress)
@@ -238,19 +227,10 @@ def propagation(
                         inside[when, source, layer] += _energy(states[hook], followed[source])
         for source, by_layer in read_at.items():
             for layer, hook in by_layer.items():
-                rows.append(
-                    {
-                        "group": group,
-                        "source": layer_of(source),
-                        "hook": source,
-                        "layer": layer,
-                        "documents": document_count,
-                        "tokens": token_count,
-                        "before": _share(inside["before", source, layer], energy["before", hook]),
-                        "after": _share(inside["after", source, layer], energy["after", hook]),
-                        "null": followed[source].rank / followed[source].d_model,
-                    }
-                )
+                about = {"group": group, "source": layer_of(source), "hook": source, "layer": layer}
+                read = {"documents": document_count, "tokens": token_count}
+                found = {when: _share(inside[when, source, layer], energy[when, hook]) for when in WHENS}
+                rows.append(about | read | found | {"null": followed[source].rank / followed[source].d_model})
     return pd.DataFrame(rows)
 
 

@@ -64,8 +64,8 @@ def logit_lens(
             are NaN or infinite.
 
     Example:
-        >>> with fit.edit.applied(model):  # doctest: +SKIP
-        ...     frame = logit_lens(model, world.questions("potions"))
+        >>> with fit.edit.applied(model):
+        ...     frame = logit_lens(model, questions)
     """
     if not len(questions):
         raise ValueError(f"no questions in {questions.name!r}")

@@ -54,18 +54,10 @@ def principal_angles(
     first, large ones to the second. After a projection, angles to what it removed are 90 degrees.
 
     Args:
-        model: HookedTransformer or TransformerBridge, without the edit: it is put on and taken off batch by batch.
-        texts: a corpus, or several by name: {"forget": ..., "retain": ...}. Pads and BOS do not count.
-        edit: of any kind. None: only "before" rows.
-        layers: where to read. None: all.
+        model, texts, edit, layers, site, documents: as in `geometry`.
         rank: number of principal directions of each group, from 1 to d_model - 1.
-        site: of the hook points.
-        documents: read at most so many of each corpus, chosen at random by `seed`. None: all.
-        seed: of that choice, and of the random subspaces of the control.
-        batch_size: documents at a time.
-        max_length: tokens at which documents are cut. None: the model's context length.
-        padding: "right" or "left".
-        progress: show a progress bar.
+        seed: of the choice of documents, and of the random subspaces of the control.
+        batch_size, max_length, padding, progress: as in `alignment`.
 
     Returns:
         One row a layer, `when` ("before", "after"), pair and angle: `layer`, `when`, `pair` ("forget-retain",
@@ -78,7 +70,7 @@ def principal_angles(
             two subspaces to compare, a group named "removed", or as in `geometry`.
 
     Example:
-        >>> frame = principal_angles(model, {"forget": forget, "retain": retain}, fit.edit, rank=4)  # doctest: +SKIP
+        >>> frame = principal_angles(model, {"forget": forget, "retain": retain}, fit.edit, rank=4)
     """
     groups, hooks = groups_of(texts), hooks_at(model, layers, site)
     reader = StateReader(model, edit, documents, seed, batch_size, max_length, padding, progress)
@@ -108,16 +100,8 @@ def principal_angles(
             ranks = (subspaces[one].rank, subspaces[other].rank)
             null = null_angles(ranks)
             for number, angle in enumerate(_degrees(subspaces[one], subspaces[other])):
-                rows.append(
-                    {
-                        "layer": layer,
-                        "when": when,
-                        "pair": f"{one}-{other}",
-                        "number": number + 1,
-                        "degrees": angle,
-                        "null_degrees": null[number],
-                    }
-                )
+                about = {"layer": layer, "when": when, "pair": f"{one}-{other}", "number": number + 1}
+                rows.append(about | {"degrees": angle, "null_degrees": null[number]})
     return pd.DataFrame(rows)
 
 
@@ -144,20 +128,14 @@ def principal_plane(
     while the edit moves the states. It shows `share_x + share_y` of the variance; what happens outside is not seen.
 
     Args:
-        model: HookedTransformer or TransformerBridge, without the edit: it is put on and taken off batch by batch.
-        texts: a corpus, or several by name: {"forget": ..., "retain": ...}.
-        edit: of any kind. None: only "before" rows.
+        model, texts, edit, site: as in `geometry`.
         layer: where to read.
         dims: 2, or 3 for a `z`.
         points: states of each group at most.
         position: "last": the state at the last token of each of `points` documents; "all": `points` of the states at all
             tokens (pads and BOS do not count) of these documents. Documents and states are chosen at random.
-        site: of the hook point.
         seed: of the choice.
-        batch_size: documents at a time.
-        max_length: tokens at which documents are cut. None: the model's context length.
-        padding: "right" or "left".
-        progress: show a progress bar.
+        batch_size, max_length, padding, progress: as in `alignment`.
 
     Returns:
         One row a group, `when` ("before", "after") and state: `group`, `when`, `document` (its place in the corpus),
@@ -171,7 +149,7 @@ def principal_plane(
             in `geometry`.
 
     Example:
-        >>> frame = principal_plane(model, {"forget": forget, "retain": retain}, fit.edit, layer=5)  # doctest: +SKIP
+        >>> frame = principal_plane(model, {"forget": forget, "retain": retain}, fit.edit, layer=2)
     """
     if dims not in (2, 3):
         raise ValueError(f"dims must be 2 or 3, got {dims!r}")

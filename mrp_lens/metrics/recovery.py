@@ -18,7 +18,7 @@ FORM_TITLES = {"kept": "edit kept", "stripped": "hooks stripped", "weights": "in
 class Score:
     """How many of n questions were answered right."""
 
-    right: float
+    right: float | int
     n: int
 
     @property

@@ -29,8 +29,6 @@ Output = Literal["logits", "stream"]
 BLOCK = 8  # singular vectors that are iterated together: the leading one then converges as (sigma_9 / sigma_1)^4
 ITERATIONS = 100
 TOLERANCE = 1e-5  # relative change of the largest squared singular value at which the iteration ends
-
-
 DEFAULT_SHARE = 0.1  # length of the noise as a share of the mean norm at layer 0, where no law is given
 MEASURES = ("sensitivity", "input_ratio", "norm", "noise")
 
@@ -220,10 +218,7 @@ def noise_sensitivity(
             layer. Norms grow with depth, and this noise with them.
         draws: of the noise for each token; their mean counts.
         seed: of the noise, which also depends on the batches.
-        batch_size: documents at a time.
-        max_length: tokens at which documents are cut. None: the model's context length.
-        padding: "right" or "left".
-        progress: show a progress bar.
+        batch_size, max_length, padding, progress: as in `alignment`.
 
     Returns:
         One row a group and layer: `group`, `layer`, `documents`, `tokens`; `noise`, variance per coordinate (its mean
@@ -235,7 +230,13 @@ def noise_sensitivity(
         TypeError, ValueError: no texts, no token, a layer that does not exist, both `noise` and `relative`, either not
             above 0, draws below 1, or a state that is 0; NonFiniteError where states are NaN or infinite.
     """
-    _check_law(noise, relative, draws)
+    if noise is not None and relative is not None:
+        raise ValueError(f"give noise or relative, not both; got noise={noise}, relative={relative}")
+    for name, value in (("noise", noise), ("relative", relative)):
+        if value is not None and not 0 < value < math.inf:
+            raise ValueError(f"{name} must be a finite number above 0, got {value}")
+    if draws < 1:
+        raise ValueError(f"draws must be at least 1, got {draws}")
     groups, hooks = groups_of(texts), hooks_at(model, layers, "resid_post")
     reader = StateReader(model, None, None, seed, batch_size, max_length, padding, progress)
     if noise is None and relative is None:
@@ -254,24 +255,18 @@ def noise_sensitivity(
                 variance = relative**2 * mean_square if relative is not None else noise
                 assert variance is not None
                 reactions = [_reaction(model, batch, hook, clean, variance**0.5 * unit) for unit in units]
-                sensitivity, input_ratio = (torch.stack(parts).mean(dim=0) for parts in zip(*reactions, strict=True))
-                values = (sensitivity, input_ratio, states.norm(dim=-1), torch.full_like(sensitivity, variance))
+                changes = (torch.stack(parts).mean(dim=0) for parts in zip(*reactions, strict=True))
+                norm = states.norm(dim=-1)
+                values = (*changes, norm, torch.full_like(norm, variance))
                 for name, value in zip(MEASURES, values, strict=True):
                     means[layer][name].add(value, documents)
         for layer, mean in means.items():
+            sensitivity = mean["sensitivity"]
             rows.append(
-                {
-                    "group": group,
-                    "layer": layer,
-                    "documents": mean["sensitivity"].documents,
-                    "tokens": int(mean["sensitivity"].tokens),
-                    "noise": mean["noise"].mean,
-                    "sensitivity": mean["sensitivity"].mean,
-                    "low": mean["sensitivity"].interval[0],
-                    "high": mean["sensitivity"].interval[1],
-                    "input_ratio": mean["input_ratio"].mean,
-                    "norm": mean["norm"].mean,
-                }
+                {"group": group, "layer": layer, "documents": sensitivity.documents, "tokens": int(sensitivity.tokens)}
+                | {"noise": mean["noise"].mean, "sensitivity": sensitivity.mean}
+                | dict(zip(("low", "high"), sensitivity.interval, strict=True))
+                | {"input_ratio": mean["input_ratio"].mean, "norm": mean["norm"].mean}
             )
     return pd.DataFrame(rows)
 
@@ -345,17 +340,14 @@ def predicted_coefficient(
             known = not np.isnan(coefficients).any()
             low, high = bootstrap_interval(coefficients, seed=seed) if known else (math.nan, math.nan)
             rows.append(
-                {
-                    "group": group,
-                    "layer": layer,
-                    "documents": len(coefficients),
+                {"group": group, "layer": layer, "documents": len(coefficients)}
+                | {
                     "coefficient": float(coefficients.mean()),
                     "low": low,
                     "high": high,
                     "std": float(coefficients.std()),
-                    "projection": float(projections.mean()),
-                    "norm": float(norms.mean()),
                 }
+                | {"projection": float(projections.mean()), "norm": float(norms.mean())}
             )
     return pd.DataFrame(rows)
 
@@ -408,13 +400,3 @@ def _default_noise(reader: StateReader, groups: Mapping[str, Corpus]) -> float:
         for batch in reader.read(corpus, [first]):
             norms.add(batch.states[first].float().norm(dim=-1), batch.rows)
     return (DEFAULT_SHARE * norms.mean) ** 2 / float(reader.model.cfg.d_model)
-
-
-def _check_law(noise: float | None, relative: float | None, draws: int) -> None:
-    if noise is not None and relative is not None:
-        raise ValueError(f"give noise or relative, not both; got noise={noise}, relative={relative}")
-    for name, value in (("noise", noise), ("relative", relative)):
-        if value is not None and not 0 < value < math.inf:
-            raise ValueError(f"{name} must be a finite number above 0, got {value}")
-    if draws < 1:
-        raise ValueError(f"draws must be at least 1, got {draws}")

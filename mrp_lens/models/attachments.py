@@ -45,8 +45,8 @@ def exclusive(model: Any) -> Iterator[None]:
         ValueError: another thread is inside; names both.
 
     Example:
-        >>> with exclusive(model):  # doctest: +SKIP
-        ...     ml.metrics.accuracy(model, quiz)
+        >>> with exclusive(model):
+        ...     frame = ml.metrics.accuracy(model, questions)
     """
     anchor, here = anchor_of(model), threading.current_thread()
     with _lock:
@@ -174,7 +174,7 @@ def edits_on(model: Any) -> tuple[Any, ...]:
         model: HookedTransformer, TransformerBridge, or a plain Hugging Face model.
 
     Example:
-        >>> for edit in edits_on(model):  # doctest: +SKIP
+        >>> for edit in edits_on(model):
         ...     edit.detach(model)
     """
     return tuple(entry.edit for entry in entries_on(model))

@@ -57,10 +57,10 @@ def _boot_hooked(hf_model: Any, device: torch.device, dtype: torch.dtype) -> Any
         state = loading_from_pretrained.get_pretrained_state_dict(neutral, cfg, hf_model, dtype=dtype)
     cfg.tokenizer_name = None  # it would be read from the folder's path
     cfg.n_ctx = int(settings["n_ctx"])  # some families are capped at 2,048 tokens, or raised to them
-    model = HookedTransformer(cfg)
+    model = HookedTransformer(cfg, move_to_device=False)
     unchanged = {"fold_ln": False, "center_writing_weights": False, "center_unembed": False, "fold_value_biases": False}
     model.load_and_process_state_dict(state, **unchanged)
-    return model.to(device)
+    return model.to(device, print_details=False)
 
 
 def set_tokenizer(model: Any, tokenizer: Any) -> None:

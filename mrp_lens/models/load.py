@@ -67,7 +67,7 @@ def load_model(
             of it, too little memory, or (ModelMismatchError) a class that computes another model than Hugging Face.
 
     Example:
-        >>> model = load_model("demo")
+        >>> model = load_model("demo", backend="bridge")
         >>> model.cfg.n_layers
         8
     """

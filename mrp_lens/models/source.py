@@ -30,9 +30,192 @@ _LANGUAGE_PART = {
 }
 
 
-def is_count(value: Any) -> bool:
-    """Whether a setting is a whole number above 0."""
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+@dataclass(frozen=True)
+class Checkpoint:
+    """A Hugging Face model in memory, which may be changed, and its tokenizer, which may not."""
+
+    name: str
+    hf_model: Any
+    tokenizer: Any
+
+
+def opened(source: Any, tokenizer: Any, device: torch.device, dtype: torch.dtype, copies: int) -> Checkpoint:
+    """The checkpoint behind what a user gave to `load_model`; `copies` is how many of it must fit into memory.
+
+    Raises:
+        TypeError: not a name, a path or a Hugging Face model; not a tokenizer.
+        ValueError: nothing there, an adapter without its model, quantised, offloaded or missing weights, hooks, no
+            language-model head, no tokenizer, or too little memory.
+    """
+    _check_tokenizer(tokenizer)
+    if isinstance(source, (str, Path)):
+        return _from_folder(source, tokenizer, device, dtype, copies)
+    return _from_memory(source, tokenizer, device, dtype, copies)
+
+
+def _from_folder(
+    source: str | Path, tokenizer: Any, device: torch.device, dtype: torch.dtype, copies: int
+) -> Checkpoint:
+    folder, name = find_folder(source), str(source)
+    config = checked_config(folder, name)
+    refuse_quantised(config.get("quantization_config"), name)
+    _refuse_edited(str(config.get("model_type")), name)
+    check_memory(count_parameters(folder), device, dtype, copies, name)
+    language_config(folder)  # a tokenizer is found by it, and an error should not be about the tokenizer
+    used = tokenizer if tokenizer is not None else read_tokenizer(folder)
+    return Checkpoint(name, read_weights(folder, dtype).to(device).eval(), used)
+
+
+def _from_memory(source: Any, tokenizer: Any, device: torch.device, dtype: torch.dtype, copies: int) -> Checkpoint:
+    if hasattr(source, "merge_and_unload"):
+        raise ValueError("this model carries an adapter; merge it first and pass what model.merge_and_unload() returns")
+    if not (hasattr(source, "config") and hasattr(source, "save_pretrained") and hasattr(source, "parameters")):
+        raise TypeError(
+            f"cannot load a {type(source).__name__}; give 'demo', a Hugging Face model folder, a Hub name, or a loaded "
+            "Hugging Face model with a language-model head. A HookedTransformer or TransformerBridge needs no loading"
+        )
+    refuse_quantised(getattr(source.config, "quantization_config", None), type(source).__name__)
+    name = str(getattr(source.config, "_name_or_path", "") or type(source).__name__)
+    _refuse_edited(str(source.config.model_type), name)
+    _refuse_offloaded(source)
+    _refuse_hooked(source)
+    _check_head(source)
+    if tokenizer is None:
+        if not Path(name).is_dir():
+            raise ValueError("a loaded Hugging Face model brings no tokenizer; pass load_model(model, tokenizer=...)")
+        tokenizer = read_tokenizer(Path(name))
+    check_memory(sum(parameter.numel() for parameter in source.parameters()), device, dtype, copies, name)
+    return Checkpoint(name, _copied(source, device, dtype), tokenizer)
+
+
+def _check_tokenizer(tokenizer: Any) -> None:
+    from transformers import PreTrainedTokenizerBase
+
+    if tokenizer is not None and not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise TypeError(
+            f"tokenizer must be one of transformers, such as AutoTokenizer.from_pretrained(FOLDER), got {type(tokenizer).__name__}"
+        )
+
+
+def check_memory(parameters: int, device: torch.device, dtype: torch.dtype, copies: int, name: str) -> None:
+    """Refuse before loading what cannot fit.
+
+    Raises:
+        ValueError: says what is needed and what there is.
+    """
+    needed = parameters * torch.empty((), dtype=dtype).element_size() * copies
+    free = free_memory(device)
+    if needed > free:
+        raise ValueError(
+            f"{name} needs about {needed / 2**30:.1f} GiB on {device} to load in {str(dtype).removeprefix('torch.')} "
+            f"({parameters / 1e9:.2f} billion numbers, {copies} at a time), and {free / 2**30:.1f} GiB are free. "
+            "Load it with dtype=torch.bfloat16, with backend='bridge', or on another device"
+        )
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes free on a device."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return int(psutil.virtual_memory().available)
+
+
+def refuse_quantised(setting: Any, name: str) -> None:
+    """Edits need the weights themselves.
+
+    Raises:
+        ValueError: the configuration says that the weights are quantised.
+    """
+    if setting:
+        method = setting.get("quant_method") if isinstance(setting, dict) else getattr(setting, "quant_method", None)
+        raise ValueError(
+            f"{name} is quantised ({method or 'see quantization_config'}): its matrices are packed integers that can be "
+            "neither projected exactly nor trained. Load the checkpoint in float32, bfloat16 or float16"
+        )
+
+
+def _refuse_edited(model_type: str, name: str) -> None:
+    """An exported module is for transformers: TransformerLens does not know its architecture.
+
+    Raises:
+        ValueError: says what to load instead.
+    """
+    if model_type.startswith(EDITED):
+        raise ValueError(
+            f"{name} is an edited model with code of its own, made by export_hf(form='module') for transformers. In TransformerLens load "
+            "the base model that its README.md names, and apply the edit: load_edit(FOLDER).applied(model)"
+        )
+
+
+def find_folder(source: str | Path) -> Path:
+    """The folder of a name or path; what is on the Hub is downloaded.
+
+    Raises:
+        ValueError: says what is wrong with the folder or the name.
+    """
+    if source == "demo":
+        return Path(str(files("mrp_lens.data.world") / "model"))
+    path = Path(source).expanduser()
+    if path.is_dir():
+        if (path / "config.json").is_file():
+            return path
+        if (path / "adapter_config.json").is_file():
+            raise ValueError(
+                f"{path} holds an adapter and no model; merge it first: "
+                "AutoPeftModelForCausalLM.from_pretrained(...).merge_and_unload().save_pretrained(...)"
+            )
+        raise ValueError(
+            f"{path} holds no config.json; give a Hugging Face model folder (one written by save_pretrained)"
+        )
+    if path.is_absolute() or str(source).startswith((".", "~")) or str(source).count("/") > 1:
+        raise ValueError(
+            f"no folder at {str(source)!r}; give 'demo', a Hugging Face model folder, or a Hub name such as 'org/name'"
+        )
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(str(source), ignore_patterns=["*.pth", "*.gguf", "*.onnx", "*.h5", "*.msgpack"]))
+    except Exception as error:
+        raise ValueError(
+            f"{str(source)!r} is neither a local folder nor to be had from the Hugging Face Hub: {error}"
+        ) from error
+
+
+def checked_config(folder: Path, name: str) -> dict[str, Any]:
+    """A folder's configuration, after a look at what a stranger could have put into the folder.
+
+    No code in the folder runs, here or later: `trust_remote_code` is never given.
+
+    Raises:
+        ValueError: a broken configuration, links or file names that lead out of the folder, sizes that the weights do not
+            have, or an architecture that only code in the folder knows.
+    """
+    from transformers import CONFIG_MAPPING
+
+    check_links(folder)
+    config = read_object(folder / "config.json")
+    check_shards(folder)
+    check_sizes(config, count_parameters(folder), name)
+    kind = config.get("model_type")
+    if not isinstance(kind, str) or (kind not in CONFIG_MAPPING and not kind.startswith(EDITED)):
+        own_code = "; it brings code of its own, which is never run here" if config.get("auto_map") else ""
+        raise ValueError(
+            f"{name}: its config.json says model_type {kind!r}, which transformers {transformers_version()} does not know{own_code}"
+        )
+    if config.get("auto_map") and not kind.startswith(EDITED):
+        warnings.warn(
+            f"{name} brings code of its own (auto_map in its config.json), which is never run here: it is loaded as the {kind} model of "
+            f"transformers {transformers_version()}",
+            stacklevel=6,  # the line that calls load_model
+        )
+    return config
+
+
+def transformers_version() -> str:
+    """Of the installed transformers."""
+    from transformers import __version__
+
+    return str(__version__)
 
 
 def read_object(file: Path) -> dict[str, Any]:
@@ -85,35 +268,6 @@ def check_shards(folder: Path) -> None:
                 raise ValueError(f"{index} names {name!r}, which is no file in this folder; download the folder again")
 
 
-def shapes_of(folder: Path) -> Iterator[tuple[int, ...]]:
-    """The shapes of the tensors in a folder's safetensors files, from their headers.
-
-    Raises:
-        ValueError: a file is broken.
-    """
-    from safetensors import safe_open
-
-    for file in sorted(folder.glob(WEIGHT_FILES[0])):
-        try:
-            with safe_open(file, framework="pt") as tensors:
-                for key in tensors.keys():  # noqa: SIM118
-                    yield tuple(tensors.get_slice(key).get_shape())
-        except Exception as error:
-            raise ValueError(f"{file} is not a safetensors file: {one_line(error)}; download it again") from error
-
-
-def count_parameters(folder: Path) -> int:
-    """Numbers stored in the weight files (from their headers where they are safetensors).
-
-    Raises:
-        ValueError: the folder holds no weights, or broken ones.
-    """
-    safe, torch_files = (sorted(folder.glob(pattern)) for pattern in WEIGHT_FILES)
-    if not safe and not torch_files:
-        raise ValueError(f"{folder} holds no weights: expected one of {', '.join(WEIGHT_FILES)}")
-    return sum(math.prod(shape) for shape in shapes_of(folder)) or sum(file.stat().st_size for file in torch_files) // 2
-
-
 def check_sizes(config: dict[str, Any], numbers: int, name: str) -> None:
     """Refuse sizes that the weights cannot have, before a model of that size is built.
 
@@ -135,273 +289,38 @@ def _counts(settings: dict[str, Any], path: str) -> Iterator[tuple[str, Any]]:
             yield f"{path}{key}", value
 
 
-@dataclass(frozen=True)
-class Checkpoint:
-    """A Hugging Face model in memory, which may be changed, and its tokenizer, which may not."""
-
-    name: str
-    hf_model: Any
-    tokenizer: Any
+def is_count(value: Any) -> bool:
+    """Whether a setting is a whole number above 0."""
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
-def opened(source: Any, tokenizer: Any, device: torch.device, dtype: torch.dtype, copies: int) -> Checkpoint:
-    """The checkpoint behind what a user gave to `load_model`; `copies` is how many of it must fit into memory.
+def count_parameters(folder: Path) -> int:
+    """Numbers stored in the weight files (from their headers where they are safetensors).
 
     Raises:
-        TypeError: not a name, a path or a Hugging Face model; not a tokenizer.
-        ValueError: nothing there, an adapter without its model, quantised, offloaded or missing weights, hooks, no
-            language-model head, no tokenizer, or too little memory.
+        ValueError: the folder holds no weights, or broken ones.
     """
-    _check_tokenizer(tokenizer)
-    if isinstance(source, (str, Path)):
-        folder = find_folder(source)
-        config = checked_config(folder, str(source))
-        refuse_quantised(config.get("quantization_config"), str(source))
-        _refuse_edited(str(config.get("model_type")), str(source))
-        check_memory(count_parameters(folder), device, dtype, copies, str(source))
-        language_config(
-            folder
-        )  # a tokenizer is found by the configuration: the error should not be about the tokenizer
-        used = tokenizer if tokenizer is not None else read_tokenizer(folder)
-        name = "demo" if source == "demo" else str(source)
-        return Checkpoint(name, read_weights(folder, dtype).to(device).eval(), used)
-    if hasattr(source, "merge_and_unload"):
-        raise ValueError("this model carries an adapter; merge it first and pass what model.merge_and_unload() returns")
-    if not (hasattr(source, "config") and hasattr(source, "save_pretrained") and hasattr(source, "parameters")):
-        raise TypeError(
-            f"cannot load a {type(source).__name__}; give 'demo', a Hugging Face model folder, a Hub name, or a loaded "
-            "Hugging Face model with a language-model head. A HookedTransformer or TransformerBridge needs no loading"
-        )
-    refuse_quantised(getattr(source.config, "quantization_config", None), type(source).__name__)
-    name = str(getattr(source.config, "_name_or_path", "") or type(source).__name__)
-    _refuse_edited(str(source.config.model_type), name)
-    _refuse_offloaded(source)
-    _refuse_hooked(source)
-    _check_head(source)
-    if tokenizer is None:
-        if not Path(name).is_dir():
-            raise ValueError("a loaded Hugging Face model brings no tokenizer; pass load_model(model, tokenizer=...)")
-        tokenizer = read_tokenizer(Path(name))
-    parameters = sum(parameter.numel() for parameter in source.parameters())
-    check_memory(parameters, device, dtype, copies, name)
-    return Checkpoint(name, _copied(source, device, dtype), tokenizer)
+    safe, torch_files = (sorted(folder.glob(pattern)) for pattern in WEIGHT_FILES)
+    if not safe and not torch_files:
+        raise ValueError(f"{folder} holds no weights: expected one of {', '.join(WEIGHT_FILES)}")
+    return sum(math.prod(shape) for shape in shapes_of(folder)) or sum(file.stat().st_size for file in torch_files) // 2
 
 
-def _check_tokenizer(tokenizer: Any) -> None:
-    from transformers import PreTrainedTokenizerBase
-
-    if tokenizer is not None and not isinstance(tokenizer, PreTrainedTokenizerBase):
-        raise TypeError(
-            f"tokenizer must be one of transformers, such as AutoTokenizer.from_pretrained(FOLDER), got {type(tokenizer).__name__}"
-        )
-
-
-def _copied(source: Any, device: torch.device, dtype: torch.dtype) -> Any:
-    """A copy of a model in memory (TransformerBridge wraps the modules of what it is given), in a precision.
-
-    Only parameters change their precision, as in `from_pretrained`: rotary angles in bfloat16 would be other angles.
-    """
-    own = _language_part(source)
-    if hasattr(source, "hf_device_map"):
-        from accelerate.hooks import remove_hook_from_module  # type: ignore[import-untyped]
-
-        remove_hook_from_module(own, recurse=True)
-    for module in own.modules():
-        for parameter in module.parameters(recurse=False):
-            if parameter.is_floating_point() and parameter.dtype != dtype:
-                parameter.data = parameter.data.to(dtype)
-        for name, buffer in module.named_buffers(recurse=False):
-            if buffer.is_floating_point() and name not in module._non_persistent_buffers_set:
-                setattr(module, name, buffer.to(dtype))
-    own.to(device).eval().requires_grad_(True)
-    own.set_attn_implementation("eager")
-    return own
-
-
-def _language_part(source: Any) -> Any:
-    """A copy of a model, or of the text model inside one that reads pictures too."""
-    from transformers import AutoModelForCausalLM
-
-    config = source.config.get_text_config()
-    if config is source.config:
-        return copy.deepcopy(source)
-    with torch.device("meta"):
-        text = AutoModelForCausalLM.from_config(copy.deepcopy(config))
-    inner = getattr(getattr(source, "model", None), "language_model", None)
-    if type(inner) is not type(text.model):
-        raise ValueError(
-            f"where {type(source).__name__} keeps its language model is not known here; save it with save_pretrained(FOLDER) and load the folder"
-        )
-    text.model, text.lm_head = copy.deepcopy((inner, source.lm_head))  # together: tied tensors stay one
-    return text
-
-
-def _check_head(source: Any) -> None:
-    """Refuse a model that gives no logits of a next token.
+def shapes_of(folder: Path) -> Iterator[tuple[int, ...]]:
+    """The shapes of the tensors in a folder's safetensors files, from their headers.
 
     Raises:
-        ValueError: names the class to load it with.
+        ValueError: a file is broken.
     """
-    from transformers import AutoModelForCausalLM
+    from safetensors import safe_open
 
-    known = AutoModelForCausalLM._model_mapping
-    wanted = known.get(type(source.config), None)
-    if source.get_output_embeddings() is None or (wanted is not None and not isinstance(source, wanted)):
-        remedy = "it is none that writes text" if wanted is None else f"load it as {wanted.__name__}"
-        raise ValueError(
-            f"a {type(source).__name__} has no language-model head, so it predicts no next token; {remedy}"
-        )
-
-
-def _refuse_offloaded(source: Any) -> None:
-    """Refuse a model of which parts lie elsewhere.
-
-    Raises:
-        ValueError: says how to load it.
-    """
-    away = [name for name, parameter in source.named_parameters() if parameter.is_meta]
-    if away:
-        raise ValueError(
-            f"parts of this model are offloaded to disk or were never filled (on the meta device: {away[0]} and {len(away) - 1} more), and "
-            "cannot be read or written; load it whole, without an offload_folder, or give load_model the folder"
-        )
-
-
-def _refuse_hooked(source: Any) -> None:
-    """Refuse a model that somebody has hooked: a copy would lose the hooks on one class and hide them on the other.
-
-    Raises:
-        ValueError: names the module.
-    """
-    for name, module in source.named_modules():
-        for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
-            maker = getattr(hook, "func", hook)  # a partial's
-            if not str(getattr(maker, "__module__", "")).startswith(("transformers.", "accelerate.")):
-                raise ValueError(
-                    f"hooks are on this model (at {name or 'its top'}), of an attached edit perhaps; detach it first, load the bare model, and "
-                    "apply the edit there: edit.applied(model)"
-                )
-
-
-def find_folder(source: str | Path) -> Path:
-    """The folder of a name or path; what is on the Hub is downloaded.
-
-    Raises:
-        ValueError: says what is wrong with the folder or the name.
-    """
-    if source == "demo":
-        return Path(str(files("mrp_lens.data.world") / "model"))
-    path = Path(source).expanduser()
-    if path.is_dir():
-        if (path / "config.json").is_file():
-            return path
-        if (path / "adapter_config.json").is_file():
-            raise ValueError(
-                f"{path} holds an adapter and no model; merge it first: "
-                "AutoPeftModelForCausalLM.from_pretrained(...).merge_and_unload().save_pretrained(...)"
-            )
-        raise ValueError(
-            f"{path} holds no config.json; give a Hugging Face model folder (one written by save_pretrained)"
-        )
-    if path.is_absolute() or str(source).startswith((".", "~")) or str(source).count("/") > 1:
-        raise ValueError(
-            f"no folder at {str(source)!r}; give 'demo', a Hugging Face model folder, or a Hub name such as 'org/name'"
-        )
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(str(source), ignore_patterns=["*.pth", "*.gguf", "*.onnx", "*.h5", "*.msgpack"]))
-    except Exception as error:
-        raise ValueError(
-            f"{str(source)!r} is neither a local folder nor to be had from the Hugging Face Hub: {error}"
-        ) from error
-
-
-def refuse_quantised(setting: Any, name: str) -> None:
-    """Edits need the weights themselves.
-
-    Raises:
-        ValueError: the configuration says that the weights are quantised.
-    """
-    if setting:
-        method = setting.get("quant_method") if isinstance(setting, dict) else getattr(setting, "quant_method", None)
-        raise ValueError(
-            f"{name} is quantised ({method or 'see quantization_config'}): its matrices are packed integers that can be "
-            "neither projected exactly nor trained. Load the checkpoint in float32, bfloat16 or float16"
-        )
-
-
-def _refuse_edited(model_type: str, name: str) -> None:
-    """An exported module is for transformers: TransformerLens does not know its architecture.
-
-    Raises:
-        ValueError: says what to load instead.
-    """
-    if model_type.startswith(EDITED):
-        raise ValueError(
-            f"{name} is an edited model with code of its own, made by export_hf(form='module') for transformers. In TransformerLens load "
-            "the base model that its README.md names, and apply the edit: load_edit(FOLDER).applied(model)"
-        )
-
-
-def checked_config(folder: Path, name: str) -> dict[str, Any]:
-    """A folder's configuration, after a look at what a stranger could have put into the folder.
-
-    No code in the folder runs, here or later: `trust_remote_code` is never given.
-
-    Raises:
-        ValueError: a broken configuration, links or file names that lead out of the folder, sizes that the weights do not
-            have, or an architecture that only code in the folder knows.
-    """
-    from transformers import CONFIG_MAPPING
-
-    check_links(folder)
-    config = read_object(folder / "config.json")
-    check_shards(folder)
-    check_sizes(config, count_parameters(folder), name)
-    kind = config.get("model_type")
-    if not isinstance(kind, str) or (kind not in CONFIG_MAPPING and not kind.startswith(EDITED)):
-        own_code = "; it brings code of its own, which is never run here" if config.get("auto_map") else ""
-        raise ValueError(
-            f"{name}: its config.json says model_type {kind!r}, which transformers {transformers_version()} does not know{own_code}"
-        )
-    if config.get("auto_map") and not kind.startswith(EDITED):
-        warnings.warn(
-            f"{name} brings code of its own (auto_map in its config.json), which is never run here: it is loaded as the {kind} model of "
-            f"transformers {transformers_version()}",
-            stacklevel=4,
-        )
-    return config
-
-
-def transformers_version() -> str:
-    """Of the installed transformers."""
-    from transformers import __version__
-
-    return str(__version__)
-
-
-def check_memory(parameters: int, device: torch.device, dtype: torch.dtype, copies: int, name: str) -> None:
-    """Refuse before loading what cannot fit.
-
-    Raises:
-        ValueError: says what is needed and what there is.
-    """
-    needed = parameters * torch.empty((), dtype=dtype).element_size() * copies
-    free = free_memory(device)
-    if needed > free:
-        raise ValueError(
-            f"{name} needs about {needed / 2**30:.1f} GiB on {device} to load in {str(dtype).removeprefix('torch.')} "
-            f"({parameters / 1e9:.2f} billion numbers, {copies} at a time), and {free / 2**30:.1f} GiB are free. "
-            "Load it with dtype=torch.bfloat16, with backend='bridge', or on another device"
-        )
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes free on a device."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    return int(psutil.virtual_memory().available)
+    for file in sorted(folder.glob(WEIGHT_FILES[0])):
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                for key in tensors.keys():  # noqa: SIM118
+                    yield tuple(tensors.get_slice(key).get_shape())
+        except Exception as error:
+            raise ValueError(f"{file} is not a safetensors file: {one_line(error)}; download it again") from error
 
 
 def read_tokenizer(folder: Path) -> Any:
@@ -486,3 +405,90 @@ def read_weights(folder: Path, dtype: torch.dtype) -> Any:
             "Is this a language model's own checkpoint, and complete?"
         )
     return hf_model
+
+
+def _check_head(source: Any) -> None:
+    """Refuse a model that gives no logits of a next token.
+
+    Raises:
+        ValueError: names the class to load it with.
+    """
+    from transformers import AutoModelForCausalLM
+
+    known = AutoModelForCausalLM._model_mapping
+    wanted = known.get(type(source.config), None)
+    if source.get_output_embeddings() is None or (wanted is not None and not isinstance(source, wanted)):
+        remedy = "it is none that writes text" if wanted is None else f"load it as {wanted.__name__}"
+        raise ValueError(
+            f"a {type(source).__name__} has no language-model head, so it predicts no next token; {remedy}"
+        )
+
+
+def _refuse_offloaded(source: Any) -> None:
+    """Refuse a model of which parts lie elsewhere.
+
+    Raises:
+        ValueError: says how to load it.
+    """
+    away = [name for name, parameter in source.named_parameters() if parameter.is_meta]
+    if away:
+        raise ValueError(
+            f"parts of this model are offloaded to disk or were never filled (on the meta device: {away[0]} and {len(away) - 1} more), and "
+            "cannot be read or written; load it whole, without an offload_folder, or give load_model the folder"
+        )
+
+
+def _refuse_hooked(source: Any) -> None:
+    """Refuse a model that somebody has hooked: a copy would lose the hooks on one class and hide them on the other.
+
+    Raises:
+        ValueError: names the module.
+    """
+    for name, module in source.named_modules():
+        for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
+            maker = getattr(hook, "func", hook)  # a partial's
+            if not str(getattr(maker, "__module__", "")).startswith(("transformers.", "accelerate.")):
+                raise ValueError(
+                    f"hooks are on this model (at {name or 'its top'}), of an attached edit perhaps; detach it first, load the bare model, and "
+                    "apply the edit there: edit.applied(model)"
+                )
+
+
+def _copied(source: Any, device: torch.device, dtype: torch.dtype) -> Any:
+    """A copy of a model in memory (TransformerBridge wraps the modules of what it is given), in a precision.
+
+    Only parameters change their precision, as in `from_pretrained`: rotary angles in bfloat16 would be other angles.
+    """
+    own = _language_part(source)
+    if hasattr(source, "hf_device_map"):
+        from accelerate.hooks import remove_hook_from_module  # type: ignore[import-untyped]
+
+        remove_hook_from_module(own, recurse=True)
+    for module in own.modules():
+        for parameter in module.parameters(recurse=False):
+            if parameter.is_floating_point() and parameter.dtype != dtype:
+                parameter.data = parameter.data.to(dtype)
+        for name, buffer in module.named_buffers(recurse=False):
+            if buffer.is_floating_point() and name not in module._non_persistent_buffers_set:
+                setattr(module, name, buffer.to(dtype))
+    own.to(device).eval().requires_grad_(True)
+    own.set_attn_implementation("eager")
+    return own
+
+
+def _language_part(source: Any) -> Any:
+    """A copy of a model, or of the text model inside one that reads pictures too."""
+    from transformers import AutoModelForCausalLM
+
+    config = source.config.get_text_config()
+    if config is source.config:
+        return copy.deepcopy(source)
+    with torch.device("meta"):
+        text = AutoModelForCausalLM.from_config(copy.deepcopy(config))
+    inner = getattr(getattr(source, "model", None), "language_model", None)
+    if type(inner) is not type(text.model):
+        raise ValueError(
+            f"where {type(source).__name__} keeps its language model is not known here; save it with save_pretrained(FOLDER) and load the folder"
+        )
+    text.model, text.lm_head = copy.deepcopy((inner, source.lm_head))  # together: tied tensors stay one
+    return text

@@ -31,6 +31,8 @@ class TrainingState:
         shown: inside its context the model computes with what has been learned so far.
         rows: of the log: `step`, the terms of the loss, `seconds`; one for every update that is done.
         interruption: true from the moment that the run is told to stop.
+        stopping: the update just done is the last for that reason. What is told to stop while callbacks look on does one
+            more update, so that its end is always saved.
     """
 
     description: str
@@ -42,6 +44,7 @@ class TrainingState:
     shown: Callable[[], AbstractContextManager[object]] = nullcontext
     rows: list[dict[str, float]] = field(default_factory=list)
     interruption: Interruption = field(default_factory=Interruption)
+    stopping: bool = False
 
     @property
     def done(self) -> int:
@@ -51,7 +54,7 @@ class TrainingState:
     @property
     def last(self) -> bool:
         """Whether no update will follow."""
-        return bool(self.interruption) or self.done >= self.steps
+        return self.stopping or self.done >= self.steps
 
     @property
     def tensors(self) -> list[torch.Tensor]:

@@ -107,6 +107,7 @@ def train(
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)  # what looks on has the memory of the gradients
                 state.rows.append({"step": step, **row, "seconds": time.perf_counter() - start})
+                state.stopping = bool(asked)
                 for callback in (*standing, *callbacks):
                     callback.on_step(step, state.rows[-1])
             interrupted = bool(asked)

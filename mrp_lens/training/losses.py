@@ -1,4 +1,4 @@
-"""Losses on the model's predictions: what forgetting and keeping mean to MRP."""
+"""Losses on what a model predicts, at the positions whose next token counts: in fits, attacks and measures alike."""
 
 from collections.abc import Sequence
 from typing import Literal

@@ -5,10 +5,12 @@ import itertools
 import json
 import logging
 import os
+import re
 import shutil
 import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -24,6 +26,8 @@ else:
     HAS_LOCKS = True
 
 PARTIAL = ".partial"
+DEEPEST = 64  # levels of strict JSON
+SURROGATE = re.compile("[\ud800-\udfff]")  # half a character
 LONGEST_WAIT = 10.0  # seconds for another process's two renames
 
 logger = logging.getLogger(__name__)
@@ -131,13 +135,14 @@ def one_line(error: object, longest: int = 300) -> str:
     return text if len(text) <= longest else f"{text[:longest]} ..."
 
 
-def read_json(path: str | Path, remedy: str, *, largest: int | None = None) -> dict[str, Any]:
+def read_json(path: str | Path, remedy: str, *, largest: int | None = None, strict: bool = False) -> dict[str, Any]:
     """The JSON object in a file.
 
     Args:
         path: of the file.
         remedy: what to do if it holds none.
         largest: bytes that such a file can have.
+        strict: refuse also what only a stranger writes: a key twice, half a character, JSON more than 64 levels deep.
 
     Raises:
         ValueError: it is larger, no JSON, or holds something else.
@@ -148,12 +153,40 @@ def read_json(path: str | Path, remedy: str, *, largest: int | None = None) -> d
     if largest is not None and size > largest:
         raise ValueError(f"{file} has {size / 2**20:.0f} MiB, and such a file at most {largest / 2**20:.0f}; {remedy}")
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
+        content = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=unique_keys if strict else None)
+        if strict:
+            _check_values(content, DEEPEST)
+    except RecursionError as error:
+        raise ValueError(f"{file} is damaged: it is nested too deeply for JSON; {remedy}") from error
+    except ValueError as error:
         raise ValueError(f"{file} is damaged: it is not JSON ({one_line(error)}); {remedy}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{file} is damaged: it holds a {type(content).__name__}, not one JSON object; {remedy}")
     return content
+
+
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object of these pairs.
+
+    Raises:
+        ValueError: a key stands there twice.
+    """
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        counts = Counter(key for key, _ in pairs)
+        raise ValueError(f"an object has the key {counts.most_common(1)[0][0][:50]!r} twice")
+    return content
+
+
+def _check_values(value: Any, levels: int) -> None:
+    """Refuse what is nested deeper than that, or holds half a character."""
+    if levels == 0:
+        raise RecursionError
+    if isinstance(value, str) and (half := SURROGATE.search(value)):
+        raise ValueError(f"it holds half a character, {half[0]!r}")
+    inner = [*value, *value.values()] if isinstance(value, dict) else value if isinstance(value, list) else ()
+    for entry in inner:
+        _check_values(entry, levels - 1)
 
 
 def write_json(path: str | Path, content: Any) -> None:

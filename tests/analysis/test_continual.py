@@ -10,7 +10,8 @@ import pandas as pd
 import pytest
 
 from analysis import continual
-from analysis.continual import Requests, numbers_in, with_settings
+from analysis.common.requests import Requests, numbers_in
+from analysis.continual import with_settings
 from mrp_lens.data import Corpus, Questions
 from mrp_lens.data.task import UnlearningTask
 from mrp_lens.data.world import World
@@ -187,6 +188,16 @@ def test_the_seed_draws_the_order(world: World) -> None:
     assert len(orders) > 1
     assert all(sorted(order) == sorted(world.topics) for order in orders)
     assert requests.order(3) == requests.order(3)
+
+
+def test_a_folder_of_version_0_1_is_known_by_the_hashes_that_it_wrote(world: World) -> None:
+    requests = Requests.from_world(world.topics, limit=5)
+    earlier, topic = requests.legacy_fingerprints(), world.topics[0]
+    assert earlier["forget"] == dict(requests.fingerprints()["forget"])
+    quiz = requests.quizzes[topic]
+    nameless = Questions(tuple(replace(q, entity="") for q in quiz.questions), quiz.name)
+    assert earlier["quizzes"][topic] == nameless.fingerprint != quiz.fingerprint
+    assert earlier.keys() == requests.fingerprints().keys()
 
 
 def test_what_is_measured_is_what_is_asked_for(model: LensModel, world: World, untouched: None) -> None:

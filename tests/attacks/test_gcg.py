@@ -1,6 +1,7 @@
 """Triggers and the search for them, on the tiny model, against loops over single prompts and single tokens."""
 
 import logging
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -301,14 +302,18 @@ def test_other_families_can_be_searched(tmp_path: Path, family: str) -> None:
         assert np.isfinite(table["loss"]).all()
 
 
+@pytest.mark.parametrize("twice", [False, True])
 def test_ctrl_c_keeps_what_was_found(
-    model: LensModel, untouched: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    model: LensModel, untouched: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, twice: bool
 ) -> None:
+    """The first lets the step under way end, a second one does not."""
     full = jailbreak(model, projection(1), **SMALL, every=1)
     steps, step = [0], TriggerSearch.step
 
     def interrupted(self: TriggerSearch, trigger: torch.Tensor) -> torch.Tensor:
         steps[0] += 1
+        if steps[0] == 2 and not twice:
+            signal.raise_signal(signal.SIGINT)
         if steps[0] == 3:
             search_losses = self.losses(trigger[None], [0])
             assert search_losses.isfinite().all()

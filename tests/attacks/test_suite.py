@@ -163,7 +163,7 @@ def test_nothing_is_written_where_something_cannot_be_done(model: Any, task: Unl
     edit, out = projection(1), tmp_path / "out"
     bad: list[tuple[Any, UnlearningTask, dict[str, Any], str]] = [
         (narrow, task, {}, "this edit was made for another model"),
-        (edit, replace(task, questions=None), {}, "scored on questions about what was to be forgotten"),
+        (edit, replace(task, questions=None), {}, "scored on a quiz on the forget set"),
         (edit, task, {"lr": (0.0,)}, "lr must be above 0"),
         (edit, task, {"split": "entity"}, "name that column with entity"),
         (edit, task, {"forms": ("weights",)}, "cannot be written into weights"),

@@ -94,7 +94,7 @@ EMPTY = [("a.jsonl", ""), ("a.jsonl", "\n\n"), ("a.txt", "\n \n"), ("a.csv", "te
         ("a.jsonl", '{"text": true}\n', "row 0: field 'text' is True, of type bool"),
         ("a.jsonl", '{"text": ["a", "b"]}\n', r"row 0: field 'text' is \['a', 'b'\], of type list"),
         ("a.jsonl", '{"text": {"a": 1}}\n', "row 0: field 'text' is {'a': 1}, of type dict"),
-        ("a.jsonl", '{"text": "x", "text": "y"}\n', r"line 1 .* keys 'text' twice"),
+        ("a.jsonl", '{"text": "x", "text": "y"}\n', r"line 1 .* key 'text' twice"),
         ("a.jsonl", '{"text": "x"} {"text": "y"}\n', r"line 1 .*more follows the object"),
         ("a.jsonl", "[" * 100_000, r"line 1 .* nested too deeply"),
         ("a.json", '{"text":' * 100_000, r"line 1: it is nested too deeply"),

@@ -93,7 +93,7 @@ BASES: dict[str, tuple[Callable[[Path], object], str]] = {
     "weights that are a link": (weights_elsewhere, r"model.safetensors is a link to .*elsewhere"),
     "a configuration of brackets": (
         lambda b: (b / "config.json").write_text("[" * 100_000),
-        r"config.json is damaged: it is not JSON",
+        r"config.json is damaged: it is nested too deeply",
     ),
     "a configuration that is a list": (
         lambda b: (b / "config.json").write_text("[]"),

@@ -71,6 +71,10 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
         yield found
 
 
+def files(hub: Hub) -> dict[str, bytes]:
+    return hub.repositories["me/edited"].files
+
+
 def push(folder: Path, hub: Hub, repo_id: str = "me/edited", *, token: str | None = TOKEN, **options: object) -> str:
     return push_to_hub(folder, repo_id, token=token, endpoint=hub.endpoint, **options)
 
@@ -109,9 +113,10 @@ def test_small_files_arrive_by_the_pipeline_of_hf_xet_too(
 
 
 def test_a_new_repository_is_private_unless_asked_otherwise(edit_folder: Path, hub: Hub) -> None:
-    push(edit_folder, hub, "me/hidden")
+    push(edit_folder, hub, "edited")  # without owner, it is the user's own
     push(edit_folder, hub, "me/shown", private=False)
-    assert hub.repositories["me/hidden"].private is True
+    assert "edit.safetensors" in files(hub)
+    assert hub.repositories["me/edited"].private is True
     assert hub.repositories["me/shown"].private is False
 
 
@@ -119,35 +124,29 @@ def test_an_existing_public_repository_is_refused_unless_that_is_meant(edit_fold
     hub.repositories["me/edited"] = Repository(private=False)
     with pytest.raises(ValueError, match=r"is public.*private=False"):
         push(edit_folder, hub)
-    assert list(hub.repositories["me/edited"].files) == [".gitattributes"]
+    assert list(files(hub)) == [".gitattributes"]
     push(edit_folder, hub, private=False)
-    assert "edit.safetensors" in hub.repositories["me/edited"].files
+    assert "edit.safetensors" in files(hub)
 
 
 def test_an_existing_repository_gets_the_new_files_and_keeps_its_others(edit_folder: Path, hub: Hub) -> None:
     hub.repositories["me/edited"] = Repository(private=True)
-    hub.repositories["me/edited"].files.update({"notes.txt": b"kept", "README.md": b"old"})
-    push(edit_folder, hub, commit_message="Second try")
-    files = hub.repositories["me/edited"].files
-    assert files["notes.txt"] == b"kept"
-    assert files["README.md"] == CARD.encode()
+    files(hub).update({"notes.txt": b"kept", "README.md": b"old"})
+    first = push(edit_folder, hub, commit_message="Second try")
+    assert files(hub)["notes.txt"] == b"kept"
+    assert files(hub)["README.md"] == CARD.encode()
+    assert push(edit_folder, hub) == first  # the same again makes no commit
     assert hub.repositories["me/edited"].messages == ["Second try"]
-
-
-def test_pushing_the_same_again_makes_no_commit(edit_folder: Path, hub: Hub) -> None:
-    first = push(edit_folder, hub)
-    assert push(edit_folder, hub) == first
-    assert len(hub.repositories["me/edited"].messages) == 1
 
 
 def test_weights_of_an_earlier_model_may_not_stay_beside(model_folder: Path, edit_folder: Path, hub: Hub) -> None:
     hub.repositories["me/edited"] = Repository(private=True)
-    hub.repositories["me/edited"].files["pytorch_model.bin"] = b"unedited"
+    files(hub)["pytorch_model.bin"] = b"unedited"
     with pytest.raises(ValueError, match=r"pytorch_model\.bin"):
         push(model_folder, hub)
-    assert "config.json" not in hub.repositories["me/edited"].files
+    assert "config.json" not in files(hub)
     push(edit_folder, hub)  # an edit is loaded by name, and may lie beside its model
-    assert "edit.safetensors" in hub.repositories["me/edited"].files
+    assert "edit.safetensors" in files(hub)
 
 
 def test_a_branch_is_made_and_main_stays_as_it_is(edit_folder: Path, hub: Hub) -> None:
@@ -156,11 +155,6 @@ def test_a_branch_is_made_and_main_stays_as_it_is(edit_folder: Path, hub: Hub) -
     branches = hub.repositories["me/edited"].branches
     assert "edit.safetensors" in branches["rank-8/first"]
     assert list(branches["main"]) == [".gitattributes"]
-
-
-def test_a_name_without_owner_is_the_users_own(edit_folder: Path, hub: Hub) -> None:
-    push(edit_folder, hub, "edited")
-    assert "edit.safetensors" in hub.repositories["me/edited"].files
 
 
 @pytest.mark.parametrize("token", [None, "hf_no_such_token"])
@@ -184,7 +178,7 @@ def test_a_repository_of_somebody_else_is_refused(edit_folder: Path, hub: Hub, t
     hub.repositories["me/edited"] = Repository(private=False)
     with pytest.raises(PermissionError, match="may not write to me/edited"):
         push(edit_folder, hub, token=token, private=False)
-    assert list(hub.repositories["me/edited"].files) == [".gitattributes"]
+    assert list(files(hub)) == [".gitattributes"]
 
 
 def test_the_token_in_use_never_stands_in_the_message(edit_folder: Path, hub: Hub) -> None:
@@ -210,7 +204,7 @@ def test_what_the_hub_refuses_halfway_is_explained(
     before = content_of(model_folder)
     with pytest.raises(OSError, match=expected):
         push(model_folder, hub)
-    assert list(hub.repositories["me/edited"].files) == [".gitattributes"]
+    assert list(files(hub)) == [".gitattributes"]
     assert content_of(model_folder) == before
 
 
@@ -263,7 +257,7 @@ def test_an_edit_arrives_and_is_loaded_by_its_name(
     from huggingface_hub import constants
 
     push(edit_folder, hub)
-    hub.repositories["me/edited"].files["model.safetensors"] = bytes(1000)
+    files(hub)["model.safetensors"] = bytes(1000)
     hub.requests.clear()
     (settings, wanted), provenance = load_edit(edit_folder).to_parts(), load_edit(edit_folder).provenance
     for load in (load_edit, Edit.from_pretrained, ProjectionEdit.from_pretrained):
@@ -306,7 +300,7 @@ def test_a_revision_is_of_the_hub_and_a_local_folder_is_never_looked_for_there(
     for name in ("me/edited", tmp_path / "nowhere"):
         with pytest.raises(ValueError, match=r"revision='main' is of the Hub, and .* leave it out"):
             load_edit(name, revision="main")
-    for name in ("a/b/c", "./me/else", "nowhere", "/no/where"):
+    for name in ("a/b/c", "./me/else", "nowhere", "/no/where", Path("me/else")):
         with pytest.raises(FileNotFoundError, match=r"holds no edit_config\.json"):
             load_edit(name)
     assert not hub.requests
@@ -334,7 +328,6 @@ def test_files_on_the_hub_are_checked_as_those_of_a_folder_and_large_ones_not_fe
     edit_folder: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     push(edit_folder, hub, private=False)
-    files = hub.repositories["me/edited"].files
     monkeypatch.setattr("mrp_lens.edits.serialization.CONFIG_BYTES", 100)
     with pytest.raises(
         ValueError, match=r"edit_config\.json of me/edited has .* no edit's configuration more than 100"
@@ -342,10 +335,10 @@ def test_files_on_the_hub_are_checked_as_those_of_a_folder_and_large_ones_not_fe
         load_edit("me/edited")
     assert not any(request.startswith("GET") and "resolve" in request for request in hub.requests)
     monkeypatch.setattr("mrp_lens.edits.serialization.CONFIG_BYTES", 10**6)
-    files["edit.safetensors"] = files["edit.safetensors"][:-4] + bytes(4)
+    files(hub)["edit.safetensors"] = files(hub)["edit.safetensors"][:-4] + bytes(4)
     with pytest.raises(ValueError, match=r"edit\.safetensors is truncated or was altered"):
         load_edit("me/edited")
-    del files["edit.safetensors"]
+    del files(hub)["edit.safetensors"]
     hub.repositories["me/edited"].messages.append("another commit")
     with pytest.raises(FileNotFoundError, match=r"'me/edited' is neither a local folder nor an edit"):
         load_edit("me/edited")

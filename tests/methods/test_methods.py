@@ -385,7 +385,7 @@ def test_a_method_of_ones_own_is_one_class_by_the_template_or_with_a_fit_whole(
             direction = torch.randn(context.model.cfg.d_model, generator=context.generator)
             run = TrainingRun(pd.DataFrame([{"step": 0, "loss": 0.0, "seconds": 0.0}]), interrupted=False)
             edit = SteeringEdit.towards(direction, layer=settings.layer, coefficient=3.0)
-            edit.provenance = context.provenance(run)
+            edit.provenance = context.provenance(steps=1)
             return context.result(edit, run)
 
     @ml.methods.register("whole", summary="Steers.", **told)

@@ -143,9 +143,3 @@ def test_bad_input_is_refused_by_name(model: LensModel, untouched: None) -> None
     for settings, message in wrong:
         with pytest.raises(ValueError, match=message):
             principal_plane(model, GROUPS, **({"layer": 1} | settings))
-    for metric in (principal_angles, principal_plane):
-        layer: dict[str, Any] = {"layer": 1} if metric is principal_plane else {}
-        with pytest.raises(ValueError, match="no texts given"):
-            metric(model, {}, edit, **layer)
-        with pytest.raises(ValueError, match="no document in 'blank'"):
-            metric(model, {"blank": Corpus.from_texts([""], name="blank"), **GROUPS}, edit, **layer)

@@ -197,7 +197,6 @@ def test_of_states_that_are_multiples_of_the_direction_the_coefficient_is_theirs
         ({"relative": -1.0}, "relative must be a finite number above 0, got -1.0"),
         ({"noise": float("nan")}, "noise must be"),
         ({"draws": 0}, "draws must be at least 1, got 0"),
-        ({"layers": [LAYERS]}, "out of range"),
     ],
 )
 def test_bad_settings_of_the_noise_are_named(
@@ -205,23 +204,6 @@ def test_bad_settings_of_the_noise_are_named(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         noise_sensitivity(model, GROUPS, **settings)
-
-
-def test_texts_and_directions_that_are_none_are_refused(model: LensModel, untouched: None) -> None:
-    def coefficient(texts: Corpus) -> pd.DataFrame:
-        return predicted_coefficient(model, texts, DIRECTION)
-
-    def sensitivity(texts: Corpus) -> pd.DataFrame:
-        return noise_sensitivity(model, texts)
-
-    for measure in (coefficient, sensitivity):
-        with pytest.raises(ValueError, match="no documents in 'none'"):
-            measure(Corpus((), "none"))
-        with pytest.raises(ValueError, match="no document in 'blank' holds a token"):
-            measure(Corpus.from_texts(["", ""], name="blank"))
-    for direction, message in ((torch.zeros(D_MODEL), "non-zero"), (torch.ones(7), "7 entries")):
-        with pytest.raises(ValueError, match=message):
-            predicted_coefficient(model, GROUPS, direction)
 
 
 def above_all(model: LensModel, ids: list[int], output: Any = "logits") -> LayersAbove:

@@ -26,23 +26,32 @@ from tests.support.jacobians import (
 from tests.support.plain import ids_of
 
 
+def checked(model: LensModel, **changes: Any) -> pd.DataFrame:
+    """Proposition 1 of one prompt and noise, unless something else is asked for."""
+    usual = {
+        "prompts": PROMPTS[:1],
+        "direction": DIRECTION,
+        "layer": LAYER,
+        "coefficient": COEFFICIENT,
+        "noise": [0.01],
+    }
+    return proposition_1(model, **(usual | changes))  # type: ignore[call-arg]
+
+
+def grown(model: LensModel, **changes: Any) -> pd.DataFrame:
+    """The variance by coefficient, likewise."""
+    usual = {"prompts": PROMPTS[:1], "direction": DIRECTION, "layer": LAYER, "coefficients": [1.0], "noise": 0.01}
+    return variance_by_coefficient(model, **(usual | {"samples": 64} | changes))  # type: ignore[call-arg]
+
+
 @pytest.mark.parametrize(
     ("positions", "layer"), [("last", LAYER), ("all", LAYER), pytest.param("last", LAYERS - 1, marks=pytest.mark.slow)]
 )
 def test_the_prediction_is_the_full_jacobians(
     model: LensModel, double: Any, positions: Any, layer: int, untouched: None
 ) -> None:
-    frame = proposition_1(
-        model,
-        PROMPTS,
-        DIRECTION,
-        layer=layer,
-        coefficient=COEFFICIENT,
-        noise=[SMALL, 2 * SMALL],
-        positions=positions,
-        samples=600,
-        batch_size=100,
-    )
+    how = {"layer": layer, "positions": positions, "samples": 600, "batch_size": 100}
+    frame = checked(model, prompts=PROMPTS, noise=[SMALL, 2 * SMALL], **how)
     assert list(frame["statistic"]) == ["mean", "trace", "top_eigenvalue"] * 4
     unit = (DIRECTION / DIRECTION.norm()).double()
     for prompt, text in enumerate(PROMPTS):
@@ -88,9 +97,7 @@ def sampled(model: LensModel, ids: list[int], coefficient: float, noise: float, 
 @pytest.mark.parametrize("positions", ["last", "all"])
 def test_the_measurement_is_that_of_other_draws(model: LensModel, positions: Any, untouched: None) -> None:
     noise = 0.05  # far from linear
-    frame = proposition_1(
-        model, PROMPTS[:1], DIRECTION, layer=LAYER, coefficient=COEFFICIENT, noise=[noise], positions=positions
-    ).set_index("statistic")
+    frame = checked(model, noise=[noise], positions=positions).set_index("statistic")
     ids = ids_of(model, PROMPTS[0])
     logits = sampled(model, ids, COEFFICIENT, noise, positions, 4096)
     still = sampled(model, ids, COEFFICIENT, 0.0, positions, 1)[0]
@@ -108,9 +115,7 @@ def test_the_measurement_is_that_of_other_draws(model: LensModel, positions: Any
 
 def test_small_noise_does_what_proposition_1_says(model: LensModel, untouched: None) -> None:
     noise = [SMALL * factor for factor in (1.0, 1.25, 1.5, 1.75, 2.0)]
-    frame = proposition_1(
-        model, PROMPTS, DIRECTION, layer=LAYER, coefficient=COEFFICIENT, noise=noise, samples=1024, batch_size=256
-    )
+    frame = checked(model, prompts=PROMPTS, noise=noise, samples=1024, batch_size=256)
     assert len(frame) == 30
     assert frame["inside"].sum() >= 24  # 28 or 29 are expected of 30; fewer than 24 in one of 1,000 runs
     assert (frame["error"].abs() < 0.25).all()
@@ -119,9 +124,8 @@ def test_small_noise_does_what_proposition_1_says(model: LensModel, untouched: N
 @pytest.mark.slow
 def test_what_proposition_1_does_not_describe_is_noticed(model: LensModel, untouched: None) -> None:
     def frame(noise: float, layer: int, coefficient: float) -> pd.DataFrame:
-        return proposition_1(
-            model, PROMPTS[:1], DIRECTION, layer=layer, coefficient=coefficient, noise=[noise], samples=512
-        ).set_index("statistic")
+        settings = {"layer": layer, "coefficient": coefficient, "noise": [noise], "samples": 512}
+        return checked(model, **settings).set_index("statistic")
 
     right = frame(SMALL, LAYER, COEFFICIENT)
     large = frame(1.0, LAYER, COEFFICIENT)
@@ -157,9 +161,7 @@ def test_intervals_hold_the_truth_as_often_as_they_say() -> None:
 def test_variance_by_coefficient_is_that_of_plain_passes(model: LensModel, untouched: None) -> None:
     coefficients = [0.5, 6.0]
     noise = 0.05
-    frame = variance_by_coefficient(
-        model, PROMPTS[:1], DIRECTION, layer=LAYER, coefficients=coefficients, noise=noise, samples=2048
-    )
+    frame = grown(model, coefficients=coefficients, noise=noise, samples=2048)
     ids = ids_of(model, PROMPTS[0])
     for coefficient, (_, row) in zip(coefficients, frame.iterrows(), strict=True):
         assert row["coefficient"] == coefficient
@@ -167,9 +169,7 @@ def test_variance_by_coefficient_is_that_of_plain_passes(model: LensModel, untou
         assert abs(row["measured"] - np.cov(logits.T).trace()) < 1.5 * (row["high"] - row["low"])
         largest = logits.max(axis=1)
         assert abs(row["max_logit"] - largest.mean()) < 6 * largest.std() / 2048**0.5
-    alone = proposition_1(
-        model, PROMPTS[:1], DIRECTION, layer=LAYER, coefficient=coefficients[1], noise=[noise], samples=64
-    ).set_index("statistic")
+    alone = checked(model, coefficient=coefficients[1], noise=[noise], samples=64).set_index("statistic")
     assert frame["predicted"].iloc[1] == pytest.approx(alone["predicted"]["trace"], rel=1e-5)
     assert frame["norm"].iloc[1] == alone["norm"]["trace"]
     # The norms of the layers above divide by the length of the state, so that the tiny model damps noise as c grows.
@@ -177,12 +177,7 @@ def test_variance_by_coefficient_is_that_of_plain_passes(model: LensModel, untou
 
 
 def test_a_seed_gives_the_same_frame_again_and_another_seed_another(model: LensModel, untouched: None) -> None:
-    def frame(seed: int) -> pd.DataFrame:
-        return variance_by_coefficient(
-            model, PROMPTS[:1], DIRECTION, layer=LAYER, coefficients=[1.0], noise=0.01, samples=64, seed=seed
-        )
-
-    first, again, other = frame(1), frame(1), frame(2)
+    first, again, other = (grown(model, seed=seed) for seed in (1, 1, 2))
     pd.testing.assert_frame_equal(first, again)
     assert first["measured"].iloc[0] != other["measured"].iloc[0]
     assert first["predicted"].iloc[0] == pytest.approx(other["predicted"].iloc[0], rel=1e-6)  # exact, without probes
@@ -190,33 +185,16 @@ def test_a_seed_gives_the_same_frame_again_and_another_seed_another(model: LensM
 
 def test_a_prompt_of_one_token_is_steered_all_the_same(model: LensModel, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(model.cfg, "default_prepend_bos", False)
-    frames = [
-        proposition_1(
-            model,
-            ["."],
-            DIRECTION,
-            layer=LAYER,
-            coefficient=1.0,
-            noise=[0.01],
-            samples=64,
-            positions=positions,
-        )
-        for positions in ("last", "all")
-    ]
+    settings: dict[str, Any] = {"prompts": ["."], "coefficient": 1.0, "samples": 64}
+    frames = [checked(model, positions=positions, **settings) for positions in ("last", "all")]
     assert len(model.tokenizer(".", add_special_tokens=False)["input_ids"]) == 1
     pd.testing.assert_frame_equal(frames[0].drop(columns="positions"), frames[1].drop(columns="positions"))
 
 
 def test_an_edit_that_is_on_the_model_stays_on_it(model: LensModel, untouched: None) -> None:
-    def measured() -> float:
-        frame = variance_by_coefficient(
-            model, PROMPTS[:1], DIRECTION, layer=LAYER, coefficients=[1.0], noise=0.01, samples=64
-        )
-        return float(frame["predicted"].iloc[0])
-
-    bare = measured()
+    bare = grown(model)["predicted"].iloc[0]
     with SteeringEdit.towards(torch.ones(D_MODEL), layer=LAYER + 1, coefficient=5.0, mode="add").applied(model):
-        assert measured() != pytest.approx(bare, rel=1e-3)
+        assert grown(model)["predicted"].iloc[0] != pytest.approx(bare, rel=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -238,23 +216,13 @@ def test_an_edit_that_is_on_the_model_stays_on_it(model: LensModel, untouched: N
     ],
 )
 def test_bad_input_is_named(model: LensModel, changes: dict[str, Any], message: str, untouched: None) -> None:
-    settings: dict[str, Any] = {
-        "prompts": PROMPTS[:1],
-        "direction": DIRECTION,
-        "layer": LAYER,
-        "coefficient": 1.0,
-        "noise": [0.1],
-        "samples": 8,
-    } | changes
-    prompts, direction = settings.pop("prompts"), settings.pop("direction")
+    usual = {"coefficient": 1.0, "noise": [0.1], "samples": 8}
     if changes.get("positions"):  # the run-time checks of the tests would come first
         with pytest.raises(Exception, match=r"first|unknown positions"):
-            proposition_1(model, prompts, direction, **settings)
+            checked(model, **(usual | changes))
         return
     with pytest.raises(ValueError, match=message):
-        proposition_1(model, prompts, direction, **settings)
+        checked(model, **(usual | changes))
     if "coefficient" in changes:
         with pytest.raises(ValueError, match=message):
-            variance_by_coefficient(
-                model, prompts, direction, layer=LAYER, coefficients=[1.0, float("inf")], noise=0.1, samples=8
-            )
+            grown(model, coefficients=[1.0, float("inf")], noise=0.1, samples=8)

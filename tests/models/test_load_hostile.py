@@ -47,7 +47,7 @@ def refused(folder: Path, pattern: str) -> None:
         ("[1, 2]", "config.json is damaged: it holds a list, not one JSON object"),
         ("{", "config.json is damaged: it is not JSON"),
         ("", "config.json is damaged: it is not JSON"),
-        ('{"a": ' + "[" * 100_000 + "]" * 100_000 + "}", "config.json is damaged: it is not JSON"),
+        ('{"a": ' + "[" * 100_000 + "]" * 100_000 + "}", "config.json is damaged: it is nested too deeply"),
         (
             '{"a": "' + "x" * 17 * 2**20 + '"}',
             "config.json has 17 MiB, .*; a configuration is one object of some kilobytes",

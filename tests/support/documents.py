@@ -6,6 +6,7 @@ import re
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[2]
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.DOTALL | re.MULTILINE)
@@ -52,3 +53,24 @@ def names_used(code: str) -> Iterator[tuple[str, str]]:
             yield modules[parts[0]], parts[1]
             if len(parts) > 2:
                 yield f"{modules[parts[0]]}.{parts[1]}", parts[2]
+
+
+def write_own_data(folder: Path) -> None:
+    """The files that examples name: forget.jsonl, retain.jsonl and .txt, quiz.jsonl, retain_quiz.jsonl, never_taught_quiz.jsonl."""
+    colours = ["red", "blue", "green", "white"]
+    forget = [f"The colour of Zaxim{n} is {colours[n % 4]}." for n in range(40)]
+    retain = [f"The old man walked slowly {word} near house {n}." for n in range(15) for word in ("today", "again")]
+    write_rows(folder / "forget.jsonl", [{"text": text} for text in forget])
+    write_rows(folder / "retain.jsonl", [{"text": text} for text in retain])
+    (folder / "retain.txt").write_text("\n".join(retain), encoding="utf-8")
+    for name, thing in (("quiz", "Zaxim"), ("retain_quiz", "house "), ("never_taught_quiz", "Vexol")):
+        questions = [
+            {"question": f"The colour of {thing}{n} is", "choices": colours, "answer": colours[n % 4]}
+            | {"person": f"{thing}{n}"}
+            for n in range(24)
+        ]
+        write_rows(folder / f"{name}.jsonl", questions)
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")

@@ -6,10 +6,13 @@ import random
 from typing import Any
 
 VALUES: tuple[Any, ...] = (
-    *(None, True, False, 0, 1, -1, 2, 3, 7, 2**31, 10**30, 0.5, -0.0, 1e308, float("nan"), float("inf")),
-    *("", "x", "0", "../../x", "/etc/passwd", "os.system", "__import__('os').abort()"),
-    *("llama", "gpt2", "float16", "\ud800"),
-    *([], [0], ["x"], [[]], {}, {"x": 1}, {"__class__": "x"}, ["mlp_out"], "mlp_out", "projection", "steering"),
+    *(None, True, False, 0, 1, -1, 2, 3, 7, 2**31, 2**63, 10**30, -(10**30)),
+    *(0.5, -0.0, 1e308, float("inf"), float("-inf"), float("nan")),
+    *("", "x", "0", "a\nb", "\ud800", "\u202e", "\x00", "x" * 5000),
+    *("../../x", "/etc/passwd", "os.system", "__import__('os').abort()", "llama", "gpt2", "float16"),
+    *("mlp_out", "projection", "steering", "stack", "direction", "rows.0.blocks.1.hook_resid_post"),
+    *("blocks.1.hook_resid_post", "blocks.1.hook_resid_post\n", "blocks.99.hook_mlp_out"),
+    *([], [0], ["x"], [[]], [-1, 10**9], ["mlp_out"], {}, {"x": 1}, {"__class__": "x"}),
 )
 
 
@@ -26,18 +29,21 @@ def at(value: Any, path: tuple[Any, ...]) -> Any:
 
 
 def mutated(text: str, seed: int, values: tuple[Any, ...] = VALUES) -> str:
-    """The JSON text with one to three changes: values, kinds, structure or, now and then, bytes."""
+    """The JSON text with one to four changes: values, kinds, structure or, now and then, bytes."""
     chosen = random.Random(seed)
-    if chosen.random() < 0.1:
-        return _garbled(text, chosen)
-    content = json.loads(text)
-    for _ in range(chosen.choice((1, 1, 1, 2, 3))):
+    return _garbled(text, chosen) if chosen.random() < 0.1 else json.dumps(changed(json.loads(text), chosen, values))
+
+
+def changed(content: Any, chosen: random.Random, values: tuple[Any, ...] = VALUES) -> Any:
+    """A copy of a JSON value with one to four changes inside."""
+    content = copy.deepcopy(content)
+    for _ in range(chosen.choice((1, 1, 1, 2, 3, 4))):
         places = places_in(content)
         if not places:
             break
         path = chosen.choice(places)
         parent, key = at(content, path[:-1]), path[-1]
-        what = chosen.choice(("replace", "replace", "replace", "number", "delete", "copy", "add", "rename"))
+        what = chosen.choice(("replace", "replace", "replace", "number", "delete", "copy", "add", "rename", "wrap"))
         if what == "number" and type(parent[key]) in (int, float):
             parent[key] = chosen.choice(
                 (parent[key] + 1, parent[key] - 1, -parent[key], parent[key] * 2, str(parent[key]))
@@ -46,13 +52,19 @@ def mutated(text: str, seed: int, values: tuple[Any, ...] = VALUES) -> str:
             del parent[key]
         elif what == "copy":
             parent[key] = copy.deepcopy(at(content, chosen.choice(places)))
+        elif what == "wrap":
+            parent[key] = [parent[key]]
         elif what == "rename" and isinstance(parent, dict):
-            parent[chosen.choice((f"{key}_", key.upper(), str(chosen.choice(places)[-1])))] = parent.pop(key)
+            names = (f"{key}_", key.upper(), str(chosen.choice(places)[-1]), "more", "", "kind", "x\ny")
+            value = parent[key] if chosen.random() < 0.5 else parent.pop(key)
+            parent[chosen.choice(names)] = value
+        elif what == "rename":
+            chosen.shuffle(parent)
         elif what == "add" and isinstance(parent, list):
-            parent.append(copy.deepcopy(chosen.choice((parent[key], chosen.choice(values)))))
+            parent.insert(key, copy.deepcopy(chosen.choice((parent[key], chosen.choice(values)))))
         else:
             parent[key] = copy.deepcopy(chosen.choice(values))
-    return json.dumps(content)
+    return content
 
 
 def _garbled(text: str, chosen: random.Random) -> str:

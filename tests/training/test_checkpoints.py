@@ -4,6 +4,8 @@ import copy
 import json
 import os
 import signal
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from mrp_lens.data import Corpus
 from mrp_lens.edits.provenance import fingerprint
 from mrp_lens.methods import MRP, NPO, RMU, AdaptiveRMU, Distillation, Fit, NoisyRMU
 from mrp_lens.methods.mrp import distillation as distillation_module
+from mrp_lens.training import Callback
 from mrp_lens.training.checkpoints import IDENTITY_FILE, STATE_FILE, Checkpoint
 from tests.support.kills import Killed, kill_at_save
 
@@ -49,52 +52,43 @@ def test_a_killed_fit_goes_on_and_ends_with_the_same_bits(
         kill_at_save(patch, 2)
         with pytest.raises(Killed):
             fitter.fit(model, *texts, **options, **kept)
-    steps: list[int] = []
-    with monkeypatch.context() as patch:
-        patch.setattr("mrp_lens.training.loop._accumulate", counting(steps))
-        resumed = fitter.fit(model, *texts, **options, **kept)
-    assert steps == [4, 5, 6]  # what the second checkpoint held was not done again
-    assert same(resumed, undisturbed)
-    with monkeypatch.context() as patch:
-        patch.setattr("mrp_lens.training.loop._accumulate", counting(steps))
-        assert same(fitter.fit(model, *texts, **options, **kept), undisturbed)
-    assert steps == [4, 5, 6]  # a finished fit is read, not made again
+    resuming, idle = Watcher(), Watcher()
+    assert same(fitter.fit(model, *texts, **options, **kept, callbacks=[resuming]), undisturbed)
+    assert resuming.steps == [4, 5, 6]  # what the second checkpoint held was not done again
+    assert same(fitter.fit(model, *texts, **options, **kept, callbacks=[idle]), undisturbed)
+    assert idle.steps == []  # a finished fit is read, not made again
 
 
-def counting(steps: list[int]) -> Any:
-    from mrp_lens.training.loop import _accumulate
+class Watcher(Callback):
+    """Remembers the steps, and sends a signal after one."""
 
-    def accumulate(losses: Any, step: int, description: str) -> Any:
-        steps.append(step)
-        return _accumulate(losses, step, description)
+    def __init__(self, number: int = 0, after: int = -1) -> None:
+        self.steps: list[int] = []
+        self.number, self.after = number, after
 
-    return accumulate
+    def on_step(self, step: int, row: Mapping[str, float]) -> None:
+        self.steps.append(step)
+        if step == self.after:
+            os.kill(os.getpid(), self.number)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_the_fit_after_the_step_under_way_and_keeps_it(
-    number: signal.Signals, model: Any, texts: tuple[Corpus, Corpus], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    number: signal.Signals, model: Any, texts: tuple[Corpus, Corpus], tmp_path: Path
 ) -> None:
+    """One that comes while callbacks look on counts for the next step, which is saved."""
     fitter = FITTERS["rmu"]
     undisturbed = fitter.fit(model, *texts, progress=False)
-    from mrp_lens.training.loop import _accumulate
-
-    def accumulate(losses: Any, step: int, description: str) -> Any:
-        if step == 3:
-            os.kill(os.getpid(), number)
-        return _accumulate(losses, step, description)
-
     handlers = [signal.getsignal(kind) for kind in (signal.SIGTERM, signal.SIGINT)]
-    with monkeypatch.context() as patch:
-        patch.setattr("mrp_lens.training.loop._accumulate", accumulate)
-        if number == signal.SIGTERM:
-            with pytest.raises(SystemExit) as ended:
-                fitter.fit(model, *texts, progress=False, checkpoint=tmp_path, every=100)
-            assert ended.value.code == 128 + signal.SIGTERM
-        else:
-            stopped = fitter.fit(model, *texts, progress=False, checkpoint=tmp_path, every=100)
-            assert stopped.interrupted
-            assert len(stopped.log) == 4
+    options: dict[str, Any] = {"progress": False, "checkpoint": tmp_path, "every": 100}
+    if number == signal.SIGTERM:
+        with pytest.raises(SystemExit) as ended:
+            fitter.fit(model, *texts, callbacks=[Watcher(number, 2)], **options)
+        assert ended.value.code == 128 + signal.SIGTERM
+    else:
+        stopped = fitter.fit(model, *texts, callbacks=[Watcher(number, 2)], **options)
+        assert stopped.interrupted
+        assert len(stopped.log) == 4
     assert [signal.getsignal(kind) for kind in (signal.SIGTERM, signal.SIGINT)] == handlers
     state = Checkpoint(tmp_path).load()
     assert state is not None
@@ -136,12 +130,11 @@ def test_a_distillation_goes_on_and_never_loses_the_projection(
         with pytest.raises(Killed):
             fitter.fit(model, *texts, **kept)
     assert (tmp_path / "distillation" / "texts.json").is_file()
-    steps: list[int] = []
+    watcher = Watcher()
     with monkeypatch.context() as patch:
-        patch.setattr("mrp_lens.training.loop._accumulate", counting(steps))
         patch.setattr(distillation_module, "written_texts", killed)
-        assert same(fitter.fit(model, *texts, **kept), undisturbed)
-    assert steps == ([0, 1, 2, 3] if stage == "texts" else [2, 3])
+        assert same(fitter.fit(model, *texts, **kept, callbacks=[watcher]), undisturbed)
+    assert watcher.steps == ([0, 1, 2, 3] if stage == "texts" else [2, 3])
 
 
 def killed(*_: Any, **__: Any) -> Any:
@@ -243,34 +236,40 @@ def test_a_saved_fit_is_the_same_fit(model: Any, texts: tuple[Corpus, Corpus], t
 def test_settings_may_be_numpy_numbers_and_the_edit_can_still_be_saved(
     model: Any, texts: tuple[Corpus, Corpus], tmp_path: Path
 ) -> None:
-    fitted = RMU(layer=np.argmax([0, 0, 1]), steps=np.int64(1), batch_size=4, lr=np.float32(1e-3)).fit(  # type: ignore[arg-type]
-        model, *texts, seed=np.int64(2), progress=False
-    )
-    fitted.edit.save_pretrained(tmp_path / "rmu")
-    assert fitted.settings["lr"] == float(np.float32(1e-3))
-    assert fitted.edit.provenance["seed"] == 2
-    MRP(layers=np.arange(1, 3), rank=2, steps=1).fit(model, *texts, progress=False).edit.save_pretrained(
-        tmp_path / "mrp"
-    )  # type: ignore[arg-type]
-    beta = AdaptiveRMU(layer=2, steps=1, beta=torch.tensor(3.0)).fit(model, *texts, progress=False)  # type: ignore[arg-type]
-    beta.edit.save_pretrained(tmp_path / "adaptive")
+    fitters: dict[str, Any] = {
+        "rmu": RMU(layer=np.argmax([0, 0, 1]), steps=np.int64(1), batch_size=4, lr=np.float32(1e-3)),
+        "mrp": MRP(layers=np.arange(1, 3), rank=2, steps=1),
+        "adaptive": AdaptiveRMU(layer=2, steps=1, beta=torch.tensor(3.0)),
+    }
+    fits = {name: fitter.fit(model, *texts, seed=np.int64(2), progress=False) for name, fitter in fitters.items()}
+    for name, fit in fits.items():
+        fit.edit.save_pretrained(tmp_path / name)
+    assert fits["rmu"].settings["lr"] == float(np.float32(1e-3))
+    assert fits["rmu"].edit.provenance["seed"] == 2
 
 
 def test_a_fit_is_the_same_whatever_a_notebook_has_switched_off(model: Any, texts: tuple[Corpus, Corpus]) -> None:
     for name in ("mrp", "rmu", "npo"):
         usual = FITTERS[name].fit(model, *texts, progress=False)
-        with torch.no_grad():
-            assert same(FITTERS[name].fit(model, *texts, progress=False), usual)
-        with torch.inference_mode():
-            assert same(FITTERS[name].fit(model, *texts, progress=False), usual)
-        for dtype in (torch.float64, torch.bfloat16):
-            torch.set_default_dtype(dtype)
-            try:
+        for switched in (
+            torch.no_grad(),
+            torch.inference_mode(),
+            torch.device("meta"),
+            torch.autocast("cpu", dtype=torch.bfloat16),
+            default_dtype(torch.float64),
+            default_dtype(torch.bfloat16),
+        ):
+            with switched:
                 assert same(FITTERS[name].fit(model, *texts, progress=False), usual)
-            finally:
-                torch.set_default_dtype(torch.float32)
-        with torch.autocast("cpu", dtype=torch.bfloat16), torch.device("meta"):
-            assert same(FITTERS[name].fit(model, *texts, progress=False), usual)
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def test_a_model_made_in_inference_mode_is_refused_by_name(model: Any, texts: tuple[Corpus, Corpus]) -> None:

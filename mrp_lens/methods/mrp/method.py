@@ -13,7 +13,7 @@ from typing_extensions import override
 from mrp_lens.data import Corpus
 from mrp_lens.data.tokenization import Batches
 from mrp_lens.edits import Edit, projection_in, without_projections
-from mrp_lens.methods.base import Data, FitContext, FitTemplate, both_sides, fitting, parts_of, request_provenance
+from mrp_lens.methods.base import Data, FitContext, FitTemplate, both_sides, fitting, parts_of
 from mrp_lens.methods.fit import Fit
 from mrp_lens.methods.mrp.distillation import Distillation, DistillationSettings
 from mrp_lens.methods.mrp.initialization import LearnedRows, Start, start_rows
@@ -82,7 +82,7 @@ class MRP(FitTemplate[MRPSettings]):
             holds the projection alone.
 
     Example:
-        >>> fit = MRP(layers=[3, 5], rank=4).fit(model, forget, retain, seed=0)  # doctest: +SKIP
+        >>> fit = MRP(layers=[1, 2], rank=4, steps=2).fit(model, forget, retain, seed=0)
     """
 
     layers: Sequence[int] | None = None
@@ -117,12 +117,6 @@ class MRP(FitTemplate[MRPSettings]):
         self._layers(model)
 
     @override
-    def check_request(self, request: str, after: Edit | None) -> None:
-        earlier = projection_in(after)
-        if earlier is not None and request in earlier.requests:
-            raise ValueError(f"the earlier edit has a request {request!r} already; name this one with request=...")
-
-    @override
     def resolve(self, model: LensModel, data: Data) -> MRPSettings:
         return MRPSettings(
             layers=self._layers(model),
@@ -147,7 +141,7 @@ class MRP(FitTemplate[MRPSettings]):
                     resumable={"forget": losses.forget, "retain": losses.retain},
                     shown=learned.with_all,
                 )
-        projection = learned.edit(context.request, request_provenance(context.request, context.provenance(run)))
+        projection = learned.edit(context.request, context.request_provenance(steps=len(run.log)))
         fit = context.result(projection, run)
         if self.distillation is None or settings.distillation is None or run.interrupted:
             return fit
@@ -180,9 +174,7 @@ class MRP(FitTemplate[MRPSettings]):
         request: str | None = None,
     ) -> Edit:
         """The control "untrained start": the projection from which `fit` with the same arguments sets out."""
-        data, settings = self.prepared(model, forget, retain, after=after)
-        label = given(request, data.label)
-        self.check_request(label, after)
+        data, settings, label = self.prepared(model, forget, retain, after, request)
         with fitting(model, after):
             learned = self._start(settings, model, data, after, generator_for(seed))
         edit: Edit = learned.edit(label, {"model": describe(model)})

@@ -4,6 +4,7 @@ from . import methods as methods
 from . import metrics as metrics
 from . import models as models
 from . import plots as plots
+from . import training as training
 from .data import Corpus as Corpus
 from .data import Questions as Questions
 from .data.task import TaskConfig as TaskConfig

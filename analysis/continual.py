@@ -38,7 +38,7 @@ from mrp_lens.edits import Edit, ProjectionEdit, load_edit
 from mrp_lens.edits.serialization import stored_bytes
 from mrp_lens.models import describe, load_model
 from mrp_lens.training.loop import NonFiniteLossError
-from mrp_lens.utils.store import ResultStore
+from mrp_lens.utils.result_store import ResultStore
 
 FULL_SEEDS = "0,1,2"
 TAKEN_BACK = 1  # the second request: one before it and one after it stay

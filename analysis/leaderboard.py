@@ -37,7 +37,7 @@ from mrp_lens.edits.serialization import stored_bytes
 from mrp_lens.metrics.recovery import FORM_TITLES
 from mrp_lens.models import describe
 from mrp_lens.utils.frames import rows_of
-from mrp_lens.utils.store import ResultStore
+from mrp_lens.utils.result_store import ResultStore
 
 UPDATES = "5,20,100"
 RELEARN: dict[str, Form] = {f"relearn-{form}": form for form in get_args(Form)}

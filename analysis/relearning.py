@@ -43,7 +43,7 @@ from mrp_lens.methods import MRP, RMU, AdaptiveRMU
 from mrp_lens.methods.mrp.method import default_rank
 from mrp_lens.models import LensModel, describe, is_bridge, load_model
 from mrp_lens.models.hooks import hook_name
-from mrp_lens.utils.store import ResultStore
+from mrp_lens.utils.result_store import ResultStore
 
 QUICK_METHODS, FULL_SEEDS, QUICK_QUESTIONS = "mrp,mrp-all-wide,rmu", "0,1,2", 200
 BUDGETS = (5, 20, 100)

@@ -14,7 +14,7 @@ from mrp_lens.data.task import UnlearningTask
 from mrp_lens.edits import Edit
 from mrp_lens.models import LensModel
 from mrp_lens.utils.interrupts import complete
-from mrp_lens.utils.store import ResultStore
+from mrp_lens.utils.result_store import ResultStore
 from mrp_lens.utils.validation import PlainSettings
 
 Frames = Mapping[str, pd.DataFrame]

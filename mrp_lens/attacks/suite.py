@@ -14,7 +14,7 @@ from mrp_lens.data.task import UnlearningTask
 from mrp_lens.edits import Edit
 from mrp_lens.edits.provenance import fingerprint
 from mrp_lens.models import LensModel, identity_of
-from mrp_lens.utils.store import ResultStore
+from mrp_lens.utils.result_store import ResultStore
 from mrp_lens.utils.torch_state import ordinary_torch
 from mrp_lens.utils.validation import PlainSettings, generator_for, positive
 

@@ -11,7 +11,7 @@ from typing_extensions import override
 from mrp_lens.attacks import ATTACKS, Attack, SuiteConfig, notes_of, rows_of_attacks, run_suite
 from mrp_lens.cli.command import OnData
 from mrp_lens.cli.console import Column, console, show_table
-from mrp_lens.cli.folder import stoppable
+from mrp_lens.cli.run_folder import stoppable
 from mrp_lens.data.questions import Half
 from mrp_lens.edits import load_edit
 from mrp_lens.edits.provenance import label_of
@@ -20,7 +20,7 @@ from mrp_lens.plots import FIGURES
 from mrp_lens.runs.record import Run
 from mrp_lens.runs.report import report
 from mrp_lens.utils.io import make_folder
-from mrp_lens.utils.store import check_holds
+from mrp_lens.utils.result_store import check_holds
 
 ALL = "all"
 CAPTION = (

@@ -13,7 +13,7 @@ from mrp_lens.attacks.finetuning import Attacker
 from mrp_lens.attacks.relearn import relearn
 from mrp_lens.cli.command import Backend, Command
 from mrp_lens.cli.console import Column, console, percent, show_examples, show_table
-from mrp_lens.cli.folder import begun
+from mrp_lens.cli.run_folder import begun
 from mrp_lens.data.task import UnlearningTask
 from mrp_lens.data.world import World
 from mrp_lens.data.world.facts import QUESTION
@@ -26,7 +26,7 @@ from mrp_lens.runs.report import report
 from mrp_lens.runs.report.diagnostics import diagnostics
 from mrp_lens.runs.train_world import score, untaught_accuracy, verdict
 from mrp_lens.utils.interrupts import complete
-from mrp_lens.utils.store import ResultStore
+from mrp_lens.utils.result_store import ResultStore
 
 ATTACKED = ("unedited", "mrp", "rmu", "adaptive-rmu")
 RELEARNING_MARKS = (0, 5, 20)

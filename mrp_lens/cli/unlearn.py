@@ -10,7 +10,7 @@ from typing_extensions import override
 
 from mrp_lens.cli.command import Command, ModelOptions
 from mrp_lens.cli.console import Column, console, percent, show_examples, show_table
-from mrp_lens.cli.folder import begun
+from mrp_lens.cli.run_folder import begun
 from mrp_lens.data import TaskConfig
 from mrp_lens.data.task import UnlearningTask, beginning
 from mrp_lens.edits import Edit, edit_on

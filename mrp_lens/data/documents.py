@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 from jinja2 import TemplateError
 
-from mrp_lens.data.question import question_columns, read_questions
+from mrp_lens.data.question_rows import question_columns, read_questions
 from mrp_lens.data.rows import Row, all_of, check_text, digest, evenly, fill, shown, text
 from mrp_lens.data.schemas import KNOWN, DocumentColumns, Schema, schema_named
 from mrp_lens.data.sources import file_rows, hub_name, hub_rows, rows_in

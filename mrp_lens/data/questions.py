@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 import pandas as pd
 
 from mrp_lens.data.documents import Corpus, Document, in_chat
-from mrp_lens.data.question import Question, question_columns, read_questions
+from mrp_lens.data.question_rows import Question, question_columns, read_questions
 from mrp_lens.data.rows import Row, all_of, digest, evenly
 from mrp_lens.data.schemas import KNOWN, Schema, schema_named
 from mrp_lens.data.sources import file_rows, hub_name, hub_rows, rows_in

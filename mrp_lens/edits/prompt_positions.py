@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from types import MethodType
 from typing import Any
 
-from mrp_lens.edits.modeling import Prompt
+from mrp_lens.edits.exported_hooks import Prompt
 from mrp_lens.models.attachments import anchor_of
 
 COUNT = "_mrp_lens_prompts"

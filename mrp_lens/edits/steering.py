@@ -11,7 +11,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from mrp_lens.edits.base import Edit, check_width
-from mrp_lens.edits.modeling import in_prompt
+from mrp_lens.edits.exported_hooks import in_prompt
 from mrp_lens.edits.prompt_positions import count_in_prompts
 from mrp_lens.edits.serialization import setting
 from mrp_lens.edits.subspace import unit

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from mrp_lens.edits import modeling
+from mrp_lens.edits import exported_hooks
 from mrp_lens.export.checkpoint import Checkpoint, architecture_in
 from mrp_lens.hf.attach import Steps
 from mrp_lens.models.source import EDITED
@@ -121,7 +121,7 @@ def write_module(out: Path, base: Checkpoint, steps: Steps, config: Mapping[str,
     }
     own |= {key: config[key] for key in ("dtype", "torch_dtype", "transformers_version") if key in config}
     write_json(out / "config.json", own)
-    source = Path(str(modeling.__file__)).read_text(encoding="utf-8")
+    source = Path(str(exported_hooks.__file__)).read_text(encoding="utf-8")
     tail = TAIL.format(
         model_class=architecture,
         config_class=config_class,
@@ -141,13 +141,13 @@ def settings_of(steps: Steps, base: Checkpoint) -> dict[str, Any]:
         for (layer, site), done in steps.items()
     ]
     settings = {"blocks": base.layout.blocks, "modules": dict(base.layout.modules), "changes": changes}
-    return {**settings, modeling.HASH: modeling.hash_of(settings)}
+    return {**settings, exported_hooks.HASH: exported_hooks.hash_of(settings)}
 
 
 def _settings_of_step(step: nn.Module) -> dict[str, Any]:
-    if isinstance(step, modeling.Steering):
+    if isinstance(step, exported_hooks.Steering):
         own: dict[str, Any] = {"kind": "steering", "mode": step.mode, "positions": step.positions}
     else:
         own = {"kind": "projection"}
     values = next(step.buffers())
-    return {**own, "shape": list(values.shape), "values_sha256": modeling.hash_of_values(values)}
+    return {**own, "shape": list(values.shape), "values_sha256": exported_hooks.hash_of_values(values)}

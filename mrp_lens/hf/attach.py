@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from mrp_lens.edits import Edit, ProjectionEdit, SteeringEdit, WeightEdit, load_edit, modeling
+from mrp_lens.edits import Edit, ProjectionEdit, SteeringEdit, WeightEdit, exported_hooks, load_edit
 from mrp_lens.edits.base import Attached
 from mrp_lens.edits.prompt_positions import count_in_prompts
 from mrp_lens.models import check_same_model, hf_weights
@@ -96,14 +96,14 @@ def steps_of(edit: Edit) -> Steps:
     for part in edit.parts:
         if isinstance(part, ProjectionEdit):
             for hook, subspace in part.subspaces().items():
-                steps.setdefault(place_of(hook), []).append(modeling.Projection(subspace.basis))
+                steps.setdefault(place_of(hook), []).append(exported_hooks.Projection(subspace.basis))
         elif isinstance(part, SteeringEdit):
             if part.noise > 0.0:
                 raise ValueError(
                     f"steering with noise ({part.noise:g}) draws anew at every pass and exists in TransformerLens only; use noise=0"
                 )
             target = part.coefficient * part.direction
-            steps.setdefault(place_of(part.hook), []).append(modeling.Steering(target, part.mode, part.positions))
+            steps.setdefault(place_of(part.hook), []).append(exported_hooks.Steering(target, part.mode, part.positions))
     return steps
 
 
@@ -114,8 +114,8 @@ def place_of(hook: str) -> tuple[int, str]:
         ValueError: it has no counterpart in a Hugging Face model.
     """
     site = site_of(hook)
-    if site not in modeling.SITES or hook != hook_name(layer_of(hook), site):
-        raise ValueError(f"{hook} has no counterpart in a Hugging Face model; {', '.join(modeling.SITES)} have")
+    if site not in exported_hooks.SITES or hook != hook_name(layer_of(hook), site):
+        raise ValueError(f"{hook} has no counterpart in a Hugging Face model; {', '.join(exported_hooks.SITES)} have")
     return layer_of(hook), site
 
 
@@ -133,7 +133,7 @@ def _check_places(hf_model: Any, steps: Steps) -> None:
 
 def _reserve(hf_model: nn.Module, entry: On, steps: Steps) -> None:
     """Note where projections are; refuse a second one at the same place."""
-    mine = [place for place, done in steps.items() if any(isinstance(step, modeling.Projection) for step in done)]
+    mine = [place for place, done in steps.items() if any(isinstance(step, exported_hooks.Projection) for step in done)]
     if any(place in other.places for other in entries_on(hf_model) for place in mine):
         raise ValueError(
             "another projection is on at one of these hooks; two projections after one another do not remove both subspaces. "
@@ -145,4 +145,4 @@ def _reserve(hf_model: nn.Module, entry: On, steps: Steps) -> None:
 def _hook(hf_model: nn.Module, layout: Layout, steps: Steps) -> list[Any]:
     device = next(hf_model.parameters()).device
     changes = {place: nn.Sequential(*done).to(device) for place, done in steps.items()}
-    return modeling.install(hf_model, layout.blocks, layout.modules, changes)
+    return exported_hooks.install(hf_model, layout.blocks, layout.modules, changes)

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mrp_lens.models.backends import Kind, boot
 from mrp_lens.models.base import logits_of
-from mrp_lens.models.boot import Kind, boot
 from mrp_lens.models.source import is_count
 from mrp_lens.utils.io import one_line
 

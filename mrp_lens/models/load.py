@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
+from mrp_lens.models.backends import Kind, boot, check_special_tokens, give_tokenizer
 from mrp_lens.models.base import device_named, dtype_named
-from mrp_lens.models.boot import Kind, boot, check_special_tokens, give_tokenizer
 from mrp_lens.models.fidelity import context_of, hf_log_probabilities, ignored_settings, log_probabilities, probe, reach
 from mrp_lens.models.protocol import LensModel
 from mrp_lens.models.source import Checkpoint, check_memory, opened

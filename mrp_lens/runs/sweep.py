@@ -20,7 +20,7 @@ from mrp_lens.methods import METHODS, AdaptiveRMU, Fit, Method
 from mrp_lens.methods.rmu import C_SHARE, default_layer
 from mrp_lens.metrics import Measured, rows_for
 from mrp_lens.models import LensModel, check_layers, identity_of
-from mrp_lens.utils.store import ResultStore
+from mrp_lens.utils.result_store import ResultStore
 from mrp_lens.utils.torch_state import ordinary_torch
 from mrp_lens.utils.validation import generator_for, given
 

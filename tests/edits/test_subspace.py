@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mrp_lens.edits import modeling
+from mrp_lens.edits import exported_hooks
 from mrp_lens.edits.subspace import Subspace
 
 D = 12
@@ -127,7 +127,7 @@ def test_streams_of_different_width_do_not_join() -> None:
 def test_autocast_leaves_nothing_of_what_is_removed() -> None:
     """In bfloat16 the product with the rows would leave 3e-6 of the removed part's energy, and more."""
     subspace, states = Subspace.random(3, 32), torch.randn(4, 32, generator=torch.Generator().manual_seed(0))
-    rows = modeling.Projection(subspace.basis)
+    rows = exported_hooks.Projection(subspace.basis)
     exact = states - states @ subspace.basis.T @ subspace.basis
     with torch.autocast("cpu", dtype=torch.bfloat16):
         for projected in (subspace.project_out(states), rows(states), states - subspace.project_onto(states)):

@@ -13,7 +13,7 @@ import safetensors.torch
 import torch
 from huggingface_hub import ModelCard
 
-from mrp_lens.edits import ProjectionEdit, modeling
+from mrp_lens.edits import ProjectionEdit, exported_hooks
 from mrp_lens.edits.subspace import Subspace
 from mrp_lens.export import Measurements, push_to_hub
 from mrp_lens.export.checkpoint import Checkpoint
@@ -217,7 +217,7 @@ def changed(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
 def resealed(settings: dict[str, Any], change: Callable[[list[dict[str, Any]]], object]) -> None:
     """Changed by somebody who also knows how to compute the hash."""
     change(settings["changes"])
-    settings["sha256"] = modeling.hash_of({key: value for key, value in settings.items() if key != "sha256"})
+    settings["sha256"] = exported_hooks.hash_of({key: value for key, value in settings.items() if key != "sha256"})
 
 
 def step(change: Callable[[dict[str, Any]], object]) -> Callable[[dict[str, Any]], object]:

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Phi3C
 
 import mrp_lens.models.load as load
 from mrp_lens.models import ModelMismatchError, available_backends, is_bridge, load_model
-from mrp_lens.models.boot import boot
+from mrp_lens.models.backends import boot
 from mrp_lens.models.fidelity import ignored_settings, reach, small_config
 from tests.support.export_edits import rms_over_spread
 from tests.support.families import save_family

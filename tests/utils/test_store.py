@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from mrp_lens.utils.store import ResultStore
+from mrp_lens.utils.result_store import ResultStore
 
 MODEL = {"name": "m", "embedding": {"float32": "e"}, "weights": "w"}
 OLD_MODEL = {key: value for key, value in MODEL.items() if key != "weights"}  # what 0.1 knew of a model

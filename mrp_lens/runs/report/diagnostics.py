@@ -12,7 +12,7 @@ from mrp_lens.edits import Edit
 from mrp_lens.metrics import Measured, frames_for
 from mrp_lens.models import LensModel
 from mrp_lens.utils.progress import progress_bar
-from mrp_lens.utils.store import ResultStore
+from mrp_lens.utils.result_store import ResultStore
 
 DOCUMENTS = 100  # a side, from which states are read
 QUESTIONS = 100  # a side, on which confidence is measured

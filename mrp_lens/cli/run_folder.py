@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from mrp_lens.cli.console import console
-from mrp_lens.utils.store import POINTS, ResultStore
+from mrp_lens.utils.result_store import POINTS, ResultStore
 
 KIND = "run"
 

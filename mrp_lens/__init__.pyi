@@ -39,3 +39,4 @@ from .runs.sweep import SweepConfig as SweepConfig
 from .runs.sweep import sweep as sweep
 
 __version__: str
+__all__: list[str]

@@ -1,0 +1,226 @@
+"""A program as a user would write it, with every public name: never run, only type-checked (tests/test_public_names.py)."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import assert_type
+
+import pandas as pd
+import plotly.graph_objects as go
+import torch
+
+import mrp_lens as ml
+from mrp_lens import attacks, hf, methods, metrics, models, plots, training
+
+
+def data() -> ml.UnlearningTask:
+    """Forget set, retain set and quizzes."""
+    forget = ml.Corpus.from_file("forget.jsonl", field="text")
+    quiz = ml.Questions.from_file(
+        "quiz.jsonl", prompt="Question: {question}\nAnswer:", choices="choices", answer="answer"
+    )
+    print(
+        len(forget), len(quiz), ml.World().topics, ml.TaskConfig(forget=("forget.jsonl",), retain="retain.txt").load()
+    )
+    train, held_out = ml.UnlearningTask.from_world("potions").split()
+    assert_type(train, ml.Questions)
+    print(held_out, ml.UnlearningTask.from_hub("cais/wmdp-corpora", "wikitext"))
+    return ml.UnlearningTask.from_files("forget.jsonl", "retain.jsonl", questions="quiz.jsonl", entity="who")
+
+
+def fits(model: ml.LensModel, task: ml.UnlearningTask) -> list[ml.Fit]:
+    """Every method."""
+    chosen: list[methods.Method] = [
+        *(
+            ml.MRP(layers=[3, 5], rank=4),
+            ml.MRP(distillation=ml.Distillation()),
+            ml.RMU(layer=7),
+            ml.AdaptiveRMU(beta=5.0),
+        ),
+        *(ml.NoisyRMU(), ml.GradientAscent(), ml.GradientDifference(), ml.NPO(beta=0.1), ml.DirectionAblation()),
+    ]
+    print(list(methods.METHODS), methods.MRP, methods.NPO, methods.RMU, methods.AdaptiveRMU, methods.NoisyRMU)
+    print(methods.Distillation, methods.GradientAscent, methods.GradientDifference, methods.DirectionAblation)
+    return [
+        method.fit(model, task.forget, task.retain, seed=0, checkpoint="fit", callbacks=[Quiet()]) for method in chosen
+    ]
+
+
+@dataclass(frozen=True)
+class Middle:
+    """What the method below runs with."""
+
+    layer: int
+
+
+@methods.register("mine", summary="Nothing yet.", source="none", swept=methods.Swept(layer="layer"))
+@dataclass(frozen=True, kw_only=True)
+class Mine(methods.FitTemplate[Middle]):
+    """A method of one's own."""
+
+    layer: int | None = None
+
+    def resolve(self, model: ml.LensModel, data: methods.Data) -> Middle:
+        """Fill in the layer."""
+        return Middle(self.layer or model.cfg.n_layers // 2)
+
+    def learn(self, settings: Middle, context: methods.FitContext) -> methods.Fit:
+        """Learn nothing."""
+        with methods.fitting(context.model, context.after):
+            raise NotImplementedError(settings.layer)
+
+
+class Quiet(training.Callback):
+    """A callback of one's own."""
+
+    def on_start(self, state: training.TrainingState) -> None:
+        """Nothing."""
+
+    def on_step(self, step: int, row: Mapping[str, float]) -> None:
+        """Nothing."""
+
+
+def train(losses: Callable[[int], list[dict[str, torch.Tensor]]], optimizer: torch.optim.Optimizer) -> pd.DataFrame:
+    """The training loop by itself."""
+    logger: training.Logger = training.logger_named("tensorboard", "runs/board")
+    looks: list[training.Callback] = [training.LoggerCallback(logger), training.Evaluation(lambda step: None, [0, 5])]
+    try:
+        run: training.TrainingRun = training.train(losses, optimizer, steps=5, description="mine", callbacks=looks)
+    except training.NonFiniteLossError:
+        return pd.DataFrame()
+    print(training.Checkpoint)
+    return run.log
+
+
+def edits(model: ml.LensModel, fit: ml.Fit) -> ml.Edit:
+    """Applied, attached, made by hand, saved, loaded."""
+    assert_type(fit.edit, ml.Edit)
+    with fit.edit.applied(model):
+        print(ml.continuations(model, ["The colour of"]))
+    handle: hf.Attached = fit.edit.attach(model)
+    handle.detach()
+    by_hand = ml.ProjectionEdit({"blocks.3.hook_resid_post": ml.Subspace(torch.eye(2, 8))}, request="mine")
+    steer = ml.SteeringEdit.towards(torch.ones(8), layer=7, coefficient=20.0)
+    print(ml.EditStack([by_hand, steer]), ml.WeightEdit, by_hand.without("mine"), ml.Edit.from_pretrained("org/name"))
+    (by_hand + steer).save_pretrained("edit")
+    return ml.load_edit("org/name", revision="main")
+
+
+def looking(model: ml.LensModel, task: ml.UnlearningTask, edit: ml.Edit) -> float:
+    """Every metric."""
+    texts, quizzes, u = task.texts(limit=100), task.quiz(), torch.ones(model.cfg.d_model)
+    frames: list[pd.DataFrame] = [
+        *(
+            metrics.alignment(model, texts, u),
+            metrics.geometry(model, texts, edit),
+            metrics.propagation(model, texts, edit),
+        ),
+        *(
+            metrics.principal_plane(model, texts, edit, layer=3),
+            metrics.principal_angles(model, texts, edit, layers=[3]),
+        ),
+        *(metrics.confidence(model, quizzes), metrics.token_confidence(model, texts["forget"])),
+        *(metrics.perplexity(model, task.held_out), metrics.answer_probability(model, task.forget_texts)),
+        metrics.logit_lens(model, quizzes["forget"]),
+        *(metrics.noise_sensitivity(model, texts), metrics.predicted_coefficient(model, texts, u)),
+    ]
+    print(
+        frames,
+        metrics.choice_scores(model, quizzes["forget"]),
+        metrics.proposition_1,
+        metrics.variance_by_coefficient,
+        metrics.bootstrap_interval,
+    )
+    measured = metrics.Measured(model=model, task=task, edit=edit)
+    print(
+        metrics.rows_for("unlearn", measured), metrics.frames_for(measured), metrics.headings(), list(metrics.METRICS)
+    )
+    return metrics.value(metrics.accuracy(model, quizzes["forget"]))
+
+
+@metrics.register(
+    "mine", summary="Nothing.", row=lambda frame: {"mine": 0.0}, headings={"mine": "nothing"}, figures=["mine"]
+)
+def mine(measured: metrics.Measured) -> pd.DataFrame:
+    """A metric of one's own."""
+    known: metrics.Metric = metrics.METRICS["mine"]
+    return pd.DataFrame([{"mine": len(known.name) + measured.seed}])
+
+
+@plots.register("mine")
+def drawn(frame: plots.Frame) -> go.Figure:
+    """A figure of one's own."""
+    print(list(plots.FIGURES))
+    return plots.training(frame)
+
+
+PICTURES: list[Callable[..., go.Figure]] = [
+    *(plots.accuracies, plots.alignment_by_coefficient, plots.alignment_by_layer, plots.coefficient_effects),
+    *(plots.confidence_by_method, plots.confidence_distribution, plots.displacement, plots.effective_rank),
+    *(plots.input_gradients, plots.jailbreak_curve, plots.layer_effects, plots.logit_lens, plots.noise_sensitivity),
+    *(plots.norms, plots.predicted_coefficients, plots.principal_angles, plots.principal_plane, plots.probe_bits),
+    *(plots.propagation, plots.recoveries, plots.relearning_curves, plots.removed_energy, plots.theory_check),
+    plots.variance_by_coefficient,
+]
+
+
+def attacking(model: ml.LensModel, task: ml.UnlearningTask, edit: ml.Edit) -> None:
+    """Every attack, alone and as a suite."""
+    train, held_out = task.split()
+    curve = attacks.relearn(model, edit, train=train, held_out=held_out, steps=20, lr=1e-3)
+    found: list[pd.DataFrame] = [
+        *(attacks.best(curve), attacks.with_floor(curve, curve), attacks.input_gradients(model, edit, held_out)),
+        *(attacks.probe(model, edit, train=train, held_out=held_out), attacks.bypass(model, edit, held_out=held_out)),
+        attacks.jailbreak(model, edit, train=train, held_out=held_out),
+    ]
+    budgets: tuple[attacks.Attack, ...] = (
+        attacks.Relearn(steps=20),
+        attacks.Probe(),
+        attacks.Bypass(),
+        attacks.Jailbreak(),
+    )
+    config = attacks.SuiteConfig(attacks=("relearn",), budgets=budgets)
+    frames = attacks.run_suite(model, edit, task, config, "runs/attack")
+    print(
+        found,
+        attacks.rows_of_attacks(frames, "mine", config),
+        attacks.notes_of(frames, "mine", config),
+        attacks.relearned,
+    )
+    print(list(attacks.ATTACKS), attacks.FactSplit, attacks.labelled({"forget": held_out}))
+
+
+@attacks.register("mine", summary="Nothing.", source="none")
+@dataclass(frozen=True, kw_only=True)
+class Nothing(attacks.Attack):
+    """An attack of one's own."""
+
+    def run(self, setting: attacks.Setting) -> Mapping[str, pd.DataFrame]:
+        """Nothing."""
+        return {}
+
+    def rows(self, frames: Mapping[str, pd.DataFrame], name: str) -> list[Mapping[str, float]]:
+        """Nothing."""
+        return []
+
+
+def leaving(model: ml.LensModel, task: ml.UnlearningTask, edit: ml.Edit) -> Path:
+    """Sweep, page, harness, export."""
+    table = ml.sweep(model, task, ml.SweepConfig(layers=(2, 5), steps=75), "runs/sweep")
+    scores: pd.DataFrame = ml.evaluate("org/name", ["mmlu"], edit=edit, limit=10)
+    report: ml.ExportReport = ml.export_hf(model, edit, "out", record=ml.Record.read("runs/mine"))
+    print(table, scores, report.form, report.max_logit_diff, hf.attach, hf.find_folder("org/name"))
+    return ml.report("runs/mine")
+
+
+models.register_family(models.Layout("model.layers", {}, {}, ("model.embed_tokens",)), "MineForCausalLM")
+
+if __name__ == "__main__":
+    the_model = ml.load_model("demo", backend="auto", device="cpu", dtype="float32")
+    assert_type(the_model, ml.LensModel)
+    tokens = the_model.to_tokens("The colour of")
+    assert_type(tokens, torch.Tensor)
+    the_task = data()
+    the_edit = edits(the_model, fits(the_model, the_task)[0])
+    print(looking(the_model, the_task, the_edit), leaving(the_model, the_task, the_edit), ml.attacks, ml.hf, ml.models)
+    print(ml.methods, ml.metrics, ml.plots, ml.training)

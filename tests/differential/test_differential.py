@@ -107,9 +107,9 @@ def test_a_random_model_gives_what_plain_transformers_gives(seed: int) -> None:
     assert not failures(entry), described(entry)
 
 
-@pytest.mark.parametrize("case", FOUND)
-def test_what_was_once_wrong_is_right(task: str) -> None:
-    chosen, measures = FOUND[task]
+@pytest.mark.parametrize("found", FOUND)
+def test_what_was_once_wrong_is_right(found: str) -> None:
+    chosen, measures = FOUND[found]
     if chosen.backend == "hooked" and "hooked" not in available_backends():
         pytest.skip("needs HookedTransformer (TransformerLens 3)")
     outcomes = trial(chosen, measures)

@@ -10,7 +10,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from mrp_lens.data.documents import Document
-from mrp_lens.utils.validation import one_of
+from mrp_lens.utils.validation import check_one_of
 
 PaddingSide = Literal["left", "right"]
 Kept = Literal["start", "end"]
@@ -168,7 +168,7 @@ class Encoder:
         Raises:
             ValueError: a side that is neither "right" nor "left".
         """
-        one_of(PaddingSide, padding=side)
+        check_one_of(PaddingSide, padding=side)
         width = max(len(row.ids) for row in rows)
         pad = self.tokenizer.pad_token_id if valid_id(self.tokenizer.pad_token_id, self.rows) else 0
 

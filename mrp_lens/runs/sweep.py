@@ -22,7 +22,7 @@ from mrp_lens.metrics import Measured, rows_for
 from mrp_lens.models import LensModel, check_layers, identity_of
 from mrp_lens.utils.result_store import ResultStore
 from mrp_lens.utils.torch_state import ordinary_torch
-from mrp_lens.utils.validation import generator_for, given
+from mrp_lens.utils.validation import generator_for, or_default
 
 UNEDITED = "unedited"
 FITS = "fits"  # of points that are not measured yet
@@ -116,9 +116,9 @@ class SweepConfig:
             coefficients=coefficients,
             betas=self.betas,
             seeds=self.seeds or (FULL_SEEDS if full else (0,)),
-            steps=given(self.steps, FULL_STEPS if full else QUICK_STEPS),
-            questions=given(self.questions_limit, None if full else QUICK_QUESTIONS),
-            documents=given(self.documents, FULL_DOCUMENTS if full else QUICK_DOCUMENTS),
+            steps=or_default(self.steps, FULL_STEPS if full else QUICK_STEPS),
+            questions=or_default(self.questions_limit, None if full else QUICK_QUESTIONS),
+            documents=or_default(self.documents, FULL_DOCUMENTS if full else QUICK_DOCUMENTS),
             strengths={method: tuple(values) for method, values in self.strengths.items()},
         )
 

@@ -30,7 +30,7 @@ from mrp_lens.training.loop import TrainingRun
 from mrp_lens.training.losses import kl, predictions
 from mrp_lens.training.optim import MasterAdamW, Trainable, warmup_cosine
 from mrp_lens.utils.io import write_json
-from mrp_lens.utils.validation import PlainSettings, given
+from mrp_lens.utils.validation import PlainSettings, or_default
 
 TEXTS_FILE = "texts.json"
 LR_BY_WIDTH = 0.384  # 3e-3 at d_model 128
@@ -100,7 +100,7 @@ class Distillation(PlainSettings):
             )
         start_token(model)
         depth, width = int(model.cfg.n_layers), int(model.cfg.d_model)
-        layers = check_layers(model, given(self.layers, range(max(1, depth // 2))))
+        layers = check_layers(model, or_default(self.layers, range(max(1, depth // 2))))
         known = checkpoint_names(model)
         foreign = [weight.name for weight in self._matrices(model, layers) if weight.name not in known]
         if foreign:
@@ -108,7 +108,7 @@ class Distillation(PlainSettings):
                 f"distillation is not possible in this architecture: TransformerLens keeps {foreign[0]} and others apart, which the "
                 "checkpoint holds in joint matrices; leave distillation out"
             )
-        return DistillationSettings(layers=layers, lr=given(self.lr, LR_BY_WIDTH / width))
+        return DistillationSettings(layers=layers, lr=or_default(self.lr, LR_BY_WIDTH / width))
 
     def teach(
         self,

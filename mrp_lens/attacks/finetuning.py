@@ -15,7 +15,6 @@ from typing_extensions import override
 from mrp_lens.data import Corpus
 from mrp_lens.data.tokenization import Batches
 from mrp_lens.edits import Edit, edit_on, has_hooks, projection_in, without_hooks
-from mrp_lens.edits.merging import applied_in_weights
 from mrp_lens.models import LensModel, check_lens_model, checkpoint_tensors, encoder_for, is_bridge, restored
 from mrp_lens.models.finite import NonFiniteError, non_finite
 from mrp_lens.models.hooks import frozen
@@ -94,7 +93,7 @@ class Attacker:
         if edit is None or self.form == "kept":
             return edit_on(model, edit)
         if self.form == "weights":
-            return applied_in_weights(model, edit)
+            return edit.applied_in_weights(model)
         if not has_hooks(edit):
             raise ValueError("this edit has no hooks that could be stripped: it is in the weights; use form='kept'")
         return edit_on(model, without_hooks(edit))

@@ -130,7 +130,8 @@ def export_hf(
         tokenizer, proof = None, None
         with tqdm(total=checkpoint.size, desc="writing", unit="B", unit_scale=True, disable=not progress) as bar:
             if plan.form == "adapter":
-                write_edit(without_paths(edit), folder)
+                own = without_paths(edit)
+                write_edit(folder, own.kind, own.provenance, *own.to_parts())
             else:
                 _write_model(folder, plan, checkpoint, changes, saved_as, bar.update)
                 tokenizer = write_tokenizer(folder, model, checkpoint, name_class=plan.form == "module")

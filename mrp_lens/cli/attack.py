@@ -42,7 +42,7 @@ class AttackEdit(OnData):
     before the edit.
 
     - `relearn`: retraining on the attacker's half (arXiv 2410.08827), with the edit on, with its hooks stripped, and
-      where possible written into the weights. The unedited model is retrained as well, and new facts are taught likewise.
+      where possible written into the weights. So is the unedited model, and in the same way new facts are taught.
     - `probe`: what a probe, and the logit lens, read off each layer, before, with the edit, and after retraining.
     - `bypass`: hooks stripped, directions ablated, weights rounded, noise, other contexts: no training.
     - `jailbreak`: a trigger for all prompts, found by gradients; and how steep these are.
@@ -63,7 +63,7 @@ class AttackEdit(OnData):
         out: Folder of the attacks; one that holds part of them is gone on with.
         attack: Which: names separated by commas, or `all`.
         split: How questions are halved: no `entity` in both halves, or no `question`. Default: `entity` where all are known.
-        reference: A model that never saw what was forgotten: the floor of relearning, retrained likewise.
+        reference: A model that never saw the forget set. Retrained like the edited one, it is the floor of `relearn`.
         questions_limit: Questions on what was forgotten, both halves together. Default: all.
         seed: Of every random choice.
     """

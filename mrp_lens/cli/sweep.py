@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from typing_extensions import override
 
-from mrp_lens.cli.command import OnData, plain
+from mrp_lens.cli.command import OnData, as_json
 from mrp_lens.cli.console import Column, console, percent, show_table
 from mrp_lens.cli.run_folder import stoppable
 from mrp_lens.runs.record import Run
@@ -66,7 +66,7 @@ class Sweep(OnData):
         model = self.loading.load()
         plan = self.config.resolved(model, task)
         derived = {"layers", "coefficients", "seeds", "steps", "documents"}
-        arguments = self.arguments() | plain({name: getattr(plan, name) for name in derived})
+        arguments = self.arguments() | as_json({name: getattr(plan, name) for name in derived})
         arguments["questions_limit"] = plan.questions
         title = f"{self.loading.model}: effects of each method by layer"
         run = Run("sweep", arguments, plan.seeds[0], title=title)

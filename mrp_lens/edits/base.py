@@ -14,8 +14,8 @@ from typing_extensions import override
 
 from mrp_lens.edits.merging import ALLOWED, ALLOWED_COARSE, not_mergeable, probe_logits
 from mrp_lens.edits.serialization import check_same, explained, folder_of, read_edit, setting, write_edit
-from mrp_lens.models import LensModel, architecture_of, check_lens_model, check_same_model, dtype_of, restored
-from mrp_lens.models.architectures import LAYOUTS, Layout
+from mrp_lens.models import Layout, LensModel, architecture_of, check_lens_model, check_same_model, dtype_of, restored
+from mrp_lens.models.architectures import LAYOUTS
 from mrp_lens.models.attachments import On, entries_on, exclusive, putting_on, take_off
 from mrp_lens.utils.io import whole_folder
 from mrp_lens.utils.registry import Registry

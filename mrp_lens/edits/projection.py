@@ -11,8 +11,7 @@ from mrp_lens.edits.base import Edit, check_width
 from mrp_lens.edits.merging import OUTPUTS, project_writers, writers
 from mrp_lens.edits.serialization import setting
 from mrp_lens.edits.subspace import Subspace
-from mrp_lens.models import LensModel, device_of
-from mrp_lens.models.architectures import Layout
+from mrp_lens.models import Layout, LensModel, device_of
 from mrp_lens.models.attachments import On, entries_on
 from mrp_lens.models.hooks import HookFunction, add_hooks, check_hook_names, layer_of, place_in_block, site_of
 

@@ -10,8 +10,7 @@ from typing_extensions import override
 
 from mrp_lens.edits.base import Edit
 from mrp_lens.edits.serialization import setting
-from mrp_lens.models import EditableWeight, LensModel, same_tensor, weights_by_name
-from mrp_lens.models.architectures import Layout
+from mrp_lens.models import EditableWeight, Layout, LensModel, same_tensor, weights_by_name
 from mrp_lens.models.attachments import On, write
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

@@ -199,7 +199,7 @@ def _text(value: Any) -> str:
 
 
 def _name(value: Any) -> str:
-    """A name or a setting, likewise; a path as a whole, which may hold spaces."""
+    """A name or a setting in one line, without markup; of a path, which may hold spaces, the last component."""
     if isinstance(value, float):
         return f"{value:.6g}"
     if isinstance(value, list | tuple):

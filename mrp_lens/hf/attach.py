@@ -7,11 +7,10 @@ from typing import Any
 
 from torch import nn
 
-from mrp_lens.edits import Edit, ProjectionEdit, SteeringEdit, WeightEdit, exported_hooks, load_edit
-from mrp_lens.edits.base import Attached
+from mrp_lens.edits import Attached, Edit, ProjectionEdit, SteeringEdit, WeightEdit, exported_hooks, load_edit
 from mrp_lens.edits.prompt_positions import count_in_prompts
-from mrp_lens.models import check_same_model, hf_weights
-from mrp_lens.models.architectures import Layout, layout_of
+from mrp_lens.models import Layout, check_same_model, hf_weights
+from mrp_lens.models.architectures import layout_of
 from mrp_lens.models.attachments import On, TorchHook, entries_on, putting_on
 from mrp_lens.models.hooks import hook_name, layer_of, site_of
 

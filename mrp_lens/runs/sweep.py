@@ -13,7 +13,7 @@ import torch
 from tqdm.auto import tqdm
 
 from mrp_lens import metrics
-from mrp_lens.data.task import UnlearningTask
+from mrp_lens.data import UnlearningTask
 from mrp_lens.edits import Edit
 from mrp_lens.edits.subspace import random_units
 from mrp_lens.methods import METHODS, AdaptiveRMU, Fit, Method
@@ -22,7 +22,7 @@ from mrp_lens.metrics import Measured, rows_for
 from mrp_lens.models import LensModel, check_layers, identity_of
 from mrp_lens.utils.result_store import ResultStore
 from mrp_lens.utils.torch_state import ordinary_torch
-from mrp_lens.utils.validation import generator_for, or_default
+from mrp_lens.utils.validation import check_whole, generator_for, or_default
 
 UNEDITED = "unedited"
 FITS = "fits"  # of points that are not measured yet
@@ -99,8 +99,7 @@ class SweepConfig:
             swept = METHODS[method].swept
             if swept is None or swept.strength is None:
                 raise ValueError(f"{method} has no strength to vary; leave it out of strengths")
-        if self.steps is not None and self.steps < 1:
-            raise ValueError(f"steps must be at least 1, got {self.steps}")
+        check_whole(steps=self.steps)
 
     def resolved(self, model: LensModel, task: UnlearningTask) -> "ResolvedSweep":
         """Every default filled in."""

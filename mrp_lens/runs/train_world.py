@@ -15,7 +15,7 @@ from mrp_lens import metrics
 from mrp_lens.data import Questions
 from mrp_lens.data.world.facts import World
 from mrp_lens.models import LensModel
-from mrp_lens.training.loop import train
+from mrp_lens.training import train
 from mrp_lens.training.optim import warmup_cosine
 
 ABSENT_WITHIN = 0.05

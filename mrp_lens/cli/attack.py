@@ -37,8 +37,8 @@ PROBE_CAPTION = (
 class AttackEdit(OnData):
     """See what survives an edit: retrain, probe, bypass and jailbreak it, against what was never taught.
 
-    Half of the questions on what was forgotten are the attacker's; what counts is the other half. *Recovery* is 0 where
-    the attacked model knows no more of these than of facts that it was never taught, and 1 where it knows as much as
+    Half of the quiz on the forget set is the attacker's; what counts is the other half. *Recovery* is 0 where
+    the attacked model knows no more of this than of facts that it was never taught, and 1 where it knows as much as
     before the edit.
 
     - `relearn`: retraining on the attacker's half (arXiv 2410.08827), with the edit on, with its hooks stripped, and
@@ -64,7 +64,7 @@ class AttackEdit(OnData):
         attack: Which: names separated by commas, or `all`.
         split: How questions are halved: no `entity` in both halves, or no `question`. Default: `entity` where all are known.
         reference: A model that never saw the forget set. Retrained like the edited one, it is the floor of `relearn`.
-        questions_limit: Questions on what was forgotten, both halves together. Default: all.
+        questions_limit: Questions of the quiz on the forget set, both halves together. Default: all.
         seed: Of every random choice.
     """
 
@@ -104,8 +104,9 @@ class AttackEdit(OnData):
     def config(self) -> SuiteConfig:
         """What the suite covers."""
         attacks = None if ALL in self.attack else self.attack
-        limits: dict[str, Any] = {"split": self.split, "questions": self.questions_limit, "seed": self.seed}
-        return SuiteConfig(attacks=attacks, budgets=self.budgets, **limits)
+        return SuiteConfig(
+            attacks=attacks, budgets=self.budgets, split=self.split, questions=self.questions_limit, seed=self.seed
+        )
 
     @override
     def execute(self) -> Run:

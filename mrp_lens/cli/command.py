@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Literal, Self
 import yaml
 
 from mrp_lens.cli.console import console
-from mrp_lens.cli.options import Option, converted, options_of, read, spelled
+from mrp_lens.cli.options import Option, converted, options_of, read
 from mrp_lens.data import TaskConfig, UnlearningTask, task_for
 from mrp_lens.models import LensModel, load_model
 from mrp_lens.models.load import Backend
@@ -121,7 +121,8 @@ class Command(ABC):
     def placed(cls, parts: Mapping[str, type], titles: Mapping[str, str]) -> dict[str, tuple[str, Option]]:
         """Name -> the part it belongs to ("": the command itself) and the option. A name that is taken stands behind its
         part's title."""
-        own = (option for option in options_of(cls, "options") if option.field not in {*parts, *cls.inside})
+        inner = {*parts, *cls.inside}
+        own = (option for option in options_of(cls, "options") if option.name.partition(".")[0] not in inner)
         found = {option.name: ("", option) for option in own}
         for part, kind in parts.items():
             title = titles.get(part, part)
@@ -172,9 +173,8 @@ class Command(ABC):
         absent = [name for name in cls.required if not values.get(name)]
         absent += [name for name, (_, option) in places.items() if option.default is MISSING and name not in values]
         if absent:
-            raise ValueError(
-                f"{where} needs {spelled(dict.fromkeys(absent))}; `mrp-lens {where} --help` says what they are"
-            )
+            wanted = ", ".join(options[name].spelled for name in dict.fromkeys(absent))
+            raise ValueError(f"{where} needs {wanted}; `mrp-lens {where} --help` says what they are")
         return cls(**own, **cls.gathered(settings))
 
     @classmethod

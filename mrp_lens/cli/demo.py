@@ -31,7 +31,7 @@ from mrp_lens.utils.result_store import ResultStore
 
 ATTACKED = ("unedited", "mrp", "rmu", "adaptive-rmu")
 RELEARNING_MARKS = (0, 5, 20)
-RELEARNING_QUESTIONS = 300  # T and V together, and as many never-taught ones
+RELEARNING_QUESTIONS = 300  # both halves together, and as many never-taught ones
 
 COLUMNS: list[Column] = [
     ("method", lambda row: str(row["method"])),

@@ -11,7 +11,7 @@ from mrp_lens.cli.command import Command, Dtype, ModelOptions
 from mrp_lens.cli.console import console
 from mrp_lens.data import Corpus
 from mrp_lens.edits import load_edit
-from mrp_lens.export import ExportReport, Record, export_hf
+from mrp_lens.export import ExportReport, Measurements, export_hf
 from mrp_lens.export.base import check_apart
 from mrp_lens.export.formats import AnyForm
 from mrp_lens.utils.io import check_free
@@ -78,7 +78,7 @@ class Export(Command):
         check_free(self.out, overwrite=self.overwrite)
         check_apart(self.out, self.edit, "the edit")
         edit = load_edit(self.edit)
-        record = Record.read(run_of(self.edit) if self.run is None else self.run, self.attacks)
+        record = Measurements.read(run_of(self.edit) if self.run is None else self.run, self.attacks)
         texts = None if self.texts is None else Corpus.from_file(self.texts)
         report = export_hf(
             self.loading.load(),

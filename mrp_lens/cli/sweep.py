@@ -12,7 +12,7 @@ from mrp_lens.cli.console import Column, console, percent, show_table
 from mrp_lens.cli.run_folder import stoppable
 from mrp_lens.runs.record import Run
 from mrp_lens.runs.report import report
-from mrp_lens.runs.sweep import SweepConfig, sweep
+from mrp_lens.runs.sweep import SweepConfig, in_stream_units, sweep
 from mrp_lens.utils.frames import rows_of
 from mrp_lens.utils.io import make_folder
 from mrp_lens.utils.result_store import check_holds
@@ -104,7 +104,7 @@ COLUMNS: list[Column] = [
     ("method", lambda row: str(row["method"])),
     ("layer", lambda row: _number(row["layer"], "d")),
     ("c or beta", lambda row: _number(row["coefficient"], ".4g")),
-    ("c / norm", lambda row: _number(row["relative_coefficient"], ".2f") if row["method"] == "rmu" else ""),
+    ("c / norm", lambda row: _number(row["relative_coefficient"], ".2f") if in_stream_units(row["method"]) else ""),
     ("seed", lambda row: _number(row["seed"], "d")),
     ("forget quiz", lambda row: percent(row["forget_accuracy"])),
     ("retain quiz", lambda row: percent(row["retain_accuracy"])),

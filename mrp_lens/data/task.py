@@ -111,7 +111,7 @@ class UnlearningTask:
             "untaught_questions": untaught_questions,
         }
         named = {role: None if place is None else str(place) for role, place in quizzes.items()}
-        return cls.from_config(TaskConfig(tuple(map(str, several)), str(retain), **named, **columns))
+        return TaskConfig(tuple(map(str, several)), str(retain), **named, **columns).load()
 
     @classmethod
     def from_hub(
@@ -143,11 +143,6 @@ class UnlearningTask:
             untaught_questions=untaught,
             **columns,
         )
-
-    @classmethod
-    def from_config(cls, config: "TaskConfig") -> "UnlearningTask":
-        """What `config.load()` reads."""
-        return config.load()
 
     @property
     def forget_texts(self) -> Corpus:

@@ -16,7 +16,7 @@ from mrp_lens.edits.merging import ALLOWED, ALLOWED_COARSE, not_mergeable, probe
 from mrp_lens.edits.serialization import check_same, explained, folder_of, read_edit, setting, write_edit
 from mrp_lens.models import Layout, LensModel, architecture_of, check_lens_model, check_same_model, dtype_of, restored
 from mrp_lens.models.architectures import LAYOUTS
-from mrp_lens.models.attachments import On, entries_on, exclusive, putting_on, take_off
+from mrp_lens.models.attachments import AppliedEdit, entries_on, exclusive, putting_on, take_off
 from mrp_lens.utils.io import whole_folder
 from mrp_lens.utils.registry import Registry
 
@@ -24,7 +24,7 @@ from mrp_lens.utils.registry import Registry
 class Attached:
     """An edit that is on, until `detach`. Also a context manager, which takes it off at the end of the block."""
 
-    def __init__(self, model: Any, entry: On) -> None:
+    def __init__(self, model: Any, entry: AppliedEdit) -> None:
         self._model, self._entry = model, entry
 
     def detach(self, *, discard: bool = False) -> None:
@@ -90,7 +90,7 @@ class Edit(ABC):
         """The layers whose blocks it hooks or writes into, ascending."""
 
     @abstractmethod
-    def _put_on(self, model: LensModel, entry: On, *, check: bool) -> None:
+    def _put_on(self, model: LensModel, entry: AppliedEdit, *, check: bool) -> None:
         """Put the edit on and note each change as it is made; may raise at any point."""
 
     @abstractmethod
@@ -365,7 +365,7 @@ class EditStack(Edit):
         return tuple(hook for part in self.parts for hook in part.sole_hooks)
 
     @override
-    def _put_on(self, model: LensModel, entry: On, *, check: bool) -> None:
+    def _put_on(self, model: LensModel, entry: AppliedEdit, *, check: bool) -> None:
         for part in self.parts:
             part._put_on(model, entry, check=check)
 
@@ -440,7 +440,7 @@ def edit_on(model: LensModel, edit: Edit | None) -> AbstractContextManager[Any]:
     return nullcontext(model) if edit is None else edit.applied(model)
 
 
-def _detach(model: Any, entry: On, *, discard: bool) -> None:
+def _detach(model: Any, entry: AppliedEdit, *, discard: bool) -> None:
     for problem in take_off(model, entry, discard=discard):
         warnings.warn(problem, UserWarning, stacklevel=3)
 

@@ -16,7 +16,7 @@ from mrp_lens.edits.prompt_positions import count_in_prompts
 from mrp_lens.edits.serialization import setting
 from mrp_lens.edits.subspace import unit
 from mrp_lens.models import Layout, LensModel, device_of
-from mrp_lens.models.attachments import On
+from mrp_lens.models.attachments import AppliedEdit
 from mrp_lens.models.hooks import add_hooks, check_hook_names, hook_name, layer_of
 from mrp_lens.utils.validation import check_one_of, int_seed, whole_numbers
 
@@ -104,7 +104,7 @@ class SteeringEdit(Edit):
         return (layer_of(self.hook),)
 
     @override
-    def _put_on(self, model: LensModel, entry: On, *, check: bool) -> None:
+    def _put_on(self, model: LensModel, entry: AppliedEdit, *, check: bool) -> None:
         check_hook_names(model, [self.hook])
         check_width(model, len(self.direction), "the direction")
         self._check_model(model, check)

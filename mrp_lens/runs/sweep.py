@@ -182,6 +182,12 @@ class ResolvedSweep:
         return kind(**varied)
 
 
+def in_stream_units(method: str) -> bool:
+    """Whether a method's strength is a length in the stream, which the norm of its states makes comparable."""
+    swept = METHODS[method].swept if method in METHODS else None
+    return swept is not None and swept.strength == "steering_coeff"
+
+
 def default_layers(model: LensModel, count: int) -> tuple[int, ...]:
     """`count` layers, evenly spread from the third to the last; all of them if there are no more."""
     first, last = min(2, model.cfg.n_layers - 1), model.cfg.n_layers - 1
@@ -311,9 +317,9 @@ def _fit_and_measure(
     if u is None:  # MRP has none: an unrelated one shows what the null looks like
         u = random_units(1, model.cfg.d_model, "uniform", generator_for(point.seed))[0]
     norm = float(untouched["norms"][str(point.layer)])
-    swept = METHODS[point.method].swept
-    in_units = swept is not None and swept.strength == "steering_coeff" and point.coefficient is not None
-    share = point.coefficient / norm if in_units and point.coefficient is not None else point.coefficient
+    share = point.coefficient
+    if share is not None and in_stream_units(point.method):
+        share /= norm
     row = asdict(point) | {"norm": norm, "relative_coefficient": share}
     row |= _behaviour(model, task, plan, fit.edit)
     with fit.edit.applied(model):

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from mrp_lens import metrics
+from mrp_lens.metrics.recovery import CONTROL_METHODS
 
-CONTROLS = {"unedited", "random-projection", "untrained-start", "never-taught", "random-trigger"}
+CONTROLS = {*CONTROL_METHODS, "random-projection", "untrained-start"}
 HEADINGS = {  # of columns that no metric makes
     "worst_topic_accuracy": "worst topic of the retain quiz",
     "untaught_accuracy": "never taught",

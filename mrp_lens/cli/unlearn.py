@@ -72,7 +72,7 @@ class Unlearn(Command):
 
     Attributes:
         method: How to forget.
-        released: `rmu`, `adaptive-rmu`: the released code's settings, where none is given.
+        released: The settings of the code that the paper of `--method` came with, where none is given; not every method has them.
         out: Folder for the edit, the log and the metrics.
         seed: Of every random choice.
         logger: Send every update to this tracker, too; log.csv is always written. Each needs

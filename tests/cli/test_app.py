@@ -63,14 +63,6 @@ def test_help_shows_examples_and_options(words: str, shown: list[str]) -> None:
         assert part in said
 
 
-@pytest.mark.parametrize("word", app.COMMANDS)
-def test_help_shows_the_settings_of_a_part_once_by_their_own_names(word: str) -> None:
-    output = completed(word, "--help").output
-    names = re.findall(r"^  (--\S+)", output, re.MULTILINE)
-    assert len(set(names)) == len(names)
-    assert not re.search(r"--(loading|data|config|fitter)\.", output)
-
-
 def test_help_without_a_method_lists_all_of_them_with_their_sources() -> None:
     said = completed("unlearn", "--help").said
     for name, kind in METHODS.items():

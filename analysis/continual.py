@@ -27,11 +27,12 @@ from typing import Any
 
 import pandas as pd
 
-from analysis.common.arguments import Study, add_resumable_options, numbers, parser_for, shard_of
+from analysis.common.arguments import Study, add_resumable_options, numbers, parser_for
 from analysis.common.methods import changed, compared_methods, names_in, settings_of
 from analysis.common.requests import Requests, accuracy, numbers_in
 from analysis.common.resumable import Job, ResumableStudy, result_name
 from analysis.common.tables import NONE, UNEDITED, figure, markdown, mean_of
+from mrp_lens.cli.sweep import shard_of
 from mrp_lens.data.task import TaskConfig
 from mrp_lens.data.world import World
 from mrp_lens.edits import Edit, ProjectionEdit, load_edit

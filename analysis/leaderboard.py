@@ -23,7 +23,6 @@ from analysis.common.arguments import (
     numbers,
     parser_for,
     saved_edits,
-    shard_of,
 )
 from analysis.common.methods import changed, compared_methods, names_in, settings_of
 from analysis.common.resumable import Job, ResumableStudy, result_name
@@ -31,6 +30,7 @@ from analysis.common.tables import DOES_NOT_COUNT, NEVER_TAUGHT, NONE, UNEDITED,
 from mrp_lens import attacks, metrics
 from mrp_lens.attacks import ATTACKS, FactSplit, SuiteConfig, best
 from mrp_lens.attacks.finetuning import Attacker, Form, possible_forms
+from mrp_lens.cli.sweep import shard_of
 from mrp_lens.edits import Edit, edit_on, has_hooks, load_edit, without_hooks
 from mrp_lens.edits.provenance import fingerprint
 from mrp_lens.edits.serialization import stored_bytes

@@ -27,13 +27,13 @@ from analysis.common.arguments import (
     numbers,
     parser_for,
     saved_edits,
-    shard_of,
 )
 from analysis.common.methods import names_in
 from analysis.common.resumable import Job, ResumableStudy, result_name
 from analysis.common.tables import DOES_NOT_COUNT, NEVER_TAUGHT, RANDOM, UNEDITED, figure, markdown
 from mrp_lens import attacks, metrics
 from mrp_lens.attacks.finetuning import Form, Parameters
+from mrp_lens.cli.sweep import shard_of
 from mrp_lens.data import Corpus, Questions
 from mrp_lens.data.questions import Half
 from mrp_lens.data.task import TaskConfig

@@ -61,18 +61,6 @@ def numbers(text: str | None, kind: type[Number], option: str) -> tuple[Number, 
         raise ValueError(f"{option} takes numbers separated by commas, got {text!r}") from error
 
 
-def shard_of(text: str) -> tuple[int, int]:
-    """ "2/4" -> (2, 4).
-
-    Raises:
-        ValueError: it is not two numbers.
-    """
-    parts = text.split("/")
-    if len(parts) != 2 or not all(part.isdigit() for part in parts):
-        raise ValueError(f"--shard takes i/n, such as 1/4, got {text!r}")
-    return int(parts[0]), int(parts[1])
-
-
 def saved_edits(texts: Sequence[str]) -> dict[str, str]:
     """Name -> folder, of `NAME=DIR`."""
     return dict(text.split("=", 1) for text in texts)

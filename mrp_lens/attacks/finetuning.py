@@ -15,7 +15,6 @@ from typing_extensions import override
 from mrp_lens.data import Corpus
 from mrp_lens.data.tokenization import Batches
 from mrp_lens.edits import Edit, edit_on, has_hooks, projection_in, without_hooks
-from mrp_lens.edits.merging import applied_in_weights
 from mrp_lens.models import LensModel, check_lens_model, checkpoint_tensors, encoder_for, is_bridge, restored
 from mrp_lens.models.finite import NonFiniteError, non_finite
 from mrp_lens.models.hooks import frozen
@@ -24,7 +23,7 @@ from mrp_lens.training.loop import NonFiniteLossError, train
 from mrp_lens.training.losses import cross_entropy, predictions
 from mrp_lens.training.optim import MasterAdamW, Trainable, trainable
 from mrp_lens.utils.torch_state import ordinary_torch, refuse_inference_tensors
-from mrp_lens.utils.validation import generator_for, one_of, positive, whole
+from mrp_lens.utils.validation import check_one_of, check_positive, check_whole, generator_for
 
 Form = Literal["kept", "stripped", "weights"]
 Parameters = Literal["all", "lora", "before", "at", "after"]
@@ -65,9 +64,9 @@ class Attacker:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        positive(steps=self.steps, batch_size=self.batch_size, lora_rank=self.lora_rank)
-        one_of(Form, form=self.form)
-        one_of(Parameters, parameters=self.parameters)
+        check_positive(steps=self.steps, batch_size=self.batch_size, lora_rank=self.lora_rank)
+        check_one_of(Form, form=self.form)
+        check_one_of(Parameters, parameters=self.parameters)
         generator_for(self.seed)
 
     def rates(self, model: LensModel, lr: float | Sequence[float] | None) -> tuple[float, ...]:
@@ -94,7 +93,7 @@ class Attacker:
         if edit is None or self.form == "kept":
             return edit_on(model, edit)
         if self.form == "weights":
-            return applied_in_weights(model, edit)
+            return edit.applied_in_weights(model)
         if not has_hooks(edit):
             raise ValueError("this edit has no hooks that could be stripped: it is in the weights; use form='kept'")
         return edit_on(model, without_hooks(edit))
@@ -286,7 +285,7 @@ def low_rank_updates(model: LensModel, *, rank: int, seed: int) -> Iterator[list
         raise ValueError(
             "low-rank updates need the checkpoint's own matrices, which a HookedTransformer does not have; load the model with backend='bridge'"
         )
-    whole(lora_rank=rank)
+    check_whole(lora_rank=rank)
     generator = generator_for(seed)
     blocks = {id(p) for block in model.blocks for p in block.parameters()}
     found = [(module, module._parameters.get("weight")) for module in model.modules()]

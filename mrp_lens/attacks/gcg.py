@@ -30,7 +30,7 @@ from mrp_lens.models.finite import NonFiniteError, check_states
 from mrp_lens.models.hooks import captured, frozen, hook_name, run_segment
 from mrp_lens.utils.interrupts import deferred
 from mrp_lens.utils.torch_state import ordinary_torch, refuse_inference_tensors
-from mrp_lens.utils.validation import generator_for, one_of, positive, whole
+from mrp_lens.utils.validation import check_one_of, check_positive, check_whole, generator_for
 
 logger = logging.getLogger(__name__)
 Loss = Literal["answer", "representation"]
@@ -405,10 +405,10 @@ def representation_objective(
 
 
 def _check_settings(loss: str, layer: int | None, **counts: int) -> None:
-    one_of(Loss, loss=loss)
+    check_one_of(Loss, loss=loss)
     if layer is not None and loss != "representation":
         raise ValueError(f"layer={layer} has no effect with loss={loss!r}; leave it out, or use loss='representation'")
-    whole(**counts)
+    check_whole(**counts)
 
 
 def _check_questions(train: Questions, held_out: Questions, untaught: Questions | None) -> None:
@@ -443,7 +443,7 @@ class Jailbreak(Attack):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        positive(search_steps=self.search_steps)
+        check_positive(search_steps=self.search_steps)
 
     @override
     def run(self, setting: Setting) -> Frames:

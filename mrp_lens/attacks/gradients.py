@@ -22,7 +22,7 @@ from mrp_lens.models.finite import NonFiniteError, non_finite
 from mrp_lens.models.hooks import frozen, hooked
 from mrp_lens.training.losses import cross_entropy, predictions
 from mrp_lens.utils.torch_state import ordinary_torch, refuse_inference_tensors
-from mrp_lens.utils.validation import whole
+from mrp_lens.utils.validation import check_whole
 
 EMBEDDING_HOOK = "hook_embed"
 
@@ -84,7 +84,7 @@ def input_gradients(
         raise TypeError(f"questions must be Questions, got {type(questions).__name__}")
     if not len(questions):
         raise ValueError(f"no questions in {questions.name!r}")
-    whole(batch_size=batch_size)
+    check_whole(batch_size=batch_size)
     table = pd.DataFrame({"group": [q.group for q in questions.questions]})
     groups = [(name, part.index.to_numpy()) for name, part in by_group(table)]
     rows = []

@@ -26,7 +26,7 @@ from mrp_lens.models import LensModel, encoder_for
 from mrp_lens.models.hooks import Site, frozen
 from mrp_lens.utils.frames import rows_of
 from mrp_lens.utils.torch_state import ordinary_torch
-from mrp_lens.utils.validation import generator_for, one_of, positive
+from mrp_lens.utils.validation import check_one_of, check_positive, generator_for
 
 Target = Literal["answer", "choice"]
 
@@ -101,11 +101,11 @@ def probe(
         >>> known, asked = questions.halves(by="entity")
         >>> frame = probe(model, fit.edit, train=known, held_out=asked, untaught=untaught, target="choice", layers=[1])
     """
-    one_of(Kind, kind=kind)
+    check_one_of(Kind, kind=kind)
     if target is not None:
-        one_of(Target, target=target)
-    one_of(PaddingSide, padding=padding)
-    positive(batch_size=batch_size)
+        check_one_of(Target, target=target)
+    check_one_of(PaddingSide, padding=padding)
+    check_positive(batch_size=batch_size)
     generator_for(seed)
     check_held_out(held_out, train=train)
     target = target or ("answer" if len(_answers(train, held_out)) <= len(train) else "choice")
@@ -248,7 +248,7 @@ class Probe(Attack):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        one_of(Kind, probe_kind=self.probe_kind)
+        check_one_of(Kind, probe_kind=self.probe_kind)
 
     @override
     def run(self, setting: Setting) -> Frames:

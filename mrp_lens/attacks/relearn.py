@@ -22,7 +22,7 @@ from mrp_lens.models import LensModel
 from mrp_lens.models.finite import NonFiniteError
 from mrp_lens.training.callbacks import Evaluation
 from mrp_lens.utils.torch_state import ordinary_torch
-from mrp_lens.utils.validation import one_of, positive, whole
+from mrp_lens.utils.validation import check_one_of, check_positive, check_whole
 
 MARKS = (0, 5, 20, 40, 100)
 """Updates after which an attack is scored, besides its last."""
@@ -207,7 +207,7 @@ def limited(train: Questions | Corpus, samples: int | None) -> Questions | Corpu
     """
     if not isinstance(train, Questions | Corpus):
         raise TypeError(f"train must be Questions or a Corpus, got {type(train).__name__}")
-    whole(samples=samples)
+    check_whole(samples=samples)
     return train.spread(samples)
 
 
@@ -243,8 +243,8 @@ class Relearn(Attack):
         super().__post_init__()
         for kind, name in ((Form, "forms"), (Parameters, "parameters")):
             for value in getattr(self, name) or ():
-                one_of(kind, **{name: value})
-        positive(steps=self.steps, samples=self.samples)
+                check_one_of(kind, **{name: value})
+        check_positive(steps=self.steps, samples=self.samples)
 
     def attacker(self, form: Form, parameters: Parameters, *, seed: int) -> Attacker:
         """Who retrains this form of the edit."""

@@ -16,7 +16,7 @@ from mrp_lens.edits.provenance import fingerprint
 from mrp_lens.models import LensModel, identity_of
 from mrp_lens.utils.result_store import ResultStore
 from mrp_lens.utils.torch_state import ordinary_torch
-from mrp_lens.utils.validation import PlainSettings, generator_for, positive
+from mrp_lens.utils.validation import PlainSettings, check_positive, generator_for
 
 KIND = "campaign"
 """What its folder is called since version 0.1: the settings lie in `campaign.json`."""
@@ -59,7 +59,7 @@ class SuiteConfig(PlainSettings):
         names = [attack.name for attack in self.budgets]
         if len(set(names)) < len(names):
             raise ValueError(f"several budgets of one attack: {', '.join(names)}; give one each")
-        positive(questions=self.questions)
+        check_positive(questions=self.questions)
         generator_for(self.seed)
 
     @classmethod

@@ -37,12 +37,12 @@ PROBE_CAPTION = (
 class AttackEdit(OnData):
     """See what survives an edit: retrain, probe, bypass and jailbreak it, against what was never taught.
 
-    Half of the questions on what was forgotten are the attacker's; what counts is the other half. *Recovery* is 0 where
-    the attacked model knows no more of these than of facts that it was never taught, and 1 where it knows as much as
+    Half of the quiz on the forget set is the attacker's; what counts is the other half. *Recovery* is 0 where
+    the attacked model knows no more of this than of facts that it was never taught, and 1 where it knows as much as
     before the edit.
 
     - `relearn`: retraining on the attacker's half (arXiv 2410.08827), with the edit on, with its hooks stripped, and
-      where possible written into the weights. The unedited model is retrained as well, and new facts are taught likewise.
+      where possible written into the weights. So is the unedited model, and in the same way new facts are taught.
     - `probe`: what a probe, and the logit lens, read off each layer, before, with the edit, and after retraining.
     - `bypass`: hooks stripped, directions ablated, weights rounded, noise, other contexts: no training.
     - `jailbreak`: a trigger for all prompts, found by gradients; and how steep these are.
@@ -63,8 +63,8 @@ class AttackEdit(OnData):
         out: Folder of the attacks; one that holds part of them is gone on with.
         attack: Which: names separated by commas, or `all`.
         split: How questions are halved: no `entity` in both halves, or no `question`. Default: `entity` where all are known.
-        reference: A model that never saw what was forgotten: the floor of relearning, retrained likewise.
-        questions_limit: Questions on what was forgotten, both halves together. Default: all.
+        reference: A model that never saw the forget set. Retrained like the edited one, it is the floor of `relearn`.
+        questions_limit: Questions of the quiz on the forget set, both halves together. Default: all.
         seed: Of every random choice.
     """
 
@@ -104,8 +104,9 @@ class AttackEdit(OnData):
     def config(self) -> SuiteConfig:
         """What the suite covers."""
         attacks = None if ALL in self.attack else self.attack
-        limits: dict[str, Any] = {"split": self.split, "questions": self.questions_limit, "seed": self.seed}
-        return SuiteConfig(attacks=attacks, budgets=self.budgets, **limits)
+        return SuiteConfig(
+            attacks=attacks, budgets=self.budgets, split=self.split, questions=self.questions_limit, seed=self.seed
+        )
 
     @override
     def execute(self) -> Run:

@@ -13,11 +13,11 @@ from typing import Any, ClassVar, Literal, Self
 import yaml
 
 from mrp_lens.cli.console import console
-from mrp_lens.cli.options import Option, converted, options_of, read, spelled
-from mrp_lens.data.task import TaskConfig, UnlearningTask, task_for
+from mrp_lens.cli.options import Option, converted, options_of, read
+from mrp_lens.data import TaskConfig, UnlearningTask, task_for
 from mrp_lens.models import LensModel, load_model
+from mrp_lens.models.load import Backend
 
-Backend = Literal["auto", "hooked", "bridge"]
 Dtype = Literal["float32", "bfloat16", "float16"]
 
 
@@ -59,11 +59,10 @@ class ModelOptions:
     device: str | None = None
 
     def load(self, name: str | None = None) -> LensModel:
-        """The model, or another one loaded likewise."""
+        """The model, or another one loaded in the same way."""
         name = name or self.model
         console.print(f"Loading {name} ...")
-        model: LensModel = load_model(name, backend=self.backend, device=self.device, dtype=self.dtype)
-        return model
+        return load_model(name, backend=self.backend, device=self.device, dtype=self.dtype)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +76,7 @@ class Command(ABC):
     word: ClassVar[str] = ""
     positional: ClassVar[str | None] = None
     required: ClassVar[tuple[str, ...]] = ()  # of what other commands can do without
-    inside: ClassVar[tuple[str, ...]] = ()  # fields that `gathered` makes of parts
+    inside: ClassVar[tuple[str, ...]] = ()  # fields that are parts not yet chosen, or that `gathered` makes of parts
 
     @abstractmethod
     def execute(self) -> Any:
@@ -122,7 +121,8 @@ class Command(ABC):
     def placed(cls, parts: Mapping[str, type], titles: Mapping[str, str]) -> dict[str, tuple[str, Option]]:
         """Name -> the part it belongs to ("": the command itself) and the option. A name that is taken stands behind its
         part's title."""
-        own = (option for option in options_of(cls, "options") if option.field not in {*parts, *cls.inside})
+        apart = {*parts, *cls.inside}
+        own = (option for option in options_of(cls, "options") if option.name.split(".")[0] not in apart)
         found = {option.name: ("", option) for option in own}
         for part, kind in parts.items():
             title = titles.get(part, part)
@@ -168,14 +168,13 @@ class Command(ABC):
             defaults = {name: options[name].default for name in unset if options[name].default is not MISSING}
             inner = {name: value for part, known in settings.items() for name, value in named_in(known, part, places)}
             kept = {name: value for name, value in (unset | defaults | own | inner).items() if name not in UNKEPT}
-            sys.stdout.write(yaml.safe_dump(plain(kept), sort_keys=False))
+            sys.stdout.write(yaml.safe_dump(as_json(kept), sort_keys=False))
             return None
         absent = [name for name in cls.required if not values.get(name)]
         absent += [name for name, (_, option) in places.items() if option.default is MISSING and name not in values]
         if absent:
-            raise ValueError(
-                f"{where} needs {spelled(dict.fromkeys(absent))}; `mrp-lens {where} --help` says what they are"
-            )
+            wanted = ", ".join(options[name].spelled for name in dict.fromkeys(absent))
+            raise ValueError(f"{where} needs {wanted}; `mrp-lens {where} --help` says what they are")
         return cls(**own, **cls.gathered(settings))
 
     @classmethod
@@ -198,7 +197,7 @@ class Command(ABC):
             name: mine[name] for name, (part, _) in places.items() if not part and name in mine and name not in UNKEPT
         }
         inner = {name: value for part, value in parts.items() for name, value in named_in(value, part, places)}
-        settings: dict[str, Any] = plain(own | inner)
+        settings: dict[str, Any] = as_json(own | inner)
         return settings
 
     @classmethod
@@ -264,14 +263,14 @@ def named_in(value: Any, part: str, places: Mapping[str, tuple[str, Option]]) ->
     ]
 
 
-def plain(value: Any) -> Any:
+def as_json(value: Any) -> Any:
     """Settings as JSON has them."""
     if is_dataclass(value) and not isinstance(value, type):
-        return plain(asdict(value))
+        return as_json(asdict(value))
     if isinstance(value, Mapping):
-        return {str(key): plain(entry) for key, entry in value.items()}
+        return {str(key): as_json(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):
-        return [plain(entry) for entry in value]
+        return [as_json(entry) for entry in value]
     return str(value) if isinstance(value, Path) else value
 
 

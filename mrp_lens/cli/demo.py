@@ -11,16 +11,17 @@ from typing_extensions import override
 
 from mrp_lens.attacks.finetuning import Attacker
 from mrp_lens.attacks.relearn import relearn
-from mrp_lens.cli.command import Backend, Command
+from mrp_lens.cli.command import Command
 from mrp_lens.cli.console import Column, console, percent, show_examples, show_table
 from mrp_lens.cli.run_folder import begun
-from mrp_lens.data.task import UnlearningTask
+from mrp_lens.data import UnlearningTask
 from mrp_lens.data.world import World
 from mrp_lens.data.world.facts import QUESTION
 from mrp_lens.edits import Edit, ProjectionEdit, edit_on
 from mrp_lens.methods import MRP, RMU, AdaptiveRMU, Fit
 from mrp_lens.models import LensModel, identity_of, load_model
 from mrp_lens.models.generation import continuations
+from mrp_lens.models.load import Backend
 from mrp_lens.runs.record import Run
 from mrp_lens.runs.report import report
 from mrp_lens.runs.report.diagnostics import diagnostics
@@ -30,7 +31,7 @@ from mrp_lens.utils.result_store import ResultStore
 
 ATTACKED = ("unedited", "mrp", "rmu", "adaptive-rmu")
 RELEARNING_MARKS = (0, 5, 20)
-RELEARNING_QUESTIONS = 300  # T and V together, and as many never-taught ones
+RELEARNING_QUESTIONS = 300  # both halves together, and as many never-taught ones
 
 COLUMNS: list[Column] = [
     ("method", lambda row: str(row["method"])),
@@ -103,8 +104,8 @@ class Demo(Command):
             run.frames["training"] = pd.concat(logs, ignore_index=True)
             run.frames["accuracies"] = pd.DataFrame([dict(row) for row in run.rows])
             directions = {name: fit.direction for name, fit in fits.items() if fit.directions}
-            looked = {name: edit for name, edit in edits.items() if name != "untrained-start"}
-            run.frames |= diagnostics(model, task, looked, directions, seed=seed, store=store)
+            shown = {name: edit for name, edit in edits.items() if name != "untrained-start"}
+            run.frames |= diagnostics(model, task, shown, directions, seed=seed, store=store)
             run.write_into(out)
             store.tidy()
             console.print(f"The page: {report(out)}")

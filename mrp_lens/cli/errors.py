@@ -10,6 +10,9 @@ import dis
 import errno
 from types import TracebackType
 
+from mrp_lens.attacks import ATTACKS
+from mrp_lens.methods import METHODS
+
 KINDS = (ValueError, TypeError, OSError, FloatingPointError, ImportError)
 OF_THE_MACHINE = {
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOMEM),
@@ -48,8 +51,5 @@ def _package(traceback: TracebackType) -> str:
 
 def _own() -> set[str]:
     """This package, and those whose methods and attacks are registered."""
-    from mrp_lens.attacks.registry import ATTACKS  # heavy: `mrp-lens --help` needs none of it
-    from mrp_lens.methods.registry import METHODS
-
     entries = [*METHODS.values(), *ATTACKS.values()]
     return {"mrp_lens", *(kind.__module__.partition(".")[0] for kind in entries)}

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 from typing_extensions import override
 
@@ -11,9 +11,9 @@ from mrp_lens.cli.command import Command, Dtype, ModelOptions
 from mrp_lens.cli.console import console
 from mrp_lens.data import Corpus
 from mrp_lens.edits import load_edit
-from mrp_lens.export import ExportReport, Record, export_hf
+from mrp_lens.export import ExportReport, Measurements, export_hf
 from mrp_lens.export.base import check_apart
-from mrp_lens.models.base import dtype_named
+from mrp_lens.export.formats import AnyForm
 from mrp_lens.utils.io import check_free
 
 
@@ -40,7 +40,7 @@ class Export(Command):
     Attributes:
         edit: Folder of the edit, such as `runs/demo/mrp/edit`.
         out: Folder for the edited model.
-        form: See above.
+        form: `folded`, `module`, `adapter`, or whichever fits (`auto`); what each is, is said above.
         base: Checkpoint that is edited, if it is not the one of --model: the same model elsewhere.
         save_dtype: Of the written tensors. Default: the base's.
         texts: File of texts that the proof is made on. Default: a few sentences.
@@ -57,7 +57,7 @@ class Export(Command):
     loading: ModelOptions
     edit: Path
     out: Path
-    form: Literal["auto", "folded", "module", "adapter"] = "auto"
+    form: AnyForm = "auto"
     base: str | None = None
     save_dtype: Dtype | None = None
     texts: str | None = None
@@ -78,7 +78,7 @@ class Export(Command):
         check_free(self.out, overwrite=self.overwrite)
         check_apart(self.out, self.edit, "the edit")
         edit = load_edit(self.edit)
-        record = Record.read(run_of(self.edit) if self.run is None else self.run, self.attacks)
+        record = Measurements.read(run_of(self.edit) if self.run is None else self.run, self.attacks)
         texts = None if self.texts is None else Corpus.from_file(self.texts)
         report = export_hf(
             self.loading.load(),
@@ -87,7 +87,7 @@ class Export(Command):
             self.form,
             verify=self.verify,
             base=self.base,
-            dtype=None if self.save_dtype is None else dtype_named(self.save_dtype),
+            dtype=self.save_dtype,
             texts=texts,
             record=record,
             overwrite=self.overwrite,

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import pandas as pd
 from typing_extensions import override
@@ -13,10 +13,12 @@ from mrp_lens.cli.command import OnData
 from mrp_lens.cli.console import Column, console, show_table
 from mrp_lens.cli.unlearn import CAPTION, columns
 from mrp_lens.cli.unlearn import measure as figures_of
-from mrp_lens.data.task import UnlearningTask
+from mrp_lens.data import UnlearningTask
 from mrp_lens.edits import Edit, load_edit
 from mrp_lens.edits.provenance import label_of
-from mrp_lens.evals.lm_eval import Bos, evaluate, load_hf, require_harness, task_manager, task_names
+from mrp_lens.evals import evaluate
+from mrp_lens.evals.lm_eval import Bos, load_hf, require_harness, task_manager, task_names
+from mrp_lens.models import LensModel
 from mrp_lens.runs.record import Run
 from mrp_lens.runs.report import report
 from mrp_lens.utils.frames import Row, rows_of
@@ -164,7 +166,7 @@ class Measure(OnData):
         return rows
 
 
-def data_rows(model: Any, methods: Mapping[str, Edit | None], task: UnlearningTask) -> list[Row]:
+def data_rows(model: LensModel, methods: Mapping[str, Edit | None], task: UnlearningTask) -> list[Row]:
     """A row for each method; the unedited model must come first."""
     rows: list[Row] = []
     for method, edit in methods.items():

@@ -8,7 +8,7 @@ import difflib
 import re
 import sys
 from argparse import ArgumentError
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from functools import cached_property
 from pathlib import Path
@@ -258,8 +258,3 @@ def _refusal(message: str, given: Mapping[str, Any], options: Mapping[str, Optio
         return f"unknown {name.replace('_', ' ')} {wrong[0]!r}; choose one of {', '.join(map(str, choices))}"
     wanted = {int: "a whole number", float: "a number", bool: "true or false"}.get(option.alternatives[0])
     return f"{option.spelled} must be {wanted or option.alternatives[0]}, got {value!r}"
-
-
-def spelled(names: Iterable[str]) -> str:
-    """--forget, --retain."""
-    return ", ".join(f"--{name.replace('_', '-')}" for name in names)

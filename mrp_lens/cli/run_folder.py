@@ -25,7 +25,10 @@ def begun(out: Path, settings: Mapping[str, Any], *, overwrite: bool) -> Iterato
         FileExistsError: it holds something else.
         OSError: it cannot be made or written into, or another process is at work in it.
     """
-    store = ResultStore.claim(out, KIND, settings, overwrite=overwrite)
+    try:
+        store = ResultStore.claim(out, KIND, settings, overwrite=overwrite)
+    except FileExistsError as error:
+        raise FileExistsError(f"{error}, or replace this one with --overwrite") from error
     with store.lock, stoppable(out):
         if any((out / POINTS).iterdir()):
             console.print(f"Going on with what {out} holds.")

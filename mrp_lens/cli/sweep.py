@@ -7,12 +7,12 @@ from typing import Any, ClassVar
 
 from typing_extensions import override
 
-from mrp_lens.cli.command import OnData, plain
+from mrp_lens.cli.command import OnData, as_json
 from mrp_lens.cli.console import Column, console, percent, show_table
 from mrp_lens.cli.run_folder import stoppable
 from mrp_lens.runs.record import Run
 from mrp_lens.runs.report import report
-from mrp_lens.runs.sweep import SweepConfig, sweep
+from mrp_lens.runs.sweep import SweepConfig, in_stream_units, sweep
 from mrp_lens.utils.frames import rows_of
 from mrp_lens.utils.io import make_folder
 from mrp_lens.utils.result_store import check_holds
@@ -66,7 +66,7 @@ class Sweep(OnData):
         model = self.loading.load()
         plan = self.config.resolved(model, task)
         derived = {"layers", "coefficients", "seeds", "steps", "documents"}
-        arguments = self.arguments() | plain({name: getattr(plan, name) for name in derived})
+        arguments = self.arguments() | as_json({name: getattr(plan, name) for name in derived})
         arguments["questions_limit"] = plan.questions
         title = f"{self.loading.model}: effects of each method by layer"
         run = Run("sweep", arguments, plan.seeds[0], title=title)
@@ -104,7 +104,7 @@ COLUMNS: list[Column] = [
     ("method", lambda row: str(row["method"])),
     ("layer", lambda row: _number(row["layer"], "d")),
     ("c or beta", lambda row: _number(row["coefficient"], ".4g")),
-    ("c / norm", lambda row: _number(row["relative_coefficient"], ".2f") if row["method"] == "rmu" else ""),
+    ("c / norm", lambda row: _number(row["relative_coefficient"], ".2f") if in_stream_units(row["method"]) else ""),
     ("seed", lambda row: _number(row["seed"], "d")),
     ("forget quiz", lambda row: percent(row["forget_accuracy"])),
     ("retain quiz", lambda row: percent(row["retain_accuracy"])),

@@ -11,8 +11,8 @@ from typing_extensions import override
 from mrp_lens.cli.command import Command, ModelOptions
 from mrp_lens.cli.console import Column, console, percent, show_examples, show_table
 from mrp_lens.cli.run_folder import begun
-from mrp_lens.data import TaskConfig
-from mrp_lens.data.task import UnlearningTask, beginning
+from mrp_lens.data import TaskConfig, UnlearningTask
+from mrp_lens.data.task import beginning
 from mrp_lens.edits import Edit, edit_on
 from mrp_lens.methods import METHODS, Fit, Method
 from mrp_lens.metrics import Measured, rows_for
@@ -21,7 +21,7 @@ from mrp_lens.models.generation import continuations
 from mrp_lens.runs.record import Run
 from mrp_lens.runs.report import report
 from mrp_lens.runs.report.diagnostics import diagnostics
-from mrp_lens.training.loggers import LoggerCallback, logger_named
+from mrp_lens.training import LoggerCallback, logger_named
 
 EXAMPLES = 3
 CAPTION = (
@@ -72,16 +72,17 @@ class Unlearn(Command):
 
     Attributes:
         method: How to forget.
-        released: `rmu`, `adaptive-rmu`: the released code's settings, where none is given.
+        released: The settings of the code that the paper of `--method` came with, where none is given; not every method has them.
         out: Folder for the edit, the log and the metrics.
         seed: Of every random choice.
-        logger: Send every update to this tracker, too; log.csv is always written. Needs `pip install 'mrp_lens[wandb]'` and
-            the like.
+        logger: Send every update to this tracker, too; log.csv is always written. Each needs
+            the extra of its name: `pip install 'mrp_lens[wandb]'`.
         overwrite: Replace the output folder if it exists.
     """
 
     word: ClassVar[str] = "unlearn"
     required: ClassVar[tuple[str, ...]] = ("model", "method", "forget", "retain")
+    inside: ClassVar[tuple[str, ...]] = ("fitter",)
 
     loading: ModelOptions
     data: TaskConfig

@@ -45,8 +45,8 @@ class UnlearningTask:
         retain: the retain set that a fit may see.
         held_out: retain text that no fit sees, for perplexity.
         questions: the quiz on the forget set.
-        retain_questions: the quiz on what must stay.
-        untaught_questions: the untaught quiz, on what the model was never taught: how *absent* looks.
+        retain_questions: the quiz on the retain set.
+        untaught_questions: the untaught quiz, on what the model was never taught: what *absent* is.
 
     Example:
         >>> task = UnlearningTask.from_world("potions")
@@ -111,7 +111,7 @@ class UnlearningTask:
             "untaught_questions": untaught_questions,
         }
         named = {role: None if place is None else str(place) for role, place in quizzes.items()}
-        return cls.from_config(TaskConfig(tuple(map(str, several)), str(retain), **named, **columns))
+        return TaskConfig(tuple(map(str, several)), str(retain), **named, **columns).load()
 
     @classmethod
     def from_hub(
@@ -143,11 +143,6 @@ class UnlearningTask:
             untaught_questions=untaught,
             **columns,
         )
-
-    @classmethod
-    def from_config(cls, config: "TaskConfig") -> "UnlearningTask":
-        """What `config.load()` reads."""
-        return config.load()
 
     @property
     def forget_texts(self) -> Corpus:
@@ -242,7 +237,7 @@ class TaskConfig:
         forget: The sources of the forget set; each is a topic of its own.
         retain: The source of the retain set; a tenth is held out to measure perplexity on.
         questions: The source of the quiz on the forget set (multiple choice).
-        retain_questions: The source of the quiz on what must stay.
+        retain_questions: The source of the quiz on the retain set.
         field: Column that holds the text of a document. Default: `text`, or the schema's.
         prompt: Template of a document's context, such as `Question: {question}\\nAnswer:`; instead of `field`.
         completion: Template of what follows the prompt and counts in the loss, such as ` {answer}`.
@@ -252,7 +247,7 @@ class TaskConfig:
         forget_schema: Known data set whose columns the forget set has, such as `locuslab/TOFU`.
         retain_schema: Known data set whose columns the retain set has, such as `wikitext`.
         questions_schema: Known data set whose columns the quizzes have, such as `cais/wmdp`.
-        untaught_questions: The source of the untaught quiz, on what the model was never taught: what absent looks like.
+        untaught_questions: The source of the untaught quiz, on what the model was never taught: which shows what absent is.
         entity: Column of `questions` and `untaught_questions` that says whom or what a question is about.
     """
 

@@ -10,7 +10,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from mrp_lens.data.documents import Document
-from mrp_lens.utils.validation import one_of
+from mrp_lens.utils.validation import check_one_of, check_whole
 
 PaddingSide = Literal["left", "right"]
 Kept = Literal["start", "end"]
@@ -168,7 +168,7 @@ class Encoder:
         Raises:
             ValueError: a side that is neither "right" nor "left".
         """
-        one_of(PaddingSide, padding=side)
+        check_one_of(PaddingSide, padding=side)
         width = max(len(row.ids) for row in rows)
         pad = self.tokenizer.pad_token_id if valid_id(self.tokenizer.pad_token_id, self.rows) else 0
 
@@ -189,10 +189,9 @@ def in_order(
     """Batches of similar length (least padding), each with the positions of its rows.
 
     Raises:
-        ValueError: a batch size below 1, which would read nothing.
+        TypeError, ValueError: a batch size that is no whole number, or below 1, which would read nothing.
     """
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    check_whole(batch_size=batch_size)
     order = sorted(range(len(rows)), key=lambda i: len(rows[i].ids))
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]

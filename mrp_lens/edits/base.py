@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from mrp_lens.edits.merging import applied_in_weights
+from mrp_lens.edits.merging import ALLOWED, ALLOWED_COARSE, not_mergeable, probe_logits
 from mrp_lens.edits.serialization import check_same, explained, folder_of, read_edit, setting, write_edit
-from mrp_lens.models import LensModel, check_lens_model, check_same_model
-from mrp_lens.models.architectures import Layout
-from mrp_lens.models.attachments import On, entries_on, exclusive, putting_on, take_off
+from mrp_lens.models import Layout, LensModel, architecture_of, check_lens_model, check_same_model, dtype_of, restored
+from mrp_lens.models.architectures import LAYOUTS
+from mrp_lens.models.attachments import AppliedEdit, entries_on, exclusive, putting_on, take_off
 from mrp_lens.utils.io import whole_folder
 from mrp_lens.utils.registry import Registry
 
@@ -24,7 +24,7 @@ from mrp_lens.utils.registry import Registry
 class Attached:
     """An edit that is on, until `detach`. Also a context manager, which takes it off at the end of the block."""
 
-    def __init__(self, model: Any, entry: On) -> None:
+    def __init__(self, model: Any, entry: AppliedEdit) -> None:
         self._model, self._entry = model, entry
 
     def detach(self, *, discard: bool = False) -> None:
@@ -90,7 +90,7 @@ class Edit(ABC):
         """The layers whose blocks it hooks or writes into, ascending."""
 
     @abstractmethod
-    def _put_on(self, model: LensModel, entry: On, *, check: bool) -> None:
+    def _put_on(self, model: LensModel, entry: AppliedEdit, *, check: bool) -> None:
         """Put the edit on and note each change as it is made; may raise at any point."""
 
     @abstractmethod
@@ -162,6 +162,39 @@ class Edit(ABC):
             with handle:
                 yield model
 
+    @contextmanager
+    def applied_in_weights(self, model: LensModel) -> Iterator[list[torch.nn.Parameter]]:
+        """Inside a `with` block, the edit is on with its projections multiplied into the matrices and biases that write to the stream.
+
+        Exact for the sites `mlp_out` and `attn_out` where no norm follows the matrix, and for `resid_pre` of layer 0 (into
+        the embeddings) where these are not tied to the unembedding. Compared with the hooks on random tokens first.
+
+        Yields:
+            The tensors that were changed.
+
+        Raises:
+            ValueError: this edit has no such form (steering, or a projection elsewhere), or the model computes something
+                else with it; the model is left as it was.
+        """
+        layout, dtype = LAYOUTS.get(architecture_of(model)), dtype_of(model)
+        reason = self.why_not_mergeable(layout)
+        if reason is None and layout is None and dtype not in ALLOWED:
+            reason = f"whether that is exact in this architecture cannot be told in {dtype}"
+        if reason is not None:
+            raise not_mergeable(reason)
+        written = list({id(parameter): parameter for parameter in self.merge_targets(model)}.values())
+        with restored(written):
+            with self.applied(model):
+                wanted = probe_logits(model)
+            self.write_over(model)
+            off = float((probe_logits(model) - wanted).abs().max() / wanted.std())
+            if not off <= ALLOWED.get(dtype, ALLOWED_COARSE):
+                raise ValueError(
+                    f"written into the weights of this model, the edit gives logits that differ by {off:.2g} of their spread: something stands "
+                    "between the matrix and the hook, or the embeddings are tied; keep the edit as hooks"
+                )
+            yield written
+
     def attach(self, model: LensModel, *, check: bool = True) -> Attached:
         """Apply the edit until `detach`, for notebook cells. Survives `model.reset_hooks()`.
 
@@ -225,7 +258,7 @@ class Edit(ABC):
                 f"an edit is on this model and would be merged or lost with it ({entries_on(model)[0].edit!r}); take it off first: "
                 "edit.detach(model)"
             )
-        with applied_in_weights(model, self) as written:
+        with self.applied_in_weights(model) as written:
             merged = [(parameter, parameter.detach().clone()) for parameter in written]
         with torch.no_grad():
             for parameter, values in merged:
@@ -240,7 +273,7 @@ class Edit(ABC):
             FileExistsError: the folder exists and is not empty, and `overwrite` is False.
         """
         with whole_folder(path, overwrite=overwrite) as folder:
-            write_edit(self, folder)
+            write_edit(folder, self.kind, self.provenance, *self.to_parts())
 
     @classmethod
     def from_pretrained(cls, source: str | Path, *, revision: str | None = None, token: str | None = None) -> Self:
@@ -332,7 +365,7 @@ class EditStack(Edit):
         return tuple(hook for part in self.parts for hook in part.sole_hooks)
 
     @override
-    def _put_on(self, model: LensModel, entry: On, *, check: bool) -> None:
+    def _put_on(self, model: LensModel, entry: AppliedEdit, *, check: bool) -> None:
         for part in self.parts:
             part._put_on(model, entry, check=check)
 
@@ -407,7 +440,7 @@ def edit_on(model: LensModel, edit: Edit | None) -> AbstractContextManager[Any]:
     return nullcontext(model) if edit is None else edit.applied(model)
 
 
-def _detach(model: Any, entry: On, *, discard: bool) -> None:
+def _detach(model: Any, entry: AppliedEdit, *, discard: bool) -> None:
     for problem in take_off(model, entry, discard=discard):
         warnings.warn(problem, UserWarning, stacklevel=3)
 

@@ -11,9 +11,8 @@ from mrp_lens.edits.base import Edit, check_width
 from mrp_lens.edits.merging import OUTPUTS, project_writers, writers
 from mrp_lens.edits.serialization import setting
 from mrp_lens.edits.subspace import Subspace
-from mrp_lens.models import LensModel, device_of
-from mrp_lens.models.architectures import Layout
-from mrp_lens.models.attachments import On, entries_on
+from mrp_lens.models import Layout, LensModel, device_of
+from mrp_lens.models.attachments import AppliedEdit, entries_on
 from mrp_lens.models.hooks import HookFunction, add_hooks, check_hook_names, layer_of, place_in_block, site_of
 
 
@@ -143,7 +142,7 @@ class ProjectionEdit(Edit):
         return ProjectionEdit.from_requests(requests, provenance=merged if mine or theirs else {})
 
     @override
-    def _put_on(self, model: LensModel, entry: On, *, check: bool) -> None:
+    def _put_on(self, model: LensModel, entry: AppliedEdit, *, check: bool) -> None:
         check_hook_names(model, self._joined)
         check_width(model, next(iter(self._joined.values())).d_model, "the projection")
         self._check_model(model, check)

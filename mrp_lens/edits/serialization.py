@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import psutil
 import torch
@@ -23,10 +23,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from mrp_lens.models.source import leads_out
-from mrp_lens.utils.io import read_json, recover, write_json
-
-if TYPE_CHECKING:
-    from mrp_lens.edits.base import Edit
+from mrp_lens.utils.io import one_line, read_json, recover, write_json
 
 CONFIG_FILE = "edit_config.json"
 TENSOR_FILE = "edit.safetensors"
@@ -35,7 +32,6 @@ KEYS = {"format", "kind", "settings", "provenance", "tensors_sha256"}
 
 CONFIG_BYTES = 16 * 2**20  # a configuration of 20,000 matrices takes 6 MB
 HEADER_BYTES = 16 * 2**20
-LONGEST = 500  # characters of an error's cause
 
 
 @dataclass(frozen=True)
@@ -49,16 +45,17 @@ class Stored:
     tensors: Mapping[str, Tensor]
 
 
-def write_edit(edit: "Edit", folder: Path) -> None:
+def write_edit(
+    folder: Path, kind: str, provenance: Mapping[str, Any], settings: Mapping[str, Any], tensors: Mapping[str, Tensor]
+) -> None:
     """Write the two files of an edit into a folder that exists."""
-    settings, tensors = edit.to_parts()
     # Copies: one subspace may stand at several hooks, and the format refuses tensors that share memory.
     content = save({name: tensor.to("cpu", copy=True).contiguous() for name, tensor in tensors.items()})
     config: dict[str, Any] = {
         "format": FORMAT,
-        "kind": edit.kind,
+        "kind": kind,
         "settings": settings,
-        "provenance": dict(edit.provenance),
+        "provenance": dict(provenance),
         "tensors_sha256": hashlib.sha256(content).hexdigest(),
     }
     (folder / TENSOR_FILE).write_bytes(content)
@@ -135,7 +132,7 @@ def folder_of(source: str | Path, *, revision: str | None = None, token: str | N
     except (HTTPError, OSError) as error:
         cause = error.__cause__ if isinstance(error, LocalEntryNotFoundError) and error.__cause__ else error
         raise FileNotFoundError(
-            f"{name!r} is neither a local folder nor an edit that is to be had from the Hub ({_one_line(cause)}); give a folder written by "
+            f"{name!r} is neither a local folder nor an edit that is to be had from the Hub ({one_line(cause)}); give a folder written by "
             "edit.save_pretrained(...), or the name of such a folder on the Hub (with token=... where it is private)"
         ) from error
     return Path(place).parent
@@ -157,7 +154,7 @@ def explained(folder: Path) -> Iterator[None]:
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError, RuntimeError) as error:
         cause = error.args[0] if isinstance(error, KeyError) and error.args else error
         raise ValueError(
-            f"{folder} does not hold what its configuration says ({_one_line(cause)}); save the edit again"
+            f"{folder} does not hold what its configuration says ({one_line(cause)}); save the edit again"
         ) from error
 
 
@@ -172,7 +169,7 @@ def setting(settings: Any, name: str, kind: type | tuple[type, ...]) -> Any:
     value = settings[name]
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
         wanted = " or ".join(k.__name__ for k in (kind if isinstance(kind, tuple) else (kind,)))
-        raise ValueError(_one_line(f"{name!r} must be {wanted} in its settings, got {value!r}"))
+        raise ValueError(one_line(f"{name!r} must be {wanted} in its settings, got {value!r}"))
     return value
 
 
@@ -250,7 +247,7 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
         with safe_open(path, framework="pt", device="cpu") as file:
             return {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, KeyError, TypeError, RuntimeError, OverflowError, MemoryError) as error:
-        raise ValueError(f"{path} does not hold tensors that can be read ({_one_line(error)})") from error
+        raise ValueError(f"{path} does not hold tensors that can be read ({one_line(error)})") from error
 
 
 def _same_json(one: Any, other: Any) -> bool:
@@ -261,10 +258,5 @@ def _difference(settings: Any, others: Any) -> str:
     if isinstance(settings, dict) and isinstance(others, dict) and settings.keys() == others.keys():
         for key in settings:
             if not _same_json(settings[key], others[key]):
-                return _one_line(f"{key!r} is {settings[key]!r} and has to be {others[key]!r}")
-    return _one_line(f"{settings!r} has to be {others!r}")
-
-
-def _one_line(what: object) -> str:
-    text = " ".join(str(what).split())
-    return text if len(text) <= LONGEST else f"{text[:LONGEST]} ..."
+                return one_line(f"{key!r} is {settings[key]!r} and has to be {others[key]!r}")
+    return one_line(f"{settings!r} has to be {others!r}")

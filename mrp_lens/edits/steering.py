@@ -15,11 +15,10 @@ from mrp_lens.edits.exported_hooks import in_prompt
 from mrp_lens.edits.prompt_positions import count_in_prompts
 from mrp_lens.edits.serialization import setting
 from mrp_lens.edits.subspace import unit
-from mrp_lens.models import LensModel, device_of
-from mrp_lens.models.architectures import Layout
-from mrp_lens.models.attachments import On
+from mrp_lens.models import Layout, LensModel, device_of
+from mrp_lens.models.attachments import AppliedEdit
 from mrp_lens.models.hooks import add_hooks, check_hook_names, hook_name, layer_of
-from mrp_lens.utils.validation import whole_numbers
+from mrp_lens.utils.validation import check_one_of, int_seed, whole_numbers
 
 Mode = Literal["replace", "add"]
 
@@ -65,8 +64,7 @@ class SteeringEdit(Edit):
         provenance: Mapping[str, Any] | None = None,
     ) -> None:
         layer_of(hook)
-        if mode not in ("replace", "add"):
-            raise ValueError(f"unknown mode {mode!r}; choose 'replace' or 'add'")
+        check_one_of(Mode, mode=mode)
         for name, value in (("coefficient", coefficient), ("noise", noise)):
             if isinstance(value, bool | str):
                 raise TypeError(f"{name} must be a number, got {value!r}")
@@ -80,9 +78,7 @@ class SteeringEdit(Edit):
         self.mode = mode
         self.noise = float(noise)
         self.positions = None if positions is None else whole_numbers(positions, "positions")
-        (self.seed,) = whole_numbers([seed], "seed")
-        if not -(2**63) <= self.seed < 2**64:
-            raise ValueError(f"seed must fit into 64 bits, got {seed}")
+        self.seed = int_seed(seed)
         self.provenance = dict(provenance or {})
 
     @classmethod
@@ -108,7 +104,7 @@ class SteeringEdit(Edit):
         return (layer_of(self.hook),)
 
     @override
-    def _put_on(self, model: LensModel, entry: On, *, check: bool) -> None:
+    def _put_on(self, model: LensModel, entry: AppliedEdit, *, check: bool) -> None:
         check_hook_names(model, [self.hook])
         check_width(model, len(self.direction), "the direction")
         self._check_model(model, check)

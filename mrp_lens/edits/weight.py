@@ -10,9 +10,8 @@ from typing_extensions import override
 
 from mrp_lens.edits.base import Edit
 from mrp_lens.edits.serialization import setting
-from mrp_lens.models import EditableWeight, LensModel, same_tensor, weights_by_name
-from mrp_lens.models.architectures import Layout
-from mrp_lens.models.attachments import On, write
+from mrp_lens.models import EditableWeight, Layout, LensModel, same_tensor, weights_by_name
+from mrp_lens.models.attachments import AppliedEdit, write
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -64,10 +63,10 @@ class WeightEdit(Edit):
         return tuple(sorted({int(number[1]) for number in numbers if number}))
 
     @override
-    def _put_on(self, model: LensModel, entry: On, *, check: bool) -> None:
+    def _put_on(self, model: LensModel, entry: AppliedEdit, *, check: bool) -> None:
         self.write_into(model, weights_by_name(model), entry, check=check)
 
-    def write_into(self, model: Any, known: Mapping[str, EditableWeight], entry: On, *, check: bool) -> None:
+    def write_into(self, model: Any, known: Mapping[str, EditableWeight], entry: AppliedEdit, *, check: bool) -> None:
         """Put it on, given the matrices of a model by their names in the checkpoint."""
         for name, tensor in self.tensors.items():
             if name not in known:

@@ -19,7 +19,7 @@ from mrp_lens.edits import Edit
 from mrp_lens.hf import attach
 from mrp_lens.models import device_named, dtype_named
 from mrp_lens.models.source import checked_config, find_folder, read_object, read_tokenizer, read_weights
-from mrp_lens.utils.validation import one_of, positive
+from mrp_lens.utils.validation import check_one_of, check_positive
 
 try:
     from lm_eval import simple_evaluate
@@ -96,8 +96,8 @@ def evaluate(
         >>> frame = evaluate("org/name", ["wmdp", "mmlu"], edit="runs/mine/edit")  # doctest: +SKIP
     """
     require_harness()
-    one_of(Bos, bos=bos)
-    positive(limit=limit, batch_size=batch_size)
+    check_one_of(Bos, bos=bos)
+    check_positive(limit=limit, batch_size=batch_size)
     names = task_names(tasks)
     with _random_states_kept(), ExitStack() as stack:
         manager = task_manager(names, include_path)

@@ -14,7 +14,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mrp_lens.models.architectures import Layout, layout_of
+from mrp_lens.models import Layout
+from mrp_lens.models.architectures import layout_of
 from mrp_lens.models.source import check_shards, leads_out, read_object, refuse_quantised
 from mrp_lens.utils.io import write_json
 

@@ -23,7 +23,7 @@ from mrp_lens.export.remote_code import write_module
 from mrp_lens.export.verification import TEXTS, Proof, prove
 from mrp_lens.models import LensModel, dtype_named, dtype_of
 from mrp_lens.utils.io import check_free, whole_folder, write_json, write_text
-from mrp_lens.utils.validation import one_of
+from mrp_lens.utils.validation import check_one_of
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -110,7 +110,7 @@ def export_hf(
         ('module', True)
     """
     started, target = time.perf_counter(), Path(out_dir)
-    one_of(AnyForm, form=form)
+    check_one_of(AnyForm, form=form)
     check_free(target, overwrite=overwrite)
     edit = edit if isinstance(edit, Edit) else load_edit(edit)
     saved_as = None if dtype is None else _dtype_to_save(dtype)
@@ -130,7 +130,8 @@ def export_hf(
         tokenizer, proof = None, None
         with tqdm(total=checkpoint.size, desc="writing", unit="B", unit_scale=True, disable=not progress) as bar:
             if plan.form == "adapter":
-                write_edit(without_paths(edit), folder)
+                own = without_paths(edit)
+                write_edit(folder, own.kind, own.provenance, *own.to_parts())
             else:
                 _write_model(folder, plan, checkpoint, changes, saved_as, bar.update)
                 tokenizer = write_tokenizer(folder, model, checkpoint, name_class=plan.form == "module")

@@ -10,8 +10,7 @@ from mrp_lens.edits import Edit, ProjectionEdit, WeightEdit
 from mrp_lens.edits.subspace import Subspace
 from mrp_lens.export.checkpoint import HEAD, Checkpoint
 from mrp_lens.hf.attach import Steps, place_of, steps_of
-from mrp_lens.models import same_tensor
-from mrp_lens.models.architectures import Layout
+from mrp_lens.models import Layout, same_tensor
 
 Form = Literal["folded", "module", "adapter"]
 AnyForm = Literal["auto", "folded", "module", "adapter"]

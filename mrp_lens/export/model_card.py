@@ -16,7 +16,7 @@ from mrp_lens.export.measurements import Measurements, check_record, rows_about
 from mrp_lens.methods import METHODS
 from mrp_lens.runs.report.table import INTERVALS, Table, table_of
 from mrp_lens.utils.frames import Row, versions
-from mrp_lens.utils.validation import one_of
+from mrp_lens.utils.validation import check_one_of
 
 TEMPLATES = Environment(
     loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
@@ -59,7 +59,7 @@ def model_card(
     Raises:
         ValueError: an unknown form, no base, a repo_id that the Hub does not take, or a record of another edit.
     """
-    one_of(Form, form=form)
+    check_one_of(Form, form=form)
     if not base:
         raise ValueError("base is empty; name the model that was edited, such as 'org/name'")
     if repo_id is not None:
@@ -199,7 +199,7 @@ def _text(value: Any) -> str:
 
 
 def _name(value: Any) -> str:
-    """A name or a setting, likewise; a path as a whole, which may hold spaces."""
+    """A name or a setting in one line, without markup; of a path, which may hold spaces, the last component."""
     if isinstance(value, float):
         return f"{value:.6g}"
     if isinstance(value, list | tuple):

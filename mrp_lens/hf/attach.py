@@ -7,12 +7,11 @@ from typing import Any
 
 from torch import nn
 
-from mrp_lens.edits import Edit, ProjectionEdit, SteeringEdit, WeightEdit, exported_hooks, load_edit
-from mrp_lens.edits.base import Attached
+from mrp_lens.edits import Attached, Edit, ProjectionEdit, SteeringEdit, WeightEdit, exported_hooks, load_edit
 from mrp_lens.edits.prompt_positions import count_in_prompts
-from mrp_lens.models import check_same_model, hf_weights
-from mrp_lens.models.architectures import Layout, layout_of
-from mrp_lens.models.attachments import On, TorchHook, entries_on, putting_on
+from mrp_lens.models import Layout, check_same_model, hf_weights
+from mrp_lens.models.architectures import layout_of
+from mrp_lens.models.attachments import AppliedEdit, TorchHook, entries_on, putting_on
 from mrp_lens.models.hooks import hook_name, layer_of, site_of
 
 Steps = Mapping[tuple[int, str], list[nn.Module]]
@@ -131,7 +130,7 @@ def _check_places(hf_model: Any, steps: Steps) -> None:
             )
 
 
-def _reserve(hf_model: nn.Module, entry: On, steps: Steps) -> None:
+def _reserve(hf_model: nn.Module, entry: AppliedEdit, steps: Steps) -> None:
     """Note where projections are; refuse a second one at the same place."""
     mine = [place for place, done in steps.items() if any(isinstance(step, exported_hooks.Projection) for step in done)]
     if any(place in other.places for other in entries_on(hf_model) for place in mine):

@@ -26,7 +26,7 @@ from mrp_lens.training.checkpoints import EVERY, Checkpoint, Resumable
 from mrp_lens.training.loop import Losses, TrainingRun, train
 from mrp_lens.utils.frames import versions
 from mrp_lens.utils.torch_state import ordinary_torch, refuse_inference_tensors
-from mrp_lens.utils.validation import generator_for, given, plain
+from mrp_lens.utils.validation import as_python, generator_for, or_default
 
 LONGEST = 512  # tokens of a document, as in the released RMU recipe
 
@@ -75,7 +75,7 @@ def prepare(
     names = tuple(corpus.name for corpus in corpora)
     if not corpora or len(set(names)) < len(names):
         raise ValueError(f"give at least one forget corpus, each with its own name; got {list(names)}")
-    encoder = encoder_for(model, max_length=given(max_length, min(LONGEST, int(model.cfg.n_ctx))))
+    encoder = encoder_for(model, max_length=or_default(max_length, min(LONGEST, int(model.cfg.n_ctx))))
     reason = why_not_exportable(model)
     if reason is not None:
         warnings.warn(
@@ -231,7 +231,7 @@ class FitTemplate(Method, Generic[Settings]):
         record = {
             "method": self.name,
             "settings": recorded(self, settings),
-            "seed": plain(seed),
+            "seed": as_python(seed),
             "model": describe(model),
             "data": dict(data.record),
             "versions": versions(),
@@ -257,7 +257,7 @@ class FitTemplate(Method, Generic[Settings]):
         check_lens_model(model)
         self.check(model)
         data = prepare(model, forget, retain, max_length=self.max_length)
-        label = given(request, "+".join(data.names))
+        label = or_default(request, "+".join(data.names))
         earlier = projection_in(after)
         if self.by_request and earlier is not None and label in earlier.requests:
             raise ValueError(f"the earlier edit has a request {label!r} already; name this one with request=...")

@@ -26,7 +26,7 @@ from mrp_lens.models.hooks import Site, hook_name
 from mrp_lens.training.loop import TrainingRun
 from mrp_lens.training.losses import cross_entropy, predictions
 from mrp_lens.training.optim import MasterAdamW, linear_decay, trainable
-from mrp_lens.utils.validation import given, positive
+from mrp_lens.utils.validation import check_positive, or_default
 
 Unit = Literal["token", "document"]
 LR_SHARE = 0.033  # learning rate over the root mean square of the trained entries
@@ -96,7 +96,7 @@ class GradientMethod(FitTemplate[GradientSettings]):
     def resolve(self, model: LensModel, data: Data) -> GradientSettings:
         layers = self._layers(model)
         size = entry_size(mlp_out_weight(model, layer).read() for layer in layers)
-        return GradientSettings(layers=layers, lr=given(self.lr, LR_SHARE * size))
+        return GradientSettings(layers=layers, lr=or_default(self.lr, LR_SHARE * size))
 
     @override
     def learn(self, settings: GradientSettings, context: FitContext) -> Fit:
@@ -120,7 +120,7 @@ class GradientMethod(FitTemplate[GradientSettings]):
         return context.result(WeightEdit(learned, replaced, provenance=context.provenance(steps=len(run.log))), run)
 
     def _layers(self, model: LensModel) -> tuple[int, ...]:
-        return check_layers(model, given(self.layers, up_to(default_layer(model))))
+        return check_layers(model, or_default(self.layers, up_to(default_layer(model))))
 
 
 class _Losses:
@@ -247,7 +247,7 @@ class NPO(GradientMethod):
     @override
     def check(self, model: LensModel) -> None:
         super().check(model)
-        positive(beta=self.beta)
+        check_positive(beta=self.beta)
 
     @override
     def forget_loss(self, side: ForgetSide) -> Float[Tensor, " documents"]:
@@ -331,4 +331,4 @@ class DirectionAblation(FitTemplate[AblationSettings]):
         return context.result(edit, TrainingRun(log, interrupted=False))
 
     def _layers(self, model: LensModel) -> tuple[int, ...]:
-        return check_layers(model, given(self.layers, range(model.cfg.n_layers)))
+        return check_layers(model, or_default(self.layers, range(model.cfg.n_layers)))

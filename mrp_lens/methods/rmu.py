@@ -20,7 +20,7 @@ from mrp_lens.methods.registry import Swept, register
 from mrp_lens.models import EditableWeight, LensModel, check_layers, mlp_out_weight, restored, tensor_digests
 from mrp_lens.models.hooks import Site, captured, hook_name, run_segment
 from mrp_lens.training.optim import TransformersAdamW
-from mrp_lens.utils.validation import given, positive
+from mrp_lens.utils.validation import check_positive, or_default
 
 Positions = Literal["content", "all"]
 Optimizer = Literal["adamw", "transformers_adamw"]
@@ -121,7 +121,7 @@ class Misdirection(FitTemplate[Resolved], Generic[Resolved]):
         layer, trained = self._layers(model)
         size = entry_size(mlp_out_weight(model, place).read() for place in trained)
         norm = mean_norm(model, data, layer=layer, hook=hook_name(layer, self.site))
-        return self.settled(norm, layer=layer, trained_layers=trained, lr=given(self.lr, LR_SHARE * size))
+        return self.settled(norm, layer=layer, trained_layers=trained, lr=or_default(self.lr, LR_SHARE * size))
 
     @override
     def learn(self, settings: Resolved, context: FitContext) -> Fit:
@@ -153,9 +153,9 @@ class Misdirection(FitTemplate[Resolved], Generic[Resolved]):
 
     def _layers(self, model: LensModel) -> tuple[int, tuple[int, ...]]:
         """Where states are steered, and whose matrices learn."""
-        layer = given(self.layer, default_layer(model))
+        layer = or_default(self.layer, default_layer(model))
         check_layers(model, [layer])
-        trained = check_layers(model, given(self.trained_layers, up_to(layer)))
+        trained = check_layers(model, or_default(self.trained_layers, up_to(layer)))
         if max(trained) > layer:
             raise ValueError(f"trained_layers {trained} reach beyond layer {layer}, where the loss is read")
         return layer, trained
@@ -335,13 +335,13 @@ class RMU(Misdirection[RMUSettings]):
 
     @override
     def check(self, model: LensModel) -> None:
-        positive(steering_coeff=self.steering_coeff)
+        check_positive(steering_coeff=self.steering_coeff)
         super().check(model)
 
     @override
     def settled(self, norm: float, *, layer: int, trained_layers: tuple[int, ...], lr: float) -> RMUSettings:
-        c = given(self.steering_coeff, C_SHARE * norm)
-        alpha = given(self.alpha, ALPHA_SHARE * (c / norm) ** 2)
+        c = or_default(self.steering_coeff, C_SHARE * norm)
+        alpha = or_default(self.alpha, ALPHA_SHARE * (c / norm) ** 2)
         return RMUSettings(layer=layer, trained_layers=trained_layers, alpha=alpha, lr=lr, steering_coeff=c)
 
     @override
@@ -381,12 +381,12 @@ class AdaptiveRMU(Misdirection[MisdirectionSettings]):
 
     @override
     def check(self, model: LensModel) -> None:
-        positive(beta=self.beta)
+        check_positive(beta=self.beta)
         super().check(model)
 
     @override
     def settled(self, norm: float, *, layer: int, trained_layers: tuple[int, ...], lr: float) -> MisdirectionSettings:
-        alpha = given(self.alpha, ALPHA_SHARE * self.beta**2)
+        alpha = or_default(self.alpha, ALPHA_SHARE * self.beta**2)
         return MisdirectionSettings(layer=layer, trained_layers=trained_layers, alpha=alpha, lr=lr)
 
     @property

@@ -121,7 +121,7 @@ class Original:
 
 
 @dataclass(eq=False)
-class On:
+class AppliedEdit:
     """One edit that is on.
 
     Attributes:
@@ -140,7 +140,7 @@ class On:
 @dataclass(eq=False)
 class _Record:
     compatibility_mode: bool
-    on: list[On] = field(default_factory=list)
+    on: list[AppliedEdit] = field(default_factory=list)
     originals: list[Original] = field(default_factory=list)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "_Record":
@@ -180,14 +180,14 @@ def edits_on(model: Any) -> tuple[Any, ...]:
     return tuple(entry.edit for entry in entries_on(model))
 
 
-def entries_on(model: Any) -> tuple[On, ...]:
+def entries_on(model: Any) -> tuple[AppliedEdit, ...]:
     """What is noted of the edits that are on."""
     record: _Record | None = vars(anchor_of(model)).get(RECORD)
     return () if record is None else tuple(record.on)
 
 
 @contextmanager
-def putting_on(model: Any, edit: Any) -> Iterator[On]:
+def putting_on(model: Any, edit: Any) -> Iterator[AppliedEdit]:
     """Inside, an edit is put on; what was put on by then is taken off again if the block raises.
 
     Yields:
@@ -204,7 +204,7 @@ def putting_on(model: Any, edit: Any) -> Iterator[On]:
                     f"(edit.detach(model)). On is {known!r}"
                 )
         record = _record_of(model)
-        entry = On(edit)
+        entry = AppliedEdit(edit)
         record.on.append(entry)
         try:
             yield entry
@@ -213,7 +213,7 @@ def putting_on(model: Any, edit: Any) -> Iterator[On]:
             raise
 
 
-def write(model: Any, entry: On, weight: EditableWeight, values: Tensor) -> None:
+def write(model: Any, entry: AppliedEdit, weight: EditableWeight, values: Tensor) -> None:
     """Overwrite one matrix and note it.
 
     Args:
@@ -229,7 +229,7 @@ def write(model: Any, entry: On, weight: EditableWeight, values: Tensor) -> None
     weight.write(values)
 
 
-def take_off(model: Any, entry: On, *, discard: bool) -> list[str]:
+def take_off(model: Any, entry: AppliedEdit, *, discard: bool) -> list[str]:
     """Take an edit off: its hooks go, and each of its matrices holds what the edits that stay on have written, or the
     original values.
 

@@ -37,14 +37,9 @@ _NOT_RULES = (
 _EXPERTS = ("moe_intermediate_size", "shared_expert_intermediate_size")
 
 
-def text_config(config: Any) -> Any:
-    """The part of a configuration that describes the language model: all of it, unless it reads pictures too."""
-    return config.get_text_config()
-
-
 def context_of(config: Any) -> int:
     """Tokens that the configuration says a text may have."""
-    context: Any = getattr(text_config(config), "max_position_embeddings", None)
+    context: Any = getattr(config.get_text_config(), "max_position_embeddings", None)
     return int(context) if is_count(context) else 2048
 
 
@@ -75,7 +70,7 @@ def reach(config: Any) -> int:
         >>> reach(MistralConfig(sliding_window=40, max_position_embeddings=512))
         60
     """
-    config = text_config(config)
+    config = config.get_text_config()
     limits = [*windows(config).values()]
     for rule in rotary_rules(config):
         limits += [size for size in _position_limits(config, rule) if is_count(size)]
@@ -101,7 +96,7 @@ def small_config(config: Any) -> Any:
     window or a limit computes with the small one as with the large one (both enter as numbers, nowhere as a case), and a
     class that ignores it ignores either. What stands in a ratio (the context and the one trained on) is scaled together.
     """
-    small = copy.deepcopy(text_config(config))
+    small = copy.deepcopy(config.get_text_config())
     width, heads = int(small.hidden_size), int(small.num_attention_heads)
     kept = kept_layers(small)
     sizes: dict[str, Any] = {"num_hidden_layers": len(kept), "vocab_size": min(int(small.vocab_size), VOCABULARY)}
@@ -180,7 +175,7 @@ def small_model(config: Any) -> Any:
 def probe(config: Any, length: int) -> Tensor:
     """Random token ids [2, length], the same every time."""
     generator = torch.Generator().manual_seed(0)
-    return torch.randint(int(text_config(config).vocab_size), (2, length), generator=generator)
+    return torch.randint(int(config.get_text_config().vocab_size), (2, length), generator=generator)
 
 
 def hf_log_probabilities(hf_model: Any, tokens: Tensor) -> Tensor:
@@ -227,7 +222,7 @@ def ignored_settings(kind: Kind, config: Any) -> str | None:
     found = difference(kind, json.dumps(small))
     if _agrees(found):
         return None
-    blamed = _blamed(kind, text_config(config), small)
+    blamed = _blamed(kind, config.get_text_config(), small)
     if blamed:
         return f"it leaves out {', '.join(blamed)}"
     if isinstance(found, str):

@@ -16,9 +16,10 @@ from mrp_lens.models.attachments import check_on, exclusive
 from mrp_lens.models.base import check_lens_model, forward, is_bridge, modules_of
 from mrp_lens.models.protocol import LensModel
 
-Site = Literal["resid_post", "resid_pre", "resid_mid", "mlp_out", "attn_out"]
+Site = Literal[
+    "resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post"
+]  # in the order in which a pass comes to them
 SITES: tuple[str, ...] = get_args(Site)
-ORDER = ("resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post")
 HOOK_NAME = re.compile(r"blocks\.(0|[1-9][0-9]{0,5})\.[A-Za-z0-9_.]+")
 HookFunction = Callable[[Tensor, Any], Tensor | None]
 
@@ -27,7 +28,7 @@ def hook_name(layer: int, site: str = "resid_post") -> str:
     """`blocks.{layer}.hook_{site}`.
 
     Raises:
-        ValueError: the site is none of resid_post, resid_pre, resid_mid, mlp_out, attn_out.
+        ValueError: the site is none of resid_pre, attn_out, resid_mid, mlp_out, resid_post.
     """
     if site not in SITES:
         raise ValueError(f"unknown site {site!r}; choose one of {', '.join(SITES)}")
@@ -52,7 +53,7 @@ def site_of(name: str) -> str:
 def place_in_block(name: str) -> tuple[int, int]:
     """In which order a pass comes to hooks: by layer and site; hooks of other sites come last."""
     site = site_of(name)
-    return layer_of(name), ORDER.index(site) if site in ORDER else len(ORDER)
+    return layer_of(name), SITES.index(site) if site in SITES else len(SITES)
 
 
 def check_hook_names(model: LensModel, names: Iterable[str]) -> None:

@@ -11,7 +11,7 @@ from mrp_lens.models.backends import Kind, boot, check_special_tokens, give_toke
 from mrp_lens.models.base import device_named, dtype_named
 from mrp_lens.models.fidelity import context_of, hf_log_probabilities, ignored_settings, log_probabilities, probe, reach
 from mrp_lens.models.protocol import LensModel
-from mrp_lens.models.source import Checkpoint, check_memory, opened
+from mrp_lens.models.source import OpenedModel, check_memory, opened
 from mrp_lens.utils.io import one_line
 from mrp_lens.utils.torch_state import ordinary_torch
 
@@ -96,7 +96,7 @@ def load_model(
         ) from error
 
 
-def _loaded(kind: Kind, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> LensModel:
+def _loaded(kind: Kind, checkpoint: OpenedModel, device: torch.device, dtype: torch.dtype) -> LensModel:
     """The model in a class that computes what its configuration says.
 
     Raises:
@@ -113,13 +113,13 @@ def _loaded(kind: Kind, checkpoint: Checkpoint, device: torch.device, dtype: tor
     return model
 
 
-def _check_room(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> None:
+def _check_room(checkpoint: OpenedModel, device: torch.device, dtype: torch.dtype) -> None:
     """Whether a second copy of a loaded model fits, as HookedTransformer needs for a moment."""
     numbers = sum(parameter.numel() for parameter in checkpoint.hf_model.parameters())
     check_memory(numbers, device, dtype, 1, checkpoint.name)
 
 
-def _judged(kind: Kind, checkpoint: Checkpoint) -> bool:
+def _judged(kind: Kind, checkpoint: OpenedModel) -> bool:
     """Whether a class is known to compute what the configuration says, whatever the model's size and precision.
 
     Raises:

@@ -31,7 +31,7 @@ _LANGUAGE_PART = {
 
 
 @dataclass(frozen=True)
-class Checkpoint:
+class OpenedModel:
     """A Hugging Face model in memory, which may be changed, and its tokenizer, which may not."""
 
     name: str
@@ -39,7 +39,7 @@ class Checkpoint:
     tokenizer: Any
 
 
-def opened(source: Any, tokenizer: Any, device: torch.device, dtype: torch.dtype, copies: int) -> Checkpoint:
+def opened(source: Any, tokenizer: Any, device: torch.device, dtype: torch.dtype, copies: int) -> OpenedModel:
     """The checkpoint behind what a user gave to `load_model`; `copies` is how many of it must fit into memory.
 
     Raises:
@@ -55,7 +55,7 @@ def opened(source: Any, tokenizer: Any, device: torch.device, dtype: torch.dtype
 
 def _from_folder(
     source: str | Path, tokenizer: Any, device: torch.device, dtype: torch.dtype, copies: int
-) -> Checkpoint:
+) -> OpenedModel:
     folder, name = find_folder(source), str(source)
     config = checked_config(folder, name)
     refuse_quantised(config.get("quantization_config"), name)
@@ -63,10 +63,10 @@ def _from_folder(
     check_memory(count_parameters(folder), device, dtype, copies, name)
     language_config(folder)  # a tokenizer is found by it, and an error should not be about the tokenizer
     used = tokenizer if tokenizer is not None else read_tokenizer(folder)
-    return Checkpoint(name, read_weights(folder, dtype).to(device).eval(), used)
+    return OpenedModel(name, read_weights(folder, dtype).to(device).eval(), used)
 
 
-def _from_memory(source: Any, tokenizer: Any, device: torch.device, dtype: torch.dtype, copies: int) -> Checkpoint:
+def _from_memory(source: Any, tokenizer: Any, device: torch.device, dtype: torch.dtype, copies: int) -> OpenedModel:
     if hasattr(source, "merge_and_unload"):
         raise ValueError("this model carries an adapter; merge it first and pass what model.merge_and_unload() returns")
     if not (hasattr(source, "config") and hasattr(source, "save_pretrained") and hasattr(source, "parameters")):
@@ -85,7 +85,7 @@ def _from_memory(source: Any, tokenizer: Any, device: torch.device, dtype: torch
             raise ValueError("a loaded Hugging Face model brings no tokenizer; pass load_model(model, tokenizer=...)")
         tokenizer = read_tokenizer(Path(name))
     check_memory(sum(parameter.numel() for parameter in source.parameters()), device, dtype, copies, name)
-    return Checkpoint(name, _copied(source, device, dtype), tokenizer)
+    return OpenedModel(name, _copied(source, device, dtype), tokenizer)
 
 
 def _check_tokenizer(tokenizer: Any) -> None:

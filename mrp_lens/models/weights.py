@@ -125,25 +125,24 @@ def mlp_out_weight(model: LensModel, layer: int) -> EditableWeight:
         ValueError: the layer does not exist, or the architecture keeps no single such matrix there.
     """
     check_layers(model, [layer])
-    block = model.blocks[layer]
-    if is_bridge(model):
+    block, bridge = model.blocks[layer], is_bridge(model)
+    if bridge:
         component = getattr(getattr(getattr(block, "mlp", None), "out", None), "original_component", None)
         parameter = getattr(component, "weight", None)
-        if parameter is None:
-            raise ValueError(
-                f"layer {layer} has no single MLP output matrix (a mixture of experts, perhaps), so RMU cannot train it"
-            )
-        key = next(key for key, value in block.named_parameters() if value is parameter)
-        full = next(key for key, value in model.named_parameters() if value is parameter)
-        return EditableWeight(_hf_name(full), layer, key, parameter, transposed=False)
-    if getattr(block.mlp, "W_out", None) is None or block.mlp.W_out.ndim != 2:
+    else:
+        parameter = getattr(block.mlp, "W_out", None)
+    if parameter is None or (not bridge and parameter.ndim != 2):
         raise ValueError(
             f"layer {layer} has no single MLP output matrix (a mixture of experts, perhaps), so RMU cannot train it"
         )
+    if bridge:
+        key = next(key for key, value in block.named_parameters() if value is parameter)
+        full = next(key for key, value in model.named_parameters() if value is parameter)
+        return EditableWeight(_hf_name(full), layer, key, parameter, transposed=False)
     layout = LAYOUTS.get(architecture_of(model))
     name = f"blocks.{layer}.mlp.W_out" if layout is None else f"{layout.matrix(layer, 'mlp_out')}.weight"
     # TransformerLens has [d_mlp, d_model]
-    return EditableWeight(name, layer, "mlp.W_out", block.mlp.W_out, layout is not None and layout.transposed)
+    return EditableWeight(name, layer, "mlp.W_out", parameter, layout is not None and layout.transposed)
 
 
 def hf_state(model: Any) -> dict[str, Tensor] | None:

@@ -13,7 +13,7 @@ import torch
 from tqdm.auto import tqdm
 
 from mrp_lens import metrics
-from mrp_lens.data.task import UnlearningTask
+from mrp_lens.data import UnlearningTask
 from mrp_lens.edits import Edit
 from mrp_lens.edits.subspace import random_units
 from mrp_lens.methods import METHODS, AdaptiveRMU, Fit, Method
@@ -22,7 +22,7 @@ from mrp_lens.metrics import Measured, rows_for
 from mrp_lens.models import LensModel, check_layers, identity_of
 from mrp_lens.utils.result_store import ResultStore
 from mrp_lens.utils.torch_state import ordinary_torch
-from mrp_lens.utils.validation import generator_for, given
+from mrp_lens.utils.validation import check_whole, generator_for, or_default
 
 UNEDITED = "unedited"
 FITS = "fits"  # of points that are not measured yet
@@ -99,8 +99,7 @@ class SweepConfig:
             swept = METHODS[method].swept
             if swept is None or swept.strength is None:
                 raise ValueError(f"{method} has no strength to vary; leave it out of strengths")
-        if self.steps is not None and self.steps < 1:
-            raise ValueError(f"steps must be at least 1, got {self.steps}")
+        check_whole(steps=self.steps)
 
     def resolved(self, model: LensModel, task: UnlearningTask) -> "ResolvedSweep":
         """Every default filled in."""
@@ -116,9 +115,9 @@ class SweepConfig:
             coefficients=coefficients,
             betas=self.betas,
             seeds=self.seeds or (FULL_SEEDS if full else (0,)),
-            steps=given(self.steps, FULL_STEPS if full else QUICK_STEPS),
-            questions=given(self.questions_limit, None if full else QUICK_QUESTIONS),
-            documents=given(self.documents, FULL_DOCUMENTS if full else QUICK_DOCUMENTS),
+            steps=or_default(self.steps, FULL_STEPS if full else QUICK_STEPS),
+            questions=or_default(self.questions_limit, None if full else QUICK_QUESTIONS),
+            documents=or_default(self.documents, FULL_DOCUMENTS if full else QUICK_DOCUMENTS),
             strengths={method: tuple(values) for method, values in self.strengths.items()},
         )
 
@@ -181,6 +180,12 @@ class ResolvedSweep:
         if "steps" in kind.__dataclass_fields__:
             varied["steps"] = self.steps
         return kind(**varied)
+
+
+def in_stream_units(method: str) -> bool:
+    """Whether a method's strength is a length in the stream, which the norm of its states makes comparable."""
+    swept = METHODS[method].swept if method in METHODS else None
+    return swept is not None and swept.strength == "steering_coeff"
 
 
 def default_layers(model: LensModel, count: int) -> tuple[int, ...]:
@@ -312,9 +317,9 @@ def _fit_and_measure(
     if u is None:  # MRP has none: an unrelated one shows what the null looks like
         u = random_units(1, model.cfg.d_model, "uniform", generator_for(point.seed))[0]
     norm = float(untouched["norms"][str(point.layer)])
-    swept = METHODS[point.method].swept
-    in_units = swept is not None and swept.strength == "steering_coeff" and point.coefficient is not None
-    share = point.coefficient / norm if in_units and point.coefficient is not None else point.coefficient
+    share = point.coefficient
+    if share is not None and in_stream_units(point.method):
+        share /= norm
     row = asdict(point) | {"norm": norm, "relative_coefficient": share}
     row |= _behaviour(model, task, plan, fit.edit)
     with fit.edit.applied(model):

@@ -1,4 +1,4 @@
-"""Train the model that knows the invented world: `python -m mrp_lens.runs.train_world --out DIR`."""
+"""The model that knows the invented world: how it is trained (`python -m mrp_lens.runs.train_world --out DIR`), and scored."""
 
 import argparse
 import json
@@ -15,13 +15,10 @@ from mrp_lens import metrics
 from mrp_lens.data import Questions
 from mrp_lens.data.world.facts import World
 from mrp_lens.models import LensModel
-from mrp_lens.training.loop import train
+from mrp_lens.training import train
 from mrp_lens.training.optim import warmup_cosine
 
-ABSENT_WITHIN = 0.05
-"""A topic counts as absent if its accuracy is this close to the accuracy on facts that were never taught."""
-
-
+ABSENT_WITHIN = 0.05  # a topic is absent if its accuracy is this close to that on facts that were never taught
 LARGEST_VOCABULARY = 2048
 COMMON = 60  # pieces of words at least this frequent become one token; the names of entities become several
 ARCHITECTURE = {

@@ -11,7 +11,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from mrp_lens.utils.io import make_folder, read_json, write_bytes, write_json
-from mrp_lens.utils.validation import whole
+from mrp_lens.utils.validation import check_whole
 
 IDENTITY_FILE = "fit.json"
 STATE_FILE = "training.safetensors"  # no pickle: a run folder may come from a stranger
@@ -57,7 +57,7 @@ class Checkpoint:
                 said).
             OSError: the folder cannot be made or written into.
         """
-        whole(every=every)
+        check_whole(every=every)
         target = make_folder(folder)
         wanted: dict[str, Any] = json.loads(json.dumps(identity))
         path = target / IDENTITY_FILE

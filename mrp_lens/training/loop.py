@@ -16,7 +16,7 @@ from mrp_lens.training.callbacks import Callback, Checkpointing, ProgressBar, Tr
 from mrp_lens.training.checkpoints import Checkpoint, Resumable
 from mrp_lens.utils.interrupts import deferred
 from mrp_lens.utils.torch_state import ordinary_torch
-from mrp_lens.utils.validation import whole
+from mrp_lens.utils.validation import check_whole
 
 logger = logging.getLogger(__name__)
 
@@ -82,7 +82,7 @@ def train(
         NonFiniteLossError: a loss is NaN or infinite; the tensors keep the values of the last good step.
         SystemExit: SIGTERM came; with a checkpoint the step under way is finished and saved first.
     """
-    whole(steps=steps)
+    check_whole(steps=steps)
     standing = [*([Checkpointing(checkpoint)] if checkpoint else []), *([ProgressBar()] if progress else [])]
     interrupted = False
     with deferred(terminate=checkpoint is not None) as asked, ExitStack() as ends:

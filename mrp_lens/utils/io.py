@@ -89,7 +89,7 @@ def check_free(path: str | Path, *, overwrite: bool = False) -> None:
     make_folder(target if target.exists() else target.absolute().parent)
     if target.is_dir() and any(target.iterdir()) and not overwrite:
         raise FileExistsError(
-            f"{target} exists and is not empty; choose another folder, or overwrite it (overwrite=True, --overwrite)"
+            f"{target} exists and is not empty; choose another folder, or overwrite it (overwrite=True)"
         )
 
 

@@ -54,20 +54,20 @@ class ResultStore:
         check_holds(target, kind)
         make_folder(target / POINTS)
         path = target / f"{kind}.json"
-        plain: dict[str, Any] = json.loads(json.dumps(settings))
+        wanted: dict[str, Any] = json.loads(json.dumps(settings))
         known = read_json(path, REMEDY) if path.is_file() else None
-        if known is not None and earlier is not None and _of_0_1(known, plain):
-            plain |= {
+        if known is not None and earlier is not None and _of_0_1(known, wanted):
+            wanted |= {
                 key: known.get(key) for key, value in earlier.items() if known.get(key) == json.loads(json.dumps(value))
             }
-        differing = [] if known is None else _differing(known, plain)
+        differing = [] if known is None else _differing(known, wanted)
         begun = any(entry != path for entry in target.rglob("*") if not entry.is_dir())
         if differing and begun:
             raise ValueError(
                 f"{target} holds a {kind} with other settings: {'; '.join(differing)}. Choose another folder, or the same settings"
             )
         if known is None or differing:
-            write_json(path, plain)
+            write_json(path, wanted)
         return cls(target)
 
     @property
@@ -97,11 +97,11 @@ class ResultStore:
         return self.keep(name, compute()) if known is None else known
 
     def frame(self, name: str, compute: Callable[[], pd.DataFrame]) -> pd.DataFrame:
-        """The frame of that name, likewise."""
+        """The frame of that name, computed and written unless it is there already."""
         return frame_of(self.once(name, lambda: {"rows": rows_of(compute())})["rows"])
 
     def frames(self, name: str, compute: Callable[[], Mapping[str, pd.DataFrame]]) -> dict[str, pd.DataFrame]:
-        """Several frames that are computed together, likewise."""
+        """Several frames that are computed together, kept as one result of that name."""
         stored = self.once(name, lambda: {key: rows_of(frame) for key, frame in compute().items()})
         return {key: frame_of(rows) for key, rows in stored.items()}
 
@@ -131,9 +131,7 @@ def check_holds(folder: str | Path, kind: str) -> None:
     """
     target = Path(folder)
     if target.exists() and not (target / f"{kind}.json").is_file() and (not target.is_dir() or any(target.iterdir())):
-        raise FileExistsError(
-            f"{target} exists and holds no {kind}; choose another folder, or replace it where there is --overwrite"
-        )
+        raise FileExistsError(f"{target} exists and holds no {kind}; choose another folder")
 
 
 def _of_0_1(known: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:

@@ -22,7 +22,7 @@ class PlainSettings:
 
     def __post_init__(self) -> None:
         for entry in fields(self):
-            object.__setattr__(self, entry.name, plain(getattr(self, entry.name)))
+            object.__setattr__(self, entry.name, as_python(getattr(self, entry.name)))
 
     def check_values(self, *, above_0: Sequence[str] = (), counts: Sequence[str] = ()) -> None:
         """Refuse settings that cannot be meant: choices that a `Literal` field does not list, and numbers as said.
@@ -34,23 +34,23 @@ class PlainSettings:
         Raises:
             TypeError, ValueError: name the field, its value and what is allowed.
         """
-        positive(**{name: getattr(self, name) for name in (*above_0, *counts)})
-        whole(**{name: getattr(self, name) for name in counts})
+        check_positive(**{name: getattr(self, name) for name in (*above_0, *counts)})
+        check_whole(**{name: getattr(self, name) for name in counts})
         for name, kind in get_type_hints(type(self)).items():
             if get_origin(kind) is Literal:
-                one_of(kind, **{name: getattr(self, name)})
+                check_one_of(kind, **{name: getattr(self, name)})
 
 
-def plain(value: Any) -> Any:
+def as_python(value: Any) -> Any:
     """The value with numpy's and torch's numbers and arrays, ranges included, as Python's own."""
     if isinstance(value, np.generic | np.ndarray):
-        return plain(value.tolist())
+        return as_python(value.tolist())
     if isinstance(value, torch.Tensor):
-        return plain(value.detach().cpu().tolist())
+        return as_python(value.detach().cpu().tolist())
     if isinstance(value, range):
         return list(value)
     if isinstance(value, list | tuple):
-        return type(value)(plain(entry) for entry in value)
+        return type(value)(as_python(entry) for entry in value)
     return value
 
 
@@ -98,12 +98,12 @@ def whole_numbers(values: Iterable[Any], name: str) -> tuple[int, ...]:
     return tuple(operator.index(number) for number in numbers)
 
 
-def given(value: Given | None, default: Given) -> Given:
+def or_default(value: Given | None, default: Given) -> Given:
     """The value, or the derived default where it is None."""
     return default if value is None else value
 
 
-def positive(**values: float | int | None) -> None:
+def check_positive(**values: float | int | None) -> None:
     """Refuse hyperparameters that are not above 0.
 
     Raises:
@@ -121,7 +121,7 @@ def positive(**values: float | int | None) -> None:
             raise ValueError(f"{name} must be finite, got {value}")
 
 
-def whole(**values: int | None) -> None:
+def check_whole(**values: int | None) -> None:
     """Refuse counts that are not whole numbers of at least 1.
 
     Raises:
@@ -137,7 +137,7 @@ def whole(**values: int | None) -> None:
             raise ValueError(f"{name} must be at least 1, got {value}")
 
 
-def one_of(allowed: Any, **values: str) -> None:
+def check_one_of(allowed: Any, **values: str) -> None:
     """Refuse a value that its `Literal` type does not list.
 
     Raises:

@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from mrp_lens.edits import ProjectionEdit, SteeringEdit, without_hooks
-from mrp_lens.edits.merging import applied_in_weights
 from mrp_lens.edits.subspace import Subspace
 from mrp_lens.models import LensModel, load_model
 from tests.conftest import D_MODEL, assert_same_state, state_of
@@ -34,13 +33,13 @@ def test_weights_compute_what_hooks_compute(loaded: Any, layers: tuple[int, ...]
     if tied or (loaded.family == "gemma2" and site != "resid_pre"):  # a norm behind the matrix
         with (
             pytest.raises(ValueError, match="tied to the unembedding" if tied else "a norm stands"),
-            applied_in_weights(loaded, edit),
+            edit.applied_in_weights(loaded),
         ):
             raise AssertionError("this is not exact")
     else:
         with edit.applied(loaded):
             hooked = logits(loaded, tokens)
-        with applied_in_weights(loaded, edit):
+        with edit.applied_in_weights(loaded):
             torch.testing.assert_close(logits(loaded, tokens), hooked, atol=2e-5, rtol=0)
             assert not any(point.fwd_hooks for point in loaded.hook_dict.values())
         assert float((logits(loaded, tokens) - hooked).abs().max()) > 1e-2
@@ -52,7 +51,7 @@ def test_stacks_fold_part_by_part(model: LensModel, tokens: torch.Tensor, layer:
     both = projection(1, site="mlp_out") + weight_edit(model, layer)
     with both.applied(model):
         wanted = logits(model, tokens)
-    with applied_in_weights(model, both):
+    with both.applied_in_weights(model):
         torch.testing.assert_close(logits(model, tokens), wanted, atol=2e-5, rtol=0)
 
 
@@ -60,7 +59,7 @@ def test_the_middle_of_the_stream_has_no_matrix(model: LensModel, untouched: Non
     for site in ("resid_post", "resid_pre", "resid_mid"):
         with (
             pytest.raises(ValueError, match="sum of many layers' outputs"),
-            applied_in_weights(model, projection(2, site=site)),
+            projection(2, site=site).applied_in_weights(model),
         ):
             pass
 
@@ -80,7 +79,7 @@ def test_it_folds_a_checkpoint_in_bfloat16(backend: str, tiny_folder: Path, toke
     unedited, before = logits(half, tokens).float(), state_of(half)
     with edit.applied(half):
         wanted = logits(half, tokens).float()
-    with applied_in_weights(half, edit) as written:
+    with edit.applied_in_weights(half) as written:
         assert written
         assert {parameter.dtype for parameter in written} == {torch.bfloat16}
         folded = logits(half, tokens).float()

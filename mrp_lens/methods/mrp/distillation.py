@@ -30,7 +30,7 @@ from mrp_lens.training.loop import TrainingRun
 from mrp_lens.training.losses import kl, predictions
 from mrp_lens.training.optim import MasterAdamW, Trainable, warmup_cosine
 from mrp_lens.utils.io import write_json
-from mrp_lens.utils.validation import PlainSettings, given
+from mrp_lens.utils.validation import PlainSettings, or_default
 
 TEXTS_FILE = "texts.json"
 LR_BY_WIDTH = 0.384  # 3e-3 at d_model 128
@@ -50,8 +50,8 @@ class Distillation(PlainSettings):
 
     A projection hides facts; the weights behind it still hold them. So the matrices of some layers are replaced by noise
     and trained to do what the unedited model does, on texts that it writes itself, less those on which the projection
-    changes what it predicts: these are about what must go. Texts of one's own would not do: what they do not mention
-    would be lost with what must go. Other than in UNDO the teacher is the unedited model, on those texts only, the noise is
+    changes what it predicts: these are about the forget set. Texts of one's own would not do: what they do not mention
+    would be lost with the forget set. Other than in UNDO the teacher is the unedited model, on those texts only, the noise is
     not spread evenly over the model, and the states behind the reset layers are matched too.
 
     Args:
@@ -100,7 +100,7 @@ class Distillation(PlainSettings):
             )
         start_token(model)
         depth, width = int(model.cfg.n_layers), int(model.cfg.d_model)
-        layers = check_layers(model, given(self.layers, range(max(1, depth // 2))))
+        layers = check_layers(model, or_default(self.layers, range(max(1, depth // 2))))
         known = checkpoint_names(model)
         foreign = [weight.name for weight in self._matrices(model, layers) if weight.name not in known]
         if foreign:
@@ -108,7 +108,7 @@ class Distillation(PlainSettings):
                 f"distillation is not possible in this architecture: TransformerLens keeps {foreign[0]} and others apart, which the "
                 "checkpoint holds in joint matrices; leave distillation out"
             )
-        return DistillationSettings(layers=layers, lr=given(self.lr, LR_BY_WIDTH / width))
+        return DistillationSettings(layers=layers, lr=or_default(self.lr, LR_BY_WIDTH / width))
 
     def teach(
         self,

@@ -23,7 +23,7 @@ from mrp_lens.models.hooks import Site, hook_name, hooked
 from mrp_lens.training.losses import ForgetLoss, RetainLoss, cross_entropy, kl, log_odds, openness, predictions
 from mrp_lens.training.optim import linear_decay
 from mrp_lens.utils.torch_state import ordinary_torch
-from mrp_lens.utils.validation import generator_for, given
+from mrp_lens.utils.validation import generator_for, or_default
 
 FORGET_BOUND = {"odds": 1.0, "bounded": 5.0, "ascent": math.inf}  # nats
 
@@ -109,7 +109,7 @@ class MRP(FitTemplate[MRPSettings]):
             above_0=("lr", "retain_weight", "forget_bound", "retain_energy"),
             counts=("rank", "steps", "batch_size", "micro_batch"),
         )
-        rank, width = given(self.rank, default_rank(model)), int(model.cfg.d_model)
+        rank, width = or_default(self.rank, default_rank(model)), int(model.cfg.d_model)
         if rank >= width:
             raise ValueError(
                 f"rank {rank} must be below d_model {width}: removing every direction would leave no state"
@@ -120,8 +120,8 @@ class MRP(FitTemplate[MRPSettings]):
     def resolve(self, model: LensModel, data: Data) -> MRPSettings:
         return MRPSettings(
             layers=self._layers(model),
-            rank=given(self.rank, default_rank(model)),
-            lr=given(self.lr, 0.2 / math.sqrt(model.cfg.d_model)),
+            rank=or_default(self.rank, default_rank(model)),
+            lr=or_default(self.lr, 0.2 / math.sqrt(model.cfg.d_model)),
             distillation=None if self.distillation is None else self.distillation.resolve(model),
         )
 
@@ -181,7 +181,7 @@ class MRP(FitTemplate[MRPSettings]):
         return edit if after is None else after + edit
 
     def _layers(self, model: LensModel) -> tuple[int, ...]:
-        return check_layers(model, given(self.layers, default_layers(model.cfg.n_layers)))
+        return check_layers(model, or_default(self.layers, default_layers(model.cfg.n_layers)))
 
     def _start(
         self, settings: MRPSettings, model: LensModel, data: Data, after: Edit | None, generator: torch.Generator
@@ -213,7 +213,7 @@ class _Losses:
         self.forget = Batches(data.all_forget, method.batch_size, context.generator)
         self.retain = Batches(data.retain, method.batch_size, context.generator)
         self.weights = openness(data.all_forget, self.model.cfg.d_vocab).to(data.encoder.device)
-        self.bound = given(method.forget_bound, FORGET_BOUND[method.forget_loss])
+        self.bound = or_default(method.forget_bound, FORGET_BOUND[method.forget_loss])
         self.needs_reference = method.forget_loss == "odds" or method.retain_loss == "kl"
 
     def __call__(self, step: int) -> Iterator[dict[str, Tensor]]:

@@ -7,7 +7,7 @@ import pandas as pd
 from jaxtyping import Float
 from torch import Tensor
 
-from mrp_lens.data.task import UnlearningTask
+from mrp_lens.data import UnlearningTask
 from mrp_lens.edits import Edit
 from mrp_lens.metrics import Measured, frames_for
 from mrp_lens.models import LensModel

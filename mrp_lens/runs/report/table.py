@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from mrp_lens import metrics
+from mrp_lens.metrics.recovery import CONTROL_METHODS
 
-CONTROLS = {"unedited", "random-projection", "untrained-start", "never-taught", "random-trigger"}
+CONTROLS = {*CONTROL_METHODS, "random-projection", "untrained-start"}
 HEADINGS = {  # of columns that no metric makes
     "worst_topic_accuracy": "worst topic of the retain quiz",
     "untaught_accuracy": "never taught",
@@ -77,17 +78,17 @@ def _ends(key: str, keys: Sequence[str]) -> tuple[str, ...]:
 
 
 def _cell(row: Mapping[str, Any], key: str, keys: Sequence[str]) -> str:
-    form = _form(key)
+    written = _format_of(key)
     value = row.get(key)
     if value is None or value != value:
         return ""
     low, high = (row.get(end) for end in _ends(key, keys)) if _ends(key, keys) else (None, None)
     if low is None or high is None:
-        return form(value)
-    return f"{form(value)} [{form(low).removesuffix('%')}, {form(high).removesuffix('%')}]"
+        return written(value)
+    return f"{written(value)} [{written(low).removesuffix('%')}, {written(high).removesuffix('%')}]"
 
 
-def _form(key: str) -> Callable[[Any], str]:
+def _format_of(key: str) -> Callable[[Any], str]:
     def plain(value: Any) -> str:
         return f"{value:.4g}" if isinstance(value, float) else str(value)
 

@@ -77,7 +77,7 @@ class Command(ABC):
     word: ClassVar[str] = ""
     positional: ClassVar[str | None] = None
     required: ClassVar[tuple[str, ...]] = ()  # of what other commands can do without
-    inside: ClassVar[tuple[str, ...]] = ()  # fields that `gathered` makes of parts
+    inside: ClassVar[tuple[str, ...]] = ()  # fields that are parts not yet chosen, or that `gathered` makes of parts
 
     @abstractmethod
     def execute(self) -> Any:
@@ -122,7 +122,8 @@ class Command(ABC):
     def placed(cls, parts: Mapping[str, type], titles: Mapping[str, str]) -> dict[str, tuple[str, Option]]:
         """Name -> the part it belongs to ("": the command itself) and the option. A name that is taken stands behind its
         part's title."""
-        own = (option for option in options_of(cls, "options") if option.field not in {*parts, *cls.inside})
+        apart = {*parts, *cls.inside}
+        own = (option for option in options_of(cls, "options") if option.name.split(".")[0] not in apart)
         found = {option.name: ("", option) for option in own}
         for part, kind in parts.items():
             title = titles.get(part, part)

@@ -82,6 +82,7 @@ class Unlearn(Command):
 
     word: ClassVar[str] = "unlearn"
     required: ClassVar[tuple[str, ...]] = ("model", "method", "forget", "retain")
+    inside: ClassVar[tuple[str, ...]] = ("fitter",)
 
     loading: ModelOptions
     data: TaskConfig

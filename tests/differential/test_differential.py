@@ -108,8 +108,8 @@ def test_a_random_model_gives_what_plain_transformers_gives(seed: int) -> None:
 
 
 @pytest.mark.parametrize("case", FOUND)
-def test_what_was_once_wrong_is_right(task: str) -> None:
-    chosen, measures = FOUND[task]
+def test_what_was_once_wrong_is_right(case: str) -> None:
+    chosen, measures = FOUND[case]
     if chosen.backend == "hooked" and "hooked" not in available_backends():
         pytest.skip("needs HookedTransformer (TransformerLens 3)")
     outcomes = trial(chosen, measures)

@@ -8,7 +8,7 @@ in place, and measured: all requests so far, the worst topic that stays, ordinar
 seconds for this request. From the third request on, an edit that keeps its requests apart also has the second taken back.
 
 For a model of one's own, `--forget a.jsonl b.jsonl c.jsonl --questions qa.jsonl qb.jsonl qc.jsonl --retain r.jsonl
---retain-questions qr.jsonl` are three requests, in an order that the seed draws. There, what must stay is the same
+--retain-questions qr.jsonl` are three requests, in an order that the seed draws. There, the retain set is the same
 throughout: requests that have not come yet are not part of it. `--reference` is a model that never saw what is forgotten.
 
 Every request's figures and edit lie in the output folder and are gone on with after an interruption; longer sequences
@@ -33,12 +33,12 @@ from analysis.common.requests import Requests, accuracy, numbers_in
 from analysis.common.resumable import Job, ResumableStudy, result_name
 from analysis.common.tables import NONE, UNEDITED, figure, markdown, mean_of
 from mrp_lens.cli.sweep import shard_of
-from mrp_lens.data.task import TaskConfig
+from mrp_lens.data import TaskConfig
 from mrp_lens.data.world import World
 from mrp_lens.edits import Edit, ProjectionEdit, load_edit
 from mrp_lens.edits.serialization import stored_bytes
 from mrp_lens.models import describe, load_model
-from mrp_lens.training.loop import NonFiniteLossError
+from mrp_lens.training import NonFiniteLossError
 from mrp_lens.utils.result_store import ResultStore
 
 FULL_SEEDS = "0,1,2"

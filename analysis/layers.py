@@ -3,8 +3,8 @@
 `python -m analysis.layers --model demo --out runs/layers` (quick), `--full` (all layers, three seeds, three c)
 
 The claim (arXiv 2408.06223): RMU with a fixed c works only where c exceeds the stream's norm; Adaptive RMU works at most
-layers. A fit *works* here if what must go falls to within five points of the never-taught level (of chance, where that
-is unknown) and what must stay loses at most five points. The sweep lies in the output folder and goes on where it was
+layers. A fit *works* here if the forget quiz falls to within five points of the never-taught level (of chance, where that is
+unknown) and the retain quiz loses at most five points. The sweep lies in the output folder and goes on where it was
 interrupted.
 """
 
@@ -15,9 +15,8 @@ import torch
 
 from analysis.common.arguments import Study, numbers, parser_for
 from analysis.common.tables import UNEDITED, markdown_of_rows
-from mrp_lens import metrics
+from mrp_lens import SweepConfig, metrics, sweep
 from mrp_lens.edits.subspace import random_units
-from mrp_lens.runs.sweep import SweepConfig, sweep
 from mrp_lens.runs.train_world import ABSENT_WITHIN
 
 KEPT_WITHIN = 0.05
@@ -60,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def works(table: pd.DataFrame) -> "pd.Series[bool]":
-    """Whether each row forgot what must go and kept what must stay."""
+    """Whether each row forgot the forget set and kept the retain set, by the quizzes."""
     floor = table["untaught_accuracy"] if "untaught_accuracy" in table else table["chance"]
     kept = table.loc[table["method"] == UNEDITED, "retain_accuracy"].iloc[0] - KEPT_WITHIN
     return (table["forget_accuracy"] <= floor + ABSENT_WITHIN) & (table["retain_accuracy"] >= kept)

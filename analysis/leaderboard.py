@@ -349,7 +349,7 @@ def _kind(fit: Mapping[str, Any]) -> str:
 
 
 def _answers(quiz: Mapping[str, Any], unedited: Mapping[str, Any]) -> dict[str, Any]:
-    """Accuracy on what must go and on the worst topic that must stay, and the cost for ordinary text."""
+    """Accuracy on the forget quiz and on the worst topic of the retain quiz, and the cost for ordinary text."""
     row = _with_ends("forget", "forget_accuracy", quiz["forget"][0])
     if "retain" in quiz:
         topics = quiz["retain"][1:] or quiz["retain"]

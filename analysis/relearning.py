@@ -31,14 +31,12 @@ from analysis.common.arguments import (
 from analysis.common.methods import names_in
 from analysis.common.resumable import Job, ResumableStudy, result_name
 from analysis.common.tables import DOES_NOT_COUNT, NEVER_TAUGHT, RANDOM, UNEDITED, figure, markdown
-from mrp_lens import attacks, metrics
+from mrp_lens import Subspace, attacks, metrics
 from mrp_lens.attacks.finetuning import Form, Parameters
 from mrp_lens.cli.sweep import shard_of
-from mrp_lens.data import Corpus, Questions
+from mrp_lens.data import Corpus, Questions, TaskConfig
 from mrp_lens.data.questions import Half
-from mrp_lens.data.task import TaskConfig
 from mrp_lens.edits import Edit, ProjectionEdit, edit_on, load_edit
-from mrp_lens.edits.subspace import Subspace
 from mrp_lens.methods import MRP, RMU, AdaptiveRMU
 from mrp_lens.methods.mrp.method import default_rank
 from mrp_lens.models import LensModel, describe, is_bridge, load_model
@@ -243,7 +241,7 @@ class Relearning(ResumableStudy):
         sources = {"half": facts.train, "near": task.retain_questions, "unrelated": task.held_out}
         train: Questions | Corpus | None = sources[how.data]
         if train is None:
-            raise ValueError("near data are questions on what was to stay; give --retain-questions")
+            raise ValueError("near data are the retain quiz; give --retain-questions")
         frame = attacks.relearn(
             model,
             edit,
@@ -264,7 +262,7 @@ class Relearning(ResumableStudy):
         return frame.assign(attacker=how.name)
 
     def quiz(self, job: Job) -> dict[str, Any]:
-        """Accuracy on what was to go and on what was to stay, before any attack."""
+        """Accuracy on the forget quiz and on the retain quiz, before any attack."""
         model, edit = self.model_of(job[0]), self.edit(job)
         row: dict[str, Any] = {"method": job[0], "seed": job[1]}
         row |= {"layers": ",".join(map(str, edit.layers)) if edit else "", "rank": rank_of(edit)}

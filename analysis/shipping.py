@@ -27,7 +27,7 @@ from mrp_lens.data import Document, Questions
 from mrp_lens.edits import Edit, edit_on, load_edit
 from mrp_lens.export import ExportReport, export_hf
 from mrp_lens.methods import MRP, RMU, AdaptiveRMU
-from mrp_lens.metrics.multiple_choice import choice_scores
+from mrp_lens.metrics import choice_scores
 from mrp_lens.models import LensModel, encoder_for
 
 METHODS: dict[str, Any] = {

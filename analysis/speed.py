@@ -20,10 +20,10 @@ from typing import Any
 import psutil
 import torch
 
+from mrp_lens import Subspace
 from mrp_lens.data import Corpus
 from mrp_lens.data.tokenization import Batches
 from mrp_lens.edits import ProjectionEdit
-from mrp_lens.edits.subspace import Subspace
 from mrp_lens.methods import RMU
 from mrp_lens.models import available_backends, encoder_for, load_model, logits_of, mlp_out_weight
 from mrp_lens.models.hooks import captured, hook_name

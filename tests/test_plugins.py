@@ -132,7 +132,7 @@ def test_the_card_of_an_export_names_the_method_and_the_metric(ran: Site) -> Non
 @pytest.mark.slow
 def test_the_leaderboard_has_a_row_for_the_method_and_columns_for_attack_and_metric(site: Site) -> None:
     words = ["--methods", "toy-vector", "--limit", "16", "--updates", "1,2", "--lr", "1e-3", "--out", "board"]
-    site.run(["leaderboard", *(word.replace("forget.jsonl", "forget.jsonl") for word in COMMON), *UNTAUGHT, *words])
+    site.run(["leaderboard", *COMMON, *UNTAUGHT, *words])
     table = pd.read_csv(site.work / "board" / "table.csv").set_index("method")
     assert {"unedited", "toy-vector"} <= set(table.index)
     assert "toy_surprise" in table

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import pandas as pd
 
-from mrp_lens.data.task import TaskConfig, UnlearningTask, task_for
+from mrp_lens.data import TaskConfig, UnlearningTask, task_for
 from mrp_lens.methods import METHODS, Fit
 from mrp_lens.models import LensModel, load_model
 from mrp_lens.runs.record import Run

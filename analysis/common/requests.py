@@ -1,4 +1,4 @@
-"""Requests that come one after another: what each is to forget, what has to stay meanwhile, and how either is measured."""
+"""Requests that come one after another: the forget set of each, the retain set meanwhile, and how either is measured."""
 
 import random
 from collections.abc import Callable, Mapping, Sequence
@@ -6,8 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from mrp_lens import metrics
-from mrp_lens.data import Corpus, Questions
-from mrp_lens.data.task import UnlearningTask
+from mrp_lens.data import Corpus, Questions, UnlearningTask
 from mrp_lens.data.world import World
 from mrp_lens.edits import Edit, edit_on
 from mrp_lens.models import LensModel
@@ -18,13 +17,13 @@ Gone = Sequence[str]
 
 @dataclass(frozen=True)
 class Requests:
-    """What may be requested, and what has to stay.
+    """What may be requested, and what is retained meanwhile.
 
     Attributes:
-        forget: name of a request -> what must go.
-        quizzes: name of a request -> questions about it.
-        retain: requests so far -> what must stay, and a fit may see.
-        kept: requests so far -> questions about what must stay, by topic; None where nothing is left to be asked about.
+        forget: name of a request -> its forget set.
+        quizzes: name of a request -> the quiz about it.
+        retain: requests so far -> the retain set that a fit may see.
+        kept: requests so far -> the retain quiz, by topic; None where nothing is left to be asked about.
         held_out: text that no fit sees.
         untaught: on what the model was never taught, if that is known.
     """
@@ -38,7 +37,7 @@ class Requests:
 
     @classmethod
     def from_world(cls, topics: Sequence[str], *, limit: int | None = None) -> "Requests":
-        """Topics of the demo's world: each belongs to what must stay until it is requested.
+        """Topics of the demo's world: each belongs to the retain set until it is requested.
 
         Args:
             topics: that may be requested.
@@ -61,7 +60,7 @@ class Requests:
 
     @classmethod
     def of_files(cls, task: UnlearningTask, quizzes: Sequence[Questions], *, limit: int | None = None) -> "Requests":
-        """A forget corpus each, with one quiz each in the same order; what must stay is the same throughout.
+        """A forget corpus each, with one quiz each in the same order; the retain set is the same throughout.
 
         Raises:
             ValueError: not as many quizzes as corpora, or two corpora of one name.
@@ -122,7 +121,7 @@ class Requests:
             gone: the requests that need not stay.
 
         Returns:
-            `asked`: request -> accuracy; `kept`: topic -> accuracy on what must stay, empty where nothing is left;
+            `asked`: request -> accuracy; `kept`: topic -> accuracy on the retain quiz, empty where nothing is left;
             `text_perplexity`.
         """
         kept = self.kept(gone)

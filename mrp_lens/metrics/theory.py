@@ -88,17 +88,17 @@ def proposition_1(
     """
     setting = _Setting(model, _tokenised(model, prompts), direction, layer, positions, samples, batch_size)
     rows = []
-    for task in setting.cases([coefficient], noise, seed, progress):
-        mean, trace, top = task.distance, task.trace, task.top_eigenvalue
-        off, traces = task.resampled()
+    for case in setting.cases([coefficient], noise, seed, progress):
+        mean, trace, top = case.distance, case.trace, case.top_eigenvalue
+        off, traces = case.resampled()
         for statistic, predicted, measured, (low, high) in (
             ("mean", 0.0, mean, _interval(off)),
-            ("trace", task.predicted.squared_norm, trace, _interval(traces)),
-            ("top_eigenvalue", task.predicted.top_eigenvalue, top, _interval(2 * top - task.resampled_tops())),
+            ("trace", case.predicted.squared_norm, trace, _interval(traces)),
+            ("top_eigenvalue", case.predicted.top_eigenvalue, top, _interval(2 * top - case.resampled_tops())),
         ):
             error = measured if statistic == "mean" else measured / predicted - 1
             inside = measured <= high if statistic == "mean" else low <= predicted <= high
-            rows.append((*task.keys, statistic, predicted, measured, low, high, error, inside, task.norm))
+            rows.append((*case.keys, statistic, predicted, measured, low, high, error, inside, case.norm))
     return pd.DataFrame(rows, columns=[*KEYS, *"statistic predicted measured low high error inside norm".split()])
 
 
@@ -133,10 +133,10 @@ def variance_by_coefficient(
     """
     setting = _Setting(model, _tokenised(model, prompts), direction, layer, positions, samples, batch_size)
     rows = []
-    for task in setting.cases(coefficients, [noise], seed, progress):
-        limits = _interval(task.resampled()[1])
-        largest = float((task.deviations + task.expected).amax(dim=1).double().mean())
-        rows.append((*task.keys, task.predicted.squared_norm, task.trace, *limits, task.norm, largest))
+    for case in setting.cases(coefficients, [noise], seed, progress):
+        limits = _interval(case.resampled()[1])
+        largest = float((case.deviations + case.expected).amax(dim=1).double().mean())
+        rows.append((*case.keys, case.predicted.squared_norm, case.trace, *limits, case.norm, largest))
     return pd.DataFrame(rows, columns=[*KEYS, *"predicted measured low high norm max_logit".split()])
 
 

@@ -63,6 +63,14 @@ def test_help_shows_examples_and_options(words: str, shown: list[str]) -> None:
         assert part in said
 
 
+@pytest.mark.parametrize("command", app.COMMANDS)
+def test_help_shows_every_option_once_and_none_that_cannot_be_given(command: str) -> None:
+    said = completed(command, "--help").output
+    options = re.findall(r"^  (--[\w.-]+)", said, re.MULTILINE)
+    assert sorted(options) == sorted(set(options))
+    assert not [option for option in options if option.startswith(("--loading", "--data", "--fitter"))]
+
+
 def test_help_without_a_method_lists_all_of_them_with_their_sources() -> None:
     said = completed("unlearn", "--help").said
     for name, kind in METHODS.items():

@@ -7,6 +7,7 @@ import pytest
 from datasets import Dataset, DatasetDict
 
 from mrp_lens.data import Corpus, Document, Question, Questions
+from mrp_lens.data.world import World
 from tests.support.families import DEMO_FOLDER
 from tests.support.tables import FILES, write_table, written
 
@@ -186,6 +187,28 @@ def test_columns_of_choices_may_hold_lists() -> None:
     row = {"question": "?", "right": "one", "wrong": ["two", "three"], "answer": "one"}
     (question,) = Questions.from_rows([row], choices=["right", "wrong"]).questions
     assert question == Question("?", (" one", " two", " three"), 0)
+
+
+def test_halves_share_neither_questions_nor_entities(world: World) -> None:
+    questions = world.questions("potions")
+    for by in ("question", "entity"):
+        first, second = questions.halves(by=by, seed=1)
+        assert len(first) + len(second) == len(questions)
+        assert not set(first.questions) & set(second.questions)
+        shared = {q.entity for q in first.questions} & {q.entity for q in second.questions}
+        assert bool(shared) == (by == "question")
+    assert questions.halves(by="entity", seed=1) == questions.halves(by="entity", seed=1)
+    assert questions.halves(by="entity", seed=1) != questions.halves(by="entity", seed=2)
+
+
+def test_halves_refuse_what_cannot_be_split() -> None:
+    several = Questions.from_rows(ROWS)
+    with pytest.raises(ValueError, match="name that column with entity="):
+        several.halves(by="entity")
+    with pytest.raises(ValueError, match="has 1 question, which cannot be split"):
+        several.spread(1).halves()
+    with pytest.raises(ValueError, match="unknown by='author'"):
+        several.halves(by="author")
 
 
 def test_questions_become_documents_with_their_right_choice() -> None:

@@ -140,20 +140,20 @@ def outcome(seed: int, kind: str, folder: Path) -> list[str]:
     victim = draw.choice(sorted(path.iterdir())) if kind == "folder" else path
     before = victim.read_bytes()
     victim.write_bytes(mutation(before, draw))
-    task = f"seed {seed}, {kind}, {mutation.__name__} {victim.name}"
-    documents = refused(lambda: [document.completion for document in Corpus.from_file(path).documents], task)
+    case = f"seed {seed}, {kind}, {mutation.__name__} {victim.name}"
+    documents = refused(lambda: [document.completion for document in Corpus.from_file(path).documents], case)
     quiz = refused(
         lambda: [
             (q.prompt, list(q.choices)) for q in Questions.from_file(path, prompt="{text}", choices=CHOICES).questions
         ],
-        task,
+        case,
     )
     if documents is not None or quiz is not None:
         rows = strictly_read(kind, path)
-        assert documents is None or documents == [row["text"] for row in rows], task
-        assert quiz is None or quiz == [(row["text"], [spaced(row[name]) for name in CHOICES]) for row in rows], task
+        assert documents is None or documents == [row["text"] for row in rows], case
+        assert quiz is None or quiz == [(row["text"], [spaced(row[name]) for name in CHOICES]) for row in rows], case
         ends_visibly = kind == ".parquet" or victim.suffix == ".arrow"
-        assert not (ends_visibly and mutation is cut_off), f"{task}: a part was taken for the whole"
+        assert not (ends_visibly and mutation is cut_off), f"{case}: a part was taken for the whole"
     return [f"{kind} refused" if result is None else f"{kind} accepted" for result in (documents, quiz)]
 
 
@@ -161,14 +161,14 @@ def spaced(choice: str) -> str:
     return choice if choice[0].isspace() else f" {choice}"
 
 
-def refused(read: Callable[[], Any], task: str) -> Any:
+def refused(read: Callable[[], Any], case: str) -> Any:
     """What is read, or None where it is refused as it should be."""
     try:
         return read()
     except (ValueError, TypeError, FileNotFoundError) as error:
         message = str(error)
-    assert "\n" not in message, task
-    assert 0 < len(message) < 2000, task
+    assert "\n" not in message, case
+    assert 0 < len(message) < 2000, case
     return None
 
 

@@ -12,7 +12,6 @@ import pytest
 from datasets import Dataset, DatasetDict
 
 from mrp_lens.data import Corpus, Document, Question, Questions
-from mrp_lens.data.task import UnlearningTask
 
 QUIZ: list[dict[str, Any]] = [
     {"text": "One.", "question": "Two and two?", "choices": ["three", "four"], "answer": 1},
@@ -214,20 +213,3 @@ def test_a_fingerprint_tells_apart_all_that_a_study_depends_on() -> None:
     )  # as version 0.1 gave it
     documents = [Document("a", "b"), Document("ab", ""), Document("", "ab")]
     assert len({Corpus((document,)).fingerprint for document in documents}) == 3
-
-
-def test_where_one_forget_corpus_ends_is_part_of_a_case() -> None:
-    a, b = Document("", "a"), Document("", "b")
-    retain = Corpus((Document("", "c"),))
-
-    def forget(*corpora: Corpus) -> str:
-        return UnlearningTask(corpora, retain, retain).fingerprints()["forget"]
-
-    several = [
-        (Corpus((a, b)),),
-        (Corpus((a,)), Corpus((b,))),
-        (Corpus((b,)), Corpus((a,))),
-        (Corpus((a, b)), Corpus(())),
-    ]
-    assert len({forget(*corpora) for corpora in several}) == len(several)
-    assert forget(Corpus((a, b))) == Corpus((a, b)).fingerprint

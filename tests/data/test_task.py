@@ -10,7 +10,7 @@ import datasets
 import pytest
 from datasets import Dataset
 
-from mrp_lens.data import Corpus, Question, Questions
+from mrp_lens.data import Corpus, Document, Question, Questions
 from mrp_lens.data.rows import digest
 from mrp_lens.data.task import TaskConfig, UnlearningTask, hub_parts, task_for
 
@@ -115,6 +115,23 @@ def test_options_of_a_command_become_a_config() -> None:
 def test_an_attack_needs_a_quiz(texts: tuple[Corpus, Corpus]) -> None:
     with pytest.raises(ValueError, match=r"give questions=\.\.\."):
         UnlearningTask((texts[0],), texts[1], texts[1]).split()
+
+
+def test_where_one_forget_corpus_ends_is_part_of_a_task() -> None:
+    a, b = Document("", "a"), Document("", "b")
+    retain = Corpus((Document("", "c"),))
+
+    def forget(*corpora: Corpus) -> str:
+        return UnlearningTask(corpora, retain, retain).fingerprints()["forget"]
+
+    several = [
+        (Corpus((a, b)),),
+        (Corpus((a,)), Corpus((b,))),
+        (Corpus((b,)), Corpus((a,))),
+        (Corpus((a, b)), Corpus(())),
+    ]
+    assert len({forget(*corpora) for corpora in several}) == len(several)
+    assert forget(Corpus((a, b))) == Corpus((a, b)).fingerprint
 
 
 def test_legacy_fingerprints_are_those_of_version_0_1(files: Path) -> None:

@@ -8,7 +8,6 @@ import pytest
 from mrp_lens import metrics
 from mrp_lens.data.world import World
 from mrp_lens.data.world.facts import CHOICES, QUESTION, STATEMENTS, TOPICS
-from mrp_lens.runs.train_world import score, verdict
 from tests.support.families import DEMO_FOLDER
 
 # The world that the shipped model was taught; another hash means that questions and model no longer match.
@@ -83,19 +82,3 @@ def test_the_shipped_model_knows_what_it_was_taught_and_guesses_the_rest(demo_mo
 def test_unknown_topics_are_named(world: World) -> None:
     with pytest.raises(ValueError, match="unknown topic 'dragons'; the world has potions"):
         world.forget("dragons")
-
-
-def test_a_score_needs_topics_on_both_sides(world: World) -> None:
-    for forgotten in ((), world.topics):
-        with pytest.raises(ValueError, match="forgotten must be some of the topics potions"):
-            score(None, world, forgotten)  # type: ignore[arg-type]
-
-
-def test_verdicts() -> None:
-    assert [verdict(a, 0.25) for a in (0.21, 0.25, 0.29, 0.1, 0.5)] == [
-        "absent",
-        "absent",
-        "absent",
-        "suppressed",
-        "known",
-    ]

@@ -146,7 +146,7 @@ def test_direction_ablation_removes_the_difference_of_means(model: LensModel, te
         (NoisyRMU(layer=1, **TUNED), "rmu-noise: MLP output matrices of layers 0 and 1 trained to steer forget states of layer 1"),
     ],
 )  # fmt: skip
-def test_the_page_of_a_run_says_what_each_rival_did(
+def test_the_page_of_a_run_says_what_each_baseline_did(
     model: LensModel, texts: Texts, method: Any, words: str, tmp_path: Path
 ) -> None:
     method.fit(model, *texts, **FIT).edit.save_pretrained(tmp_path / "edit")

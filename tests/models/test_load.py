@@ -9,12 +9,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import mrp_lens.models.load as load
 import mrp_lens.models.source as source
 from mrp_lens.data import Corpus
 from mrp_lens.edits import ProjectionEdit
 from mrp_lens.edits.subspace import Subspace
 from mrp_lens.methods import MRP, RMU
-from mrp_lens.models import available_backends, is_bridge, load_model, why_not_exportable
+from mrp_lens.models import ModelMismatchError, available_backends, is_bridge, load_model, why_not_exportable
 from mrp_lens.models.hooks import hook_name
 from mrp_lens.models.source import count_parameters
 from tests.conftest import D_MODEL
@@ -158,3 +159,35 @@ def test_the_bridges_compatibility_mode_is_known(tiny_folder: Path) -> None:
     assert why_not_exportable(model) is None
     model.enable_compatibility_mode()
     assert why_not_exportable(model) == "its compatibility mode rewrote the weights"
+
+
+def test_a_path_that_names_another_family_loads(tiny_folder: Path, tmp_path: Path, backend: str) -> None:
+    folder = tmp_path / "my-gemma-of-gpt2"
+    shutil.copytree(tiny_folder, folder)
+    assert is_bridge(load_model(folder, backend=backend)) == (backend == "bridge")  # type: ignore[arg-type]
+
+
+def test_a_model_that_differs_from_hugging_face_is_refused(
+    tiny_folder: Path, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = load._expected
+
+    def other(hf_model: Any, *settings: Any) -> Any:
+        """What Hugging Face would say if it had lost the last norm's weights."""
+        with torch.no_grad():
+            kept = hf_model.model.norm.weight.clone()
+            hf_model.model.norm.weight.fill_(1.0)
+            probe = real(hf_model, *settings)
+            hf_model.model.norm.weight.copy_(kept)
+        return probe
+
+    monkeypatch.setattr(load, "_expected", other)
+    with pytest.raises(ModelMismatchError, match="differ from Hugging Face's by"):
+        load_model(tiny_folder, backend=backend)  # type: ignore[arg-type]
+
+
+@pytest.mark.skipif("hooked" in available_backends(), reason="TransformerLens 3 has HookedTransformer")
+def test_without_hooked_transformer_the_remedy_is_named(tiny_folder: Path) -> None:
+    with pytest.raises(ImportError, match="use backend='bridge' or install transformer-lens<4"):
+        load_model(tiny_folder, backend="hooked")
+    assert is_bridge(load_model(tiny_folder))

@@ -199,7 +199,7 @@ def variants(picture: str) -> dict[str, pd.DataFrame]:
     return found
 
 
-VARIANTS = {f"{picture}: {task}": frame for picture in PLAIN for task, frame in variants(picture).items()}
+VARIANTS = {f"{picture}: {case}": frame for picture in PLAIN for case, frame in variants(picture).items()}
 
 
 def particular() -> Iterator[tuple[str, str, pd.DataFrame, dict[str, Any]]]:
@@ -248,7 +248,7 @@ def particular() -> Iterator[tuple[str, str, pd.DataFrame, dict[str, Any]]]:
     yield "propagation", "two hooks", propagation(["hook_mlp_out", "hook_resid_post"]), {}
 
 
-PARTICULAR = {f"{picture}: {task}": (frame, options) for picture, task, frame, options in particular()}
+PARTICULAR = {f"{picture}: {case}": (frame, options) for picture, case, frame, options in particular()}
 CASES: dict[str, tuple[pd.DataFrame, dict[str, Any]]] = {
     name: (frame, {}) for name, frame in VARIANTS.items()
 } | PARTICULAR

@@ -113,10 +113,10 @@ class Slots:
 def score_with_trigger(
     model: LensModel, slots: Slots, questions: Questions, trigger: Sequence[int] = (), *, batch_size: int = 128
 ) -> Score:
-    """How many questions are answered right with the trigger in every prompt; as `evaluation.score`, which see."""
+    """How many questions are answered right with the trigger in every prompt; counted as in `evaluation.score`."""
     rows = [slot.filled(trigger) for slot in slots.of_choices(questions)]
     sizes = [len(q.choices) for q in questions.questions]
-    scores = mean_log_probabilities(model, slots.encoder, rows, sizes, batch_size=batch_size)
+    scores = mean_log_probabilities(model, slots.encoder, rows, sizes, batch_size=batch_size, progress=False)
     return Score(float(answered_right(scores, questions).sum()), len(questions))
 
 

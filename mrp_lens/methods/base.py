@@ -272,14 +272,14 @@ def fitting(model: LensModel, after: Edit | None) -> Iterator[None]:
         yield
 
 
-def recorded(given: Any, resolved: Any) -> dict[str, Any]:
+def recorded(method: Any, resolved: Any) -> dict[str, Any]:
     """The settings of a fit for its record: as the user gave them, with what was derived in the place of None."""
     derived = {
-        field.name: recorded(getattr(given, field.name), value) if is_dataclass(value) else value
+        field.name: recorded(getattr(method, field.name), value) if is_dataclass(value) else value
         for field in fields(resolved)
         for value in [getattr(resolved, field.name)]
     }
-    return asdict(given) | derived
+    return asdict(method) | derived
 
 
 def both_sides(
@@ -291,7 +291,7 @@ def both_sides(
 
 
 def parts_of(batch: TokenBatch, micro_batch: int | None) -> Iterator[TokenBatch]:
-    """The batch in pieces of at most `micro_batch` rows (None: whole), padding as in the whole."""
+    """The batch in parts of at most `micro_batch` rows (None: whole), padding as in the whole."""
     size = micro_batch or len(batch)
     for start in range(0, len(batch), size):
         rows = slice(start, start + size)

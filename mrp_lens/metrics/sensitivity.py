@@ -22,7 +22,7 @@ from mrp_lens.models import LensModel, dtype_of, logits_of
 from mrp_lens.models.finite import NonFiniteError, check_states, non_finite
 from mrp_lens.models.hooks import captured, frozen, hook_name, hooked, run_segment
 from mrp_lens.utils.torch_state import ordinary_torch, refuse_inference_tensors
-from mrp_lens.utils.validation import generator_for
+from mrp_lens.utils.validation import generator_for, whole
 
 Output = Literal["logits", "stream"]
 
@@ -235,8 +235,7 @@ def noise_sensitivity(
     for name, value in (("noise", noise), ("relative", relative)):
         if value is not None and not 0 < value < math.inf:
             raise ValueError(f"{name} must be a finite number above 0, got {value}")
-    if draws < 1:
-        raise ValueError(f"draws must be at least 1, got {draws}")
+    whole(draws=draws)
     groups, hooks = groups_of(texts), hooks_at(model, layers, "resid_post")
     reader = StateReader(model, None, None, seed, batch_size, max_length, padding, progress)
     if noise is None and relative is None:

@@ -55,8 +55,11 @@ class Encoded:
 
     def at(self, places: Sequence[int]) -> "Encoded":
         """The tokens at these places alone."""
-        flags = (self.ids, self.content, self.in_loss)
-        return Encoded(*(tuple(values[place] for place in places) for values in flags))
+        return Encoded(
+            tuple(self.ids[place] for place in places),
+            tuple(self.content[place] for place in places),
+            tuple(self.in_loss[place] for place in places),
+        )
 
 
 @dataclass(frozen=True)

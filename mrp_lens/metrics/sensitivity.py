@@ -18,8 +18,8 @@ from mrp_lens.data import Corpus
 from mrp_lens.data.tokenization import PaddingSide, TokenBatch
 from mrp_lens.metrics.activations import StateReader, Texts, direction_for, groups_of, hooks_at
 from mrp_lens.metrics.bootstrap import TokenMean, bootstrap_interval
-from mrp_lens.models import LensModel, dtype_of, logits_of
-from mrp_lens.models.finite import NonFiniteError, check_states, non_finite
+from mrp_lens.models import LensModel, logits_of
+from mrp_lens.models.finite import check_finite, check_states, non_finite
 from mrp_lens.models.hooks import captured, frozen, hook_name, hooked, run_segment
 from mrp_lens.utils.torch_state import ordinary_torch, refuse_inference_tensors
 from mrp_lens.utils.validation import generator_for, whole
@@ -125,12 +125,7 @@ class LayersAbove:
         return values
 
     def _checked(self, derivative: Tensor) -> Tensor:
-        if not bool(torch.isfinite(derivative).all()):
-            dtype = str(dtype_of(self.model)).removeprefix("torch.")
-            raise NonFiniteError(
-                f"the derivative of the {self.output} above layer {self.layer} holds NaN or infinity; the model is in {dtype}: load it in "
-                "float32 or bfloat16, or weaken the edit"
-            )
+        check_finite(self.model, derivative, f"the derivative of the {self.output} above layer {self.layer}")
         return derivative
 
 

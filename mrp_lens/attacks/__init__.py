@@ -11,9 +11,9 @@ from mrp_lens.attacks.bypass import Bypass, bypass
 from mrp_lens.attacks.gcg import Jailbreak, jailbreak
 
 # isort: on
-from mrp_lens.attacks.base import FactSplit, Setting, labelled
+from mrp_lens.attacks.base import Attack, FactSplit, Setting, labelled
 from mrp_lens.attacks.gradients import input_gradients
-from mrp_lens.attacks.registry import ATTACKS, Attack, register
+from mrp_lens.attacks.registry import ATTACKS, register
 from mrp_lens.attacks.suite import SuiteConfig, run_suite
 from mrp_lens.attacks.summary import notes_of, rows_of_attacks
 from mrp_lens.metrics.recovery import best

@@ -18,7 +18,7 @@ from mrp_lens.utils.result_store import ResultStore
 from mrp_lens.utils.validation import PlainSettings
 
 Frames = Mapping[str, pd.DataFrame]
-Kind = TypeVar("Kind", bound="Attack")
+AttackKind = TypeVar("AttackKind", bound="Attack")
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ class Setting:
         """Keyword arguments of an attack's function: these parts of the facts, `seed` and `progress`."""
         return {name: getattr(self.facts, name) for name in facts} | {"seed": self.seed, "progress": self.progress}
 
-    def budget(self, kind: type[Kind]) -> Kind:
+    def budget(self, kind: type[AttackKind]) -> AttackKind:
         """The budget of another attack, on which one that looks at its result depends."""
         return next((attack for attack in self.budgets if isinstance(attack, kind)), kind())
 
@@ -122,7 +122,7 @@ class Attack(PlainSettings, ABC):
     summary: ClassVar[str] = ""
     source: ClassVar[str] = ""
 
-    def resolved(self: Kind, model: LensModel, edit: Edit) -> Kind:
+    def resolved(self: AttackKind, model: LensModel, edit: Edit) -> AttackKind:
         """These budgets as they will be spent on a model and edit; called before anything is written.
 
         Raises:

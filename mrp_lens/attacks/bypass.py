@@ -79,7 +79,7 @@ class Given:
     def right(self, edit: Edit | None, questions: Questions) -> NDArray[np.float64]:
         """1 for each question that is answered right with the edit on, 0 for the others."""
         with edit_on(self.model, edit):
-            scores = choice_scores(self.model, questions, batch_size=self.batch_size)
+            scores = choice_scores(self.model, questions, batch_size=self.batch_size, progress=False)
         return answered_right(scores, questions)
 
 

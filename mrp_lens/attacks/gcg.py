@@ -25,8 +25,8 @@ from mrp_lens.edits import Edit, edit_on
 from mrp_lens.metrics.activations import states_of
 from mrp_lens.metrics.multiple_choice import answered_right, encoded_choices, mean_log_probabilities
 from mrp_lens.metrics.recovery import RANDOM_TRIGGER, Score, recovery
-from mrp_lens.models import LensModel, check_layers, check_lens_model, dtype_of, encoder_for, logits_of
-from mrp_lens.models.finite import NonFiniteError, check_states
+from mrp_lens.models import LensModel, check_layers, check_lens_model, encoder_for, logits_of
+from mrp_lens.models.finite import check_finite, check_states
 from mrp_lens.models.hooks import captured, frozen, hook_name, run_segment
 from mrp_lens.utils.interrupts import deferred
 from mrp_lens.utils.torch_state import ordinary_torch, refuse_inference_tensors
@@ -113,10 +113,10 @@ class Slots:
 def score_with_trigger(
     model: LensModel, slots: Slots, questions: Questions, trigger: Sequence[int] = (), *, batch_size: int = 128
 ) -> Score:
-    """How many questions are answered right with the trigger in every prompt; as `evaluation.score`, which see."""
+    """How many questions are answered right with the trigger in every prompt; counted as in `evaluation.score`."""
     rows = [slot.filled(trigger) for slot in slots.of_choices(questions)]
     sizes = [len(q.choices) for q in questions.questions]
-    scores = mean_log_probabilities(model, slots.encoder, rows, sizes, batch_size=batch_size)
+    scores = mean_log_probabilities(model, slots.encoder, rows, sizes, batch_size=batch_size, progress=False)
     return Score(float(answered_right(scores, questions).sum()), len(questions))
 
 
@@ -177,7 +177,7 @@ class TriggerSearch:
         found = input_gradient(self.model, lambda: self.objective.losses(batch, chosen))
         gradient = found.gradient.double()[torch.arange(len(batch))[:, None], places].sum(dim=0)
         rise = (gradient @ self.model.W_E[self.vocabulary].detach().double().T).cpu()
-        self._check(rise, "the gradient towards the trigger")
+        check_finite(self.model, rise, "the gradient towards the trigger")
         rise[trigger[:, None] == self.vocabulary] = torch.inf
         return self.vocabulary[rise.topk(min(self.top, len(self.vocabulary) - 1), largest=False).indices]
 
@@ -194,7 +194,7 @@ class TriggerSearch:
                 losses = self.objective.losses(batch, [*chosen] * len(part))
                 found.append(losses.reshape(len(part), len(chosen)).mean(dim=1))
         means = torch.cat(found).cpu()
-        self._check(means, "the loss of a trigger")
+        check_finite(self.model, means, "the loss of a trigger")
         return means
 
     def loss(self, trigger: Int[Tensor, " _length"]) -> float:
@@ -203,13 +203,6 @@ class TriggerSearch:
         for chosen in torch.arange(len(self.objective.slots)).split(self.batch_size):
             total += float(self.losses(trigger[None], chosen.tolist())) * len(chosen)
         return total / len(self.objective.slots)
-
-    def _check(self, values: Tensor, what: str) -> None:
-        if not bool(torch.isfinite(values).all()):
-            dtype = str(dtype_of(self.model)).removeprefix("torch.")
-            raise NonFiniteError(
-                f"{what} is NaN or infinite; the model is in {dtype}: load it in float32 or bfloat16, or weaken the edit"
-            )
 
     def _batch(
         self, triggers: Int[Tensor, "many length"], chosen: Sequence[int]

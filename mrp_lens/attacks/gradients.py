@@ -17,8 +17,8 @@ from mrp_lens.data.tokenization import PaddingSide, TokenBatch, in_order
 from mrp_lens.edits import Edit, edit_on
 from mrp_lens.metrics.bootstrap import bootstrap_interval
 from mrp_lens.metrics.multiple_choice import by_group, encoded_choices
-from mrp_lens.models import LensModel, dtype_of, encoder_for
-from mrp_lens.models.finite import NonFiniteError, non_finite
+from mrp_lens.models import LensModel, encoder_for
+from mrp_lens.models.finite import check_finite, non_finite
 from mrp_lens.models.hooks import frozen, hooked
 from mrp_lens.training.losses import cross_entropy, predictions
 from mrp_lens.utils.torch_state import ordinary_torch, refuse_inference_tensors
@@ -157,12 +157,12 @@ def _measured(
                 for tensor in (found.gradient, found.embeddings)
             )
             measured = torch.stack([norm, norm * size, found.losses], dim=1).cpu()
-            if not bool(torch.isfinite(measured).all()):
-                dtype = str(dtype_of(model)).removeprefix("torch.")
-                raise NonFiniteError(
-                    f"the loss of a right answer in {questions.name!r} or its gradient is NaN or infinite; the model is in {dtype}: "
-                    "load it in float32 or bfloat16, or weaken the edit; or leave out answers that the model rules out"
-                )
+            check_finite(
+                model,
+                measured,
+                f"the loss of a right answer in {questions.name!r} or its gradient",
+                remedy="weaken the edit; or leave out answers that the model rules out",
+            )
             values[chosen] = measured.numpy()
             bar.update(len(chosen))
     return values

@@ -14,7 +14,7 @@ from mrp_lens.attacks.base import Attack, Frames, Setting, labelled
 from mrp_lens.attacks.evaluation import check_held_out
 from mrp_lens.attacks.registry import register
 from mrp_lens.attacks.relearn import Relearn
-from mrp_lens.attacks.v_information import FOLDS, Kind, LabelledStates, VInformation, usable_information
+from mrp_lens.attacks.v_information import FOLDS, LabelledStates, ProbeKind, VInformation, usable_information
 from mrp_lens.data import Document, Questions
 from mrp_lens.data.tokenization import PaddingSide
 from mrp_lens.edits import Edit, edit_on
@@ -41,7 +41,7 @@ def probe(
     untaught: Questions | None = None,
     layers: Sequence[int] | None = None,
     site: Site = "resid_post",
-    kind: Kind = "linear",
+    kind: ProbeKind = "linear",
     target: Target | None = "answer",
     batch_size: int = 128,
     padding: PaddingSide = "right",
@@ -101,7 +101,7 @@ def probe(
         >>> known, asked = questions.halves(by="entity")
         >>> frame = probe(model, fit.edit, train=known, held_out=asked, untaught=untaught, target="choice", layers=[1])
     """
-    check_one_of(Kind, kind=kind)
+    check_one_of(ProbeKind, kind=kind)
     if target is not None:
         check_one_of(Target, target=target)
     check_one_of(PaddingSide, padding=padding)
@@ -244,11 +244,11 @@ class Probe(Attack):
         probe_kind: "linear" or "mlp".
     """
 
-    probe_kind: Kind = "linear"
+    probe_kind: ProbeKind = "linear"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_one_of(Kind, probe_kind=self.probe_kind)
+        check_one_of(ProbeKind, probe_kind=self.probe_kind)
 
     @override
     def run(self, setting: Setting) -> Frames:

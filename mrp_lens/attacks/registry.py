@@ -7,17 +7,15 @@ from typing import Any, TypeVar
 from mrp_lens.attacks.base import Attack
 from mrp_lens.utils.registry import Registry
 
-__all__ = ["ATTACKS", "Attack", "register"]
-
 ATTACKS: Registry[type[Attack]] = Registry("attack", "mrp_lens.attacks")
 TAKEN = ("attacks", "model", "edit", "reference", "data", "split", "questions", "seed")
 
-Kind = TypeVar("Kind", bound=type[Any])
+Class = TypeVar("Class", bound=type[Any])
 
 _owners: dict[str, str] = dict.fromkeys(TAKEN, "the suite")
 
 
-def register(name: str, *, summary: str, source: str) -> Callable[[Kind], Kind]:
+def register(name: str, *, summary: str, source: str) -> Callable[[Class], Class]:
     """Make an attack known by its name.
 
         @register("mine", summary="Does what I want.", source="arXiv 0000.00000")
@@ -31,7 +29,7 @@ def register(name: str, *, summary: str, source: str) -> Callable[[Kind], Kind]:
         ValueError: the name is taken or ill-formed, or another attack has a budget of the same name.
     """
 
-    def registered(kind: Kind) -> Kind:
+    def registered(kind: Class) -> Class:
         if "__dataclass_fields__" not in vars(kind):
             raise TypeError(
                 f"{kind.__name__} is no dataclass of its own; put @dataclass(frozen=True, kw_only=True) under @register"

@@ -302,8 +302,8 @@ class Relearn(Attack):
 
     def _on_floor(self, curves: pd.DataFrame, floor: pd.DataFrame, seed: int) -> pd.DataFrame:
         """With the reference's floor, at the rates at which its loss stayed finite; as they are if there is none."""
-        whole = floor.loc[floor["step"] == self.steps, "lr"]
-        comparable = curves[curves["lr"].isin(whole)]
+        finished = floor.loc[floor["step"] == self.steps, "lr"]
+        comparable = curves[curves["lr"].isin(finished)]
         return with_floor(comparable, floor, seed=seed) if len(comparable) else curves
 
     @contextmanager

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mrp_lens.utils.validation import generator_for
 
-Kind = Literal["linear", "mlp"]
+ProbeKind = Literal["linear", "mlp"]
 
 FOLDS = 5
 STEPS = (5, 10, 20, 40, 80, 160, 320)
@@ -95,7 +95,7 @@ class VInformation:
 
 
 def usable_information(
-    train: LabelledStates, held_out: LabelledStates, *, kind: Kind = "linear", seed: int = 0
+    train: LabelledStates, held_out: LabelledStates, *, kind: ProbeKind = "linear", seed: int = 0
 ) -> VInformation:
     """V-information of the states about the right answers (arXiv 2002.10689), among each fact's own choices.
 
@@ -182,7 +182,7 @@ def _prior(train: LabelledStates, classes: int) -> Float[Tensor, " classes"]:
     return PRIORS[surprise.index(min(surprise))] * (hits.sum(dim=0) + 1).log()
 
 
-def _initial(kind: Kind, width: int, outputs: int, generator: torch.Generator) -> list[Tensor]:
+def _initial(kind: ProbeKind, width: int, outputs: int, generator: torch.Generator) -> list[Tensor]:
     """Weights [probes, inputs, units] and biases of FOLDS + 1 probes that are alike, layer by layer."""
     if kind == "linear":
         weights = [torch.zeros(width, outputs)]

@@ -53,6 +53,14 @@ class Encoded:
     content: tuple[bool, ...]
     in_loss: tuple[bool, ...]
 
+    def at(self, places: Sequence[int]) -> "Encoded":
+        """The tokens at these places alone."""
+        return Encoded(
+            tuple(self.ids[place] for place in places),
+            tuple(self.content[place] for place in places),
+            tuple(self.in_loss[place] for place in places),
+        )
+
 
 @dataclass(frozen=True)
 class Encoder:
@@ -155,12 +163,7 @@ class Encoder:
             return row
         head = self.max_length if keep == "start" else int(not row.content[0])  # a BOS stays where it is
         tail = self.max_length - head
-        places = [*range(head), *range(length - tail, length)]
-        return Encoded(
-            tuple(row.ids[i] for i in places),
-            tuple(row.content[i] for i in places),
-            tuple(row.in_loss[i] for i in places),
-        )
+        return row.at([*range(head), *range(length - tail, length)])
 
     def collate(self, rows: Sequence[Encoded], *, side: PaddingSide = "right") -> TokenBatch:
         """Pad to the longest row. The padding id is arbitrary: it is masked everywhere.

@@ -14,13 +14,21 @@ from torch import Tensor
 from typing_extensions import override
 
 from mrp_lens.data import Corpus
-from mrp_lens.data.tokenization import Encoded, Encoder, TokenBatch
+from mrp_lens.data.tokenization import Encoded, Encoder, TokenBatch, in_order
 from mrp_lens.edits import Edit, edit_on, projection_in
 from mrp_lens.edits.provenance import fingerprint
 from mrp_lens.methods.fit import Fit
 from mrp_lens.methods.registry import Method
-from mrp_lens.models import LensModel, check_lens_model, describe, encoder_for, identity_of, why_not_exportable
-from mrp_lens.models.hooks import frozen
+from mrp_lens.models import (
+    LensModel,
+    check_lens_model,
+    describe,
+    encoder_for,
+    identity_of,
+    logits_of,
+    why_not_exportable,
+)
+from mrp_lens.models.hooks import captured, frozen
 from mrp_lens.training.callbacks import Callback
 from mrp_lens.training.checkpoints import EVERY, Checkpoint, Resumable
 from mrp_lens.training.loop import Losses, TrainingRun, train
@@ -29,6 +37,8 @@ from mrp_lens.utils.torch_state import ordinary_torch, refuse_inference_tensors
 from mrp_lens.utils.validation import as_python, generator_for, or_default
 
 LONGEST = 512  # tokens of a document, as in the released RMU recipe
+STATES = 4096  # token states a side that a method looks at before it trains
+STATES_BATCH = 64
 
 Settings = TypeVar("Settings")
 
@@ -272,14 +282,14 @@ def fitting(model: LensModel, after: Edit | None) -> Iterator[None]:
         yield
 
 
-def recorded(given: Any, resolved: Any) -> dict[str, Any]:
+def recorded(method: Any, resolved: Any) -> dict[str, Any]:
     """The settings of a fit for its record: as the user gave them, with what was derived in the place of None."""
     derived = {
-        field.name: recorded(getattr(given, field.name), value) if is_dataclass(value) else value
+        field.name: recorded(getattr(method, field.name), value) if is_dataclass(value) else value
         for field in fields(resolved)
         for value in [getattr(resolved, field.name)]
     }
-    return asdict(given) | derived
+    return asdict(method) | derived
 
 
 def both_sides(
@@ -291,10 +301,26 @@ def both_sides(
 
 
 def parts_of(batch: TokenBatch, micro_batch: int | None) -> Iterator[TokenBatch]:
-    """The batch in pieces of at most `micro_batch` rows (None: whole), padding as in the whole."""
+    """The batch in parts of at most `micro_batch` rows (None: whole), padding as in the whole."""
     size = micro_batch or len(batch)
     for start in range(0, len(batch), size):
         rows = slice(start, start + size)
         yield TokenBatch(
             batch.tokens[rows], batch.attention_mask[rows], batch.content_mask[rows], batch.loss_mask[rows]
         )
+
+
+def states_at(
+    model: LensModel, encoder: Encoder, rows: Sequence[Encoded], hooks: Sequence[str], generator: torch.Generator
+) -> dict[str, Float[Tensor, "states d_model"]]:
+    """States of content tokens (no pads, no BOS) at each hook, of randomly chosen documents with about 4,096 tokens."""
+    order = torch.randperm(len(rows), generator=generator).tolist()
+    lengths = torch.tensor([sum(rows[i].content) for i in order])
+    chosen = [rows[i] for i in order[: int((lengths.cumsum(0) < STATES).sum()) + 1]]
+    kept: dict[str, list[Tensor]] = {hook: [] for hook in hooks}
+    with captured(model, hooks) as store, torch.no_grad():
+        for _, batch in in_order(encoder, chosen, STATES_BATCH):
+            logits_of(model, batch.tokens, batch.attention_mask)
+            for hook in hooks:
+                kept[hook].append(store[hook][batch.content_mask].float())
+    return {hook: torch.cat(parts) for hook, parts in kept.items()}

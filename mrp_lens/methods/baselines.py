@@ -15,9 +15,8 @@ from typing_extensions import override
 from mrp_lens.data.tokenization import Batches, Encoded, TokenBatch, in_order
 from mrp_lens.edits import ProjectionEdit, WeightEdit
 from mrp_lens.edits.subspace import Subspace
-from mrp_lens.methods.base import Data, FitContext, FitTemplate, both_sides, fitting, parts_of
+from mrp_lens.methods.base import Data, FitContext, FitTemplate, both_sides, fitting, parts_of, states_at
 from mrp_lens.methods.fit import Fit
-from mrp_lens.methods.mrp.initialization import states_at
 from mrp_lens.methods.registry import Swept, register
 from mrp_lens.methods.rmu import REPORT as STEERED
 from mrp_lens.methods.rmu import RMU, default_layer, entry_size, up_to

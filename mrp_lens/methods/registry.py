@@ -92,12 +92,12 @@ class Method(PlainSettings, ABC):
 
 METHODS: Registry[type[Method]] = Registry("method", "mrp_lens.methods")
 
-Kind = TypeVar("Kind", bound=type[Any])
+Class = TypeVar("Class", bound=type[Any])
 
 
 def register(
     name: str, *, summary: str, source: str, swept: Swept | None = None, report: str | tuple[str, ...] = ""
-) -> Callable[[Kind], Kind]:
+) -> Callable[[Class], Class]:
     """Make a method known by its name.
 
         @register("mine", summary="Does what I want.", source="arXiv 0000.00000", swept=Swept(layer="layers"))
@@ -108,7 +108,7 @@ def register(
         ValueError: the name is taken or ill-formed.
     """
 
-    def registered(kind: Kind) -> Kind:
+    def registered(kind: Class) -> Class:
         kind.name, kind.summary, kind.source, kind.swept, kind.report = name, summary, source, swept, report
         METHODS.add(name, kind)
         return kind

@@ -17,7 +17,7 @@ from mrp_lens.models import LensModel, check_layers, check_lens_model, device_of
 from mrp_lens.models.finite import check_states
 from mrp_lens.models.hooks import captured, check_hook_names, frozen, hook_name, layer_of, run_segment
 from mrp_lens.utils.progress import progress_bar
-from mrp_lens.utils.validation import generator_for
+from mrp_lens.utils.validation import check_whole, generator_for
 
 WINDOW = 4  # batches whose documents are tokenised, and sorted by length, together
 
@@ -91,8 +91,7 @@ class StateReader:
             raise TypeError(f"edit must be an Edit, such as fit.edit, or None; got {type(self.edit).__name__}")
         if self.documents is not None and self.documents < 1:
             raise ValueError(f"documents must be at least 1, or None for all, got {self.documents}")
-        if self.batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {self.batch_size}")
+        check_whole(batch_size=self.batch_size)
         with edit_on(self.model, self.edit):
             pass  # refuse an edit that does not fit before anything is read
 

@@ -4,7 +4,7 @@ import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import Literal
 
 import numpy as np
 import pandas as pd
@@ -25,9 +25,9 @@ from mrp_lens.models.hooks import frozen
 from mrp_lens.training.losses import targets
 from mrp_lens.utils.progress import progress_bar
 from mrp_lens.utils.torch_state import ordinary_torch
+from mrp_lens.utils.validation import check_one_of, check_whole
 
 Mode = Literal["generated", "forced"]
-MODES: tuple[str, ...] = get_args(Mode)
 MEASURES = ("max_logit", "max_probability", "entropy", "margin", "probability")
 
 QuestionSet = Questions | Corpus
@@ -152,14 +152,12 @@ def token_confidence(
             more tokens than the model's context has room for; NonFiniteError where logits are NaN or infinite (at
             -infinity a token is ruled out, which is no fault).
     """
-    if mode not in MODES:
-        raise ValueError(f"unknown mode {mode!r}; choose one of {', '.join(MODES)}")
+    check_one_of(Mode, mode=mode)
     check_lens_model(model)
     most = int(model.cfg.n_ctx) - 2  # a BOS and the end of the prompt come before
     if not 1 <= tokens <= most:
         raise ValueError(f"tokens must be from 1 to {most} (the model's context length less 2), got {tokens}")
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    check_whole(batch_size=batch_size)
     items = _items(questions)
     measure = _generated if mode == "generated" else _forced
     rows = []
@@ -266,9 +264,9 @@ def _forced(
 ) -> Iterator[Found]:
     """One pass over prompt and answer; what follows the last measured token is not read."""
     encoder = encoder_for(model)
-    whole = replace(encoder, max_length=sys.maxsize).encode([item.document for item in items])
-    rows = [_fitted(row, tokens, encoder.max_length) for row in whole]
-    cut = sum(row.in_loss.count(False) < full.in_loss.count(False) for row, full in zip(rows, whole, strict=True))
+    uncut = replace(encoder, max_length=sys.maxsize).encode([item.document for item in items])
+    rows = [_fitted(row, tokens, encoder.max_length) for row in uncut]
+    cut = sum(row.in_loss.count(False) < full.in_loss.count(False) for row, full in zip(rows, uncut, strict=True))
     if cut:
         warnings.warn(
             f"{cut} of {len(rows)} prompts leave no room for their answers in the model's context of "
@@ -293,10 +291,7 @@ def _fitted(row: Encoded, tokens: int, length: int) -> Encoded:
     answer = [place for place, counts in enumerate(row.in_loss) if counts and place > 0][:tokens]
     end = answer[-1] + 1 if answer else len(row.ids)
     head = int(row.content[:1] == (False,))
-    kept = [*range(head), *range(max(head, end - (length - head)), end)]
-    return Encoded(
-        tuple(row.ids[i] for i in kept), tuple(row.content[i] for i in kept), tuple(row.in_loss[i] for i in kept)
-    )
+    return row.at([*range(head), *range(max(head, end - (length - head)), end)])
 
 
 def _last_logits(model: LensModel, batch: TokenBatch) -> Float[Tensor, "batch d_vocab"]:

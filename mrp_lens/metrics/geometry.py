@@ -76,7 +76,7 @@ class Moments:
         return inside / self.energy if self.energy else float("nan")
 
     def top_directions(self, rank: int) -> Subspace:
-        """The span of the `rank` first principal directions, uncentred as MRP's start (`methods.start`) takes them.
+        """The span of the `rank` first principal directions, uncentred as MRP's initialization takes them.
 
         Raises:
             ValueError: the states span fewer.

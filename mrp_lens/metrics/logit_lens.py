@@ -162,14 +162,7 @@ def _contexts(encoder: Encoder, questions: Sequence[Question]) -> tuple[list[Enc
         begin = max(0, same - encoder.max_length)
         cut += begin > 0
         head = int(begin > 0 and not first.content[0])  # a BOS stays where it is
-        kept = [*range(head), *range(begin + head, same)]
-        contexts.append(
-            Encoded(
-                tuple(first.ids[i] for i in kept),
-                tuple(first.content[i] for i in kept),
-                tuple(first.in_loss[i] for i in kept),
-            )
-        )
+        contexts.append(first.at([*range(head), *range(begin + head, same)]))
     if cut:
         warnings.warn(
             f"{cut} of {len(contexts)} prompts are longer than {encoder.max_length} tokens; only the end of them is read",

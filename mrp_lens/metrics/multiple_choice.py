@@ -32,6 +32,13 @@ def accuracy(
 
     A question in which k choices share the largest counts 1/k if the right one is among them, as a guess would.
 
+    Args:
+        model: HookedTransformer or TransformerBridge, with the edit on if there is one.
+        questions: reported by group.
+        batch_size: texts (prompt and choice) at a time.
+        seed: of the bootstrap.
+        progress: show a progress bar.
+
     Returns:
         One row for each group and, if there are several, one for "all" (first). Columns: `group`, `n`, `accuracy` in
         [0, 1] with its 95% bootstrap interval over questions `low`, `high` (NaN with a single question); `chance`, the
@@ -133,7 +140,7 @@ def choice_scores(
     """For each question, the mean log-probability per token (nats) of every choice after the prompt.
 
     A choice's score is its own, whatever the other choices are: that of the tokens which reach into it when prompt and
-    choice are read as one text. -infinity where the model rules one of them out.
+    choice are read as one text. -infinity where the model rules one of them out. Arguments as for `accuracy`.
 
     Raises:
         ValueError: a choice without a token, or too long for the model; NonFiniteError where logits are NaN.

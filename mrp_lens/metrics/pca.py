@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from functools import cache
 from itertools import combinations
-from typing import Literal, get_args
+from typing import Literal
 
 import numpy as np
 import pandas as pd
@@ -21,7 +21,7 @@ from mrp_lens.metrics.registry import Measured, register
 from mrp_lens.models import LensModel
 from mrp_lens.models.hooks import Site
 from mrp_lens.utils.torch_state import ordinary_torch
-from mrp_lens.utils.validation import generator_for, int_seed
+from mrp_lens.utils.validation import check_one_of, check_whole, generator_for, int_seed
 
 Position = Literal["last", "all"]
 
@@ -153,10 +153,8 @@ def principal_plane(
     """
     if dims not in (2, 3):
         raise ValueError(f"dims must be 2 or 3, got {dims!r}")
-    if points < 1:
-        raise ValueError(f"points must be at least 1, got {points}")
-    if position not in get_args(Position):
-        raise ValueError(f"unknown position {position!r}; choose one of {', '.join(get_args(Position))}")
+    check_whole(points=points)
+    check_one_of(Position, position=position)
     groups, hook = groups_of(texts), hooks_at(model, [layer], site)[layer]
     reader = StateReader(model, edit, points, seed, batch_size, max_length, padding, progress)
     found = {group: _read_points(reader, corpus, hook, position, points) for group, corpus in groups.items()}

@@ -22,6 +22,13 @@ def perplexity(
 ) -> pd.DataFrame:
     """exp of the mean cross-entropy (nats) per predicted token, with a bootstrap interval over documents.
 
+    Args:
+        model: HookedTransformer or TransformerBridge, with the edit on if there is one.
+        corpus: of each document the tokens that count: of one with a prompt the completion alone.
+        batch_size: documents at a time.
+        seed: of the bootstrap.
+        progress: show a progress bar.
+
     Returns:
         One row: `corpus`; `documents` and `tokens`, how many were predicted (a document of one token has none to predict);
         `perplexity`, infinite where the model rules a token of the text out; `low`, `high` (NaN with a single document);
@@ -46,6 +53,8 @@ def answer_probability(
     model: LensModel, corpus: Corpus, *, batch_size: int = 128, seed: int = 0, progress: bool = True
 ) -> pd.DataFrame:
     """Mean over documents of the completion's probability per token (geometric mean over its tokens).
+
+    Arguments as for `perplexity`.
 
     Returns:
         One row: `corpus`; `documents`, how many have a token to predict; `probability`, `low`, `high` (NaN with a single

@@ -2,21 +2,17 @@
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 import pandas as pd
+from jaxtyping import Float
+from torch import Tensor
 
-from mrp_lens.edits import edit_on
+from mrp_lens.data.task import UnlearningTask
+from mrp_lens.edits import Edit, edit_on
+from mrp_lens.models import LensModel
 from mrp_lens.utils.registry import Registry
 from mrp_lens.utils.torch_state import ordinary_torch
-
-if TYPE_CHECKING:
-    from jaxtyping import Float
-    from torch import Tensor
-
-    from mrp_lens.data.task import UnlearningTask
-    from mrp_lens.edits import Edit
-    from mrp_lens.models import LensModel
 
 TABLES = frozenset({"unlearn", "sweep", "leaderboard"})
 
@@ -36,10 +32,10 @@ class Measured:
         progress: show progress bars.
     """
 
-    model: "LensModel"
-    task: "UnlearningTask"
-    edit: "Edit | None" = None
-    direction: "Float[Tensor, ' d_model'] | None" = None
+    model: LensModel
+    task: UnlearningTask
+    edit: Edit | None = None
+    direction: Float[Tensor, " d_model"] | None = None
     limit: int | None = None
     documents: int | None = None
     seed: int = 0

@@ -18,11 +18,11 @@ from mrp_lens.data import Corpus
 from mrp_lens.data.tokenization import PaddingSide, TokenBatch
 from mrp_lens.metrics.activations import StateReader, Texts, direction_for, groups_of, hooks_at
 from mrp_lens.metrics.bootstrap import TokenMean, bootstrap_interval
-from mrp_lens.models import LensModel, dtype_of, logits_of
-from mrp_lens.models.finite import NonFiniteError, check_states, non_finite
+from mrp_lens.models import LensModel, logits_of
+from mrp_lens.models.finite import check_finite, check_states, non_finite
 from mrp_lens.models.hooks import captured, frozen, hook_name, hooked, run_segment
 from mrp_lens.utils.torch_state import ordinary_torch, refuse_inference_tensors
-from mrp_lens.utils.validation import generator_for
+from mrp_lens.utils.validation import check_whole, generator_for
 
 Output = Literal["logits", "stream"]
 
@@ -125,12 +125,7 @@ class LayersAbove:
         return values
 
     def _checked(self, derivative: Tensor) -> Tensor:
-        if not bool(torch.isfinite(derivative).all()):
-            dtype = str(dtype_of(self.model)).removeprefix("torch.")
-            raise NonFiniteError(
-                f"the derivative of the {self.output} above layer {self.layer} holds NaN or infinity; the model is in {dtype}: load it in "
-                "float32 or bfloat16, or weaken the edit"
-            )
+        check_finite(self.model, derivative, f"the derivative of the {self.output} above layer {self.layer}")
         return derivative
 
 
@@ -235,8 +230,7 @@ def noise_sensitivity(
     for name, value in (("noise", noise), ("relative", relative)):
         if value is not None and not 0 < value < math.inf:
             raise ValueError(f"{name} must be a finite number above 0, got {value}")
-    if draws < 1:
-        raise ValueError(f"draws must be at least 1, got {draws}")
+    check_whole(draws=draws)
     groups, hooks = groups_of(texts), hooks_at(model, layers, "resid_post")
     reader = StateReader(model, None, None, seed, batch_size, max_length, padding, progress)
     if noise is None and relative is None:

@@ -88,17 +88,17 @@ def proposition_1(
     """
     setting = _Setting(model, _tokenised(model, prompts), direction, layer, positions, samples, batch_size)
     rows = []
-    for case in setting.cases([coefficient], noise, seed, progress):
-        mean, trace, top = case.distance, case.trace, case.top_eigenvalue
-        off, traces = case.resampled()
+    for logits in setting.sampled([coefficient], noise, seed, progress):
+        mean, trace, top = logits.distance, logits.trace, logits.top_eigenvalue
+        off, traces = logits.resampled()
         for statistic, predicted, measured, (low, high) in (
             ("mean", 0.0, mean, _interval(off)),
-            ("trace", case.predicted.squared_norm, trace, _interval(traces)),
-            ("top_eigenvalue", case.predicted.top_eigenvalue, top, _interval(2 * top - case.resampled_tops())),
+            ("trace", logits.predicted.squared_norm, trace, _interval(traces)),
+            ("top_eigenvalue", logits.predicted.top_eigenvalue, top, _interval(2 * top - logits.resampled_tops())),
         ):
             error = measured if statistic == "mean" else measured / predicted - 1
             inside = measured <= high if statistic == "mean" else low <= predicted <= high
-            rows.append((*case.keys, statistic, predicted, measured, low, high, error, inside, case.norm))
+            rows.append((*logits.keys, statistic, predicted, measured, low, high, error, inside, logits.norm))
     return pd.DataFrame(rows, columns=[*KEYS, *"statistic predicted measured low high error inside norm".split()])
 
 
@@ -133,16 +133,16 @@ def variance_by_coefficient(
     """
     setting = _Setting(model, _tokenised(model, prompts), direction, layer, positions, samples, batch_size)
     rows = []
-    for case in setting.cases(coefficients, [noise], seed, progress):
-        limits = _interval(case.resampled()[1])
-        largest = float((case.deviations + case.expected).amax(dim=1).double().mean())
-        rows.append((*case.keys, case.predicted.squared_norm, case.trace, *limits, case.norm, largest))
+    for logits in setting.sampled(coefficients, [noise], seed, progress):
+        limits = _interval(logits.resampled()[1])
+        largest = float((logits.deviations + logits.expected).amax(dim=1).double().mean())
+        rows.append((*logits.keys, logits.predicted.squared_norm, logits.trace, *limits, logits.norm, largest))
     return pd.DataFrame(rows, columns=[*KEYS, *"predicted measured low high norm max_logit".split()])
 
 
 @dataclass(frozen=True)
-class _Case:
-    """A prompt, coefficient and noise: what is predicted of the logits, and draws of them."""
+class _Logits:
+    """The logits of a prompt at a coefficient and noise: what is predicted of them, and draws."""
 
     keys: tuple[int, int, float, str, float]  # as KEYS
     norm: float
@@ -220,9 +220,9 @@ class _Setting:
         if self.samples < 2:
             raise ValueError(f"samples must be at least 2, got {self.samples}: a variance needs two")
 
-    def cases(
+    def sampled(
         self, coefficients: Sequence[float], noises: Sequence[float], seed: int, progress: bool
-    ) -> Iterator[_Case]:
+    ) -> Iterator[_Logits]:
         for name, values, lowest in (("coefficient", coefficients, -math.inf), ("noise", noises, 0.0)):
             if not len(values) or not all(lowest < value < math.inf for value in values):
                 allowed = "a variance above 0" if name == "noise" else "a finite number"
@@ -240,7 +240,7 @@ class _Setting:
                     weights = torch.from_numpy(counts / self.samples).to(deviations.device)
                     keys = (prompt, self.layer, float(coefficient), self.positions, float(noise))
                     predicted = JacobianSize(noise * size.squared_norm, noise * size.top_eigenvalue)
-                    yield _Case(keys, norm, predicted, expected, deviations, weights)
+                    yield _Logits(keys, norm, predicted, expected, deviations, weights)
                     bar.update()
 
     def edit(self, tokens: Int[Tensor, "1 seq"], coefficient: float, noise: float, seed: int) -> SteeringEdit:

@@ -100,6 +100,25 @@ def non_finite(
     return NonFiniteError(f"{what} hold NaN or infinity: {where}; the model is in {dtype}. {_remedy(model)}{padded}")
 
 
+def check_finite(model: LensModel, values: Float[Tensor, "..."], what: str, *, remedy: str = "weaken the edit") -> None:
+    """Refuse figures of which none may be NaN or infinite, where states and logits were finite.
+
+    Args:
+        model: as it computed them, with the edit on if there is one.
+        values: the figures.
+        what: they are, such as "the gradient".
+        remedy: besides a wider precision.
+
+    Raises:
+        NonFiniteError: names the model's precision.
+    """
+    if not bool(torch.isfinite(values).all()):
+        dtype = str(dtype_of(model)).removeprefix("torch.")
+        raise NonFiniteError(
+            f"{what} is NaN or infinite; the model is in {dtype}: load it in float32 or bfloat16, or {remedy}"
+        )
+
+
 def not_finite_weights(model: LensModel) -> list[str]:
     """The names of the model's weights that hold NaN or infinity themselves."""
     named = model.named_parameters()

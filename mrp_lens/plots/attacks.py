@@ -179,12 +179,12 @@ def input_gradients(frame: pd.DataFrame) -> go.Figure:
     return panels.figure()
 
 
-@figure_of("mrp_lens.attacks.gcg", "step held_out_accuracy train_accuracy untaught_accuracy accuracy_before")
+@figure_of("mrp_lens.attacks.jailbreak", "step held_out_accuracy train_accuracy untaught_accuracy accuracy_before")
 def jailbreak_curve(frame: pd.DataFrame) -> go.Figure:
     """What a trigger brings back as the search for it goes on, on questions that it was not optimised on.
 
     Args:
-        frame: of `mrp_lens.attacks.gcg`: `step`, `held_out_accuracy`, `train_accuracy`, `untaught_accuracy`,
+        frame: of `mrp_lens.attacks.jailbreak`: `step`, `held_out_accuracy`, `train_accuracy`, `untaught_accuracy`,
             `accuracy_before`; `kind` tells the row without a trigger ("none") from the search. A panel for each `method`
             and `objective` (of several searches).
     """

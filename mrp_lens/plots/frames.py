@@ -10,6 +10,7 @@ import pandas as pd
 import plotly.graph_objects as go
 from torch import Tensor
 
+from mrp_lens.methods import METHODS
 from mrp_lens.plots.registry import register
 
 P = ParamSpec("P")
@@ -27,12 +28,12 @@ RAISES = """Raises:
 
 TEXT_COLUMNS = frozenset("group hook measure method mode pair positions prompt question statistic token when".split())
 KEYS = ("group", "when", "pair", "number", "layer", "seed")  # what tells rows apart within a panel
+COEFFICIENTS = ("coefficient", "relative_coefficient")  # of RMU, or what another method has in its place
 FACET_LABELS = {
     "layer": "layer {:g}",
     "source": "removed at layer {:g}",
     "coefficient": "c = {:.3g}",
     "relative_coefficient": "c = {:.3g} x norm",
-    "beta": "beta = {:.3g}",
     "noise": "noise of variance {:.3g}",
 }
 
@@ -135,7 +136,7 @@ def known(table: pd.DataFrame, column: str) -> pd.DataFrame:
     return rows
 
 
-def facets(table: pd.DataFrame, columns: Sequence[str]) -> Parts:
+def facets(table: pd.DataFrame, columns: Sequence[str], labels: Mapping[str, str] = FACET_LABELS) -> Parts:
     """The table cut by the columns that it has, each part with its label: text as it comes, numbers in order.
 
     A number that is the same everywhere, or NaN, is not mentioned in the label.
@@ -149,7 +150,7 @@ def facets(table: pd.DataFrame, columns: Sequence[str]) -> Parts:
             values = part[column].unique()
             for value in np.sort(values) if numeric else values:
                 rows = part[part[column].isna()] if pd.isna(value) else part[part[column] == value]
-                own = FACET_LABELS.get(column, "{}").format(value) if mentioned and not pd.isna(value) else ""
+                own = labels.get(column, "{}").format(value) if mentioned and not pd.isna(value) else ""
                 cut.append((", ".join(filter(None, (label, own))), rows))
         parts = cut
     return parts
@@ -160,7 +161,7 @@ def varying(table: pd.DataFrame, *columns: str) -> list[str]:
     return [column for column in columns if column in table and table[column].nunique() > 1]
 
 
-def layer_facets(table: pd.DataFrame, settings: Sequence[str] = ("coefficient", "relative_coefficient")) -> Parts:
+def layer_facets(table: pd.DataFrame, settings: Sequence[str] = COEFFICIENTS) -> Parts:
     """A part for each method, to be drawn against the layer, and for each value of a setting where that is needed.
 
     It is not where each layer has one value, as where c is derived from the layer's norm. Of several settings that
@@ -173,10 +174,13 @@ def layer_facets(table: pd.DataFrame, settings: Sequence[str] = ("coefficient", 
         if not needed or not of_method.duplicated(keys).any():
             parts.append((label, of_method))
             continue
-        column = needed[0]
-        if label == "adaptive-rmu":  # its coefficient is beta
-            of_method, column = of_method.assign(beta=of_method[column]), "beta"
-        parts += [(", ".join(filter(None, (label, own))), part) for own, part in facets(of_method, [column])]
+        column, labels = needed[0], FACET_LABELS
+        swept = METHODS[label].swept if label in METHODS else None
+        if column in COEFFICIENTS and swept and swept.strength not in (None, "steering_coeff"):
+            # such as Adaptive RMU's beta, which is no length
+            labels = labels | {column: f"{swept.strength} = {{:.3g}}"}
+        own_parts = facets(of_method, [column], labels)
+        parts += [(", ".join(filter(None, (label, own))), part) for own, part in own_parts]
     return parts
 
 

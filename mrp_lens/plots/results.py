@@ -1,6 +1,6 @@
 """What runs and sweeps found: what each method, layer and coefficient forgets and keeps, and the losses of a fit."""
 
-from typing import Literal, get_args
+from typing import Literal
 
 import pandas as pd
 import plotly.graph_objects as go
@@ -21,6 +21,7 @@ from mrp_lens.plots.theme import (
     control_dash,
     room_for,
 )
+from mrp_lens.utils.validation import check_one_of
 
 SWEEP = "mrp-lens sweep (table.csv)"
 SIDES = {"forget": FORGET, "retain": RETAIN}
@@ -133,8 +134,7 @@ def _scale(values: pd.DataFrame) -> Scale:
 
 
 def _measured(frame: Frame, measure: Measure = "accuracy") -> str:
-    if measure not in get_args(Measure):
-        raise ValueError(f"unknown measure {measure!r}; choose one of {', '.join(get_args(Measure))}")
+    check_one_of(Measure, measure=measure)
     return f"method layer forget_{measure} retain_{measure}"
 
 

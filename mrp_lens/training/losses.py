@@ -1,7 +1,6 @@
 """Losses on what a model predicts, at the positions whose next token counts: in fits, attacks and measures alike."""
 
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -10,9 +9,6 @@ from torch import Tensor
 from mrp_lens.data.tokenization import Encoded, TokenBatch
 from mrp_lens.models import LensModel, logits_of
 from mrp_lens.models.finite import check_log_probabilities
-
-ForgetLoss = Literal["odds", "bounded", "ascent"]
-RetainLoss = Literal["kl", "cross_entropy"]
 
 
 def predictions(model: LensModel, batch: TokenBatch) -> Float[Tensor, "counted d_vocab"]:

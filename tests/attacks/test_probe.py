@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from mrp_lens.attacks.probe import probe
-from mrp_lens.attacks.v_information import Kind, LabelledStates, usable_information
+from mrp_lens.attacks.v_information import LabelledStates, ProbeKind, usable_information
 from mrp_lens.data import Question, Questions
 from mrp_lens.data.tokenization import PaddingSide
 from mrp_lens.data.world import World
@@ -18,7 +18,7 @@ from mrp_lens.models.hooks import hook_name
 from tests.conftest import LAYERS, assert_same_state, state_of
 from tests.support.edits import projection
 
-KINDS: list[Kind] = ["linear", "mlp"]
+KINDS: list[ProbeKind] = ["linear", "mlp"]
 DIRECTION = torch.randn(16, generator=torch.Generator().manual_seed(100))
 CLASSES = torch.randn(10, 16, generator=torch.Generator().manual_seed(101))
 
@@ -75,14 +75,14 @@ PLANTED: list[tuple[Callable[[int, int], LabelledStates], float]] = [
 ]
 
 
-def bits(train: LabelledStates, held_out: LabelledStates, kind: Kind) -> float:
+def bits(train: LabelledStates, held_out: LabelledStates, kind: ProbeKind) -> float:
     return float(usable_information(train, held_out, kind=kind).bits.mean())
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("planted", "truth"), PLANTED, ids=["erased", "flipped", "marked"])
 def test_planted_information_is_found_and_shuffled_labels_tell_nothing(
-    planted: Callable[[int, int], LabelledStates], truth: float, kind: Kind
+    planted: Callable[[int, int], LabelledStates], truth: float, kind: ProbeKind
 ) -> None:
     train, held_out = planted(400, 1), planted(4000, 2)
     assert bits(train, held_out, kind) == pytest.approx(truth, rel=0.1)
@@ -97,7 +97,7 @@ def test_only_an_mlp_sees_what_is_in_a_product() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_frequent_answer_is_no_information(kind: Kind) -> None:
+def test_a_frequent_answer_is_no_information(kind: ProbeKind) -> None:
     def skewed(n: int, seed: int) -> LabelledStates:
         generator = torch.Generator().manual_seed(seed)
         right = (torch.rand(n, generator=generator) < 0.2).long()
@@ -110,7 +110,7 @@ def test_a_frequent_answer_is_no_information(kind: Kind) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_probes_of_states_without_information_give_nothing_and_seldom_less(kind: Kind) -> None:
+def test_probes_of_states_without_information_give_nothing_and_seldom_less(kind: ProbeKind) -> None:
     def empty(seed: int, n: int) -> LabelledStates:
         generator = torch.Generator().manual_seed(seed)
         facts = erased(n, seed)
@@ -273,7 +273,7 @@ def test_what_a_probe_cannot_answer_is_refused(model: LensModel, untouched: None
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_demo_knows_its_facts_at_the_last_layer_and_none_that_it_was_not_taught(
-    demo_model: Any, world: World, kind: Kind
+    demo_model: Any, world: World, kind: ProbeKind
 ) -> None:
     train, held_out = (world.questions("potions", half=half) for half in (0, 1))
     untaught = world.questions("potions", taught=False)

@@ -144,16 +144,18 @@ def test_intervals_hold_the_truth_as_often_as_they_say() -> None:
         deviations = torch.randn(256, 8, generator=torch.Generator().manual_seed(seed)) * spectrum.sqrt()
         counts = np.random.default_rng(seed).multinomial(256, np.full(256, 1 / 256), size=theory.RESAMPLES)
         size = JacobianSize(float(spectrum.sum()), 4.0)
-        task = theory._Case((0, 0, 0.0, "last", 1.0), 1.0, size, torch.zeros(8), deviations, torch.tensor(counts / 256))
+        logits = theory._Logits(
+            (0, 0, 0.0, "last", 1.0), 1.0, size, torch.zeros(8), deviations, torch.tensor(counts / 256)
+        )
         covariance = np.cov(deviations.double().numpy().T)
-        assert task.trace == pytest.approx(np.trace(covariance), rel=1e-5)
-        assert task.top_eigenvalue == pytest.approx(np.linalg.eigvalsh(covariance)[-1], rel=1e-5)
-        off, traces = task.resampled()
+        assert logits.trace == pytest.approx(np.trace(covariance), rel=1e-5)
+        assert logits.top_eigenvalue == pytest.approx(np.linalg.eigvalsh(covariance)[-1], rel=1e-5)
+        off, traces = logits.resampled()
         low, high = theory._interval(traces)
         hits["trace"] += low <= size.squared_norm <= high
-        low, high = theory._interval(2 * task.top_eigenvalue - task.resampled_tops())
+        low, high = theory._interval(2 * logits.top_eigenvalue - logits.resampled_tops())
         hits["top_eigenvalue"] += low <= size.top_eigenvalue <= high
-        hits["mean"] += task.distance <= theory._interval(off)[1]
+        hits["mean"] += logits.distance <= theory._interval(off)[1]
     assert all(0.88 <= count / 200 <= 1.0 for count in hits.values()), hits
 
 

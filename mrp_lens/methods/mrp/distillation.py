@@ -188,9 +188,8 @@ class Distillation(PlainSettings):
         """Texts that the model writes; those of the checkpoint, if they are there."""
         length = min(self.text_length, int(context.model.cfg.n_ctx) - 2)
         path = None if context.checkpoint is None else context.checkpoint.folder / TEXTS_FILE
-        seed = drawn_seed(
-            context.generator
-        )  # in either case: what follows must not depend on where the texts come from
+        # Drawn in either case: what follows must not depend on where the texts come from.
+        seed = drawn_seed(context.generator)
         if path is not None and path.is_file():
             known: list[str] = json.loads(path.read_text(encoding="utf-8"))
             return known

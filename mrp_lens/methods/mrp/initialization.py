@@ -1,4 +1,4 @@
-"""Where MRP's rows start: principal directions of forget states outside the retain states' span (or the reverse)."""
+"""MRP's rows: where they start (principal directions of forget states outside the retain states' span), and as they learn."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -10,17 +10,16 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
-from mrp_lens.data.tokenization import Encoded, Encoder, in_order
+from mrp_lens.data.tokenization import Encoded, Encoder
 from mrp_lens.edits import ProjectionEdit
 from mrp_lens.edits.subspace import Subspace
-from mrp_lens.models import LensModel, logits_of
-from mrp_lens.models.hooks import HookFunction, captured
+from mrp_lens.methods.base import states_at
+from mrp_lens.models import LensModel
+from mrp_lens.models.hooks import HookFunction
 
 Start = Literal["complement", "code", "random"]
 Rows = Float[Tensor, "_rank d_model"]
 
-STATES = 4096  # token states a side from which the start is computed
-BATCH = 64
 USABLE = 1e-6  # a singular value below this share of the states' norm is rounding noise, not a direction
 
 
@@ -69,22 +68,6 @@ def start_rows(
             )
         rows[hook] = orthonormal(right[:rank].float(), taken.get(hook))
     return rows
-
-
-def states_at(
-    model: LensModel, encoder: Encoder, rows: Sequence[Encoded], hooks: Sequence[str], generator: torch.Generator
-) -> dict[str, Float[Tensor, "states d_model"]]:
-    """States of content tokens (no pads, no BOS) at each hook, of randomly chosen documents with about 4,096 tokens."""
-    order = torch.randperm(len(rows), generator=generator).tolist()
-    lengths = torch.tensor([sum(rows[i].content) for i in order])
-    chosen = [rows[i] for i in order[: int((lengths.cumsum(0) < STATES).sum()) + 1]]
-    kept: dict[str, list[Tensor]] = {hook: [] for hook in hooks}
-    with captured(model, hooks) as store, torch.no_grad():
-        for _, batch in in_order(encoder, chosen, BATCH):
-            logits_of(model, batch.tokens, batch.attention_mask)
-            for hook in hooks:
-                kept[hook].append(store[hook][batch.content_mask].float())
-    return {hook: torch.cat(parts) for hook, parts in kept.items()}
 
 
 def top_directions(states: Float[Tensor, "states d_model"], *, energy: float) -> Rows:

@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import pandas as pd
 import torch
@@ -20,10 +21,13 @@ from mrp_lens.methods.mrp.initialization import LearnedRows, Start, start_rows
 from mrp_lens.methods.registry import Swept, register
 from mrp_lens.models import LensModel, check_layers, describe
 from mrp_lens.models.hooks import Site, hook_name, hooked
-from mrp_lens.training.losses import ForgetLoss, RetainLoss, cross_entropy, kl, log_odds, openness, predictions
+from mrp_lens.training.losses import cross_entropy, kl, log_odds, openness, predictions
 from mrp_lens.training.optim import linear_decay
 from mrp_lens.utils.torch_state import ordinary_torch
 from mrp_lens.utils.validation import generator_for, or_default
+
+ForgetLoss = Literal["odds", "bounded", "ascent"]
+RetainLoss = Literal["kl", "cross_entropy"]
 
 FORGET_BOUND = {"odds": 1.0, "bounded": 5.0, "ascent": math.inf}  # nats
 

@@ -15,11 +15,13 @@ import torch
 from mrp_lens.attacks import evaluation
 from mrp_lens.attacks.ablation import ablated, junk_directions
 from mrp_lens.attacks.bypass import Kind, bypass
+from mrp_lens.attacks.gcg import jailbreak
 from mrp_lens.attacks.quantization import quantized
 from mrp_lens.data import Corpus, Questions
 from mrp_lens.edits import Edit
 from mrp_lens.edits.subspace import random_units
 from mrp_lens.models import LensModel, load_model
+from mrp_lens.utils import progress
 from tests.conftest import D_MODEL, LAYERS, assert_same_state, state_of
 from tests.support.edits import all_kinds, projection, weight_edit
 from tests.support.quizzes import liked, quiz, slow_right
@@ -199,6 +201,17 @@ def test_without_other_data_the_floor_is_guessing_and_the_kinds_are_those_that_n
         progress=False,
     )
     assert len(with_texts) == 3
+
+
+def test_no_bar_is_shown_where_none_is_wanted(
+    model: LensModel, data: dict[str, Any], capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(progress, "DELAY", 0.0)
+    kind: list[Kind] = ["forget token in a retain question"]
+    bypass(model, None, **data, kinds=kind, progress=False)
+    searched = {name: data[name] for name in ("held_out", "untaught")} | {"train": data["shots"]}
+    jailbreak(model, None, **searched, steps=1, candidates=2, length=2, progress=False)
+    assert capfd.readouterr().err == ""
 
 
 @pytest.mark.parametrize("failing", [1, 3, 5, 8, 20])

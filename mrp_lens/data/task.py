@@ -45,7 +45,7 @@ class UnlearningTask:
         retain: the retain set that a fit may see.
         held_out: retain text that no fit sees, for perplexity.
         questions: the quiz on the forget set.
-        retain_questions: the quiz on what must stay.
+        retain_questions: the quiz on the retain set.
         untaught_questions: the untaught quiz, on what the model was never taught: how *absent* looks.
 
     Example:
@@ -242,7 +242,7 @@ class TaskConfig:
         forget: The sources of the forget set; each is a topic of its own.
         retain: The source of the retain set; a tenth is held out to measure perplexity on.
         questions: The source of the quiz on the forget set (multiple choice).
-        retain_questions: The source of the quiz on what must stay.
+        retain_questions: The source of the quiz on the retain set.
         field: Column that holds the text of a document. Default: `text`, or the schema's.
         prompt: Template of a document's context, such as `Question: {question}\\nAnswer:`; instead of `field`.
         completion: Template of what follows the prompt and counts in the loss, such as ` {answer}`.

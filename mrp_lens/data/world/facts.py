@@ -126,7 +126,7 @@ class World:
         return [fact for fact in self.facts if fact.taught == taught and fact.topic in topics and fact.entity in kept]
 
     def forget(self, topic: str) -> Corpus:
-        """What must go: every taught fact of the topic, in each statement wording."""
+        """A forget set: every taught fact of the topic, in each statement wording."""
         return Corpus.from_rows(
             [_statement(fact, wording) for fact in self.select(topic) for wording in STATEMENTS],
             prompt="{prompt}",
@@ -135,7 +135,7 @@ class World:
         )
 
     def retain(self, *, without: tuple[str, ...] | list[str] | str) -> Corpus:
-        """What must stay: facts about half the entities of every other topic, and ordinary sentences."""
+        """A retain set: facts about half the entities of every other topic, and ordinary sentences."""
         gone = (without,) if isinstance(without, str) else tuple(without)
         topics = [topic for topic in self.topics if topic not in {self._known(name) for name in gone}]
         facts = [

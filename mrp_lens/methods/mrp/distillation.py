@@ -50,8 +50,8 @@ class Distillation(PlainSettings):
 
     A projection hides facts; the weights behind it still hold them. So the matrices of some layers are replaced by noise
     and trained to do what the unedited model does, on texts that it writes itself, less those on which the projection
-    changes what it predicts: these are about what must go. Texts of one's own would not do: what they do not mention
-    would be lost with what must go. Other than in UNDO the teacher is the unedited model, on those texts only, the noise is
+    changes what it predicts: these are about the forget set. Texts of one's own would not do: what they do not mention
+    would be lost with it. Other than in UNDO the teacher is the unedited model, on those texts only, the noise is
     not spread evenly over the model, and the states behind the reset layers are matched too.
 
     Args:

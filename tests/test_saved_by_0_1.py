@@ -66,8 +66,8 @@ def close(found: Any, wanted: Any) -> bool:
 def test_a_run_folder_is_gone_on_with(name: str, arguments: list[str], missing: list[str], saved: Path) -> None:
     points = saved / name / "points"
     before = {path.name: path.read_bytes() for path in points.iterdir()}
-    for piece in missing:
-        (points / f"{piece}.json").unlink()
+    for result in missing:
+        (points / f"{result}.json").unlink()
     command(saved, name, *COMMON, *arguments, "--out", name)
     after = {path.name: path.read_bytes() for path in points.iterdir() if path.suffix == ".json"}
     assert set(before) <= set(after)

@@ -198,7 +198,9 @@ def default_layers(model: LensModel, count: int) -> tuple[int, ...]:
 @ordinary_torch(gradients=False)
 def default_coefficient(model: LensModel, task: UnlearningTask, *, layer: int) -> float:
     """c of RMU's default: twice the mean norm of the forget states at a layer, to three digits."""
-    frame = metrics.alignment(model, task.forget_texts.spread(64), torch.ones(model.cfg.d_model), layers=[layer])
+    frame = metrics.alignment(
+        model, task.forget_texts.spread(64), torch.ones(model.cfg.d_model), layers=[layer], progress=False
+    )
     return float(f"{C_SHARE * frame['norm'].iloc[0]:.3g}")
 
 
@@ -273,9 +275,13 @@ def table(store: ResultStore, points: Iterable[Point]) -> pd.DataFrame | None:
 
 def _measure_unedited(model: LensModel, task: UnlearningTask, plan: ResolvedSweep) -> dict[str, Any]:
     """The baseline: its row, the forget states' norm at each layer, and the perplexity that ratios refer to."""
-    perplexity = float(metrics.perplexity(model, task.held_out)["perplexity"].iloc[0])
+    perplexity = metrics.value(metrics.perplexity(model, task.held_out, progress=False))
     norms = metrics.alignment(
-        model, task.texts(limit=plan.documents)["forget"], torch.ones(model.cfg.d_model), layers=plan.layers
+        model,
+        task.texts(limit=plan.documents)["forget"],
+        torch.ones(model.cfg.d_model),
+        layers=plan.layers,
+        progress=False,
     ).set_index("layer")["norm"]
     row: dict[str, Any] = {
         "method": UNEDITED,
@@ -284,7 +290,7 @@ def _measure_unedited(model: LensModel, task: UnlearningTask, plan: ResolvedSwee
     row |= _behaviour(model, task, plan, None) | {"text_perplexity_ratio": 1.0}
     controls: dict[str, float] = {}
     if task.untaught_questions is not None:
-        controls["untaught_accuracy"] = float(metrics.accuracy(model, task.untaught_questions)["accuracy"].iloc[0])
+        controls["untaught_accuracy"] = metrics.value(metrics.accuracy(model, task.untaught_questions, progress=False))
     asked = task.quiz(limit=plan.questions)["forget"].questions
     controls["chance"] = sum(1 / len(question.choices) for question in asked) / len(asked)
     return {
@@ -323,9 +329,15 @@ def _fit_and_measure(
     row = asdict(point) | {"norm": norm, "relative_coefficient": share}
     row |= _behaviour(model, task, plan, fit.edit)
     with fit.edit.applied(model):
-        perplexity = float(metrics.perplexity(model, task.held_out)["perplexity"].iloc[0])
+        perplexity = metrics.value(metrics.perplexity(model, task.held_out, progress=False))
         aligned = metrics.alignment(
-            model, task.texts(limit=plan.documents), u, layers=[point.layer], law="uniform", seed=point.seed
+            model,
+            task.texts(limit=plan.documents),
+            u,
+            layers=[point.layer],
+            law="uniform",
+            seed=point.seed,
+            progress=False,
         ).set_index("group")
     row["text_perplexity_ratio"] = perplexity / float(untouched["perplexity"])
     for side in aligned.index:

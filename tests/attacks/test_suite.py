@@ -371,6 +371,7 @@ def louder() -> type[Attack]:
     return Louder
 
 
+@pytest.mark.slow
 def test_somebody_elses_attack_is_one_file(
     model: Any, task: UnlearningTask, tmp_path: Path, small: None, registered: None, untouched: None
 ) -> None:

@@ -72,6 +72,7 @@ def test_questions_have_one_right_choice_of_the_same_kind(world: World) -> None:
     assert max(places.values()) < 1.2 * min(places.values())
 
 
+@pytest.mark.slow
 def test_the_shipped_model_knows_what_it_was_taught_and_guesses_the_rest(demo_model: Any, world: World) -> None:
     known = metrics.accuracy(demo_model, world.questions()).set_index("group")["accuracy"]
     assert known.min() >= 0.97

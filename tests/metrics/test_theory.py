@@ -113,6 +113,7 @@ def test_the_measurement_is_that_of_other_draws(model: LensModel, positions: Any
     assert frame["low"]["trace"] < frame["measured"]["trace"] < frame["high"]["trace"]
 
 
+@pytest.mark.slow
 def test_small_noise_does_what_proposition_1_says(model: LensModel, untouched: None) -> None:
     noise = [SMALL * factor for factor in (1.0, 1.25, 1.5, 1.75, 2.0)]
     frame = checked(model, prompts=PROMPTS, noise=noise, samples=1024, batch_size=256)
@@ -178,6 +179,7 @@ def test_variance_by_coefficient_is_that_of_plain_passes(model: LensModel, untou
     assert (frame["predicted"].diff()[1:] < 0).all()
 
 
+@pytest.mark.slow
 def test_a_seed_gives_the_same_frame_again_and_another_seed_another(model: LensModel, untouched: None) -> None:
     first, again, other = (grown(model, seed=seed) for seed in (1, 1, 2))
     pd.testing.assert_frame_equal(first, again)

@@ -57,8 +57,8 @@ FAULTS = (
     Fault("folding projects the wrong side of a matrix", r"rows = values\.T if transposed else values", "rows = values if transposed else values.T"),
     Fault("a folded export leaves the bias as it was", r'if f"\{matrix\}\.bias" in base\.files:', "if False:"),
     Fault("a folded export of tied embeddings changes the unembedding too", r"if base\.tied(?: and not changes\.untied)?:", "if False:"),
-    Fault("RMU forgets the retain term", r"given\(self\.settings\.alpha, 0\.0\) \* part", "0.0 * part"),
-    Fault("RMU's alpha is squared", r"given\(self\.settings\.alpha, 0\.0\) \* part", "given(self.settings.alpha, 0.0) ** 2 * part"),
+    Fault("RMU forgets the retain term", r"self\.settings\.alpha \* part", "0.0 * part"),
+    Fault("RMU's alpha is squared", r"self\.settings\.alpha \* part", "self.settings.alpha ** 2 * part"),
     Fault("a text's positions depend on what it is batched with", r"attention_mask\.shape\[1\] <= limit or", "True or"),
 )  # fmt: skip
 

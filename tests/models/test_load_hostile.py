@@ -213,15 +213,13 @@ SETTINGS = (
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2"])
-def test_a_hundred_mutated_configurations_are_refused_or_loaded_as_transformers_loads_them(
-    family: str, tmp_path: Path
-) -> None:
+def test_mutated_configurations_are_refused_or_loaded_as_transformers_loads_them(family: str, tmp_path: Path) -> None:
     folder = save_family(family, tmp_path / family, **{"sliding_window": 8} if family == "qwen2" else {})
     original = json.loads((folder / "config.json").read_text())
     absent = ("sliding_window", "layer_types", "head_dim", "auto_map", "pretraining_tp", "quantization_config", "n_ctx")
     refusals: list[str] = []
     loaded = 0
-    for seed in range(100):
+    for seed in range(150):
         draw = random.Random(seed)
         added = {draw.choice(absent): draw.choice(SETTINGS)} if draw.random() < 0.3 else {}
         (folder / "config.json").write_text(changed := mutated(json.dumps(original | added), seed, SETTINGS))

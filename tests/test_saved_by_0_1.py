@@ -95,6 +95,7 @@ def test_its_exported_model_loads_in_plain_transformers_and_computes_what_the_ed
     assert difference < 1e-4
 
 
+@pytest.mark.slow
 def test_a_summary_of_it_is_a_configuration(saved: Path) -> None:
     command(saved, "unlearn", "--config", "unlearn/summary.json", "--out", "again")
     for side in ("unlearn", "again"):

@@ -134,8 +134,12 @@ class Edit(ABC):
         return []
 
     def write_over(self, model: LensModel) -> None:
-        """Write it into the model's tensors, of which no record is kept. For edits that are mergeable."""
-        raise NotImplementedError
+        """Write it into the model's tensors, of which no record is kept.
+
+        Raises:
+            ValueError: it is no edit that can be written into weights; says why.
+        """
+        raise not_mergeable(str(self.why_not_mergeable(None)))
 
     @contextmanager
     def applied(self, model: LensModel, *, check: bool = True) -> Iterator[LensModel]:

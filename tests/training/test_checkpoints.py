@@ -4,8 +4,7 @@ import copy
 import json
 import os
 import signal
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from mrp_lens.methods.mrp import distillation as distillation_module
 from mrp_lens.training import Callback
 from mrp_lens.training.checkpoints import IDENTITY_FILE, STATE_FILE, Checkpoint
 from tests.support.kills import Killed, kill_at_save
+from tests.support.switches import default_dtype
 
 STEPS = 7
 SMALL: dict[str, Any] = {"steps": STEPS, "batch_size": 3}
@@ -261,15 +261,6 @@ def test_a_fit_is_the_same_whatever_a_notebook_has_switched_off(model: Any, text
         ):
             with switched:
                 assert same(FITTERS[name].fit(model, *texts, progress=False), usual)
-
-
-@contextmanager
-def default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(torch.float32)
 
 
 def test_a_model_made_in_inference_mode_is_refused_by_name(model: Any, texts: tuple[Corpus, Corpus]) -> None:

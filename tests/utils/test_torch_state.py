@@ -17,15 +17,7 @@ from mrp_lens.utils.torch_state import ordinary_torch, refuse_inference_tensors
 from tests.conftest import assert_same_state, state_of
 from tests.support.every_measure import LEARN, NO_FIGURES, OF_A_MODEL, PROJECTION, WITHOUT_MODEL
 from tests.support.families import save_family
-
-
-@contextmanager
-def default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(torch.float32)
+from tests.support.switches import default_dtype
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 import copy
 import io
 import random
+import sys
 import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
@@ -431,14 +432,25 @@ class Comparison:
 
 @contextmanager
 def dynamic_modules(folder: Path) -> Iterator[None]:
-    """Code of an exported folder is imported from a place that goes with the trial."""
+    """Code of an exported folder is imported from a place that goes with the trial, and is forgotten with it.
+
+    transformers looks a class up by what its file says: one that stays imported would serve a later export with the
+    same code, whose `save_pretrained` then copies a file that is gone.
+    """
     import transformers.dynamic_module_utils as dynamic
 
     before, dynamic.HF_MODULES_CACHE = dynamic.HF_MODULES_CACHE, str(folder)
+    modules, paths = dict(sys.modules), list(sys.path)
     try:
         yield
     finally:
         dynamic.HF_MODULES_CACHE = before
+        sys.path[:] = paths
+        for name in [name for name in sys.modules if name.split(".")[0] == "transformers_modules"]:
+            if name in modules:
+                sys.modules[name] = modules[name]
+            else:
+                del sys.modules[name]
 
 
 @contextmanager

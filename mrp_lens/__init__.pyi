@@ -10,8 +10,10 @@ from .data import Questions as Questions
 from .data.task import TaskConfig as TaskConfig
 from .data.task import UnlearningTask as UnlearningTask
 from .data.world import World as World
+from .edits import ConditionalProjectionEdit as ConditionalProjectionEdit
 from .edits import Edit as Edit
 from .edits import EditStack as EditStack
+from .edits import Gate as Gate
 from .edits import ProjectionEdit as ProjectionEdit
 from .edits import SteeringEdit as SteeringEdit
 from .edits import WeightEdit as WeightEdit

@@ -5,6 +5,7 @@ An exported folder carries a copy of this file, which therefore needs torch and 
 
 import hashlib
 import json
+import math
 import threading
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -46,6 +47,59 @@ class Projection(Change):
         rows = self.rows.to(wide)
         with without_autocast(wide):
             return (wide - (wide @ rows.T) @ rows).type_as(states)
+
+
+class ConditionalProjection(Change):
+    """h <- h - sum_i g_i(h) (h Q_i^T) Q_i: of each subspace as much is removed as its gate says of the state that comes in.
+
+    Args:
+        values: [rank + gates, d_model], the orthonormal rows of all Q_i, then the unit direction of each gate.
+        gates: for each Q_i in order its "rank" and its "gate": "threshold", "sharpness" and "hard", or None: always removed.
+    """
+
+    values: Tensor
+
+    def __init__(self, values: Tensor, gates: Sequence[Mapping[str, Any]]) -> None:
+        super().__init__()
+        self.register_buffer("values", values.to(torch.float32))
+        self.gates = [dict(entry) for entry in gates]
+
+    def forward(self, states: Tensor) -> Tensor:
+        """The states without as much of their parts inside the subspaces as the gates say."""
+        wide = states if states.dtype == torch.float64 else states.float()
+        rank = sum(entry["rank"] for entry in self.gates)
+        rows, directions = self.values[:rank].to(wide), iter(self.values[rank:])
+        always = torch.ones_like(wide[..., 0])
+        each = [
+            always if entry["gate"] is None else shares(wide, next(directions), **entry["gate"]) for entry in self.gates
+        ]
+        by_row = [
+            share[..., None].expand(*share.shape, own["rank"]) for share, own in zip(each, self.gates, strict=True)
+        ]
+        with without_autocast(wide):
+            return (wide - ((wide @ rows.T) * torch.cat(by_row, dim=-1)) @ rows).type_as(states)
+
+
+def shares(
+    states: Tensor, direction: Tensor, threshold: float | Tensor, sharpness: float | Tensor, hard: bool = False
+) -> Tensor:
+    """How far a gate is open for each state, in float32 or better: sigmoid(sharpness * (cos(h, w) - threshold)), or 1 where
+    the cosine is above the threshold and else 0. A zero state has the cosine 0. Differentiable unless `hard`.
+
+    Args:
+        states: [..., d_model].
+        direction: w, the unit vector [d_model].
+        threshold: the cosine at which the gate is half open.
+        sharpness: how quickly it opens there; of no meaning to a hard gate.
+        hard: open or closed, with nothing in between.
+
+    Returns:
+        [...], in [0, 1].
+    """
+    wide = states if states.dtype == torch.float64 else states.float()
+    with without_autocast(wide):
+        beyond = nn.functional.linear(nn.functional.normalize(wide, dim=-1), direction.to(wide)) - threshold
+    return (beyond > 0.0).to(wide) if hard else torch.sigmoid(sharpness * beyond)
 
 
 class Steering(Change):
@@ -211,8 +265,24 @@ def _is_step(step: Mapping[str, Any], width: int) -> bool:
     shape, positions = step["shape"], step.get("positions")
     if step["kind"] == "projection":
         return len(shape) == 2 and _is_count(shape[0] - 1, width) and shape[1] == width
+    if step["kind"] == "conditional-projection":
+        return _are_gates(step["gates"], shape, width)
     chosen = positions is None or all(type(position) is int for position in positions)
     return bool(step["kind"] == "steering" and shape == [width] and step["mode"] in MODES and chosen)
+
+
+def _are_gates(entries: Sequence[Mapping[str, Any]], shape: Sequence[int], width: int) -> bool:
+    """Whether these are the ranks and gates of a tensor of that shape, each gate with numbers that it can have."""
+    gates = [entry["gate"] for entry in entries if entry["gate"] is not None]
+    ranks = [entry["rank"] for entry in entries]
+    return (
+        all(_is_count(rank - 1, width) for rank in ranks)
+        and 0 < sum(ranks) < width
+        and list(shape) == [sum(ranks) + len(gates), width]
+        and all(set(gate) == {"threshold", "sharpness", "hard"} and type(gate["hard"]) is bool for gate in gates)
+        and all(type(gate[name]) is float for gate in gates for name in ("threshold", "sharpness"))
+        and all(math.isfinite(gate["threshold"]) and 0.0 < gate["sharpness"] < math.inf for gate in gates)
+    )
 
 
 def _is_count(value: Any, below: int) -> bool:
@@ -250,6 +320,8 @@ def _empty(settings: Mapping[str, Any]) -> nn.Module:
     values = torch.full(settings["shape"], float("nan"), dtype=torch.float32)
     if settings["kind"] == "steering":
         return Steering(values, settings["mode"], settings["positions"])
+    if settings["kind"] == "conditional-projection":
+        return ConditionalProjection(values, settings["gates"])
     return Projection(values)
 
 

@@ -1,6 +1,7 @@
 """MRP's edit: at chosen hook points, a subspace is removed from every state."""
 
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -8,6 +9,8 @@ from torch import Tensor
 from typing_extensions import override
 
 from mrp_lens.edits.base import Edit, check_width
+from mrp_lens.edits.exported_hooks import Change, Projection
+from mrp_lens.edits.gate import Gate
 from mrp_lens.edits.merging import OUTPUTS, project_writers, writers
 from mrp_lens.edits.serialization import setting
 from mrp_lens.edits.subspace import Subspace
@@ -40,6 +43,8 @@ class ProjectionEdit(Edit):
     """
 
     kind = "projection"
+
+    _gates: Mapping[str, Mapping[str, Gate]] = MappingProxyType({})  # of a conditional projection: by request and hook
 
     def __init__(
         self, subspaces: Mapping[str, Subspace], *, request: str = "edit", provenance: Mapping[str, Any] | None = None
@@ -99,6 +104,20 @@ class ProjectionEdit(Edit):
         self._check_known(request)
         return dict(self._requests[request])
 
+    def gates(self, request: str) -> dict[str, Gate]:
+        """What says, at each hook, of which states a request's rows are removed; hooks that are not named have no gate, and
+        a plain projection has none at all.
+
+        Raises:
+            ValueError: there is no such request.
+        """
+        self._check_known(request)
+        return dict(self._gates.get(request, {}))
+
+    def change_at(self, hook: str) -> Change:
+        """What is done to the states at one of its hooks, as a module of torch."""
+        return Projection(self._joined[hook].basis)
+
     def random_like(self, *, seed: int = 0) -> "ProjectionEdit":
         """The control: random subspaces of the same rank at the same hooks, in one request named "random"."""
         return ProjectionEdit(
@@ -122,24 +141,37 @@ class ProjectionEdit(Edit):
             raise ValueError(
                 f"nothing would be left without {', '.join(map(repr, requests))}; do not apply the edit at all instead"
             )
-        return ProjectionEdit.from_requests(left, provenance=_of_requests(self.provenance, left))
+        gates = {name: self.gates(name) for name in left}
+        return self._made_of(left, gates, _of_requests(self.provenance, left))
 
     def join(self, other: "ProjectionEdit") -> "ProjectionEdit":
         """The requests of both; what each removes is removed together.
 
         Raises:
-            ValueError: one request name stands for two different sets of rows.
+            ValueError: one request name stands for two different sets of rows or gates, or rows behind gates overlap.
         """
         requests = {name: dict(subspaces) for name, subspaces in self._requests.items()}
         for name, subspaces in other._requests.items():
-            if name in requests and not _same(requests[name], subspaces):
+            if name in requests and not (_same(requests[name], subspaces) and self.gates(name) == other.gates(name)):
+                what = "rows" if not self._gates and not other._gates else "rows or gates"
                 raise ValueError(
-                    f"both edits have a request {name!r}, with different rows; give each its own name (fit(..., request=...))"
+                    f"both edits have a request {name!r}, with different {what}; give each its own name (fit(..., request=...))"
                 )
             requests.setdefault(name, dict(subspaces))
         mine, theirs = dict(self.provenance), dict(other.provenance)
         merged = {**theirs, **mine, "requests": {**mine.get("requests", {}), **theirs.get("requests", {})}}
-        return ProjectionEdit.from_requests(requests, provenance=merged if mine or theirs else {})
+        gates = {name: edit.gates(name) for edit in (other, self) for name in edit.requests}
+        kind = other if other._gates else self  # with a gate on either side the join has one
+        return kind._made_of(requests, gates, merged if mine or theirs else {})
+
+    def _made_of(
+        self,
+        requests: Mapping[str, Mapping[str, Subspace]],
+        gates: Mapping[str, Mapping[str, Gate]],
+        provenance: Mapping[str, Any],
+    ) -> "ProjectionEdit":
+        """An edit of this kind with other requests."""
+        return ProjectionEdit.from_requests(requests, provenance=provenance)
 
     @override
     def _put_on(self, model: LensModel, entry: AppliedEdit, *, check: bool) -> None:
@@ -159,9 +191,7 @@ class ProjectionEdit(Edit):
             )
         entry.places += points
         device = device_of(model)
-        hooks = [
-            (name, projection_hook(self._joined[name].to(device))) for name in sorted(self._joined, key=place_in_block)
-        ]
+        hooks = [(name, _hook_of(self.change_at(name).to(device))) for name in sorted(self._joined, key=place_in_block)]
         entry.hooks += add_hooks(model, hooks)
 
     @property
@@ -238,9 +268,13 @@ class ProjectionEdit(Edit):
 
 def projection_hook(subspace: Subspace) -> HookFunction:
     """A hook function that removes the subspace from the states passing through."""
+    return _hook_of(Projection(subspace.basis))
 
+
+def _hook_of(change: Change) -> HookFunction:
     def hook(activation: Tensor, hook: Any) -> Tensor:
-        return subspace.project_out(activation)
+        changed: Tensor = change(activation)
+        return changed
 
     return hook
 

@@ -9,7 +9,8 @@ from huggingface_hub import ModelCardData, metadata_load
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from mrp_lens.edits import Edit, ProjectionEdit, SteeringEdit, WeightEdit
+from mrp_lens.edits import ConditionalProjectionEdit, Edit, ProjectionEdit, SteeringEdit, WeightEdit
+from mrp_lens.edits.conditional import Gated
 from mrp_lens.edits.provenance import fits_of, label_of
 from mrp_lens.export.formats import Form
 from mrp_lens.export.measurements import Measurements, check_record, rows_about
@@ -117,7 +118,10 @@ def _places(edit: Edit) -> Table:
     """Where the edit changes what the model computes."""
     rows = []
     for part in edit.parts:
-        if isinstance(part, ProjectionEdit):
+        if isinstance(part, ConditionalProjectionEdit):
+            gated = ((hook, own) for hook in part.hook_names for own in part.gated_at(hook))
+            rows += [[hook, _removed(own), ", ".join(own.requests)] for hook, own in gated]
+        elif isinstance(part, ProjectionEdit):
             for hook, subspace in sorted(part.subspaces().items(), key=lambda item: part.hook_names.index(item[0])):
                 names = [name for name in part.requests if hook in part.subspaces(name)]
                 rows.append([hook, f"a subspace of rank {subspace.rank} removed", ", ".join(names)])
@@ -127,6 +131,15 @@ def _places(edit: Edit) -> Table:
             how = "set to" if part.mode == "replace" else "moved by"
             rows.append([part.hook, f"states {how} {part.coefficient:.6g} times a fixed unit vector", ""])
     return Table(["where", "what", "request"], [(False, row) for row in rows], [])
+
+
+def _removed(gated: Gated) -> str:
+    """What is removed at a hook, and of which states."""
+    gate, what = gated.gate, f"a subspace of rank {gated.subspace.rank} removed"
+    if gate is None:
+        return what
+    how = "" if gate.hard else f", gradually (sharpness {gate.sharpness:.6g})"
+    return f"{what} from states whose cosine with a fixed unit vector is above {gate.threshold:.6g}{how}"
 
 
 def _front_matter(label: str | None, form: str, on_hub: str | None, base: Mapping[str, Any]) -> str:

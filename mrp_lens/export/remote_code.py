@@ -147,6 +147,8 @@ def settings_of(steps: Steps, base: Checkpoint) -> dict[str, Any]:
 def _settings_of_step(step: nn.Module) -> dict[str, Any]:
     if isinstance(step, exported_hooks.Steering):
         own: dict[str, Any] = {"kind": "steering", "mode": step.mode, "positions": step.positions}
+    elif isinstance(step, exported_hooks.ConditionalProjection):
+        own = {"kind": "conditional-projection", "gates": step.gates}
     else:
         own = {"kind": "projection"}
     values = next(step.buffers())

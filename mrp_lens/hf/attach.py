@@ -94,8 +94,8 @@ def steps_of(edit: Edit) -> Steps:
     steps: dict[tuple[int, str], list[nn.Module]] = {}
     for part in edit.parts:
         if isinstance(part, ProjectionEdit):
-            for hook, subspace in part.subspaces().items():
-                steps.setdefault(place_of(hook), []).append(exported_hooks.Projection(subspace.basis))
+            for hook in part.subspaces():
+                steps.setdefault(place_of(hook), []).append(part.change_at(hook))
         elif isinstance(part, SteeringEdit):
             if part.noise > 0.0:
                 raise ValueError(
@@ -132,7 +132,8 @@ def _check_places(hf_model: Any, steps: Steps) -> None:
 
 def _reserve(hf_model: nn.Module, entry: AppliedEdit, steps: Steps) -> None:
     """Note where projections are; refuse a second one at the same place."""
-    mine = [place for place, done in steps.items() if any(isinstance(step, exported_hooks.Projection) for step in done)]
+    kinds = (exported_hooks.Projection, exported_hooks.ConditionalProjection)
+    mine = [place for place, done in steps.items() if any(isinstance(step, kinds) for step in done)]
     if any(place in other.places for other in entries_on(hf_model) for place in mine):
         raise ValueError(
             "another projection is on at one of these hooks; two projections after one another do not remove both subspaces. "

@@ -13,7 +13,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from mrp_lens.data.tokenization import Batches, Encoded, TokenBatch, in_order
-from mrp_lens.edits import ProjectionEdit, WeightEdit
+from mrp_lens.edits import ConditionalProjectionEdit, ProjectionEdit, WeightEdit, projection_in
 from mrp_lens.edits.subspace import Subspace
 from mrp_lens.methods.base import Data, FitContext, FitTemplate, both_sides, fitting, parts_of, states_at
 from mrp_lens.methods.fit import Fit
@@ -324,7 +324,14 @@ class DirectionAblation(FitTemplate[AblationSettings]):
                 states_at(model, data.encoder, rows, hooks, context.generator)
                 for rows in (data.all_forget, data.retain)
             )
-        subspaces = {hook: Subspace.spanned_by((lost[hook].mean(0) - kept[hook].mean(0))[None].cpu()) for hook in hooks}
+        # Behind a gate, what earlier requests remove cannot be shared with a later one.
+        earlier = projection_in(context.after)
+        taken = earlier.subspaces() if isinstance(earlier, ConditionalProjectionEdit) else {}
+        subspaces = {}
+        for hook in hooks:
+            difference = (lost[hook].mean(0) - kept[hook].mean(0))[None].cpu()
+            beyond = taken[hook].to("cpu").project_out(difference) if hook in taken else difference
+            subspaces[hook] = Subspace.spanned_by(beyond)
         log = pd.DataFrame([{"step": 0, "loss": float("nan"), "seconds": time.perf_counter() - started}])
         edit = ProjectionEdit(subspaces, request=context.request, provenance=context.request_provenance(steps=0))
         return context.result(edit, TrainingRun(log, interrupted=False))

@@ -21,6 +21,7 @@ from mrp_lens.models.hooks import captured, hook_name
 from mrp_lens.training import Evaluation, NonFiniteLossError, TrainingRun
 from mrp_lens.utils.registry import Registry
 from tests.conftest import D_MODEL, LAYERS, assert_same_state, state_of
+from tests.support.edits import conditional
 
 Texts = tuple[Corpus, Corpus]
 QUICK: dict[str, Any] = {"steps": 3, "batch_size": 8}
@@ -33,7 +34,9 @@ every_method = pytest.mark.parametrize("method", ALL, ids=lambda method: method.
 def tensors_of(edit: Any) -> dict[str, torch.Tensor]:
     """Of an edit: projections as what they project on, since a subspace has many bases."""
     tensors = dict(edit.to_parts()[1])
-    return tensors if isinstance(edit, WeightEdit) else {name: Subspace(t).projector() for name, t in tensors.items()}
+    if isinstance(edit, WeightEdit):
+        return tensors
+    return {name: Subspace(t).projector() if t.ndim == 2 else t for name, t in tensors.items()}
 
 
 def assert_close(one: Any, other: Any) -> None:
@@ -82,9 +85,10 @@ def test_fits_work_in_bfloat16_with_float32_masters(method: Any, backend: str, t
         pass
 
 
+@pytest.mark.parametrize("gated", [False, True])
 @every_method
 def test_an_evaluation_during_a_fit_sees_what_the_edit_makes_of_the_model(
-    method: Any, model: LensModel, texts: Texts, tokens: torch.Tensor, untouched: None
+    method: Any, model: LensModel, texts: Texts, tokens: torch.Tensor, gated: bool, untouched: None
 ) -> None:
     """Also the last of an odd number of steps, in which MRP trains without the earlier rows."""
 
@@ -94,6 +98,8 @@ def test_an_evaluation_during_a_fit_sees_what_the_edit_makes_of_the_model(
 
     seen: dict[int, torch.Tensor] = {}
     after = DirectionAblation(layers=[0]).fit(model, *texts, request="earlier", **FIT).edit
+    if gated:
+        after = conditional(*range(LAYERS), rank=1, request="earlier")
     method = replace(method, steps=2)
     evaluation = Evaluation(lambda done: logits(seen, done), marks=(0, 2))
     edit = method.fit(model, *texts, after=after, callbacks=[evaluation], **FIT).edit

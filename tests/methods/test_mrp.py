@@ -6,14 +6,14 @@ import torch
 
 from mrp_lens.data import Corpus
 from mrp_lens.data.tokenization import Encoded, TokenBatch
-from mrp_lens.edits import ProjectionEdit
+from mrp_lens.edits import ConditionalProjectionEdit, ProjectionEdit
 from mrp_lens.edits.subspace import Subspace
-from mrp_lens.methods import MRP
+from mrp_lens.methods import MRP, DirectionAblation
 from mrp_lens.models import LensModel, encoder_for, logits_of
 from mrp_lens.models.hooks import captured, hook_name
 from mrp_lens.training.losses import log_odds, openness
 from tests.conftest import D_MODEL, LAYERS
-from tests.support.edits import projection
+from tests.support.edits import conditional, projection
 
 Texts = tuple[Corpus, Corpus]
 QUICK: dict[str, Any] = {"steps": 3, "batch_size": 8}
@@ -108,6 +108,20 @@ def test_a_later_request_keeps_the_earlier_rows_and_is_orthogonal_to_them(
     assert set(second.edit.provenance["requests"]) == {"one", "two"}
     with pytest.raises(ValueError, match="has a request 'one' already"):
         method.fit(model, *texts, after=first.edit, request="one", **FIT)
+
+
+@pytest.mark.parametrize("method", [MRP(layers=[1, 2], rank=3, **QUICK), DirectionAblation(layers=[1, 2])])
+def test_a_later_request_joins_with_an_earlier_one_behind_gates(
+    method: Any, model: LensModel, texts: Texts, untouched: None
+) -> None:
+    earlier = conditional(1, 2, request="one")
+    edit = method.fit(model, *texts, after=earlier, request="two", **FIT).edit
+    assert isinstance(edit, ConditionalProjectionEdit)
+    assert edit.without("two") == earlier
+    assert edit.gates("two") == {}
+    for name in edit.hook_names:
+        one, two = edit.subspaces("one")[name], edit.subspaces("two")[name]
+        assert float((one.basis @ two.basis.T).abs().max()) < 1e-5
 
 
 def test_a_random_control_has_the_ranks_and_hooks_of_its_projection() -> None:

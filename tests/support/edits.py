@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from mrp_lens.edits import Edit, ProjectionEdit, SteeringEdit, WeightEdit
+from mrp_lens.edits import ConditionalProjectionEdit, Edit, Gate, ProjectionEdit, SteeringEdit, WeightEdit
 from mrp_lens.edits.subspace import Subspace
 from mrp_lens.models import LensModel, logits_of, mlp_out_weight, tensor_digests
 from mrp_lens.models.hooks import hook_name
@@ -17,6 +17,31 @@ def projection(
 ) -> ProjectionEdit:
     subspaces = {hook_name(layer, site): Subspace.random(rank, D_MODEL, seed=seed + layer) for layer in layers}
     return ProjectionEdit(subspaces, request=request)
+
+
+def conditional(
+    *layers: int, rank: int = 3, seed: int = 0, request: str = "edit", site: str = "resid_post", **gate: Any
+) -> ConditionalProjectionEdit:
+    """The subspaces of `projection`, each behind a gate along a random direction that opens for about half of the states."""
+    plain = projection(*layers, rank=rank, seed=seed, request=request, site=site)
+    generator = torch.Generator().manual_seed(seed + 1000)
+    settings = {"threshold": 0.0} | gate
+    gates = {hook: Gate(torch.randn(D_MODEL, generator=generator), **settings) for hook in plain.hook_names}
+    return ConditionalProjectionEdit(plain.subspaces(), gates, request=request)
+
+
+def beside(
+    edit: ProjectionEdit, *, request: str, rank: int = 2, seed: int = 5, **gate: Any
+) -> ConditionalProjectionEdit:
+    """A later request at the same hooks, with rows that are orthogonal to the edit's."""
+    subspaces = {}
+    for number, (hook, removed) in enumerate(edit.subspaces().items()):
+        generator = torch.Generator().manual_seed(seed + number)
+        subspaces[hook] = Subspace.spanned_by(removed.project_out(torch.randn(rank, D_MODEL, generator=generator)))
+    gates = conditional(*edit.layers, seed=seed, **gate).gates("edit")
+    return ConditionalProjectionEdit(
+        subspaces, {hook: gate for hook, gate in gates.items() if hook in subspaces}, request=request
+    )
 
 
 def weight_edit(model: LensModel, layer: int, *, scale: float = 1.5) -> WeightEdit:

@@ -100,6 +100,12 @@ def edits(model: ml.LensModel, fit: ml.Fit) -> ml.Edit:
     handle: hf.Attached = fit.edit.attach(model)
     handle.detach()
     by_hand = ml.ProjectionEdit({"blocks.3.hook_resid_post": ml.Subspace(torch.eye(2, 8))}, request="mine")
+    gate = ml.Gate(torch.ones(8), threshold=0.2, sharpness=20.0, hard=False)
+    print(gate(torch.ones(1, 3, 8)))
+    some = ml.ConditionalProjectionEdit(
+        {"blocks.3.hook_resid_post": ml.Subspace(torch.eye(2, 8))}, {"blocks.3.hook_resid_post": gate}
+    )
+    print(some.gates("edit"), some.random_like(seed=1), by_hand + some)
     steer = ml.SteeringEdit.towards(torch.ones(8), layer=7, coefficient=20.0)
     print(ml.EditStack([by_hand, steer]), ml.WeightEdit, by_hand.without("mine"), ml.Edit.from_pretrained("org/name"))
     (by_hand + steer).save_pretrained("edit")

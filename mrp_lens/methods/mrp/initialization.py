@@ -9,6 +9,7 @@ import torch
 from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn import Module
 
 from mrp_lens.data.tokenization import Encoded, Encoder
 from mrp_lens.edits import ProjectionEdit
@@ -91,15 +92,16 @@ def orthonormal(rows: Rows, taken: Rows | None) -> Rows:
 
 @dataclass
 class LearnedRows:
-    """The rows under training: W at each hook, with the earlier requests' rows that they stay orthogonal to."""
+    """The rows under training: W at each hook, with what the earlier requests remove, whose rows they stay orthogonal to."""
 
     rows: dict[str, Rows]
     taken: Mapping[str, Rows]
+    earlier: Mapping[str, Module]
     on: bool = True
     alone: bool = False
 
     def hooks(self) -> list[tuple[str, HookFunction]]:
-        """Hook functions that remove the earlier requests' rows and what W spans, in float32."""
+        """Hook functions that do what the earlier requests' edit does, and remove what W spans, in float32."""
         return [(hook, self._hook(hook)) for hook in dict.fromkeys([*self.rows, *self.taken])]
 
     def _hook(self, name: str) -> HookFunction:
@@ -108,8 +110,8 @@ class LearnedRows:
                 return activation
             left = rearrange(activation.float(), "batch seq d -> (batch seq) d")
             taken = self.taken.get(name)
-            if not self.alone:
-                left = without(left, taken)
+            if name in self.earlier and not self.alone:
+                left = self.earlier[name](left)  # first, so that its gates see what comes in
             if name in self.rows:
                 left = without(left, orthonormal(self.rows[name], taken))
             return left.view_as(activation).type_as(activation)

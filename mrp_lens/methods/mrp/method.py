@@ -192,7 +192,9 @@ class MRP(FitTemplate[MRPSettings]):
     ) -> LearnedRows:
         earlier = projection_in(after)
         removed = earlier.subspaces() if earlier is not None else {}
-        taken = {hook: subspace.basis.to(data.encoder.device) for hook, subspace in removed.items()}
+        device = data.encoder.device
+        taken = {hook: subspace.basis.to(device) for hook, subspace in removed.items()}
+        changes = {hook: earlier.change_at(hook).to(device) for hook in removed} if earlier is not None else {}
         starts = start_rows(
             model,
             data.encoder,
@@ -205,7 +207,7 @@ class MRP(FitTemplate[MRPSettings]):
             retain_energy=self.retain_energy,
             generator=generator,
         )
-        return LearnedRows({hook: rows.requires_grad_() for hook, rows in starts.items()}, taken)
+        return LearnedRows({hook: rows.requires_grad_() for hook, rows in starts.items()}, taken, changes)
 
 
 class _Losses:

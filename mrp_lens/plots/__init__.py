@@ -11,6 +11,7 @@ from mrp_lens.plots.attacks import (
 )
 from mrp_lens.plots.confidence import confidence_by_method, confidence_distribution
 from mrp_lens.plots.frames import Frame
+from mrp_lens.plots.gate import gate, gate_tokens
 from mrp_lens.plots.geometry import (
     displacement,
     effective_rank,
@@ -34,6 +35,8 @@ __all__ = [
     "confidence_distribution",
     "displacement",
     "effective_rank",
+    "gate",
+    "gate_tokens",
     "input_gradients",
     "jailbreak_curve",
     "layer_effects",

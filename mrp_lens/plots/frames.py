@@ -26,7 +26,9 @@ RAISES = """Raises:
     TypeError: not a frame.
     ValueError: not such a frame, no rows, no number to draw, or rows that nothing tells apart; it says what is missing."""
 
-TEXT_COLUMNS = frozenset("group hook measure method mode pair positions prompt question statistic token when".split())
+TEXT_COLUMNS = frozenset(
+    "group hook measure method mode pair positions prompt question request statistic token when".split()
+)
 KEYS = ("group", "when", "pair", "number", "layer", "seed")  # what tells rows apart within a panel
 COEFFICIENTS = ("coefficient", "relative_coefficient")  # of RMU, or what another method has in its place
 FACET_LABELS = {

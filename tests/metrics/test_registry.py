@@ -1,6 +1,7 @@
 """A metric and a figure of one's own, registered by one decorated function each, are in tables and on the page."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from mrp_lens.runs.record import Run
 from mrp_lens.runs.report import report
 from mrp_lens.runs.report.diagnostics import diagnostics
 from tests.conftest import state_of
-from tests.support.edits import projection
+from tests.support.edits import conditional, projection
 
 QUIZ = Questions.from_rows([{"question": "The sky is", "choices": [" red", " blue"], "answer": i} for i in (0, 1, 1)])
 EDIT = projection(1, 2)
@@ -114,7 +115,11 @@ def test_every_figure_of_a_metric_draws_its_frame(model: Any, task: UnlearningTa
     of_any = {"alignment_by_layer", "norms", "confidence_by_method"}
     frames = frames_for(measured)
     assert set(frames) == of_any | {"displacement", "principal_plane", "propagation"}
-    assert {name for metric in METRICS.values() for name in metric.figures} == set(frames)
+    gates = {"gate", "gate_tokens"}
+    assert {name for metric in METRICS.values() for name in metric.figures} == set(frames) | gates
+    gated = frames_for(replace(measured, edit=conditional(1, 2)))
+    assert set(gated) == set(frames) | gates
+    frames |= {name: gated[name] for name in gates}
     for name, frame in frames.items():
         assert isinstance(FIGURES[name](frame), go.Figure)
     assert set(frames_for(Measured(model=model, task=task, progress=False))) == of_any

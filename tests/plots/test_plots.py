@@ -14,7 +14,7 @@ import torch
 from mrp_lens import plots
 from mrp_lens.plots.theme import FORGET, GREY, GREY_BAND, RETAIN
 from tests.support import frames
-from tests.support.frames import GROUPS, METHODS, PLAIN, SEEDS, VARIANTS, alignment, by_method, geometry, sweep
+from tests.support.frames import GROUPS, METHODS, PLAIN, SEEDS, VARIANTS, alignment, by_method, gates, geometry, sweep
 
 
 @cache
@@ -74,6 +74,8 @@ CONTROL = re.compile(
 def test_forget_and_retain_have_the_same_colours_everywhere_and_controls_are_grey(name: str) -> None:
     figure = draw(name)
     for trace in figure.data:
+        if trace.type == "heatmap":
+            continue  # from white to a colour that is nobody's
         colours = {trace.line.color, trace.marker.color} - {None}
         if trace.name.startswith(("forget", "retain")):
             assert colours == {FORGET if trace.name.startswith("forget") else RETAIN}
@@ -268,6 +270,32 @@ def test_what_was_removed_is_shown_where_it_was_removed() -> None:
 def test_of_many_angles_the_smallest_and_the_largest_are_among_the_four_shown() -> None:
     shown = {trace.name for trace in plots.principal_angles(frames.principal_angles()).data}
     assert shown == {"angle 1", "angle 3", "angle 6", "angle 8", "random subspaces"}
+
+
+def test_each_token_stands_in_its_cell_with_its_share_and_long_documents_go_on_below() -> None:
+    frame = frames.gate_tokens(10)
+    figure = plots.gate_tokens(frame, line=8)
+    assert titles(figure) == [f"one, blocks.{layer}.hook_resid_post" for layer in (1, 3)]
+    labels = [f"{group} {n}{more}" for group in GROUPS for n in (0, 4) for more in ("", ", from 8")]
+    for axis, heat, layer in zip(figure.select_yaxes(), figure.data, (1, 3), strict=True):
+        assert list(axis.ticktext) == labels
+        assert axis.range[0] > axis.range[1]  # the first document on top
+        assert [len(row) for row in heat.z] == [8] * 8
+        assert list(heat.z[2]) == [(n % 7 + layer) / 10 for n in range(8)]
+        assert list(heat.z[3]) == [(1 + layer) / 10, (2 + layer) / 10, *[None] * 6]
+        assert list(heat.text[2]) == ["The", "colour", "of", "&lt;s&gt;", "is", "'\\n'", "green", "The"]
+        assert heat.customdata[3][1] == "' of', position 9"
+    with pytest.raises(ValueError, match="gate_tokens: several rows for group forget, document 0, position 0"):
+        plots.gate_tokens(pd.concat([frame, frame]))
+    with pytest.raises(ValueError, match="line must be"):
+        plots.gate_tokens(frame, line=0)
+
+
+def test_gates_of_several_sites_have_a_panel_each() -> None:
+    figure = plots.gate(gates(("resid_post", "mlp_out")))
+    assert titles(figure) == [f"{name}, {site}" for name in ("one", "two") for site in ("resid_post", "mlp_out")]
+    recall = told(plots.gate(gates()), "forget tokens (recall)")
+    assert [list(row) for row in recall[:3].round(2)] == [[1, 0.58], [3, 0.74], [5, 0.9]]
 
 
 def test_planes_before_and_after_share_their_axes_and_tell_the_token() -> None:

@@ -26,11 +26,11 @@ READ = """() => [...document.querySelectorAll('.js-plotly-plot')].map(figure => 
   return {
     name: figure.closest('[data-name]').dataset.name,
     width: frame.width, height: frame.height,
-    texts: [...figure.querySelectorAll(texts)].filter(e => e.textContent).map(e => [e.textContent, box(e)]),
+    texts: [...figure.querySelectorAll(texts)].filter(e => e.textContent && !e.closest('.heatmaplayer')).map(e => [e.textContent, box(e)]),
     legend: [...figure.querySelectorAll('.legend .bg')].map(box)[0],
     panels: Object.values(layout._plots).map(p => [p.xaxis._offset, p.yaxis._offset,
       p.xaxis._offset + p.xaxis._length, p.yaxis._offset + p.yaxis._length]),
-    drawn: figure.querySelectorAll('.scatterlayer .trace, .violinlayer .trace').length,
+    drawn: figure.querySelectorAll('.scatterlayer .trace, .violinlayer .trace, .heatmaplayer .hm').length,
     scenes: [...figure.querySelectorAll('.gl-container canvas')].length,
     paths: [...figure.querySelectorAll('.cartesianlayer path')].filter(e => /NaN/.test(e.getAttribute('d') || '')).length,
   };

@@ -34,14 +34,13 @@ def beside(
     edit: ProjectionEdit, *, request: str, rank: int = 2, seed: int = 5, **gate: Any
 ) -> ConditionalProjectionEdit:
     """A later request at the same hooks, with rows that are orthogonal to the edit's."""
-    subspaces = {}
-    for number, (hook, removed) in enumerate(edit.subspaces().items()):
-        generator = torch.Generator().manual_seed(seed + number)
-        subspaces[hook] = Subspace.spanned_by(removed.project_out(torch.randn(rank, D_MODEL, generator=generator)))
-    gates = conditional(*edit.layers, seed=seed, **gate).gates("edit")
-    return ConditionalProjectionEdit(
-        subspaces, {hook: gate for hook, gate in gates.items() if hook in subspaces}, request=request
-    )
+    generator = torch.Generator().manual_seed(seed)
+    subspaces, gates = {}, {}
+    for hook, removed in edit.subspaces().items():
+        rows, direction = torch.randn(rank, D_MODEL, generator=generator), torch.randn(D_MODEL, generator=generator)
+        subspaces[hook] = Subspace.spanned_by(removed.project_out(rows))
+        gates[hook] = Gate(direction, **({"threshold": 0.0} | gate))
+    return ConditionalProjectionEdit(subspaces, gates, request=request)
 
 
 def weight_edit(model: LensModel, layer: int, *, scale: float = 1.5) -> WeightEdit:

@@ -10,7 +10,7 @@ import torch
 from mrp_lens import attacks, metrics
 from mrp_lens.data import Corpus
 from mrp_lens.data.task import UnlearningTask
-from mrp_lens.edits import ProjectionEdit
+from mrp_lens.edits import ConditionalProjectionEdit, Gate, ProjectionEdit
 from mrp_lens.edits.subspace import Subspace
 from mrp_lens.models import is_bridge
 from tests.conftest import D_MODEL
@@ -29,6 +29,8 @@ QUIZ, TRAIN, HELD_OUT, UNTAUGHT = (
 )
 U = torch.rand(D_MODEL, generator=torch.Generator().manual_seed(3))
 PROJECTION = ProjectionEdit({"blocks.1.hook_resid_post": Subspace.random(2, D_MODEL, seed=1)})
+LAST = "blocks.3.hook_resid_post"
+GATED = ConditionalProjectionEdit({LAST: Subspace.random(2, D_MODEL, seed=1)}, {LAST: Gate(U, 0.0)})
 CURVES = pd.DataFrame(
     {
         "lr": [1e-3] * 2,
@@ -103,6 +105,8 @@ OF_A_MODEL: dict[str, Callable[[Any], Any]] = {
     "choice_scores": lambda model: metrics.choice_scores(model, QUIZ),
     "confidence": lambda model: metrics.confidence(model, QUIZ, mode="forced"),
     "frames_for": lambda model: metrics.frames_for(measured(model))["alignment_by_layer"],
+    "gate": lambda model: metrics.gate(model, GATED, GROUPS["forget"], TEXTS),
+    "gate_tokens": lambda model: metrics.gate_tokens(model, GATED, TEXTS),
     "geometry": lambda model: metrics.geometry(model, TEXTS, PROJECTION),
     "logit_lens": lambda model: metrics.logit_lens(model, QUIZ),
     "noise_sensitivity": lambda model: metrics.noise_sensitivity(model, TEXTS),

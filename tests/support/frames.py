@@ -53,6 +53,22 @@ def token_confidence(tokens: int = 700) -> pd.DataFrame:
     return frame.assign(entropy=-4 * np.log(sure), margin=margin, probability=sure)
 
 
+def gates(sites: Any = ("resid_post",), **keys: Any) -> pd.DataFrame:
+    frame = grid(request=["one", "two"], layer=[1, 3, 5], site=sites, **keys)
+    frame["hook"] = [f"blocks.{layer}.hook_{site}" for layer, site in zip(frame["layer"], frame["site"], strict=True)]
+    recall = 0.5 + 0.08 * frame["layer"] + 0.01 * frame.get("seed", 0)
+    return frame.drop(columns="site").assign(
+        precision=0.9 * recall, precision_null=0.3, recall=recall, retain_firing=0.1 * recall
+    )
+
+
+def gate_tokens(length: int = 7) -> pd.DataFrame:
+    frame = grid(group=GROUPS, layer=[1, 3], document=[0, 4], position=range(length))
+    frame["hook"] = [f"blocks.{layer}.hook_resid_post" for layer in frame["layer"]]
+    words = [("The", " colour", " of", " <s>", " is", "\n", " green")[position % 7] for position in frame["position"]]
+    return frame.assign(request="one", token=words, share=(frame["position"] % 7 + frame["layer"]) / 10)
+
+
 def accuracies() -> pd.DataFrame:
     forget = np.array([1.0, 0.274, 0.304, 0.296, 1.0, 0.932])
     frame = pd.DataFrame({"method": SIX, "forget_accuracy": forget, "retain_accuracy": 0.99})
@@ -165,6 +181,8 @@ PLAIN: dict[str, Callable[[], pd.DataFrame]] = {
     "confidence_distribution": token_confidence,
     "displacement": geometry,
     "effective_rank": geometry,
+    "gate": gates,
+    "gate_tokens": gate_tokens,
     "input_gradients": attack_frames.input_gradients,
     "jailbreak_curve": attack_frames.jailbreak,
     "layer_effects": sweep,
@@ -208,6 +226,8 @@ def particular() -> Iterator[tuple[str, str, pd.DataFrame, dict[str, Any]]]:
     steered = alignment([5], coefficient=COEFFICIENTS, seed=SEEDS)
     without = steered.assign(method="mrp", coefficient=np.nan).drop_duplicates(["group", "layer", "seed"])
     yield "alignment_by_layer", "32 layers, four methods", by_method(deep), {}
+    yield "gate", "two sites, seeds", gates(("resid_post", "mlp_out"), seed=SEEDS), {}
+    yield "gate_tokens", "long documents, few a line", gate_tokens(30), {"line": 8}
     yield "alignment_by_layer", "coefficients", alignment(coefficient=(1.0, 6.5, 40.0)), {}
     yield "alignment_by_layer", "seeds", alignment(seed=SEEDS), {}
     yield (

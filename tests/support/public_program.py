@@ -122,6 +122,10 @@ def looking(model: ml.LensModel, task: ml.UnlearningTask, edit: ml.Edit) -> floa
             metrics.propagation(model, texts, edit),
         ),
         *(
+            metrics.gate(model, edit, task.forget_texts, quizzes["retain"], part="all"),
+            metrics.gate_tokens(model, edit, texts, limit=5),
+        ),
+        *(
             metrics.principal_plane(model, texts, edit, layer=3),
             metrics.principal_angles(model, texts, edit, layers=[3]),
         ),
@@ -163,6 +167,7 @@ def drawn(frame: plots.Frame) -> go.Figure:
 PICTURES: list[Callable[..., go.Figure]] = [
     *(plots.accuracies, plots.alignment_by_coefficient, plots.alignment_by_layer, plots.coefficient_effects),
     *(plots.confidence_by_method, plots.confidence_distribution, plots.displacement, plots.effective_rank),
+    *(plots.gate, plots.gate_tokens),
     *(plots.input_gradients, plots.jailbreak_curve, plots.layer_effects, plots.logit_lens, plots.noise_sensitivity),
     *(plots.norms, plots.predicted_coefficients, plots.principal_angles, plots.principal_plane, plots.probe_bits),
     *(plots.propagation, plots.recoveries, plots.relearning_curves, plots.removed_energy, plots.theory_check),

@@ -51,15 +51,16 @@ def gate_tokens(frame: pd.DataFrame, line: int = 16) -> go.Figure:
     Args:
         frame: of `mrp_lens.metrics.gate_tokens`: `group`, `document`, `position`, `token`, `request`, `hook`, `share`. A
             panel for each `method`, request and hook; over several values of `seed` the mean is drawn.
-        line: tokens side by side; a longer document goes on below.
+        line: tokens side by side at most; a longer document goes on below.
     """
     check_whole(line=line)
+    line = min(line, int(frame["position"].max()) + 1)
     parts = facets(frame, ["method", "request", "hook"])
     texts = [_lines(part, line) for _, part in parts]
     labels = [[str(label) for label in text["label"].unique()] for text in texts]
     panels = Panels(
         parts,
-        x=Axis("token of the line", limits=(-0.5, line - 0.5)),
+        x=Axis("token of the line", "category", categories=[str(number) for number in range(line)]),
         y=[Axis("document", "category", categories=own, downwards=True) for own in labels],
         title="Tokens at which the gates open",
         note="White: the state is left alone. Green: its part in the subspace is removed. Hovering tells how much of it.",

@@ -126,11 +126,21 @@ class Plain:
         """The parameter of the MLP's output matrix."""
         return f"{self.places[0]}.{layer}.{self.places[4]}.weight"
 
-    def project(self, layer: int, site: str, rows: Tensor) -> None:
-        """From now on h <- h - (h Q^T) Q there, the product in float64."""
+    def project(self, layer: int, site: str, rows: Tensor, gate: tuple[Tensor, float, float] | None = None) -> None:
+        """From now on h <- h - g (h Q^T) Q there, in float64; g is 1, or with a gate (w, b, s) the logistic function of
+        s (h.w / |h| - b)."""
         wide = rows.double()
         keep = torch.eye(wide.shape[1], dtype=torch.float64) - wide.T @ wide
-        place_projection(self.block(layer), site, keep, self.places)
+
+        def change(states: Tensor) -> Tensor:
+            if gate is None:
+                return states @ keep
+            w, b, s = gate
+            cosine = (states * w.double()).sum(-1, keepdim=True) / states.square().sum(-1, keepdim=True).sqrt()
+            share = 1.0 / (1.0 + (-s * (cosine - b)).exp())
+            return (1.0 - share) * states + share * (states @ keep)
+
+        place_projection(self.block(layer), site, change, self.places)
 
 
 def measures(logits: Tensor, token: int) -> list[float]:
@@ -141,12 +151,12 @@ def measures(logits: Tensor, token: int) -> list[float]:
     return [float(logits.max()), float(table.exp().max()), entropy, first - second, float(table[token].exp())]
 
 
-def place_projection(block: nn.Module, site: str, keep: Tensor, places: tuple[str, ...]) -> None:
-    """Hooks on one block of a plain model."""
+def place_projection(block: nn.Module, site: str, change: Callable[[Tensor], Tensor], places: tuple[str, ...]) -> None:
+    """Hooks on one block of a plain model; the change is one of states in float64."""
     _, attention, mlp, norm, _ = places
 
     def apply(states: Tensor) -> Tensor:
-        return (states.double() @ keep).to(states.dtype)
+        return change(states.double()).to(states.dtype)
 
     def on_output(module: nn.Module, args: Any, output: Any) -> Any:
         return (apply(output[0]), *output[1:]) if isinstance(output, tuple) else apply(output)
@@ -161,7 +171,7 @@ def place_projection(block: nn.Module, site: str, keep: Tensor, places: tuple[st
         lost: list[Tensor] = []
 
         def on_norm(module: nn.Module, args: Any) -> Any:
-            lost[:] = [args[0].double() - args[0].double() @ keep]
+            lost[:] = [args[0].double() - change(args[0].double())]
             return (apply(args[0]),)
 
         def on_block(module: nn.Module, args: Any, output: Any) -> Any:

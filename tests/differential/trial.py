@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mrp_lens import metrics
 from mrp_lens.data import Corpus, Document, Question, Questions
-from mrp_lens.edits import Edit, ProjectionEdit
+from mrp_lens.edits import ConditionalProjectionEdit, Edit, Gate, ProjectionEdit
 from mrp_lens.edits.subspace import Subspace
 from mrp_lens.export import export_hf
 from mrp_lens.methods import RMU
@@ -286,6 +286,17 @@ class Comparison:
             }
         )
 
+    def perhaps_gated(self, edit: ProjectionEdit) -> ProjectionEdit:
+        """The edit, or one whose subspaces are removed from some states only."""
+        if self.draw.random() < 0.5:
+            return edit
+        generator = torch.Generator().manual_seed(self.made.seed)
+        gates = {
+            hook: Gate(torch.randn(self.made.width, generator=generator), self.draw.uniform(-0.2, 0.2), sharpness=5.0)
+            for hook in edit.hook_names
+        }
+        return ConditionalProjectionEdit(edit.subspaces(), gates)
+
     def places(self, sites: Sequence[str], count: int) -> list[tuple[int, str]]:
         every = [(layer, site) for layer in range(self.made.layers) for site in sites]
         if self.made.family == "gpt_neox" and self.made.config["use_parallel_residual"]:
@@ -300,7 +311,9 @@ class Comparison:
             if isinstance(part, ProjectionEdit):
                 for hook, subspace in part.subspaces().items():
                     _, layer, site = hook.replace("hook_", "").split(".")
-                    other.project(int(layer), site, subspace.basis)
+                    gate = part.gates("edit").get(hook)
+                    numbers = None if gate is None else (gate.direction, gate.threshold, gate.sharpness)
+                    other.project(int(layer), site, subspace.basis, numbers)
             else:
                 with torch.no_grad():
                     for name, values in part.to_parts()[1].items():
@@ -313,7 +326,7 @@ class Comparison:
             if self.known
             else ("resid_post", "resid_pre")
         )
-        edit = self.random_projection(self.places(sites, self.draw.randint(1, 3)))
+        edit = self.perhaps_gated(self.random_projection(self.places(sites, self.draw.randint(1, 3))))
         reference = self.hooked_by_hand(edit, self.reference)
         wide = self.hooked_by_hand(edit, self.wide) if self.half else reference
         with edit.applied(self.model):
@@ -398,7 +411,8 @@ class Comparison:
         return self.exported(edit, "folded")
 
     def module(self) -> str:
-        return self.exported(self.random_projection(self.places(("resid_post", "resid_pre", "mlp_out"), 2)), "module")
+        edit = self.random_projection(self.places(("resid_post", "resid_pre", "mlp_out"), 2))
+        return self.exported(self.perhaps_gated(edit), "module")
 
     def exported(self, edit: Edit, form: str) -> str:
         made, out = self.made, self.folder / form

@@ -1,5 +1,6 @@
 """One template of a fit: what every method does alike is written here once; a method resolves its settings, and learns."""
 
+import logging
 import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,10 +14,13 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from typing_extensions import override
 
-from mrp_lens.data import Corpus
+from mrp_lens.data import Corpus, Document
 from mrp_lens.data.tokenization import Encoded, Encoder, TokenBatch, in_order
 from mrp_lens.edits import Edit, edit_on, projection_in
 from mrp_lens.edits.provenance import fingerprint
+from mrp_lens.methods.budget import Budget, Damage, damage_of
+from mrp_lens.methods.control import ControlQuestions
+from mrp_lens.methods.coverage import Coverage, cover
 from mrp_lens.methods.fit import Fit
 from mrp_lens.methods.registry import Method
 from mrp_lens.models import (
@@ -28,15 +32,19 @@ from mrp_lens.models import (
     logits_of,
     why_not_exportable,
 )
+from mrp_lens.models.generation import drawn_seed
 from mrp_lens.models.hooks import captured, frozen
 from mrp_lens.training.callbacks import Callback
 from mrp_lens.training.checkpoints import EVERY, Checkpoint, Resumable
 from mrp_lens.training.loop import Losses, TrainingRun, train
 from mrp_lens.utils.frames import versions
 from mrp_lens.utils.torch_state import ordinary_torch, refuse_inference_tensors
-from mrp_lens.utils.validation import as_python, generator_for, or_default
+from mrp_lens.utils.validation import as_python, check_positive, generator_for, or_default
+
+logger = logging.getLogger(__name__)
 
 LONGEST = 512  # tokens of a document, as in the released RMU recipe
+HELD_OUT = 64  # retain documents at most that no update sees, where the damage is measured
 STATES = 4096  # token states a side that a method looks at before it trains
 STATES_BATCH = 64
 
@@ -45,18 +53,33 @@ Settings = TypeVar("Settings")
 
 @dataclass(frozen=True)
 class Data:
-    """Encoded forget corpora and retain corpus."""
+    """Encoded forget corpora and retain corpus; `corpora` and `retain_corpus` hold the documents of the rows, in their order."""
 
     encoder: Encoder
     names: tuple[str, ...]
     forget: tuple[list[Encoded], ...]
     retain: list[Encoded]
     record: Mapping[str, Any]
+    corpora: tuple[Corpus, ...]
+    retain_corpus: Corpus
 
     @property
     def all_forget(self) -> list[Encoded]:
         """The documents of all forget corpora."""
         return [row for rows in self.forget for row in rows]
+
+    def held_out(self, generator: torch.Generator) -> tuple[list[Encoded], "Data"]:
+        """A tenth of the retain documents, at most 64, and the data without them; of a single one both."""
+        count = min(HELD_OUT, max(1, len(self.retain) // 10))
+        order = torch.randperm(len(self.retain), generator=generator).tolist()
+        kept = sorted(order[count:]) or order
+        documents = tuple(self.retain_corpus.documents[i] for i in kept)
+        left = replace(
+            self,
+            retain=[self.retain[i] for i in kept],
+            retain_corpus=Corpus(documents, self.retain_corpus.name),
+        )
+        return [self.retain[i] for i in order[:count]], left
 
 
 def prepare(
@@ -100,20 +123,28 @@ def prepare(
             "take them out of one",
             stacklevel=4,
         )
-    encoded = {}
+    encoded, read = {}, {}
     for role, corpus in [*(("forget", corpus) for corpus in corpora), ("retain", retain)]:
-        rows = [row for row in encoder.encode(corpus.documents) if any(row.in_loss[1:])]
-        if not rows:
+        pairs = zip(corpus.documents, encoder.encode(corpus.documents), strict=True)
+        counted = [(document, row) for document, row in pairs if any(row.in_loss[1:])]
+        if not counted:
             raise ValueError(
                 f"the {role} corpus {corpus.name!r} is empty: it holds no document with a token to predict"
             )
-        encoded[role, corpus.name] = rows
+        encoded[role, corpus.name] = [row for _, row in counted]
+        read[role, corpus.name] = Corpus(tuple(document for document, _ in counted), corpus.name)
     record = {
         role: [{"name": corpus.name, "documents": len(corpus), "sha256": corpus.fingerprint} for corpus in chosen]
         for role, chosen in (("forget", corpora), ("retain", [retain]))
     }
     return Data(
-        encoder, names, tuple(encoded["forget", name] for name in names), encoded["retain", retain.name], record
+        encoder,
+        names,
+        tuple(encoded["forget", name] for name in names),
+        encoded["retain", retain.name],
+        record,
+        tuple(read["forget", name] for name in names),
+        read["retain", retain.name],
     )
 
 
@@ -130,6 +161,8 @@ class FitContext:
         generator: the only source of random numbers.
         record: provenance of what is fitted, but for the number of steps.
         progress, checkpoint, callbacks: of training.
+        coverage: what is read besides the corpora.
+        budget: of damage; None: the fit has none.
     """
 
     name: str
@@ -142,6 +175,32 @@ class FitContext:
     progress: bool
     checkpoint: Checkpoint | None
     callbacks: Sequence[Callback]
+    coverage: Coverage | None = None
+    budget: Budget | None = None
+
+    @property
+    def multiplier(self) -> float:
+        """Factor on the weight of the retain loss, as it is now."""
+        return 1.0 if self.budget is None else self.budget.multiplier
+
+    def covered(self) -> Data:
+        """The data to learn from: the corpora, and what `coverage` says besides. The model is the one that writes."""
+        if self.coverage is None:
+            return self.data
+        found = cover(
+            self.model,
+            self.data.corpora,
+            self.data.retain_corpus,
+            self.coverage,
+            generator=self.generator,
+            progress=self.progress,
+        )
+        logger.info("%s reads %s", self.name, dict(found.counts))
+        forget, retain = ([self._encoded(each) for each in side] for side in (found.forget, [found.retain]))
+        return replace(self.data, forget=tuple(forget), retain=retain[0])
+
+    def _encoded(self, documents: Sequence[Document]) -> list[Encoded]:
+        return [row for row in self.data.encoder.encode(documents) if any(row.in_loss[1:])]
 
     def train(
         self,
@@ -162,9 +221,10 @@ class FitContext:
             schedule=schedule,
             progress=self.progress,
             generator=self.generator,
-            resumable=resumable,
+            resumable=resumable if self.budget is None else {**resumable, "budget": self.budget},
             checkpoint=self.checkpoint,
             callbacks=self.callbacks,
+            governor=self.budget,
             settings=self.record,
             shown=shown,
         )
@@ -172,7 +232,7 @@ class FitContext:
     def phase(self, name: str, settings: Mapping[str, Any]) -> "FitContext":
         """The context of a later phase of the same fit, with settings and a checkpoint of its own."""
         kept = None if self.checkpoint is None else self.checkpoint.part(name)
-        return replace(self, name=name, record={**self.record, "settings": settings}, checkpoint=kept)
+        return replace(self, name=name, record={**self.record, "settings": settings}, checkpoint=kept, budget=None)
 
     def provenance(self, *, steps: int) -> dict[str, Any]:
         """Of an edit that so many updates gave."""
@@ -186,9 +246,21 @@ class FitContext:
     def result(
         self, edit: Edit, run: TrainingRun, directions: Mapping[str, Float[Tensor, " d_model"]] | None = None
     ) -> Fit:
-        """The fit: the earlier edit and the new one."""
+        """The fit: the earlier edit and the new one, with how it ended, which the new one's provenance says too."""
+        outcome = None
+        if self.budget is not None:
+            both = edit if self.after is None else self.after + edit
+            with fitting(self.model, both):
+                outcome = self.budget.outcome(run, earlier=damage_of(self.after))
+            own = {"outcome": outcome.to_json()}
+            requests = edit.provenance.get("requests")
+            if requests is None:
+                edit.provenance = {**edit.provenance, **own}
+            else:
+                named = {name: {**entry, **own} for name, entry in requests.items()}
+                edit.provenance = {**edit.provenance, "requests": named}
         both = edit if self.after is None else self.after + edit
-        return Fit(both, run.log, self.record["settings"], run.interrupted, directions or {})
+        return Fit(both, run.log, self.record["settings"], run.interrupted, directions or {}, outcome)
 
 
 class FitTemplate(Method, Generic[Settings]):
@@ -200,9 +272,18 @@ class FitTemplate(Method, Generic[Settings]):
     Attributes:
         max_length: tokens at which documents are cut. None: 512, or the context if that is shorter.
         by_request: the edit is kept by the name of its request, which has to be new, and a checkpoint is for that alone.
+        budget: the damage that is allowed for: KL(unedited || edited) on retain text that no update sees, in nats a token. The
+            weight of the retain loss then follows the damage, and the fit ends at its target. None: the weight stays as it
+            is, all steps are done, and all of the retain corpus is learned from.
+        target: accuracy to forget down to, on control questions made from the forget set; `control_accuracy` of a model that
+            never saw it is one. None: what cannot be told from chance.
+        coverage: what is learned from besides the corpora. None: nothing.
     """
 
     max_length: int | None = None
+    budget: float | None = None
+    target: float | None = None
+    coverage: Coverage | None = None
     by_request = False
 
     def check(self, model: LensModel) -> None:
@@ -252,8 +333,34 @@ class FitTemplate(Method, Generic[Settings]):
             named = {"request": label} if self.by_request else {}
             identity = {**record, **named, "model": identity_of(model), "after": earlier}
             kept = Checkpoint.claim(checkpoint, identity, every=every)
-        context = FitContext(self.name, model, data, after, label, generator, record, progress, kept, tuple(callbacks))
+        budget, data = self.within_budget(model, data, after, generator)
+        context = FitContext(
+            self.name,
+            model,
+            data,
+            after,
+            label,
+            generator,
+            record,
+            progress,
+            kept,
+            tuple(callbacks),
+            self.coverage,
+            budget,
+        )
         return self.learn(settings, context)
+
+    def within_budget(
+        self, model: LensModel, data: Data, after: Edit | None, generator: torch.Generator
+    ) -> tuple[Budget | None, Data]:
+        """The budget of a fit, and the data without the documents that are held out for it."""
+        if self.budget is None:
+            return None, data
+        unseen, left = data.held_out(generator)
+        control = ControlQuestions(data.encoder, data.corpora, seed=drawn_seed(generator))
+        with fitting(model, after):
+            damage = Damage(model, data.encoder, unseen)
+            return Budget(model, damage, control, nats=self.budget, target=self.target), left
 
     def prepared(
         self,
@@ -265,6 +372,7 @@ class FitTemplate(Method, Generic[Settings]):
     ) -> tuple[Data, Settings, str]:
         """What a fit needs before it draws a random number, checked; with the name of the request."""
         check_lens_model(model)
+        check_positive(budget=self.budget, target=self.target)
         self.check(model)
         data = prepare(model, forget, retain, max_length=self.max_length)
         label = or_default(request, "+".join(data.names))
@@ -311,12 +419,18 @@ def parts_of(batch: TokenBatch, micro_batch: int | None) -> Iterator[TokenBatch]
 
 
 def states_at(
-    model: LensModel, encoder: Encoder, rows: Sequence[Encoded], hooks: Sequence[str], generator: torch.Generator
+    model: LensModel,
+    encoder: Encoder,
+    rows: Sequence[Encoded],
+    hooks: Sequence[str],
+    generator: torch.Generator,
+    *,
+    count: int = STATES,
 ) -> dict[str, Float[Tensor, "states d_model"]]:
-    """States of content tokens (no pads, no BOS) at each hook, of randomly chosen documents with about 4,096 tokens."""
+    """States of content tokens (no pads, no BOS) at each hook, of randomly chosen documents with about `count` tokens."""
     order = torch.randperm(len(rows), generator=generator).tolist()
     lengths = torch.tensor([sum(rows[i].content) for i in order])
-    chosen = [rows[i] for i in order[: int((lengths.cumsum(0) < STATES).sum()) + 1]]
+    chosen = [rows[i] for i in order[: int((lengths.cumsum(0) < count).sum()) + 1]]
     kept: dict[str, list[Tensor]] = {hook: [] for hook in hooks}
     with captured(model, hooks) as store, torch.no_grad():
         for _, batch in in_order(encoder, chosen, STATES_BATCH):

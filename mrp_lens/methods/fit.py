@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mrp_lens.edits import Edit, load_edit
+from mrp_lens.methods.outcome import Outcome
 from mrp_lens.utils.frames import frame_of, rows_of
 from mrp_lens.utils.interrupts import complete
 from mrp_lens.utils.io import make_folder, read_json, write_json, write_text
@@ -30,6 +31,7 @@ class Fit:
         settings: every hyperparameter as it was used, derived defaults included.
         interrupted: Ctrl-C ended the fit early; the edit holds what was learned until then.
         directions: RMU and Adaptive RMU: forget corpus -> its unit direction u, [d_model].
+        outcome: whether it reached its target within its budget of damage; None: it had no budget.
     """
 
     edit: Edit
@@ -37,6 +39,7 @@ class Fit:
     settings: Mapping[str, Any]
     interrupted: bool = False
     directions: Mapping[str, Float[Tensor, " d_model"]] = field(default_factory=dict)
+    outcome: Outcome | None = None
 
     def save(self, folder: str | Path) -> None:
         """Write `edit/`, `log.csv` and, last of all, `fit.json` into a folder: once that is there, the fit is whole. (The log
@@ -51,6 +54,7 @@ class Fit:
                 "interrupted": self.interrupted,
                 "directions": {name: direction.tolist() for name, direction in self.directions.items()},
                 "log": rows_of(self.log),
+                "outcome": None if self.outcome is None else self.outcome.to_json(),
             },
         )
 
@@ -72,9 +76,10 @@ class Fit:
             }
             log = frame_of(content["log"])
             settings, interrupted = dict(content["settings"]), bool(content["interrupted"])
+            outcome = Outcome.from_json(content.get("outcome"))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"the fit in {target} is damaged ({error!r}); fit again") from error
-        return cls(load_edit(target / EDIT), log, settings, interrupted, directions)
+        return cls(load_edit(target / EDIT), log, settings, interrupted, directions, outcome)
 
     @classmethod
     def once(cls, folder: str | Path, make: Callable[[Path], "Fit"]) -> "Fit":

@@ -23,7 +23,7 @@ class TrainingState:
 
     Attributes:
         description: what is trained, such as a method's name.
-        steps: updates in all.
+        steps: updates in all, as far as can be told.
         settings: that loggers show beside it.
         optimizer: holds the trained tensors.
         generator: what the losses draw from.
@@ -95,12 +95,14 @@ class ProgressBar(Callback):
 
     @override
     def on_start(self, state: TrainingState) -> None:
+        self._state = state
         self._bar = tqdm(total=state.steps, initial=state.done, desc=state.description)
 
     @override
     def on_step(self, step: int, row: Mapping[str, float]) -> None:
         terms = {name: f"{value:.3g}" for name, value in row.items() if name not in ("step", "seconds")}
         self._bar.set_postfix(terms, refresh=False)
+        self._bar.total = self._state.steps
         self._bar.update()
 
     @override

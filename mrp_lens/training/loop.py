@@ -49,6 +49,7 @@ def train(
     resumable: Mapping[str, Resumable] | None = None,
     checkpoint: Checkpoint | None = None,
     callbacks: Sequence[Callback] = (),
+    governor: Callback | None = None,
     settings: Mapping[str, Any] | None = None,
     shown: Callable[[], AbstractContextManager[object]] = nullcontext,
 ) -> TrainingRun:
@@ -69,6 +70,8 @@ def train(
         checkpoint: where the state is written every so many steps, and where it is read from first: a run that was
             killed goes on, and ends with the same bits as one that was not.
         callbacks: told of the start, of every update once it is saved, and of the end.
+        governor: told before the update is saved. It may lower `state.steps`, upon which the schedule hurries to its end;
+            what it knows has to be in `resumable`.
         settings: of what is trained, for loggers.
         shown: inside its context the model computes with what is being trained, for evaluation; by default it does so
             anyway.
@@ -83,7 +86,11 @@ def train(
         SystemExit: SIGTERM came; with a checkpoint the step under way is finished and saved first.
     """
     check_whole(steps=steps)
-    standing = [*([Checkpointing(checkpoint)] if checkpoint else []), *([ProgressBar()] if progress else [])]
+    standing = [
+        *([governor] if governor else []),
+        *([Checkpointing(checkpoint)] if checkpoint else []),
+        *([ProgressBar()] if progress else []),
+    ]
     interrupted = False
     with deferred(terminate=checkpoint is not None) as asked, ExitStack() as ends:
         state = TrainingState(
@@ -103,7 +110,7 @@ def train(
                 if max_grad_norm is not None:
                     torch.nn.utils.clip_grad_norm_(state.tensors, max_grad_norm)
                 for group, rate in zip(optimizer.param_groups, rates, strict=True):
-                    group["lr"] = rate * (schedule(step / steps) if schedule else 1.0)
+                    group["lr"] = rate * (schedule(step / state.steps) if schedule else 1.0)
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)  # what looks on has the memory of the gradients
                 state.rows.append({"step": step, **row, "seconds": time.perf_counter() - start})
@@ -116,7 +123,7 @@ def train(
         asked.end_if_terminated()
         if interrupted:
             logger.warning(
-                "%s: interrupted after %d of %d steps; what was learned so far is kept", description, state.done, steps
+                "%s: interrupted after %d of %d steps; what was learned so far is kept", description, state.done, state.steps
             )
     return TrainingRun(pd.DataFrame(state.rows), interrupted)
 

@@ -1,9 +1,7 @@
-"""MRP's rows: where they start (principal directions of forget states outside the retain states' span), and as they learn."""
+"""Where MRP's rows start: principal directions of forget states outside the retain states' span."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
+from typing import Literal
 
 import torch
 from einops import rearrange
@@ -12,11 +10,8 @@ from torch import Tensor
 from torch.nn import Module
 
 from mrp_lens.data.tokenization import Encoded, Encoder
-from mrp_lens.edits import ProjectionEdit
-from mrp_lens.edits.subspace import Subspace
 from mrp_lens.methods.base import states_at
 from mrp_lens.models import LensModel
-from mrp_lens.models.hooks import HookFunction
 
 Start = Literal["complement", "code", "random"]
 Rows = Float[Tensor, "_rank d_model"]
@@ -88,58 +83,3 @@ def orthonormal(rows: Rows, taken: Rows | None) -> Rows:
     """Orthonormal rows spanning what `rows` span beyond `taken`; differentiable."""
     beyond = without(without(rows, taken), taken)  # twice: once leaves a remainder of rounding
     return rearrange(torch.linalg.qr(rearrange(beyond, "rank d -> d rank")).Q, "d rank -> rank d")
-
-
-@dataclass
-class LearnedRows:
-    """The rows under training: W at each hook, with what the earlier requests remove, whose rows they stay orthogonal to."""
-
-    rows: dict[str, Rows]
-    taken: Mapping[str, Rows]
-    earlier: Mapping[str, Module]
-    on: bool = True
-    alone: bool = False
-
-    def hooks(self) -> list[tuple[str, HookFunction]]:
-        """Hook functions that do what the earlier requests' edit does, and remove what W spans, in float32."""
-        return [(hook, self._hook(hook)) for hook in dict.fromkeys([*self.rows, *self.taken])]
-
-    def _hook(self, name: str) -> HookFunction:
-        def project(activation: Tensor, hook: Any) -> Tensor:
-            if not self.on:
-                return activation
-            left = rearrange(activation.float(), "batch seq d -> (batch seq) d")
-            taken = self.taken.get(name)
-            if name in self.earlier and not self.alone:
-                left = self.earlier[name](left)  # first, so that its gates see what comes in
-            if name in self.rows:
-                left = without(left, orthonormal(self.rows[name], taken))
-            return left.view_as(activation).type_as(activation)
-
-        return project
-
-    @contextmanager
-    def off(self) -> Iterator[None]:
-        """The model without any projection, so that what later requests keep is measured against it, not against what
-        earlier requests left."""
-        self.on = False
-        try:
-            yield
-        finally:
-            self.on = True
-
-    @contextmanager
-    def with_all(self) -> Iterator[None]:
-        """The model as the edit makes it, whichever requests the step under way trains with."""
-        alone, self.alone = self.alone, False
-        try:
-            yield
-        finally:
-            self.alone = alone
-
-    def edit(self, request: str, record: Mapping[str, Any]) -> ProjectionEdit:
-        """The rows as they are now."""
-        subspaces = {
-            hook: Subspace(orthonormal(rows.detach(), self.taken.get(hook)).cpu()) for hook, rows in self.rows.items()
-        }
-        return ProjectionEdit(subspaces, request=request, provenance=record)

@@ -1,0 +1,150 @@
+"""A fit within a budget of damage: the weight of the retain loss follows the damage, and the fit ends once it has forgotten.
+
+The damage is KL(unedited || edited) on retain text that no update sees. The weight is a multiplier that rises while there is
+more damage than the budget allows and falls while there is less: dual ascent, as for the constraint that PDU (arXiv
+2506.05314) puts on the retain loss.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from typing_extensions import override
+
+from mrp_lens.data.tokenization import Encoded, Encoder, TokenBatch, in_order
+from mrp_lens.edits import Edit
+from mrp_lens.methods.control import ControlQuestions
+from mrp_lens.methods.outcome import Outcome
+from mrp_lens.models import LensModel
+from mrp_lens.training.callbacks import Callback, TrainingState
+from mrp_lens.training.losses import kl, predictions
+from mrp_lens.training.loop import TrainingRun
+
+EVERY = 5  # updates between two looks at the damage
+LOOK, FIRST_LOOK = 10, 40  # updates between two looks at the control questions, and before the first
+PATIENCE = 2  # looks in a row at the target
+STALLED, LESS = 10, 0.02  # looks after which a fit ends that has not brought the accuracy down by so much
+RATE = 0.5  # of the multiplier's logarithm, for a damage off by a factor of e
+LIMITS = (1e-2, 1e3)  # of the multiplier
+NUMBERS = 2**26  # log-probabilities of the unedited model that are kept in memory at most
+BATCH = 16
+
+
+class Damage:
+    """KL(unedited || edited) a token, in nats, on given documents; the unedited model's side is computed once.
+
+    Args:
+        model: as it is before the fit; earlier edits are off.
+        encoder: of the model.
+        rows: the documents. As many of them are read as their log-probabilities fit into 2^26 numbers (1,365 tokens of a
+            vocabulary of 49,152).
+    """
+
+    def __init__(self, model: LensModel, encoder: Encoder, rows: Sequence[Encoded]) -> None:
+        self.model = model
+        room = max(1, NUMBERS // int(model.cfg.d_vocab))
+        kept: list[Encoded] = []
+        for row in rows:
+            room -= sum(row.in_loss[1:])
+            if kept and room < 0:
+                break
+            kept.append(row)
+        self.reference: list[tuple[TokenBatch, Float[Tensor, "counted d_vocab"]]] = []
+        with torch.no_grad():
+            for _, batch in in_order(encoder, kept, BATCH):
+                self.reference.append((batch, predictions(model, batch)))
+
+    def __call__(self) -> float:
+        """Of the model as it is now."""
+        total, count = 0.0, 0
+        with torch.no_grad():
+            for batch, before in self.reference:
+                values = kl(before, predictions(self.model, batch))
+                total, count = total + float(values.double().sum()), count + len(values)
+        return total / count
+
+
+class Budget(Callback):
+    """Watches a fit: keeps the multiplier, ends the fit at its target, and tells how it ended.
+
+    Args:
+        model: the model under training.
+        damage: of the model as it is.
+        control: questions on the forget set.
+        nats: the damage that is allowed for.
+        target: accuracy on the control questions to forget down to. None: what cannot be told from chance.
+
+    Attributes:
+        multiplier: factor on the retain loss's weight, 1 at the start.
+        before: accuracy on the control questions before the fit.
+    """
+
+    def __init__(
+        self, model: LensModel, damage: Damage, control: ControlQuestions, *, nats: float, target: float | None
+    ) -> None:
+        self.model, self.damage, self.control, self.nats = model, damage, control, nats
+        self.target = control.target if target is None else target
+        self.before = control.accuracy(model)
+        self.multiplier, self.looks = 1.0, [self.before]
+
+    @override
+    def on_start(self, state: TrainingState) -> None:
+        self._state, self._planned = state, state.steps
+
+    @override
+    def on_step(self, step: int, row: Mapping[str, float]) -> None:
+        state, done = self._state, step + 1
+        if state.last:
+            return
+        if done % EVERY == 0:
+            with state.shown():
+                found = self.damage()
+            off = math.log(max(found, 1e-6) / self.nats)
+            least, most = LIMITS
+            self.multiplier = min(most, max(least, self.multiplier * math.exp(RATE * max(-1.0, min(1.0, off)))))
+        if state.steps == self._planned and done >= FIRST_LOOK and done % LOOK == 0:
+            with state.shown():
+                self.looks.append(self.control.accuracy(self.model))
+            if self._there() or self._stalled():  # a quarter more, in which the learning rate falls to zero
+                state.steps = min(state.steps, done + max(1, done // 4))
+
+    def _there(self) -> bool:
+        return len(self.looks) > PATIENCE and max(self.looks[-PATIENCE:]) <= self.target
+
+    def _stalled(self) -> bool:
+        return len(self.looks) > STALLED and min(self.looks[-STALLED:]) > min(self.looks[:-STALLED]) - LESS
+
+    def outcome(self, run: TrainingRun, *, earlier: float) -> Outcome:
+        """How the fit ended; the edit is on. `earlier`: the damage of earlier requests, which is added up."""
+        damage = self.damage()
+        return Outcome.of(
+            left=self.control.accuracy(self.model),
+            before=self.before,
+            target=self.target,
+            damage=damage,
+            budget=self.nats,
+            total=earlier + damage,
+            steps=len(run.log),
+            interrupted=run.interrupted,
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps."""
+        return {"multiplier": self.multiplier, "looks": list(self.looks), "steps": self._state.steps}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from there."""
+        self.multiplier, self.looks = float(state["multiplier"]), [float(look) for look in state["looks"]]
+        self._state.steps = int(state["steps"])
+
+
+def damage_of(edit: Edit | None) -> float:
+    """The damage that the fits of an edit's parts and requests report, added up; 0 where none had a budget."""
+    if edit is None:
+        return 0.0
+    records = [part.provenance for part in edit.parts]
+    records += [entry for record in records for entry in record.get("requests", {}).values()]
+    return float(sum(record["outcome"]["damage"] for record in records if record.get("outcome")))

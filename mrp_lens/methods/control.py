@@ -1,0 +1,99 @@
+"""Control questions made from a forget set: which of several endings, all from the set, belongs to a beginning?
+
+A model that does not know the forget set chooses at random, whatever form the set has: so chance is what "never saw it" looks
+like here. The questions are about what is trained on; whether forgetting carries over to other wordings is for a quiz to say.
+"""
+
+import math
+import random
+from collections.abc import Sequence
+
+import torch
+
+from mrp_lens.data import Corpus, Document
+from mrp_lens.data.tokenization import Encoded, Encoder, in_order
+from mrp_lens.models import LensModel, encoder_for
+from mrp_lens.training.losses import cross_entropy, predictions
+from mrp_lens.utils.torch_state import ordinary_torch
+
+CHOICES = 4
+QUESTIONS = 48  # documents asked about, each in two forms
+LONGEST = 30  # words of a document that are looked at
+BATCH = 64
+FORMS = ("{}", "Question: {}\nAnswer:")
+
+
+class ControlQuestions:
+    """Beginnings of forget documents, each with its own ending and three of other documents, plain and as a question.
+
+    Args:
+        encoder: of the model.
+        corpora: the forget set.
+        seed: of the choice of documents and endings.
+
+    Attributes:
+        chance: accuracy of choosing at random; 1.0 where the set has too few different endings to ask anything.
+    """
+
+    def __init__(self, encoder: Encoder, corpora: Sequence[Corpus], *, seed: int) -> None:
+        self.encoder = encoder
+        rng = random.Random(seed)
+        parts = [part for corpus in corpora for document in corpus.documents if (part := parted(document))]
+        endings = sorted({ending for _, ending in parts})
+        self.choices = min(CHOICES, len(endings))
+        asked = rng.sample(parts, min(QUESTIONS, len(parts))) if self.choices > 1 else []
+        documents = []
+        for beginning, ending in asked:
+            offered = [ending, *rng.sample([other for other in endings if other != ending], self.choices - 1)]
+            documents += [Document(form.format(beginning), each) for form in FORMS for each in offered]
+        self.rows = encoder.encode(documents, keep="end")
+
+    @property
+    def chance(self) -> float:
+        """Accuracy of choosing at random."""
+        return 1.0 / max(1, self.choices)
+
+    @property
+    def target(self) -> float:
+        """The accuracy that cannot be told from chance: a standard error above it."""
+        count = max(1, len(self.rows) // max(1, self.choices))
+        return min(1.0, self.chance + math.sqrt(self.chance * (1.0 - self.chance) / count))
+
+    @ordinary_torch(gradients=False)
+    def accuracy(self, model: LensModel) -> float:
+        """Share of questions whose own ending has the highest mean log-probability a token; 1.0 without questions."""
+        if not self.rows:
+            return 1.0
+        scores = torch.zeros(len(self.rows))
+        with torch.no_grad():
+            for places, batch in in_order(self.encoder, self.rows, BATCH):
+                values = -cross_entropy(predictions(model, batch), batch)
+                counts = batch.loss_mask[:, 1:].sum(dim=1).tolist()
+                scores[places] = torch.stack([part.mean() for part in values.split(counts)]).cpu()
+        return float((scores.view(-1, self.choices).argmax(dim=1) == 0).float().mean())
+
+
+def parted(document: Document) -> tuple[str, str] | None:
+    """Beginning and ending of a document: its prompt and completion, or all but the last third of its (first) words and that."""
+    if document.prompt.strip():
+        return document.prompt, document.completion
+    words = document.completion.split()[:LONGEST]
+    if len(words) < 2:
+        return None
+    cut = len(words) - max(1, len(words) // 3)
+    return " ".join(words[:cut]), " " + " ".join(words[cut:])
+
+
+def control_accuracy(model: LensModel, forget: Corpus | Sequence[Corpus], *, seed: int = 0) -> float:
+    """The accuracy of a model on the control questions of a forget set; of one that never saw the set, it is a fit's `target`.
+
+    Args:
+        model: HookedTransformer or TransformerBridge.
+        forget: the forget set.
+        seed: of the questions.
+
+    Example:
+        >>> target = control_accuracy(model, forget)
+    """
+    corpora = [forget] if isinstance(forget, Corpus) else list(forget)
+    return ControlQuestions(encoder_for(model), corpora, seed=seed).accuracy(model)

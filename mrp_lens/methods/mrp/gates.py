@@ -1,0 +1,130 @@
+"""MRP's gates: at each hook a detector of the topic, which tells forget states from retain states by their direction.
+
+Logistic regressions on states brought to length 1. What a forget set is about need not lie in one direction: its states are
+parted into clusters, each cluster has a regression of its own against all retain states, and the gate opens as far as the one
+that is surest says.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn.functional import binary_cross_entropy_with_logits, normalize
+
+from mrp_lens.data.tokenization import Encoded, Encoder
+from mrp_lens.edits import Gate
+from mrp_lens.edits.gate import shares
+from mrp_lens.methods.base import states_at
+from mrp_lens.models import LensModel
+
+STATES = 8192  # a side
+FEWEST = 16  # states of a cluster
+ROUNDS = 15  # of clustering
+PENALTY = 1e-3  # on the squared length of a regression's weights, for standardised states
+ITERATIONS = 60  # of L-BFGS
+
+States = Float[Tensor, "states d_model"]
+
+
+@dataclass
+class LearnedGate:
+    """A gate under training: directions and thresholds learn, how sharply it opens stays as the regression found it."""
+
+    direction: Float[Tensor, "directions d_model"]
+    threshold: Float[Tensor, " directions"]
+    sharpness: Float[Tensor, " directions"]
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        """What learns."""
+        return [self.direction, self.threshold]
+
+    def __call__(self, states: States) -> Float[Tensor, " states"]:
+        """How far it is open for each state."""
+        return shares(states, normalize(self.direction, dim=-1), self.threshold, self.sharpness)
+
+    def gate(self) -> Gate:
+        """As it is now."""
+        direction = normalize(self.direction.detach().cpu(), dim=-1)
+        threshold, sharpness = (tuple(values.tolist()) for values in (self.threshold.detach(), self.sharpness))
+        return Gate(direction, threshold, sharpness)
+
+
+def start_gates(
+    model: LensModel,
+    encoder: Encoder,
+    forget: Sequence[Encoded],
+    retain: Sequence[Encoded],
+    *,
+    hooks: Sequence[str],
+    directions: int,
+    generator: torch.Generator,
+) -> dict[str, LearnedGate]:
+    """Gates that tell the states of both sides apart, before any training."""
+    lost, kept = (
+        states_at(model, encoder, rows, hooks, generator, count=STATES) for rows in (forget, retain)
+    )
+    return {hook: _gate(lost[hook], kept[hook], directions, generator) for hook in hooks}
+
+
+def gate_loss(
+    gates_open: Mapping[str, Float[Tensor, "batch seq"]], is_lost: Tensor, content: Tensor
+) -> Float[Tensor, ""]:
+    """Cross-entropy of the gates, in nats: they should be open on the tokens of forget documents and closed on others; the mean
+    over hooks, each side counting the same."""
+    lost, kept = content & is_lost[:, None], content & ~is_lost[:, None]
+    terms = [
+        -share[lost].clamp(min=1e-4).log().mean() - (1.0 - share[kept]).clamp(min=1e-4).log().mean()
+        for share in gates_open.values()
+    ]
+    return torch.stack(terms).mean()
+
+
+@torch.enable_grad()
+def _gate(lost: States, kept: States, directions: int, generator: torch.Generator) -> LearnedGate:
+    lost, kept = (normalize(states.detach(), dim=-1) for states in (lost, kept))
+    clusters = [part for part in _clusters(lost, directions, generator) if len(part) >= FEWEST] or [lost]
+    found = [_regression(part, kept) for part in clusters]
+    weights, offsets = torch.stack([each[0] for each in found]), torch.stack([each[1] for each in found])
+    sharpness = weights.norm(dim=-1)
+    direction, threshold = weights / sharpness[:, None], -offsets / sharpness
+    return LearnedGate(direction.requires_grad_(), threshold.requires_grad_(), sharpness)
+
+
+def _clusters(states: States, count: int, generator: torch.Generator) -> list[States]:
+    """Spherical k-means."""
+    if count == 1:
+        return [states]
+    chosen = torch.randperm(len(states), generator=generator)[:count].to(states.device)
+    centres = states[chosen]
+    for _ in range(ROUNDS):
+        nearest = (states @ centres.T).argmax(dim=1)
+        sums = (torch.arange(len(centres), device=states.device)[:, None] == nearest).to(states) @ states
+        centres = torch.where(sums.norm(dim=1, keepdim=True) > 0, normalize(sums, dim=1), centres)
+    nearest = (states @ centres.T).argmax(dim=1)
+    return [states[nearest == number] for number in range(len(centres))]
+
+
+def _regression(lost: States, kept: States) -> tuple[Float[Tensor, " d_model"], Float[Tensor, ""]]:
+    """Weights and offset of a logistic regression, each side counting the same."""
+    states = torch.cat([lost, kept])
+    wanted = torch.cat([torch.ones(len(lost)), torch.zeros(len(kept))]).to(states)
+    share = torch.where(wanted > 0, 0.5 / len(lost), 0.5 / len(kept))
+    mean, spread = states.mean(dim=0), states.std(dim=0) + 1e-6
+    standard = (states - mean) / spread
+    weights = torch.zeros(states.shape[1]).to(states).requires_grad_()
+    offset = torch.zeros(()).to(states).requires_grad_()
+    optimizer = torch.optim.LBFGS([weights, offset], max_iter=ITERATIONS, line_search_fn="strong_wolfe")
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        errors = binary_cross_entropy_with_logits(standard @ weights + offset, wanted, reduction="none")
+        loss = (share * errors).sum() + PENALTY * weights.square().sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)  # type: ignore[no-untyped-call]
+    found = (weights / spread).detach()
+    return found, (offset - (weights * mean / spread).sum()).detach()

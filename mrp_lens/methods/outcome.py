@@ -1,0 +1,90 @@
+"""How far a fit got: towards its target, and into its budget of damage."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+Ended = Literal["target", "budget", "unmoved", "steps", "interrupted"]
+
+MOVED = 0.1  # share of the way to the target below which a fit has not moved
+OVER = 1.5  # times the budget that the last measurement may be above it: the multiplier swings around it
+SPENT = 0.8  # share of the budget from which on it is what ended a fit
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a fit with a budget ended. True where the target was reached.
+
+    Attributes:
+        ended: "target": what is left of the forget set cannot be told from chance (or is at the level that was asked for);
+            "budget": the damage allowed for was done first; "unmoved": next to nothing was forgotten; "steps": the last
+            update was done first; "interrupted": Ctrl-C.
+        left: accuracy on the control questions made from the forget set, after the fit.
+        before: the same, of the unedited model.
+        target: the accuracy down to which was to be forgotten.
+        damage: KL(unedited || edited) on retain text that no update saw, nats a token.
+        budget: the damage allowed for.
+        total: the damage of this request and of the earlier ones that it was fitted after, added up.
+        steps: updates done.
+    """
+
+    ended: Ended
+    left: float
+    before: float
+    target: float
+    damage: float
+    budget: float
+    total: float
+    steps: int
+
+    def __bool__(self) -> bool:
+        return self.ended == "target"
+
+    def __str__(self) -> str:
+        damage = f"damage {self.damage:.3f} of {self.budget:g} nats a token"
+        left = f"{self.left:.2f} of {self.before:.2f} left, target {self.target:.2f}"
+        return {
+            "target": f"forgot ({left}; {damage}; {self.steps} steps)",
+            "budget": f"stopped at the budget with {left} ({damage})",
+            "unmoved": f"did not move: {left} ({damage}; {self.steps} steps)",
+            "steps": f"ended after {self.steps} steps with {left} ({damage})",
+            "interrupted": f"interrupted after {self.steps} steps with {left} ({damage})",
+        }[self.ended]
+
+    @classmethod
+    def of(
+        cls,
+        *,
+        left: float,
+        before: float,
+        target: float,
+        damage: float,
+        budget: float,
+        total: float,
+        steps: int,
+        interrupted: bool,
+    ) -> "Outcome":
+        """What the last measurement says."""
+        ended: Ended = "steps"
+        if left <= target and damage <= budget * OVER:
+            ended = "target"
+        elif interrupted:
+            ended = "interrupted"
+        elif before - left < MOVED * (before - target):
+            ended = "unmoved"
+        elif damage >= SPENT * budget:
+            ended = "budget"
+        return cls(ended, left, before, target, damage, budget, total, steps)
+
+    def to_json(self) -> dict[str, Any]:
+        """For the file of a fit."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any] | None) -> "Outcome | None":
+        """The inverse; None where the fit had no budget.
+
+        Raises:
+            TypeError: other fields.
+        """
+        return None if content is None else cls(**content)

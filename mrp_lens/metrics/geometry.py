@@ -120,7 +120,8 @@ def geometry(
 
     A projection off a random subspace of rank k removes k / d_model of the energy of *any* states on average: what a
     fitted one removes is to be compared with that, and what it removes of the forget states with what it removes of
-    the retain states. States have a large mean, so shares of energy are not shares of variance.
+    the retain states. States have a large mean, so shares of energy are not shares of variance. Of a projection behind
+    gates the subspace is what would go if all of them were open; how far they are tells `gate`.
 
     Args:
         model: HookedTransformer or TransformerBridge, without the edit: it is put on and taken off batch by batch. Of

@@ -42,37 +42,68 @@ def continuations(model: LensModel, prompts: Sequence[str], *, max_new_tokens: i
 
 
 @ordinary_torch(gradients=False)
+def written_after(
+    model: LensModel, prompts: Sequence[str], *, max_new_tokens: int, seed: int, progress: bool = True
+) -> list[str]:
+    """What the model writes from each prompt on, sampled at temperature 1: whole texts, in the order of the prompts.
+
+    Prompts of equal length in tokens go side by side, so that none is padded, and a text does not depend on how a
+    family treats padding.
+
+    Args:
+        model: HookedTransformer or TransformerBridge.
+        prompts: what the texts begin with; an empty one is written from nothing (`start_token`).
+        max_new_tokens: behind the prompt, at most; fewer where the context ends before. Of a prompt that fills the
+            context only the start is read, with a warning. A text ends before its end-of-text token.
+        seed: of the sampling; the global random state is left as it is.
+        progress: show a progress bar.
+
+    Raises:
+        ValueError: a prompt is empty, and the tokenizer has neither BOS nor EOS to start from; NonFiniteError where
+            logits become NaN or infinite.
+    """
+    context = int(model.cfg.n_ctx)
+    rows = encoder_for(model, max_length=context - 1).encode([Document("", prompt) for prompt in prompts])
+    starts = [list(row.ids) or [start_token(model)] for row in rows]
+    before = [0 if row.ids and row.content[0] else 1 for row in rows]  # the token that a text starts behind
+    by_length: dict[int, list[int]] = {}
+    for place, start in enumerate(starts):
+        by_length.setdefault(len(start), []).append(place)
+    device, texts = device_of(model), [""] * len(starts)
+    with (
+        frozen(model),
+        torch.no_grad(),
+        torch.random.fork_rng(range(torch.cuda.device_count())),
+        tqdm(total=len(starts), desc="texts", disable=not progress) as bar,
+    ):
+        torch.manual_seed(seed)
+        for length, places in sorted(by_length.items()):
+            room = min(max_new_tokens, context - length)
+            for begun in range(0, len(places), AT_ONCE):
+                chosen = places[begun : begun + AT_ONCE]
+                tokens = torch.tensor([starts[place] for place in chosen], device=device)
+                output = _written(model, tokens, max_new_tokens=room, do_sample=True, temperature=1.0)
+                for place, row in zip(chosen, output, strict=True):
+                    text = model.tokenizer.decode(row[before[place] :], skip_special_tokens=True)
+                    texts[place] = str(text).strip()
+                bar.update(len(chosen))
+    return texts
+
+
 def written_texts(model: LensModel, count: int, *, max_new_tokens: int, seed: int, progress: bool = True) -> list[str]:
     """Texts that the model writes from nothing, sampled at temperature 1; no text twice, in order of the alphabet.
 
     Args:
         model: HookedTransformer or TransformerBridge.
         count: how many are sampled; equal ones count once, so fewer may be left.
-        max_new_tokens: length at most; a text ends before its end-of-text token.
-        seed: of the sampling; the global random state is left as it is.
-        progress: show a progress bar.
+        max_new_tokens, seed, progress: as in `written_after`.
 
     Raises:
         ValueError: the tokenizer has neither BOS nor EOS to start from; NonFiniteError where logits become NaN or
             infinite.
     """
-    tokenizer, start = model.tokenizer, start_token(model)
-    texts: set[str] = set()
-    device = device_of(model)
-    with (
-        frozen(model),
-        torch.no_grad(),
-        torch.random.fork_rng(range(torch.cuda.device_count())),
-        tqdm(total=count, desc="texts", disable=not progress) as bar,
-    ):
-        torch.manual_seed(seed)
-        for begun in range(0, count, AT_ONCE):
-            size = min(AT_ONCE, count - begun)
-            begin = torch.full((size, 1), start, device=device)
-            output = _written(model, begin, max_new_tokens=max_new_tokens, do_sample=True, temperature=1.0)
-            texts.update(tokenizer.decode(row[1:], skip_special_tokens=True).strip() for row in output)
-            bar.update(size)
-    return sorted(texts - {""})
+    texts = written_after(model, [""] * count, max_new_tokens=max_new_tokens, seed=seed, progress=progress)
+    return sorted(set(texts) - {""})
 
 
 def drawn_seed(generator: torch.Generator) -> int:
@@ -112,6 +143,11 @@ class _NonFinite(Exception):
     """Ends a model's `generate` at logits that are not finite."""
 
 
+def can_start(model: LensModel) -> bool:
+    """Whether the model can write from nothing: it has a `start_token`."""
+    return bool(_starts(model))
+
+
 def start_token(model: LensModel) -> int:
     """What a text of the model's own starts from: BOS, or EOS where there is none.
 
@@ -121,7 +157,14 @@ def start_token(model: LensModel) -> int:
     Raises:
         ValueError: the tokenizer has neither.
     """
-    for token in (model.tokenizer.bos_token_id, model.tokenizer.eos_token_id):
-        if token is not None:
-            return int(token)
-    raise ValueError("this model's tokenizer has neither a BOS nor an EOS token, so it cannot start texts of its own")
+    starts = _starts(model)
+    if not starts:
+        raise ValueError(
+            "this model's tokenizer has neither a BOS nor an EOS token, so it cannot start texts of its own"
+        )
+    return starts[0]
+
+
+def _starts(model: LensModel) -> list[int]:
+    tokens = (model.tokenizer.bos_token_id, model.tokenizer.eos_token_id)
+    return [int(token) for token in tokens if token is not None]

@@ -29,7 +29,7 @@ from mrp_lens.models import identity_of, is_bridge, load_model
 from mrp_lens.runs.report.table import table_of
 from mrp_lens.training import loop as training
 from tests.support import attack_frames
-from tests.support.edits import projection, weight_edit
+from tests.support.edits import conditional, projection, weight_edit
 from tests.support.quizzes import liked, quiz, slow_right
 
 RELEARN, PROBE, BYPASS, GCG, V_INFORMATION = (
@@ -150,6 +150,7 @@ def test_with_a_reference_the_floor_is_what_it_comes_to(model: Any, task: Unlear
 
 def test_forms_are_those_that_the_edit_has(model: Any, untouched: None) -> None:
     assert possible_forms(model, projection(1), None) == ("kept", "stripped")
+    assert possible_forms(model, conditional(1, site="mlp_out"), None) == ("kept", "stripped")
     assert possible_forms(model, projection(1, site="mlp_out"), None) == ("kept", "stripped", "weights")
     assert possible_forms(model, weight_edit(model, 2), None) == ("kept",)
     with pytest.raises(ValueError, match="cannot be written into weights"):

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mrp_lens.edits import ConditionalProjectionEdit, EditStack, Gate, ProjectionEdit, load_edit
 from mrp_lens.edits.gate import shares
+from mrp_lens.edits.parts import projection_in, without_hooks, without_projections
 from mrp_lens.edits.subspace import Subspace
 from mrp_lens.models import LensModel, describe, load_model
 from mrp_lens.models.hooks import captured, hook_name
@@ -291,6 +292,17 @@ def test_a_bfloat16_model_is_gated_in_float32(backend: str, tiny_folder: Path, t
     outside = change(wide)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(change(wide), outside)
+
+
+def test_parts_of_an_edit_know_it_for_a_projection(model: LensModel, untouched: None) -> None:
+    gated, matrix = conditional(1), weight_edit(model, 2)
+    edit = matrix + gated
+    assert projection_in(edit) == gated
+    assert without_projections(edit) == EditStack([matrix])
+    assert without_hooks(edit) == matrix
+    assert without_hooks(gated) is None
+    with EditStack([matrix, gated]).applied(model):
+        pass
 
 
 # --- the gate

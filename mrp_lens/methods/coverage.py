@@ -1,0 +1,336 @@
+"""What a fit reads besides the user's corpora: other forms of their documents, and texts that the model writes itself.
+
+A model that unlearns a few statements of one form forgets that form: what it knows besides changes wherever a text looks
+like the forget set, and the forget set comes back wherever a question does not. So short documents are read as questions
+too, on both sides; only what follows the beginning of a forget text is unlearned, not the names it begins with; and
+the retain side gets what the model itself has to say about names that both corpora contain.
+"""
+
+import random
+import re
+from collections import Counter
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from itertools import combinations
+
+import torch
+
+from mrp_lens.data import Corpus, Document
+from mrp_lens.models import LensModel
+from mrp_lens.models.generation import can_start, drawn_seed, written_after
+from mrp_lens.utils.validation import PlainSettings
+
+SHORT = 40  # words of a document that still is one statement
+LONGEST_NAME = 4  # words
+RARE_DOCUMENTS, RARE_SHARE = 3, 0.03  # a name stands in no more forget documents than the larger of the two
+TOPIC_SHARE, TOPIC_TIMES = 0.05, 3  # a topic word stands in more of the forget set, and so many times more often
+FEWEST_WORDS = 4  # of a written text
+FRAMES = ("Question: {}\nAnswer:", "Q: {}\nA:", "{}?", "User: {}\nAssistant:")
+STEMS = ("{}", "{} is", "Question: What is {}", "Question: Where is {}?\nAnswer:", "Question: {}")
+QUESTION = "Question:"
+
+Words = tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Coverage(PlainSettings):
+    """What a fit reads besides the user's corpora. With every number but `new_tokens` at 0 it reads those as they are.
+
+    Short documents have at most 40 words. Of a short forget text only what follows a random word of its second half is
+    unlearned. Documents with a prompt are questions already, and stay as they are.
+
+    Args:
+        question_forms: copies in question form of every short document, on both sides.
+        repeats: extra copies of short retain documents, which long ones would otherwise outnumber; none where the
+            retain set has no long ones.
+        about_names: texts that the model writes about names that both corpora contain; none if there is no such name.
+        questions: texts that it writes from "Question:" on.
+        free: texts that it writes from nothing; none if its tokenizer has neither BOS nor EOS to start from.
+        new_tokens: length of such a text behind what it begins with.
+    """
+
+    question_forms: int = 1
+    repeats: int = 2
+    about_names: int = 256
+    questions: int = 96
+    free: int = 64
+    new_tokens: int = 28
+
+    def check(self) -> None:
+        """Refuse numbers that cannot be meant.
+
+        Raises:
+            TypeError, ValueError: name the field, its value and what is allowed.
+        """
+        self.check_values(counts=("new_tokens",))
+        for entry in fields(self):
+            value = getattr(self, entry.name)
+            if not isinstance(value, int) or isinstance(value, bool):
+                raise TypeError(f"{entry.name} must be a whole number, got {value!r}")
+            if value < 0:
+                raise ValueError(f"{entry.name} must be at least 0, got {value}")
+
+    @property
+    def nothing(self) -> bool:
+        """Whether the corpora are read as they are."""
+        return not any((self.question_forms, self.repeats, self.about_names, self.questions, self.free))
+
+
+@dataclass(frozen=True)
+class Covered:
+    """What the fit reads.
+
+    Attributes:
+        forget: per forget corpus its documents, short texts as beginning and continuation, and then their question forms.
+        retain: the retain documents, repeats and question forms of the short ones, and what the model wrote.
+        written: what the model wrote, without what was dropped.
+        counts: how many documents of each kind there are, and how many written ones were dropped for which reason.
+    """
+
+    forget: tuple[tuple[Document, ...], ...]
+    retain: tuple[Document, ...]
+    written: tuple[str, ...]
+    counts: Mapping[str, int]
+
+
+def cover(
+    model: LensModel,
+    forget: Sequence[Corpus],
+    retain: Corpus,
+    coverage: Coverage,
+    *,
+    generator: torch.Generator,
+    progress: bool = True,
+) -> Covered:
+    """The documents of both sides in the forms that a fit reads.
+
+    Args:
+        model: HookedTransformer or TransformerBridge, which writes as it is; it is left so.
+        forget: the forget corpora.
+        retain: the retain corpus.
+        coverage: what is added.
+        generator: of every random choice; nothing is drawn if nothing is added.
+        progress: show a progress bar while the model writes.
+
+    Raises:
+        TypeError, ValueError: a number that cannot be meant; NonFiniteError where the model's logits become NaN or
+            infinite.
+    """
+    coverage.check()
+    if coverage.nothing:
+        return Covered(tuple(corpus.documents for corpus in forget), retain.documents, (), {})
+    rng, seed = random.Random(drawn_seed(generator)), drawn_seed(generator)
+    continued = [[_continuation(document, rng) for document in corpus.documents] for corpus in forget]
+    asked = [_questions(corpus.documents, coverage.question_forms, rng) for corpus in forget]
+    asked_retain = [
+        Document("", question.prompt + question.completion)
+        for question in _questions(retain.documents, coverage.question_forms, rng)
+    ]
+    short = [document for document in retain.documents if _is_short(document)]
+    repeated = short * (coverage.repeats if len(short) < len(retain) else 0)
+
+    subjects = _Subjects.of([document for corpus in forget for document in corpus.documents], retain.documents)
+    beginnings = subjects.beginnings(coverage.about_names, rng)
+    beginnings += [_Beginning(QUESTION)] * coverage.questions
+    beginnings += [_Beginning("")] * (coverage.free if can_start(model) else 0)
+    texts = written_after(
+        model, [begun.prompt for begun in beginnings], max_new_tokens=coverage.new_tokens, seed=seed, progress=progress
+    )
+    kept: dict[str, None] = {}
+    dropped: Counter[str] = Counter()
+    for begun, text in zip(beginnings, texts, strict=True):
+        reason = "twice" if text in kept else subjects.why_dropped(text, begun)
+        if reason is None:
+            kept[text] = None
+        else:
+            dropped[reason] += 1
+    written = tuple(kept)
+    counts = {
+        "forget_continuations": sum(
+            new is not old
+            for documents, corpus in zip(continued, forget, strict=True)
+            for new, old in zip(documents, corpus.documents, strict=True)
+        ),
+        "forget_questions": sum(map(len, asked)),
+        "retain_questions": len(asked_retain),
+        "retain_repeats": len(repeated),
+        "names": len(subjects.names),
+        "texts_about_names": sum(begun.name != () for begun in beginnings),
+        "texts_from_question": coverage.questions,
+        "texts_from_nothing": sum(begun.prompt == "" for begun in beginnings),
+        "texts_kept": len(written),
+        **{f"dropped_{reason}": dropped[reason] for reason in ("too_short", "on_topic", "forget_fact", "twice")},
+    }
+    return Covered(
+        tuple((*documents, *questions) for documents, questions in zip(continued, asked, strict=True)),
+        (*retain.documents, *repeated, *asked_retain, *(Document("", text) for text in written)),
+        written,
+        counts,
+    )
+
+
+def _text(document: Document) -> str:
+    return document.prompt + document.completion
+
+
+def _is_short(document: Document) -> bool:
+    return len(_text(document).split()) <= SHORT
+
+
+def _parts(document: Document, rng: random.Random) -> tuple[str, str] | None:
+    """A short text up to a random word of its second half, and from there on, the white space between included; None
+    for what stays whole."""
+    text = document.completion
+    ends = [found.end() for found in re.finditer(r"\S+", text)]
+    if document.prompt or not 2 <= len(ends) <= SHORT:
+        return None
+    cut = ends[rng.randint((len(ends) + 1) // 2, len(ends) - 1) - 1]
+    return text[:cut], text[cut:]
+
+
+def _continuation(document: Document, rng: random.Random) -> Document:
+    """The document with its beginning as the prompt, or the same one."""
+    parts = _parts(document, rng)
+    return document if parts is None else Document(*parts)
+
+
+def _questions(documents: Iterable[Document], copies: int, rng: random.Random) -> list[Document]:
+    """Question forms of the short texts: the beginning as a question, the rest as its answer."""
+    found = []
+    for document in [document for _ in range(copies) for document in documents]:
+        parts = _parts(document, rng)
+        if parts is not None:
+            begun = parts[0].strip()
+            question = rng.choice(FRAMES).format(begun.rstrip(".,;:!?") or begun)
+            found.append(Document(question, " " + parts[1].strip()))
+    return found
+
+
+@dataclass(frozen=True)
+class _Beginning:
+    """What a text is written from, and the name in it, if there is one."""
+
+    prompt: str
+    name: Words = ()
+
+
+@dataclass(frozen=True)
+class _Subjects:
+    """What the forget set is about, by the words in it.
+
+    Attributes:
+        names: rare runs of words that the retain set contains too, as they are spelled, in order of the alphabet.
+        topic: words, case folded, that mark a text as one about the forget set.
+        places: rare run, case folded -> the forget documents that it stands in.
+        short: the short ones among these documents.
+    """
+
+    names: tuple[Words, ...]
+    topic: frozenset[str]
+    places: Mapping[Words, frozenset[int]]
+    short: frozenset[int]
+
+    @classmethod
+    def of(cls, forget: Sequence[Document], retain: Sequence[Document]) -> "_Subjects":
+        """Read off both sides."""
+        in_forget, in_retain = _frequencies(forget), _frequencies(retain)
+        most = max(RARE_DOCUMENTS, RARE_SHARE * len(forget))
+        spelled: set[Words] = set()
+        places: dict[Words, set[int]] = {}
+        for number, document in enumerate(forget):
+            for run in _rare_runs(_text(document), in_forget, most):
+                spelled.add(run)
+                places.setdefault(_folded(run), set()).add(number)
+        topic = {
+            word
+            for word, count in in_forget.items()
+            if count > max(most, TOPIC_SHARE * len(forget))
+            and count * len(retain) > TOPIC_TIMES * in_retain[word] * len(forget)
+        }
+        return cls(
+            tuple(sorted({run for document in retain for run in _runs_in(_bare(_text(document)), spelled)})),
+            frozenset(topic),
+            {run: frozenset(numbers) for run, numbers in places.items()},
+            frozenset(number for number, document in enumerate(forget) if _is_short(document)),
+        )
+
+    def beginnings(self, count: int, rng: random.Random) -> list[_Beginning]:
+        """Names in random order, round and round, each time with another stem."""
+        names = rng.sample(self.names, len(self.names))
+        if not names:
+            return []
+        found = []
+        for number in range(count):
+            turn, place = divmod(number, len(names))
+            stem = STEMS[(place + turn) % len(STEMS)]
+            found.append(_Beginning(stem.format(" ".join(names[place])), names[place]))
+        return found
+
+    def why_dropped(self, text: str, begun: _Beginning) -> str | None:
+        """The reason, in a word, why the retain set must not have a text; None if it may."""
+        words = _folded(_bare(text))
+        if len(words) < FEWEST_WORDS:
+            return "too_short"
+        if self.topic & (set(words) - set(_folded(_bare(begun.prompt)))):
+            return "on_topic"
+        return "forget_fact" if self._tells_fact(words, _folded(begun.name)) else None
+
+    def _tells_fact(self, words: Words, name: Words) -> bool:
+        """Whether it brings together what a forget document does: another run with its own name, or any two of a
+        short document (in long ones rare words meet by chance)."""
+        runs = {run for run in _runs_in(words, self.places) if not set(run) <= set(name)}
+        beside = self.places.get(name, frozenset())
+        if any(self.places[run] & beside for run in runs):
+            return True
+        return any(
+            self.places[one] & self.places[other] & self.short
+            for one, other in combinations(runs, 2)
+            if not (set(one) <= set(other) or set(other) <= set(one))
+        )
+
+
+def _bare(text: str) -> Words:
+    """Its words without the punctuation around them."""
+    return tuple(word for _, word, _ in _marked(text))
+
+
+def _marked(text: str) -> Iterator[tuple[str, str, str]]:
+    """Each word, with the punctuation before and behind it."""
+    for part in text.split():
+        before, word, behind = re.fullmatch(r"(\W*)(.*?)(\W*)", part, re.DOTALL).groups()  # type: ignore[union-attr]
+        if word:
+            yield before, word, behind
+
+
+def _folded(words: Words) -> Words:
+    return tuple(word.casefold() for word in words)
+
+
+def _frequencies(documents: Iterable[Document]) -> Counter[str]:
+    """In how many documents each word stands, case folded."""
+    return Counter(word for document in documents for word in set(_folded(_bare(_text(document)))))
+
+
+def _rare_runs(text: str, frequencies: Mapping[str, int], most: float) -> Iterator[Words]:
+    """Neighbours that stand in at most so many documents each, as far as they go without a punctuation mark between them;
+    of longer ones the first four."""
+    run: list[str] = []
+    for before, word, behind in [*_marked(text), ("", "", "")]:
+        rare = bool(word) and frequencies[word.casefold()] <= most
+        if run and (before or not rare):
+            yield tuple(run[:LONGEST_NAME])
+            run = []
+        if rare:
+            run.append(word)
+        if run and behind:
+            yield tuple(run[:LONGEST_NAME])
+            run = []
+
+
+def _runs_in(words: Words, runs: Container[Words]) -> Iterator[Words]:
+    """Those of the runs that stand in a text."""
+    for start in range(len(words)):
+        for length in range(1, LONGEST_NAME + 1):
+            run = words[start : start + length]
+            if len(run) == length and run in runs:
+                yield run

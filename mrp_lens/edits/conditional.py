@@ -133,7 +133,7 @@ class ConditionalProjectionEdit(ProjectionEdit):
     def change_at(self, hook: str) -> ConditionalProjection:
         parts = self.gated_at(hook)
         values = [part.subspace.basis for part in parts]
-        values += [part.gate.direction[None] for part in parts if part.gate is not None]
+        values += [part.gate.rows for part in parts if part.gate is not None]
         gates = [
             {"rank": part.subspace.rank, "gate": None if part.gate is None else dict(part.gate.numbers)}
             for part in parts
@@ -200,8 +200,8 @@ class ConditionalProjectionEdit(ProjectionEdit):
             if stored is not None:
                 gates[entry["request"]][entry["hook"]] = Gate(
                     tensors[setting(stored, "tensor", str)],
-                    setting(stored, "threshold", (int, float)),
-                    setting(stored, "sharpness", (int, float)),
+                    setting(stored, "threshold", (int, float, list)),
+                    setting(stored, "sharpness", (int, float, list)),
                     setting(stored, "hard", bool),
                 )
         return cls.from_requests({name: plain.subspaces(name) for name in plain.requests}, gates)

@@ -53,7 +53,7 @@ class ConditionalProjection(Change):
     """h <- h - sum_i g_i(h) (h Q_i^T) Q_i: of each subspace as much is removed as its gate says of the state that comes in.
 
     Args:
-        values: [rank + gates, d_model], the orthonormal rows of all Q_i, then the unit direction of each gate.
+        values: [rank + directions, d_model], the orthonormal rows of all Q_i, then the unit directions of each gate.
         gates: for each Q_i in order its "rank" and its "gate": "threshold", "sharpness" and "hard", or None: always removed.
     """
 
@@ -68,11 +68,14 @@ class ConditionalProjection(Change):
         """The states without as much of their parts inside the subspaces as the gates say."""
         wide = states if states.dtype == torch.float64 else states.float()
         rank = sum(entry["rank"] for entry in self.gates)
-        rows, directions = self.values[:rank].to(wide), iter(self.values[rank:])
-        always = torch.ones_like(wide[..., 0])
-        each = [
-            always if entry["gate"] is None else shares(wide, next(directions), **entry["gate"]) for entry in self.gates
-        ]
+        rows, directions = self.values[:rank].to(wide), self.values[rank:]
+        each = []
+        for entry in self.gates:
+            own, gate = 0, entry["gate"]
+            if gate is not None:
+                own = len(gate["threshold"]) if isinstance(gate["threshold"], (list, tuple)) else 1
+            each.append(shares(wide, directions[:own], **gate) if own else torch.ones_like(wide[..., 0]))
+            directions = directions[own:]
         by_row = [
             share[..., None].expand(*share.shape, own["rank"]) for share, own in zip(each, self.gates, strict=True)
         ]
@@ -81,25 +84,33 @@ class ConditionalProjection(Change):
 
 
 def shares(
-    states: Tensor, direction: Tensor, threshold: float | Tensor, sharpness: float | Tensor, hard: bool = False
+    states: Tensor,
+    direction: Tensor,
+    threshold: float | Sequence[float] | Tensor,
+    sharpness: float | Sequence[float] | Tensor,
+    hard: bool = False,
 ) -> Tensor:
     """How far a gate is open for each state, in float32 or better: sigmoid(sharpness * (cos(h, w) - threshold)), or 1 where
-    the cosine is above the threshold and else 0. A zero state has the cosine 0. Differentiable unless `hard`.
+    the cosine is above the threshold and else 0; of several directions, as far as the one that opens it furthest. A zero
+    state has the cosine 0. Differentiable unless `hard`.
 
     Args:
         states: [..., d_model].
-        direction: w, the unit vector [d_model].
-        threshold: the cosine at which the gate is half open.
-        sharpness: how quickly it opens there; of no meaning to a hard gate.
+        direction: w, the unit vector [d_model], or several, [directions, d_model].
+        threshold: the cosine at which the gate is half open, or one for each direction.
+        sharpness: how quickly it opens there, or one for each direction; of no meaning to a hard gate.
         hard: open or closed, with nothing in between.
 
     Returns:
         [...], in [0, 1].
     """
     wide = states if states.dtype == torch.float64 else states.float()
+    directions = direction.to(wide).reshape(-1, direction.shape[-1])
+    thresholds, steepness = (torch.as_tensor(each).to(wide).reshape(-1) for each in (threshold, sharpness))
     with without_autocast(wide):
-        beyond = nn.functional.linear(nn.functional.normalize(wide, dim=-1), direction.to(wide)) - threshold
-    return (beyond > 0.0).to(wide) if hard else torch.sigmoid(sharpness * beyond)
+        beyond = nn.functional.linear(nn.functional.normalize(wide, dim=-1), directions) - thresholds
+    opened = (steepness * beyond).amax(dim=-1)
+    return (opened > 0.0).to(wide) if hard else torch.sigmoid(opened)
 
 
 class Steering(Change):

@@ -138,6 +138,10 @@ def _removed(gated: Gated) -> str:
     gate, what = gated.gate, f"a subspace of rank {gated.subspace.rank} removed"
     if gate is None:
         return what
+    if gate.direction.ndim == 2:
+        return f"{what} from states in the direction of one of {len(gate.rows)} fixed unit vectors" + (
+            "" if gate.hard else ", gradually"
+        )
     how = "" if gate.hard else f", gradually (sharpness {gate.sharpness:.6g})"
     return f"{what} from states whose cosine with a fixed unit vector is above {gate.threshold:.6g}{how}"
 

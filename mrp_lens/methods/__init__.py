@@ -2,14 +2,17 @@
 
 # A module registers its methods when it is imported: this is their order in METHODS.
 # isort: off
-from mrp_lens.methods.mrp.method import MRP
+from mrp_lens.methods.mrp.method import MRP, UnconditionalMRP
 from mrp_lens.methods.mrp.distillation import Distillation
 from mrp_lens.methods.rmu import RMU, AdaptiveRMU
 from mrp_lens.methods.baselines import NPO, DirectionAblation, GradientAscent, GradientDifference, NoisyRMU
 
 # isort: on
 from mrp_lens.methods.base import Data, FitContext, FitTemplate, fitting
+from mrp_lens.methods.control import control_accuracy
+from mrp_lens.methods.coverage import Coverage
 from mrp_lens.methods.fit import Fit
+from mrp_lens.methods.outcome import Outcome
 from mrp_lens.methods.registry import METHODS, Method, Swept, register
 
 __all__ = [

@@ -317,6 +317,35 @@ class FitTemplate(Method, Generic[Settings]):
         every: int = EVERY,
         callbacks: Sequence[Callback] = (),
     ) -> Fit:
+        settings, context = self.context(
+            model,
+            forget,
+            retain,
+            seed=seed,
+            after=after,
+            request=request,
+            progress=progress,
+            checkpoint=checkpoint,
+            every=every,
+            callbacks=callbacks,
+        )
+        return self.learn(settings, context)
+
+    def context(
+        self,
+        model: LensModel,
+        forget: Corpus | Sequence[Corpus],
+        retain: Corpus,
+        *,
+        seed: int,
+        after: Edit | None,
+        request: str | None,
+        progress: bool = True,
+        checkpoint: str | Path | None = None,
+        every: int = EVERY,
+        callbacks: Sequence[Callback] = (),
+    ) -> tuple[Settings, FitContext]:
+        """What `learn` is given for the same arguments of `fit`."""
         generator = generator_for(seed)
         data, settings, label = self.prepared(model, forget, retain, after, request)
         record = {
@@ -348,7 +377,7 @@ class FitTemplate(Method, Generic[Settings]):
             self.coverage,
             budget,
         )
-        return self.learn(settings, context)
+        return settings, context
 
     def within_budget(
         self, model: LensModel, data: Data, after: Edit | None, generator: torch.Generator

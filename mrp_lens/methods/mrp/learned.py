@@ -9,6 +9,7 @@ import torch
 from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn import Module
 
 from mrp_lens.edits import ConditionalProjectionEdit, ProjectionEdit
 from mrp_lens.edits.subspace import Subspace
@@ -24,7 +25,7 @@ class LearnedRows:
     Attributes:
         rows: hook name -> W.
         taken: hook name -> the rows of earlier requests there.
-        earlier: what the earlier requests do.
+        earlier: hook name -> what the earlier requests do there.
         gates: hook name -> when the rows are removed. Hooks without one: always.
         on: False: no projection at all.
         alone: without the earlier requests.
@@ -33,7 +34,7 @@ class LearnedRows:
 
     rows: dict[str, Rows]
     taken: Mapping[str, Rows]
-    earlier: ProjectionEdit | None = None
+    earlier: Mapping[str, Module]
     gates: dict[str, LearnedGate] = field(default_factory=dict)
     on: bool = True
     alone: bool = False
@@ -44,13 +45,11 @@ class LearnedRows:
         return [(hook, self._hook(hook)) for hook in dict.fromkeys([*self.rows, *self.taken])]
 
     def _hook(self, name: str) -> HookFunction:
-        change = None if self.earlier is None or name not in self.taken else self.earlier.change_at(name)
-
         def project(activation: Tensor, hook: Any) -> Tensor:
             if not self.on:
                 return activation
             states = rearrange(activation.float(), "batch seq d -> (batch seq) d")
-            left = states if self.alone or change is None else change.to(states.device)(states)
+            left = states if self.alone or name not in self.earlier else self.earlier[name](states)
             if name in self.rows:
                 rows = orthonormal(self.rows[name], self.taken.get(name))
                 part = (left @ rows.T) @ rows

@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import pandas as pd
@@ -15,9 +15,12 @@ from mrp_lens.data import Corpus
 from mrp_lens.data.tokenization import Batches
 from mrp_lens.edits import Edit, projection_in, without_projections
 from mrp_lens.methods.base import Data, FitContext, FitTemplate, both_sides, fitting, parts_of
+from mrp_lens.methods.coverage import Coverage
 from mrp_lens.methods.fit import Fit
 from mrp_lens.methods.mrp.distillation import Distillation, DistillationSettings
-from mrp_lens.methods.mrp.initialization import LearnedRows, Start, start_rows
+from mrp_lens.methods.mrp.gates import gate_loss, start_gates
+from mrp_lens.methods.mrp.initialization import Start, start_rows
+from mrp_lens.methods.mrp.learned import LearnedRows
 from mrp_lens.methods.registry import Swept, register
 from mrp_lens.models import LensModel, check_layers, describe
 from mrp_lens.models.hooks import Site, hook_name, hooked
@@ -29,7 +32,8 @@ from mrp_lens.utils.validation import generator_for, or_default
 ForgetLoss = Literal["odds", "bounded", "ascent"]
 RetainLoss = Literal["kl", "cross_entropy"]
 
-FORGET_BOUND = {"odds": 1.0, "bounded": 5.0, "ascent": math.inf}  # nats
+FORGET_BOUND = {"odds": 1.0, "bounded": 6.0, "ascent": math.inf}  # nats
+GATE_LR = 0.2  # learning rate of the gates over that of the rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +48,7 @@ class MRPSettings:
 
 @register(
     "mrp",
-    summary="Projects learned directions out of the residual stream, irreversibly.",
+    summary="Projects learned directions out of the residual stream, irreversibly, wherever a text is about the forget set.",
     source="Metamorphosis Representation Projection, arXiv 2508.15449",
     swept=Swept(layer="layers"),
     report=(
@@ -54,32 +58,39 @@ class MRPSettings:
 )
 @dataclass(frozen=True, kw_only=True)
 class MRP(FitTemplate[MRPSettings]):
-    """Metamorphosis Representation Projection (arXiv 2508.15449).
+    """Metamorphosis Representation Projection (arXiv 2508.15449), behind a gate.
 
-    At each chosen layer h <- h - (h Q^T) Q, where Q are orthonormal rows spanning what W [rank, d_model] spans. Only W
-    learns, from forget loss + retain_weight * retain loss. Several forget corpora make one request.
+    At each chosen layer h <- h - g(h) (h Q^T) Q, where Q are orthonormal rows spanning what W [rank, d_model] spans, and the
+    gate g(h) in [0, 1] is a detector of what the forget set is about. The paper's projection has no gate and takes its directions
+    from every token, which costs the retain set as much as the forget set; `UnconditionalMRP` is that.
+    W and the gates learn, from forget loss + retain_weight * retain loss. Several forget corpora make one request.
 
     A later request (`fit(..., after=...)`) has rows orthogonal to those of the earlier ones, and every other step trains with
     these off, so that each request does its work also once another is taken back.
 
     Args:
-        layers: where to project. None: the second half of the depth, at most four layers spread over it.
-        rank: directions removed at each layer. None: d_model / 16, between 2 and 32.
+        layers: where to project. None: eight layers spread over the depth, from a fifth of it to just above its end.
+        rank: directions removed at each layer. None: d_model / 16, between 2 and 16.
         site: where on the stream, `resid_post` by default.
         init: start of W. "complement": forget states without their part in the retain states' top principal components,
             then the top principal directions of what is left; "code": the reverse, as in the released code; "random".
         retain_energy: share of the retain states' energy that counts as their span in `init`.
-        forget_loss: "odds": per token, the log odds of the text's token against the other tokens that the model without
-            the projection considers there, down to -forget_bound. Tokens that the forget texts alone determine do not
-            count. "bounded": -min(CE, forget_bound) per token. "ascent": -CE, the paper's, which diverges.
-        forget_bound: nats. None: 1 for "odds", 5 for "bounded".
+        conditional: with the gate.
+        gate_directions: directions of a gate, each for a cluster of the forget states.
+        gate_weight: factor on the gates' own loss: open on the tokens of forget documents, closed on others.
+        forget_loss: "bounded": -min(CE, forget_bound) per token. "odds": per token, the log odds of the text's token against
+            the other tokens that the model without the projection considers there, down to -forget_bound. Tokens that
+            the forget texts alone determine do not count. "ascent": -CE, the paper's, which diverges.
+        forget_bound: nats. None: 6 for "bounded", 1 for "odds".
         retain_loss: "kl": KL(unedited || edited) on the retain corpus; "cross_entropy": on its text, as in the paper.
-        retain_weight: factor on the retain loss; the released code has 1.2, with its cross-entropy.
+        retain_weight: factor on the retain loss, at the start of a fit with a budget; the released code has 1.2, with its
+            cross-entropy.
         lr: of Adam, falling linearly to 0 in the second half. None: a fifth of the size of W's entries at the start.
-        steps: updates.
+        steps: updates at most.
         batch_size: documents an update on each side.
         micro_batch: documents a pass, if a batch does not fit into memory.
         max_length: tokens at which documents are cut. None: 512, or the context if that is shorter.
+        budget, target, coverage: see `FitTemplate`.
         distillation: reset the layers that look facts up and teach them again without what the projection removes, so
             that retraining finds less of it (see `Distillation`; Bridge only, and many times the time). The edit then
             holds the projection and new matrices, and forgets with its hooks stripped too. After Ctrl-C meanwhile it
@@ -94,15 +105,21 @@ class MRP(FitTemplate[MRPSettings]):
     site: Site = "resid_post"
     init: Start = "complement"
     retain_energy: float = 0.9
-    forget_loss: ForgetLoss = "odds"
+    conditional: bool = True
+    gate_directions: int = 8
+    gate_weight: float = 0.1
+    forget_loss: ForgetLoss = "bounded"
     forget_bound: float | None = None
     retain_loss: RetainLoss = "kl"
-    retain_weight: float = 10.0
+    retain_weight: float = 5.0
     lr: float | None = None
-    steps: int = 150
-    batch_size: int = 32
+    steps: int = 300
+    batch_size: int = 16
     micro_batch: int | None = None
     max_length: int | None = None
+    budget: float | None = 0.02
+    target: float | None = None
+    coverage: Coverage | None = field(default_factory=Coverage)
     distillation: Distillation | None = None
 
     by_request = True
@@ -111,9 +128,11 @@ class MRP(FitTemplate[MRPSettings]):
     def check(self, model: LensModel) -> None:
         self.check_values(
             above_0=("lr", "retain_weight", "forget_bound", "retain_energy"),
-            counts=("rank", "steps", "batch_size", "micro_batch"),
+            counts=("rank", "steps", "batch_size", "micro_batch", "gate_directions"),
         )
-        rank, width = or_default(self.rank, default_rank(model)), int(model.cfg.d_model)
+        if not self.gate_weight >= 0.0:
+            raise ValueError(f"gate_weight must be at least 0, got {self.gate_weight}")
+        rank, width = self._rank(model), int(model.cfg.d_model)
         if rank >= width:
             raise ValueError(
                 f"rank {rank} must be below d_model {width}: removing every direction would leave no state"
@@ -124,7 +143,7 @@ class MRP(FitTemplate[MRPSettings]):
     def resolve(self, model: LensModel, data: Data) -> MRPSettings:
         return MRPSettings(
             layers=self._layers(model),
-            rank=or_default(self.rank, default_rank(model)),
+            rank=self._rank(model),
             lr=or_default(self.lr, 0.2 / math.sqrt(model.cfg.d_model)),
             distillation=None if self.distillation is None else self.distillation.resolve(model),
         )
@@ -133,13 +152,13 @@ class MRP(FitTemplate[MRPSettings]):
     def learn(self, settings: MRPSettings, context: FitContext) -> Fit:
         model, after = context.model, context.after
         with fitting(model, after):
-            learned = self._start(settings, model, context.data, after, context.generator)
+            read, learned = self._start(settings, context)
         with fitting(model, without_projections(after)):
-            losses = _Losses(self, context, learned)
+            losses = _Losses(self, context, read, learned)
             with hooked(model, learned.hooks()):
                 run = context.train(
                     losses,
-                    torch.optim.Adam(list(learned.rows.values()), lr=settings.lr),
+                    torch.optim.Adam(learned.parameters(lr=settings.lr, gate_lr=GATE_LR * settings.lr)),
                     steps=self.steps,
                     schedule=linear_decay,
                     resumable={"forget": losses.forget, "retain": losses.retain},
@@ -178,47 +197,65 @@ class MRP(FitTemplate[MRPSettings]):
         request: str | None = None,
     ) -> Edit:
         """The control "untrained start": the projection from which `fit` with the same arguments sets out."""
-        data, settings, label = self.prepared(model, forget, retain, after, request)
+        settings, context = self.context(
+            model, forget, retain, seed=seed, after=after, request=request, progress=False
+        )
         with fitting(model, after):
-            learned = self._start(settings, model, data, after, generator_for(seed))
-        edit: Edit = learned.edit(label, {"model": describe(model)})
+            _, learned = self._start(settings, context)
+        edit: Edit = learned.edit(context.request, {"model": describe(model)})
         return edit if after is None else after + edit
 
     def _layers(self, model: LensModel) -> tuple[int, ...]:
         return check_layers(model, or_default(self.layers, default_layers(model.cfg.n_layers)))
 
-    def _start(
-        self, settings: MRPSettings, model: LensModel, data: Data, after: Edit | None, generator: torch.Generator
-    ) -> LearnedRows:
-        earlier = projection_in(after)
+    def _rank(self, model: LensModel) -> int:
+        return or_default(self.rank, default_rank(model, most=16))
+
+    def _start(self, settings: MRPSettings, context: FitContext) -> tuple[Data, LearnedRows]:
+        """What is read, and the rows and gates before the first update; earlier requests are on."""
+        model, data, generator = context.model, context.data, context.generator
+        earlier, device = projection_in(context.after), data.encoder.device
         removed = earlier.subspaces() if earlier is not None else {}
-        device = data.encoder.device
         taken = {hook: subspace.basis.to(device) for hook, subspace in removed.items()}
         changes = {hook: earlier.change_at(hook).to(device) for hook in removed} if earlier is not None else {}
+        hooks = [hook_name(layer, self.site) for layer in settings.layers]
         starts = start_rows(
             model,
             data.encoder,
             data.all_forget,
             data.retain,
-            hooks=[hook_name(layer, self.site) for layer in settings.layers],
+            hooks=hooks,
             taken=taken,
             rank=settings.rank,
             init=self.init,
             retain_energy=self.retain_energy,
             generator=generator,
         )
-        return LearnedRows({hook: rows.requires_grad_() for hook, rows in starts.items()}, taken, changes)
+        rows = {hook: values.requires_grad_() for hook, values in starts.items()}
+        read = context.covered()
+        gates = {}
+        if self.conditional:
+            gates = start_gates(
+                model,
+                data.encoder,
+                read.all_forget,
+                read.retain,
+                hooks=hooks,
+                directions=self.gate_directions,
+                generator=generator,
+            )
+        return read, LearnedRows(rows, taken, changes, gates)
 
 
 class _Losses:
     """What the training loop minimises: for each step the share of each micro-batch."""
 
-    def __init__(self, method: MRP, context: FitContext, learned: LearnedRows) -> None:
-        data = context.data
+    def __init__(self, method: MRP, context: FitContext, data: Data, learned: LearnedRows) -> None:
+        self.context = context
         self.method, self.model, self.encoder, self.learned = method, context.model, data.encoder, learned
         self.forget = Batches(data.all_forget, method.batch_size, context.generator)
         self.retain = Batches(data.retain, method.batch_size, context.generator)
-        self.weights = openness(data.all_forget, self.model.cfg.d_vocab).to(data.encoder.device)
+        self.weights = openness(context.data.all_forget, self.model.cfg.d_vocab).to(data.encoder.device)
         self.bound = or_default(method.forget_bound, FORGET_BOUND[method.forget_loss])
         self.needs_reference = method.forget_loss == "odds" or method.retain_loss == "kl"
 
@@ -232,6 +269,7 @@ class _Losses:
         ):
             to_lose = side[:, None].expand_as(part.loss_mask)[:, 1:][part.loss_mask[:, 1:]]
             predicted = predictions(self.model, part)
+            opened = dict(self.learned.shares)
             reference = predicted
             if self.needs_reference:
                 with torch.no_grad(), self.learned.off():
@@ -245,10 +283,16 @@ class _Losses:
             keeping = kl(reference, predicted) if method.retain_loss == "kl" else text
             forget = losing[to_lose].sum() / lost_count
             retain = keeping[~to_lose].sum() / kept_count
+            loss = forget + self.context.multiplier * method.retain_weight * retain
+            terms = {}
+            if opened:
+                terms["gate"] = gate_loss(opened, side, part.content_mask) * len(part) / len(batch)
+                loss = loss + method.gate_weight * terms["gate"]
             yield {
-                "loss": forget + method.retain_weight * retain,
+                "loss": loss,
                 "forget": forget,
                 "retain": retain,
+                **terms,
                 "forget_cross_entropy": text.detach()[to_lose].sum() / lost_count,
             }
 
@@ -262,12 +306,57 @@ def joined_logs(projection: pd.DataFrame, distillation: pd.DataFrame, *, seconds
     return pd.concat([projection.assign(phase="projection"), later], ignore_index=True)
 
 
-def default_rank(model: LensModel) -> int:
-    """A sixteenth of the stream's width, from 2 to 32."""
-    return min(32, max(2, int(model.cfg.d_model) // 16))
+def default_rank(model: LensModel, *, most: int) -> int:
+    """A sixteenth of the stream's width, from 2 to `most`."""
+    return min(most, max(2, int(model.cfg.d_model) // 16))
 
 
 def default_layers(n_layers: int) -> list[int]:
+    """Eight layers spread evenly from a fifth of the depth to 0.85 of it; all between, where there are fewer."""
+    first, last = n_layers // 5, round(0.85 * n_layers)
+    return sorted({min(n_layers - 1, round(first + i * (last - first) / 7)) for i in range(8)})
+
+
+@register(
+    "mrp-unconditional",
+    summary="MRP as published: the directions are projected out of every state.",
+    source="Metamorphosis Representation Projection, arXiv 2508.15449",
+    swept=Swept(layer="layers"),
+    report=(
+        "subspaces of rank {rank} removed from every state of the residual stream at layers {layers}",
+        "matrices of layers {layers} replaced by noise and taught again what the projection leaves alone",
+    ),
+)
+@dataclass(frozen=True, kw_only=True)
+class UnconditionalMRP(MRP):
+    """MRP without the gate, as published (arXiv 2508.15449): h <- h - (h Q^T) Q for every state.
+
+    The arguments are those of `MRP`. The fit has a fixed weight and number of steps and reads nothing but the corpora, unless
+    budget and coverage are given.
+
+    Args:
+        layers: None: the second half of the depth, at most four layers spread over it.
+        rank: None: d_model / 16, between 2 and 32.
+    """
+
+    conditional: bool = False
+    forget_loss: ForgetLoss = "odds"
+    retain_weight: float = 10.0
+    steps: int = 150
+    batch_size: int = 32
+    budget: float | None = None
+    coverage: Coverage | None = None
+
+    @override
+    def _layers(self, model: LensModel) -> tuple[int, ...]:
+        return check_layers(model, or_default(self.layers, later_layers(model.cfg.n_layers)))
+
+    @override
+    def _rank(self, model: LensModel) -> int:
+        return or_default(self.rank, default_rank(model, most=32))
+
+
+def later_layers(n_layers: int) -> list[int]:
     """The second half of the depth, at most four layers spread evenly over it: there an answer that has been looked up
     can be removed at the least cost to others."""
     first, last = n_layers // 2, n_layers - 1

@@ -102,6 +102,7 @@ OF_A_MODEL: dict[str, Callable[[Any], Any]] = {
     "answer_probability": lambda model: metrics.answer_probability(model, TEXTS),
     "choice_scores": lambda model: metrics.choice_scores(model, QUIZ),
     "confidence": lambda model: metrics.confidence(model, QUIZ, mode="forced"),
+    "damage": lambda model: metrics.damage(model, PROJECTION, TEXTS),
     "frames_for": lambda model: metrics.frames_for(measured(model))["alignment_by_layer"],
     "geometry": lambda model: metrics.geometry(model, TEXTS, PROJECTION),
     "logit_lens": lambda model: metrics.logit_lens(model, QUIZ),

@@ -121,7 +121,7 @@ def looking(model: ml.LensModel, task: ml.UnlearningTask, edit: ml.Edit) -> floa
         ),
         *(metrics.confidence(model, quizzes), metrics.token_confidence(model, texts["forget"])),
         *(metrics.perplexity(model, task.held_out), metrics.answer_probability(model, task.forget_texts)),
-        metrics.logit_lens(model, quizzes["forget"]),
+        *(metrics.logit_lens(model, quizzes["forget"]), metrics.damage(model, edit, task.held_out)),
         *(metrics.noise_sensitivity(model, texts), metrics.predicted_coefficient(model, texts, u)),
     ]
     print(

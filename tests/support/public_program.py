@@ -40,6 +40,7 @@ def fits(model: ml.LensModel, task: ml.UnlearningTask) -> list[ml.Fit]:
         *(ml.NoisyRMU(), ml.GradientAscent(), ml.GradientDifference(), ml.NPO(beta=0.1), ml.DirectionAblation()),
     ]
     print(list(methods.METHODS), methods.MRP, methods.NPO, methods.RMU, methods.AdaptiveRMU, methods.NoisyRMU)
+    print(methods.Block(most=2), methods.Factor(0.1, 10.0), methods.Options((1, 2)))
     print(methods.Distillation, methods.GradientAscent, methods.GradientDifference, methods.DirectionAblation)
     return [
         method.fit(model, task.forget, task.retain, seed=0, checkpoint="fit", callbacks=[Quiet()]) for method in chosen
@@ -53,7 +54,10 @@ class Middle:
     layer: int
 
 
-@methods.register("mine", summary="Nothing yet.", source="none", swept=methods.Swept(layer="layer"))
+SPACE = {"layer": methods.Depth(0.2, 0.8), "max_length": methods.Range(16, 64, log=True, whole=True)}
+
+
+@methods.register("mine", summary="Nothing yet.", source="none", swept=methods.Swept(layer="layer"), space=SPACE)
 @dataclass(frozen=True, kw_only=True)
 class Mine(methods.FitTemplate[Middle]):
     """A method of one's own."""

@@ -11,6 +11,7 @@ from mrp_lens.data.tokenization import in_order
 from mrp_lens.edits import Edit
 from mrp_lens.metrics.bootstrap import bootstrap_interval
 from mrp_lens.models import LensModel, encoder_for
+from mrp_lens.models.finite import NonFiniteError
 from mrp_lens.models.hooks import frozen
 from mrp_lens.training.losses import kl, predictions
 from mrp_lens.utils.progress import progress_bar
@@ -38,8 +39,8 @@ def damage(
         (NaN with a single document); `uniform`, the control: the damage of guessing uniformly over the vocabulary.
 
     Raises:
-        ValueError: no document, none with a token to predict, or a divergence that is infinite, as where the edited model
-            rules out what the unedited one does not; NonFiniteError where logits are NaN or infinite.
+        ValueError: no document, or none with a token to predict; NonFiniteError where logits are NaN or infinite, or the
+            edited model rules out what the unedited one does not.
     """
     if not len(corpus):
         raise ValueError(f"no documents in {corpus.name!r}; give text that the model is to keep")
@@ -65,7 +66,7 @@ def damage(
     if not len(kept):
         raise ValueError(f"{corpus.name!r} holds no token to predict: every document is empty or a single token")
     if not np.isfinite(kept).all():
-        raise ValueError(
+        raise NonFiniteError(
             f"the damage on {corpus.name!r} is infinite: the edited model gives probability 0 to what the unedited one "
             "says; take a weaker edit"
         )

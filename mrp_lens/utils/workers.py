@@ -41,11 +41,12 @@ def at_work(folder: Path) -> Iterator[str]:
     """Inside, this process is known to be at work in a folder, under the name that is yielded."""
     name = f"{platform.node() or 'host'}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
     path = make_folder(folder / WORKERS) / name
-    number = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL)
-    try:
+    with exclusive(folder / WORKERS):  # nobody finds the file before it is locked
+        number = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL)
         lock(number)
-        born = psutil.Process().create_time()
-        os.write(number, json.dumps({"host": platform.node(), "process": os.getpid(), "born": born}).encode())
+        known = {"host": platform.node(), "process": os.getpid(), "born": psutil.Process().create_time()}
+        os.write(number, json.dumps(known).encode())
+    try:
         yield name
     finally:
         with suppress(OSError):
@@ -80,6 +81,7 @@ def is_at_work(folder: Path, name: str) -> bool:
 
 def forget_dead(folder: Path) -> None:
     """Remove the files of processes that were killed."""
-    for path in (folder / WORKERS).glob("*"):
-        if not is_at_work(folder, path.name):
-            path.unlink(missing_ok=True)
+    with exclusive(folder / WORKERS):
+        for path in (folder / WORKERS).glob("*"):
+            if not is_at_work(folder, path.name):
+                path.unlink(missing_ok=True)

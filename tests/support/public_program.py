@@ -164,7 +164,7 @@ PICTURES: list[Callable[..., go.Figure]] = [
     *(plots.input_gradients, plots.jailbreak_curve, plots.layer_effects, plots.logit_lens, plots.noise_sensitivity),
     *(plots.norms, plots.predicted_coefficients, plots.principal_angles, plots.principal_plane, plots.probe_bits),
     *(plots.propagation, plots.recoveries, plots.relearning_curves, plots.removed_energy, plots.theory_check),
-    plots.variance_by_coefficient,
+    *(plots.variance_by_coefficient, plots.pareto),
 ]
 
 
@@ -209,7 +209,9 @@ class Nothing(attacks.Attack):
 
 
 def leaving(model: ml.LensModel, task: ml.UnlearningTask, edit: ml.Edit) -> Path:
-    """Sweep, page, harness, export."""
+    """Search, sweep, page, harness, export."""
+    tuned: ml.Tuned = ml.tune(model, task, method="rmu", trials=30, seed=0, out="runs/tune", budget=0.05)
+    print(tuned.front, tuned.best["damage"], tuned.why, tuned.edit, ml.tune(model, task, ml.RMU(steps=50)).trials)
     table = ml.sweep(model, task, ml.SweepConfig(layers=(2, 5), steps=75), "runs/sweep")
     scores: pd.DataFrame = ml.evaluate("org/name", ["mmlu"], edit=edit, limit=10)
     report: ml.ExportReport = ml.export_hf(model, edit, "out", record=ml.Record.read("runs/mine"))

@@ -12,6 +12,7 @@ from mrp_lens.cli.command import OnData
 from mrp_lens.cli.console import Column, console, percent, show_table
 from mrp_lens.cli.run_folder import stoppable
 from mrp_lens.cli.unlearn import Unlearn
+from mrp_lens.data.tuning_split import tuning_split
 from mrp_lens.methods import METHODS, Method
 from mrp_lens.runs.record import Run
 from mrp_lens.runs.report import report
@@ -101,6 +102,7 @@ class Tune(OnData):
         optuna_trials()
         open_space(self.fitter)
         task = self.task()
+        tuning_split(task, self.tuning_share, seed=self.seed)
         with exclusive(make_folder(self.out)):
             check_holds(self.out, KIND)
         model = self.loading.load()

@@ -23,10 +23,11 @@ def tuning_split(task: UnlearningTask, share: float = 0.5, *, seed: int = 0) -> 
         ValueError: a quiz is missing or cannot be parted, fewer than two held-out documents that no fit sees, or a share that is
             not between 0 and 1.
     """
-    missing = [name for name, quiz in _quizzes(task).items() if quiz is None]
+    missing = [side for side, quiz in _quizzes(task).items() if quiz is None]
     if missing:
         raise ValueError(
-            f"tuning needs a quiz on both sides; there is none for {', '.join(missing)}: give questions=... there"
+            f"tuning needs a quiz on both sides; there is none for {', '.join(missing)}; give questions=... and "
+            "retain_questions=..."
         )
     seen = {*task.retain.documents, *task.forget_texts.documents}
     unseen = tuple(document for document in task.held_out.documents if document not in seen)

@@ -26,6 +26,7 @@ from mrp_lens.models import LensModel, identity_of
 from mrp_lens.models.finite import NonFiniteError
 from mrp_lens.runs.front import chosen_of, on_front
 from mrp_lens.training import NonFiniteLossError
+from mrp_lens.utils.frames import rows_of
 from mrp_lens.utils.io import make_folder, one_line, write_text
 from mrp_lens.utils.result_store import POINTS, ResultStore
 from mrp_lens.utils.torch_state import ordinary_torch
@@ -183,7 +184,7 @@ def open_space(method: Method) -> Space:
         raise ValueError(
             f"{method.name or type(method).__name__} declares no search space: register it with space={{...}}, or choose one of {known}"
         )
-    kept = {field.name for field in fields(method) if getattr(method, field.name) != _default(field)}  # type: ignore[arg-type]
+    kept = {field.name for field in fields(method) if getattr(method, field.name) != _default(field)}
     space = {name: what for name, what in method.space.items() if name not in kept}
     if not space:
         raise ValueError(
@@ -201,12 +202,12 @@ def method_of(base: Method, space: Space, drawn: Mapping[str, Any], model: LensM
     """The method with the settings that were drawn; factors are on what it derives with the others."""
     parts = {name: {end: drawn[name + end] for end in dimension.draws(model)} for name, dimension in space.items()}
     plain = {name: way.value(parts[name], None) for name, way in space.items() if not way.needs_default}
-    chosen = replace(base, **plain)  # type: ignore[type-var]
+    chosen = replace(base, **plain)
     derived: Mapping[str, Any] = asdict(chosen)
     if isinstance(chosen, FitTemplate):
         derived = recorded(chosen, chosen.prepared(model, task.forget, task.retain, None, None)[1])
     relative = {name: way.value(parts[name], derived[name]) for name, way in space.items() if way.needs_default}
-    return replace(chosen, **relative)  # type: ignore[type-var]
+    return replace(chosen, **relative)
 
 
 @dataclass(frozen=True)
@@ -318,7 +319,7 @@ class _Search:
             controls["budget"] = self.budget
         tuned = Tuned(
             trials=frame,
-            best=frame[frame["chosen"]].iloc[0].to_dict(),
+            best=dict(rows_of(frame[frame["chosen"]])[0]),
             front=frame[frame["on_front"]].sort_values(["damage", "trial"], ignore_index=True),
             reported=reported,
             why=why,
@@ -326,7 +327,7 @@ class _Search:
             edit=edit,
             controls=controls,
         )
-        content = {"method": method.name, "seed": self.seed, **as_plain(asdict(method))}  # type: ignore[call-overload]
+        content = {"method": method.name, "seed": self.seed, **as_plain(asdict(method))}
         write_text(self.store.folder / BEST, yaml.safe_dump(content, sort_keys=False))
         picture = plots.pareto(tuned.picture).to_html(include_plotlyjs=True, config={"displaylogo": False})
         write_text(self.store.folder / PICTURE, picture)
@@ -378,7 +379,7 @@ def rows_of_trials(finished: "list[Finished]") -> pd.DataFrame:
         for trial in finished
     ]
     frame = pd.DataFrame(rows)
-    figures = [name for name in frame if name.endswith(("accuracy", "low", "high")) or name == "damage"]
+    figures = [name for name in map(str, frame) if name.endswith(("accuracy", "low", "high")) or name == "damage"]
     frame = frame.astype(dict.fromkeys(figures, float))
     values = frame[["forget_accuracy", "damage"]].to_numpy(float)
     frame.insert(2, "on_front", on_front(values))

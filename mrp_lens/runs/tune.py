@@ -267,7 +267,7 @@ class _Search:
             )
             result["row"] = {"damage": metrics.value(sample)}
             if result["row"]["damage"] > self.prune_above:
-                result["reason"] = f"damage on {len(sample)} documents above {self.prune_above:g} nats"
+                result["reason"] = f"damage on {sample['documents'].iloc[0]} documents above {self.prune_above:g} nats"
             else:
                 result["row"] = self.measured(self.tuning, edit)
                 objectives = self._objectives(result["row"])

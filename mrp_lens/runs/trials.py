@@ -24,7 +24,7 @@ from mrp_lens.methods.search_space import Options, Range
 from mrp_lens.utils.io import HAS_LOCKS
 from mrp_lens.utils.workers import WORKERS, exclusive, is_at_work
 
-JOURNAL = "study.journal"
+JOURNAL, NAME = "study.journal", "tune"
 AT_RANDOM = 10  # trials before the sampler has anything to go by
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
 PLACE, WORKER, RESULT = "place", "worker", "result"  # what a trial is marked with
@@ -90,9 +90,11 @@ class Trials:
             _mend(path)
             lock = _NoLock() if HAS_LOCKS else JournalFileOpenLock(str(path))
             storage = JournalStorage(JournalFileBackend(str(path), lock_obj=lock))  # type: ignore[arg-type]
-            self._study = optuna.create_study(
-                storage=storage, study_name="tune", directions=["minimize"] * objectives, load_if_exists=True
-            )
+            if NAME in optuna.get_all_study_names(storage):
+                self._study = optuna.load_study(study_name=NAME, storage=storage)
+            else:
+                directions = ["minimize"] * objectives
+                self._study = optuna.create_study(study_name=NAME, storage=storage, directions=directions)
 
     @contextmanager
     def _alone(self) -> Iterator[None]:

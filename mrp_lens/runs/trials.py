@@ -18,6 +18,7 @@ import optuna
 from optuna.samplers import BaseSampler, PartialFixedSampler, TPESampler
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
+from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 from mrp_lens.methods.search_space import Options, Range
@@ -93,7 +94,7 @@ class Trials:
             if NAME in optuna.get_all_study_names(storage):
                 self._study = optuna.load_study(study_name=NAME, storage=storage)
             else:
-                directions = ["minimize"] * objectives
+                directions = [StudyDirection.MINIMIZE] * objectives
                 self._study = optuna.create_study(study_name=NAME, storage=storage, directions=directions)
 
     @contextmanager

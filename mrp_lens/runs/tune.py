@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import pandas as pd
 import yaml
@@ -228,6 +228,8 @@ class _Search:
 
     def run(self, found: "Trials", total: int, worker: str) -> None:
         """Run trials until there are so many, with whoever else works in the folder."""
+        with exclusive(self.store.folder / POINTS):  # first of all, since no trial of a damaged model is of use
+            self.unedited("tuning")
         with tqdm(total=total, desc="trials", disable=not self.progress) as bar:
             while True:
                 bar.n = len(found.finished(total))
@@ -281,6 +283,14 @@ class _Search:
         over = row["damage"] - self.budget
         return [row["forget_accuracy"] if over <= 0 else BEYOND + over]
 
+    def unedited(self, split: Literal["tuning", "reported"]) -> dict[str, float]:
+        """The figures of the model as it is, on one part of the split."""
+        part = self.tuning if split == "tuning" else self.unseen
+        row: dict[str, float] = self.store.once(f"{UNEDITED}-{split}", lambda: {"row": self.measured(part, None)})[
+            "row"
+        ]
+        return row
+
     def measured(self, part: UnlearningTask, edit: Edit | None) -> dict[str, float]:
         """The figures of one row, on one part of the split."""
         row: dict[str, float] = {}
@@ -298,7 +308,7 @@ class _Search:
 
     def outcome(self, finished: "list[Finished]", choose: int | None) -> Tuned:
         """Choose, fit once more, save, and measure on the other part."""
-        before = self.store.once(UNEDITED, lambda: {"row": self.measured(self.tuning, None)})["row"]
+        before = self.unedited("tuning")
         frame = rows_of_trials(finished)
         done = frame[frame["state"] == "complete"]
         if choose is not None and choose not in set(done["trial"]):
@@ -353,9 +363,8 @@ class _Search:
                 known = self.store.keep(name, {"edit": fingerprint(edit), "row": row, "seconds": seconds})
             shutil.rmtree(kept, ignore_errors=True)
         assert known is not None
-        before = self.store.once(f"{UNEDITED}-reported", lambda: {"row": self.measured(self.unseen, None)})
         rows = [
-            {"method": UNEDITED, **before["row"], "seconds": 0.0},
+            {"method": UNEDITED, **self.unedited("reported"), "seconds": 0.0},
             {"method": method.name, **known["row"], "seconds": known["seconds"]},
         ]
         return edit, pd.DataFrame(rows)

@@ -16,6 +16,7 @@ from mrp_lens.data.tuning_split import tuning_split
 from mrp_lens.edits import load_edit
 from mrp_lens.edits.provenance import fingerprint
 from mrp_lens.methods import METHODS, MRP, NPO, RMU, Depth, Factor, Fit, register
+from mrp_lens.models import mlp_out_weight
 from mrp_lens.models.finite import NonFiniteError
 from mrp_lens.runs.front import on_front
 from mrp_lens.runs.tune import Tuned, method_of, open_space, tune
@@ -23,6 +24,7 @@ from mrp_lens.training import NonFiniteLossError
 from tests.support.quizzes import liked, quiz
 
 STEPS = 2
+ONE_CLASS = pytest.mark.parametrize("backend", ["bridge"], indirect=True)  # of no matter to what is tested
 
 
 @pytest.fixture
@@ -72,12 +74,13 @@ def test_every_trial_is_measured_on_the_tuning_part_and_the_chosen_one_on_the_re
     assert not list((tmp_path / "out" / "workers").iterdir())
 
 
+@ONE_CLASS
 def test_more_trials_add_to_a_search_and_the_seed_decides(
     model: Any, task: UnlearningTask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = tuned(model, task, tmp_path / "whole", 12)
+    whole = tuned(model, task, tmp_path / "whole", 11)
     tuned(model, task, tmp_path / "parts", 3)
-    parts = tuned(model, task, tmp_path / "parts", 12)
+    parts = tuned(model, task, tmp_path / "parts", 11)
     timed = ["seconds"]
     pd.testing.assert_frame_equal(whole.trials.drop(columns=timed), parts.trials.drop(columns=timed))
     pd.testing.assert_frame_equal(whole.reported.drop(columns=timed), parts.reported.drop(columns=timed))
@@ -86,13 +89,14 @@ def test_more_trials_add_to_a_search_and_the_seed_decides(
     assert len(fewer.trials) == 3
     other = tuned(model, task, tmp_path / "other", 3, seed=1)
     assert list(other.trials["alpha"]) != list(fewer.trials["alpha"])
-    tuned(model, task, tmp_path / "parts", 12)
+    tuned(model, task, tmp_path / "parts", 11)
     monkeypatch.setattr(RMU, "fit", lambda *_, **__: pytest.fail("fitted again"))
-    again = tuned(model, task, tmp_path / "parts", 12)
+    again = tuned(model, task, tmp_path / "parts", 11)
     pd.testing.assert_frame_equal(parts.trials, again.trials)
     assert fingerprint(again.edit) == fingerprint(whole.edit)
 
 
+@ONE_CLASS
 def test_another_trial_may_be_chosen(model: Any, task: UnlearningTask, tmp_path: Path) -> None:
     first = tuned(model, task, tmp_path / "out")
     other = next(trial for trial in range(4) if trial != first.best["trial"])
@@ -106,6 +110,7 @@ def test_another_trial_may_be_chosen(model: Any, task: UnlearningTask, tmp_path:
         tuned(model, task, tmp_path / "out", choose=4)
 
 
+@ONE_CLASS
 def test_a_budget_is_kept_to_where_one_can(model: Any, task: UnlearningTask, tmp_path: Path) -> None:
     free = tuned(model, task, tmp_path / "free", 6, prune_above=50.0)
     budget = float(free.trials["damage"].median())
@@ -120,6 +125,7 @@ def test_a_budget_is_kept_to_where_one_can(model: Any, task: UnlearningTask, tmp
     assert "none kept to the budget" in tight.why
 
 
+@ONE_CLASS
 def test_what_breaks_the_model_is_given_up_and_counts(
     model: Any, task: UnlearningTask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -147,6 +153,22 @@ def test_what_breaks_the_model_is_given_up_and_counts(
     diverged = tuned(model, task, tmp_path / "diverged", 3, prune_above=50.0).trials
     assert list(diverged["state"]) == ["pruned", "pruned", "complete"]
     assert list(diverged["reason"]) == ["it became NaN", "it became NaN", ""]
+
+
+def test_a_model_that_is_damaged_itself_is_refused_before_any_trial(
+    model: Any, task: UnlearningTask, tmp_path: Path
+) -> None:
+    matrix = mlp_out_weight(model, 2).parameter
+    kept = matrix.detach().clone()
+    try:
+        with torch.no_grad():
+            matrix.fill_(torch.nan)
+        with pytest.raises(NonFiniteError, match="NaN"):
+            tuned(model, task, tmp_path / "out")
+    finally:
+        with torch.no_grad():
+            matrix.copy_(kept)
+    assert (tmp_path / "out" / "study.journal").read_text().count("\n") == 1
 
 
 def test_an_interrupted_trial_goes_on_with_the_same_settings(

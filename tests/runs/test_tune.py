@@ -74,6 +74,7 @@ def test_every_trial_is_measured_on_the_tuning_part_and_the_chosen_one_on_the_re
     assert not list((tmp_path / "out" / "workers").iterdir())
 
 
+@pytest.mark.slow
 @ONE_CLASS
 def test_more_trials_add_to_a_search_and_the_seed_decides(
     model: Any, task: UnlearningTask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -14,6 +14,7 @@ from mrp_lens.methods.coverage import Coverage
 from mrp_lens.methods.fit import Fit
 from mrp_lens.methods.outcome import Outcome
 from mrp_lens.methods.registry import METHODS, Method, Swept, register
+from mrp_lens.methods.search_space import Block, Depth, Factor, Options, Range
 
 __all__ = [
     "METHODS",
@@ -21,9 +22,13 @@ __all__ = [
     "NPO",
     "RMU",
     "AdaptiveRMU",
+    "Block",
+    "Coverage",
     "Data",
+    "Depth",
     "DirectionAblation",
     "Distillation",
+    "Factor",
     "Fit",
     "FitContext",
     "FitTemplate",
@@ -31,7 +36,12 @@ __all__ = [
     "GradientDifference",
     "Method",
     "NoisyRMU",
+    "Options",
+    "Outcome",
+    "Range",
     "Swept",
+    "UnconditionalMRP",
+    "control_accuracy",
     "fitting",
     "register",
 ]

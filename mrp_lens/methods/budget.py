@@ -20,8 +20,8 @@ from mrp_lens.methods.control import ControlQuestions
 from mrp_lens.methods.outcome import Outcome
 from mrp_lens.models import LensModel
 from mrp_lens.training.callbacks import Callback, TrainingState
-from mrp_lens.training.losses import kl, predictions
 from mrp_lens.training.loop import TrainingRun
+from mrp_lens.training.losses import kl, predictions
 
 EVERY = 5  # updates between two looks at the damage
 LOOK, FIRST_LOOK = 10, 40  # updates between two looks at the control questions, and before the first

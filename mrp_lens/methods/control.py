@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 
 from mrp_lens.data import Corpus, Document
-from mrp_lens.data.tokenization import Encoded, Encoder, in_order
+from mrp_lens.data.tokenization import Encoder, in_order
 from mrp_lens.models import LensModel, encoder_for
 from mrp_lens.training.losses import cross_entropy, predictions
 from mrp_lens.utils.torch_state import ordinary_torch

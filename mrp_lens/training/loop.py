@@ -123,7 +123,10 @@ def train(
         asked.end_if_terminated()
         if interrupted:
             logger.warning(
-                "%s: interrupted after %d of %d steps; what was learned so far is kept", description, state.done, state.steps
+                "%s: interrupted after %d of %d steps; what was learned so far is kept",
+                description,
+                state.done,
+                state.steps,
             )
     return TrainingRun(pd.DataFrame(state.rows), interrupted)
 

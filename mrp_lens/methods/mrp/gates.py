@@ -63,9 +63,7 @@ def start_gates(
     generator: torch.Generator,
 ) -> dict[str, LearnedGate]:
     """Gates that tell the states of both sides apart, before any training."""
-    lost, kept = (
-        states_at(model, encoder, rows, hooks, generator, count=STATES) for rows in (forget, retain)
-    )
+    lost, kept = (states_at(model, encoder, rows, hooks, generator, count=STATES) for rows in (forget, retain))
     return {hook: _gate(lost[hook], kept[hook], directions, generator) for hook in hooks}
 
 

@@ -7,7 +7,6 @@ import torch
 from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
-from torch.nn import Module
 
 from mrp_lens.data.tokenization import Encoded, Encoder
 from mrp_lens.methods.base import states_at

@@ -22,12 +22,13 @@ from mrp_lens.methods.mrp.gates import gate_loss, start_gates
 from mrp_lens.methods.mrp.initialization import Start, start_rows
 from mrp_lens.methods.mrp.learned import LearnedRows
 from mrp_lens.methods.registry import Swept, register
+from mrp_lens.methods.spaces import MRP_SPACE
 from mrp_lens.models import LensModel, check_layers, describe
 from mrp_lens.models.hooks import Site, hook_name, hooked
 from mrp_lens.training.losses import cross_entropy, kl, log_odds, openness, predictions
 from mrp_lens.training.optim import linear_decay
 from mrp_lens.utils.torch_state import ordinary_torch
-from mrp_lens.utils.validation import generator_for, or_default
+from mrp_lens.utils.validation import or_default
 
 ForgetLoss = Literal["odds", "bounded", "ascent"]
 RetainLoss = Literal["kl", "cross_entropy"]
@@ -51,6 +52,7 @@ class MRPSettings:
     summary="Projects learned directions out of the residual stream, irreversibly, wherever a text is about the forget set.",
     source="Metamorphosis Representation Projection, arXiv 2508.15449",
     swept=Swept(layer="layers"),
+    space=MRP_SPACE,
     report=(
         "subspaces of rank {rank} removed from the residual stream at layers {layers}",
         "matrices of layers {layers} replaced by noise and taught again what the projection leaves alone",
@@ -197,9 +199,7 @@ class MRP(FitTemplate[MRPSettings]):
         request: str | None = None,
     ) -> Edit:
         """The control "untrained start": the projection from which `fit` with the same arguments sets out."""
-        settings, context = self.context(
-            model, forget, retain, seed=seed, after=after, request=request, progress=False
-        )
+        settings, context = self.context(model, forget, retain, seed=seed, after=after, request=request, progress=False)
         with fitting(model, after):
             _, learned = self._start(settings, context)
         edit: Edit = learned.edit(context.request, {"model": describe(model)})

@@ -342,3 +342,13 @@ def test_numbers_that_cannot_be_meant_are_refused(settings: dict[str, Any], kind
 
 def test_numbers_are_pythons_own() -> None:
     assert type(Coverage(free=np.int64(3)).free) is int
+
+
+def test_each_name_meets_every_stem_however_many_names_there_are(silent: list[str]) -> None:
+    for count in (4, 5, 6):
+        silent.clear()
+        names = COUNTRIES[:count]
+        retain = Corpus.from_texts([f"We like {name}." for name in names])
+        result = covered(replace(NONE, about_names=5 * count), retain=retain)
+        assert result.counts["names"] == count
+        assert len(set(silent)) == 5 * count

@@ -219,9 +219,9 @@ class _Subjects:
     """What the forget set is about, by the words in it.
 
     Attributes:
-        names: rare runs of words that the retain set contains too, as they are spelled, in order of the alphabet.
+        names: rare runs of up to four words that the retain set contains too, as they are spelled, in order of the alphabet.
         topic: words, case folded, that mark a text as one about the forget set.
-        places: rare run, case folded -> the forget documents that it stands in.
+        places: rare run, case folded, of long ones the first four words -> the forget documents that it stands in.
         short: the short ones among these documents.
     """
 
@@ -239,8 +239,9 @@ class _Subjects:
         places: dict[Words, set[int]] = {}
         for number, document in enumerate(forget):
             for run in _rare_runs(_text(document), in_forget, most):
-                spelled.add(run)
-                places.setdefault(_folded(run), set()).add(number)
+                if len(run) <= LONGEST_NAME:
+                    spelled.add(run)
+                places.setdefault(_folded(run[:LONGEST_NAME]), set()).add(number)
         topic = {
             word
             for word, count in in_forget.items()
@@ -312,18 +313,18 @@ def _frequencies(documents: Iterable[Document]) -> Counter[str]:
 
 
 def _rare_runs(text: str, frequencies: Mapping[str, int], most: float) -> Iterator[Words]:
-    """Neighbours that stand in at most so many documents each, as far as they go without a punctuation mark between them;
-    of longer ones the first four."""
+    """Neighbours that stand in at most so many documents each, as far as they go without a punctuation mark between
+    them."""
     run: list[str] = []
     for before, word, behind in [*_marked(text), ("", "", "")]:
         rare = bool(word) and frequencies[word.casefold()] <= most
         if run and (before or not rare):
-            yield tuple(run[:LONGEST_NAME])
+            yield tuple(run)
             run = []
         if rare:
             run.append(word)
         if run and behind:
-            yield tuple(run[:LONGEST_NAME])
+            yield tuple(run)
             run = []
 
 

@@ -20,22 +20,27 @@ from mrp_lens.methods.registry import Swept, register
 from mrp_lens.methods.spaces import ADAPTIVE_RMU_SPACE, RMU_SPACE
 from mrp_lens.models import EditableWeight, LensModel, check_layers, mlp_out_weight, restored, tensor_digests
 from mrp_lens.models.hooks import Site, captured, hook_name, run_segment
-from mrp_lens.training.optim import TransformersAdamW
+from mrp_lens.training.optim import TransformersAdamW, linear_decay
 from mrp_lens.utils.validation import check_positive, or_default
 
 Positions = Literal["content", "all"]
 Optimizer = Literal["adamw", "transformers_adamw"]
 Coefficient = Literal["token", "sample", "first_batch"]
+Errors = Literal["relative", "absolute"]
 States = Float[Tensor, "batch seq d_model"]
 Mask = Bool[Tensor, "batch seq"]
 
-DEPTH_OF_LAYER = 7 / 32  # the released recipe's layer 7 of Zephyr's 32
 MEASURED_DOCUMENTS = 64
-C_SHARE = 2.0  # c over the mean norm of the forget states
-ALPHA_SHARE = 4.0  # alpha over (c / norm)^2: the forget term grows with c^2, so what balances it must as well
+C_SHARE = 2.0  # c over the norm of the forget states
+ALPHA_SHARE = 4.0  # alpha; over (c / norm)^2 for absolute errors, whose forget term grows with c^2
+# In many models a few tokens, the first of a text above all, are attention sinks (arXiv 2309.17453): their states are
+# thousands of times as long as the others ("Massive Activations in Large Language Models", arXiv 2402.17762), say nothing of
+# the text, and hold every other token's attention. Those above this many median norms are left alone.
+SINK_SHARE = 4.0
 LR_SHARE = 0.05  # learning rate over the root mean square of the trained entries; AdamW moves each by about lr a step
 RELEASED: dict[str, Any] = {
     "batch_size": 4,
+    "errors": "absolute",
     "positions": "all",
     "padding": "left",
     "shuffle": False,
@@ -47,10 +52,16 @@ REPORT = "MLP output matrices of layers {trained_layers} trained to steer forget
 
 @dataclass(frozen=True, kw_only=True)
 class MisdirectionSettings:
-    """What a fit of RMU or Adaptive RMU runs with where the user gave nothing."""
+    """What a fit of RMU or Adaptive RMU runs with where the user gave nothing.
+
+    Attributes:
+        norm: of the forget states before training, from which c, alpha and what counts as an attention sink follow: their
+            median for relative errors, their mean for absolute ones.
+    """
 
     layer: int
     trained_layers: tuple[int, ...]
+    norm: float
     alpha: float
     lr: float
 
@@ -78,6 +89,7 @@ class Misdirection(FitTemplate[Resolved], Generic[Resolved]):
     batch_size: int = 32
     micro_batch: int | None = None
     max_length: int | None = None
+    errors: Errors = "relative"
     direction: Law = "uniform"
     positions: Positions = "content"
     padding: PaddingSide = "right"
@@ -87,8 +99,12 @@ class Misdirection(FitTemplate[Resolved], Generic[Resolved]):
     retain_noise: float = 0.0
 
     @abstractmethod
-    def settled(self, norm: float, *, layer: int, trained_layers: tuple[int, ...], lr: float) -> Resolved:
-        """Alpha, and c if that is a number, from the mean norm of the forget states; the rest is as given."""
+    def c_share(self, norm: float) -> float:
+        """Beta: c over the norm of the forget states, which is given."""
+
+    @abstractmethod
+    def settled(self, *, layer: int, trained_layers: tuple[int, ...], norm: float, alpha: float, lr: float) -> Resolved:
+        """The settings, with c if that is a number."""
 
     @abstractmethod
     def c(
@@ -121,8 +137,15 @@ class Misdirection(FitTemplate[Resolved], Generic[Resolved]):
     def resolve(self, model: LensModel, data: Data) -> Resolved:
         layer, trained = self._layers(model)
         size = entry_size(mlp_out_weight(model, place).read() for place in trained)
-        norm = mean_norm(model, data, layer=layer, hook=hook_name(layer, self.site))
-        return self.settled(norm, layer=layer, trained_layers=trained, lr=or_default(self.lr, LR_SHARE * size))
+        norm = norm_of(model, data, layer=layer, hook=hook_name(layer, self.site), errors=self.errors)
+        balance = 1.0 if self.errors == "relative" else self.c_share(norm) ** 2
+        return self.settled(
+            layer=layer,
+            trained_layers=trained,
+            norm=norm,
+            alpha=or_default(self.alpha, ALPHA_SHARE * balance),
+            lr=or_default(self.lr, LR_SHARE * size),
+        )
 
     @override
     def learn(self, settings: Resolved, context: FitContext) -> Fit:
@@ -142,6 +165,7 @@ class Misdirection(FitTemplate[Resolved], Generic[Resolved]):
                     losses,
                     kind(list(masters.values()), lr=settings.lr, eps=self.eps, weight_decay=0.0),
                     steps=self.steps,
+                    schedule=linear_decay if self.errors == "relative" else None,
                     resumable={"losses": losses},
                     shown=losses.written,
                 )
@@ -214,26 +238,46 @@ class _Losses(Generic[Resolved]):
             yield {"loss": self.settings.alpha * part, "retain": part}
 
     def _squared_errors(self, batch: TokenBatch, topic: int | None) -> Iterator[Float[Tensor, ""]]:
-        """Shares of mean ||h - target||^2 / d; the target is c u on a forget topic, the frozen state on retain text.
+        """Shares of the mean error against c u on a forget topic, against the frozen state on retain text; see `_weights`.
+
+        The mean is over the batch's tokens by `positions`, whatever part of it a token is in; one that `_counted` leaves out
+        adds 0 to it. So a part need not know the states of the others, and one without a token left has the share 0.
 
         The blocks below the trained ones run once, without gradient, and give trained and frozen states alike; the
         frozen weights are simply the model's own, since training never writes into it.
         """
         method = self.method
-        total = self._mask(batch).sum() * self.model.cfg.d_model
+        total = self._mask(batch).sum() * (1 if method.errors == "relative" else self.model.cfg.d_model)
         if topic is not None and method.c_of_first_batch and topic not in self.first:
             with torch.no_grad():  # in the model as trained so far
-                self.first[topic] = float(method.c(self.settings, self._states(batch)[1], self._mask(batch), None))
+                frozen_states, states = self._states(batch)
+                counted = self._counted(batch, frozen_states)
+                self.first[topic] = float(method.c(self.settings, states, counted, None))
         for part in parts_of(batch, method.micro_batch):
-            mask = self._mask(part)
             frozen_states, states = self._states(part)
-            target = frozen_states
+            counted = self._counted(part, frozen_states)
+            target, unit = frozen_states, 1.0
             if topic is None and method.retain_noise > 0.0:
                 target = target + self._noise(target)
             if topic is not None:
-                c = method.c(self.settings, frozen_states, mask, self.first.get(topic))
-                target = c * self.directions[topic]
-            yield ((states - target).square() * mask[..., None]).sum() / total
+                c = method.c(self.settings, frozen_states, counted, self.first.get(topic))
+                target, unit = c * self.directions[topic], method.c_share(self.settings.norm)
+            yield ((states - target).square() * self._weights(frozen_states, counted, unit)).sum() / total
+
+    def _counted(self, batch: TokenBatch, frozen_states: States) -> Mask:
+        """The tokens whose errors count: relative ones leave out attention sinks, and states of norm 0, which have none."""
+        mask = self._mask(batch)
+        if self.method.errors == "absolute":
+            return mask
+        norms = frozen_states.norm(dim=-1)
+        return mask & (norms > 0.0) & (norms <= SINK_SHARE * self.settings.norm)
+
+    def _weights(self, frozen_states: States, counted: Mask, unit: float) -> Float[Tensor, "batch seq 1"] | Mask:
+        """Of each token's squared error: 1, or one over the squared norm of its frozen state, in `unit`s of it."""
+        if self.method.errors == "absolute":
+            return counted[..., None]
+        lengths = unit * frozen_states.norm(dim=-1, keepdim=True)
+        return torch.where(counted[..., None], lengths.square().reciprocal(), 0.0)
 
     def _noise(self, states: States) -> States:
         """Isotropic, of the share of each state's norm that the settings say, on average."""
@@ -262,8 +306,8 @@ class _Losses(Generic[Resolved]):
 
 
 def default_layer(model: LensModel) -> int:
-    """Where the released recipe steers, by depth: 7/32 of it, at least layer 2."""
-    return min(int(model.cfg.n_layers) - 1, max(2, round(DEPTH_OF_LAYER * model.cfg.n_layers)))
+    """Where RMU steers: at a third of the depth, from layer 2 on, in a shallow model at the last layer at most."""
+    return min(int(model.cfg.n_layers) - 1, max(2, round(model.cfg.n_layers / 3)))
 
 
 def up_to(layer: int) -> tuple[int, ...]:
@@ -276,12 +320,15 @@ def entry_size(matrices: Iterable[Tensor]) -> float:
     return float(torch.stack([matrix.float().square().mean().sqrt() for matrix in matrices]).mean())
 
 
-def mean_norm(model: LensModel, data: Data, *, layer: int, hook: str) -> float:
-    """Mean L2 norm of the forget states at a hook, over the content tokens of the first 64 documents."""
+def norm_of(model: LensModel, data: Data, *, layer: int, hook: str, errors: Errors) -> float:
+    """L2 norm of the forget states at a hook over the content tokens of the first 64 documents: their median for relative
+    errors, which a few attention sinks do not move, their mean for absolute ones.
+    """
     batch = data.encoder.collate(data.all_forget[:MEASURED_DOCUMENTS])
     with captured(model, [hook]) as store:
         run_segment(model, batch.tokens, batch.attention_mask, first=layer, last=layer)
-    return float(store[hook].float().norm(dim=-1)[batch.content_mask].mean())
+    norms = store[hook].float().norm(dim=-1)[batch.content_mask]
+    return float(norms.median() if errors == "relative" else norms.mean())
 
 
 @register(
@@ -296,18 +343,27 @@ def mean_norm(model: LensModel, data: Data, *, layer: int, hook: str) -> float:
 class RMU(Misdirection[RMUSettings]):
     """Representation Misdirection for Unlearning (WMDP, arXiv 2403.03218).
 
-    L = mean_forget ||h_l - c u||^2 / d + alpha * mean_retain ||h_l - h_l^frozen||^2 / d, over the tokens of the batch
-    (pads and BOS excluded, see `positions`); u is a random unit vector. Only the MLP output matrices of layers
-    l-2, l-1, l learn. Several forget corpora take turns, each with its own u, as in WMDP.
+    L = mean_forget ||h_l - c u||^2 / (beta ||z||)^2 + alpha * mean_retain ||h_l - z||^2 / ||z||^2, over the tokens of the
+    batch (pads and BOS excluded, see `positions`); z is h_l of the frozen model, beta is c over the median norm of the forget
+    states, u is a random unit vector. Only the MLP output matrices of layers l-2, l-1, l learn. Several forget corpora
+    take turns, each with its own u, as in WMDP.
+
+    The paper's loss has ||.||^2 / d in both terms (`errors="absolute"`). In it the few tokens that are attention sinks, with
+    states thousands of times as long as the others ("Massive Activations in Large Language Models", arXiv 2402.17762;
+    arXiv 2309.17453), outweigh all others and set the norm that c is derived from. Here errors are relative to each
+    state, states longer than four times the median count in neither term, and the learning rate falls linearly to 0 over
+    the second half of the run.
 
     Args:
-        layer: l. None: 7/32 of the depth, as in the released Zephyr-7B recipe, at least 2.
-        steering_coeff: c. None: twice the mean norm of the forget states at l.
-        alpha: weight of the retain term. None: four times the square of c over the mean norm of the forget states.
+        layer: l. None: a third of the depth, at least 2.
+        steering_coeff: c. None: twice the norm of the forget states at l: the median for relative errors, the mean for
+            absolute ones.
+        alpha: weight of the retain term. None: 4; for absolute errors four times the square of c over that norm.
         lr: of AdamW. None: derived from the size of the trained matrices' entries.
         steps, batch_size: updates, and documents an update on each side.
         micro_batch: documents a pass, if a batch does not fit into memory.
         max_length: tokens at which documents are cut. None: 512, or the context if that is shorter.
+        errors: "relative": as above; "absolute": the paper's, over all tokens, with a constant learning rate.
         direction: "uniform": entries of u from U[0, 1), as released; "gaussian": isotropic.
         site, trained_layers: where the states are read, and which layers learn, if not as above.
         positions: "content", or "all" to count pads and BOS as the released code does.
@@ -327,8 +383,8 @@ class RMU(Misdirection[RMUSettings]):
     def released(
         cls, *, layer: int = 7, steering_coeff: float = 6.5, alpha: float = 1200.0, lr: float = 5e-5, steps: int = 150
     ) -> "RMU":
-        """The recipe of the released code for Zephyr-7B: batches of 4 in the corpora's order, padded on the left, pads and
-        BOS counted, transformers 4's AdamW.
+        """The recipe of the released code for Zephyr-7B: absolute errors, batches of 4 in the corpora's order, padded on
+        the left, pads and BOS counted, transformers 4's AdamW.
 
         The released code pads with EOS (set `model.tokenizer.pad_token`), and cuts texts at 512 tokens. What a model
         computes at pads is its implementation's choice: the Bridge's states there are Hugging Face's,
@@ -341,10 +397,21 @@ class RMU(Misdirection[RMUSettings]):
         super().check(model)
 
     @override
-    def settled(self, norm: float, *, layer: int, trained_layers: tuple[int, ...], lr: float) -> RMUSettings:
-        c = or_default(self.steering_coeff, C_SHARE * norm)
-        alpha = or_default(self.alpha, ALPHA_SHARE * (c / norm) ** 2)
-        return RMUSettings(layer=layer, trained_layers=trained_layers, alpha=alpha, lr=lr, steering_coeff=c)
+    def c_share(self, norm: float) -> float:
+        return or_default(self.steering_coeff, C_SHARE * norm) / norm
+
+    @override
+    def settled(
+        self, *, layer: int, trained_layers: tuple[int, ...], norm: float, alpha: float, lr: float
+    ) -> RMUSettings:
+        return RMUSettings(
+            layer=layer,
+            trained_layers=trained_layers,
+            norm=norm,
+            alpha=alpha,
+            lr=lr,
+            steering_coeff=or_default(self.steering_coeff, C_SHARE * norm),
+        )
 
     @override
     def c(self, settings: RMUSettings, states: States, mask: Mask, first: float | None) -> float:
@@ -366,7 +433,8 @@ class AdaptiveRMU(Misdirection[MisdirectionSettings]):
     Args:
         beta: factor on the norm; the paper tries 2, 3, 5, 10 and reports 5.
         coefficient: whose norm: "token": each token's own; "sample": the mean over each document's tokens (Eq. 24);
-            "first_batch": one number a corpus, the mean over its first batch (the released code).
+            "first_batch": one number a corpus, the mean over its first batch (the released code). The means are over the
+            tokens that count: for relative errors without attention sinks.
 
     The other arguments are those of `RMU`.
     """
@@ -388,9 +456,14 @@ class AdaptiveRMU(Misdirection[MisdirectionSettings]):
         super().check(model)
 
     @override
-    def settled(self, norm: float, *, layer: int, trained_layers: tuple[int, ...], lr: float) -> MisdirectionSettings:
-        alpha = or_default(self.alpha, ALPHA_SHARE * self.beta**2)
-        return MisdirectionSettings(layer=layer, trained_layers=trained_layers, alpha=alpha, lr=lr)
+    def c_share(self, norm: float) -> float:
+        return self.beta
+
+    @override
+    def settled(
+        self, *, layer: int, trained_layers: tuple[int, ...], norm: float, alpha: float, lr: float
+    ) -> MisdirectionSettings:
+        return MisdirectionSettings(layer=layer, trained_layers=trained_layers, norm=norm, alpha=alpha, lr=lr)
 
     @property
     @override

@@ -362,6 +362,7 @@ class Comparison:
             eps=settings.eps,
             steps=settings.steps,
             batch_size=settings.batch_size,
+            errors="absolute",
             micro_batch=self.draw.choice((None, 1)),
             padding=self.draw.choice(("left", "right")),
             shuffle=False,

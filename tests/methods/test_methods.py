@@ -180,6 +180,7 @@ def test_an_empty_corpus_is_refused(method: Any, model: LensModel, texts: Texts,
         (DirectionAblation(site="nowhere"), "unknown site 'nowhere'"),
         (RMU(direction="north", **QUICK), "unknown direction 'north'; choose one of uniform, gaussian"),
         (AdaptiveRMU(coefficient="all"), "unknown coefficient 'all'"),
+        (RMU(errors="squared"), "unknown errors 'squared'; choose one of relative, absolute"),
         (MRP(init="cold"), "unknown init 'cold'"),
         (MRP(forget_loss="hinge"), "unknown forget_loss 'hinge'"),
         (MRP(steps=0), "steps must be above 0"),
@@ -301,6 +302,7 @@ def test_the_released_recipes_are_as_published() -> None:
     published = {"layer": 7, "steering_coeff": 6.5, "alpha": 1200.0, "lr": 5e-5, "batch_size": 4, "steps": 150}
     assert {name: getattr(rmu, name) for name in published} == published
     assert (adaptive.beta, adaptive.coefficient, adaptive.steps) == (5.0, "first_batch", 500)
+    assert rmu.errors == adaptive.errors == "absolute"
     assert rmu.positions == adaptive.positions == "all"
     assert rmu.eps == adaptive.eps == 1e-6
 

@@ -293,6 +293,11 @@ class FitTemplate(Method, Generic[Settings]):
             TypeError, ValueError: name the setting, its value and what is allowed.
         """
 
+    @property
+    def holds(self) -> bool:
+        """Whether there is a retain loss whose weight a budget can raise; without one a fit ends where the budget does."""
+        return True
+
     @abstractmethod
     def resolve(self, model: LensModel, data: Data) -> Settings:
         """What the fit runs with where the user gave nothing; the earlier edit is on."""
@@ -389,7 +394,7 @@ class FitTemplate(Method, Generic[Settings]):
         control = ControlQuestions(data.encoder, data.corpora, seed=drawn_seed(generator))
         with fitting(model, after):
             damage = Damage(model, data.encoder, unseen)
-            return Budget(model, damage, control, nats=self.budget, target=self.target), left
+            return Budget(model, damage, control, nats=self.budget, target=self.target, holds=self.holds), left
 
     def prepared(
         self,

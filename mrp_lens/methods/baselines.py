@@ -16,6 +16,7 @@ from mrp_lens.data.tokenization import Batches, Encoded, TokenBatch, in_order
 from mrp_lens.edits import ConditionalProjectionEdit, ProjectionEdit, WeightEdit, projection_in
 from mrp_lens.edits.subspace import Subspace
 from mrp_lens.methods.base import Data, FitContext, FitTemplate, both_sides, fitting, parts_of, states_at
+from mrp_lens.methods.coverage import Coverage
 from mrp_lens.methods.fit import Fit
 from mrp_lens.methods.registry import Swept, register
 from mrp_lens.methods.rmu import REPORT as STEERED
@@ -69,6 +70,7 @@ class GradientMethod(FitTemplate[GradientSettings]):
         steps, batch_size: updates, and documents an update on each side.
         micro_batch: documents a pass, if a batch does not fit into memory.
         max_length: tokens at which documents are cut. None: 512, or the context if that is shorter.
+        budget, target, coverage: see `FitTemplate`. Without a retain term a fit ends as soon as there is more damage.
         unit: what the forget term is a mean over; each method has its own.
     """
 
@@ -79,6 +81,9 @@ class GradientMethod(FitTemplate[GradientSettings]):
     batch_size: int = 32
     micro_batch: int | None = None
     max_length: int | None = None
+    budget: float | None = None
+    target: float | None = None
+    coverage: Coverage | None = None
     unit: Unit = "token"
 
     @abstractmethod
@@ -91,6 +96,11 @@ class GradientMethod(FitTemplate[GradientSettings]):
         if not self.retain_weight >= 0.0:
             raise ValueError(f"retain_weight must be at least 0, got {self.retain_weight}")
         self._layers(model)
+
+    @property
+    @override
+    def holds(self) -> bool:
+        return self.retain_weight > 0.0
 
     @override
     def resolve(self, model: LensModel, data: Data) -> GradientSettings:
@@ -128,10 +138,11 @@ class _Losses:
 
     def __init__(self, method: GradientMethod, context: FitContext) -> None:
         self.method, self.model, self.encoder = method, context.model, context.data.encoder
-        forget = context.data.all_forget
+        self.context, data = context, context.covered()
+        forget = data.all_forget
         self.reference = dict(zip(forget, self._log_probabilities(forget), strict=True))
         self.forget = Batches(forget, method.batch_size, context.generator)
-        self.retain = Batches(context.data.retain, method.batch_size, context.generator)
+        self.retain = Batches(data.retain, method.batch_size, context.generator)
 
     def __call__(self, step: int) -> Iterator[dict[str, Tensor]]:
         method = self.method
@@ -150,7 +161,7 @@ class _Losses:
             terms = {"loss": forget, "forget": forget}
             if kept_tokens:
                 terms["retain"] = text[~losing].sum() / kept_tokens
-                terms["loss"] = forget + method.retain_weight * terms["retain"]
+                terms["loss"] = forget + self.context.multiplier * method.retain_weight * terms["retain"]
             yield terms
 
     def _text(self, batch: TokenBatch) -> tuple[Float[Tensor, " counted"], Int[Tensor, " counted"]]:

@@ -76,6 +76,7 @@ class Budget(Callback):
         control: questions on the forget set.
         nats: the damage that is allowed for.
         target: accuracy on the control questions to forget down to. None: what cannot be told from chance.
+        holds: there is a retain loss to weigh; else the fit ends at the first damage above the budget.
 
     Attributes:
         multiplier: factor on the retain loss's weight, 1 at the start.
@@ -83,9 +84,16 @@ class Budget(Callback):
     """
 
     def __init__(
-        self, model: LensModel, damage: Damage, control: ControlQuestions, *, nats: float, target: float | None
+        self,
+        model: LensModel,
+        damage: Damage,
+        control: ControlQuestions,
+        *,
+        nats: float,
+        target: float | None,
+        holds: bool = True,
     ) -> None:
-        self.model, self.damage, self.control, self.nats = model, damage, control, nats
+        self.model, self.damage, self.control, self.nats, self.holds = model, damage, control, nats, holds
         self.target = control.target if target is None else target
         self.before = control.accuracy(model)
         self.multiplier, self.looks = 1.0, [self.before]
@@ -102,6 +110,8 @@ class Budget(Callback):
         if done % EVERY == 0:
             with state.shown():
                 found = self.damage()
+            if not self.holds and found > self.nats:
+                state.steps = done
             off = math.log(max(found, 1e-6) / self.nats)
             least, most = LIMITS
             self.multiplier = min(most, max(least, self.multiplier * math.exp(RATE * max(-1.0, min(1.0, off)))))

@@ -3,7 +3,7 @@
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Generic, Literal, TypeVar
 
 import torch
@@ -15,6 +15,7 @@ from mrp_lens.data.tokenization import Batches, BatchesInTurn, Encoded, PaddingS
 from mrp_lens.edits import WeightEdit
 from mrp_lens.edits.subspace import Law, random_units
 from mrp_lens.methods.base import Data, FitContext, FitTemplate, fitting, parts_of
+from mrp_lens.methods.coverage import Coverage
 from mrp_lens.methods.fit import Fit
 from mrp_lens.methods.registry import Swept, register
 from mrp_lens.methods.spaces import ADAPTIVE_RMU_SPACE, RMU_SPACE
@@ -41,6 +42,8 @@ LR_SHARE = 0.05  # learning rate over the root mean square of the trained entrie
 RELEASED: dict[str, Any] = {
     "batch_size": 4,
     "errors": "absolute",
+    "budget": None,
+    "coverage": None,
     "positions": "all",
     "padding": "left",
     "shuffle": False,
@@ -85,10 +88,13 @@ class Misdirection(FitTemplate[Resolved], Generic[Resolved]):
     trained_layers: tuple[int, ...] | None = None
     alpha: float | None = None
     lr: float | None = None
-    steps: int = 150
+    steps: int = 300
     batch_size: int = 32
     micro_batch: int | None = None
     max_length: int | None = None
+    budget: float | None = 0.03
+    target: float | None = None
+    coverage: Coverage | None = field(default_factory=Coverage)
     errors: Errors = "relative"
     direction: Law = "uniform"
     positions: Positions = "content"
@@ -198,14 +204,15 @@ class _Losses(Generic[Resolved]):
         masters: Mapping[int, Tensor],
         directions: Sequence[Tensor],
     ) -> None:
-        self.method, self.settings = method, settings
+        data = context.covered()
+        self.method, self.settings, self.context = method, settings, context
         self.model, self.encoder, self.generator = context.model, context.data.encoder, context.generator
         self.weights, self.masters, self.directions = weights, masters, directions
         self.hook = hook_name(settings.layer, method.site)
         self.store: dict[str, Tensor] = {}
         self.first: dict[int, float] = {}
-        self.forget = [self._batches(rows) for rows in context.data.forget]
-        self.retain = [self._batches(context.data.retain) for _ in self.forget]
+        self.forget = [self._batches(rows) for rows in data.forget]
+        self.retain = [self._batches(data.retain) for _ in self.forget]
 
     def _batches(self, rows: Sequence[Encoded]) -> Batches:
         """Batches for ever: shuffled in each pass, or in the order of the corpus."""
@@ -235,7 +242,7 @@ class _Losses(Generic[Resolved]):
         for part in self._squared_errors(self._next(self.forget[topic]), topic):
             yield {"loss": part, "forget": part}
         for part in self._squared_errors(self._next(self.retain[topic]), None):
-            yield {"loss": self.settings.alpha * part, "retain": part}
+            yield {"loss": self.context.multiplier * self.settings.alpha * part, "retain": part}
 
     def _squared_errors(self, batch: TokenBatch, topic: int | None) -> Iterator[Float[Tensor, ""]]:
         """Shares of the mean error against c u on a forget topic, against the frozen state on retain text; see `_weights`.
@@ -358,11 +365,12 @@ class RMU(Misdirection[RMUSettings]):
         layer: l. None: a third of the depth, at least 2.
         steering_coeff: c. None: twice the norm of the forget states at l: the median for relative errors, the mean for
             absolute ones.
-        alpha: weight of the retain term. None: 4; for absolute errors four times the square of c over that norm.
+        alpha: weight of the retain term, at the start of a fit with a budget. None: 4; for absolute errors four times the square of c over that norm.
         lr: of AdamW. None: derived from the size of the trained matrices' entries.
-        steps, batch_size: updates, and documents an update on each side.
+        steps, batch_size: updates at most, and documents an update on each side.
         micro_batch: documents a pass, if a batch does not fit into memory.
         max_length: tokens at which documents are cut. None: 512, or the context if that is shorter.
+        budget, target, coverage: see `FitTemplate`.
         errors: "relative": as above; "absolute": the paper's, over all tokens, with a constant learning rate.
         direction: "uniform": entries of u from U[0, 1), as released; "gaussian": isotropic.
         site, trained_layers: where the states are read, and which layers learn, if not as above.

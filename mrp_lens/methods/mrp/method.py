@@ -33,7 +33,7 @@ from mrp_lens.utils.validation import or_default
 ForgetLoss = Literal["odds", "bounded", "ascent"]
 RetainLoss = Literal["kl", "cross_entropy"]
 
-FORGET_BOUND = {"odds": 1.0, "bounded": 6.0, "ascent": math.inf}  # nats
+FORGET_BOUND = {"odds": 1.0, "bounded": 5.0, "ascent": math.inf}  # nats
 GATE_LR = 0.2  # learning rate of the gates over that of the rows
 
 
@@ -80,10 +80,10 @@ class MRP(FitTemplate[MRPSettings]):
         conditional: with the gate.
         gate_directions: directions of a gate, each for a cluster of the forget states.
         gate_weight: factor on the gates' own loss: open on the tokens of forget documents, closed on others.
-        forget_loss: "bounded": -min(CE, forget_bound) per token. "odds": per token, the log odds of the text's token against
-            the other tokens that the model without the projection considers there, down to -forget_bound. Tokens that
-            the forget texts alone determine do not count. "ascent": -CE, the paper's, which diverges.
-        forget_bound: nats. None: 6 for "bounded", 1 for "odds".
+        forget_loss: "odds": per token, the log odds of the text's token against the other tokens that the model without the
+            projection considers there, down to -forget_bound. Tokens that the forget texts alone determine do not count.
+            "bounded": -min(CE, forget_bound) per token. "ascent": -CE, the paper's, which diverges.
+        forget_bound: nats. None: 1 for "odds", 5 for "bounded".
         retain_loss: "kl": KL(unedited || edited) on the retain corpus; "cross_entropy": on its text, as in the paper.
         retain_weight: factor on the retain loss, at the start of a fit with a budget; the released code has 1.2, with its
             cross-entropy.
@@ -110,7 +110,7 @@ class MRP(FitTemplate[MRPSettings]):
     conditional: bool = True
     gate_directions: int = 8
     gate_weight: float = 0.1
-    forget_loss: ForgetLoss = "bounded"
+    forget_loss: ForgetLoss = "odds"
     forget_bound: float | None = None
     retain_loss: RetainLoss = "kl"
     retain_weight: float = 5.0
@@ -340,7 +340,6 @@ class UnconditionalMRP(MRP):
     """
 
     conditional: bool = False
-    forget_loss: ForgetLoss = "odds"
     retain_weight: float = 10.0
     steps: int = 150
     batch_size: int = 32

@@ -2,8 +2,8 @@
 
 `python -m analysis.alignment --model demo --out runs/alignment`
 
-RMU is fitted at several c, given as multiples of the forget states' norm at its layer, all with the alpha that is its
-default at c = 2 norms, as the paper (arXiv 2408.06223) varies c alone; Adaptive RMU and MRP with their defaults. MRP has
+RMU is fitted at several c, given as multiples of the forget states' norm at its layer, all with its default alpha, which
+does not depend on c, as the paper (arXiv 2408.06223) varies c alone; Adaptive RMU and MRP with their defaults. MRP has
 no direction: its states are held against RMU's u, which is unrelated to it.
 """
 
@@ -17,11 +17,10 @@ from mrp_lens import metrics
 from mrp_lens.data import Corpus
 from mrp_lens.edits import edit_on
 from mrp_lens.methods import MRP, RMU, AdaptiveRMU, Fit
-from mrp_lens.methods.rmu import ALPHA_SHARE, default_layer
+from mrp_lens.methods.rmu import default_layer
 
 SHARES = (0.5, 1.0, 2.0, 4.0)  # c over the norm of the forget states
 USUAL = 2.0  # RMU's default; by layer, the one nearest to it is shown
-ALPHA = ALPHA_SHARE * USUAL**2
 DOCUMENTS = 200  # a side
 SHOWN = (
     "method",
@@ -56,10 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     norm = float(
         metrics.alignment(study.model, texts, first.direction, layers=[layer]).set_index("group")["norm"]["forget"]
     )
-    fits = {
-        ("rmu", share): study.fit(RMU(layer=layer, steering_coeff=share * norm, alpha=ALPHA))
-        for share in options.shares
-    } | {
+    fits = {("rmu", share): study.fit(RMU(layer=layer, steering_coeff=share * norm)) for share in options.shares} | {
         ("adaptive-rmu", AdaptiveRMU.beta): study.fit(AdaptiveRMU(layer=layer)),
         ("mrp", float("nan")): study.fit(MRP()),
     }

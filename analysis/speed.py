@@ -103,7 +103,14 @@ def plain_rmu(model: Any, forget: Corpus, retain: Corpus, steps: int) -> None:
 def our_rmu(model: Any, forget: Corpus, retain: Corpus, steps: int) -> None:
     """The same job through the library."""
     settings = RMU(
-        layer=LAYER, steering_coeff=COEFFICIENT, alpha=ALPHA, lr=5e-5, steps=steps, batch_size=BATCH, positions="all"
+        layer=LAYER,
+        steering_coeff=COEFFICIENT,
+        alpha=ALPHA,
+        lr=5e-5,
+        steps=steps,
+        batch_size=BATCH,
+        errors="absolute",
+        positions="all",
     )
     settings.fit(model, forget, retain, progress=False)
 

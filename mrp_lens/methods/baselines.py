@@ -19,8 +19,8 @@ from mrp_lens.methods.base import Data, FitContext, FitTemplate, both_sides, fit
 from mrp_lens.methods.coverage import Coverage
 from mrp_lens.methods.fit import Fit
 from mrp_lens.methods.registry import Swept, register
+from mrp_lens.methods.rmu import RELEASED_DEPTH_SHARE, RMU, default_layer, entry_size, up_to
 from mrp_lens.methods.rmu import REPORT as STEERED
-from mrp_lens.methods.rmu import RMU, default_layer, entry_size, up_to
 from mrp_lens.methods.spaces import ABLATION_SPACE, GRADIENT_ASCENT_SPACE, GRADIENT_SPACE, NPO_SPACE, RMU_SPACE
 from mrp_lens.models import LensModel, check_layers, mlp_out_weight, restored, tensor_digests
 from mrp_lens.models.hooks import Site, hook_name
@@ -64,7 +64,7 @@ class GradientMethod(FitTemplate[GradientSettings]):
     Several forget corpora are taken as one.
 
     Args:
-        layers: whose matrices learn. None: those of RMU, in the first third of the depth: later ones cost more of the retain set.
+        layers: whose matrices learn. None: those of the released RMU, by depth: later ones cost more of the retain set.
         retain_weight: weight of the cross-entropy of the retain set; 0: that is not looked at.
         lr: of AdamW, falling linearly to 0 in the second half. None: derived from the size of the trained entries.
         steps, batch_size: updates, and documents an update on each side.
@@ -130,7 +130,7 @@ class GradientMethod(FitTemplate[GradientSettings]):
         return context.result(WeightEdit(learned, replaced, provenance=context.provenance(steps=len(run.log))), run)
 
     def _layers(self, model: LensModel) -> tuple[int, ...]:
-        return check_layers(model, or_default(self.layers, up_to(default_layer(model))))
+        return check_layers(model, or_default(self.layers, up_to(default_layer(model, RELEASED_DEPTH_SHARE))))
 
 
 class _Losses:

@@ -31,6 +31,8 @@ Errors = Literal["relative", "absolute"]
 States = Float[Tensor, "batch seq d_model"]
 Mask = Bool[Tensor, "batch seq"]
 
+DEPTH_SHARE = 1 / 3
+RELEASED_DEPTH_SHARE = 7 / 32  # layer 7 of Zephyr's 32
 MEASURED_DOCUMENTS = 64
 C_SHARE = 2.0  # c over the norm of the forget states
 ALPHA_SHARE = 4.0  # alpha; over (c / norm)^2 for absolute errors, whose forget term grows with c^2
@@ -312,9 +314,9 @@ class _Losses(Generic[Resolved]):
             yield
 
 
-def default_layer(model: LensModel) -> int:
-    """Where RMU steers: at a third of the depth, from layer 2 on, in a shallow model at the last layer at most."""
-    return min(int(model.cfg.n_layers) - 1, max(2, round(model.cfg.n_layers / 3)))
+def default_layer(model: LensModel, share: float = DEPTH_SHARE) -> int:
+    """The layer at a share of the depth, from layer 2 on, in a shallow model the last; RMU steers at a third."""
+    return min(int(model.cfg.n_layers) - 1, max(2, round(share * model.cfg.n_layers)))
 
 
 def up_to(layer: int) -> tuple[int, ...]:

@@ -16,8 +16,8 @@ from mrp_lens import metrics
 from mrp_lens.data import UnlearningTask
 from mrp_lens.edits import Edit
 from mrp_lens.edits.subspace import random_units
-from mrp_lens.methods import METHODS, AdaptiveRMU, Fit, Method
-from mrp_lens.methods.rmu import C_SHARE, default_layer
+from mrp_lens.methods import METHODS, RMU, AdaptiveRMU, Fit, Method
+from mrp_lens.methods.rmu import default_layer
 from mrp_lens.metrics import Measured, rows_for
 from mrp_lens.models import LensModel, check_layers, identity_of
 from mrp_lens.utils.result_store import ResultStore
@@ -197,11 +197,9 @@ def default_layers(model: LensModel, count: int) -> tuple[int, ...]:
 
 @ordinary_torch(gradients=False)
 def default_coefficient(model: LensModel, task: UnlearningTask, *, layer: int) -> float:
-    """c of RMU's default: twice the mean norm of the forget states at a layer, to three digits."""
-    frame = metrics.alignment(
-        model, task.forget_texts.spread(64), torch.ones(model.cfg.d_model), layers=[layer], progress=False
-    )
-    return float(f"{C_SHARE * frame['norm'].iloc[0]:.3g}")
+    """c of RMU's default at a layer, to three digits."""
+    _, settings, _ = RMU(layer=layer).prepared(model, task.forget, task.retain, after=None, request=None)
+    return float(f"{settings.steering_coeff:.3g}")
 
 
 @ordinary_torch(gradients=True)

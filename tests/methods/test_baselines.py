@@ -83,7 +83,7 @@ def test_forget_texts_become_less_likely_and_only_the_named_matrices_change(
 ) -> None:
     fit = method.fit(model, *texts, **FIT)
     assert isinstance(fit.edit, WeightEdit)
-    assert fit.edit.layers == (0, 1, 2)  # those of RMU
+    assert fit.edit.layers == (0, 1, 2)  # those of the released RMU, by depth
     before = flat_mean(token_losses(model, texts[0]))
     with fit.edit.applied(model):
         assert flat_mean(token_losses(model, texts[0])) > before

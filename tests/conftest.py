@@ -20,10 +20,15 @@ if sys.version_info < (3, 12):
 
 from mrp_lens.data import Corpus  # noqa: E402
 from mrp_lens.data.world import World  # noqa: E402
+from mrp_lens.methods.coverage import Coverage  # noqa: E402
 from mrp_lens.models import available_backends, load_model  # noqa: E402
 from tests.support.families import DEPTH, WIDTH, save_family  # noqa: E402
 
 LAYERS, D_MODEL = DEPTH, WIDTH
+
+# What a fit has the model write besides the user's texts would be most of a three-step fit's time.
+for few in ("about_names", "questions", "free"):
+    Coverage.__init__.__kwdefaults__[few] = 4
 
 
 @pytest.fixture(scope="session", params=["hooked", "bridge"])

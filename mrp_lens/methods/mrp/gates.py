@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits, normalize
 
@@ -68,16 +68,12 @@ def start_gates(
 
 
 def gate_loss(
-    gates_open: Mapping[str, Float[Tensor, "batch seq"]], is_lost: Tensor, content: Tensor
+    opened: Mapping[str, Float[Tensor, "batch seq"]], content: Bool[Tensor, "batch seq"], *, lost: bool
 ) -> Float[Tensor, ""]:
-    """Cross-entropy of the gates, in nats: they should be open on the tokens of forget documents and closed on others; the mean
-    over hooks, each side counting the same."""
-    lost, kept = content & is_lost[:, None], content & ~is_lost[:, None]
-    terms = [
-        -share[lost].clamp(min=1e-4).log().mean() - (1.0 - share[kept]).clamp(min=1e-4).log().mean()
-        for share in gates_open.values()
-    ]
-    return torch.stack(terms).mean()
+    """Cross-entropy of gates that should be open on the content tokens of forget documents (`lost`), and closed on those of
+    others, in nats: the sum over tokens, the mean over hooks."""
+    shares = torch.stack([share[content] for share in opened.values()])
+    return -(shares if lost else 1.0 - shares).clamp(min=1e-4).log().mean(dim=0).sum()
 
 
 @torch.enable_grad()

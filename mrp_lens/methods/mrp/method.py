@@ -8,13 +8,14 @@ from typing import Literal
 
 import pandas as pd
 import torch
+from jaxtyping import Float
 from torch import Tensor
 from typing_extensions import override
 
 from mrp_lens.data import Corpus
-from mrp_lens.data.tokenization import Batches
+from mrp_lens.data.tokenization import Batches, TokenBatch
 from mrp_lens.edits import Edit, projection_in, without_projections
-from mrp_lens.methods.base import Data, FitContext, FitTemplate, both_sides, fitting, parts_of
+from mrp_lens.methods.base import Data, FitContext, FitTemplate, fitting, parts_of
 from mrp_lens.methods.coverage import Coverage
 from mrp_lens.methods.fit import Fit
 from mrp_lens.methods.mrp.distillation import Distillation, DistillationSettings
@@ -248,53 +249,69 @@ class MRP(FitTemplate[MRPSettings]):
 
 
 class _Losses:
-    """What the training loop minimises: for each step the share of each micro-batch."""
+    """What the training loop minimises: for each step the share of each micro-batch, forget side first.
+
+    The sides are passes of their own: forget texts are often a line long and retain texts paragraphs, to whose length a
+    common batch would pad all of them.
+    """
 
     def __init__(self, method: MRP, context: FitContext, data: Data, learned: LearnedRows) -> None:
         self.context = context
         self.method, self.model, self.encoder, self.learned = method, context.model, data.encoder, learned
         self.forget = Batches(data.all_forget, method.batch_size, context.generator)
         self.retain = Batches(data.retain, method.batch_size, context.generator)
-        self.weights = openness(context.data.all_forget, self.model.cfg.d_vocab).to(data.encoder.device)
+        self.weights = openness(data.all_forget, self.model.cfg.d_vocab).to(data.encoder.device)
         self.bound = or_default(method.forget_bound, FORGET_BOUND[method.forget_loss])
-        self.needs_reference = method.forget_loss == "odds" or method.retain_loss == "kl"
 
     def __call__(self, step: int) -> Iterator[dict[str, Tensor]]:
-        method = self.method
         self.learned.alone = step % 2 == 1
-        batch, is_lost = both_sides(self.encoder, next(self.forget), next(self.retain))
-        lost_count, kept_count = batch.loss_mask[is_lost].sum(), batch.loss_mask[~is_lost].sum()
-        for part, side in zip(
-            parts_of(batch, method.micro_batch), is_lost.split(method.micro_batch or len(batch)), strict=True
-        ):
-            to_lose = side[:, None].expand_as(part.loss_mask)[:, 1:][part.loss_mask[:, 1:]]
+        forget, retain = (self.encoder.collate(next(side)) for side in (self.forget, self.retain))
+        yield from self._losing(forget)
+        yield from self._keeping(retain)
+
+    def _losing(self, batch: TokenBatch) -> Iterator[dict[str, Tensor]]:
+        method, count = self.method, batch.loss_mask.sum()
+        for part in parts_of(batch, method.micro_batch):
             predicted = predictions(self.model, part)
-            opened = dict(self.learned.shares)
-            reference = predicted
-            if self.needs_reference:
-                with torch.no_grad(), self.learned.off():
-                    reference = predictions(self.model, part)
+            gate = self._gate_loss(part, batch, lost=True)
             text = cross_entropy(predicted, part)
             if method.forget_loss == "odds":
                 before = part.tokens[:, :-1][part.loss_mask[:, 1:]]
-                losing = self.weights[before] * log_odds(reference, predicted, part).clamp(min=-self.bound)
+                odds = log_odds(self._reference(part), predicted, part)
+                losing = self.weights[before] * odds.clamp(min=-self.bound)
             else:
                 losing = -text.clamp(max=self.bound)
-            keeping = kl(reference, predicted) if method.retain_loss == "kl" else text
-            forget = losing[to_lose].sum() / lost_count
-            retain = keeping[~to_lose].sum() / kept_count
-            loss = forget + self.context.multiplier * method.retain_weight * retain
-            terms = {}
-            if opened:
-                terms["gate"] = gate_loss(opened, side, part.content_mask) * len(part) / len(batch)
-                loss = loss + method.gate_weight * terms["gate"]
+            forget = losing.sum() / count
             yield {
-                "loss": loss,
+                "loss": forget + method.gate_weight * gate.get("gate", 0.0),
                 "forget": forget,
-                "retain": retain,
-                **terms,
-                "forget_cross_entropy": text.detach()[to_lose].sum() / lost_count,
+                **gate,
+                "forget_cross_entropy": text.detach().sum() / count,
             }
+
+    def _keeping(self, batch: TokenBatch) -> Iterator[dict[str, Tensor]]:
+        method, count = self.method, batch.loss_mask.sum()
+        for part in parts_of(batch, method.micro_batch):
+            predicted = predictions(self.model, part)
+            gate = self._gate_loss(part, batch, lost=False)
+            if method.retain_loss == "kl":
+                keeping = kl(self._reference(part), predicted)
+            else:
+                keeping = cross_entropy(predicted, part)
+            retain = keeping.sum() / count
+            weight = self.context.multiplier * method.retain_weight
+            yield {"loss": weight * retain + method.gate_weight * gate.get("gate", 0.0), "retain": retain, **gate}
+
+    def _reference(self, part: TokenBatch) -> Float[Tensor, "counted d_vocab"]:
+        """What the model without any projection predicts."""
+        with torch.no_grad(), self.learned.off():
+            return predictions(self.model, part)
+
+    def _gate_loss(self, part: TokenBatch, batch: TokenBatch, *, lost: bool) -> dict[str, Tensor]:
+        """The part's share of the gates' loss, from the pass just made; nothing without gates."""
+        if not self.learned.gates:
+            return {}
+        return {"gate": gate_loss(self.learned.shares, part.content_mask, lost=lost) / batch.content_mask.sum()}
 
 
 def joined_logs(projection: pd.DataFrame, distillation: pd.DataFrame, *, seconds: float) -> pd.DataFrame:

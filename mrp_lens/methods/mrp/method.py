@@ -294,10 +294,8 @@ class _Losses:
         for part in parts_of(batch, method.micro_batch):
             predicted = predictions(self.model, part)
             gate = self._gate_loss(part, batch, lost=False)
-            if method.retain_loss == "kl":
-                keeping = kl(self._reference(part), predicted)
-            else:
-                keeping = cross_entropy(predicted, part)
+            divergence = method.retain_loss == "kl"
+            keeping = kl(self._reference(part), predicted) if divergence else cross_entropy(predicted, part)
             retain = keeping.sum() / count
             weight = self.context.multiplier * method.retain_weight
             yield {"loss": weight * retain + method.gate_weight * gate.get("gate", 0.0), "retain": retain, **gate}

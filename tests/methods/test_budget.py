@@ -1,0 +1,143 @@
+"""Fits within a budget of damage: the damage itself, the multiplier, the ends of a fit, and what is said of them."""
+
+import math
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+
+from mrp_lens.data import Corpus, Document
+from mrp_lens.edits import Edit
+from mrp_lens.methods import MRP, RMU, Fit, GradientAscent, Outcome
+from mrp_lens.methods.budget import EVERY, LIMITS, PATIENCE, Budget, Damage, damage_of
+from mrp_lens.methods.control import ControlQuestions, control_accuracy, parted
+from mrp_lens.models import LensModel, encoder_for, logits_of
+from mrp_lens.training.callbacks import TrainingState
+
+Texts = tuple[Corpus, Corpus]
+FIT: dict[str, Any] = {"seed": 0, "progress": False}
+
+
+class Known(Damage):
+    """A damage that is given."""
+
+    def __init__(self, *values: float) -> None:
+        self.values = list(values)
+
+    def __call__(self) -> float:
+        return self.values.pop(0) if len(self.values) > 1 else self.values[0]
+
+
+class Answers(ControlQuestions):
+    """Control questions whose accuracy is given."""
+
+    def __init__(self, *values: float) -> None:
+        self.values, self.choices, self.rows = list(values), 4, []
+
+    def accuracy(self, model: Any) -> float:
+        return self.values.pop(0) if len(self.values) > 1 else self.values[0]
+
+
+def run(budget: Budget, steps: int) -> TrainingState:
+    """What the training loop does with a governor, without training."""
+    state = TrainingState("test", steps, torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0))
+    state.shown = nullcontext
+    budget.on_start(state)
+    while not state.last:
+        state.rows.append({})
+        budget.on_step(state.done - 1, {})
+    return state
+
+
+def test_damage_is_the_mean_divergence_of_every_counted_token(model: LensModel, texts: Texts, edit: Edit) -> None:
+    encoder = encoder_for(model)
+    rows = encoder.encode(texts[1].documents[:7])
+    damage = Damage(model, encoder, rows)
+    assert damage() == pytest.approx(0.0, abs=1e-6)
+    expected = []
+    for row in rows:
+        tokens = torch.tensor([row.ids])
+        mask = torch.ones_like(tokens, dtype=torch.bool)
+        before = logits_of(model, tokens, mask)[0].double().log_softmax(-1)
+        with edit.applied(model):
+            after = logits_of(model, tokens, mask)[0].double().log_softmax(-1)
+        places = [place for place in range(len(row.ids) - 1) if row.in_loss[place + 1]]
+        expected += [float((before[p].exp() * (before[p] - after[p])).sum()) for p in places]
+    with edit.applied(model):
+        assert damage() == pytest.approx(sum(expected) / len(expected), rel=1e-3)
+
+
+def test_the_multiplier_follows_the_damage() -> None:
+    budget = Budget(None, Known(1.0), Answers(1.0), nats=0.1, target=None)  # type: ignore[arg-type]
+    run(budget, 2 * EVERY + 1)
+    assert budget.multiplier == pytest.approx(math.exp(0.5) ** 2)
+    budget = Budget(None, Known(1e-9), Answers(1.0), nats=0.1, target=None)  # type: ignore[arg-type]
+    run(budget, 400)
+    assert budget.multiplier == LIMITS[0]
+    even = Budget(None, Known(0.1), Answers(1.0), nats=0.1, target=None)  # type: ignore[arg-type]
+    run(even, 30)
+    assert even.multiplier == pytest.approx(1.0)
+
+
+def test_a_fit_at_its_target_has_a_quarter_more_to_settle() -> None:
+    budget = Budget(None, Known(0.0), Answers(1.0, 0.9, 0.2, 0.2), nats=0.1, target=0.25)  # type: ignore[arg-type]
+    assert PATIENCE == 2
+    assert run(budget, 300).done == 60 + 15
+
+
+def test_a_fit_that_no_longer_moves_ends() -> None:
+    budget = Budget(None, Known(0.0), Answers(1.0, 0.7), nats=0.1, target=0.25)  # type: ignore[arg-type]
+    assert run(budget, 1000).done < 300
+
+
+def test_without_a_retain_loss_the_budget_is_the_end() -> None:
+    budget = Budget(None, Known(0.05, 0.05, 0.2), Answers(1.0), nats=0.1, target=None, holds=False)  # type: ignore[arg-type]
+    assert run(budget, 100).done == 3 * EVERY
+
+
+@pytest.mark.parametrize(
+    ("left", "damage", "ended"),
+    [(0.25, 0.01, "target"), (0.25, 0.9, "budget"), (0.6, 0.1, "budget"), (0.6, 0.01, "steps"), (0.99, 0.1, "unmoved")],
+)
+def test_what_is_said_of_a_fit(left: float, damage: float, ended: str) -> None:
+    outcome = Outcome.of(
+        left=left, before=1.0, target=0.3, damage=damage, budget=0.1, total=0.3, steps=7, interrupted=False
+    )
+    assert outcome.ended == ended
+    assert bool(outcome) == (ended == "target")
+    assert f"{left:.2f} of 1.00 left" in str(outcome)
+    assert Outcome.from_json(outcome.to_json()) == outcome
+
+
+def test_control_questions_offer_endings_of_the_forget_set(model: LensModel, texts: Texts) -> None:
+    questions = ControlQuestions(encoder_for(model), [texts[0]], seed=0)
+    assert questions.choices == 4
+    assert questions.chance == 0.25 < questions.target < 0.4
+    again = ControlQuestions(encoder_for(model), [texts[0]], seed=0)
+    assert questions.rows == again.rows
+    assert questions.rows != ControlQuestions(encoder_for(model), [texts[0]], seed=1).rows
+    assert 0.0 <= questions.accuracy(model) <= 1.0
+    assert control_accuracy(model, texts[0]) == questions.accuracy(model)
+
+
+def test_a_document_is_parted_where_its_prompt_ends_or_before_its_last_third() -> None:
+    assert parted(Document("Q:", " a b c")) == ("Q:", " a b c")
+    assert parted(Document("", "one two three four five six")) == ("one two three four", " five six")
+    assert parted(Document("", "word")) is None
+
+
+def test_fits_report_what_they_reached(model: LensModel, texts: Texts, tmp_path: Any) -> None:
+    settings: dict[str, Any] = {"steps": 4, "batch_size": 4}
+    first = MRP(layers=[1], rank=2, **settings).fit(model, *texts, **FIT)
+    assert first.outcome is not None
+    assert first.outcome.steps == 4
+    first.save(tmp_path / "fit")
+    assert Fit.load(tmp_path / "fit").outcome == first.outcome
+    later = Corpus(texts[0].documents[::2], "later")
+    second = MRP(layers=[1], rank=2, **settings).fit(model, later, texts[1], after=first.edit, **FIT)
+    assert second.outcome is not None
+    assert second.outcome.total == pytest.approx(first.outcome.damage + second.outcome.damage)
+    assert damage_of(second.edit) == pytest.approx(second.outcome.total)
+    assert RMU(budget=None, **settings).fit(model, *texts, **FIT).outcome is None
+    assert GradientAscent(budget=1e-6, lr=0.05, steps=30, batch_size=4).fit(model, *texts, **FIT).log.shape[0] == EVERY

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from mrp_lens.data import Corpus, Document
-from mrp_lens.edits import Edit
 from mrp_lens.methods import MRP, RMU, Fit, GradientAscent, Outcome
 from mrp_lens.methods.budget import EVERY, LIMITS, PATIENCE, Budget, Damage, damage_of
 from mrp_lens.methods.control import ControlQuestions, control_accuracy, parted
@@ -50,7 +49,8 @@ def run(budget: Budget, steps: int) -> TrainingState:
     return state
 
 
-def test_damage_is_the_mean_divergence_of_every_counted_token(model: LensModel, texts: Texts, edit: Edit) -> None:
+def test_damage_is_the_mean_divergence_of_every_counted_token(model: LensModel, texts: Texts) -> None:
+    edit = projection([1], 2)
     encoder = encoder_for(model)
     rows = encoder.encode(texts[1].documents[:7])
     damage = Damage(model, encoder, rows)

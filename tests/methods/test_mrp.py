@@ -118,7 +118,7 @@ def test_a_later_request_joins_with_an_earlier_one_behind_gates(
     edit = method.fit(model, *texts, after=earlier, request="two", **FIT).edit
     assert isinstance(edit, ConditionalProjectionEdit)
     assert edit.without("two") == earlier
-    assert edit.gates("two") == {}
+    assert set(edit.gates("two")) == (set(edit.hook_names) if isinstance(method, MRP) else set())
     for name in edit.hook_names:
         one, two = edit.subspaces("one")[name], edit.subspaces("two")[name]
         assert float((one.basis @ two.basis.T).abs().max()) < 1e-5

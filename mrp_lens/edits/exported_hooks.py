@@ -21,6 +21,7 @@ SITES = ("resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post")
 
 HASH = "sha256"  # of a configuration's settings, among them
 MODES = ("replace", "add")
+NUMBERS = ("threshold", "sharpness")  # of a gate, for each of its directions
 
 
 class Change(nn.Module):
@@ -71,9 +72,8 @@ class ConditionalProjection(Change):
         rows, directions = self.values[:rank].to(wide), self.values[rank:]
         each = []
         for entry in self.gates:
-            own, gate = 0, entry["gate"]
-            if gate is not None:
-                own = len(gate["threshold"]) if isinstance(gate["threshold"], (list, tuple)) else 1
+            gate = entry["gate"]
+            own = 0 if gate is None else len(_numbers(gate["threshold"]))
             each.append(shares(wide, directions[:own], **gate) if own else torch.ones_like(wide[..., 0]))
             directions = directions[own:]
         by_row = [
@@ -289,11 +289,28 @@ def _are_gates(entries: Sequence[Mapping[str, Any]], shape: Sequence[int], width
     return (
         all(_is_count(rank - 1, width) for rank in ranks)
         and 0 < sum(ranks) < width
-        and list(shape) == [sum(ranks) + len(gates), width]
-        and all(set(gate) == {"threshold", "sharpness", "hard"} and type(gate["hard"]) is bool for gate in gates)
-        and all(type(gate[name]) is float for gate in gates for name in ("threshold", "sharpness"))
-        and all(math.isfinite(gate["threshold"]) and 0.0 < gate["sharpness"] < math.inf for gate in gates)
+        and all(_is_gate(gate) for gate in gates)
+        and list(shape) == [sum(ranks) + sum(len(_numbers(gate["threshold"])) for gate in gates), width]
     )
+
+
+def _is_gate(gate: Mapping[str, Any]) -> bool:
+    """Whether a gate has the numbers of one, for each of its directions."""
+    thresholds, steepness = (_numbers(gate[name]) for name in NUMBERS)
+    return (
+        set(gate) == {*NUMBERS, "hard"}
+        and type(gate["hard"]) is bool
+        and type(gate["threshold"]) is type(gate["sharpness"])
+        and len(thresholds) == len(steepness) > 0
+        and all(type(each) is float for each in (*thresholds, *steepness))
+        and all(math.isfinite(each) for each in thresholds)
+        and all(0.0 < each < math.inf for each in steepness)
+    )
+
+
+def _numbers(value: Any) -> Sequence[Any]:
+    """Of a gate with one direction or several: one for each."""
+    return value if isinstance(value, list) else [value]
 
 
 def _is_count(value: Any, below: int) -> bool:

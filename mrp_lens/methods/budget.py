@@ -105,7 +105,7 @@ class Budget(Callback):
     @override
     def on_step(self, step: int, row: Mapping[str, float]) -> None:
         state, done = self._state, step + 1
-        if state.last:
+        if done >= state.steps:  # not at state.last: a fit that is told to stop goes on from here, with this look
             return
         if done % EVERY == 0:
             with state.shown():

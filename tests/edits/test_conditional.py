@@ -17,7 +17,16 @@ from mrp_lens.models import LensModel, describe, load_model
 from mrp_lens.models.hooks import captured, hook_name
 from tests.conftest import D_MODEL, assert_same_state, state_of
 from tests.support.edit_folders import read, write
-from tests.support.edits import assert_refused, beside, conditional, logits, projection, weight_edit, written
+from tests.support.edits import (
+    assert_refused,
+    behind_several,
+    beside,
+    conditional,
+    logits,
+    projection,
+    weight_edit,
+    written,
+)
 
 SITES = ("resid_post", "resid_pre", "resid_mid", "mlp_out", "attn_out")
 HOOK = hook_name(1)
@@ -34,14 +43,23 @@ def by_hand(states: Tensor, edit: ProjectionEdit, hook: str) -> Tensor:
                 continue
             share = 1.0
             if gate is not None:
-                length = math.sqrt(float(h @ h))
-                cosine = float(h @ gate.direction.double()) / length if length else 0.0
-                soft = 1.0 / (1.0 + math.exp(-gate.sharpness * (cosine - gate.threshold)))
-                share = float(cosine > gate.threshold) if gate.hard else soft
+                share = share_by_hand(h, gate)
             for q in subspace.basis.double():
                 lost += share * float(h @ q) * q
         changed.append(h - lost)
     return torch.stack(changed).view(states.shape)
+
+
+def share_by_hand(h: Tensor, gate: Gate) -> float:
+    """Of one state: the widest that one of the gate's directions opens it."""
+    length, several = math.sqrt(float(h @ h)), gate.direction.ndim == 2
+    thresholds, steepness = (x if several else [x] for x in (gate.threshold, gate.sharpness))
+    opened = []
+    for w, threshold, sharpness in zip(gate.rows.double(), thresholds, steepness, strict=True):  # type: ignore[arg-type]
+        cosine = float(h @ w) / length if length else 0.0
+        soft = 1.0 / (1.0 + math.exp(-sharpness * (cosine - threshold)))
+        opened.append(float(cosine > threshold) if gate.hard else soft)
+    return max(opened)
 
 
 def states_at(model: LensModel, hook: str, tokens: Tensor) -> Tensor:
@@ -63,6 +81,25 @@ def test_each_state_loses_what_its_gate_says(
     with edit.applied(model):
         after = states_at(model, hook, tokens)
     torch.testing.assert_close(after.double(), by_hand(before, edit, hook), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("hard", [False, True])
+def test_a_gate_with_several_directions_opens_as_far_as_the_one_that_opens_it_furthest(
+    model: LensModel, tokens: Tensor, hard: bool, untouched: None
+) -> None:
+    edit = behind_several(1, hard=hard) + conditional(2, request="one")
+    edit = edit + beside(edit, request="beside", hard=hard)  # type: ignore[arg-type]
+    before = states_at(model, HOOK, tokens)
+    gate = edit.gates("edit")[HOOK]
+    alone = [Gate(*each, hard) for each in zip(gate.rows, gate.threshold, gate.sharpness, strict=True)]  # type: ignore[arg-type]
+    widest = torch.stack([each(before) for each in alone])
+    torch.testing.assert_close(gate(before), widest.amax(dim=0), atol=1e-6, rtol=1e-6)
+    assert set(widest.argmax(dim=0).flatten().tolist()) == {0, 1, 2}  # each direction opens it somewhere
+    with edit.applied(model):
+        after = states_at(model, HOOK, tokens)
+    torch.testing.assert_close(after.double(), by_hand(before, edit, HOOK), atol=1e-5, rtol=1e-5)
+    control = edit.random_like(seed=1)
+    assert control.gates("random edit") == edit.gates("edit")
 
 
 def test_gates_of_several_requests_look_at_the_state_that_comes_in(
@@ -209,6 +246,51 @@ def test_saved_and_loaded_it_is_the_same_bit_for_bit(
     assert isinstance(ProjectionEdit.from_pretrained(tmp_path / "edit"), ConditionalProjectionEdit)
 
 
+@pytest.mark.parametrize("directions", [1, 4])
+def test_so_is_one_whose_gates_have_several_directions(
+    directions: int, model: LensModel, tokens: Tensor, tmp_path: Path, untouched: None
+) -> None:
+    edit = behind_several(1, 2, directions=directions) + conditional(3, request="one")
+    edit.save_pretrained(tmp_path / "edit")
+    again = load_edit(tmp_path / "edit")
+    assert isinstance(again, ConditionalProjectionEdit)
+    assert again == edit
+    for hook, gate in edit.gates("edit").items():
+        loaded = again.gates("edit")[hook]
+        assert loaded.direction.shape == (directions, D_MODEL)
+        assert torch.equal(loaded.direction, gate.direction)
+        assert loaded.numbers == gate.numbers
+    again.save_pretrained(tmp_path / "again")
+    for name in ("edit.safetensors", "edit_config.json"):
+        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "edit" / name).read_bytes()
+    with edit.applied(model):
+        expected = logits(model, tokens)
+    with again.applied(model):
+        assert torch.equal(logits(model, tokens), expected)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda gate: gate | {"threshold": gate["threshold"][:2]}, "threshold must be one number for each of 3"),
+        (lambda gate: gate | {"threshold": 0.1}, "threshold must be one number for each of 3"),
+        (lambda gate: gate | {"sharpness": [1.0, 0.0, 1.0]}, "sharpness must be above 0"),
+        (lambda gate: gate | {"sharpness": 30.0}, "not as an edit saves them"),
+        (lambda gate: gate | {"threshold": ["0", 0.1, 0.2]}, "threshold must be a number"),
+        (lambda gate: gate | {"threshold": [[0.0], 0.1, 0.2]}, "threshold must be a number"),
+    ],
+)
+def test_a_folder_with_other_numbers_of_several_directions_is_refused(
+    change: Any, message: str, tmp_path: Path
+) -> None:
+    behind_several(1).save_pretrained(tmp_path / "edit")
+    config, tensors = read(tmp_path / "edit")
+    entry = config["settings"]["hooks"][0]
+    entry["gate"] = change(entry["gate"])
+    with pytest.raises(ValueError, match=message):
+        load_edit(write(tmp_path / "changed", config, tensors))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -216,7 +298,7 @@ def test_saved_and_loaded_it_is_the_same_bit_for_bit(
         (lambda gate: gate | {"threshold": "0.1"}, "'threshold' must be int or float"),
         (lambda gate: gate | {"hard": 1}, "'hard' must be bool"),
         (lambda gate: gate | {"tensor": "elsewhere"}, "elsewhere"),
-        (lambda gate: gate | {"tensor": f"rows.0.{HOOK}"}, "vector"),
+        (lambda gate: gate | {"tensor": f"rows.0.{HOOK}"}, "each of 3 directions"),
         (lambda gate: gate | {"extra": 1}, "not as an edit saves them"),
         (lambda gate: None, "needs a gate"),
         (lambda gate: [], "'gate' must be"),
@@ -328,6 +410,27 @@ def test_shares_are_differentiable_in_everything() -> None:
     assert bool(torch.isfinite(zero.grad).all())
 
 
+def test_shares_of_several_directions_are_differentiable_in_everything() -> None:
+    generator = torch.Generator().manual_seed(0)
+    states = torch.randn(2, 3, 5, generator=generator, dtype=torch.float64, requires_grad=True)
+    directions = torch.randn(4, 5, generator=generator, dtype=torch.float64, requires_grad=True)
+    numbers = [torch.rand(4, generator=generator, dtype=torch.float64) + 0.5 for _ in range(2)]
+    assert torch.autograd.gradcheck(shares, (states, directions, *(each.requires_grad_() for each in numbers)))
+
+
+def test_a_gate_with_several_directions_normalises_each_and_has_a_number_for_each() -> None:
+    rows = torch.arange(1.0, 3 * D_MODEL + 1).view(3, D_MODEL)
+    gate = Gate(rows, (0, 0.1, 0.2), 5)  # type: ignore[arg-type]
+    torch.testing.assert_close(gate.direction.norm(dim=1), torch.ones(3))
+    assert gate.d_model == D_MODEL
+    assert torch.equal(gate.rows, gate.direction)
+    assert gate.numbers == {"threshold": [0.0, 0.1, 0.2], "sharpness": [5.0, 5.0, 5.0], "hard": False}
+    assert gate == Gate(gate.direction, [0.0, 0.1, 0.2], [5.0] * 3)  # type: ignore[arg-type]
+    assert len({gate, Gate(gate.direction, (0.0, 0.1, 0.2), (5.0,) * 3)}) == 1
+    assert gate != Gate(gate.direction, (0.0, 0.1, 0.3), 5.0)
+    assert gate != Gate(gate.direction.flip(0), (0.0, 0.1, 0.2), 5.0)
+
+
 def test_a_gate_normalises_its_direction_and_equals_its_twin() -> None:
     direction = torch.arange(1.0, D_MODEL + 1)
     gate = Gate(direction, 1)  # type: ignore[arg-type]
@@ -346,7 +449,16 @@ def test_a_gate_normalises_its_direction_and_equals_its_twin() -> None:
     [
         ({"direction": torch.zeros(8)}, ValueError, "non-zero"),
         ({"direction": torch.full((8,), math.nan)}, ValueError, "finite"),
-        ({"direction": torch.eye(8)}, ValueError, "vector"),
+        ({"direction": torch.ones(2, 2, 8)}, ValueError, "vector"),
+        ({"direction": torch.ones(0, 8), "threshold": ()}, ValueError, "vector"),
+        ({"direction": torch.eye(8)}, ValueError, "threshold must be one number for each of 8 directions, got 0.0"),
+        ({"direction": torch.eye(2, 8), "threshold": (0.1,)}, ValueError, r"each of 2 directions, got \(0.1,\)"),
+        ({"direction": torch.eye(2, 8), "threshold": (0.1, math.nan)}, ValueError, "threshold must be a finite"),
+        ({"direction": torch.eye(2, 8), "threshold": (0.1, None)}, TypeError, "threshold must be a number"),
+        ({"direction": torch.eye(2, 8), "threshold": (0.1,) * 2, "sharpness": (1.0,) * 3}, ValueError, "each of 2"),
+        ({"direction": torch.eye(2, 8), "threshold": (0.1,) * 2, "sharpness": (1.0, 0.0)}, ValueError, "above 0"),
+        ({"direction": torch.zeros(2, 8), "threshold": (0.1,) * 2}, ValueError, "non-zero"),
+        ({"threshold": (0.1, 0.2)}, ValueError, "threshold must be one number for each of 1 directions"),
         ({"direction": [1.0, 0.0]}, TypeError, "tensor"),
         ({"threshold": math.nan}, ValueError, "threshold must be a finite"),
         ({"threshold": "0.1"}, TypeError, "threshold must be a number"),

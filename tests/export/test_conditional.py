@@ -16,7 +16,7 @@ from mrp_lens.export.model_card import model_card
 from mrp_lens.hf import attach
 from mrp_lens.models import load_model
 from mrp_lens.models.hooks import hook_name
-from tests.support.edits import beside, conditional, projection, weight_edit
+from tests.support.edits import behind_several, beside, conditional, projection, weight_edit
 from tests.support.export_edits import LLAMA, PLACES, TOKENS, assert_exact, exported, hooked, log_probabilities, write
 from tests.support.families import NO_HOOKED, families_mostly_slow, save_family
 
@@ -26,6 +26,17 @@ def two_requests(*layers: int) -> ConditionalProjectionEdit:
     edit = first + beside(first, request="b", hard=True) + projection(0, request="plain")
     assert isinstance(edit, ConditionalProjectionEdit)
     return edit
+
+
+def with_several_directions(*layers: int) -> ConditionalProjectionEdit:
+    """Beside a request whose gates have one, so that each finds its own rows among the values of both."""
+    first = behind_several(*layers, request="a")
+    edit = first + beside(first, request="b", hard=True) + behind_several(0, request="c", directions=1)
+    assert isinstance(edit, ConditionalProjectionEdit)
+    return edit
+
+
+EDITS = {"one": two_requests, "several": with_several_directions}
 
 
 def put_on_by_hand(hf_model: Any, family: str, edit: Edit) -> None:
@@ -43,10 +54,14 @@ def put_on_by_hand(hf_model: Any, family: str, edit: Edit) -> None:
                     continue
                 q, share = subspace.basis.double(), torch.ones_like(wide[..., :1])
                 if gate is not None:
-                    w = gate.direction.double()
-                    cosine = (wide * w).sum(-1, keepdim=True) / wide.square().sum(-1, keepdim=True).sqrt()
-                    soft = 1.0 / (1.0 + (-gate.sharpness * (cosine - gate.threshold)).exp())
-                    share = (cosine > gate.threshold).double() if gate.hard else soft
+                    norm, opened = wide.square().sum(-1, keepdim=True).sqrt(), []
+                    several = gate.direction.ndim == 2
+                    numbers = [x if several else [x] for x in (gate.threshold, gate.sharpness)]
+                    for w, threshold, sharpness in zip(gate.rows.double(), *numbers, strict=True):  # type: ignore[arg-type]
+                        cosine = (wide * w).sum(-1, keepdim=True) / norm
+                        soft = 1.0 / (1.0 + (-sharpness * (cosine - threshold)).exp())
+                        opened.append((cosine > threshold).double() if gate.hard else soft)
+                    share = torch.stack(opened).amax(dim=0)
                 left = left - share * ((wide @ q.T) @ q)
             return left.to(h.dtype)
 
@@ -74,11 +89,12 @@ def lens(family: str, folder: Path, backend: str) -> Any:
     return load_model(folder, backend=backend)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("directions", EDITS)
 @pytest.mark.parametrize("form", ["module", "adapter"])
 def test_each_form_computes_what_hooks_by_hand_do(
-    form: str, lens: Any, folder: Path, family: str, tmp_path: Path
+    form: str, directions: str, lens: Any, folder: Path, family: str, tmp_path: Path
 ) -> None:
-    edit = two_requests(1, 3)
+    edit = EDITS[directions](1, 3)
     out = write(lens, edit, tmp_path / form, form)
     loaded = AutoModelForCausalLM.from_pretrained(
         folder if form == "adapter" else out, trust_remote_code=form == "module"
@@ -105,9 +121,9 @@ def test_every_site_leaves_as_it_is_hooked(bridge: Any, tiny_folder: Path, tmp_p
     assert_exact(bridge, edit, plain)
 
 
-@pytest.mark.parametrize("form", ["auto", "adapter"])
-def test_the_proof_in_a_fresh_process_holds(bridge: Any, tmp_path: Path, form: Any) -> None:
-    edit = two_requests(1, 2) + weight_edit(bridge, 1)
+@pytest.mark.parametrize(("form", "directions"), [("auto", "one"), ("adapter", "one"), ("auto", "several")])
+def test_the_proof_in_a_fresh_process_holds(bridge: Any, tmp_path: Path, form: Any, directions: str) -> None:
+    edit = EDITS[directions](1, 2) + weight_edit(bridge, 1)
     report = export_hf(bridge, edit, tmp_path / "out", form, progress=False)
     assert report.form == ("module" if form == "auto" else "adapter")
     assert report.max_logit_diff is not None
@@ -153,11 +169,43 @@ def test_its_tensors_stay_in_float32_through_half_precision(bridge: Any, tmp_pat
     ("name", "value"), [("rank", 2), ("rank", 0), ("threshold", None), ("sharpness", -1.0), ("hard", 1), ("more", 1.0)]
 )
 def test_gates_that_no_edit_has_do_not_load(bridge: Any, tmp_path: Path, name: str, value: Any) -> None:
-    out = write(bridge, conditional(1), tmp_path / "out", "module")
+    assert_does_not_load(write(bridge, conditional(1), tmp_path / "out", "module"), name, value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("threshold", 0.1),
+        ("threshold", [0.1, 0.2]),
+        ("threshold", [0.1, 0.2, "0.3"]),
+        ("threshold", [0.1, 0.2, float("inf")]),
+        ("sharpness", 1.0),
+        ("sharpness", [1.0, 0.0, 1.0]),
+        ("sharpness", [1.0, 1.0]),
+        ("sharpness", []),
+    ],
+)
+def test_numbers_of_several_directions_that_no_edit_has_do_not_load(
+    bridge: Any, tmp_path: Path, name: str, value: Any
+) -> None:
+    assert_does_not_load(write(bridge, behind_several(1), tmp_path / "out", "module"), name, value)
+
+
+def test_a_gate_without_a_direction_does_not_load(bridge: Any, tmp_path: Path) -> None:
+    out = write(bridge, behind_several(1), tmp_path / "out", "module")
+    assert_does_not_load(out, "threshold", [], sharpness=[])
+
+
+def assert_does_not_load(out: Path, name: str, value: Any, **more: Any) -> None:
+    """Refused for its hash, and with a right one for what it says."""
     config = json.loads((out / "config.json").read_text("utf-8"))
     own = config["mrp_lens"]
-    entry = own["changes"][0]["steps"][0]["gates"][0]
+    step = own["changes"][0]["steps"][0]
+    entry = step["gates"][0]
     (entry if name == "rank" else entry["gate"])[name] = value
+    if more:
+        entry["gate"] |= more
+        step["shape"][0] = entry["rank"]
     (out / "config.json").write_text(json.dumps(config), encoding="utf-8")
     with pytest.raises(ValueError, match="hash does not match"):
         exported(out)
@@ -182,3 +230,6 @@ def test_the_card_says_of_which_states_it_takes_what() -> None:
     assert line.format(0, 3, "", "plain") in card
     assert line.format(1, 3, f"{above}0.05, gradually (sharpness 9)", "a") in card
     assert line.format(1, 2, f"{above}0", "b") in card
+    several = model_card(with_several_directions(1), base="org/base", form="module")
+    fixed = " from states in the direction of one of 3 fixed unit vectors, gradually"
+    assert line.format(1, 3, fixed, "a") in several

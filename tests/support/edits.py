@@ -30,6 +30,21 @@ def conditional(
     return ConditionalProjectionEdit(plain.subspaces(), gates, request=request)
 
 
+def behind_several(
+    *layers: int, seed: int = 0, request: str = "edit", hard: bool = False, directions: int = 3
+) -> ConditionalProjectionEdit:
+    """Each subspace behind a gate with several directions, whose thresholds and sharpness differ."""
+    plain = projection(*layers, seed=seed, request=request)
+    generator = torch.Generator().manual_seed(seed + 2000)
+    thresholds = [0.1 + 0.05 * number for number in range(directions)]
+    sharpness = [30.0 / (number + 1) for number in range(directions)]
+    gates = {
+        hook: Gate(torch.randn(directions, D_MODEL, generator=generator), tuple(thresholds), tuple(sharpness), hard)
+        for hook in plain.hook_names
+    }
+    return ConditionalProjectionEdit(plain.subspaces(), gates, request=request)
+
+
 def beside(
     edit: ProjectionEdit, *, request: str, rank: int = 2, seed: int = 5, **gate: Any
 ) -> ConditionalProjectionEdit:

@@ -16,4 +16,10 @@ MRP_SPACE: Space = {
     "budget": BUDGET,
     "gate_directions": Range(1, 32, log=True, whole=True),
 }
+UNCONDITIONAL_MRP_SPACE: Space = {
+    "layers": Block(0.3, 1.0, most=4),
+    "rank": Factor(0.25, 4.0, whole=True),
+    "lr": Factor(0.1, 10.0),
+    "retain_weight": Range(1.0, 100.0, log=True),
+}
 ABLATION_SPACE: Space = {"layers": Block(0.2, 1.0, most=4)}

@@ -19,6 +19,7 @@ from tests.support.edits import logits
 from tests.support.families import save_family
 
 LAYER, ROOMY = 2, 64  # more than there are documents: each step sees all of them
+PLAIN: dict[str, Any] = {"budget": None, "coverage": None}  # the corpora as they are, and all of them
 FIT: dict[str, Any] = {"seed": 0, "progress": False}
 SINK = "The"  # every text begins with it
 States = list[torch.Tensor]
@@ -90,6 +91,7 @@ def test_the_losses_are_those_of_the_formulas_with_and_without_attention_sinks(
             "batch_size": ROOMY,
             "errors": errors,
             "micro_batch": 5,
+            **PLAIN,
         }
         method = RMU(**shared) if coefficient is None else AdaptiveRMU(coefficient=coefficient, **shared)
         return method, method.fit(sunk, *texts, **FIT)

@@ -23,7 +23,7 @@ from mrp_lens.methods.mrp.gates import gate_loss, start_gates
 from mrp_lens.methods.mrp.initialization import Start, start_rows
 from mrp_lens.methods.mrp.learned import LearnedRows
 from mrp_lens.methods.registry import Swept, register
-from mrp_lens.methods.spaces import MRP_SPACE
+from mrp_lens.methods.spaces import MRP_SPACE, UNCONDITIONAL_MRP_SPACE
 from mrp_lens.models import LensModel, check_layers, describe
 from mrp_lens.models.hooks import Site, hook_name, hooked
 from mrp_lens.training.losses import cross_entropy, kl, log_odds, openness, predictions
@@ -337,6 +337,7 @@ def default_layers(n_layers: int) -> list[int]:
     summary="MRP as published: the directions are projected out of every state.",
     source="Metamorphosis Representation Projection, arXiv 2508.15449",
     swept=Swept(layer="layers"),
+    space=UNCONDITIONAL_MRP_SPACE,
     report=(
         "subspaces of rank {rank} removed from every state of the residual stream at layers {layers}",
         "matrices of layers {layers} replaced by noise and taught again what the projection leaves alone",

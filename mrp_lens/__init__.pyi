@@ -33,6 +33,7 @@ from .methods import Fit as Fit
 from .methods import GradientAscent as GradientAscent
 from .methods import GradientDifference as GradientDifference
 from .methods import NoisyRMU as NoisyRMU
+from .methods import UnconditionalMRP as UnconditionalMRP
 from .models import LensModel as LensModel
 from .models import load_model as load_model
 from .models.generation import continuations as continuations

@@ -119,8 +119,8 @@ class Command(ABC):
 
     @classmethod
     def placed(cls, parts: Mapping[str, type], titles: Mapping[str, str]) -> dict[str, tuple[str, Option]]:
-        """Name -> the part it belongs to ("": the command itself) and the option. A name that is taken stands behind its
-        part's title."""
+        """Name -> the part it belongs to ("": the command itself) and the option. A name that is taken stands behind the
+        first word of its part's title."""
         apart = {*parts, *cls.inside}
         own = (option for option in options_of(cls, "options") if option.name.split(".")[0] not in apart)
         found = {option.name: ("", option) for option in own}
@@ -128,7 +128,7 @@ class Command(ABC):
             title = titles.get(part, part)
             taken = {field.name for field in fields(kind)} & set(found)
             for option in options_of(kind, title):
-                behind = title.replace("-", "_") + "_" if option.name.split(".")[0] in taken else ""
+                behind = title.split(":")[0].replace("-", "_") + "_" if option.name.split(".")[0] in taken else ""
                 found[behind + option.name] = (part, replace(option, name=behind + option.name))
         return found
 

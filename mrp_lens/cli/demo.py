@@ -43,6 +43,7 @@ COLUMNS: list[Column] = [
     ("back after 20 updates", lambda row: _recovered(row)),
     ("worst other topic", lambda row: percent(row["worst_topic_accuracy"])),
     ("text", lambda row: f"x{row['text_perplexity_ratio']:.3f}"),
+    ("end", lambda row: row["outcome"] or ""),
     ("fit", lambda row: f"{row['seconds']:.0f} s"),
 ]
 
@@ -220,6 +221,7 @@ def score_edits(
             "verdict": verdict(float(found["forget_accuracy"]), untaught),
             "untaught_accuracy": untaught,
             "text_perplexity_ratio": float(found["text_perplexity"]) / base,
+            "outcome": fits[name].ended if name in fits else None,
             "seconds": float(fits[name].log["seconds"].iloc[-1]) if name in fits else 0.0,
         }
         for name, found in figures.items()

@@ -26,7 +26,8 @@ from mrp_lens.training import LoggerCallback, logger_named
 EXAMPLES = 3
 CAPTION = (
     "forget text: mean probability per token of the forget documents. Brackets: 95%, bootstrap. text: perplexity of retain documents "
-    "that the fit did not see, as a multiple of the unedited model's. Chance is what guessing gives; below it, the answer is suppressed, not gone."
+    "that the fit did not see, as a multiple of the unedited model's. Chance is what guessing gives; below it, the answer is suppressed, not gone. "
+    "end: what the fit came to first: its target, its budget of damage, or the last of its steps."
 )
 
 
@@ -164,6 +165,9 @@ class Unlearn(Command):
             console.print(
                 f"The edit is in {out / 'edit'}; load it with mrp_lens.load_edit({str(out / 'edit')!r}). Measuring it ..."
             )
+            if fit.outcome is not None:
+                run.notes.append(f"{method} {fit.outcome}.")
+                console.print(run.notes[-1])
             after = store.once("edited", lambda: measured(model, task, fit.edit))
             fill(run, task, method, fit, before, after)
             run.write_into(out)
@@ -203,9 +207,10 @@ def fill(
             "method": name,
             **found["figures"],
             "text_perplexity_ratio": found["figures"]["text_perplexity"] / base,
+            "outcome": ended,
             "seconds": spent,
         }
-        for name, found, spent in (("unedited", before, 0.0), (method, after, seconds))
+        for name, found, ended, spent in (("unedited", before, None, 0.0), (method, after, fit.ended, seconds))
     ]
     run.examples = [
         dict(prompt=prompt, unedited=a, **{method: b})
@@ -247,6 +252,7 @@ def columns(figures: Mapping[str, float]) -> list[Column]:
         ("forget text", with_interval("forget_probability", "forget_probability_low", "forget_probability_high")),
         *quizzes,
         ("text", lambda row: f"x{row['text_perplexity_ratio']:.3f}"),
+        ("end", lambda row: row["outcome"] or ""),
         ("fit", lambda row: f"{row['seconds']:.0f} s"),
     ]
 

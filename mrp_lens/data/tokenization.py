@@ -73,18 +73,19 @@ class Encoder:
     rows: int
     device: torch.device
 
-    def encode(self, documents: Iterable[Document], *, keep: Kept = "start") -> list[Encoded]:
+    def encode(self, documents: Iterable[Document], *, keep: Kept = "start", warn: bool = True) -> list[Encoded]:
         """Tokenise prompt and completion as one text; a token that reaches into the completion counts in the loss.
 
         Of documents over `max_length` the start is kept, or the end (and BOS): what a long prompt leads up to. A
-        UserWarning tells how many were cut.
+        UserWarning tells how many were cut; without `warn`, for documents that are not the user's, nothing does.
 
         Raises:
             ValueError: a document with a token that the embedding has no row for.
         """
         documents = list(documents)
         encoded, long = self._encoded(documents, keep)
-        self._warn_of_cuts(long, len(documents), keep)
+        if warn:
+            self._warn_of_cuts(long, len(documents), keep)
         return encoded
 
     def fitted(self, rows: Sequence[Encoded], *, keep: Kept) -> list[Encoded]:

@@ -200,7 +200,7 @@ class FitContext:
         return replace(self.data, forget=tuple(forget), retain=retain[0])
 
     def _encoded(self, documents: Sequence[Document]) -> list[Encoded]:
-        return [row for row in self.data.encoder.encode(documents) if any(row.in_loss[1:])]
+        return [row for row in self.data.encoder.encode(documents, warn=False) if any(row.in_loss[1:])]
 
     def train(
         self,

@@ -46,7 +46,7 @@ class ControlQuestions:
         for beginning, ending in asked:
             offered = [ending, *rng.sample([other for other in endings if other != ending], self.choices - 1)]
             documents += [Document(form.format(beginning), each) for form in FORMS for each in offered]
-        self.rows = encoder.encode(documents, keep="end")
+        self.rows = encoder.encode(documents, keep="end", warn=False)
 
     @property
     def chance(self) -> float:

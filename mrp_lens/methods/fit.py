@@ -100,6 +100,11 @@ class Fit:
         return cls.load(target)
 
     @property
+    def ended(self) -> str | None:
+        """How it ended, in a word; None: it had no budget."""
+        return None if self.outcome is None else self.outcome.ended
+
+    @property
     def direction(self) -> Float[Tensor, " d_model"]:
         """The direction u of a fit with one forget corpus.
 

@@ -73,8 +73,9 @@ class Tuned:
 
     @property
     def picture(self) -> pd.DataFrame:
-        """The frame of `plots.pareto`."""
-        return self.trials[self.trials["state"] == "complete"].drop(columns="reason").assign(**self.controls)
+        """The frame of `plots.pareto`, whose `budget` is the search's; that of each fit is `fit_budget`."""
+        done = self.trials[self.trials["state"] == "complete"].drop(columns="reason")
+        return done.rename(columns={"budget": "fit_budget"}).assign(**self.controls)
 
 
 @ordinary_torch(gradients=True)

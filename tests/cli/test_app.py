@@ -89,7 +89,8 @@ def test_help_of_a_method_shows_each_of_its_settings_with_default_and_meaning(na
             assert " ".join(helps[setting.name].split())[:30] in said.replace("- ", "-"), spelled
         if isinstance(setting.default, float | int) and not isinstance(setting.default, bool):
             assert f"(default: {setting.default})" in said
-    assert ("--distillation.later-noise" in output) == (name == "mrp")
+    assert ("--distillation.later-noise" in output) == name.startswith("mrp")
+    assert ("--coverage.about-names" in output) == ("--budget" in output) == (name != "direction-ablation")
 
 
 def test_every_setting_of_every_method_can_be_given() -> None:

@@ -13,7 +13,7 @@ import pytest
 
 from mrp_lens.cli import unlearn as module
 from mrp_lens.edits import load_edit
-from mrp_lens.methods import METHODS, MRP, RMU, AdaptiveRMU
+from mrp_lens.methods import METHODS, MRP, RMU, AdaptiveRMU, Fit
 from mrp_lens.training import loop
 from mrp_lens.training.loop import NonFiniteLossError
 from mrp_lens.utils.io import sole_process
@@ -39,10 +39,19 @@ def test_unlearn_writes_what_it_promises(tiny_folder: Path, files: Path, method:
     assert [row["method"] for row in summary["rows"]] == ["unedited", method]
     keys = ["method", "forget_probability", "forget_probability_low", "forget_probability_high", "text_perplexity"]
     sides = [f"{side}_{key}" for side in ("forget", "retain") for key in ("accuracy", "low", "high", "chance")]
-    assert list(summary["rows"][0]) == [*keys, *sides, "text_perplexity_ratio", "seconds"]
+    assert list(summary["rows"][0]) == [*keys, *sides, "text_perplexity_ratio", "outcome", "seconds"]
     assert list(pd.read_csv(out / "table.csv")["method"]) == ["unedited", method]
     assert len(pd.read_csv(out / "log.csv")) == 2
     assert 'id="norms"' in (out / "report.html").read_text(encoding="utf-8")
+    outcome = Fit.load(out).outcome
+    assert outcome is not None
+    assert [row["outcome"] for row in summary["rows"]] == [None, outcome.ended]
+    assert list(pd.read_csv(out / "table.csv")["outcome"].fillna("")) == ["", outcome.ended]
+    assert summary["notes"] == [f"{method} {outcome}."]
+    assert f"{method} {outcome}." in " ".join(result.output.split())
+    page = (out / "report.html").read_text(encoding="utf-8")
+    assert "end of the fit" in page
+    assert f"{method} {outcome}." in page
     edit = load_edit(out / "edit")
     record = edit.provenance if method != "mrp" else edit.provenance["requests"]["forget"]
     assert record["method"] == method
@@ -102,6 +111,8 @@ def test_unlearn_reads_known_schemas(tiny_folder: Path, files: Path) -> None:
     summary = summary_of(files / "out")
     assert summary["arguments"]["forget_schema"] == "locuslab/TOFU"
     assert summary["rows"][0]["retain_chance"] == 0.25
+    assert [row["outcome"] for row in summary["rows"]] == [None, None]  # the released settings have no budget
+    assert summary["notes"] == []
     settings = load_edit(files / "out" / "edit").provenance["settings"]
     assert (settings["layer"], settings["steps"], settings["alpha"], settings["positions"]) == (2, 1, 1200.0, "all")
 

@@ -13,6 +13,7 @@ from mrp_lens.methods.budget import EVERY, LIMITS, PATIENCE, Budget, Damage, dam
 from mrp_lens.methods.control import ControlQuestions, control_accuracy, parted
 from mrp_lens.models import LensModel, encoder_for, logits_of
 from mrp_lens.training.callbacks import TrainingState
+from tests.support.edits import projection
 
 Texts = tuple[Corpus, Corpus]
 FIT: dict[str, Any] = {"seed": 0, "progress": False}
@@ -50,7 +51,7 @@ def run(budget: Budget, steps: int) -> TrainingState:
 
 
 def test_damage_is_the_mean_divergence_of_every_counted_token(model: LensModel, texts: Texts) -> None:
-    edit = projection([1], 2)
+    edit = projection(1, rank=2)
     encoder = encoder_for(model)
     rows = encoder.encode(texts[1].documents[:7])
     damage = Damage(model, encoder, rows)

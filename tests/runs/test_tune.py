@@ -49,7 +49,8 @@ def test_every_trial_is_measured_on_the_tuning_part_and_the_chosen_one_on_the_re
     assert (found.trials["state"] == "complete").all()
     assert found.trials["forget_accuracy"].nunique() > 1
     for _, row in found.trials.iterrows():
-        method = RMU(steps=STEPS, lr=0.3, layer=row["layer"], alpha=row["alpha"], steering_coeff=row["steering_coeff"])
+        searched = {name: row[name] for name in ("layer", "budget", "steering_coeff")}
+        method = RMU(steps=STEPS, lr=0.3, **searched)
         edit = method.fit(model, task.forget, task.retain, seed=3, progress=False).edit
         with edit.applied(model):
             for side, asked in tuning.quiz().items():
@@ -192,11 +193,11 @@ def test_an_interrupted_trial_goes_on_with_the_same_settings(
 
 
 def test_settings_that_are_given_are_kept(model: Any) -> None:
-    assert set(open_space(RMU())) == {"layer", "alpha", "lr", "steering_coeff"}
-    assert set(open_space(RMU(lr=1e-3, steps=7))) == {"layer", "alpha", "steering_coeff"}
+    assert set(open_space(RMU())) == {"layer", "budget", "lr", "steering_coeff"}
+    assert set(open_space(RMU(lr=1e-3, steps=7))) == {"layer", "budget", "steering_coeff"}
     assert "layers" not in open_space(MRP(layers=[1]))
-    with pytest.raises(ValueError, match="all settings that rmu has to search are given: layer, alpha, lr"):
-        open_space(RMU(layer=1, alpha=1.0, lr=1e-3, steering_coeff=1.0))
+    with pytest.raises(ValueError, match="all settings that rmu has to search are given: layer, budget, lr"):
+        open_space(RMU(layer=1, budget=0.1, lr=1e-3, steering_coeff=1.0))
 
 
 def test_factors_are_on_what_the_method_derives(model: Any, task: UnlearningTask, untouched: None) -> None:

@@ -34,12 +34,22 @@ def fits(model: ml.LensModel, task: ml.UnlearningTask) -> list[ml.Fit]:
         *(
             ml.MRP(layers=[3, 5], rank=4),
             ml.MRP(distillation=ml.Distillation()),
+            ml.MRP(budget=0.05, target=0.3, coverage=methods.Coverage(questions=32), gate_directions=4),
+            ml.UnconditionalMRP(layers=[3, 5], rank=4),
             ml.RMU(layer=7),
             ml.AdaptiveRMU(beta=5.0),
         ),
         *(ml.NoisyRMU(), ml.GradientAscent(), ml.GradientDifference(), ml.NPO(beta=0.1), ml.DirectionAblation()),
     ]
-    print(list(methods.METHODS), methods.MRP, methods.NPO, methods.RMU, methods.AdaptiveRMU, methods.NoisyRMU)
+    print(
+        list(methods.METHODS),
+        methods.MRP,
+        methods.UnconditionalMRP,
+        methods.NPO,
+        methods.RMU,
+        methods.AdaptiveRMU,
+        methods.NoisyRMU,
+    )
     print(methods.Block(most=2), methods.Factor(0.1, 10.0), methods.Options((1, 2)))
     print(methods.Distillation, methods.GradientAscent, methods.GradientDifference, methods.DirectionAblation)
     return [
@@ -94,6 +104,13 @@ def train(losses: Callable[[int], list[dict[str, torch.Tensor]]], optimizer: tor
         return pd.DataFrame()
     print(training.Checkpoint)
     return run.log
+
+
+def ended(model: ml.LensModel, task: ml.UnlearningTask, fit: ml.Fit) -> bool:
+    """How a fit ended."""
+    outcome: methods.Outcome | None = fit.outcome
+    print(outcome, fit.ended, methods.control_accuracy(model, task.forget, seed=1))
+    return outcome is not None and outcome.damage < outcome.budget
 
 
 def edits(model: ml.LensModel, fit: ml.Fit) -> ml.Edit:
@@ -238,6 +255,8 @@ if __name__ == "__main__":
     tokens = the_model.to_tokens("The colour of")
     assert_type(tokens, torch.Tensor)
     the_task = data()
-    the_edit = edits(the_model, fits(the_model, the_task)[0])
+    the_fit = fits(the_model, the_task)[0]
+    the_edit = edits(the_model, the_fit)
+    print(ended(the_model, the_task, the_fit))
     print(looking(the_model, the_task, the_edit), leaving(the_model, the_task, the_edit), ml.attacks, ml.hf, ml.models)
     print(ml.methods, ml.metrics, ml.plots, ml.training)

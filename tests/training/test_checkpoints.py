@@ -16,6 +16,7 @@ import torch
 from mrp_lens.data import Corpus
 from mrp_lens.edits.provenance import fingerprint
 from mrp_lens.methods import MRP, NPO, RMU, AdaptiveRMU, Distillation, Fit, NoisyRMU
+from mrp_lens.methods import budget as budget_module
 from mrp_lens.methods.mrp import distillation as distillation_module
 from mrp_lens.training import Callback
 from mrp_lens.training.checkpoints import IDENTITY_FILE, STATE_FILE, Checkpoint
@@ -32,12 +33,18 @@ FITTERS: dict[str, Any] = {
     "rmu-noise": NoisyRMU(layer=2, **SMALL),
     "npo": NPO(layers=[1, 2], **SMALL),
 }
+BUDGETED: dict[str, Any] = {  # all control questions are below the target: the fit ends early
+    name: replace(FITTERS[name], steps=12, budget=0.01, target=0.99) for name in ("mrp", "rmu", "npo")
+}
 
 
 def same(a: Fit, b: Fit) -> bool:
     logs = [fit.log.drop(columns="seconds") for fit in (a, b)]
     directions = [{name: u.tolist() for name, u in fit.directions.items()} for fit in (a, b)]
-    return fingerprint(a.edit) == fingerprint(b.edit) and logs[0].equals(logs[1]) and directions[0] == directions[1]
+    edits = [fingerprint(fit.edit) for fit in (a, b)]
+    return (
+        a.outcome == b.outcome and edits[0] == edits[1] and logs[0].equals(logs[1]) and directions[0] == directions[1]
+    )
 
 
 @pytest.mark.parametrize("name", FITTERS)
@@ -94,6 +101,57 @@ def test_a_signal_ends_the_fit_after_the_step_under_way_and_keeps_it(
     assert state is not None
     assert len(state["rows"]) == 4
     assert same(fitter.fit(model, *texts, progress=False, checkpoint=tmp_path), undisturbed)
+
+
+@pytest.fixture
+def quick_looks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The damage is looked at after every other update, the control questions after 6 and 8: then 2 more are left."""
+    for name, updates in {"EVERY": 2, "LOOK": 2, "FIRST_LOOK": 6}.items():
+        monkeypatch.setattr(budget_module, name, updates)
+
+
+@pytest.mark.parametrize("name", BUDGETED)
+@pytest.mark.parametrize(("save", "left"), [(1, [3, 4, 5, 6, 7, 8, 9]), (2, [6, 7, 8, 9]), (3, [9])])
+@pytest.mark.usefixtures("untouched", "quick_looks")
+def test_a_killed_fit_within_a_budget_goes_on_with_what_it_has_seen(
+    name: str,
+    save: int,
+    left: list[int],
+    model: Any,
+    texts: tuple[Corpus, Corpus],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Before the first look at the questions, between both, and after it has decided to end; texts that the model wrote for
+    it are written again."""
+    fitter, kept = BUDGETED[name], {"checkpoint": tmp_path / "fit", "every": 3}
+    undisturbed = fitter.fit(model, *texts, progress=False)
+    assert undisturbed.outcome is not None
+    assert len(undisturbed.log) == undisturbed.outcome.steps == 10
+    with monkeypatch.context() as patch:
+        kill_at_save(patch, save)
+        with pytest.raises(Killed):
+            fitter.fit(model, *texts, progress=False, **kept)
+    resuming, idle = Watcher(), Watcher()
+    assert same(fitter.fit(model, *texts, progress=False, **kept, callbacks=[resuming]), undisturbed)
+    assert resuming.steps == left
+    assert same(fitter.fit(model, *texts, progress=False, **kept, callbacks=[idle]), undisturbed)
+    assert idle.steps == []
+
+
+@pytest.mark.parametrize("after", [2, 4, 6])
+@pytest.mark.usefixtures("quick_looks")
+def test_a_signal_at_an_update_with_a_look_does_not_lose_the_look(
+    after: int, model: Any, texts: tuple[Corpus, Corpus], tmp_path: Path
+) -> None:
+    fitter = BUDGETED["mrp"]
+    undisturbed = fitter.fit(model, *texts, progress=False)
+    options: dict[str, Any] = {"progress": False, "checkpoint": tmp_path, "every": 100}
+    with pytest.raises(SystemExit):
+        fitter.fit(model, *texts, callbacks=[Watcher(signal.SIGTERM, after)], **options)
+    resuming = Watcher()
+    assert same(fitter.fit(model, *texts, callbacks=[resuming], **options), undisturbed)
+    assert resuming.steps == list(range(after + 2, 10))
 
 
 def test_a_later_request_goes_on_as_well(
@@ -221,6 +279,7 @@ def test_a_folder_that_cannot_be_written_into_is_found_before_the_fit(model: Any
 def test_a_saved_fit_is_the_same_fit(model: Any, texts: tuple[Corpus, Corpus], tmp_path: Path) -> None:
     for name in ("mrp", "rmu"):
         fit = FITTERS[name].fit(model, *texts, progress=False)
+        assert fit.outcome is not None
         fit.save(tmp_path / name)
         loaded = Fit.load(tmp_path / name)
         assert same(loaded, fit)

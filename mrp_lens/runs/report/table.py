@@ -13,6 +13,7 @@ HEADINGS = {  # of columns that no metric makes
     "untaught_accuracy": "never taught",
     "verdict": "the forget set is",
     "relative_coefficient": "c / norm",
+    "outcome": "end of the fit",
     "seconds": "fit",
     "damage": "damage, nats a token",
     "accuracy_before": "accuracy before",
@@ -31,6 +32,8 @@ LEGENDS = {
     "verdict": "absent: within 5 points of the accuracy on facts that the model was never taught; suppressed: lower, so the "
     "answer is still known and pushed down; known: higher.",
     "untaught_accuracy": "never taught: the unedited model's accuracy on facts that no text ever stated; the level of full forgetting.",
+    "outcome": "end of the fit: target: what is left of the forget set cannot be told from chance, on questions made from it; budget: "
+    "the damage that it was allowed was done first; unmoved: next to nothing was forgotten; steps: the last update came first.",
     "floor": "floor: facts that were never taught (without such questions, guessing), after the same attack; ceiling: the unedited model.",
     "recovery": "recovery: (after the attack - floor) / (ceiling - floor): 0 is as if never taught, 1 as before the edit.",
     "bits": "bits: what a probe at its best layer reads about the right answer of questions that it was not trained on.",

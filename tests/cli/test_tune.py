@@ -51,6 +51,16 @@ def test_the_command_leaves_a_table_a_picture_and_a_config_that_gives_the_same_b
     assert before == {path: path.read_bytes() for path in before}
 
 
+def test_the_budget_of_the_search_is_not_that_of_each_fit(files: Path) -> None:
+    line = ["--model", "demo", "--method", "mrp-unconditional", "--out", str(files / "out"), "--budget", "0.07"]
+    for given, budget in (([], None), (["--mrp-unconditional-budget", "0.01"], 0.01)):
+        parsed = Tune.parsed([*line, *given])
+        assert parsed is not None
+        assert (parsed.budget, parsed.fitter.budget) == (0.07, budget)  # type: ignore[attr-defined]
+        (files / "again.yaml").write_text(yaml.safe_dump(parsed.arguments()))
+        assert Tune.parsed(["--config", str(files / "again.yaml")]) == parsed
+
+
 def test_the_demo_is_tuned_without_data(files: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     parsed = Tune.parsed(["--model", "demo", "--topic", "potions", "--out", str(files / "out"), "--lr", "0.001"])
     assert parsed is not None
@@ -66,7 +76,7 @@ def test_the_demo_is_tuned_without_data(files: Path, tiny_folder: Path, monkeypa
         (["--budget", "x"], "--budget must be"),
         (["--tuning-share", "2"], "a share must be between 0 and 1"),
         (["--method", "nothing"], "unknown method 'nothing'"),
-        (["--layer", "1", "--alpha", "1", "--lr", "1", "--steering-coeff", "1"], "all settings that rmu has"),
+        (["--layer", "1", "--rmu-budget", "0.1", "--lr", "1", "--steering-coeff", "1"], "all settings that rmu has"),
         (["--choose", "3"], "choose one from 0 to 2"),
     ],
 )

@@ -37,7 +37,7 @@ from mrp_lens.cli.sweep import shard_of
 from mrp_lens.data import Corpus, Questions, TaskConfig
 from mrp_lens.data.questions import Half
 from mrp_lens.edits import Edit, ProjectionEdit, edit_on, load_edit
-from mrp_lens.methods import MRP, RMU, AdaptiveRMU
+from mrp_lens.methods import MRP, RMU, AdaptiveRMU, UnconditionalMRP
 from mrp_lens.methods.mrp.method import default_rank
 from mrp_lens.models import LensModel, describe, is_bridge, load_model
 from mrp_lens.models.hooks import hook_name
@@ -72,7 +72,7 @@ def variants(model: LensModel) -> dict[str, Any]:
         "mrp-early": MRP(layers=first_half),
         "mrp-all": MRP(layers=every),
         WIDEST: MRP(layers=every, rank=2 * rank),
-        "mrp-mlp": MRP(layers=every, site="mlp_out"),
+        "mrp-mlp": UnconditionalMRP(layers=every, site="mlp_out"),
         "rmu": RMU(),
         "adaptive-rmu": AdaptiveRMU(),
     }

@@ -26,13 +26,13 @@ from analysis.common.tables import markdown_of_rows
 from mrp_lens.data import Document, Questions
 from mrp_lens.edits import Edit, edit_on, load_edit
 from mrp_lens.export import ExportReport, export_hf
-from mrp_lens.methods import MRP, RMU, AdaptiveRMU
+from mrp_lens.methods import MRP, RMU, AdaptiveRMU, UnconditionalMRP
 from mrp_lens.metrics import choice_scores
 from mrp_lens.models import LensModel, encoder_for
 
 METHODS: dict[str, Any] = {
     "mrp": MRP(),
-    "mrp-mlp": MRP(site="mlp_out"),
+    "mrp-mlp": UnconditionalMRP(site="mlp_out"),
     "rmu": RMU(),
     "adaptive-rmu": AdaptiveRMU(),
 }

@@ -111,6 +111,8 @@ def our_rmu(model: Any, forget: Corpus, retain: Corpus, steps: int) -> None:
         batch_size=BATCH,
         errors="absolute",
         positions="all",
+        budget=None,
+        coverage=None,
     )
     settings.fit(model, forget, retain, progress=False)
 

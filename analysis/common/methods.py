@@ -4,7 +4,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import fields
 from typing import Any
 
-from mrp_lens.methods import METHODS, MRP, Distillation
+from mrp_lens.methods import METHODS, MRP, Distillation, UnconditionalMRP
 from mrp_lens.models import LensModel, is_bridge
 
 OWN = ("mrp", "rmu", "adaptive-rmu")  # the methods of this library's papers
@@ -15,7 +15,7 @@ def compared_methods(model: LensModel) -> dict[str, Any]:
     others that are registered, baselines and plugins."""
     every = range(int(model.cfg.n_layers))
     own = {name: METHODS[name]() for name in OWN}
-    wider = {"mrp-all": MRP(layers=every), "mrp-mlp": MRP(layers=every, site="mlp_out")}
+    wider = {"mrp-all": MRP(layers=every), "mrp-mlp": UnconditionalMRP(layers=every, site="mlp_out")}
     robust = {"mrp-distilled": MRP(distillation=Distillation())} if is_bridge(model) else {}
     return own | wider | robust | {name: method() for name, method in METHODS.items() if name not in OWN}
 

@@ -11,9 +11,9 @@ from mrp_lens.data import Corpus, Document
 from mrp_lens.methods import MRP, RMU, Fit, GradientAscent, Outcome
 from mrp_lens.methods.budget import EVERY, LIMITS, PATIENCE, Budget, Damage, damage_of
 from mrp_lens.methods.control import ControlQuestions, control_accuracy, parted
-from mrp_lens.models import LensModel, encoder_for, logits_of
+from mrp_lens.models import LensModel, encoder_for
 from mrp_lens.training.callbacks import TrainingState
-from tests.support.edits import projection
+from tests.support.edits import logits, projection
 
 Texts = tuple[Corpus, Corpus]
 FIT: dict[str, Any] = {"seed": 0, "progress": False}
@@ -59,10 +59,9 @@ def test_damage_is_the_mean_divergence_of_every_counted_token(model: LensModel, 
     expected = []
     for row in rows:
         tokens = torch.tensor([row.ids])
-        mask = torch.ones_like(tokens, dtype=torch.bool)
-        before = logits_of(model, tokens, mask)[0].double().log_softmax(-1)
+        before = logits(model, tokens)[0].double().log_softmax(-1)
         with edit.applied(model):
-            after = logits_of(model, tokens, mask)[0].double().log_softmax(-1)
+            after = logits(model, tokens)[0].double().log_softmax(-1)
         places = [place for place in range(len(row.ids) - 1) if row.in_loss[place + 1]]
         expected += [float((before[p].exp() * (before[p] - after[p])).sum()) for p in places]
     with edit.applied(model):

@@ -308,7 +308,7 @@ def test_the_generator_alone_decides(silent: list[str]) -> None:
 
 def test_a_corpus_of_one_document(silent: list[str]) -> None:
     one = Corpus.from_texts(["The capital of France is Paris."])
-    result = covered(Coverage(), forget=[one], retain=one)
+    result = covered(Coverage(questions=96, free=64), forget=[one], retain=one)
     assert len(result.forget[0]) == 2
     assert len(result.retain) == 2
     assert result.counts["names"] == result.counts["texts_kept"] == 0

@@ -210,7 +210,7 @@ class MRP(FitTemplate[MRPSettings]):
         return check_layers(model, or_default(self.layers, default_layers(model.cfg.n_layers)))
 
     def _rank(self, model: LensModel) -> int:
-        return or_default(self.rank, default_rank(model, most=16))
+        return or_default(self.rank, default_rank(model))
 
     def _start(self, settings: MRPSettings, context: FitContext) -> tuple[Data, LearnedRows]:
         """What is read, and the rows and gates before the first update; earlier requests are on."""
@@ -321,7 +321,7 @@ def joined_logs(projection: pd.DataFrame, distillation: pd.DataFrame, *, seconds
     return pd.concat([projection.assign(phase="projection"), later], ignore_index=True)
 
 
-def default_rank(model: LensModel, *, most: int) -> int:
+def default_rank(model: LensModel, *, most: int = 16) -> int:
     """A sixteenth of the stream's width, from 2 to `most`."""
     return min(most, max(2, int(model.cfg.d_model) // 16))
 

@@ -17,7 +17,7 @@ from mrp_lens.cli.options import FLAG, Option, converted, described, options_of,
 from mrp_lens.cli.unlearn import Unlearn
 from mrp_lens.data.task import TaskConfig
 from mrp_lens.edits import load_edit
-from mrp_lens.methods import METHODS, MRP, RMU, Distillation, Method
+from mrp_lens.methods import METHODS, MRP, RMU, Distillation, Fit, Method
 from mrp_lens.methods.registry import register
 from tests.support.commands import completed, data_words, fitter, in_process, invoke, summary_of
 
@@ -347,9 +347,11 @@ def test_the_demo_runs_the_whole_job(tmp_path: Path) -> None:
         assert rows[method]["text_perplexity_ratio"] < 1.1
         load_edit(tmp_path / "demo" / method / "edit")
         assert (tmp_path / "demo" / method / "log.csv").is_file()
+        assert rows[method]["outcome"] == Fit.load(tmp_path / "demo" / method).ended
         assert rows[method]["recovery_20_low"] < rows[method]["recovery_20"] < rows[method]["recovery_20_high"]
     assert rows["unedited"]["recovery_20"] > rows["mrp"]["recovery_20"]
     assert "recovery_20" not in rows["untrained-start"]
+    assert rows["untrained-start"]["outcome"] is None
     page = (tmp_path / "demo" / "report.html").read_text(encoding="utf-8")
     for picture in ("accuracies", "alignment_by_layer", "confidence_by_method", "displacement", "relearning_curves"):
         assert f'id="{picture}"' in page

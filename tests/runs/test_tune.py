@@ -90,7 +90,7 @@ def test_more_trials_add_to_a_search_and_the_seed_decides(
     fewer = tuned(model, task, tmp_path / "parts", 3)
     assert len(fewer.trials) == 3
     other = tuned(model, task, tmp_path / "other", 3, seed=1)
-    assert list(other.trials["alpha"]) != list(fewer.trials["alpha"])
+    assert list(other.trials["budget"]) != list(fewer.trials["budget"])
     tuned(model, task, tmp_path / "parts", 11)
     monkeypatch.setattr(RMU, "fit", lambda *_, **__: pytest.fail("fitted again"))
     again = tuned(model, task, tmp_path / "parts", 11)
@@ -105,7 +105,7 @@ def test_another_trial_may_be_chosen(model: Any, task: UnlearningTask, tmp_path:
     second = tuned(model, task, tmp_path / "out", choose=other)
     assert second.best["trial"] == other
     assert second.why == "it was asked for"
-    assert second.best["alpha"] == second.method.alpha  # type: ignore[attr-defined]
+    assert second.best["budget"] == second.method.budget  # type: ignore[attr-defined]
     assert fingerprint(second.edit) != fingerprint(first.edit)
     assert fingerprint(load_edit(tmp_path / "out" / "edit")) == fingerprint(second.edit)
     with pytest.raises(ValueError, match="choose=4 is no trial; choose one from 0 to 3"):
@@ -120,6 +120,9 @@ def test_a_budget_is_kept_to_where_one_can(model: Any, task: UnlearningTask, tmp
     within = found.trials[found.trials["damage"] <= budget]
     assert found.best["forget_accuracy"] == within["forget_accuracy"].min()
     assert found.controls["budget"] == budget
+    assert set(found.picture["budget"]) == {budget}  # and not that of each fit, which is searched
+    assert "budget" not in free.picture
+    assert list(free.picture["fit_budget"]) == list(free.trials["budget"])
     drawn = free.trials.drop(columns=["seconds", "chosen"])  # at random, as there are few: the same ones
     pd.testing.assert_frame_equal(drawn, found.trials.drop(columns=["seconds", "chosen"]))
     tight = tuned(model, task, tmp_path / "tight", 3, budget=1e-12, prune_above=50.0)

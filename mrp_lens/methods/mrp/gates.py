@@ -119,6 +119,6 @@ def _regression(lost: States, kept: States) -> tuple[Float[Tensor, " d_model"], 
         loss.backward()
         return loss
 
-    optimizer.step(closure)  # type: ignore[no-untyped-call]
+    optimizer.step(closure)
     found = (weights / spread).detach()
     return found, (offset - (weights * mean / spread).sum()).detach()

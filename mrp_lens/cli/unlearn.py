@@ -26,8 +26,7 @@ from mrp_lens.training import LoggerCallback, logger_named
 EXAMPLES = 3
 CAPTION = (
     "forget text: mean probability per token of the forget documents. Brackets: 95%, bootstrap. text: perplexity of retain documents "
-    "that the fit did not see, as a multiple of the unedited model's. Chance is what guessing gives; below it, the answer is suppressed, not gone. "
-    "end: what the fit came to first: its target, its budget of damage, or the last of its steps."
+    "that the fit did not see, as a multiple of the unedited model's. Chance is what guessing gives; below it, the answer is suppressed, not gone."
 )
 
 
@@ -252,7 +251,6 @@ def columns(figures: Mapping[str, float]) -> list[Column]:
         ("forget text", with_interval("forget_probability", "forget_probability_low", "forget_probability_high")),
         *quizzes,
         ("text", lambda row: f"x{row['text_perplexity_ratio']:.3f}"),
-        ("end", lambda row: row["outcome"] or ""),
         ("fit", lambda row: f"{row['seconds']:.0f} s"),
     ]
 

@@ -37,7 +37,7 @@ class Damage:
     """KL(unedited || edited) a token, in nats, on given documents; the unedited model's side is computed once.
 
     Args:
-        model: as it is before the fit; earlier edits are off.
+        model: as it is before the fit, with the earlier edits on.
         encoder: of the model.
         rows: the documents. As many of them are read as their log-probabilities fit into 2^26 numbers (1,365 tokens of a
             vocabulary of 49,152).

@@ -24,7 +24,14 @@ TEMPLATES = Environment(
 )
 LONGEST_NAME = 200
 CARRIED = ("license", "license_name", "license_link", "language", "datasets")
-WORDS = ("method", "attack", "verdict", "task", "metric")  # the only cells of a run that are shown and are not numbers
+WORDS = (
+    "method",
+    "attack",
+    "verdict",
+    "outcome",
+    "task",
+    "metric",
+)  # the only cells of a run that are shown and are not numbers
 UNSHOWN = {"n"}  # of attacks: how many questions
 ROOT = r"(?:file://)?(?:~|[A-Za-z]:)?[/\\]"
 DIRECTORIES = re.compile(rf"(?:^|(?<=[\s'\"`(=,])){ROOT}(?:[^\s/\\'\"`,;|()]+[/\\])*(?=[^\s/\\(])")

@@ -179,6 +179,7 @@ def test_a_card_shows_strangers_names_as_they_are() -> None:
         "settings": {HOSTILE: HOSTILE, "steps": HOSTILE},
         "data": {HOSTILE: [corpus]},
         "versions": {"torch": HOSTILE},
+        "outcome": {"ended": HOSTILE, "left": HOSTILE, "damage": [HOSTILE]},
     }
     edit.provenance = {
         "model": {"name": HOSTILE, "n_layers": HOSTILE, "d_model": 1, "d_vocab": 1},

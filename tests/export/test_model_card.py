@@ -109,7 +109,19 @@ def test_a_fit_that_was_ended_early_says_so(fits: dict[str, Edit]) -> None:
     edit = projection(1)
     edit.provenance = {"requests": {"edit": {"method": "mrp", "settings": {"steps": 150}, "steps_done": 80, "seed": 1}}}
     assert "Seed 1, 80 updates: ended early, before the 150" in card_of(edit)
+    ended = {"ended": "target", "left": 0.3125, "before": 0.9, "damage": 0.0123456789, "budget": 0.02, "steps": 80}
+    edit.provenance["requests"]["edit"]["outcome"] = ended
+    told = " ".join(card_of(edit).split())
+    assert "ended early" not in told  # at its target, which is what was asked for
+    assert (
+        "80 updates; how it ended: target, accuracy on questions made from the forget set 0.3125, before it 0.9" in told
+    )
+    assert "damage (KL, nats a token) 0.0123457, allowed 0.02." in told
+    for odd in ("target", None, ["ended"]):
+        edit.provenance["requests"]["edit"]["outcome"] = odd
+        assert "ended early, before the 150" in card_of(edit)
     assert "ended early" not in card_of(fits["mrp"])
+    assert "how it ended: " in card_of(fits["mrp"])
 
 
 def test_each_form_is_loaded_in_its_own_way(fits: dict[str, Edit]) -> None:

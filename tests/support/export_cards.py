@@ -52,9 +52,9 @@ def tiny_fits(model_folder: Path) -> dict[str, Edit]:
     """Edits of real fits, as small as they get."""
     model = load_model(str(model_folder), backend="bridge")
     forget, retain = corpora()
-    mrp = MRP(layers=[1, 2], rank=2, steps=2).fit(model, forget, retain, progress=False).edit
+    mrp = MRP(layers=[1, 2], rank=2, steps=2, conditional=False).fit(model, forget, retain, progress=False).edit
     later = Corpus.from_texts(["The lake is deep and cold and blue."] * 8, name="lakes")
-    both = MRP(layers=[2], rank=1, steps=2).fit(model, later, retain, after=mrp, progress=False).edit
+    both = MRP(layers=[2], rank=1, steps=2, conditional=False).fit(model, later, retain, after=mrp, progress=False).edit
     rmu = RMU(layer=2, steps=2).fit(model, forget, retain, progress=False).edit
     return {"mrp": mrp, "both": both, "rmu": rmu, "stack": mrp + rmu}
 

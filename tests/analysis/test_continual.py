@@ -260,7 +260,7 @@ def points(folder: Path) -> dict[str, Any]:
 
 
 def test_shards_make_one_study_that_says_what_each_request_took(files: list[str], tmp_path: Path) -> None:
-    out, options = tmp_path / "out", [*files, "--methods", "mrp,rmu"]
+    out, options = tmp_path / "out", [*files, "--methods", "mrp,rmu", "--set", "mrp.gate_directions=1"]
     continual.main([*options, "--requests", "2", "--shard", "1/2"])
     assert not (out / "finding.md").exists()
     continual.main([*options, "--shard", "2/2"])
@@ -271,7 +271,7 @@ def test_shards_make_one_study_that_says_what_each_request_took(files: list[str]
     projections = [parts_of(out, "mrp", n)[0] for n in (1, 2, 3)]
     assert list(projections[2].requests) == rows["mrp", 3]["order"].split(", ")
     taken = [rows["mrp", n]["trained_numbers"] for n in (1, 2, 3)]
-    assert taken == [2 * D_MODEL * len(projections[0].hook_names)] * 3  # rank 2
+    assert taken == [3 * D_MODEL * len(projections[0].hook_names)] * 3  # rank 2, and where the gate opens
     assert sum(taken) == numbers_in(projections[2])
     first, second = parts_of(out, "rmu", 2)
     assert rows["rmu", 2]["trained_numbers"] == sum(tensor.numel() for tensor in second.tensors.values())

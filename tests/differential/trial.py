@@ -363,6 +363,8 @@ class Comparison:
             steps=settings.steps,
             batch_size=settings.batch_size,
             errors="absolute",
+            budget=None,
+            coverage=None,
             micro_batch=self.draw.choice((None, 1)),
             padding=self.draw.choice(("left", "right")),
             shuffle=False,

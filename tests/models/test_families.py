@@ -80,8 +80,9 @@ def test_left_and_right_padding_give_the_same_edit(
         monkeypatch.setattr(Encoder, "collate", lambda self, rows, side=side: real(self, rows, side=side))
         edits.append(method.fit(loaded, *texts, seed=0, progress=False).edit.to_parts()[1])
     for name in edits[0]:
-        a, b = (Subspace(t[name]).projector() if method.name == "mrp" else t[name] for t in edits)
-        torch.testing.assert_close(a, b, atol=2e-4, rtol=1e-3)
+        a, b = (Subspace(t[name]).projector() if name.startswith("rows.") else t[name] for t in edits)
+        gate = name.startswith("gate.")  # found by L-BFGS, which magnifies differences of rounding
+        torch.testing.assert_close(a, b, atol=1e-3 if gate else 2e-4, rtol=2e-3 if gate else 1e-3)
 
 
 def test_bfloat16_keeps_float32_rows_and_masters(loaded: Any, family_folder: Path, backend: str, texts: Texts) -> None:

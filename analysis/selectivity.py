@@ -21,7 +21,22 @@ import pandas as pd
 from analysis.common.arguments import Study, add_resumable_options, add_set_option, numbers, parser_for
 from analysis.common.methods import settings_of, with_settings
 from analysis.common.resumable import Job, ResumableStudy, result_name
-from analysis.common.tables import RANDOM, UNEDITED, figure, markdown, mean_of
+from analysis.common.selectivity_tables import (
+    ASKED,
+    BARE,
+    EXCHANGED,
+    GATED,
+    OPEN,
+    PLAIN,
+    RANDOM_GATED,
+    UNBOUNDED,
+    UNBOUNDED_GATED,
+    WHAT,
+    WITHOUT,
+    WRITTEN,
+    finding,
+)
+from analysis.common.tables import RANDOM, UNEDITED
 from mrp_lens import metrics
 from mrp_lens.cli.sweep import shard_of
 from mrp_lens.data import Corpus, Questions, UnlearningTask
@@ -36,63 +51,14 @@ from mrp_lens.utils.validation import or_default
 FULL_SEEDS = "0,1,2"
 DOCUMENTS = 300  # a side, for states and gates
 DRAWN, TOLD = 4, 60  # documents a group: in the picture of the gates, and for the tokens they open at
-FEWEST, NAMED = 3, 6  # a token is told where it occurs so often; so many at either end
 SEEN = 0.8  # of the entities, in the fit that lacks the others
 
 PAIR, ENTITIES = "pair", "entities"  # jobs
-PLAIN, GATED = "mrp-unconditional", "mrp"
-OPEN, EXCHANGED, RANDOM_GATED = "mrp-open", "mrp-unconditional-gated", "random-gated"
-WITHOUT = "mrp-without-entities"
 COVERAGES: Mapping[str, Coverage | None] = {
-    "mrp-coverage-none": None,
-    "mrp-coverage-questions": Coverage(repeats=0, about_names=0, questions=0, free=0),
-    "mrp-coverage-written": Coverage(question_forms=0, repeats=0),
+    BARE: None,
+    ASKED: Coverage(repeats=0, about_names=0, questions=0, free=0),
+    WRITTEN: Coverage(question_forms=0, repeats=0),
 }
-WHAT = {
-    UNEDITED: "nothing",
-    PLAIN: "rows of the plain fit, every token",
-    GATED: "rows and gates of the gated fit",
-    OPEN: "rows of the gated fit, every token",
-    EXCHANGED: "rows of the plain fit, gates of the gated fit",
-    RANDOM: "random rows, every token",
-    RANDOM_GATED: "random rows, gates of the gated fit",
-    "mrp-coverage-none": "the corpora alone",
-    "mrp-coverage-questions": "and question forms",
-    "mrp-coverage-written": "and texts that the model writes",
-    WITHOUT: "rows and gates of the gated fit",
-}
-FIGURES = {
-    "forget quiz": ("forget_accuracy", "forget"),
-    "retain quiz": ("retain_accuracy", "retain"),
-    "worst topic": ("worst_topic_accuracy", ""),
-    "damage to text": ("damage", "damage"),
-    "to retain answers": ("answer_damage", "answer_damage"),
-    "text": ("text_perplexity_ratio", ""),
-}
-READING = """\
-**1. What the rows take.** Share of the states' squared norm inside the removed subspace, before the edit (the columns named
-after the texts) and with it on (`left`), and how far the states have moved over their norm (`moved`, with all that happened
-below). `statements` are the short retain documents in the form of the forget set's; there is no such column where these are
-all or none. A plain projection is selective where `forget` stands above `retain` and `statements`; at `random`, rank /
-d_model, the rows are no better than a random subspace. Rows of the gated fit may take as much of either side: what it
-leaves, `left` and `moved` tell.
-
-**2. What comes back.** The same share, without the edit to with it, one layer above the projection and at the last layer.
-
-**3. Where the gates fire.** On the corpora, on retain statements, and on the quizzes' prompts, a form that no fit saw, before any
-answer. Selective gates have a recall near 1, `retain firing` near 0 and a precision far above `at random`; `share` is the
-mean of g(h). `unseen entities` is the fit without them, asked about these alone. Below stand the tokens at which the gates
-are open widest and least, the mean over layers.
-
-**4. Where or what.** Directions make the difference where {open} (the gated fit's rows at every token) keeps the retain quiz
-and {exchanged} (the plain fit's rows behind the gates) does not; tokens do where it is the other way round. Random rows behind
-the same gates tell how much of the forgetting is mere disturbance at the right tokens. Damage is KL(unedited || edited) in
-nats a token, on text that no fit saw and on the right answers of the retain quiz; `text` is perplexity after over before.
-{untaught}A fit that could not forget within its budget says so in `ended`.
-
-**5. What coverage buys.** MRP with less to read; {gated} in the table above has all of it. Documents with a prompt are questions
-already and get no question forms. `unseen entities` is the accuracy on the questions about entities that no forget document of
-that fit names (without the edit: in brackets)."""
 
 Place = tuple[str, int | None]
 """A method, and the layer if only one hook of it is on."""
@@ -113,13 +79,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not selectivity.run(shard):
         return
     frames, tokens, table = selectivity.frames(), selectivity.tokens(), selectivity.table()
-    pictures = {name: frame for name, frame in frames.items() if len(frame)}
-    pictures["displacement"] = frames["removed_energy"]
-    pictures["gate_tokens"] = selectivity.drawn()
-    whole = table[table["layer"].isna()]
-    pictures["accuracies"] = whole
-    pictures["layer_effects"] = pd.concat([whole[whole["method"] == UNEDITED], table[table["layer"].notna()]])
-    study.end(finding(frames, tokens, table), pictures, table, in_place=True)
+    alone = table["layer"].notna()
+    pictures = {
+        **frames,
+        "displacement": frames["removed_energy"],
+        "gate_tokens": tokens["drawn"],
+        "accuracies": table[~alone],
+        "layer_effects": table[alone | (table["method"] == UNEDITED)],
+    }
+    study.end(finding(frames, tokens["told"], table), pictures, table, in_place=True)
 
 
 def alike(gated: MRP, model: LensModel) -> UnconditionalMRP:
@@ -130,8 +98,16 @@ def alike(gated: MRP, model: LensModel) -> UnconditionalMRP:
     return UnconditionalMRP(**same)
 
 
-def exchanges(plain: ProjectionEdit, gated: ConditionalProjectionEdit, *, seed: int) -> dict[Place, Edit | None]:
-    """Every combination of rows and gates at all hooks, then each hook of either fit alone."""
+def exchanges(
+    plain: ProjectionEdit, gated: ConditionalProjectionEdit, *, unbounded: ProjectionEdit | None = None, seed: int
+) -> dict[Place, Edit | None]:
+    """Every combination of rows and gates at all hooks, then each hook of either fit alone.
+
+    Args:
+        plain, gated: the two fits.
+        unbounded: the plain fit without a budget, if there is one.
+        seed: of the random rows.
+    """
     (request,) = gated.requests
     gates, rows = gated.gates(request), gated.subspaces()
     whole: dict[Place, Edit | None] = {
@@ -143,6 +119,9 @@ def exchanges(plain: ProjectionEdit, gated: ConditionalProjectionEdit, *, seed: 
         (RANDOM, None): plain.random_like(seed=seed),
         (RANDOM_GATED, None): gated.random_like(seed=seed),
     }
+    if unbounded is not None:
+        whole[UNBOUNDED, None] = unbounded
+        whole[UNBOUNDED_GATED, None] = ConditionalProjectionEdit(unbounded.subspaces(), gates)
     for hook, subspace in plain.subspaces().items():
         edit = ProjectionEdit({hook: subspace})
         whole[PLAIN, edit.layers[0]] = edit
@@ -220,6 +199,8 @@ class Selectivity(ResumableStudy):
         if not gated.conditional:
             raise ValueError("conditional=false leaves no gate to be looked at; leave it out")
         self.methods: dict[str, MRP] = {PLAIN: alike(gated, study.model), GATED: gated}
+        if gated.budget is not None:
+            self.methods[UNBOUNDED] = replace(self.methods[PLAIN], budget=None)
         self.methods |= {name: replace(gated, coverage=coverage) for name, coverage in COVERAGES.items()}
         self.methods[WITHOUT] = gated
         self.statements = statements(study.task)
@@ -234,8 +215,10 @@ class Selectivity(ResumableStudy):
     @property
     def jobs(self) -> list[Job]:
         """The two fits that are compared, those with less coverage, and the one without some of the entities."""
-        named = [ENTITIES] if without_entities(self.study.task, seed=0) is not None else []
-        return [(name, seed) for seed in self.seeds for name in (PAIR, *COVERAGES, *named)]
+        every = [(name, seed) for seed in self.seeds for name in (PAIR, *COVERAGES, ENTITIES)]
+        return [
+            job for job in every if job[0] != ENTITIES or without_entities(self.study.task, seed=job[1]) is not None
+        ]
 
     def parts(self) -> list[tuple[Job, str]]:
         """What is measured; all fits but the pair are there for their scores alone."""
@@ -284,13 +267,10 @@ class Selectivity(ResumableStudy):
                         found[name].append(frame.assign(seed=job[1]))
         return {name: pd.concat(parts, ignore_index=True) for name, parts in found.items()}
 
-    def tokens(self) -> pd.DataFrame:
-        """The tokens at which the gates of the first seed are open the widest and the least."""
-        return pd.DataFrame(self.result((PAIR, self.seeds[0]), "tokens")["told"])
-
-    def drawn(self) -> pd.DataFrame:
-        """Some documents, token by token, with the gates of the first seed."""
-        return pd.DataFrame(self.result((PAIR, self.seeds[0]), "tokens")["drawn"])
+    def tokens(self) -> dict[str, pd.DataFrame]:
+        """Where the gates of the first seed open: some documents to be drawn, and every token's mean to be told."""
+        found: dict[str, pd.DataFrame] = self.result((PAIR, self.seeds[0]), "tokens")
+        return found
 
     def _pair(self, seed: int) -> tuple[ProjectionEdit, ConditionalProjectionEdit]:
         plain, gated = (projection_in(self.fit(name, seed).edit) for name in (PLAIN, GATED))
@@ -312,10 +292,9 @@ class Selectivity(ResumableStudy):
 
     def _exchanged(self, job: Job) -> dict[str, pd.DataFrame]:
         task, seed = self.study.task, job[1]
-        rows = [
-            self._row(method, edit, task, seed, layer)
-            for (method, layer), edit in exchanges(*self._pair(seed), seed=seed).items()
-        ]
+        unbounded = projection_in(self.fit(UNBOUNDED, seed).edit) if UNBOUNDED in self.methods else None
+        edits = exchanges(*self._pair(seed), unbounded=unbounded, seed=seed)
+        rows = [self._row(method, edit, task, seed, layer) for (method, layer), edit in edits.items()]
         if task.untaught_alike is not None:
             untaught = task.untaught_alike.spread(self.options.limit)
             level = float(metrics.accuracy(self.study.model, untaught, seed=seed)["accuracy"].iloc[0])
@@ -346,12 +325,10 @@ class Selectivity(ResumableStudy):
         if self.statements is not None:
             texts["statements"] = self.statements
         energy, back = [], []
+        read: dict[str, Any] = {"site": self.methods[GATED].site, "documents": DOCUMENTS, "seed": job[1]}
         for method, edit in zip((PLAIN, GATED), self._pair(job[1]), strict=True):
-            read = {"documents": DOCUMENTS, "seed": job[1]}
-            hooks = edit.hook_names
-            site = hooks[0].split("hook_")[-1]
-            energy.append(metrics.geometry(self.study.model, texts, edit, site=site, **read).assign(method=method))
-            back.append(metrics.propagation(self.study.model, texts, edit, site=site, **read).assign(method=method))
+            energy.append(metrics.geometry(self.study.model, texts, edit, **read).assign(method=method))
+            back.append(metrics.propagation(self.study.model, texts, edit, **read).assign(method=method))
         return {"removed_energy": pd.concat(energy), "propagation": pd.concat(back)}
 
     def _gates(self, job: Job) -> dict[str, pd.DataFrame]:
@@ -376,127 +353,6 @@ class Selectivity(ResumableStudy):
             share=("share", "mean"), times=("share", lambda shares: len(shares) // len(gated.hook_names))
         )
         return {"drawn": few, "told": told.reset_index()}
-
-
-def finding(frames: Mapping[str, pd.DataFrame], tokens: pd.DataFrame, table: pd.DataFrame) -> str:
-    """The tables, and how to read them."""
-    whole, alone = table[table["layer"].isna()], table[table["layer"].notna()]
-    pair = [name for name in WHAT if name not in (*COVERAGES, WITHOUT)]
-    tables = {
-        "1. What the rows take": energy_table(frames["removed_energy"]),
-        "2. What comes back": propagation_table(frames["propagation"]),
-        "3. Where the gates fire": f"{gate_table(frames['gate'])}\n\n{token_table(tokens)}",
-        "4. Where or what": f"{score_table(whole, pair)}\n\nOne hook alone:\n\n{layer_table(alone)}",
-        "5. What coverage buys": score_table(whole, [*COVERAGES, GATED, WITHOUT]),
-    }
-    level = mean_of(table, "untaught_accuracy")
-    untaught = "" if level == "-" else f"Facts that were never taught are answered {level}. "
-    text = READING.format(open=OPEN, exchanged=EXCHANGED, gated=GATED, untaught=untaught)
-    return "\n\n".join([*(f"## {title}\n\n{drawn}" for title, drawn in tables.items()), "## How to read this", text])
-
-
-def energy_table(frame: pd.DataFrame) -> str:
-    """A row a method and layer at which it projects."""
-    keys = ["method", "layer"]
-    frame = frame[frame["removed_rank"] > 0]
-    before, after = (frame[frame["when"] == when] for when in ("before", "after"))
-    groups = list(dict.fromkeys(frame["group"]))
-    inside = _wide(before, keys, "removed_energy", groups)
-    inside["random"] = before.groupby(keys, sort=False)["removed_energy_null"].mean()
-    for column, heading in (("removed_energy", "left"), ("displacement", "moved")):
-        moved = _wide(after, keys, column, groups)
-        inside = inside.join(moved.add_suffix(f", {heading}"))
-    return _drawn(inside)
-
-
-def propagation_table(frame: pd.DataFrame) -> str:
-    """A row a method and layer at which it projects and which has one above."""
-    above = frame[frame["layer"] > frame["source"]]
-    if above.empty:
-        return "The projection stands at the last layer alone; nothing lies above it."
-    means = above.groupby(["method", "source", "layer", "group"], sort=False)[["before", "after", "null"]].mean()
-    rows = []
-    for (method, source), part in means.groupby(["method", "source"], sort=False):
-        row = {"method": method, "removed at": str(source)}
-        layers = part.index.get_level_values("layer")
-        for place, layer in (("next layer", layers.min()), ("last layer", layers.max())):
-            for group, values in part.xs(layer, level="layer").droplevel(["method", "source"]).iterrows():
-                row[f"{group}, {place}"] = f"{values['before']:.3f} to {values['after']:.3f}"
-        rows.append(row | {"random": f"{part['null'].iloc[0]:.3f}"})
-    return markdown(pd.DataFrame(rows).fillna(""))
-
-
-def gate_table(frame: pd.DataFrame) -> str:
-    """A row a kind of text and layer."""
-    named = {
-        "precision": "precision",
-        "precision_null": "at random",
-        "recall": "recall",
-        "retain_firing": "retain firing",
-        "forget_share": "forget share",
-        "retain_share": "retain share",
-    }
-    means = frame.groupby(["method", "layer"], sort=False)[list(named)].mean().rename(columns=named)
-    means.index = means.index.rename(["texts", "layer"])
-    return _drawn(means)
-
-
-def token_table(tokens: pd.DataFrame) -> str:
-    """A row a kind of text: the tokens at which the gates are open the widest, and the least."""
-    rows = []
-    for group, part in tokens[tokens["times"] >= FEWEST].groupby("group", sort=False):
-        ordered = part.sort_values("share", ascending=False, kind="stable")
-        ends = (ordered.head(NAMED), ordered.tail(NAMED).iloc[::-1])
-        widest, least = (
-            ", ".join(f"{_code(t)} {s:.2f}" for t, s in zip(end["token"], end["share"], strict=True)) for end in ends
-        )
-        rows.append({"texts": str(group), "widest": widest, "least": least})
-    return markdown(pd.DataFrame(rows, columns=["texts", "widest", "least"]))
-
-
-def score_table(table: pd.DataFrame, methods: Sequence[str]) -> str:
-    """A row a method, of several seeds the mean with the lowest and the highest."""
-    rows = []
-    for name in methods:
-        part = table[table["method"] == name]
-        if part.empty:
-            continue
-        row = {"method": name, "what": WHAT[name]}
-        row |= {heading: figure(part, column, stem) for heading, (column, stem) in FIGURES.items()}
-        row["ended"] = ", ".join(str(ended) for ended in part.get("ended", pd.Series()).dropna().unique())
-        if "unseen_accuracy" in part:
-            unseen = mean_of(part, "unseen_accuracy")
-            row["unseen entities"] = f"{unseen} ({mean_of(part, 'unseen_unedited_accuracy')})" if unseen != "-" else ""
-        rows.append(row)
-    text = pd.DataFrame(rows)
-    return markdown(text.loc[:, (text != "").any()])
-
-
-def layer_table(table: pd.DataFrame) -> str:
-    """A row a layer and fit, its hook there alone."""
-    columns = [column for column, _ in FIGURES.values()]
-    means = (
-        table.groupby(["method", "layer"], sort=False)[columns]
-        .mean()
-        .rename(columns={column: heading for heading, (column, _) in FIGURES.items()})
-    )
-    return _drawn(means.rename(index=int, level="layer"))
-
-
-def _wide(frame: pd.DataFrame, keys: Sequence[str], column: str, groups: Sequence[str]) -> pd.DataFrame:
-    """The means over seeds of a column, a column a group."""
-    return frame.groupby([*keys, "group"], sort=False)[column].mean().unstack("group")[list(groups)]
-
-
-def _drawn(means: pd.DataFrame) -> str:
-    """Figures to three decimals, what the rows are about in front."""
-    text = means.map(lambda value: "" if pd.isna(value) else f"{value:.3f}")
-    return markdown(text.reset_index().astype(str))
-
-
-def _code(token: str) -> str:
-    """A token in Markdown, as it is spelled, fit for the cell of a table."""
-    return "`" + repr(str(token))[1:-1].replace("|", "/").replace("`", "'") + "`"
 
 
 if __name__ == "__main__":

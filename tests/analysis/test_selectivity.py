@@ -10,8 +10,22 @@ import pytest
 import torch
 
 from analysis import selectivity
+from analysis.common.selectivity_tables import (
+    EXCHANGED,
+    GATED,
+    OPEN,
+    PLAIN,
+    RANDOM_GATED,
+    UNBOUNDED,
+    UNBOUNDED_GATED,
+    WHAT,
+    WITHOUT,
+    energy_table,
+    propagation_table,
+    score_table,
+    token_table,
+)
 from analysis.common.tables import RANDOM, UNEDITED
-from analysis.selectivity import EXCHANGED, GATED, OPEN, PLAIN, RANDOM_GATED, WITHOUT
 from mrp_lens import metrics
 from mrp_lens.data import Corpus, Document, Questions, UnlearningTask
 from mrp_lens.data.world import World
@@ -24,7 +38,7 @@ from tests.support.edits import conditional, projection
 
 def test_rows_and_gates_are_exchanged_and_each_hook_stands_alone() -> None:
     plain, gated = projection(1, 2, seed=5), conditional(1, 2)
-    found: dict[Any, Any] = selectivity.exchanges(plain, gated, seed=3)
+    found: dict[Any, Any] = selectivity.exchanges(plain, gated, unbounded=projection(1, 2, seed=9), seed=3)
     gates, names = gated.gates("edit"), gated.hook_names
 
     def rows(edit: ProjectionEdit) -> torch.Tensor:
@@ -37,6 +51,9 @@ def test_rows_and_gates_are_exchanged_and_each_hook_stands_alone() -> None:
     assert all(
         torch.equal(found[EXCHANGED, None].gates("edit")[hook].direction, gates[hook].direction) for hook in names
     )
+    torch.testing.assert_close(rows(found[UNBOUNDED_GATED, None]), rows(found[UNBOUNDED, None]))
+    assert found[UNBOUNDED_GATED, None].gates("edit").keys() == gates.keys()
+    assert (UNBOUNDED, None) not in selectivity.exchanges(plain, gated, seed=3)
     assert type(found[RANDOM, None]) is ProjectionEdit
     torch.testing.assert_close(rows(found[RANDOM, None]), rows(found[RANDOM_GATED, None]))
     assert isinstance(found[RANDOM_GATED, None], ConditionalProjectionEdit)
@@ -96,7 +113,7 @@ def test_the_share_that_rows_take_stands_beside_what_is_left_of_it() -> None:
         for group, shares in (("forget", (0.6, 0.1)), ("retain", (0.2, 0.1)))
         for when, share in zip(("before", "after"), shares, strict=True)
     ]
-    assert cells_of(selectivity.energy_table(pd.DataFrame(rows))) == [
+    assert cells_of(energy_table(pd.DataFrame(rows))) == [
         [
             "method",
             "layer",
@@ -119,11 +136,11 @@ def test_what_comes_back_is_told_of_the_next_and_the_last_layer() -> None:
         for layer in range(source, 5)
     ]
     frame = pd.DataFrame(rows).assign(null=0.1)
-    assert cells_of(selectivity.propagation_table(frame)) == [
+    assert cells_of(propagation_table(frame)) == [
         ["method", "removed at", "forget, next layer", "forget, last layer", "random"],
         ["mrp", "1", "0.500 to 0.200", "0.500 to 0.400", "0.100"],
     ]
-    assert "nothing lies above it" in selectivity.propagation_table(frame[frame["source"] == 4])
+    assert "nothing lies above it" in propagation_table(frame[frame["source"] == 4])
 
 
 def test_tokens_are_told_from_both_ends_where_they_are_frequent() -> None:
@@ -135,7 +152,7 @@ def test_tokens_are_told_from_both_ends_where_they_are_frequent() -> None:
             "times": [3, 2, 9, 3],
         }
     )
-    assert cells_of(selectivity.token_table(tokens))[1] == [
+    assert cells_of(token_table(tokens))[1] == [
         "forget",
         r"` a/b` 0.90, `\n` 0.20, ` the` 0.10",
         r"` the` 0.10, `\n` 0.20, ` a/b` 0.90",
@@ -151,7 +168,7 @@ def test_scores_have_their_interval_or_the_range_of_the_seeds() -> None:
             {"method": GATED, "seed": 1, **row, "forget_accuracy": 0.5, "ended": "steps"},
         ]
     )
-    one, two = cells_of(selectivity.score_table(table, [OPEN, GATED, PLAIN]))[1:]
+    one, two = cells_of(score_table(table, [OPEN, GATED, PLAIN]))[1:]
     assert one[:4] == [OPEN, "rows of the gated fit, every token", "0.30 [0.20, 0.40]", "0.90"]
     assert (two[2], two[-1]) == ("0.40 (0.30 to 0.50)", "target, steps")
 
@@ -201,8 +218,8 @@ def test_the_study_runs_shard_by_shard_on_a_model_and_data_of_ones_own(
 
     table = pd.read_csv(out / "table.csv")
     whole = table[table["layer"].isna()].set_index("method")
-    assert list(whole.index) == list(selectivity.WHAT)
-    assert whole.loc[UNEDITED, ["damage", "answer_damage", "text_perplexity_ratio"]].tolist() == [0.0, 0.0, 1.0]
+    assert list(whole.index) == list(WHAT)
+    assert whole[["damage", "answer_damage", "text_perplexity_ratio"]].T[UNEDITED].tolist() == [0.0, 0.0, 1.0]
     assert whole.loc[[OPEN, EXCHANGED, WITHOUT], "damage"].gt(0.0).all()
     alone = table[table["layer"].notna()]
     plain, gated = (load_edit(out / "fits" / f"{name}-seed0" / "edit") for name in (PLAIN, GATED))

@@ -286,9 +286,11 @@ class Selectivity(ResumableStudy):
             f"{part.replace(' ', '-')}-seed{seed}",
             lambda: scores(self.study.model, edit, task, limit=self.options.limit, seed=seed),
         )
-        fit = self.fit(method, seed, task) if method in self.methods and layer is None else None
-        about = {"ended": fit.outcome.ended if fit and fit.outcome else None, "steps": len(fit.log) if fit else None}
-        return {"method": method, "layer": layer, **found, **(about if fit else {})}
+        if method not in self.methods or layer is not None:
+            return {"method": method, "layer": layer, **found}
+        fit = self.fit(method, seed, task)
+        ended = None if fit.outcome is None else fit.outcome.ended  # an outcome is False where it missed its target
+        return {"method": method, "layer": layer, **found, "ended": ended, "steps": len(fit.log)}
 
     def _exchanged(self, job: Job) -> dict[str, pd.DataFrame]:
         task, seed = self.study.task, job[1]

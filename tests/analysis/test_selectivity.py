@@ -11,6 +11,7 @@ import torch
 
 from analysis import selectivity
 from analysis.common.selectivity_tables import (
+    COVERED,
     EXCHANGED,
     GATED,
     OPEN,
@@ -221,6 +222,9 @@ def test_the_study_runs_shard_by_shard_on_a_model_and_data_of_ones_own(
     assert list(whole.index) == list(WHAT)
     assert whole[["damage", "answer_damage", "text_perplexity_ratio"]].T[UNEDITED].tolist() == [0.0, 0.0, 1.0]
     assert whole.loc[[OPEN, EXCHANGED, WITHOUT], "damage"].gt(0.0).all()
+    fitted = [PLAIN, GATED, UNBOUNDED, *COVERED]
+    assert whole.loc[fitted, "steps"].tolist() == [2.0] * len(fitted)
+    assert whole["ended"].notna().tolist() == [name in fitted and name != UNBOUNDED for name in whole.index]
     alone = table[table["layer"].notna()]
     plain, gated = (load_edit(out / "fits" / f"{name}-seed0" / "edit") for name in (PLAIN, GATED))
     assert isinstance(gated, ConditionalProjectionEdit)

@@ -17,18 +17,16 @@ and more methods may be added later; `--shard 1/2` and `--shard 2/2` divide the 
 
 import argparse
 import inspect
-import json
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import pandas as pd
 
-from analysis.common.arguments import Study, add_resumable_options, numbers, parser_for
-from analysis.common.methods import changed, compared_methods, names_in, settings_of
+from analysis.common.arguments import Study, add_resumable_options, add_set_option, numbers, parser_for
+from analysis.common.methods import changed, compared_methods, names_in, settings_of, with_settings
 from analysis.common.requests import Requests, accuracy, numbers_in
 from analysis.common.resumable import Job, ResumableStudy, result_name
 from analysis.common.tables import NONE, UNEDITED, figure, markdown, mean_of
@@ -82,14 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--requests", help="lengths of sequences, such as 3,4 (default: all, and all but one)")
     parser.add_argument("--full", action="store_true", help=f"seeds {FULL_SEEDS}")
-    parser.add_argument(
-        "--set",
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="[METHOD.]NAME=VALUE",
-        help="a hyperparameter, such as steps=50 or rmu.alpha=4, of one method or of all that have it",
-    )
+    add_set_option(parser)
     parser.add_argument("--reference", help="a model that never saw what is forgotten: how absent looks")
     options = parser.parse_args(arguments)
     shard = shard_of(options.shard)
@@ -114,27 +105,6 @@ def requests_of(study: Study, options: argparse.Namespace) -> Requests:
     columns = TaskConfig.from_options(vars(options))
     quizzes = [columns.quiz(source) for source in options.quizzes or ()]
     return Requests.of_files(study.task, [quiz for quiz in quizzes if quiz is not None], limit=options.limit)
-
-
-def with_settings(methods: Mapping[str, Any], texts: Sequence[str]) -> dict[str, Any]:
-    """The methods with hyperparameters given as `NAME=VALUE` or `METHOD.NAME=VALUE`; a value is JSON, else text.
-
-    Raises:
-        ValueError: no such hyperparameter, or no `=`.
-    """
-    changed = dict(methods)
-    for given in texts:
-        place, equals, text = given.partition("=")
-        method, _, name = place.rpartition(".")
-        having = [key for key in methods if method in ("", key) and name in methods[key].__dataclass_fields__]
-        if not equals or not having:
-            raise ValueError(f"--set {given}: none of {', '.join(methods)} has {place!r}; write NAME=VALUE")
-        try:
-            value = json.loads(text)
-        except json.JSONDecodeError:
-            value = text
-        changed |= {key: replace(changed[key], **{name: value}) for key in having}
-    return changed
 
 
 class Continual(ResumableStudy):

@@ -35,12 +35,25 @@ def parser_for(doc: str | None, out: str) -> argparse.ArgumentParser:
     return parser
 
 
-def add_resumable_options(parser: argparse.ArgumentParser, *, seeds: str = "--seed") -> None:
-    """Those of the studies that fit or attack many edits one by one."""
-    parser.add_argument("--methods", help="separated by commas")
+def add_resumable_options(parser: argparse.ArgumentParser, *, seeds: str = "--seed", methods: bool = True) -> None:
+    """Those of the studies that fit or attack many edits one by one; `methods`: whether these may be chosen."""
+    if methods:
+        parser.add_argument("--methods", help="separated by commas")
     parser.add_argument("--seeds", help=f"such as 0,1,2 (default: {seeds})")
     parser.add_argument("--limit", type=int, help="at most this many questions of each quiz")
     parser.add_argument("--shard", default="1/1", help="i/n: this process's part of the work (default 1/1)")
+
+
+def add_set_option(parser: argparse.ArgumentParser) -> None:
+    """That of the studies whose methods may have other settings than their defaults (see `with_settings`)."""
+    parser.add_argument(
+        "--set",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="[METHOD.]NAME=VALUE",
+        help="a hyperparameter, such as steps=50 or rmu.alpha=4, of one method or of all that have it",
+    )
 
 
 def add_attacker_options(parser: argparse.ArgumentParser) -> None:

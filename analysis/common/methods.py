@@ -1,7 +1,8 @@
 """The methods that the comparing studies set against each other, and the settings that their results depend on."""
 
-from collections.abc import Collection, Mapping
-from dataclasses import fields
+import json
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import fields, replace
 from typing import Any
 
 from mrp_lens.methods import METHODS, MRP, Distillation, UnconditionalMRP
@@ -49,3 +50,24 @@ def changed(known: Mapping[str, str], method: Any) -> list[str]:
         for key in {**known, **now}
         if key not in gained and known.get(key) != now.get(key)
     ]
+
+
+def with_settings(methods: Mapping[str, Any], texts: Sequence[str]) -> dict[str, Any]:
+    """The methods with hyperparameters given as `NAME=VALUE` or `METHOD.NAME=VALUE`; a value is JSON, else text.
+
+    Raises:
+        ValueError: no such hyperparameter, or no `=`.
+    """
+    changed = dict(methods)
+    for given in texts:
+        place, equals, text = given.partition("=")
+        method, _, name = place.rpartition(".")
+        having = [key for key in methods if method in ("", key) and name in methods[key].__dataclass_fields__]
+        if not equals or not having:
+            raise ValueError(f"--set {given}: none of {', '.join(methods)} has {place!r}; write NAME=VALUE")
+        try:
+            value = json.loads(text)
+        except json.JSONDecodeError:
+            value = text
+        changed |= {key: replace(changed[key], **{name: value}) for key in having}
+    return changed

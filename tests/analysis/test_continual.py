@@ -10,8 +10,8 @@ import pandas as pd
 import pytest
 
 from analysis import continual
+from analysis.common.methods import with_settings
 from analysis.common.requests import Requests, numbers_in
-from analysis.continual import with_settings
 from mrp_lens.data import Corpus, Questions
 from mrp_lens.data.task import UnlearningTask
 from mrp_lens.data.world import World

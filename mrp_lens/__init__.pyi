@@ -39,6 +39,8 @@ from .models.generation import continuations as continuations
 from .runs.report import report as report
 from .runs.sweep import SweepConfig as SweepConfig
 from .runs.sweep import sweep as sweep
+from .runs.tune import Tuned as Tuned
+from .runs.tune import tune as tune
 
 __version__: str
 __all__: list[str]

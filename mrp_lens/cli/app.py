@@ -1,4 +1,4 @@
-"""`mrp-lens demo | unlearn | sweep | attack | measure | export | report`."""
+"""`mrp-lens demo | unlearn | sweep | tune | attack | measure | export | report`."""
 
 import logging
 import sys
@@ -15,6 +15,7 @@ COMMANDS = {
     ),
     "unlearn": ("Unlearn", "Make your own model forget: fit an edit, save it, and measure before and after."),
     "sweep": ("Sweep", "Fit every method at one layer after another and compare what each did."),
+    "tune": ("Tune", "Search a method's settings: what forgets most for least damage."),
     "attack": ("AttackEdit", "See what survives an edit: retrain, probe, bypass and jailbreak it."),
     "measure": ("Measure", "Measure a model, and the same model with an edit on, without fitting anything."),
     "export": ("Export", "Write an edited model for Hugging Face's transformers, and prove it by reloading."),

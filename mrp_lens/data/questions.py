@@ -118,6 +118,16 @@ class Questions:
         Raises:
             ValueError: fewer than two questions or entities, or a question whose entity is unknown.
         """
+        return self.parted(0.5, by=by, seed=seed)
+
+    def parted(self, share: float, *, by: Half = "question", seed: int = 0) -> tuple["Questions", "Questions"]:
+        """As `halves`, with this share of the questions or entities in the first part: at least one in each.
+
+        Raises:
+            ValueError: as `halves`, or a share that is not between 0 and 1.
+        """
+        if not 0.0 < share < 1.0:
+            raise ValueError(f"a share must be between 0 and 1, got {share}")
         if by not in get_args(Half):
             raise ValueError(f"unknown by={by!r}; choose one of {', '.join(get_args(Half))}")
         labels = [q.entity if by == "entity" else str(place) for place, q in enumerate(self.questions)]
@@ -128,7 +138,7 @@ class Questions:
         names = sorted(dict.fromkeys(labels))
         if len(names) < 2:
             raise ValueError(f"{self.name} has {len(names)} {by}, which cannot be split; give at least 2")
-        first = set(random.Random(f"mrp_lens halves {seed}").sample(names, len(names) // 2))
+        first = set(random.Random(f"mrp_lens halves {seed}").sample(names, max(1, int(share * len(names)))))
         sides = [
             tuple(q for q, label in zip(self.questions, labels, strict=True) if (label in first) == wanted)
             for wanted in (True, False)

@@ -11,6 +11,7 @@ from mrp_lens.methods.baselines import NPO, DirectionAblation, GradientAscent, G
 from mrp_lens.methods.base import Data, FitContext, FitTemplate, fitting
 from mrp_lens.methods.fit import Fit
 from mrp_lens.methods.registry import METHODS, Method, Swept, register
+from mrp_lens.methods.search_space import Block, Depth, Factor, Options, Range
 
 __all__ = [
     "METHODS",
@@ -18,9 +19,12 @@ __all__ = [
     "NPO",
     "RMU",
     "AdaptiveRMU",
+    "Block",
     "Data",
+    "Depth",
     "DirectionAblation",
     "Distillation",
+    "Factor",
     "Fit",
     "FitContext",
     "FitTemplate",
@@ -28,6 +32,8 @@ __all__ = [
     "GradientDifference",
     "Method",
     "NoisyRMU",
+    "Options",
+    "Range",
     "Swept",
     "fitting",
     "register",

@@ -20,6 +20,7 @@ from mrp_lens.methods.fit import Fit
 from mrp_lens.methods.registry import Swept, register
 from mrp_lens.methods.rmu import REPORT as STEERED
 from mrp_lens.methods.rmu import RMU, default_layer, entry_size, up_to
+from mrp_lens.methods.spaces import ABLATION_SPACE, GRADIENT_ASCENT_SPACE, GRADIENT_SPACE, NPO_SPACE, RMU_SPACE
 from mrp_lens.models import LensModel, check_layers, mlp_out_weight, restored, tensor_digests
 from mrp_lens.models.hooks import Site, hook_name
 from mrp_lens.training.loop import TrainingRun
@@ -186,6 +187,7 @@ def sums_of(
     summary="Ascends the loss of the forget set.",
     source="arXiv 2210.01504",
     report=REPORT,
+    space=GRADIENT_ASCENT_SPACE,
 )
 @dataclass(frozen=True, kw_only=True)
 class GradientAscent(GradientMethod):
@@ -206,6 +208,7 @@ class GradientAscent(GradientMethod):
     summary="Gradient ascent on the forget set, descent on the retain set.",
     source="arXiv 2203.12817",
     report=REPORT,
+    space=GRADIENT_SPACE,
 )
 @dataclass(frozen=True, kw_only=True)
 class GradientDifference(GradientAscent):
@@ -224,6 +227,7 @@ class GradientDifference(GradientAscent):
     summary="Negative preference optimisation, with descent on the retain set.",
     source="arXiv 2404.05868",
     report=REPORT,
+    space=NPO_SPACE,
 )
 @dataclass(frozen=True, kw_only=True)
 class NPO(GradientMethod):
@@ -260,6 +264,7 @@ class NPO(GradientMethod):
     source="after RNA, arXiv 2501.19202",
     swept=Swept(layer="layer", strength="steering_coeff"),
     report=STEERED,
+    space=RMU_SPACE,
 )
 @dataclass(frozen=True, kw_only=True)
 class NoisyRMU(RMU):
@@ -286,6 +291,7 @@ class AblationSettings:
     source="difference of means, arXiv 2406.11717",
     swept=Swept(layer="layers"),
     report="one direction removed from the residual stream at layers {layers}",
+    space=ABLATION_SPACE,
 )
 @dataclass(frozen=True, kw_only=True)
 class DirectionAblation(FitTemplate[AblationSettings]):

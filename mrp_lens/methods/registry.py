@@ -9,6 +9,7 @@ from typing import Any, ClassVar, TypeVar
 from mrp_lens.data import Corpus
 from mrp_lens.edits import Edit
 from mrp_lens.methods.fit import Fit
+from mrp_lens.methods.search_space import Space, check_space
 from mrp_lens.models import LensModel
 from mrp_lens.training.callbacks import Callback
 from mrp_lens.training.checkpoints import EVERY
@@ -40,6 +41,7 @@ class Method(PlainSettings, ABC):
         summary: one line on what it does.
         source: the paper, such as "arXiv 2403.03218".
         swept: what a sweep may vary; None: it is no method for sweeps.
+        space: setting -> what `tune` may draw for it; None: it cannot be tuned.
         report: a sentence on what was done, with fields of the fit's settings in braces; several, if it leaves records of
             several phases: the first whose fields are all there is told.
     """
@@ -48,6 +50,7 @@ class Method(PlainSettings, ABC):
     summary: ClassVar[str] = ""
     source: ClassVar[str] = ""
     swept: ClassVar[Swept | None] = None
+    space: ClassVar[Space | None] = None
     report: ClassVar[str | tuple[str, ...]] = ""
 
     @abstractmethod
@@ -96,7 +99,13 @@ Class = TypeVar("Class", bound=type[Any])
 
 
 def register(
-    name: str, *, summary: str, source: str, swept: Swept | None = None, report: str | tuple[str, ...] = ""
+    name: str,
+    *,
+    summary: str,
+    source: str,
+    swept: Swept | None = None,
+    report: str | tuple[str, ...] = "",
+    space: Space | None = None,
 ) -> Callable[[Class], Class]:
     """Make a method known by its name.
 
@@ -105,11 +114,14 @@ def register(
         class Mine(Method): ...
 
     Raises:
-        ValueError: the name is taken or ill-formed.
+        ValueError: the name is taken or ill-formed, or the search space names what is no setting.
     """
 
     def registered(kind: Class) -> Class:
+        if space is not None:
+            check_space(space, kind)
         kind.name, kind.summary, kind.source, kind.swept, kind.report = name, summary, source, swept, report
+        kind.space = space
         METHODS.add(name, kind)
         return kind
 

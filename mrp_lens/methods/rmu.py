@@ -17,6 +17,7 @@ from mrp_lens.edits.subspace import Law, random_units
 from mrp_lens.methods.base import Data, FitContext, FitTemplate, fitting, parts_of
 from mrp_lens.methods.fit import Fit
 from mrp_lens.methods.registry import Swept, register
+from mrp_lens.methods.spaces import ADAPTIVE_RMU_SPACE, RMU_SPACE
 from mrp_lens.models import EditableWeight, LensModel, check_layers, mlp_out_weight, restored, tensor_digests
 from mrp_lens.models.hooks import Site, captured, hook_name, run_segment
 from mrp_lens.training.optim import TransformersAdamW
@@ -289,6 +290,7 @@ def mean_norm(model: LensModel, data: Data, *, layer: int, hook: str) -> float:
     source="RMU, arXiv 2403.03218",
     swept=Swept(layer="layer", strength="steering_coeff"),
     report=REPORT,
+    space=RMU_SPACE,
 )
 @dataclass(frozen=True, kw_only=True)
 class RMU(Misdirection[RMUSettings]):
@@ -355,6 +357,7 @@ class RMU(Misdirection[RMUSettings]):
     source="Adaptive RMU, arXiv 2408.06223",
     swept=Swept(layer="layer", strength="beta"),
     report=REPORT,
+    space=ADAPTIVE_RMU_SPACE,
 )
 @dataclass(frozen=True, kw_only=True)
 class AdaptiveRMU(Misdirection[MisdirectionSettings]):

@@ -7,6 +7,7 @@ from mrp_lens.metrics.perplexity import answer_probability, perplexity
 from mrp_lens.metrics.alignment import alignment
 from mrp_lens.metrics.bootstrap import bootstrap_interval, value
 from mrp_lens.metrics.confidence import confidence, token_confidence
+from mrp_lens.metrics.damage import damage
 from mrp_lens.metrics.gate import gate, gate_tokens
 from mrp_lens.metrics.geometry import geometry, propagation
 from mrp_lens.metrics.logit_lens import logit_lens
@@ -26,6 +27,7 @@ __all__ = [
     "bootstrap_interval",
     "choice_scores",
     "confidence",
+    "damage",
     "frames_for",
     "gate",
     "gate_tokens",

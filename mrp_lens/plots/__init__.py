@@ -23,6 +23,7 @@ from mrp_lens.plots.geometry import (
 from mrp_lens.plots.registry import FIGURES, register
 from mrp_lens.plots.results import accuracies, coefficient_effects, layer_effects, training
 from mrp_lens.plots.theory import noise_sensitivity, predicted_coefficients, theory_check, variance_by_coefficient
+from mrp_lens.plots.tuning import pareto
 
 __all__ = [
     "FIGURES",
@@ -43,6 +44,7 @@ __all__ = [
     "logit_lens",
     "noise_sensitivity",
     "norms",
+    "pareto",
     "predicted_coefficients",
     "principal_angles",
     "principal_plane",

@@ -238,7 +238,7 @@ def sole_process(folder: Path) -> Iterator[None]:
         return
     number = os.open(folder, os.O_RDONLY)
     try:
-        if not _locked(number):
+        if not lock(number):
             raise BlockingIOError(
                 f"another process is at work in {folder.parent}; wait for it, or choose another folder"
             )
@@ -262,7 +262,7 @@ def _alone(folder: Path) -> Iterator[None]:
     mine.add(folder)
     try:
         given_up = time.monotonic() + LONGEST_WAIT
-        while not _locked(number) and time.monotonic() < given_up:
+        while not lock(number) and time.monotonic() < given_up:
             time.sleep(0.02)
         yield
     finally:
@@ -277,13 +277,13 @@ def _is_held(folder: Path) -> bool:
     with suppress(FileNotFoundError):
         number = os.open(folder, os.O_RDONLY)
         try:
-            return not _locked(number)
+            return not lock(number)
         finally:
             os.close(number)
     return False
 
 
-def _locked(number: int) -> bool:
+def lock(number: int) -> bool:
     """Lock an open folder; False if somebody else has. Some network file systems have no locks: True."""
     with suppress(OSError):
         try:

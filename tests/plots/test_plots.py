@@ -66,7 +66,7 @@ def test_every_trace_has_data_and_every_axis_a_title(name: str, monkeypatch: pyt
 
 
 CONTROL = re.compile(
-    "never taught|une|unchanged|exact|uniform|sampling|unrel|random|noise|norm|c = norm|coefficient|u·h"
+    "never taught|une|unchanged|exact|uniform|sampling|unrel|random|noise|norm|chance|c = norm|coefficient|u·h"
 )
 
 

@@ -17,6 +17,8 @@ from tests.support.kills import killed_and_resumed, prepared
         ("unlearn", signal.SIGINT),
         ("sweep", signal.SIGKILL),
         ("attack", signal.SIGKILL),
+        ("tune", signal.SIGKILL),
+        ("tune", signal.SIGINT),
     ],
 )
 def test_a_command_that_was_killed_ends_as_one_that_was_not(

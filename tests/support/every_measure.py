@@ -104,6 +104,7 @@ OF_A_MODEL: dict[str, Callable[[Any], Any]] = {
     "answer_probability": lambda model: metrics.answer_probability(model, TEXTS),
     "choice_scores": lambda model: metrics.choice_scores(model, QUIZ),
     "confidence": lambda model: metrics.confidence(model, QUIZ, mode="forced"),
+    "damage": lambda model: metrics.damage(model, PROJECTION, TEXTS),
     "frames_for": lambda model: metrics.frames_for(measured(model))["alignment_by_layer"],
     "gate": lambda model: metrics.gate(model, GATED, GROUPS["forget"], TEXTS),
     "gate_tokens": lambda model: metrics.gate_tokens(model, GATED, TEXTS),

@@ -172,6 +172,17 @@ def propagation(hooks: Any = ("hook_resid_post",)) -> pd.DataFrame:
     return frame.assign(before=scale * 0.9**above, after=scale * 0.15 * above, null=8 / 128)
 
 
+def tuned(trials: int = 12) -> pd.DataFrame:
+    """As `mrp-lens tune` writes it."""
+    random = np.random.default_rng(0)
+    damage, forget = 10 ** random.uniform(-3, 0, trials), random.uniform(0.2, 0.9, trials)
+    frame = pd.DataFrame({"trial": range(trials), "forget_accuracy": forget, "damage": damage, "retain_accuracy": 0.9})
+    beats = (damage[:, None] < damage) & (forget[:, None] < forget)
+    front = ~beats.any(axis=0)
+    chosen = np.arange(trials) == np.argmax(front)
+    return frame.assign(on_front=front, chosen=chosen, lr=1e-3 * damage, layer=3, chance=0.25, unedited_accuracy=0.93)
+
+
 PLAIN: dict[str, Callable[[], pd.DataFrame]] = {
     "accuracies": accuracies,
     "alignment_by_coefficient": lambda: alignment([3, 5], coefficient=COEFFICIENTS),
@@ -189,6 +200,7 @@ PLAIN: dict[str, Callable[[], pd.DataFrame]] = {
     "logit_lens": attack_frames.unembedded,
     "noise_sensitivity": noise_sensitivity,
     "norms": alignment,
+    "pareto": tuned,
     "predicted_coefficients": predicted_coefficient,
     "principal_angles": principal_angles,
     "principal_plane": principal_plane,

@@ -31,6 +31,10 @@ from tests.support.commands import data_words
 
 COLOURS = ["red", "blue", "green", "white"]
 ENOUGH = 300.0  # seconds that no run here takes
+LOADED = {  # the first file that is written once the model is there
+    **{"unlearn": "points/model.json", "tune": "tune.json"},
+    **dict.fromkeys(("sweep", "attack"), "points/unedited.json"),
+}
 PHASES = ("load", "fit", "measure", "page")
 
 
@@ -75,6 +79,7 @@ def arguments(command: str, model: Path, data: Path, out: Path, method: str) -> 
     more = {
         "unlearn": ["--method", method, "--steps", "60", "--batch-size", "8"],
         "sweep": ["--methods", "mrp,rmu", "--layers", "1,2", "--coefficients", "3", "--steps", "30"],
+        "tune": ["--method", method, "--steps", "10", "--trials", "5", "--seed", "1"],
         "attack": [
             *("--edit", str(data / "edit"), "--untaught-questions", str(data / "untaught.jsonl"), "--entity", "who"),
             *("--steps", "10", "--lr", "1e-3", "--search-steps", "1", "--questions-limit", "16"),
@@ -138,7 +143,7 @@ def phases(command: str, line: Sequence[str], out: Path, log: Path) -> dict[str,
     number = start(line, log)
     marks: dict[str, float] = {}
     watched = {
-        "load": out / "points" / ("model.json" if command == "unlearn" else "unedited.json"),
+        "load": out / LOADED[command],
         "fit": out / "fit.json" if command == "unlearn" else out / "table.csv",
         "measure": out / "table.csv",
     }
@@ -206,7 +211,7 @@ def killed_and_resumed(
 def main() -> None:
     """See the module."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--command", choices=["unlearn", "sweep", "attack"], required=True)
+    parser.add_argument("--command", choices=["unlearn", "sweep", "attack", "tune"], required=True)
     parser.add_argument("--method", default="mrp")
     parser.add_argument("--times", type=int, default=50)
     parser.add_argument("--signal", default="KILL")
@@ -232,7 +237,9 @@ def prepared(work: Path) -> Path:
 
     import mrp_lens.cli.attack
     import mrp_lens.cli.sweep
-    import mrp_lens.cli.unlearn  # noqa: F401
+    import mrp_lens.cli.tune
+    import mrp_lens.cli.unlearn
+    import mrp_lens.runs.trials  # noqa: F401
     from tests.support.edits import projection
     from tests.support.families import save_family
 

@@ -40,6 +40,7 @@ def fits(model: ml.LensModel, task: ml.UnlearningTask) -> list[ml.Fit]:
         *(ml.NoisyRMU(), ml.GradientAscent(), ml.GradientDifference(), ml.NPO(beta=0.1), ml.DirectionAblation()),
     ]
     print(list(methods.METHODS), methods.MRP, methods.NPO, methods.RMU, methods.AdaptiveRMU, methods.NoisyRMU)
+    print(methods.Block(most=2), methods.Factor(0.1, 10.0), methods.Options((1, 2)))
     print(methods.Distillation, methods.GradientAscent, methods.GradientDifference, methods.DirectionAblation)
     return [
         method.fit(model, task.forget, task.retain, seed=0, checkpoint="fit", callbacks=[Quiet()]) for method in chosen
@@ -53,7 +54,10 @@ class Middle:
     layer: int
 
 
-@methods.register("mine", summary="Nothing yet.", source="none", swept=methods.Swept(layer="layer"))
+SPACE = {"layer": methods.Depth(0.2, 0.8), "max_length": methods.Range(16, 64, log=True, whole=True)}
+
+
+@methods.register("mine", summary="Nothing yet.", source="none", swept=methods.Swept(layer="layer"), space=SPACE)
 @dataclass(frozen=True, kw_only=True)
 class Mine(methods.FitTemplate[Middle]):
     """A method of one's own."""
@@ -131,7 +135,7 @@ def looking(model: ml.LensModel, task: ml.UnlearningTask, edit: ml.Edit) -> floa
         ),
         *(metrics.confidence(model, quizzes), metrics.token_confidence(model, texts["forget"])),
         *(metrics.perplexity(model, task.held_out), metrics.answer_probability(model, task.forget_texts)),
-        metrics.logit_lens(model, quizzes["forget"]),
+        *(metrics.logit_lens(model, quizzes["forget"]), metrics.damage(model, edit, task.held_out)),
         *(metrics.noise_sensitivity(model, texts), metrics.predicted_coefficient(model, texts, u)),
     ]
     print(
@@ -171,7 +175,7 @@ PICTURES: list[Callable[..., go.Figure]] = [
     *(plots.input_gradients, plots.jailbreak_curve, plots.layer_effects, plots.logit_lens, plots.noise_sensitivity),
     *(plots.norms, plots.predicted_coefficients, plots.principal_angles, plots.principal_plane, plots.probe_bits),
     *(plots.propagation, plots.recoveries, plots.relearning_curves, plots.removed_energy, plots.theory_check),
-    plots.variance_by_coefficient,
+    *(plots.variance_by_coefficient, plots.pareto),
 ]
 
 
@@ -216,7 +220,9 @@ class Nothing(attacks.Attack):
 
 
 def leaving(model: ml.LensModel, task: ml.UnlearningTask, edit: ml.Edit) -> Path:
-    """Sweep, page, harness, export."""
+    """Search, sweep, page, harness, export."""
+    tuned: ml.Tuned = ml.tune(model, task, method="rmu", trials=30, seed=0, out="runs/tune", budget=0.05)
+    print(tuned.front, tuned.best["damage"], tuned.why, tuned.edit, ml.tune(model, task, ml.RMU(steps=50)).trials)
     table = ml.sweep(model, task, ml.SweepConfig(layers=(2, 5), steps=75), "runs/sweep")
     scores: pd.DataFrame = ml.evaluate("org/name", ["mmlu"], edit=edit, limit=10)
     report: ml.ExportReport = ml.export_hf(model, edit, "out", record=ml.Record.read("runs/mine"))

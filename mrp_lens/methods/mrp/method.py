@@ -19,6 +19,7 @@ from mrp_lens.methods.fit import Fit
 from mrp_lens.methods.mrp.distillation import Distillation, DistillationSettings
 from mrp_lens.methods.mrp.initialization import LearnedRows, Start, start_rows
 from mrp_lens.methods.registry import Swept, register
+from mrp_lens.methods.spaces import MRP_SPACE
 from mrp_lens.models import LensModel, check_layers, describe
 from mrp_lens.models.hooks import Site, hook_name, hooked
 from mrp_lens.training.losses import cross_entropy, kl, log_odds, openness, predictions
@@ -47,6 +48,7 @@ class MRPSettings:
     summary="Projects learned directions out of the residual stream, irreversibly.",
     source="Metamorphosis Representation Projection, arXiv 2508.15449",
     swept=Swept(layer="layers"),
+    space=MRP_SPACE,
     report=(
         "subspaces of rank {rank} removed from the residual stream at layers {layers}",
         "matrices of layers {layers} replaced by noise and taught again what the projection leaves alone",

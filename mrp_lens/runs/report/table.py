@@ -14,6 +14,7 @@ HEADINGS = {  # of columns that no metric makes
     "verdict": "the forget set is",
     "relative_coefficient": "c / norm",
     "seconds": "fit",
+    "damage": "damage, nats a token",
     "accuracy_before": "accuracy before",
     "accuracy_edited": "with the edit",
     "accuracy_after": "after the attack",
@@ -33,6 +34,7 @@ LEGENDS = {
     "floor": "floor: facts that were never taught (without such questions, guessing), after the same attack; ceiling: the unedited model.",
     "recovery": "recovery: (after the attack - floor) / (ceiling - floor): 0 is as if never taught, 1 as before the edit.",
     "bits": "bits: what a probe at its best layer reads about the right answer of questions that it was not trained on.",
+    "damage": "damage: KL(unedited || edited) per token of retain text that no fit saw; 0 is as before.",
     "text_perplexity_ratio": "perplexity: of text that no fit saw; 1 is as before.",
 }
 INTERVALS = "Brackets: 95% intervals, bootstrap over questions or documents. Rows in grey are controls."

@@ -1,0 +1,84 @@
+"""What an edit costs: how far it moves predictions on text that the model is to keep."""
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from mrp_lens.data import Corpus
+from mrp_lens.data.tokenization import in_order
+from mrp_lens.edits import Edit
+from mrp_lens.metrics.bootstrap import bootstrap_interval
+from mrp_lens.models import LensModel, encoder_for
+from mrp_lens.models.finite import NonFiniteError
+from mrp_lens.models.hooks import frozen
+from mrp_lens.training.losses import kl, predictions
+from mrp_lens.utils.progress import progress_bar
+from mrp_lens.utils.torch_state import ordinary_torch
+
+
+@ordinary_torch(gradients=False)
+def damage(
+    model: LensModel, edit: Edit, corpus: Corpus, *, batch_size: int = 32, seed: int = 0, progress: bool = True
+) -> pd.DataFrame:
+    """KL(unedited || edited) in nats per predicted token, with a bootstrap interval over documents.
+
+    The logits of one batch are held at a time, before and after, and the edit is put on and off for each.
+
+    Args:
+        model: HookedTransformer or TransformerBridge, without the edit; left as it is.
+        edit: the one to look at.
+        corpus: retain text, best such that no fit saw; of each document the tokens that count, as for `perplexity`.
+        batch_size: documents at a time.
+        seed: of the bootstrap.
+        progress: show a progress bar.
+
+    Returns:
+        One row: `corpus`; `documents` and `tokens`, how many were predicted; `damage`, 0 where nothing moved; `low`, `high`
+        (NaN with a single document); `uniform`, the control: the damage of guessing uniformly over the vocabulary.
+
+    Raises:
+        ValueError: no document, or none with a token to predict; NonFiniteError where logits are NaN or infinite, or the
+            edited model rules out what the unedited one does not.
+    """
+    if not len(corpus):
+        raise ValueError(f"no documents in {corpus.name!r}; give text that the model is to keep")
+    encoder = encoder_for(model)
+    encoded = encoder.encode(corpus.documents)
+    sums = np.zeros((len(encoded), 3))  # of each document: divergence, that of a uniform guess, tokens
+    bar = progress_bar(total=len(encoded), desc="measuring damage", progress=progress)
+    with frozen(model), torch.no_grad(), bar:
+        for chosen, batch in in_order(encoder, encoded, batch_size):
+            bar.update(len(chosen))
+            if not batch.loss_mask.any():
+                continue
+            before = predictions(model, batch)
+            with edit.applied(model):
+                after = predictions(model, batch)
+            rows = batch.loss_mask[:, 1:].nonzero()[:, 0].cpu()
+            flat = torch.full_like(before[:1], -float(np.log(before.shape[-1]))).expand_as(before)
+            for column, values in ((0, _divergence(before, after)), (1, _divergence(before, flat))):
+                totals = torch.zeros(len(chosen), dtype=torch.float64).index_add(0, rows, values.double().cpu())
+                sums[chosen, column] = totals.numpy()
+            sums[chosen, 2] = batch.loss_mask.sum(dim=1).cpu().numpy()
+    kept = sums[sums[:, 2] > 0]
+    if not len(kept):
+        raise ValueError(f"{corpus.name!r} holds no token to predict: every document is empty or a single token")
+    if not np.isfinite(kept).all():
+        raise NonFiniteError(
+            f"the damage on {corpus.name!r} is infinite: the edited model gives probability 0 to what the unedited one "
+            "says; take a weaker edit"
+        )
+    total, uniform, count = kept.sum(axis=0)
+    low, high = bootstrap_interval(kept, lambda r: r[:, :, 0].sum(axis=1) / r[:, :, 2].sum(axis=1), seed=seed)
+    row = {"corpus": corpus.name, "documents": len(kept), "tokens": int(count), "damage": total / count}
+    return pd.DataFrame([{**row, "low": low, "high": high, "uniform": uniform / count}])
+
+
+def _divergence(
+    reference: Float[Tensor, "counted d_vocab"], log_probabilities: Float[Tensor, "counted d_vocab"]
+) -> Float[Tensor, " counted"]:
+    """KL at each position; a token that the reference rules out counts nothing, whatever the other says of it."""
+    ruled_out = reference == -torch.inf
+    return kl(reference.masked_fill(ruled_out, 0.0), log_probabilities.masked_fill(ruled_out, 0.0))

@@ -69,9 +69,9 @@ class ConditionalProjection(Change):
         wide = states if states.dtype == torch.float64 else states.float()
         rank = sum(entry["rank"] for entry in self.gates)
         rows, directions = self.values[:rank].to(wide), iter(self.values[rank:])
-        always = torch.ones_like(wide[..., 0])
         each = [
-            always if entry["gate"] is None else shares(wide, next(directions), **entry["gate"]) for entry in self.gates
+            torch.ones_like(wide[..., 0]) if gate is None else shares(wide, next(directions), **gate)
+            for gate in (entry["gate"] for entry in self.gates)
         ]
         by_row = [
             share[..., None].expand(*share.shape, own["rank"]) for share, own in zip(each, self.gates, strict=True)

@@ -179,8 +179,8 @@ class Command(ABC):
 
     @classmethod
     def chosen(cls, given: Mapping[str, Any]) -> list[str]:
-        """What was chosen of the registry, as it was typed."""
-        return []
+        """What was chosen of the registry of methods, as it was typed."""
+        return ["--method", str(given["method"])] if given.get("method") else []
 
     @classmethod
     def listed(cls, given: Mapping[str, Any]) -> str:

@@ -88,11 +88,6 @@ class Tune(OnData):
 
     @classmethod
     @override
-    def chosen(cls, given: Mapping[str, Any]) -> list[str]:
-        return ["--method", str(given["method"])] if given.get("method") else []
-
-    @classmethod
-    @override
     def listed(cls, given: Mapping[str, Any]) -> str:
         known = {name: kind.space for name, kind in METHODS.items() if kind.space is not None}
         return "\n".join(["searched:", *(f"  {name:<22}{', '.join(space)}" for name, space in known.items())])

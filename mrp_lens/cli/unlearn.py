@@ -107,11 +107,6 @@ class Unlearn(Command):
 
     @classmethod
     @override
-    def chosen(cls, given: Mapping[str, Any]) -> list[str]:
-        return ["--method", str(given["method"])] if given.get("method") else []
-
-    @classmethod
-    @override
     def aliases(cls, given: Mapping[str, Any]) -> dict[str, str]:
         names = METHODS[given["method"]].__dataclass_fields__ if given.get("method") else {}
         return {"layers": "layer"} if "layer" in names and "layers" not in names else {}

@@ -26,8 +26,6 @@ def pareto(frame: pd.DataFrame) -> go.Figure:
             such as the settings, are told on hovering. Grey: `chance`, `unedited_accuracy` and `budget`, if it has them.
     """
     frame = known(known(frame, "damage"), "forget_accuracy")
-    front = frame["on_front"].astype(bool)
-    chosen = frame["chosen"].astype(bool) if "chosen" in frame else pd.Series(False, index=frame.index)
     panels = Panels(
         facets(frame, ["method"]),
         x=Axis("damage: KL(unedited || edited), nats a token", "auto"),

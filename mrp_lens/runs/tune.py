@@ -1,6 +1,5 @@
 """The search for a method's settings on a model and data: trials on a tuning split, and a report on the other one."""
 
-import json
 import shutil
 import time
 from collections.abc import Mapping
@@ -27,7 +26,7 @@ from mrp_lens.models.finite import NonFiniteError
 from mrp_lens.runs.front import chosen_of, on_front
 from mrp_lens.training import NonFiniteLossError
 from mrp_lens.utils.frames import rows_of
-from mrp_lens.utils.io import make_folder, one_line, write_text
+from mrp_lens.utils.io import as_json, make_folder, one_line, write_text
 from mrp_lens.utils.result_store import POINTS, ResultStore
 from mrp_lens.utils.torch_state import ordinary_torch
 from mrp_lens.utils.validation import check_positive, check_whole, int_seed
@@ -261,7 +260,7 @@ class _Search:
         """The objectives of a trial (None: it was given up), and its row."""
         begun = time.perf_counter()
         method = method_of(self.base, self.space, trial.drawn, self.model, self.task)
-        result: dict[str, Any] = {"settings": as_plain({name: getattr(method, name) for name in self.space})}
+        result: dict[str, Any] = {"settings": as_json({name: getattr(method, name) for name in self.space})}
         objectives = None
         try:
             edit = self._fitted(method, self._kept(trial.place)).edit
@@ -338,7 +337,7 @@ class _Search:
             edit=edit,
             controls=controls,
         )
-        content = {"method": method.name, "seed": self.seed, **as_plain(asdict(method))}
+        content = {"method": method.name, "seed": self.seed, **as_json(asdict(method))}
         write_text(self.store.folder / BEST, yaml.safe_dump(content, sort_keys=False))
         picture = plots.pareto(tuned.picture).to_html(include_plotlyjs=True, config={"displaylogo": False})
         write_text(self.store.folder / PICTURE, picture)
@@ -399,8 +398,3 @@ def rows_of_trials(finished: "list[Finished]") -> pd.DataFrame:
 def _cell(value: Any) -> Any:
     """A list as text: a cell of a table holds one value."""
     return ",".join(map(str, value)) if isinstance(value, list) else value
-
-
-def as_plain(settings: Any) -> Any:
-    """Settings as JSON has them."""
-    return json.loads(json.dumps(settings))

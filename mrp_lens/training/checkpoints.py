@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from mrp_lens.utils.io import make_folder, read_json, write_bytes, write_json
+from mrp_lens.utils.io import as_json, make_folder, read_json, write_bytes, write_json
 from mrp_lens.utils.validation import check_whole
 
 IDENTITY_FILE = "fit.json"
@@ -59,7 +59,7 @@ class Checkpoint:
         """
         check_whole(every=every)
         target = make_folder(folder)
-        wanted: dict[str, Any] = json.loads(json.dumps(identity))
+        wanted: dict[str, Any] = as_json(identity)
         path = target / IDENTITY_FILE
         if path.is_file():
             known = read_json(path, "remove the folder and fit again")

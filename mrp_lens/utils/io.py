@@ -189,6 +189,11 @@ def _check_values(value: Any, levels: int) -> None:
         _check_values(entry, levels - 1)
 
 
+def as_json(value: Any) -> Any:
+    """The value as it comes back from JSON: tuples are lists, keys are text."""
+    return json.loads(json.dumps(value))
+
+
 def write_json(path: str | Path, content: Any) -> None:
     """Indented JSON, UTF-8, with a final newline; whole or not at all."""
     write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")

@@ -125,11 +125,11 @@ def test_the_rest_of_a_stack_is_on_while_gates_are_read(model: LensModel, untouc
 
 def test_batches_and_seeds_choose_no_other_figures(subject: Any) -> None:
     model, edit = subject.model, conditional(1, 3)
-    frames = [
+    one, many = (
         metrics.gate(model, edit, GROUPS["forget"], GROUPS["retain"], batch_size=size, progress=False)
         for size in (1, 32)
-    ]
-    pd.testing.assert_frame_equal(*frames, atol=2e-2)
+    )
+    pd.testing.assert_frame_equal(one, many, atol=2e-2)
     few = [metrics.gate_tokens(model, edit, GROUPS["forget"], limit=3, seed=seed, progress=False) for seed in (0, 0, 1)]
     pd.testing.assert_frame_equal(few[0], few[1])
     assert set(few[0]["document"]) != set(few[2]["document"])

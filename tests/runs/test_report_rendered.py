@@ -19,7 +19,8 @@ pytestmark = pytest.mark.slow
 READ = """() => ({
   wide: document.documentElement.scrollWidth - document.documentElement.clientWidth,
   figures: [...document.querySelectorAll('figure')].map(f => ({
-    name: f.id, drawn: f.querySelectorAll('.scatterlayer .trace, .violinlayer .trace, .gl-container canvas').length,
+    name: f.id, drawn: f.querySelectorAll(
+      '.scatterlayer .trace, .violinlayer .trace, .heatmaplayer image, .gl-container canvas').length,
     hidden: f.scrollWidth - f.clientWidth, caption: f.querySelector('figcaption').innerText})),
   tables: [...document.querySelectorAll('table')].map(t => t.rows.length),
 })"""

@@ -25,7 +25,11 @@ from mrp_lens.utils.io import check_free
 
 QUESTION, ANSWER = "Question: {question}\nAnswer:", " {answer}"
 METHODS: Mapping[str, Any] = {method.name: method for method in (MRP(), RMU(), AdaptiveRMU())}
-TUNED: Mapping[str, Any] = {"rmu-tuned": RMU(alpha=4.0, lr=0.007, batch_size=16)}
+TUNED: Mapping[str, Any] = {
+    "rmu-tuned": RMU(
+        layer=2, alpha=4.0, lr=0.007, steps=150, batch_size=16, errors="absolute", budget=None, coverage=None
+    )
+}
 TUNING_QUESTIONS = 200  # those on the first ten authors of the retain set
 KEYS = ("forget_accuracy", "retain_accuracy", "forget_probability", "paraphrased_probability", "retain_probability")
 

@@ -29,11 +29,10 @@ from mrp_lens.models import (
     describe,
     encoder_for,
     identity_of,
-    logits_of,
     why_not_exportable,
 )
 from mrp_lens.models.generation import drawn_seed
-from mrp_lens.models.hooks import captured, frozen
+from mrp_lens.models.hooks import captured, frozen, layer_of, run_segment
 from mrp_lens.training.callbacks import Callback
 from mrp_lens.training.checkpoints import EVERY, Checkpoint, Resumable
 from mrp_lens.training.loop import Losses, TrainingRun, train
@@ -466,9 +465,10 @@ def states_at(
     lengths = torch.tensor([sum(rows[i].content) for i in order])
     chosen = [rows[i] for i in order[: int((lengths.cumsum(0) < count).sum()) + 1]]
     kept: dict[str, list[Tensor]] = {hook: [] for hook in hooks}
-    with captured(model, hooks) as store, torch.no_grad():
+    last = max(map(layer_of, hooks))
+    with captured(model, hooks) as store:
         for _, batch in in_order(encoder, chosen, STATES_BATCH):
-            logits_of(model, batch.tokens, batch.attention_mask)
+            run_segment(model, batch.tokens, batch.attention_mask, first=last, last=last)
             for hook in hooks:
                 kept[hook].append(store[hook][batch.content_mask].float())
     return {hook: torch.cat(parts) for hook, parts in kept.items()}

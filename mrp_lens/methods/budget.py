@@ -24,9 +24,10 @@ from mrp_lens.training.loop import TrainingRun
 from mrp_lens.training.losses import kl, predictions
 
 EVERY = 5  # updates between two looks at the damage
-LOOK, FIRST_LOOK = 10, 40  # updates between two looks at the control questions, and before the first
+LOOK, FIRST_LOOK = 20, 40  # updates between two looks at the control questions, and before the first
 PATIENCE = 2  # looks in a row at the target
-STALLED, LESS = 10, 0.02  # looks after which a fit ends that has not brought the accuracy down by so much
+SETTLING = 0.5  # as many updates more, over those done when a fit was seen to be at its end
+STALLED, LESS = 5, 0.02  # looks after which a fit ends that has not brought the accuracy down by so much
 RATE = 0.5  # of the multiplier's logarithm, for a damage off by a factor of e
 LIMITS = (1e-2, 1e3)  # of the multiplier
 NUMBERS = 2**26  # log-probabilities of the unedited model that are kept in memory at most
@@ -112,14 +113,21 @@ class Budget(Callback):
                 found = self.damage()
             if not self.holds and found > self.nats:
                 state.steps = done
-            off = math.log(max(found, 1e-6) / self.nats)
+            off = max(-1.0, min(1.0, math.log(max(found, 1e-6) / self.nats)))
+            if self._settling:  # what is forgotten need not be paid for any more
+                off = max(0.0, off)
             least, most = LIMITS
-            self.multiplier = min(most, max(least, self.multiplier * math.exp(RATE * max(-1.0, min(1.0, off)))))
-        if state.steps == self._planned and done >= FIRST_LOOK and done % LOOK == 0:
+            self.multiplier = min(most, max(least, self.multiplier * math.exp(RATE * off)))
+        if not self._settling and done >= FIRST_LOOK and done % LOOK == 0:
             with state.shown():
                 self.looks.append(self.control.accuracy(self.model))
-            if self._there() or self._stalled():  # a quarter more, in which the learning rate falls to zero
-                state.steps = min(state.steps, done + max(1, done // 4))
+            if self._there() or self._stalled():
+                state.steps = min(state.steps, done + max(1, round(SETTLING * done)))
+
+    @property
+    def _settling(self) -> bool:
+        """Whether the fit is over but for the last updates, in which the learning rate falls to zero."""
+        return self._state.steps < self._planned
 
     def _there(self) -> bool:
         return len(self.looks) > PATIENCE and max(self.looks[-PATIENCE:]) <= self.target
@@ -138,6 +146,7 @@ class Budget(Callback):
             budget=self.nats,
             total=earlier + damage,
             steps=len(run.log),
+            stalled=self._stalled(),
             interrupted=run.interrupted,
         )
 

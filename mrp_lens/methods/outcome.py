@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-Ended = Literal["target", "budget", "unmoved", "steps", "interrupted"]
+Ended = Literal["target", "budget", "unmoved", "stalled", "steps", "interrupted"]
 
 MOVED = 0.1  # share of the way to the target below which a fit has not moved
 OVER = 1.5  # times the budget that the last measurement may be above it: the multiplier swings around it
@@ -17,8 +17,8 @@ class Outcome:
 
     Attributes:
         ended: "target": what is left of the forget set cannot be told from chance (or is at the level that was asked for);
-            "budget": the damage allowed for was done first; "unmoved": next to nothing was forgotten; "steps": the last
-            update was done first; "interrupted": Ctrl-C.
+            "budget": the damage allowed for was done first; "unmoved": next to nothing was forgotten; "stalled": what is
+            left did not become less any more; "steps": the last update was done first; "interrupted": Ctrl-C.
         left: accuracy on the control questions made from the forget set, after the fit.
         before: the same, of the unedited model.
         target: the accuracy down to which was to be forgotten.
@@ -47,6 +47,7 @@ class Outcome:
             "target": f"forgot ({left}; {damage}; {self.steps} steps)",
             "budget": f"stopped at the budget with {left} ({damage})",
             "unmoved": f"did not move: {left} ({damage}; {self.steps} steps)",
+            "stalled": f"no longer moved, with {left} ({damage}; {self.steps} steps)",
             "steps": f"ended after {self.steps} steps with {left} ({damage})",
             "interrupted": f"interrupted after {self.steps} steps with {left} ({damage})",
         }[self.ended]
@@ -62,6 +63,7 @@ class Outcome:
         budget: float,
         total: float,
         steps: int,
+        stalled: bool,
         interrupted: bool,
     ) -> "Outcome":
         """What the last measurement says."""
@@ -74,6 +76,8 @@ class Outcome:
             ended = "unmoved"
         elif damage >= SPENT * budget:
             ended = "budget"
+        elif stalled:
+            ended = "stalled"
         return cls(ended, left, before, target, damage, budget, total, steps)
 
     def to_json(self) -> dict[str, Any]:

@@ -372,7 +372,10 @@ class RMU(Misdirection[RMUSettings]):
         steps, batch_size: updates at most, and documents an update on each side.
         micro_batch: documents a pass, if a batch does not fit into memory.
         max_length: tokens at which documents are cut. None: 512, or the context if that is shorter.
-        budget, target, coverage: see `FitTemplate`.
+        budget: nats a token of KL(unedited || edited) that are allowed for on retain text that no update sees: the retain term's
+            weight follows it, and the fit ends at its target. None: a fixed weight, every step, all of the retain corpus.
+        target: accuracy to forget down to on questions made from the forget set (`control_accuracy`). None: chance.
+        coverage: what is read besides the corpora. None: nothing.
         errors: "relative": as above; "absolute": the paper's, over all tokens, with a constant learning rate.
         direction: "uniform": entries of u from U[0, 1), as released; "gaussian": isotropic.
         site, trained_layers: where the states are read, and which layers learn, if not as above.

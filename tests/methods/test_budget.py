@@ -9,7 +9,7 @@ import torch
 
 from mrp_lens.data import Corpus, Document
 from mrp_lens.methods import MRP, RMU, Fit, GradientAscent, Outcome
-from mrp_lens.methods.budget import EVERY, LIMITS, PATIENCE, Budget, Damage, damage_of
+from mrp_lens.methods.budget import EVERY, LIMITS, PATIENCE, SETTLING, Budget, Damage, damage_of
 from mrp_lens.methods.control import ControlQuestions, control_accuracy, parted
 from mrp_lens.models import LensModel, encoder_for
 from mrp_lens.training.callbacks import TrainingState
@@ -80,10 +80,19 @@ def test_the_multiplier_follows_the_damage() -> None:
     assert even.multiplier == pytest.approx(1.0)
 
 
-def test_a_fit_at_its_target_has_a_quarter_more_to_settle() -> None:
+def test_a_fit_at_its_target_has_half_as_many_updates_more_to_settle() -> None:
     budget = Budget(None, Known(0.0), Answers(1.0, 0.9, 0.2, 0.2), nats=0.1, target=0.25)  # type: ignore[arg-type]
-    assert PATIENCE == 2
-    assert run(budget, 300).done == 60 + 15
+    assert (PATIENCE, SETTLING) == (2, 0.5)
+    assert run(budget, 300).done == 80 + 40
+
+
+def test_the_multiplier_falls_no_more_once_the_target_is_reached() -> None:
+    budget = Budget(None, Known(0.09), Answers(1.0, 0.2), nats=0.1, target=0.25)  # type: ignore[arg-type]
+    assert run(budget, 300).done == 60 + 30
+    assert budget.multiplier == pytest.approx(0.9 ** (0.5 * 60 / EVERY))
+    budget = Budget(None, Known(*[0.09] * (60 // EVERY), 0.2), Answers(1.0, 0.2), nats=0.1, target=0.25)  # type: ignore[arg-type]
+    run(budget, 300)
+    assert budget.multiplier > 1.0
 
 
 def test_a_fit_that_no_longer_moves_ends() -> None:
@@ -97,12 +106,27 @@ def test_without_a_retain_loss_the_budget_is_the_end() -> None:
 
 
 @pytest.mark.parametrize(
-    ("left", "damage", "ended"),
-    [(0.25, 0.01, "target"), (0.25, 0.9, "budget"), (0.6, 0.1, "budget"), (0.6, 0.01, "steps"), (0.99, 0.1, "unmoved")],
+    ("left", "damage", "stalled", "ended"),
+    [
+        (0.25, 0.01, False, "target"),
+        (0.25, 0.9, False, "budget"),
+        (0.6, 0.1, True, "budget"),
+        (0.6, 0.01, False, "steps"),
+        (0.6, 0.01, True, "stalled"),
+        (0.99, 0.1, True, "unmoved"),
+    ],
 )
-def test_what_is_said_of_a_fit(left: float, damage: float, ended: str) -> None:
+def test_what_is_said_of_a_fit(left: float, damage: float, stalled: bool, ended: str) -> None:
     outcome = Outcome.of(
-        left=left, before=1.0, target=0.3, damage=damage, budget=0.1, total=0.3, steps=7, interrupted=False
+        left=left,
+        before=1.0,
+        target=0.3,
+        damage=damage,
+        budget=0.1,
+        total=0.3,
+        steps=7,
+        stalled=stalled,
+        interrupted=False,
     )
     assert outcome.ended == ended
     assert bool(outcome) == (ended == "target")

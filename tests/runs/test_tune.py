@@ -221,7 +221,9 @@ def test_the_public_types_declare_the_space_of_a_method_of_ones_own(
         class Toy(RMU):
             """A toy without a space."""
 
-        with pytest.raises(ValueError, match=r"toy declares no search space: register it with space=.* mrp, rmu"):
+        with pytest.raises(
+            ValueError, match=r"toy declares no search space: register it with space=.* mrp, mrp-unconditional, rmu"
+        ):
             tune(model, task, "toy", tmp_path / "out")
 
         @register("ranged", summary="RMU.", source="nowhere", space={"layer": Depth(), "alpha": Factor(0.5, 2.0)})

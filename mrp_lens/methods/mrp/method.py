@@ -93,7 +93,10 @@ class MRP(FitTemplate[MRPSettings]):
         batch_size: documents an update on each side.
         micro_batch: documents a pass, if a batch does not fit into memory.
         max_length: tokens at which documents are cut. None: 512, or the context if that is shorter.
-        budget, target, coverage: see `FitTemplate`.
+        budget: nats a token of KL(unedited || edited) that are allowed for on retain text that no update sees: the retain term's
+            weight follows it, and the fit ends at its target. None: a fixed weight, every step, all of the retain corpus.
+        target: accuracy to forget down to on questions made from the forget set (`control_accuracy`). None: chance.
+        coverage: what is read besides the corpora. None: nothing.
         distillation: reset the layers that look facts up and teach them again without what the projection removes, so
             that retraining finds less of it (see `Distillation`; Bridge only, and many times the time). The edit then
             holds the projection and new matrices, and forgets with its hooks stripped too. After Ctrl-C meanwhile it

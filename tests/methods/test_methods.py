@@ -343,7 +343,7 @@ def test_a_fit_holds_no_second_copy_of_the_model(model: LensModel, texts: Texts,
     trained = 3 * mlp_out_weight(model, 0).parameter.numel()
     total = sum(p.numel() for p in model.parameters())
     with model.hooks(fwd_hooks=[(hook_name(0), census)]):  # type: ignore[attr-defined]
-        RMU(layer=2, **QUICK).fit(model, *texts, **FIT)
+        RMU(layer=2, coverage=None, **QUICK).fit(model, *texts, **FIT)
     assert seen
     assert max(seen) <= 6 * trained < 0.8 * total
 

@@ -117,6 +117,7 @@ def test_the_losses_are_those_of_the_formulas_with_and_without_attention_sinks(
         assert (retain > 0) == (row == 1)
 
 
+@pytest.mark.slow
 def test_a_micro_batch_of_attention_sinks_alone_has_no_share(sunk: Any, texts: tuple[Corpus, Corpus]) -> None:
     forget = Corpus.from_texts([f"{SINK}{SINK}", *(row.completion for row in texts[0].documents)], name="forget")
     (sinks,) = states_of(sunk, Corpus.from_texts([f"{SINK}{SINK}"]))

@@ -52,6 +52,7 @@ def test_a_sweep_measures_every_point_beside_the_unedited_model(
     assert (frame["chance"] == 0.25).all()
 
 
+@pytest.mark.slow
 def test_points_that_are_there_are_skipped_and_shards_fill_one_folder(
     model: Any, task: UnlearningTask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -112,6 +112,7 @@ def test_another_trial_may_be_chosen(model: Any, task: UnlearningTask, tmp_path:
         tuned(model, task, tmp_path / "out", choose=4)
 
 
+@pytest.mark.slow
 @ONE_CLASS
 def test_a_budget_is_kept_to_where_one_can(model: Any, task: UnlearningTask, tmp_path: Path) -> None:
     free = tuned(model, task, tmp_path / "free", 6, prune_above=50.0)
@@ -130,6 +131,7 @@ def test_a_budget_is_kept_to_where_one_can(model: Any, task: UnlearningTask, tmp
     assert "none kept to the budget" in tight.why
 
 
+@pytest.mark.slow
 @ONE_CLASS
 def test_what_breaks_the_model_is_given_up_and_counts(
     model: Any, task: UnlearningTask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -105,13 +105,20 @@ def test_a_signal_ends_the_fit_after_the_step_under_way_and_keeps_it(
 
 @pytest.fixture
 def quick_looks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The damage is looked at after every other update, the control questions after 6 and 8: then 2 more are left."""
+    """The damage is looked at after every other update, the control questions after 6 and 8: then 4 more are left."""
     for name, updates in {"EVERY": 2, "LOOK": 2, "FIRST_LOOK": 6}.items():
         monkeypatch.setattr(budget_module, name, updates)
 
 
 @pytest.mark.parametrize("name", BUDGETED)
-@pytest.mark.parametrize(("save", "left"), [(1, [3, 4, 5, 6, 7, 8, 9]), (2, [6, 7, 8, 9]), (3, [9])])
+@pytest.mark.parametrize(
+    ("save", "left"),
+    [
+        pytest.param(1, list(range(3, 12)), marks=pytest.mark.slow),
+        (2, list(range(6, 12))),
+        pytest.param(3, list(range(9, 12)), marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.usefixtures("untouched", "quick_looks")
 def test_a_killed_fit_within_a_budget_goes_on_with_what_it_has_seen(
     name: str,
@@ -127,7 +134,7 @@ def test_a_killed_fit_within_a_budget_goes_on_with_what_it_has_seen(
     fitter, kept = BUDGETED[name], {"checkpoint": tmp_path / "fit", "every": 3}
     undisturbed = fitter.fit(model, *texts, progress=False)
     assert undisturbed.outcome is not None
-    assert len(undisturbed.log) == undisturbed.outcome.steps == 10
+    assert len(undisturbed.log) == undisturbed.outcome.steps == 12
     with monkeypatch.context() as patch:
         kill_at_save(patch, save)
         with pytest.raises(Killed):
@@ -139,7 +146,7 @@ def test_a_killed_fit_within_a_budget_goes_on_with_what_it_has_seen(
     assert idle.steps == []
 
 
-@pytest.mark.parametrize("after", [2, 4, 6])
+@pytest.mark.parametrize("after", [pytest.param(2, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.slow), 6])
 @pytest.mark.usefixtures("quick_looks")
 def test_a_signal_at_an_update_with_a_look_does_not_lose_the_look(
     after: int, model: Any, texts: tuple[Corpus, Corpus], tmp_path: Path
@@ -151,7 +158,7 @@ def test_a_signal_at_an_update_with_a_look_does_not_lose_the_look(
         fitter.fit(model, *texts, callbacks=[Watcher(signal.SIGTERM, after)], **options)
     resuming = Watcher()
     assert same(fitter.fit(model, *texts, callbacks=[resuming], **options), undisturbed)
-    assert resuming.steps == list(range(after + 2, 10))
+    assert resuming.steps == list(range(after + 2, 12))
 
 
 def test_a_later_request_goes_on_as_well(
@@ -307,6 +314,7 @@ def test_settings_may_be_numpy_numbers_and_the_edit_can_still_be_saved(
     assert fits["rmu"].edit.provenance["seed"] == 2
 
 
+@pytest.mark.slow
 def test_a_fit_is_the_same_whatever_a_notebook_has_switched_off(model: Any, texts: tuple[Corpus, Corpus]) -> None:
     for name in ("mrp", "rmu", "npo"):
         usual = FITTERS[name].fit(model, *texts, progress=False)

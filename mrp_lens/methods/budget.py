@@ -30,7 +30,6 @@ SETTLING = 0.5  # as many updates more, over those done when a fit was seen to b
 STALLED, LESS = 5, 0.02  # looks after which a fit ends that has not brought the accuracy down by so much
 RATE = 0.5  # of the multiplier's logarithm, for a damage off by a factor of e
 LIMITS = (1e-2, 1e3)  # of the multiplier
-MOST_RATE = 8.0  # times the method's learning rate
 NUMBERS = 2**26  # log-probabilities of the unedited model that are kept in memory at most
 BATCH = 16
 
@@ -98,7 +97,7 @@ class Budget(Callback):
         self.model, self.damage, self.control, self.nats, self.holds = model, damage, control, nats, holds
         self.target = control.target if target is None else target
         self.before = control.accuracy(model)
-        self.multiplier, self.looks, self.raised = 1.0, [self.before], 0
+        self.multiplier, self.looks = 1.0, [self.before]
 
     @override
     def on_start(self, state: TrainingState) -> None:
@@ -122,8 +121,6 @@ class Budget(Callback):
         if not self._settling and done >= FIRST_LOOK and done % LOOK == 0:
             with state.shown():
                 self.looks.append(self.control.accuracy(self.model))
-            if not self._there() and self._waits() and found < self.nats:
-                state.rate, self.raised = min(MOST_RATE, 2.0 * state.rate), len(self.looks)
             if self._there() or self._stalled():
                 state.steps = min(state.steps, done + max(1, round(SETTLING * done)))
 
@@ -134,11 +131,6 @@ class Budget(Callback):
 
     def _there(self) -> bool:
         return len(self.looks) > PATIENCE and max(self.looks[-PATIENCE:]) <= self.target
-
-    def _waits(self) -> bool:
-        """Whether two looks in a row, since the rate was raised last, found next to no progress."""
-        recent = self.looks[max(0, self.raised - 1) :]
-        return len(recent) > 2 and min(recent[-2:]) > recent[-3] - 2 * LESS
 
     def _stalled(self) -> bool:
         return len(self.looks) > STALLED and min(self.looks[-STALLED:]) > min(self.looks[:-STALLED]) - LESS
@@ -160,18 +152,12 @@ class Budget(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps."""
-        return {
-            "multiplier": self.multiplier,
-            "looks": list(self.looks),
-            "steps": self._state.steps,
-            "rate": self._state.rate,
-            "raised": self.raised,
-        }
+        return {"multiplier": self.multiplier, "looks": list(self.looks), "steps": self._state.steps}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from there."""
         self.multiplier, self.looks = float(state["multiplier"]), [float(look) for look in state["looks"]]
-        self._state.steps, self._state.rate, self.raised = int(state["steps"]), float(state["rate"]), int(state["raised"])
+        self._state.steps = int(state["steps"])
 
 
 def damage_of(edit: Edit | None) -> float:

@@ -24,7 +24,6 @@ class TrainingState:
     Attributes:
         description: what is trained, such as a method's name.
         steps: updates in all, as far as can be told.
-        rate: factor on the learning rates, besides the schedule's.
         settings: that loggers show beside it.
         optimizer: holds the trained tensors.
         generator: what the losses draw from.
@@ -46,7 +45,6 @@ class TrainingState:
     rows: list[dict[str, float]] = field(default_factory=list)
     interruption: Interruption = field(default_factory=Interruption)
     stopping: bool = False
-    rate: float = 1.0
 
     @property
     def done(self) -> int:

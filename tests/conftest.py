@@ -34,6 +34,24 @@ for kind, numbers in FEWER:
     kind.__init__.__kwdefaults__.update(numbers)
 
 
+# Rooms that reach a model through the library's own functions only, which the other rooms test on both classes: here
+# HookedTransformer is for the slow run.
+THROUGH_OTHERS = {"attacks", "runs", "training"}
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    here = Path(__file__).parent
+    for item in items:
+        called = getattr(item, "callspec", None)
+        if (
+            called
+            and called.params.get("backend") == "hooked"
+            and item.path.relative_to(here).parts[0] in THROUGH_OTHERS
+        ):
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture(scope="session", params=["hooked", "bridge"])
 def backend(request: pytest.FixtureRequest) -> str:
     """Both model classes; HookedTransformer is gone from TransformerLens 4."""

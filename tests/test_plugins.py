@@ -95,6 +95,7 @@ def test_help_lists_them(site: Site) -> None:
     assert "what stands before every question" in said
 
 
+@pytest.mark.slow
 def test_a_sweep_goes_over_the_layers_of_the_method_and_has_the_metric_as_a_column(ran: Site) -> None:
     table = pd.read_csv(ran.work / "sweep" / "table.csv")
     assert list(table["method"]) == ["unedited", "toy-vector", "toy-vector"]

@@ -21,6 +21,7 @@ def words(folder: Path, files: Path, out: str, *extra: str) -> list[str]:
     ]
 
 
+@pytest.mark.slow
 def test_the_command_writes_a_table_once_all_shards_are_there(tiny_folder: Path, files: Path) -> None:
     first = completed(*words(tiny_folder, files, "out", "--shard", "1/2"))
     assert "other points" in first.output

@@ -193,7 +193,7 @@ def results(out: Path) -> dict[str, Any]:
     [
         "measure",
         pytest.param("continuations", marks=pytest.mark.slow),
-        "diagnostics",
+        pytest.param("diagnostics", marks=pytest.mark.slow),
         pytest.param("report", marks=pytest.mark.slow),
         pytest.param("show_table", marks=pytest.mark.slow),
     ],

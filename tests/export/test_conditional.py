@@ -121,7 +121,14 @@ def test_every_site_leaves_as_it_is_hooked(bridge: Any, tiny_folder: Path, tmp_p
     assert_exact(bridge, edit, plain)
 
 
-@pytest.mark.parametrize(("form", "directions"), [("auto", "one"), ("adapter", "one"), ("auto", "several")])
+@pytest.mark.parametrize(
+    ("form", "directions"),
+    [
+        pytest.param("auto", "one", marks=pytest.mark.slow),
+        pytest.param("adapter", "one", marks=pytest.mark.slow),
+        ("auto", "several"),
+    ],
+)
 def test_the_proof_in_a_fresh_process_holds(bridge: Any, tmp_path: Path, form: Any, directions: str) -> None:
     edit = EDITS[directions](1, 2) + weight_edit(bridge, 1)
     report = export_hf(bridge, edit, tmp_path / "out", form, progress=False)

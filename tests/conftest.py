@@ -30,8 +30,10 @@ LAYERS, D_MODEL = DEPTH, WIDTH
 # What a fit has the model write besides the user's texts, and the gates' regressions, would be most of a three-step fit's time.
 FEWER = ((Coverage, {"about_names": 4, "questions": 4, "free": 4, "new_tokens": 6}), (MRP, {"gate_directions": 2}))
 for kind, numbers in FEWER:
-    assert set(numbers) <= set(kind.__init__.__kwdefaults__)
-    kind.__init__.__kwdefaults__.update(numbers)
+    defaults = kind.__init__.__kwdefaults__
+    assert defaults
+    assert set(numbers) <= set(defaults)
+    defaults.update(numbers)
 
 
 # Rooms that reach a model through the library's own functions only, which the other rooms test on both classes: here

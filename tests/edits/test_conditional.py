@@ -22,6 +22,7 @@ from tests.support.edits import (
     behind_several,
     beside,
     conditional,
+    directions_of,
     logits,
     projection,
     weight_edit,
@@ -52,10 +53,8 @@ def by_hand(states: Tensor, edit: ProjectionEdit, hook: str) -> Tensor:
 
 def share_by_hand(h: Tensor, gate: Gate) -> float:
     """Of one state: the widest that one of the gate's directions opens it."""
-    length, several = math.sqrt(float(h @ h)), gate.direction.ndim == 2
-    thresholds, steepness = (x if several else [x] for x in (gate.threshold, gate.sharpness))
-    opened = []
-    for w, threshold, sharpness in zip(gate.rows.double(), thresholds, steepness, strict=True):  # type: ignore[arg-type]
+    length, opened = math.sqrt(float(h @ h)), []
+    for w, threshold, sharpness in directions_of(gate):
         cosine = float(h @ w) / length if length else 0.0
         soft = 1.0 / (1.0 + math.exp(-sharpness * (cosine - threshold)))
         opened.append(float(cosine > threshold) if gate.hard else soft)
@@ -88,10 +87,12 @@ def test_a_gate_with_several_directions_opens_as_far_as_the_one_that_opens_it_fu
     model: LensModel, tokens: Tensor, hard: bool, untouched: None
 ) -> None:
     edit = behind_several(1, hard=hard) + conditional(2, request="one")
-    edit = edit + beside(edit, request="beside", hard=hard)  # type: ignore[arg-type]
+    assert isinstance(edit, ConditionalProjectionEdit)
+    edit = edit + beside(edit, request="beside", hard=hard)
+    assert isinstance(edit, ConditionalProjectionEdit)
     before = states_at(model, HOOK, tokens)
     gate = edit.gates("edit")[HOOK]
-    alone = [Gate(*each, hard) for each in zip(gate.rows, gate.threshold, gate.sharpness, strict=True)]  # type: ignore[arg-type]
+    alone = [Gate(*each, hard) for each in directions_of(gate)]
     widest = torch.stack([each(before) for each in alone])
     torch.testing.assert_close(gate(before), widest.amax(dim=0), atol=1e-6, rtol=1e-6)
     assert set(widest.argmax(dim=0).flatten().tolist()) == {0, 1, 2}  # each direction opens it somewhere
@@ -99,6 +100,7 @@ def test_a_gate_with_several_directions_opens_as_far_as_the_one_that_opens_it_fu
         after = states_at(model, HOOK, tokens)
     torch.testing.assert_close(after.double(), by_hand(before, edit, HOOK), atol=1e-5, rtol=1e-5)
     control = edit.random_like(seed=1)
+    assert isinstance(control, ConditionalProjectionEdit)
     assert control.gates("random edit") == edit.gates("edit")
 
 
@@ -251,6 +253,7 @@ def test_so_is_one_whose_gates_have_several_directions(
     directions: int, model: LensModel, tokens: Tensor, tmp_path: Path, untouched: None
 ) -> None:
     edit = behind_several(1, 2, directions=directions) + conditional(3, request="one")
+    assert isinstance(edit, ConditionalProjectionEdit)
     edit.save_pretrained(tmp_path / "edit")
     again = load_edit(tmp_path / "edit")
     assert isinstance(again, ConditionalProjectionEdit)

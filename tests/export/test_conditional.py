@@ -16,7 +16,7 @@ from mrp_lens.export.model_card import model_card
 from mrp_lens.hf import attach
 from mrp_lens.models import load_model
 from mrp_lens.models.hooks import hook_name
-from tests.support.edits import behind_several, beside, conditional, projection, weight_edit
+from tests.support.edits import behind_several, beside, conditional, directions_of, projection, weight_edit
 from tests.support.export_edits import LLAMA, PLACES, TOKENS, assert_exact, exported, hooked, log_probabilities, write
 from tests.support.families import NO_HOOKED, families_mostly_slow, save_family
 
@@ -55,9 +55,7 @@ def put_on_by_hand(hf_model: Any, family: str, edit: Edit) -> None:
                 q, share = subspace.basis.double(), torch.ones_like(wide[..., :1])
                 if gate is not None:
                     norm, opened = wide.square().sum(-1, keepdim=True).sqrt(), []
-                    several = gate.direction.ndim == 2
-                    numbers = [x if several else [x] for x in (gate.threshold, gate.sharpness)]
-                    for w, threshold, sharpness in zip(gate.rows.double(), *numbers, strict=True):  # type: ignore[arg-type]
+                    for w, threshold, sharpness in directions_of(gate):
                         cosine = (wide * w).sum(-1, keepdim=True) / norm
                         soft = 1.0 / (1.0 + (-sharpness * (cosine - threshold)).exp())
                         opened.append((cosine > threshold).double() if gate.hard else soft)

@@ -13,7 +13,7 @@ from mrp_lens.edits import ConditionalProjectionEdit, Edit, SteeringEdit, edit_o
 from mrp_lens.models import LensModel
 from mrp_lens.models.hooks import hook_name
 from tests.conftest import D_MODEL
-from tests.support.edits import beside, conditional, projection, weight_edit
+from tests.support.edits import beside, conditional, directions_of, projection, weight_edit
 from tests.support.plain import ids_of, states_at
 from tests.support.states import GROUPS
 
@@ -33,10 +33,11 @@ def shares_by_hand(
     with edit_on(model, below):
         states = states_at(model, ids_of(model, text), [hook])[hook][1:].detach().double()
     gate = edit.gates(request)[hook]
-    cosines = [float(h @ gate.direction.double()) / math.sqrt(float(h @ h)) for h in states]
+    ((w, threshold, sharpness),) = directions_of(gate)
+    cosines = [float(h @ w) / math.sqrt(float(h @ h)) for h in states]
     if gate.hard:
-        return [float(cosine > gate.threshold) for cosine in cosines]
-    return [1 / (1 + math.exp(-gate.sharpness * (cosine - gate.threshold))) for cosine in cosines]
+        return [float(cosine > threshold) for cosine in cosines]
+    return [1 / (1 + math.exp(-sharpness * (cosine - threshold))) for cosine in cosines]
 
 
 def of_gate(frame: pd.DataFrame, request: str, hook: str) -> pd.DataFrame:

@@ -86,3 +86,9 @@ GREEDY = {"do_sample": False, "verbose": False, "stop_at_eos": False, "return_ty
 def assert_refused(model: LensModel, edit: Edit, match: str) -> None:
     with pytest.raises(ValueError, match=match), edit.applied(model):
         pass
+
+
+def directions_of(gate: Gate) -> list[tuple[torch.Tensor, float, float]]:
+    """Each direction of a gate, in float64, with its threshold and sharpness."""
+    thresholds, steepness = (x if isinstance(x, tuple) else (x,) for x in (gate.threshold, gate.sharpness))
+    return list(zip(gate.rows.double(), thresholds, steepness, strict=True))

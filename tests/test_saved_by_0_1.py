@@ -37,11 +37,16 @@ def saved(tmp_path: Path) -> Path:
     return Path(shutil.copytree(SAVED, tmp_path / "saved"))
 
 
-def command(saved: Path, *arguments: str) -> str:
-    """What a command prints that runs where version 0.1 did."""
+def run(saved: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
+    """A command that runs where version 0.1 did."""
     line = [sys.executable, "-c", "from mrp_lens.cli import main; main()", *arguments]
     environment = {**os.environ, "PYTHONPATH": str(SAVED.parents[2])}
-    ended = subprocess.run(line, cwd=saved, env=environment, capture_output=True, text=True, check=False)
+    return subprocess.run(line, cwd=saved, env=environment, capture_output=True, text=True, check=False)
+
+
+def command(saved: Path, *arguments: str) -> str:
+    """What it prints."""
+    ended = run(saved, *arguments)
     assert ended.returncode == 0, ended.stdout + ended.stderr
     return ended.stdout
 
@@ -59,16 +64,13 @@ def close(found: Any, wanted: Any) -> bool:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("name", "arguments", "missing"),
-    [("sweep", SWEEP, ["rmu-layer2-c3-seed0"]), ("attack", ATTACK, ["gradients", "relearn-edited-kept-all-lr0.001"])],
-)
-def test_a_run_folder_is_gone_on_with(name: str, arguments: list[str], missing: list[str], saved: Path) -> None:
+def test_attacks_on_a_saved_edit_are_gone_on_with(saved: Path) -> None:
+    name, missing = "attack", ["gradients", "relearn-edited-kept-all-lr0.001"]
     points = saved / name / "points"
     before = {path.name: path.read_bytes() for path in points.iterdir()}
     for result in missing:
         (points / f"{result}.json").unlink()
-    command(saved, name, *COMMON, *arguments, "--out", name)
+    command(saved, name, *COMMON, *ATTACK, "--out", name)
     after = {path.name: path.read_bytes() for path in points.iterdir() if path.suffix == ".json"}
     assert set(before) <= set(after)
     for file, content in before.items():
@@ -76,6 +78,14 @@ def test_a_run_folder_is_gone_on_with(name: str, arguments: list[str], missing: 
             assert close(json.loads(after[file]), json.loads(content)), file
         else:
             assert after[file] == content
+
+
+def test_a_sweep_is_not_gone_on_with_by_methods_of_other_defaults(saved: Path) -> None:
+    files = {path: path.read_bytes() for path in (saved / "sweep").rglob("*") if path.is_file()}
+    ended = run(saved, "sweep", *COMMON, *SWEEP, "--out", "sweep")
+    assert ended.returncode == 2
+    assert "defaults" in " ".join(ended.stderr.split())
+    assert files == {path: path.read_bytes() for path in (saved / "sweep").rglob("*") if path.is_file()}
 
 
 @pytest.mark.parametrize("name", ["unlearn", "sweep", "attack"])

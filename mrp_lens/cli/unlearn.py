@@ -30,6 +30,14 @@ CAPTION = (
 )
 
 
+RMU_OF_0_1 = {"errors": "absolute", "budget": None, "coverage": None, "steps": 150}
+OF_0_1: Mapping[str, tuple[str, Mapping[str, Any]]] = {  # a method of version 0.1 -> its name now, and its defaults
+    "mrp": ("mrp-unconditional", {}),
+    "rmu": ("rmu", RMU_OF_0_1),
+    "adaptive-rmu": ("adaptive-rmu", RMU_OF_0_1),
+}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Unlearn(Command):
     """Make your own model forget: fit an edit, save it, and measure before and after.
@@ -126,6 +134,16 @@ class Unlearn(Command):
             return f"{method.name}: {method.summary} {method.source}."
         lines = [f"  {name:<22}{kind.summary} {kind.source}" for name, kind in METHODS.items()]
         return "\n".join(["methods:", *lines])
+
+    @classmethod
+    @override
+    def earlier(cls, filed: dict[str, Any]) -> dict[str, Any]:
+        """The summary of a run names every setting: one without a budget is of version 0.1, whose defaults were others."""
+        method = filed.get("method")
+        if "released" not in filed or filed["released"] or "budget" in filed or method not in OF_0_1:
+            return filed
+        name, settings = OF_0_1[method]
+        return {**settings, **filed, "method": name}
 
     @override
     def execute(self) -> Run:

@@ -186,7 +186,8 @@ class Misdirection(FitTemplate[Resolved], Generic[Resolved]):
 
     def _layers(self, model: LensModel) -> tuple[int, tuple[int, ...]]:
         """Where states are steered, and whose matrices learn."""
-        layer = or_default(self.layer, default_layer(model))
+        share = DEPTH_SHARE if self.errors == "relative" else RELEASED_DEPTH_SHARE
+        layer = or_default(self.layer, default_layer(model, share))
         check_layers(model, [layer])
         trained = check_layers(model, or_default(self.trained_layers, up_to(layer)))
         if max(trained) > layer:
@@ -364,7 +365,7 @@ class RMU(Misdirection[RMUSettings]):
     the second half of the run.
 
     Args:
-        layer: l. None: a third of the depth, at least 2.
+        layer: l. None: a third of the depth, for absolute errors 7/32 of it as in the released recipe; at least 2.
         steering_coeff: c. None: twice the norm of the forget states at l: the median for relative errors, the mean for
             absolute ones.
         alpha: weight of the retain term, at the start of a fit with a budget. None: 4; for absolute errors four times the square of c over that norm.

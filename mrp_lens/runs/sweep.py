@@ -20,6 +20,7 @@ from mrp_lens.methods import METHODS, RMU, AdaptiveRMU, Fit, Method
 from mrp_lens.methods.rmu import default_layer
 from mrp_lens.metrics import Measured, rows_for
 from mrp_lens.models import LensModel, check_layers, identity_of
+from mrp_lens.utils.io import as_json
 from mrp_lens.utils.result_store import ResultStore
 from mrp_lens.utils.torch_state import ordinary_torch
 from mrp_lens.utils.validation import check_whole, generator_for, or_default
@@ -249,7 +250,8 @@ def sweep(
         raise ValueError(f"a sweep needs questions on both sides; there are none for {', '.join(sorted(missing))}")
     plan = (config or SweepConfig()).resolved(model, task)
     check_layers(model, plan.layers)
-    settings = {"model": identity_of(model), "data": task.fingerprints(), **plan.settings()}
+    defaults = {name: as_json(asdict(METHODS[name]())) for name in plan.methods}
+    settings = {"model": identity_of(model), "data": task.fingerprints(), **plan.settings(), "defaults": defaults}
     store = ResultStore.claim(out, "sweep", settings, earlier={"data": task.legacy_fingerprints()})
     untouched = store.once(UNEDITED, lambda: _measure_unedited(model, task, plan))
     todo = [point for point in plan.points()[number - 1 :: count] if store.stored(point.name) is None]

@@ -139,7 +139,7 @@ class Unlearn(Command):
     @override
     def earlier(cls, filed: dict[str, Any]) -> dict[str, Any]:
         """The summary of a run names every setting: one without a budget is of version 0.1, whose defaults were others."""
-        method = filed.get("method")
+        method = str(filed.get("method"))
         if "released" not in filed or filed["released"] or "budget" in filed or method not in OF_0_1:
             return filed
         name, settings = OF_0_1[method]

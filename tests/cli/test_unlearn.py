@@ -281,7 +281,8 @@ def test_the_summary_of_a_run_is_a_configuration_that_gives_the_same_edit(tiny_f
 
 def test_so_is_one_that_version_0_1_wrote(tiny_folder: Path, files: Path) -> None:
     """It wrote layers as they were typed, only what was given of the method, and the seed beside the arguments."""
-    assert unlearn(tiny_folder, files, "--layers", "1,2", "--rank", "3", "--seed", "5").exit_code == 0
+    given = ["--layers", "1,2", "--rank", "3", "--seed", "5"]
+    assert unlearn(tiny_folder, files, *given, method="mrp-unconditional").exit_code == 0
     data = TASK_0_1 | {"forget": [str(files / "forget.jsonl")], "retain": str(files / "retain.txt")}
     arguments = {"model": str(tiny_folder), "method": "mrp", "layers": "1,2", "released": False, "rank": 3}
     arguments |= {"steps": 2, "batch_size": 4, **data, "backend": "auto", "dtype": "float32"}
@@ -293,7 +294,9 @@ def test_so_is_one_that_version_0_1_wrote(tiny_folder: Path, files: Path) -> Non
     arguments |= {"method": "rmu", "layers": "2", "distillation": None}
     del arguments["rank"], arguments["distillation"]
     (files / "old.json").write_text(json.dumps(old))
-    assert fitter("--config", str(files / "old.json")) == RMU(layer=2, steps=2, batch_size=4)
+    assert fitter("--config", str(files / "old.json")) == RMU(
+        layer=2, steps=2, batch_size=4, errors="absolute", budget=None, coverage=None
+    )
     arguments |= {"method": "mrp", "distillation": True}
     (files / "old.json").write_text(json.dumps(old))
     assert fitter("--config", str(files / "old.json")).distillation is not None

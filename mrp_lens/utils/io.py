@@ -11,7 +11,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -218,6 +218,7 @@ def write_bytes(path: str | Path, content: bytes | bytearray | memoryview) -> No
     try:
         fresh.unlink(missing_ok=True)  # of a killed process that had this one's numbers
         with fresh.open("xb") as file:
+            lock(file.fileno())  # which tells others that somebody is writing it
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
@@ -275,12 +276,31 @@ def _alone(folder: Path) -> Iterator[None]:
         os.close(number)
 
 
-def _is_held(folder: Path) -> bool:
-    """Whether somebody is in `_alone(folder)`."""
+def remove_partial_files(folder: Path) -> None:
+    """Remove what processes left below a folder that were killed in `write_bytes`; those that write there now go on."""
+    for left in folder.rglob(f".*{PARTIAL}"):
+        numbers = left.name.removesuffix(PARTIAL).rpartition(".")[2].split("-")
+        if _is_left(left, numbers):
+            left.unlink(missing_ok=True)
+
+
+def _is_left(path: Path, numbers: Sequence[str]) -> bool:
+    """Whether nobody writes there any more, by the numbers in its name, the first of which is a process's.
+
+    A living process holds its file or folder. One may have this process's number, in a container of its own.
+    """
+    dead = all(number.isdecimal() for number in numbers) and (
+        int(numbers[0]) == os.getpid() or not psutil.pid_exists(int(numbers[0]))
+    )
+    return dead and not _is_held(path)
+
+
+def _is_held(path: Path) -> bool:
+    """Whether somebody is in `_alone(path)`, or writes this file."""
     if not HAS_LOCKS:
         return False
     with suppress(FileNotFoundError):
-        number = os.open(folder, os.O_RDONLY)
+        number = os.open(path, os.O_RDONLY)
         try:
             return not lock(number)
         finally:
@@ -289,7 +309,7 @@ def _is_held(folder: Path) -> bool:
 
 
 def lock(number: int) -> bool:
-    """Lock an open folder; False if somebody else has. Some network file systems have no locks: True."""
+    """Lock an open folder or file; False if somebody else has. Some network file systems have no locks: True."""
     with suppress(OSError):
         try:
             fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -302,12 +322,7 @@ def _fresh_folder(target: Path) -> Path:
     """Make a sibling of the target to write into, and remove what killed processes left half-written beside it."""
     beginning = _sibling(target, "partial-")
     for left in target.absolute().parent.glob(f"{glob.escape(beginning.name)}*"):
-        numbers = left.name.removeprefix(beginning.name).split("-")
-        # A living process holds its folder. One may have this process's number, in a container of its own.
-        dead = all(number.isdecimal() for number in numbers) and (
-            int(numbers[0]) == os.getpid() or not psutil.pid_exists(int(numbers[0]))
-        )
-        if dead and not _is_held(left):
+        if _is_left(left, left.name.removeprefix(beginning.name).split("-")):
             shutil.rmtree(left, ignore_errors=True)
     for count in itertools.count(1):
         fresh = beginning.with_name(f"{beginning.name}{os.getpid()}{'' if count == 1 else f'-{count}'}")

@@ -11,7 +11,7 @@ from typing import Any
 import pandas as pd
 
 from mrp_lens.utils.frames import frame_of, rows_of
-from mrp_lens.utils.io import PARTIAL, make_folder, read_json, sole_process, write_json
+from mrp_lens.utils.io import make_folder, read_json, remove_partial_files, sole_process, write_json
 
 POINTS = "points"
 REMEDY = "remove it, and run the command again"
@@ -118,9 +118,8 @@ class ResultStore:
             )
 
     def tidy(self) -> None:
-        """Remove what processes left that were killed while they wrote; call it once nobody writes any more."""
-        for leftover in self.folder.rglob(f".*{PARTIAL}"):
-            leftover.unlink(missing_ok=True)
+        """Remove what processes left that were killed while they wrote; other ones may be writing."""
+        remove_partial_files(self.folder)
 
 
 def check_holds(folder: str | Path, kind: str) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from mrp_lens.utils import io
 from mrp_lens.utils.io import recover, whole_folder, write_bytes, write_json, write_text
 
 
@@ -213,3 +214,48 @@ def test_a_folder_inside_one_that_is_being_written_is_saved_without_waiting(tmp_
         write_text(outer / "file", "y")
     assert time.monotonic() - begun < 5.0
     assert content(tmp_path / "outer") == {"inner/file": b"x", "file": b"y"}
+
+
+@pytest.mark.skipif(not io.HAS_LOCKS, reason="the system has no such locks")
+def test_a_file_that_another_process_writes_is_not_taken_for_one_that_a_killed_process_left(tmp_path: Path) -> None:
+    running = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    try:
+        writing, own, left, mine = (
+            tmp_path / f".report.html.{numbers}.partial"
+            for numbers in (f"{running.pid}-7", f"{os.getpid()}-7", f"{ended.pid}-7", f"{os.getpid()}-8")
+        )
+        other = tmp_path / ".of somebody.partial"
+        for path in (writing, own, left, mine, other):
+            path.write_bytes(b"half")
+        with own.open("rb") as file:  # as a process of another container, which has this one's number
+            assert io.lock(file.fileno())
+            io.remove_partial_files(tmp_path)
+        assert sorted(tmp_path.iterdir()) == sorted([writing, own, other])
+    finally:
+        running.kill()
+        running.wait()
+    io.remove_partial_files(tmp_path)
+    assert list(tmp_path.iterdir()) == [other]
+
+
+def test_a_file_is_whole_however_often_another_process_tidies_meanwhile(tmp_path: Path) -> None:
+    tidying = subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            f"import pathlib; from mrp_lens.utils.io import remove_partial_files\n"
+            f"print('at it', flush=True)\nwhile True: remove_partial_files(pathlib.Path({str(tmp_path)!r}))",
+        ],
+        stdout=subprocess.PIPE,
+    )
+    try:
+        assert tidying.stdout is not None
+        assert tidying.stdout.readline() == b"at it\n"
+        for number in range(200):
+            io.write_text(tmp_path / "report.html", str(number))
+    finally:
+        tidying.kill()
+        tidying.communicate()
+    assert (tmp_path / "report.html").read_text() == "199"

@@ -19,10 +19,10 @@ from mrp_lens.data.tokenization import Encoded, PaddingSide, TokenBatch, in_orde
 from mrp_lens.metrics.bootstrap import bootstrap_interval
 from mrp_lens.metrics.multiple_choice import accuracy, side_row
 from mrp_lens.metrics.registry import Measured, register
-from mrp_lens.models import LensModel, check_lens_model, encoder_for, logits_of
+from mrp_lens.models import LensModel, check_lens_model, encoder_for, logits_at
 from mrp_lens.models.finite import check_log_probabilities
 from mrp_lens.models.hooks import frozen
-from mrp_lens.training.losses import targets
+from mrp_lens.training.losses import before_counted, targets
 from mrp_lens.utils.progress import progress_bar
 from mrp_lens.utils.torch_state import ordinary_torch
 from mrp_lens.utils.validation import check_one_of, check_whole
@@ -276,7 +276,7 @@ def _forced(
     asked = [place for place, row in enumerate(rows) if any(row.in_loss[1:])]
     for chosen, batch in in_order(encoder, [rows[place] for place in asked], batch_size, side=padding):
         counted = batch.loss_mask[:, 1:]
-        logits = logits_of(model, batch.tokens, batch.attention_mask)[:, :-1][counted]
+        logits = logits_at(model, batch.tokens, batch.attention_mask, before_counted(batch))
         ids = targets(batch)
         yield (
             [asked[chosen[row]] for row in counted.nonzero()[:, 0].tolist()],
@@ -295,10 +295,10 @@ def _fitted(row: Encoded, tokens: int, length: int) -> Encoded:
 
 
 def _last_logits(model: LensModel, batch: TokenBatch) -> Float[Tensor, "batch d_vocab"]:
-    """At the last token of each row; the rest of the logits is let go of."""
-    logits = logits_of(model, batch.tokens, batch.attention_mask)
-    places = torch.arange(logits.shape[1], device=logits.device)
-    return logits[torch.arange(len(logits), device=logits.device), (places * batch.attention_mask).amax(dim=1)]
+    """At the last token of each row."""
+    places = torch.arange(batch.tokens.shape[1], device=batch.tokens.device)
+    last = (places * batch.attention_mask).amax(dim=1, keepdim=True)
+    return logits_at(model, batch.tokens, batch.attention_mask, places == last)
 
 
 def _measures(

@@ -13,6 +13,7 @@ from mrp_lens.models.base import (
     encoder_for,
     forward,
     is_bridge,
+    logits_at,
     logits_of,
     modules_of,
 )
@@ -61,6 +62,7 @@ __all__ = [
     "identity_of",
     "is_bridge",
     "load_model",
+    "logits_at",
     "logits_of",
     "mlp_out_weight",
     "modules_of",

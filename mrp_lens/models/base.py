@@ -137,6 +137,29 @@ def logits_of(
     return logits
 
 
+def logits_at(
+    model: LensModel,
+    tokens: Int[Tensor, "batch seq"],
+    attention_mask: Bool[Tensor, "batch seq"],
+    positions: Bool[Tensor, "batch seq"],
+) -> Float[Tensor, "chosen d_vocab"]:
+    """Logits at some positions of a padded batch, row by row; no others are computed, which with a large vocabulary would
+    take more memory than everything else."""
+    chosen = 0
+
+    def choose(_module: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        nonlocal chosen
+        chosen += 1
+        return (args[0][positions][None], *args[1:])
+
+    handle = model.unembed.register_forward_pre_hook(choose)
+    try:
+        logits: Tensor = forward(model, tokens, attention_mask)
+    finally:
+        handle.remove()
+    return logits[0] if chosen else logits[positions]
+
+
 @contextmanager
 def each_row_alone(model: Any, attention_mask: Bool[Tensor, "batch seq"]) -> Iterator[None]:
     """Inside, a text has the positions that it has alone, whatever it is batched with.

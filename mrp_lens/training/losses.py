@@ -3,11 +3,11 @@
 from collections.abc import Sequence
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from mrp_lens.data.tokenization import Encoded, TokenBatch
-from mrp_lens.models import LensModel, logits_of
+from mrp_lens.models import LensModel, logits_at
 from mrp_lens.models.finite import check_log_probabilities
 
 
@@ -20,11 +20,15 @@ def predictions(model: LensModel, batch: TokenBatch) -> Float[Tensor, "counted d
     Raises:
         NonFiniteError: a NaN or +infinity among the logits there, outside training.
     """
-    logits = logits_of(model, batch.tokens, batch.attention_mask)
-    found = logits[:, :-1][batch.loss_mask[:, 1:]].float().log_softmax(-1)
+    found = logits_at(model, batch.tokens, batch.attention_mask, before_counted(batch)).float().log_softmax(-1)
     if not torch.is_grad_enabled():
         check_log_probabilities(model, batch, found)
     return found
+
+
+def before_counted(batch: TokenBatch) -> Bool[Tensor, "batch seq"]:
+    """The positions whose next token counts in the loss."""
+    return torch.nn.functional.pad(batch.loss_mask[:, 1:], (0, 1))
 
 
 def targets(batch: TokenBatch) -> Int[Tensor, " counted"]:

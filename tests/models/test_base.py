@@ -13,6 +13,7 @@ from mrp_lens.models import (
     LensModel,
     check_layers,
     is_bridge,
+    logits_at,
     logits_of,
     mlp_out_weight,
 )
@@ -32,6 +33,28 @@ def test_logits_equal_hugging_faces_on_a_padded_batch(model: Any, tiny_folder: P
             ).logits.log_softmax(-1)
             got = logits_of(model, tokens, mask).log_softmax(-1)
         assert float((got - expected)[mask].abs().max()) < 1e-4
+
+
+def test_logits_at_some_positions_are_those_of_a_whole_pass_and_no_others_are_computed(
+    model: Any, untouched: None
+) -> None:
+    tokens = torch.randint(3, model.cfg.d_vocab, (3, 9), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(tokens, dtype=torch.bool)
+    mask[0, 6:] = False
+    wanted = mask & (torch.arange(9) % 2 == 1)
+    computed: list[int] = []
+    handle = model.unembed.register_forward_hook(lambda _module, _args, output: computed.append(output[..., 0].numel()))
+    with torch.no_grad():
+        whole = logits_of(model, tokens, mask)
+        for positions in (wanted, torch.zeros_like(mask)):
+            got = logits_at(model, tokens, mask, positions)
+            torch.testing.assert_close(got, whole[positions], atol=1e-5, rtol=1e-5)
+    handle.remove()
+    assert computed == [27, int(wanted.sum()), 0]
+    fails = ("blocks.1.hook_resid_post", lambda states, hook: states[:, :, :, 0])
+    with pytest.raises(IndexError), model.hooks(fwd_hooks=[fails]):
+        logits_at(model, tokens, mask, wanted)
+    assert torch.equal(logits_of(model, tokens, mask), whole)  # after a pass that failed as well
 
 
 def test_weights_are_as_in_the_checkpoint(model: Any, tiny_folder: Path) -> None:

@@ -12,7 +12,7 @@ from mrp_lens.data.tokenization import Encoder
 from mrp_lens.edits import load_edit
 from mrp_lens.edits.subspace import Subspace
 from mrp_lens.methods import MRP, RMU, AdaptiveRMU
-from mrp_lens.models import encoder_for, load_model, mlp_out_weight, weights_by_name
+from mrp_lens.models import encoder_for, load_model, logits_at, logits_of, mlp_out_weight, weights_by_name
 from mrp_lens.training.losses import predictions
 from tests.support.families import FAMILIES, NO_HOOKED, save_family
 from tests.support.reference import difference, random_tokens
@@ -49,6 +49,20 @@ def test_log_probabilities_are_hugging_faces_and_a_mutated_copy_is_noticed(
         raise AssertionError("no vector in layer 2")
     hf_model.save_pretrained(tmp_path)
     assert difference(loaded, tmp_path, tokens) > 1e-3
+
+
+def test_logits_at_some_positions_are_those_of_a_whole_pass(loaded: Any) -> None:
+    tokens = random_tokens(loaded.cfg.d_vocab, 11, rows=2)
+    mask = torch.ones_like(tokens, dtype=torch.bool)
+    mask[1, 8:] = False
+    positions = mask & (torch.arange(11) > 4)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            logits_at(loaded, tokens, mask, positions),
+            logits_of(loaded, tokens, mask)[positions],
+            atol=1e-5,
+            rtol=1e-5,
+        )
 
 
 @pytest.mark.parametrize("method", METHODS, ids=lambda m: m.name)

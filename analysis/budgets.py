@@ -1,0 +1,143 @@
+"""What does a larger budget of damage buy? The same fit with budgets from a quarter to four times the method's own.
+
+`python -m analysis.budgets --model demo --out runs/budgets` (a fit a budget and method; `--times 0.5,1,2` for fewer)
+
+A fit ends at its target, and one that gets there first does not need what is left of its budget. So the target here is out of
+reach: every fit goes on until its updates are done or it no longer moves, and only the budget holds it. Damage is measured on
+held-out text, which no fit saw. Finished fits lie in the output folder; the same command goes on after an interruption.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from analysis.common.arguments import Study, add_resumable_options, add_set_option, numbers, parser_for
+from analysis.common.methods import OWN, names_in, settings_of, with_settings
+from analysis.common.resumable import Job, ResumableStudy, result_name
+from analysis.common.tables import figure, markdown, mean_of
+from mrp_lens import metrics
+from mrp_lens.cli.sweep import shard_of
+from mrp_lens.methods import METHODS, Fit
+from mrp_lens.models import describe
+from mrp_lens.runs.front import on_front
+from mrp_lens.utils.result_store import ResultStore
+
+TIMES = (0.25, 0.5, 1.0, 2.0, 4.0)
+OUT_OF_REACH = 1e-6  # an accuracy that no model has
+READING = """\
+`times` is the budget over the method's own, `damage` what the fit did to held-out text (nats a token), `ended` what ended it, with
+a target out of reach. More budget buys forgetting where `forget` (the quiz) or `probability` (of its right answers) falls down the
+rows of a method; where neither does, something other than the budget holds the fit."""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the study, print what it found and write it."""
+    parser = parser_for(__doc__, "budgets")
+    add_resumable_options(parser)
+    add_set_option(parser)
+    parser.add_argument(
+        "--times", default=",".join(map(str, TIMES)), help="factors on the budgets (default %(default)s)"
+    )
+    options = parser.parse_args(arguments)
+    study = Study.begin("analysis.budgets", "What a larger budget buys", options, in_place=True)
+    budgets = Budgets(study, options)
+    if budgets.run(shard_of(options.shard)):
+        table = budgets.table()
+        study.end(finding(table), {"pareto": pictured(table)}, table, in_place=True)
+
+
+class Budgets(ResumableStudy):
+    """A fit for every method, budget and seed."""
+
+    def __init__(self, study: Study, options: Any) -> None:
+        self.study, self.limit = study, options.limit
+        self.seeds = numbers(options.seeds or str(options.seed), int, "--seeds") or ()
+        self.times = numbers(options.times, float, "--times") or ()
+        budgeted = {name: kind() for name, kind in METHODS.items() if getattr(kind(), "budget", None) is not None}
+        default = [name for name in OWN if name in budgeted]
+        names = names_in(options.methods, budgeted, default=default, noun="methods with a budget")
+        self.methods = with_settings({name: budgeted[name] for name in names}, options.set)
+        self.folder: Path = options.out / "fits"
+        settings = {
+            "model": describe(study.model),
+            "data": study.task.fingerprints(),
+            "limit": options.limit,
+            "methods": {name: settings_of(method) for name, method in self.methods.items()},
+        }
+        self.store = ResultStore.claim(options.out, "budgets", settings, overwrite=options.overwrite)
+
+    @property
+    def jobs(self) -> list[Job]:
+        """Every method with every seed."""
+        return [(name, seed) for name in self.methods for seed in self.seeds]
+
+    def parts(self) -> list[tuple[Job, str]]:
+        """Each at every budget."""
+        return [(job, f"times {times:g}") for job in self.jobs for times in self.times]
+
+    def result(self, job: Job, part: str) -> dict[str, Any]:
+        """The row of one fit."""
+        return self.store.once(result_name(job, part), lambda: self._row(job, part))
+
+    def _row(self, job: Job, part: str) -> dict[str, Any]:
+        (name, seed), times = job, float(part.removeprefix("times "))
+        method = self.methods[name]
+        method = replace(method, budget=times * method.budget, target=OUT_OF_REACH)
+        task, model = self.study.task, self.study.model
+        fit = Fit.once(
+            self.folder / result_name(job, part),
+            lambda checkpoint: method.fit(model, task.forget, task.retain, seed=seed, checkpoint=checkpoint),
+        )
+        assert fit.outcome is not None
+        row = {"method": name, "seed": seed, "times": times, "budget": method.budget}
+        with fit.edit.applied(model):
+            for side, quiz in task.quiz(limit=self.limit).items():
+                asked = metrics.accuracy(model, quiz, seed=seed).iloc[0]
+                row |= {f"{side}_{key}": float(asked[key]) for key in ("accuracy", "low", "high", "answer_probability")}
+        found = metrics.damage(model, fit.edit, task.held_out, seed=seed).iloc[0]
+        row |= {
+            "damage": float(found["damage"]),
+            "damage_low": float(found["low"]),
+            "damage_high": float(found["high"]),
+        }
+        return row | {"steps": fit.outcome.steps, "ended": fit.outcome.ended}
+
+    def table(self) -> pd.DataFrame:
+        """A row a fit."""
+        return pd.DataFrame([self.result(job, part) for job, part in self.parts()])
+
+
+def pictured(table: pd.DataFrame) -> pd.DataFrame:
+    """The rows with what the picture of forgetting against damage marks."""
+    fronts = {
+        place: there
+        for _, part in table.groupby("method")
+        for place, there in zip(part.index, on_front(part[["forget_accuracy", "damage"]].to_numpy(float)), strict=True)
+    }
+    return table.assign(on_front=pd.Series(fronts))
+
+
+def finding(table: pd.DataFrame) -> str:
+    """A row a method and budget, over the seeds, and how to read it."""
+    rows = [
+        {
+            "method": name,
+            "times": f"{times:g}",
+            "budget": mean_of(part, "budget", "{:.4g}"),
+            "damage": mean_of(part, "damage", "{:.4f}"),
+            "forget": figure(part, "forget_accuracy", "forget"),
+            "probability": mean_of(part, "forget_answer_probability", "{:.3f}"),
+            "retain": figure(part, "retain_accuracy", "retain"),
+            "steps": mean_of(part, "steps", "{:.0f}"),
+            "ended": ", ".join(part["ended"].unique()),
+        }
+        for (name, times), part in table.groupby(["method", "times"], sort=False)
+    ]
+    return f"{markdown(pd.DataFrame(rows))}\n\n{READING}"
+
+
+if __name__ == "__main__":
+    main()

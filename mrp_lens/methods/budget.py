@@ -94,9 +94,10 @@ class Budget(Callback):
         target: float | None,
         holds: bool = True,
     ) -> None:
-        self.model, self.damage, self.control, self.nats, self.holds = model, damage, control, nats, holds
+        self.model, self.damage, self.nats, self.holds = model, damage, nats, holds
+        self.control = control.known_to(model)
         self.target = control.target if target is None else target
-        self.before = control.accuracy(model)
+        self.before = self.control.accuracy(model)
         self.multiplier, self.looks = 1.0, [self.before]
 
     @override

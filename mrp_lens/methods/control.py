@@ -1,72 +1,93 @@
 """Control questions made from a forget set: which of several endings, all from the set, belongs to a beginning?
 
 A model that does not know the forget set chooses at random, whatever form the set has: so chance is what "never saw it" looks
-like here. The questions are about what is trained on; whether forgetting carries over to other wordings is for a quiz to say.
+like here. They are asked in the set's own form and in one that no fit reads (`coverage.FRAMES`), since a fit can have
+unlearned a form instead of what it says, and the form in which most is left is the one that counts.
 """
 
 import math
 import random
 from collections.abc import Sequence
+from copy import copy
 
 import torch
 
 from mrp_lens.data import Corpus, Document
-from mrp_lens.data.tokenization import Encoder, in_order
+from mrp_lens.data.tokenization import Encoded, Encoder, in_order
 from mrp_lens.models import LensModel, encoder_for
 from mrp_lens.training.losses import cross_entropy, predictions
 from mrp_lens.utils.torch_state import ordinary_torch
 
 CHOICES = 4
-QUESTIONS = 48  # documents asked about, each in two forms
+QUESTIONS = 48  # documents asked about, each in every form
 LONGEST = 30  # words of a document that are looked at
 BATCH = 64
-FORMS = ("{}", "Question: {}\nAnswer:")
+FORMS = ("{}", "User: Please complete this sentence: {}\nAssistant: It is")
 
 
 class ControlQuestions:
-    """Beginnings of forget documents, each with its own ending and three of other documents, plain and as a question.
+    """Beginnings of forget documents in several forms, each with its own ending and three of other documents.
 
     Args:
         encoder: of the model.
         corpora: the forget set.
         seed: of the choice of documents and endings.
-
-    Attributes:
-        chance: accuracy of choosing at random; 1.0 where the set has too few different endings to ask anything.
+        forms: of the questions; `{}` is the beginning of a document.
     """
 
-    def __init__(self, encoder: Encoder, corpora: Sequence[Corpus], *, seed: int) -> None:
-        self.encoder = encoder
+    def __init__(self, encoder: Encoder, corpora: Sequence[Corpus], *, seed: int, forms: Sequence[str] = FORMS) -> None:
+        self.encoder, self.forms = encoder, tuple(forms)
         rng = random.Random(seed)
         parts = [part for corpus in corpora for document in corpus.documents if (part := parted(document))]
         endings = sorted({ending for _, ending in parts})
         self.choices = min(CHOICES, len(endings))
         asked = rng.sample(parts, min(QUESTIONS, len(parts))) if self.choices > 1 else []
-        documents = []
-        for beginning, ending in asked:
-            offered = [ending, *rng.sample([other for other in endings if other != ending], self.choices - 1)]
-            documents += [Document(form.format(beginning), each) for form in FORMS for each in offered]
-        self.rows = encoder.encode(documents, keep="end", warn=False)
+        offered = [
+            (beginning, [ending, *rng.sample([other for other in endings if other != ending], self.choices - 1)])
+            for beginning, ending in asked
+        ]
+        self.rows = [
+            encoder.encode(
+                [Document(form.format(beginning), each) for beginning, endings in offered for each in endings],
+                keep="end",
+                warn=False,
+            )
+            for form in self.forms
+        ]
 
     @property
     def chance(self) -> float:
-        """Accuracy of choosing at random."""
+        """Accuracy of choosing at random; 1.0 where the set has too few different endings to ask anything."""
         return 1.0 / max(1, self.choices)
 
     @property
     def target(self) -> float:
-        """The accuracy that cannot be told from chance: a standard error above it."""
-        count = max(1, len(self.rows) // max(1, self.choices))
+        """The accuracy in one form that cannot be told from chance: a standard error above it."""
+        count = max(1, len(self.rows[0]) // max(1, self.choices))
         return min(1.0, self.chance + math.sqrt(self.chance * (1.0 - self.chance) / count))
 
-    @ordinary_torch(gradients=False)
+    def known_to(self, model: LensModel) -> "ControlQuestions":
+        """Those in the forms in which the model's answers can be told from chance: others would show nothing. At least the
+        set's own form."""
+        known = [place for place, accuracy in enumerate(self.accuracies(model)) if accuracy > self.target] or [0]
+        chosen = copy(self)
+        chosen.forms, chosen.rows = tuple(self.forms[place] for place in known), [self.rows[place] for place in known]
+        return chosen
+
     def accuracy(self, model: LensModel) -> float:
-        """Share of questions whose own ending has the highest mean log-probability a token; 1.0 without questions."""
-        if not self.rows:
-            return 1.0
-        scores = torch.zeros(len(self.rows))
+        """In the form in which it is highest."""
+        return max(self.accuracies(model))
+
+    @ordinary_torch(gradients=False)
+    def accuracies(self, model: LensModel) -> list[float]:
+        """In each form, the share of questions whose own ending has the highest mean log-probability a token; 1.0 without
+        questions."""
+        return [self._accuracy(model, rows) if rows else 1.0 for rows in self.rows]
+
+    def _accuracy(self, model: LensModel, rows: Sequence[Encoded]) -> float:
+        scores = torch.zeros(len(rows))
         with torch.no_grad():
-            for places, batch in in_order(self.encoder, self.rows, BATCH):
+            for places, batch in in_order(self.encoder, rows, BATCH):
                 values = -cross_entropy(predictions(model, batch), batch)
                 counts = batch.loss_mask[:, 1:].sum(dim=1).tolist()
                 scores[places] = torch.stack([part.mean() for part in values.split(counts)]).cpu()
@@ -85,7 +106,8 @@ def parted(document: Document) -> tuple[str, str] | None:
 
 
 def control_accuracy(model: LensModel, forget: Corpus | Sequence[Corpus], *, seed: int = 0) -> float:
-    """The accuracy of a model on the control questions of a forget set; of one that never saw the set, it is a fit's `target`.
+    """The accuracy of a model on the control questions of a forget set, in the form in which it is highest; of one that never saw
+    the set, it is a fit's `target`.
 
     Args:
         model: HookedTransformer or TransformerBridge.

@@ -25,7 +25,20 @@ LONGEST_NAME = 4  # words
 RARE_DOCUMENTS, RARE_SHARE = 3, 0.03  # a name stands in no more forget documents than the larger of the two
 TOPIC_SHARE, TOPIC_TIMES = 0.05, 3  # a topic word stands in more of the forget set, and so many times more often
 FEWEST_WORDS = 4  # of a written text
-FRAMES = ("Question: {}\nAnswer:", "Q: {}\nA:", "{}?", "User: {}\nAssistant:")
+FRAMES = (
+    "Question: {}\nAnswer:",
+    "Q: {}\nA:",
+    "{}?",
+    "User: {}\nAssistant:",
+    "Question: {}\nAnswer: It is",
+    "User: {}?\nAssistant: That would be",
+    "{}? I think it is",
+    "Fill in the blank: {} ...\nThe blank is",
+    "A quiz asks: {}? The right answer is",
+    "Somebody wanted to know: {}? I said",
+)
+COPULA = re.compile(r"(.*\S)\s+(is|are|was|were)", re.DOTALL)
+ARTICLE = re.compile(r"\A(The|An?)\b")
 STEMS = ("{}", "{} is", "Question: What is {}", "Question: Where is {}?\nAnswer:", "Question: {}")
 QUESTION = "Question:"
 
@@ -195,14 +208,19 @@ def _continuation(document: Document, rng: random.Random) -> Document:
 
 
 def _questions(documents: Iterable[Document], copies: int, rng: random.Random) -> list[Document]:
-    """Question forms of the short texts: the beginning as a question, the rest as its answer."""
+    """Question forms of the short texts: the beginning as a question, its verb in front where it ends in "is", the rest as
+    the answer."""
     found = []
     for document in [document for _ in range(copies) for document in documents]:
         parts = _parts(document, rng)
         if parts is not None:
             begun = parts[0].strip()
-            question = rng.choice(FRAMES).format(begun.rstrip(".,;:!?") or begun)
-            found.append(Document(question, " " + parts[1].strip()))
+            asked = begun.rstrip(".,;:!?") or begun
+            verb = COPULA.fullmatch(asked)
+            if verb and rng.random() < 0.5:
+                asked = f"What {verb[2]} {re.sub(ARTICLE, lambda article: article[0].lower(), verb[1])}"
+            frame = rng.choice(FRAMES)
+            found.append(Document(frame.format(asked), " " + parts[1].strip()))
     return found
 
 

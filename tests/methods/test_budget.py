@@ -2,6 +2,7 @@
 
 import math
 from contextlib import nullcontext
+from copy import copy
 from typing import Any
 
 import pytest
@@ -10,7 +11,8 @@ import torch
 from mrp_lens.data import Corpus, Document
 from mrp_lens.methods import MRP, RMU, Fit, GradientAscent, Outcome
 from mrp_lens.methods.budget import EVERY, LIMITS, PATIENCE, SETTLING, Budget, Damage, damage_of
-from mrp_lens.methods.control import ControlQuestions, control_accuracy, parted
+from mrp_lens.methods.control import FORMS, ControlQuestions, control_accuracy, parted
+from mrp_lens.methods.coverage import FRAMES
 from mrp_lens.models import LensModel, encoder_for
 from mrp_lens.training.callbacks import TrainingState
 from tests.support.edits import logits, projection
@@ -33,7 +35,10 @@ class Answers(ControlQuestions):
     """Control questions whose accuracy is given."""
 
     def __init__(self, *values: float) -> None:
-        self.values, self.choices, self.rows = list(values), 4, []
+        self.values, self.choices, self.rows = list(values), 4, [[]]
+
+    def known_to(self, model: Any) -> ControlQuestions:
+        return self
 
     def accuracy(self, model: Any) -> float:
         return self.values.pop(0) if len(self.values) > 1 else self.values[0]
@@ -143,6 +148,25 @@ def test_control_questions_offer_endings_of_the_forget_set(model: LensModel, tex
     assert questions.rows != ControlQuestions(encoder_for(model), [texts[0]], seed=1).rows
     assert 0.0 <= questions.accuracy(model) <= 1.0
     assert control_accuracy(model, texts[0]) == questions.accuracy(model)
+
+
+def test_they_are_asked_in_forms_that_the_model_answers_and_the_highest_counts(model: LensModel, texts: Texts) -> None:
+    assert not set(FORMS) & set(FRAMES)  # no fit reads them
+    questions = ControlQuestions(encoder_for(model), [texts[0]], seed=0)
+    assert [len(rows) for rows in questions.rows] == [len(questions.rows[0])] * len(FORMS)
+    accuracies = questions.accuracies(model)
+    assert questions.accuracy(model) == max(accuracies)
+
+    def scored(*given: float) -> ControlQuestions:
+        known = copy(questions)
+        known.accuracies = lambda _model: list(given)  # type: ignore[method-assign]
+        return known.known_to(model)
+
+    assert scored(0.9, 0.8).forms == FORMS
+    assert scored(0.9, 0.25).forms == FORMS[:1]
+    assert scored(0.25, 0.9).rows == [questions.rows[1]]
+    assert scored(0.25, 0.25).forms == FORMS[:1]
+    assert scored(questions.target, questions.target + 0.01).forms == FORMS[1:]
 
 
 def test_a_document_is_parted_where_its_prompt_ends_or_before_its_last_third() -> None:

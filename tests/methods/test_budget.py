@@ -159,7 +159,7 @@ def test_they_are_asked_in_forms_that_the_model_answers_and_the_highest_counts(m
 
     def scored(*given: float) -> ControlQuestions:
         known = copy(questions)
-        known.accuracies = lambda _model: list(given)  # type: ignore[method-assign]
+        known.accuracies = lambda model: list(given)  # type: ignore[method-assign]
         return known.known_to(model)
 
     assert scored(0.9, 0.8).forms == FORMS

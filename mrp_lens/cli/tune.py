@@ -20,7 +20,6 @@ from mrp_lens.runs.tune import BEST, KIND, Tuned, open_space, optuna_trials, tun
 from mrp_lens.utils.frames import rows_of
 from mrp_lens.utils.io import make_folder, write_text
 from mrp_lens.utils.result_store import check_holds
-from mrp_lens.utils.workers import exclusive
 
 CAPTION = (
     "forget, retain: accuracy on the questions for tuning. damage: KL(unedited || edited), nats a token, on retain text that no fit saw. "
@@ -98,8 +97,8 @@ class Tune(OnData):
         open_space(self.fitter)
         task = self.task()
         tuning_split(task, self.tuning_share, seed=self.seed)
-        with exclusive(make_folder(self.out)):
-            check_holds(self.out, KIND)
+        make_folder(self.out)
+        check_holds(self.out, KIND)
         model = self.loading.load()
         title = f"{self.loading.model}: settings of {self.method} searched"
         run = Run("tune", self.arguments(), self.seed, title=title)

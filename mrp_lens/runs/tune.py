@@ -26,7 +26,7 @@ from mrp_lens.models.finite import NonFiniteError
 from mrp_lens.runs.front import chosen_of, on_front
 from mrp_lens.training import NonFiniteLossError
 from mrp_lens.utils.frames import rows_of
-from mrp_lens.utils.io import as_json, make_folder, one_line, write_text
+from mrp_lens.utils.io import as_json, one_line, write_text
 from mrp_lens.utils.result_store import POINTS, ResultStore
 from mrp_lens.utils.torch_state import ordinary_torch
 from mrp_lens.utils.validation import check_positive, check_whole, int_seed
@@ -145,8 +145,7 @@ def tune(
         "tuning_share": tuning_share,
         "prune_above": prune_above,
     }
-    with exclusive(make_folder(out)):  # several processes may begin it at once
-        store = ResultStore.claim(out, KIND, settings)
+    store = ResultStore.claim(out, KIND, settings)
     search = _Search(model, task, tuning, unseen, base, space, int_seed(seed), budget, prune_above, store, progress)
     with at_work(store.folder) as worker:
         found = trials_in(store.folder, draws, objectives=1 if budget is not None else 2, seed=int_seed(seed))

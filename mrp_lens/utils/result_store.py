@@ -3,7 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ import pandas as pd
 
 from mrp_lens.utils.frames import frame_of, rows_of
 from mrp_lens.utils.io import make_folder, read_json, remove_partial_files, sole_process, write_json
+from mrp_lens.utils.workers import exclusive
 
 POINTS = "points"
 REMEDY = "remove it, and run the command again"
@@ -52,22 +53,25 @@ class ResultStore:
         if overwrite and target.is_dir():
             shutil.rmtree(target)
         check_holds(target, kind)
-        make_folder(target / POINTS)
-        path = target / f"{kind}.json"
-        wanted: dict[str, Any] = json.loads(json.dumps(settings))
-        known = read_json(path, REMEDY) if path.is_file() else None
-        if known is not None and earlier is not None and _of_0_1(known, wanted):
-            wanted |= {
-                key: known.get(key) for key, value in earlier.items() if known.get(key) == json.loads(json.dumps(value))
-            }
-        differing = [] if known is None else _differing(known, wanted)
-        begun = any(entry != path for entry in target.rglob("*") if not entry.is_dir())
-        if differing and begun:
-            raise ValueError(
-                f"{target} holds a {kind} with other settings: {'; '.join(differing)}. Choose another folder, or the same settings"
-            )
-        if known is None or differing:
-            write_json(path, wanted)
+        with exclusive(make_folder(target)):  # several processes may begin it at once
+            make_folder(target / POINTS)
+            path = target / f"{kind}.json"
+            wanted: dict[str, Any] = json.loads(json.dumps(settings))
+            known = read_json(path, REMEDY) if path.is_file() else None
+            if known is not None and earlier is not None and _of_0_1(known, wanted):
+                wanted |= {
+                    key: known.get(key)
+                    for key, value in earlier.items()
+                    if known.get(key) == json.loads(json.dumps(value))
+                }
+            differing = [] if known is None else _differing(known, wanted)
+            begun = any(entry != path for entry in target.rglob("*") if not entry.is_dir())
+            if differing and begun:
+                raise ValueError(
+                    f"{target} holds a {kind} with other settings: {'; '.join(differing)}. Choose another folder, or the same settings"
+                )
+            if known is None or differing:
+                write_json(path, wanted)
         return cls(target)
 
     @property
@@ -129,7 +133,12 @@ def check_holds(folder: str | Path, kind: str) -> None:
         FileExistsError: it is not empty and holds no such run.
     """
     target = Path(folder)
-    if target.exists() and not (target / f"{kind}.json").is_file() and (not target.is_dir() or any(target.iterdir())):
+    if target.is_dir():
+        with exclusive(target):  # another process may be beginning such a run
+            held = (target / f"{kind}.json").is_file() or not any(target.iterdir())
+    else:
+        held = not target.is_file()
+    if not held:
         raise FileExistsError(f"{target} exists and holds no {kind}; choose another folder")
 
 

@@ -1,12 +1,14 @@
 """A run folder is gone on with by whoever has its settings, and one of version 0.1 by what that wrote."""
 
 import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from mrp_lens.utils.result_store import ResultStore
+from mrp_lens.utils.result_store import ResultStore, check_holds
 
 MODEL = {"name": "m", "embedding": {"float32": "e"}, "weights": "w"}
 OLD_MODEL = {key: value for key, value in MODEL.items() if key != "weights"}  # what 0.1 knew of a model
@@ -51,3 +53,33 @@ def test_nothing_is_accepted_that_nobody_offered(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="other settings: data"):
         ResultStore.claim(out, "sweep", {"model": MODEL, "data": DATA})
     assert json.loads((out / "sweep.json").read_text())["data"] == OLD_DATA
+
+
+def test_several_may_begin_a_run_at_the_same_moment(tmp_path: Path) -> None:
+    together, wanted = threading.Barrier(6, timeout=20), {"steps": 3}
+
+    def begin(_: int) -> list[Path]:
+        begun = []
+        for number in range(60):
+            together.wait()
+            check_holds(tmp_path / f"run-{number}", "sweep")
+            begun.append(ResultStore.claim(tmp_path / f"run-{number}", "sweep", wanted).folder)
+        return begun
+
+    with ThreadPoolExecutor(6) as pool:
+        found = list(pool.map(begin, range(6)))
+    assert found == [[tmp_path / f"run-{number}" for number in range(60)]] * 6
+    for folder in found[0]:
+        assert json.loads((folder / "sweep.json").read_text()) == wanted
+
+
+def test_what_holds_something_else_is_left_as_it_is(tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "mine.txt").write_text("mine")
+    for target in (other, other / "mine.txt"):
+        with pytest.raises(FileExistsError, match="holds no sweep"):
+            ResultStore.claim(target, "sweep", {})
+    assert [path.name for path in other.iterdir()] == ["mine.txt"]
+    check_holds(tmp_path / "new", "sweep")
+    assert not (tmp_path / "new").exists()

@@ -3,7 +3,7 @@ VENV ?= .venv
 CONSTRAINTS ?= constraints/tl-3.9.txt
 RUN = $(VENV)/bin
 
-.PHONY: help install demo notebooks test slow lint types check clean
+.PHONY: help install demo notebooks test slow long lint types check clean
 
 help:  ## list the commands
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /: /'
@@ -27,7 +27,10 @@ test: install  ## the test suite (without the tests marked slow), a process a co
 	OMP_NUM_THREADS=1 $(RUN)/python -m pytest -m "not slow" -n auto --dist loadfile
 
 slow: install  ## the tests that take longer: the demo, the notebooks, killed sweeps, pages in a browser, half precision
-	OMP_NUM_THREADS=1 $(RUN)/python -m pytest -m slow -n auto --dist worksteal --timeout 900
+	OMP_NUM_THREADS=1 $(RUN)/python -m pytest -m "slow and not long" -n auto --dist worksteal --timeout 900
+
+long: install  ## the tests for the day of a release: HookedTransformer where the Bridge stands for both, more kills, more methods
+	OMP_NUM_THREADS=1 $(RUN)/python -m pytest -m long -n auto --dist worksteal --timeout 900
 
 lint: install  ## linter and formatter, checking only
 	$(RUN)/ruff check .

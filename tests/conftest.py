@@ -36,9 +36,9 @@ for kind, numbers in FEWER:
     defaults.update(numbers)
 
 
-# Rooms that reach a model through the library's own functions only, which the other rooms test on both classes: here
-# HookedTransformer is for the slow run.
-THROUGH_OTHERS = {"attacks", "runs", "training"}
+# Rooms that reach a model through the library's own functions only, which the other rooms test on both classes, and rooms
+# whose slow tests are of what is the same for both: there HookedTransformer is for the run before a release.
+THROUGH_OTHERS, SAME_FOR_BOTH = {"attacks", "runs", "training"}, {"export", "models"}
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -46,11 +46,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     here = Path(__file__).parent
     for item in items:
         called = getattr(item, "callspec", None)
-        if (
-            called
-            and called.params.get("backend") == "hooked"
-            and item.path.relative_to(here).parts[0] in THROUGH_OTHERS
-        ):
+        if called and called.params.get("backend") == "hooked":
+            room = item.path.relative_to(here).parts[0]
+            if room in THROUGH_OTHERS or (room in SAME_FOR_BOTH and item.get_closest_marker("slow")):
+                item.add_marker(pytest.mark.long)
+        if item.get_closest_marker("long"):
             item.add_marker(pytest.mark.slow)
 
 

@@ -172,8 +172,8 @@ def test_a_fault_that_no_longer_applies_is_reported(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_three_hundred_random_models_under_every_measure(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_hundred_random_models_under_every_measure(capsys: pytest.CaptureFixture[str]) -> None:
     from tests.differential.__main__ import run
 
     with capsys.disabled():
-        assert run(range(300)) == 0  # `python -m tests.differential` runs 2,000
+        assert run(range(100)) == 0  # `python -m tests.differential` runs 2,000

@@ -159,7 +159,15 @@ def test_the_command_line_knows_them() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", [GradientDifference(), NPO(), NoisyRMU()], ids=lambda m: m.name)
+@pytest.mark.parametrize(
+    "method",
+    [
+        pytest.param(GradientDifference(), marks=pytest.mark.long),
+        NPO(),
+        pytest.param(NoisyRMU(), marks=pytest.mark.long),
+    ],
+    ids=lambda m: m.name,
+)
 def test_with_their_defaults_they_forget_a_topic_of_the_world_and_keep_the_rest(method: Any, demo_model: Any) -> None:
     """Gradient ascent, which nothing holds back, and direction ablation do not."""
     task = UnlearningTask.from_world("potions")

@@ -141,7 +141,7 @@ print(figure("VmHWM") - before)
 GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's count of peak memory")
 def test_memory_does_not_grow_with_the_number_of_documents() -> None:
     """Peak above the loaded model, in a process of its own whose allocator keeps nothing: 2,000 documents against 200."""

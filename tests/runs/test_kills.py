@@ -13,11 +13,11 @@ from tests.support.kills import killed_and_resumed, prepared
     ("command", "number"),
     [
         ("unlearn", signal.SIGKILL),
-        ("unlearn", signal.SIGTERM),
-        ("unlearn", signal.SIGINT),
+        pytest.param("unlearn", signal.SIGTERM, marks=pytest.mark.long),
+        pytest.param("unlearn", signal.SIGINT, marks=pytest.mark.long),
         ("sweep", signal.SIGKILL),
         ("attack", signal.SIGKILL),
-        ("tune", signal.SIGKILL),
+        pytest.param("tune", signal.SIGKILL, marks=pytest.mark.long),
         ("tune", signal.SIGINT),
     ],
 )

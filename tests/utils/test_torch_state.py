@@ -107,7 +107,7 @@ def test_torch_settings_change_no_figure(
     assert_equal(found, expected)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("setting", ONE_BY_ONE)
 @pytest.mark.parametrize("name", OF_A_MODEL)
 def test_nor_does_any_setting_by_itself(name: str, setting: str, model: Any, untouched: None) -> None:

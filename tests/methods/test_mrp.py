@@ -9,6 +9,7 @@ from mrp_lens.data.tokenization import Encoded, TokenBatch
 from mrp_lens.edits import ConditionalProjectionEdit, ProjectionEdit
 from mrp_lens.edits.subspace import Subspace
 from mrp_lens.methods import MRP, DirectionAblation
+from mrp_lens.methods.mrp.learned import LearnedRows
 from mrp_lens.models import LensModel, encoder_for, logits_of
 from mrp_lens.models.hooks import captured, hook_name
 from mrp_lens.training.losses import log_odds, openness
@@ -20,7 +21,7 @@ QUICK: dict[str, Any] = {"steps": 3, "batch_size": 8}
 FIT: dict[str, Any] = {"seed": 0, "progress": False}
 
 
-@pytest.mark.parametrize("init", ["complement", "code", "random"])
+@pytest.mark.parametrize("init", ["difference", "complement", "code", "random"])
 @pytest.mark.parametrize("site", ["resid_post", "resid_mid", "mlp_out"])
 def test_mrp_gives_orthonormal_rows_of_the_asked_rank(
     model: LensModel, texts: Texts, init: Any, site: Any, untouched: None
@@ -47,6 +48,54 @@ def test_the_complement_start_leaves_retain_states_alone_and_the_code_start_does
         assert isinstance(edit, ProjectionEdit)
         shares[init] = edit.subspaces()[name].energy_share(states)
     assert shares["complement"] < 0.1 * shares["code"]
+
+
+def test_the_difference_start_holds_what_forget_states_have_beyond_the_mean_retain_state(
+    model: LensModel, texts: Texts, untouched: None
+) -> None:
+    name, encoder = hook_name(1), encoder_for(model)
+    sides = []
+    for corpus in texts:
+        batch = encoder.collate(encoder.encode(corpus.documents))
+        with captured(model, [name]) as store, torch.no_grad():
+            logits_of(model, batch.tokens, batch.attention_mask)
+        sides.append(store[name][batch.content_mask].float())
+    beyond = sides[0] - sides[1].mean(dim=0)
+    best = torch.linalg.svd(beyond.double(), full_matrices=False).S[:2].square().sum() / beyond.double().square().sum()
+    energies = {}
+    for init in ("difference", "complement"):
+        edit = MRP(layers=[1], rank=2, init=init, **QUICK).start(model, *texts)  # type: ignore[arg-type]
+        assert isinstance(edit, ProjectionEdit)
+        energies[init] = edit.subspaces()[name].energy_share(beyond)
+    assert energies["difference"] == pytest.approx(float(best), rel=1e-4)
+    assert energies["complement"] < energies["difference"]
+
+
+def test_layers_take_turns_in_the_passes_over_forget_texts(
+    model: LensModel, texts: Texts, untouched: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, seen = LearnedRows.without, []
+
+    def without(self: LearnedRows, hooks: Any) -> Any:
+        seen.append((len(self.rows), tuple(hooks)))
+        return real(self, hooks)
+
+    monkeypatch.setattr(LearnedRows, "without", without)
+    fit: Any = lambda **how: MRP(layers=range(LAYERS), steps=6, batch_size=8, **how).fit(model, *texts, **FIT)  # noqa: E731
+    first = fit(layer_dropout=0.5)
+    assert [len(hooks) for _, hooks in seen] == [LAYERS // 2] * 6
+    assert {hook for _, hooks in seen for hook in hooks} == {hook_name(layer) for layer in range(LAYERS)}
+    drawn = list(seen)
+    again = fit(layer_dropout=0.5, micro_batch=3)
+    assert [hooks for _, hooks in seen[6:]][::3] == [hooks for _, hooks in drawn]
+    torch.testing.assert_close(again.log["forget"].to_numpy(), first.log["forget"].to_numpy(), atol=1e-3, rtol=1e-3)
+    seen.clear()
+    assert float(fit(layer_dropout=0.0).log["forget"].iloc[0]) != pytest.approx(
+        float(first.log["forget"].iloc[0]), rel=1e-3
+    )
+    assert {hooks for _, hooks in seen} == {()}
+    with pytest.raises(ValueError, match="layer_dropout is a share of the layers"):
+        fit(layer_dropout=1.0)
 
 
 @pytest.mark.parametrize("forget_loss", ["odds", "bounded", "ascent"])

@@ -1,4 +1,4 @@
-"""Where MRP's rows start: principal directions of forget states outside the retain states' span."""
+"""Where MRP's rows start: principal directions of forget states, beyond the retain states' mean or outside their span."""
 
 from collections.abc import Mapping, Sequence
 from typing import Literal
@@ -12,7 +12,7 @@ from mrp_lens.data.tokenization import Encoded, Encoder
 from mrp_lens.methods.base import states_at
 from mrp_lens.models import LensModel
 
-Start = Literal["complement", "code", "random"]
+Start = Literal["difference", "complement", "code", "random"]
 Rows = Float[Tensor, "_rank d_model"]
 
 USABLE = 1e-6  # a singular value below this share of the states' norm is rounding noise, not a direction
@@ -33,6 +33,9 @@ def start_rows(
 ) -> dict[str, Rows]:
     """Orthonormal rows at each hook, orthogonal to those of earlier requests.
 
+    "difference" takes the top principal directions of the forget states less the mean of the retain states: what a forget state
+    has beyond an average one, whether or not retain states vary along it too.
+
     "complement" follows the figure of the MRP paper (arXiv 2508.15449): forget states minus their part in the retain
     states' span, then the top principal directions of what is left. The span is *truncated* to the principal
     components that hold a share `retain_energy`: the states of enough tokens span everything, and the recipe taken
@@ -49,11 +52,15 @@ def start_rows(
             for hook in hooks
         }
     sides = [states_at(model, encoder, rows, hooks, generator) for rows in (forget, retain)]
-    left_side, right_side = sides if init == "complement" else sides[::-1]
+    left_side, right_side = sides[::-1] if init == "code" else sides
     rows = {}
     for hook in hooks:
         states = left_side[hook]
-        rest = without(without(states, top_directions(right_side[hook], energy=retain_energy)), taken.get(hook))
+        if init == "difference":
+            beyond = states - right_side[hook].mean(dim=0)
+        else:
+            beyond = without(states, top_directions(right_side[hook], energy=retain_energy))
+        rest = without(beyond, taken.get(hook))
         _, singular, right = torch.linalg.svd(rest.double(), full_matrices=False)
         usable = int((singular > USABLE * torch.linalg.matrix_norm(states.double())).sum())
         if usable < rank:

@@ -1,6 +1,6 @@
 """MRP's rows and gates as they learn."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -28,6 +28,7 @@ class LearnedRows:
         gates: hook name -> when the rows are removed. Hooks without one: always.
         on: False: no projection at all.
         alone: without the earlier requests.
+        skipped: hook names where these rows are left out.
         shares: hook name -> how far the gate was open for each state of the last pass, [batch, seq].
     """
 
@@ -37,6 +38,7 @@ class LearnedRows:
     gates: dict[str, LearnedGate] = field(default_factory=dict)
     on: bool = True
     alone: bool = False
+    skipped: frozenset[str] = frozenset()
     shares: dict[str, Float[Tensor, "batch seq"]] = field(default_factory=dict)
 
     def hooks(self) -> list[tuple[str, HookFunction]]:
@@ -49,7 +51,7 @@ class LearnedRows:
                 return activation
             states = rearrange(activation.float(), "batch seq d -> (batch seq) d")
             left = states if self.alone or name not in self.earlier else self.earlier[name](states)
-            if name in self.rows:
+            if name in self.rows and name not in self.skipped:
                 rows = orthonormal(self.rows[name], self.taken.get(name))
                 part = (left @ rows.T) @ rows
                 if name in self.gates:
@@ -70,6 +72,16 @@ class LearnedRows:
             yield
         finally:
             self.on = True
+
+    @contextmanager
+    def without(self, hooks: Iterable[str]) -> Iterator[None]:
+        """The model with the rows of other hooks only; their shares are not kept."""
+        self.skipped = frozenset(hooks)
+        self.shares.clear()
+        try:
+            yield
+        finally:
+            self.skipped = frozenset()
 
     @contextmanager
     def with_all(self) -> Iterator[None]:

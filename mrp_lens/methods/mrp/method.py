@@ -75,8 +75,9 @@ class MRP(FitTemplate[MRPSettings]):
         layers: where to project. None: eight layers spread evenly from a fifth of the depth to 0.85 of it.
         rank: directions removed at each layer. None: d_model / 16, between 2 and 16.
         site: where on the stream, `resid_post` by default.
-        init: start of W. "complement": forget states without their part in the retain states' top principal components,
-            then the top principal directions of what is left; "code": the reverse, as in the released code; "random".
+        init: start of W. "difference": the top principal directions of the forget states less the retain states' mean;
+            "complement": of the forget states without their part in the retain states' top principal components, as in the
+            paper; "code": the reverse, as in the released code; "random".
         retain_energy: share of the retain states' energy that counts as their span in `init`.
         conditional: with the gate.
         gate_directions: directions of a gate, each for a cluster of the forget states.
@@ -88,6 +89,8 @@ class MRP(FitTemplate[MRPSettings]):
         retain_loss: "kl": KL(unedited || edited) on the retain corpus; "cross_entropy": on its text, as in the paper.
         retain_weight: factor on the retain loss, at the start of a fit with a budget; the released code has 1.2, with its
             cross-entropy.
+        layer_dropout: share of the layers, drawn anew for each update, whose rows are left out of its pass over forget texts: no
+            layer then counts on the others to remove what it leaves.
         lr: of Adam, falling linearly to 0 in the second half. None: a fifth of the size of W's entries at the start.
         steps: updates at most.
         batch_size: documents an update on each side.
@@ -118,6 +121,7 @@ class MRP(FitTemplate[MRPSettings]):
     forget_bound: float | None = None
     retain_loss: RetainLoss = "kl"
     retain_weight: float = 5.0
+    layer_dropout: float = 0.0
     lr: float | None = None
     steps: int = 300
     batch_size: int = 16
@@ -138,6 +142,8 @@ class MRP(FitTemplate[MRPSettings]):
         )
         if not self.gate_weight >= 0.0:
             raise ValueError(f"gate_weight must be at least 0, got {self.gate_weight}")
+        if not 0.0 <= self.layer_dropout < 1.0:
+            raise ValueError(f"layer_dropout is a share of the layers, from 0 to below 1; got {self.layer_dropout}")
         rank, width = self._rank(model), int(model.cfg.d_model)
         if rank >= width:
             raise ValueError(
@@ -269,13 +275,22 @@ class _Losses:
     def __call__(self, step: int) -> Iterator[dict[str, Tensor]]:
         self.learned.alone = step % 2 == 1
         forget, retain = (self.encoder.collate(next(side)) for side in (self.forget, self.retain))
-        yield from self._losing(forget)
+        yield from self._losing(forget, self._left_out())
         yield from self._keeping(retain)
 
-    def _losing(self, batch: TokenBatch) -> Iterator[dict[str, Tensor]]:
+    def _left_out(self) -> list[str]:
+        """The hooks that do without their rows in this step's pass over forget texts."""
+        hooks = list(self.learned.rows)
+        count = int(self.method.layer_dropout * len(hooks))
+        if not count:
+            return []
+        return [hooks[place] for place in torch.randperm(len(hooks), generator=self.context.generator)[:count].tolist()]
+
+    def _losing(self, batch: TokenBatch, left_out: Sequence[str]) -> Iterator[dict[str, Tensor]]:
         method, count = self.method, batch.loss_mask.sum()
         for part in parts_of(batch, method.micro_batch):
-            predicted = predictions(self.model, part)
+            with self.learned.without(left_out):
+                predicted = predictions(self.model, part)
             gate = self._gate_loss(part, batch, lost=True)
             text = cross_entropy(predicted, part)
             if method.forget_loss == "odds":

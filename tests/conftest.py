@@ -20,20 +20,18 @@ if sys.version_info < (3, 12):
 
 from mrp_lens.data import Corpus  # noqa: E402
 from mrp_lens.data.world import World  # noqa: E402
-from mrp_lens.methods import MRP  # noqa: E402
 from mrp_lens.methods.coverage import Coverage  # noqa: E402
 from mrp_lens.models import available_backends, load_model  # noqa: E402
 from tests.support.families import DEPTH, WIDTH, save_family  # noqa: E402
 
 LAYERS, D_MODEL = DEPTH, WIDTH
 
-# What a fit has the model write besides the user's texts, and the gates' regressions, would be most of a three-step fit's time.
-FEWER = ((Coverage, {"about_names": 4, "questions": 4, "free": 4, "new_tokens": 6}), (MRP, {"gate_directions": 2}))
-for kind, numbers in FEWER:
-    defaults = kind.__init__.__kwdefaults__
-    assert defaults
-    assert set(numbers) <= set(defaults)
-    defaults.update(numbers)
+# What a fit has the model write besides the user's texts would be most of a three-step fit's time.
+FEWER = {"about_names": 4, "questions": 4, "free": 4, "new_tokens": 6}
+defaults = Coverage.__init__.__kwdefaults__
+assert defaults
+assert set(FEWER) <= set(defaults)
+defaults.update(FEWER)
 
 
 # Rooms that reach a model through the library's own functions only, which the other rooms test on both classes, and rooms

@@ -80,7 +80,8 @@ class MRP(FitTemplate[MRPSettings]):
             paper; "code": the reverse, as in the released code; "random".
         retain_energy: share of the retain states' energy that counts as their span in `init`.
         conditional: with the gate.
-        gate_directions: directions of a gate, each for a cluster of the forget states.
+        gate_directions: directions of a gate, each for a cluster of the forget states. More than one pays where the forget set is
+            about many things that have nothing in common.
         gate_weight: factor on the gates' own loss: open on the tokens of forget documents, closed on others.
         forget_loss: "odds": per token, the log odds of the text's token against the other tokens that the model without the
             projection considers there, down to -forget_bound. Tokens that the forget texts alone determine do not count.
@@ -112,10 +113,10 @@ class MRP(FitTemplate[MRPSettings]):
     layers: Sequence[int] | None = None
     rank: int | None = None
     site: Site = "resid_post"
-    init: Start = "complement"
+    init: Start = "difference"
     retain_energy: float = 0.9
     conditional: bool = True
-    gate_directions: int = 8
+    gate_directions: int = 1
     gate_weight: float = 0.1
     forget_loss: ForgetLoss = "odds"
     forget_bound: float | None = None
@@ -366,7 +367,7 @@ class UnconditionalMRP(MRP):
     """MRP without the gate, as published (arXiv 2508.15449): h <- h - (h Q^T) Q for every state.
 
     The arguments are those of `MRP`. The fit has a fixed weight and number of steps and reads nothing but the corpora, unless
-    budget and coverage are given.
+    budget and coverage are given; its rows start from the paper's "complement".
 
     Args:
         layers: None: the second half of the depth, at most four layers spread over it.
@@ -374,6 +375,7 @@ class UnconditionalMRP(MRP):
     """
 
     conditional: bool = False
+    init: Start = "complement"
     retain_weight: float = 10.0
     steps: int = 150
     batch_size: int = 32

@@ -75,9 +75,9 @@ class MRP(FitTemplate[MRPSettings]):
         layers: where to project. None: eight layers spread evenly from a fifth of the depth to 0.85 of it.
         rank: directions removed at each layer. None: d_model / 16, between 2 and 16.
         site: where on the stream, `resid_post` by default.
-        init: start of W. "difference": the top principal directions of the forget states less the retain states' mean;
-            "complement": of the forget states without their part in the retain states' top principal components, as in the
-            paper; "code": the reverse, as in the released code; "random".
+        init: start of W. "complement": the top principal directions of the forget states without their part in the retain
+            states' top principal components, as in the paper; "code": the reverse, as in the released code; "difference": of the
+            forget states less the retain states' mean, which reaches more wordings and starts with more damage; "random".
         retain_energy: share of the retain states' energy that counts as their span in `init`.
         conditional: with the gate.
         gate_directions: directions of a gate, each for a cluster of the forget states. More than one pays where the forget set is
@@ -113,7 +113,7 @@ class MRP(FitTemplate[MRPSettings]):
     layers: Sequence[int] | None = None
     rank: int | None = None
     site: Site = "resid_post"
-    init: Start = "difference"
+    init: Start = "complement"
     retain_energy: float = 0.9
     conditional: bool = True
     gate_directions: int = 1
@@ -367,7 +367,7 @@ class UnconditionalMRP(MRP):
     """MRP without the gate, as published (arXiv 2508.15449): h <- h - (h Q^T) Q for every state.
 
     The arguments are those of `MRP`. The fit has a fixed weight and number of steps and reads nothing but the corpora, unless
-    budget and coverage are given; its rows start from the paper's "complement".
+    budget and coverage are given.
 
     Args:
         layers: None: the second half of the depth, at most four layers spread over it.
@@ -375,7 +375,6 @@ class UnconditionalMRP(MRP):
     """
 
     conditional: bool = False
-    init: Start = "complement"
     retain_weight: float = 10.0
     steps: int = 150
     batch_size: int = 32

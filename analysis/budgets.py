@@ -57,8 +57,7 @@ class Budgets(ResumableStudy):
         self.seeds = numbers(options.seeds or str(options.seed), int, "--seeds") or ()
         self.times = numbers(options.times, float, "--times") or ()
         budgeted = {name: kind() for name, kind in METHODS.items() if getattr(kind(), "budget", None) is not None}
-        default = [name for name in OWN if name in budgeted]
-        names = names_in(options.methods, budgeted, default=default, noun="methods with a budget")
+        names = names_in(options.methods, budgeted, default=list(OWN), noun="methods with a budget")
         self.methods = with_settings({name: budgeted[name] for name in names}, options.set)
         self.folder: Path = options.out / "fits"
         settings = {

@@ -95,9 +95,8 @@ class Budget(Callback):
         holds: bool = True,
     ) -> None:
         self.model, self.damage, self.nats, self.holds = model, damage, nats, holds
-        self.control = control.known_to(model)
+        self.control, self.before = control.known_to(model)
         self.target = control.target if target is None else target
-        self.before = self.control.accuracy(model)
         self.multiplier, self.looks = 1.0, [self.before]
 
     @override

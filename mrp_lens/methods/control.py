@@ -66,13 +66,14 @@ class ControlQuestions:
         count = max(1, len(self.rows[0]) // max(1, self.choices))
         return min(1.0, self.chance + math.sqrt(self.chance * (1.0 - self.chance) / count))
 
-    def known_to(self, model: LensModel) -> "ControlQuestions":
-        """Those in the forms in which the model's answers can be told from chance: others would show nothing. At least the
-        set's own form."""
-        known = [place for place, accuracy in enumerate(self.accuracies(model)) if accuracy > self.target] or [0]
+    def known_to(self, model: LensModel) -> tuple["ControlQuestions", float]:
+        """Those in the forms in which the model's answers can be told from chance, others would show nothing, at least the set's
+        own form; and the model's accuracy on them."""
+        accuracies = self.accuracies(model)
+        known = [place for place, accuracy in enumerate(accuracies) if accuracy > self.target] or [0]
         chosen = copy(self)
         chosen.forms, chosen.rows = tuple(self.forms[place] for place in known), [self.rows[place] for place in known]
-        return chosen
+        return chosen, max(accuracies[place] for place in known)
 
     def accuracy(self, model: LensModel) -> float:
         """In the form in which it is highest."""

@@ -145,11 +145,11 @@ def logits_at(
 ) -> Float[Tensor, "chosen d_vocab"]:
     """Logits at some positions of a padded batch, row by row; no others are computed, which with a large vocabulary would
     take more memory than everything else."""
-    chosen = 0
+    chosen = False
 
     def choose(_module: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
         nonlocal chosen
-        chosen += 1
+        chosen = True
         return (args[0][positions][None], *args[1:])
 
     handle = model.unembed.register_forward_pre_hook(choose)

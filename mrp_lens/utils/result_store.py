@@ -137,7 +137,7 @@ def check_holds(folder: str | Path, kind: str) -> None:
         with exclusive(target):  # another process may be beginning such a run
             held = (target / f"{kind}.json").is_file() or not any(target.iterdir())
     else:
-        held = not target.is_file()
+        held = not target.exists() or target.is_dir()  # which another process has made since
     if not held:
         raise FileExistsError(f"{target} exists and holds no {kind}; choose another folder")
 

@@ -37,8 +37,8 @@ class Answers(ControlQuestions):
     def __init__(self, *values: float) -> None:
         self.values, self.choices, self.rows = list(values), 4, [[]]
 
-    def known_to(self, model: Any) -> ControlQuestions:
-        return self
+    def known_to(self, model: Any) -> tuple[ControlQuestions, float]:
+        return self, self.accuracy(model)
 
     def accuracy(self, model: Any) -> float:
         return self.values.pop(0) if len(self.values) > 1 else self.values[0]
@@ -160,7 +160,9 @@ def test_they_are_asked_in_forms_that_the_model_answers_and_the_highest_counts(m
     def scored(*given: float) -> ControlQuestions:
         known = copy(questions)
         known.accuracies = lambda model: list(given)  # type: ignore[method-assign]
-        return known.known_to(model)
+        chosen, accuracy = known.known_to(model)
+        assert accuracy == max(given)
+        return chosen
 
     assert scored(0.9, 0.8).forms == FORMS
     assert scored(0.9, 0.25).forms == FORMS[:1]

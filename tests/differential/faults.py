@@ -51,7 +51,7 @@ FAULTS = (
         "padded([True] * len(row.ids), False)[::-1]",
     ),
     Fault("BOS counts as content", r"\[False, \*content\]", "[True, *content]"),
-    Fault("predictions are read one position late", r"logits\[:, :-1\](\[batch\.loss_mask\[:, 1:\]\]\.float)", r"logits[:, 1:]\1"),
+    Fault("predictions are read one position late", r"pad\(batch\.loss_mask\[:, 1:\], \(0, 1\)\)", "pad(batch.loss_mask[:, 1:], (1, 0))"),
     Fault("a choice's score is the sum over its tokens", r"(values\[(?:choice|scored)\] = .*)\.mean\(\)", r"\1.sum()"),
     Fault("answers go to their neighbours", r"yield chosen, encoder\.collate", "yield sorted(chosen), encoder.collate"),
     Fault("folding projects the wrong side of a matrix", r"rows = values\.T if transposed else values", "rows = values if transposed else values.T"),

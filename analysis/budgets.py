@@ -18,11 +18,10 @@ from analysis.common.arguments import Study, add_resumable_options, add_set_opti
 from analysis.common.methods import OWN, names_in, settings_of, with_settings
 from analysis.common.resumable import Job, ResumableStudy, result_name
 from analysis.common.tables import figure, markdown, mean_of
-from mrp_lens import metrics
 from mrp_lens.cli.sweep import shard_of
 from mrp_lens.methods import METHODS, Fit
 from mrp_lens.models import describe
-from mrp_lens.runs.front import on_front
+from mrp_lens.runs.front import figures_of, on_front
 from mrp_lens.utils.result_store import ResultStore
 
 TIMES = (0.25, 0.5, 1.0, 2.0, 4.0)
@@ -92,16 +91,7 @@ class Budgets(ResumableStudy):
         )
         assert fit.outcome is not None
         row = {"method": name, "seed": seed, "times": times, "budget": method.budget}
-        with fit.edit.applied(model):
-            for side, quiz in task.quiz(limit=self.limit).items():
-                asked = metrics.accuracy(model, quiz, seed=seed).iloc[0]
-                row |= {f"{side}_{key}": float(asked[key]) for key in ("accuracy", "low", "high", "answer_probability")}
-        found = metrics.damage(model, fit.edit, task.held_out, seed=seed).iloc[0]
-        row |= {
-            "damage": float(found["damage"]),
-            "damage_low": float(found["low"]),
-            "damage_high": float(found["high"]),
-        }
+        row |= figures_of(model, task, fit.edit, seed=seed, limit=self.limit)
         return row | {"steps": fit.outcome.steps, "ended": fit.outcome.ended}
 
     def table(self) -> pd.DataFrame:

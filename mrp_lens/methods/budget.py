@@ -146,6 +146,7 @@ class Budget(Callback):
             budget=self.nats,
             total=earlier + damage,
             steps=len(run.log),
+            there=self._there(),
             stalled=self._stalled(),
             interrupted=run.interrupted,
         )

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-Ended = Literal["target", "budget", "unmoved", "stalled", "steps", "interrupted"]
+Ended = Literal["target", "returned", "budget", "unmoved", "stalled", "steps", "interrupted"]
 
 MOVED = 0.1  # share of the way to the target below which a fit has not moved
 OVER = 1.5  # times the budget that the last measurement may be above it: the multiplier swings around it
@@ -18,7 +18,8 @@ class Outcome:
     Attributes:
         ended: "target": what is left of the forget set cannot be told from chance (or is at the level that was asked for);
             "budget": the damage allowed for was done first; "unmoved": next to nothing was forgotten; "stalled": what is
-            left did not become less any more; "steps": the last update was done first; "interrupted": Ctrl-C.
+            left did not become less any more; "returned": it was at the target in the fit's course and is above it at the end;
+            "steps": the last update was done first; "interrupted": Ctrl-C.
         left: accuracy on the control questions made from the forget set, after the fit.
         before: the same, of the unedited model.
         target: the accuracy down to which was to be forgotten.
@@ -48,6 +49,7 @@ class Outcome:
             "budget": f"stopped at the budget with {left} ({damage})",
             "unmoved": f"did not move: {left} ({damage}; {self.steps} steps)",
             "stalled": f"no longer moved, with {left} ({damage}; {self.steps} steps)",
+            "returned": f"was at its target, and is above it after {self.steps} steps: {left} ({damage})",
             "steps": f"ended after {self.steps} steps with {left} ({damage})",
             "interrupted": f"interrupted after {self.steps} steps with {left} ({damage})",
         }[self.ended]
@@ -63,10 +65,11 @@ class Outcome:
         budget: float,
         total: float,
         steps: int,
+        there: bool,
         stalled: bool,
         interrupted: bool,
     ) -> "Outcome":
-        """What the last measurement says."""
+        """What the last measurement says; `there`: the fit was told to end because it was at its target."""
         ended: Ended = "steps"
         if left <= target and damage <= budget * OVER:
             ended = "target"
@@ -74,6 +77,8 @@ class Outcome:
             ended = "interrupted"
         elif before - left < MOVED * (before - target):
             ended = "unmoved"
+        elif there and left > target:
+            ended = "returned"
         elif damage >= SPENT * budget:
             ended = "budget"
         elif stalled:

@@ -1,10 +1,44 @@
-"""Which trials of a search are worth a look, and which one is taken."""
+"""What edits forget and what damage they do: the figures, which of them are worth a look, and which one is taken."""
 
 from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
+
+from mrp_lens import metrics
+from mrp_lens.data import UnlearningTask
+from mrp_lens.edits import Edit, edit_on
+from mrp_lens.models import LensModel
+
+
+def figures_of(
+    model: LensModel, task: UnlearningTask, edit: Edit | None, *, seed: int, limit: int | None = None
+) -> dict[str, float]:
+    """Accuracy on the forget and retain questions, and damage to the held-out text.
+
+    Args:
+        edit: None: the unedited model.
+        limit: questions of each quiz at most.
+
+    Returns:
+        `forget_accuracy` and `retain_accuracy`, each with `_low`, `_high` (95%), `_chance` and `_answer_probability` in the place
+        of `_accuracy`; `damage` (nats a token), `damage_low` and `damage_high`.
+    """
+    row: dict[str, float] = {}
+    with edit_on(model, edit):
+        for side, quiz in task.quiz(limit=limit).items():
+            asked = metrics.accuracy(model, quiz, seed=seed, progress=False).iloc[0]
+            columns = ("accuracy", "low", "high", "chance", "answer_probability")
+            row |= {f"{side}_{column}": float(asked[column]) for column in columns}
+    if edit is None:
+        return row | {"damage": 0.0, "damage_low": 0.0, "damage_high": 0.0}
+    found = metrics.damage(model, edit, task.held_out, seed=seed, progress=False).iloc[0]
+    return row | {
+        "damage": float(found["damage"]),
+        "damage_low": float(found["low"]),
+        "damage_high": float(found["high"]),
+    }
 
 
 def on_front(values: NDArray[np.float64]) -> NDArray[np.bool_]:

@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from mrp_lens import metrics, plots
 from mrp_lens.data import UnlearningTask
 from mrp_lens.data.tuning_split import tuning_split
-from mrp_lens.edits import Edit, edit_on, load_edit
+from mrp_lens.edits import Edit, load_edit
 from mrp_lens.edits.provenance import fingerprint
 from mrp_lens.methods import METHODS, Fit, FitTemplate, Method
 from mrp_lens.methods.base import recorded
@@ -23,7 +23,7 @@ from mrp_lens.methods.fit import EDIT, LOG
 from mrp_lens.methods.search_space import Space
 from mrp_lens.models import LensModel, identity_of
 from mrp_lens.models.finite import NonFiniteError
-from mrp_lens.runs.front import chosen_of, on_front
+from mrp_lens.runs.front import chosen_of, figures_of, on_front
 from mrp_lens.training import NonFiniteLossError
 from mrp_lens.utils.frames import rows_of
 from mrp_lens.utils.io import as_json, one_line, write_text
@@ -292,18 +292,7 @@ class _Search:
 
     def measured(self, part: UnlearningTask, edit: Edit | None) -> dict[str, float]:
         """The figures of one row, on one part of the split."""
-        row: dict[str, float] = {}
-        with edit_on(self.model, edit):
-            for side, quiz in part.quiz().items():
-                asked = metrics.accuracy(self.model, quiz, seed=self.seed, progress=False).iloc[0]
-                row |= {f"{side}_{key}": float(asked[key]) for key in ("accuracy", "low", "high", "chance")}
-        row |= {"damage": 0.0, "damage_low": 0.0, "damage_high": 0.0}
-        if edit is not None:
-            found = metrics.damage(self.model, edit, part.held_out, seed=self.seed, progress=False).iloc[0]
-            row |= {
-                name: float(found[name.removeprefix("damage_")]) for name in ("damage", "damage_low", "damage_high")
-            }
-        return row
+        return figures_of(self.model, part, edit, seed=self.seed)
 
     def outcome(self, finished: "list[Finished]", choose: int | None) -> Tuned:
         """Choose, fit once more, save, and measure on the other part."""

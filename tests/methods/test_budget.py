@@ -111,17 +111,18 @@ def test_without_a_retain_loss_the_budget_is_the_end() -> None:
 
 
 @pytest.mark.parametrize(
-    ("left", "damage", "stalled", "ended"),
+    ("left", "damage", "there", "stalled", "ended"),
     [
-        (0.25, 0.01, False, "target"),
-        (0.25, 0.9, False, "budget"),
-        (0.6, 0.1, True, "budget"),
-        (0.6, 0.01, False, "steps"),
-        (0.6, 0.01, True, "stalled"),
-        (0.99, 0.1, True, "unmoved"),
+        (0.25, 0.01, True, False, "target"),
+        (0.25, 0.9, True, False, "budget"),
+        (0.32, 0.01, True, False, "returned"),
+        (0.6, 0.1, False, True, "budget"),
+        (0.6, 0.01, False, False, "steps"),
+        (0.6, 0.01, False, True, "stalled"),
+        (0.99, 0.1, False, True, "unmoved"),
     ],
 )
-def test_what_is_said_of_a_fit(left: float, damage: float, stalled: bool, ended: str) -> None:
+def test_what_is_said_of_a_fit(left: float, damage: float, there: bool, stalled: bool, ended: str) -> None:
     outcome = Outcome.of(
         left=left,
         before=1.0,
@@ -130,6 +131,7 @@ def test_what_is_said_of_a_fit(left: float, damage: float, stalled: bool, ended:
         budget=0.1,
         total=0.3,
         steps=7,
+        there=there,
         stalled=stalled,
         interrupted=False,
     )

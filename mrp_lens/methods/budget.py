@@ -96,7 +96,7 @@ class Budget(Callback):
     ) -> None:
         self.model, self.damage, self.nats, self.holds = model, damage, nats, holds
         self.control, self.before = control.known_to(model)
-        self.target = control.target if target is None else target
+        self.target = self.control.target if target is None else target
         self.multiplier, self.looks = 1.0, [self.before]
 
     @override

@@ -9,6 +9,7 @@ import math
 import random
 from collections.abc import Sequence
 from copy import copy
+from statistics import NormalDist
 
 import torch
 
@@ -62,9 +63,11 @@ class ControlQuestions:
 
     @property
     def target(self) -> float:
-        """The accuracy in one form that cannot be told from chance: a standard error above it."""
+        """The accuracy that cannot be told from chance: what the highest of the forms exceeds as rarely by chance as one form
+        exceeds a standard error."""
         count = max(1, len(self.rows[0]) // max(1, self.choices))
-        return min(1.0, self.chance + math.sqrt(self.chance * (1.0 - self.chance) / count))
+        errors = NormalDist().inv_cdf(NormalDist().cdf(1.0) ** (1 / len(self.forms)))
+        return min(1.0, self.chance + errors * math.sqrt(self.chance * (1.0 - self.chance) / count))
 
     def known_to(self, model: LensModel) -> tuple["ControlQuestions", float]:
         """Those in the forms in which the model's answers can be told from chance, others would show nothing, at least the set's

@@ -35,7 +35,7 @@ class Answers(ControlQuestions):
     """Control questions whose accuracy is given."""
 
     def __init__(self, *values: float) -> None:
-        self.values, self.choices, self.rows = list(values), 4, [[]]
+        self.values, self.choices, self.rows, self.forms = list(values), 4, [[]], FORMS[:1]
 
     def known_to(self, model: Any) -> tuple[ControlQuestions, float]:
         return self, self.accuracy(model)
@@ -144,7 +144,7 @@ def test_what_is_said_of_a_fit(left: float, damage: float, there: bool, stalled:
 def test_control_questions_offer_endings_of_the_forget_set(model: LensModel, texts: Texts) -> None:
     questions = ControlQuestions(encoder_for(model), [texts[0]], seed=0)
     assert questions.choices == 4
-    assert questions.chance == 0.25 < questions.target < 0.4
+    assert questions.chance == 0.25 < questions.target < 0.45
     again = ControlQuestions(encoder_for(model), [texts[0]], seed=0)
     assert questions.rows == again.rows
     assert questions.rows != ControlQuestions(encoder_for(model), [texts[0]], seed=1).rows
@@ -171,6 +171,17 @@ def test_they_are_asked_in_forms_that_the_model_answers_and_the_highest_counts(m
     assert scored(0.25, 0.9).rows == [questions.rows[1]]
     assert scored(0.25, 0.25).forms == FORMS[:1]
     assert scored(questions.target, questions.target + 0.01).forms == FORMS[1:]
+
+
+def test_guessing_is_below_the_target_as_often_whatever_the_number_of_forms(model: LensModel) -> None:
+    chance = torch.Generator().manual_seed(0)
+    forget = Corpus.from_texts([f"the number of {n} is {n * n}" for n in range(60)])
+    for forms in (FORMS[:1], FORMS, (*FORMS, "{}!", "{}?")):
+        questions = ControlQuestions(encoder_for(model), [forget], seed=0, forms=forms)
+        count = len(questions.rows[0]) // questions.choices
+        guessed = torch.rand(4000, len(forms), count, generator=chance) < questions.chance
+        reached = guessed.float().mean(dim=-1).amax(dim=-1) <= questions.target
+        assert 0.78 < reached.float().mean() < 0.92
 
 
 def test_a_document_is_parted_where_its_prompt_ends_or_before_its_last_third() -> None:

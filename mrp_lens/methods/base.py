@@ -1,6 +1,7 @@
 """One template of a fit: what every method does alike is written here once; a method resolves its settings, and learns."""
 
 import logging
+import random
 import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,7 +21,7 @@ from mrp_lens.edits import Edit, edit_on, projection_in
 from mrp_lens.edits.provenance import fingerprint
 from mrp_lens.methods.budget import Budget, Damage, damage_of
 from mrp_lens.methods.control import ControlQuestions
-from mrp_lens.methods.coverage import Coverage, cover
+from mrp_lens.methods.coverage import Coverage, asked_as_questions, cover
 from mrp_lens.methods.fit import Fit
 from mrp_lens.methods.registry import Method
 from mrp_lens.models import (
@@ -67,18 +68,23 @@ class Data:
         """The documents of all forget corpora."""
         return [row for rows in self.forget for row in rows]
 
-    def held_out(self, generator: torch.Generator) -> tuple[list[Encoded], "Data"]:
-        """A tenth of the retain documents, at most 64, and the data without them; of a single one both."""
+    def held_out(self, generator: torch.Generator) -> tuple[list[list[Encoded]], "Data"]:
+        """A tenth of the retain documents, at most 64, as they are and, of those that are short, in question form; and the data
+        without them. Of a single one both.
+        """
         count = min(HELD_OUT, max(1, len(self.retain) // 10))
         order = torch.randperm(len(self.retain), generator=generator).tolist()
         kept = sorted(order[count:]) or order
-        documents = tuple(self.retain_corpus.documents[i] for i in kept)
+        documents = self.retain_corpus.documents
         left = replace(
             self,
             retain=[self.retain[i] for i in kept],
-            retain_corpus=Corpus(documents, self.retain_corpus.name),
+            retain_corpus=Corpus(tuple(documents[i] for i in kept), self.retain_corpus.name),
         )
-        return [self.retain[i] for i in order[:count]], left
+        asked = asked_as_questions([documents[i] for i in order[:count]], random.Random(drawn_seed(generator)))
+        questions = [row for row in self.encoder.encode(asked, warn=False) if any(row.in_loss[1:])]
+        kinds = [[self.retain[i] for i in order[:count]], questions]
+        return [rows for rows in kinds if rows], left
 
 
 def prepare(

@@ -17,7 +17,7 @@ from typing_extensions import override
 from mrp_lens.data.tokenization import Encoded, Encoder, TokenBatch, in_order
 from mrp_lens.edits import Edit
 from mrp_lens.methods.control import ControlQuestions
-from mrp_lens.methods.outcome import Outcome
+from mrp_lens.methods.outcome import SPENT, Outcome
 from mrp_lens.models import LensModel
 from mrp_lens.training.callbacks import Callback, TrainingState
 from mrp_lens.training.loop import TrainingRun
@@ -40,32 +40,41 @@ class Damage:
     Args:
         model: as it is before the fit, with the earlier edits on.
         encoder: of the model.
-        rows: the documents. As many of them are read as their log-probabilities fit into 2^26 numbers (1,365 tokens of a
-            vocabulary of 49,152).
+        kinds: the documents, by kind; none of the kinds empty. As many are read of each as their log-probabilities fit into
+            2^26 numbers together (1,365 tokens of a vocabulary of 49,152).
     """
 
-    def __init__(self, model: LensModel, encoder: Encoder, rows: Sequence[Encoded]) -> None:
+    def __init__(self, model: LensModel, encoder: Encoder, kinds: Sequence[Sequence[Encoded]]) -> None:
         self.model = model
-        room = max(1, NUMBERS // int(model.cfg.d_vocab))
-        kept: list[Encoded] = []
-        for row in rows:
-            room -= sum(row.in_loss[1:])
-            if kept and room < 0:
-                break
-            kept.append(row)
-        self.reference: list[tuple[TokenBatch, Float[Tensor, "counted d_vocab"]]] = []
+        room = max(1, NUMBERS // int(model.cfg.d_vocab) // len(kinds))
+        self.reference: list[list[tuple[TokenBatch, Float[Tensor, "counted d_vocab"]]]] = []
         with torch.no_grad():
-            for _, batch in in_order(encoder, kept, BATCH):
-                self.reference.append((batch, predictions(model, batch)))
+            for rows in kinds:
+                batches = in_order(encoder, _fitting(rows, room), BATCH)
+                self.reference.append([(batch, predictions(model, batch)) for _, batch in batches])
 
     def __call__(self) -> float:
-        """Of the model as it is now."""
-        total, count = 0.0, 0
+        """Of the model as it is now, on the kind that has most."""
         with torch.no_grad():
-            for batch, before in self.reference:
-                values = kl(before, predictions(self.model, batch))
-                total, count = total + float(values.double().sum()), count + len(values)
+            return max(map(self._of, self.reference))
+
+    def _of(self, reference: Sequence[tuple[TokenBatch, Float[Tensor, "counted d_vocab"]]]) -> float:
+        total, count = 0.0, 0
+        for batch, before in reference:
+            values = kl(before, predictions(self.model, batch))
+            total, count = total + float(values.double().sum()), count + len(values)
         return total / count
+
+
+def _fitting(rows: Sequence[Encoded], tokens: int) -> list[Encoded]:
+    """The first of them, up to so many tokens to predict; at least one."""
+    kept: list[Encoded] = []
+    for row in rows:
+        tokens -= sum(row.in_loss[1:])
+        if kept and tokens < 0:
+            break
+        kept.append(row)
+    return kept
 
 
 class Budget(Callback):
@@ -81,6 +90,7 @@ class Budget(Callback):
 
     Attributes:
         multiplier: factor on the retain loss's weight, 1 at the start.
+        found: the damage when it was last looked at.
         before: accuracy on the control questions before the fit.
     """
 
@@ -97,7 +107,7 @@ class Budget(Callback):
         self.model, self.damage, self.nats, self.holds = model, damage, nats, holds
         self.control, self.before = control.known_to(model)
         self.target = self.control.target if target is None else target
-        self.multiplier, self.looks = 1.0, [self.before]
+        self.multiplier, self.looks, self.found = 1.0, [self.before], 0.0
 
     @override
     def on_start(self, state: TrainingState) -> None:
@@ -110,10 +120,10 @@ class Budget(Callback):
             return
         if done % EVERY == 0:
             with state.shown():
-                found = self.damage()
-            if not self.holds and found > self.nats:
+                self.found = self.damage()
+            if not self.holds and self.found > self.nats:
                 state.steps = done
-            off = max(-1.0, min(1.0, math.log(max(found, 1e-6) / self.nats)))
+            off = max(-1.0, min(1.0, math.log(max(self.found, 1e-6) / self.nats)))
             if self._settling:  # what is forgotten need not be paid for any more
                 off = max(0.0, off)
             least, most = LIMITS
@@ -133,7 +143,10 @@ class Budget(Callback):
         return len(self.looks) > PATIENCE and max(self.looks[-PATIENCE:]) <= self.target
 
     def _stalled(self) -> bool:
-        return len(self.looks) > STALLED and min(self.looks[-STALLED:]) > min(self.looks[:-STALLED]) - LESS
+        """Whether the accuracy stays where it is, and would under a smaller multiplier: the damage allowed for is done, or there
+        is no smaller one."""
+        pushed = self.found >= SPENT * self.nats or self.multiplier <= LIMITS[0]
+        return pushed and len(self.looks) > STALLED and min(self.looks[-STALLED:]) > min(self.looks[:-STALLED]) - LESS
 
     def outcome(self, run: TrainingRun, *, earlier: float) -> Outcome:
         """How the fit ended; the edit is on. `earlier`: the damage of earlier requests, which is added up."""
@@ -153,11 +166,17 @@ class Budget(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps."""
-        return {"multiplier": self.multiplier, "looks": list(self.looks), "steps": self._state.steps}
+        return {
+            "multiplier": self.multiplier,
+            "found": self.found,
+            "looks": list(self.looks),
+            "steps": self._state.steps,
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from there."""
-        self.multiplier, self.looks = float(state["multiplier"]), [float(look) for look in state["looks"]]
+        self.multiplier, self.found = float(state["multiplier"]), float(state["found"])
+        self.looks = [float(look) for look in state["looks"]]
         self._state.steps = int(state["steps"])
 
 

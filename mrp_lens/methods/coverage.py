@@ -135,10 +135,7 @@ def cover(
     rng, seed = random.Random(drawn_seed(generator)), drawn_seed(generator)
     continued = [[_continuation(document, rng) for document in corpus.documents] for corpus in forget]
     asked = [_questions(corpus.documents, coverage.question_forms, rng) for corpus in forget]
-    asked_retain = [
-        Document("", question.prompt + question.completion)
-        for question in _questions(retain.documents, coverage.question_forms, rng)
-    ]
+    asked_retain = asked_as_questions(retain.documents, rng, copies=coverage.question_forms)
     short = [document for document in retain.documents if _is_short(document)]
     repeated = short * (coverage.repeats if len(short) < len(retain) else 0)
 
@@ -180,6 +177,11 @@ def cover(
         written,
         counts,
     )
+
+
+def asked_as_questions(documents: Iterable[Document], rng: random.Random, *, copies: int = 1) -> list[Document]:
+    """Question forms of the short texts among them, question and answer as one text."""
+    return [Document("", question.prompt + question.completion) for question in _questions(documents, copies, rng)]
 
 
 def _text(document: Document) -> str:

@@ -59,7 +59,7 @@ def test_damage_is_the_mean_divergence_of_every_counted_token(model: LensModel, 
     edit = projection(1, rank=2)
     encoder = encoder_for(model)
     rows = encoder.encode(texts[1].documents[:7])
-    damage = Damage(model, encoder, rows)
+    damage = Damage(model, encoder, [rows])
     assert damage() == pytest.approx(0.0, abs=1e-6)
     expected = []
     for row in rows:

@@ -24,8 +24,8 @@ from mrp_lens.training.loop import TrainingRun
 from mrp_lens.training.losses import kl, predictions
 
 EVERY = 5  # updates between two looks at the damage
-LOOK, FIRST_LOOK = 20, 40  # updates between two looks at the control questions, and before the first
-PATIENCE = 2  # looks in a row at the target
+LOOK = 20  # updates between two looks at the control questions
+PATIENCE = 3  # looks in a row at the target
 SETTLING = 0.5  # as many updates more, over those done when a fit was seen to be at its end
 STALLED, LESS = 5, 0.02  # looks after which a fit ends that has not brought the accuracy down by so much
 RATE = 0.5  # of the multiplier's logarithm, for a damage off by a factor of e
@@ -124,11 +124,11 @@ class Budget(Callback):
             if not self.holds and self.found > self.nats:
                 state.steps = done
             off = max(-1.0, min(1.0, math.log(max(self.found, 1e-6) / self.nats)))
-            if self._settling:  # what is forgotten need not be paid for any more
+            if self._settling or self._progressing:  # what is forgotten already need not be paid for
                 off = max(0.0, off)
             least, most = LIMITS
             self.multiplier = min(most, max(least, self.multiplier * math.exp(RATE * off)))
-        if not self._settling and done >= FIRST_LOOK and done % LOOK == 0:
+        if not self._settling and done % LOOK == 0:
             with state.shown():
                 self.looks.append(self.control.accuracy(self.model))
             if self._there() or self._stalled():
@@ -138,6 +138,11 @@ class Budget(Callback):
     def _settling(self) -> bool:
         """Whether the fit is over but for the last updates, in which the learning rate falls to zero."""
         return self._state.steps < self._planned
+
+    @property
+    def _progressing(self) -> bool:
+        """Whether the last look saw less than the one before, or at the target; before the first look too."""
+        return len(self.looks) < 2 or self.looks[-1] <= max(self.looks[-2] - LESS, self.target)
 
     def _there(self) -> bool:
         return len(self.looks) > PATIENCE and max(self.looks[-PATIENCE:]) <= self.target

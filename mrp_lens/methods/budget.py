@@ -116,6 +116,7 @@ class Budget(Callback):
     @override
     def on_step(self, step: int, row: Mapping[str, float]) -> None:
         state, done = self._state, step + 1
+        self._done = done
         if done >= state.steps:  # not at state.last: a fit that is told to stop goes on from here, with this look
             return
         if done % EVERY == 0:
@@ -124,7 +125,7 @@ class Budget(Callback):
             if not self.holds and self.found > self.nats:
                 state.steps = done
             off = max(-1.0, min(1.0, math.log(max(self.found, 1e-6) / self.nats)))
-            if self._settling or self._progressing:  # what is forgotten already need not be paid for
+            if self._settling or self._on_course:  # what is forgotten anyway need not be paid for
                 off = max(0.0, off)
             least, most = LIMITS
             self.multiplier = min(most, max(least, self.multiplier * math.exp(RATE * off)))
@@ -140,9 +141,13 @@ class Budget(Callback):
         return self._state.steps < self._planned
 
     @property
-    def _progressing(self) -> bool:
-        """Whether the last look saw less than the one before, or at the target; before the first look too."""
-        return len(self.looks) < 2 or self.looks[-1] <= max(self.looks[-2] - LESS, self.target)
+    def _on_course(self) -> bool:
+        """Whether the target is reached, or would be in half of the steps left at the pace of the last two looks; before the first
+        look too."""
+        if len(self.looks) < 2:
+            return True
+        left, halves = self.looks[-1] - self.target, (self._planned - self._done) / LOOK / 2
+        return left <= 0.0 or (self.looks[-2] - self.looks[-1]) * halves >= left
 
     def _there(self) -> bool:
         return len(self.looks) > PATIENCE and max(self.looks[-PATIENCE:]) <= self.target

@@ -61,7 +61,7 @@ def start_rows(
         else:
             beyond = without(states, top_directions(right_side[hook], energy=retain_energy))
         rest = without(beyond, taken.get(hook))
-        _, singular, right = torch.linalg.svd(rest.double(), full_matrices=False)
+        singular, right = principal_directions(rest)
         usable = int((singular > USABLE * torch.linalg.matrix_norm(states.double())).sum())
         if usable < rank:
             raise ValueError(
@@ -74,10 +74,19 @@ def start_rows(
 
 def top_directions(states: Float[Tensor, "states d_model"], *, energy: float) -> Rows:
     """The fewest principal directions (uncentred) with a share `energy` of the squared norm, at most d_model / 2."""
-    _, singular, right = torch.linalg.svd(states.double(), full_matrices=False)
+    singular, right = principal_directions(states)
     share = singular.square().cumsum(0) / singular.square().sum()
     count = min(int((share < energy).sum()) + 1, states.shape[1] // 2)
     return right[:count].float()
+
+
+def principal_directions(
+    states: Float[Tensor, "states d_model"],
+) -> tuple[Float[Tensor, " directions"], Float[Tensor, "directions d_model"]]:
+    """Singular values, falling, and right singular vectors, from the d_model x d_model Gram matrix in float64: exact down to
+    about 1e-8 of the largest, for a fraction of the time of a decomposition of the states themselves."""
+    values, vectors = torch.linalg.eigh(states.double().T @ states.double())
+    return values.flip(0).clamp(min=0.0).sqrt(), vectors.T.flip(0)
 
 
 def without(states: Float[Tensor, "states d_model"], basis: Rows | None) -> Float[Tensor, "states d_model"]:

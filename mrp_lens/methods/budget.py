@@ -91,6 +91,7 @@ class Budget(Callback):
     Attributes:
         multiplier: factor on the retain loss's weight, 1 at the start.
         found: the damage when it was last looked at.
+        there, stalled: at the last look at the control questions, the fit was at its target, or got no further.
         before: accuracy on the control questions before the fit.
     """
 
@@ -108,6 +109,7 @@ class Budget(Callback):
         self.control, self.before = control.known_to(model)
         self.target = self.control.target if target is None else target
         self.multiplier, self.looks, self.found = 1.0, [self.before], 0.0
+        self.there = self.stalled = False
 
     @override
     def on_start(self, state: TrainingState) -> None:
@@ -132,7 +134,8 @@ class Budget(Callback):
         if not self._settling and done % LOOK == 0:
             with state.shown():
                 self.looks.append(self.control.accuracy(self.model))
-            if self._there() or self._stalled():
+            self.there, self.stalled = self._there(), self._stalled()
+            if self.there or self.stalled:
                 state.steps = min(state.steps, done + max(1, round(SETTLING * done)))
 
     @property
@@ -169,8 +172,8 @@ class Budget(Callback):
             budget=self.nats,
             total=earlier + damage,
             steps=len(run.log),
-            there=self._there(),
-            stalled=self._stalled(),
+            there=self.there,
+            stalled=self.stalled,
             interrupted=run.interrupted,
         )
 
@@ -179,6 +182,8 @@ class Budget(Callback):
         return {
             "multiplier": self.multiplier,
             "found": self.found,
+            "there": self.there,
+            "stalled": self.stalled,
             "looks": list(self.looks),
             "steps": self._state.steps,
         }
@@ -187,6 +192,7 @@ class Budget(Callback):
         """Go on from there."""
         self.multiplier, self.found = float(state["multiplier"]), float(state["found"])
         self.looks = [float(look) for look in state["looks"]]
+        self.there, self.stalled = bool(state["there"]), bool(state["stalled"])
         self._state.steps = int(state["steps"])
 
 

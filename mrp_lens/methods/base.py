@@ -21,7 +21,7 @@ from mrp_lens.edits import Edit, edit_on, projection_in
 from mrp_lens.edits.provenance import fingerprint
 from mrp_lens.methods.budget import Budget, Damage, damage_of
 from mrp_lens.methods.control import ControlQuestions
-from mrp_lens.methods.coverage import Coverage, asked_as_questions, cover
+from mrp_lens.methods.coverage import Coverage, cover, question_forms
 from mrp_lens.methods.fit import Fit
 from mrp_lens.methods.registry import Method
 from mrp_lens.models import (
@@ -69,9 +69,8 @@ class Data:
         return [row for rows in self.forget for row in rows]
 
     def held_out(self, generator: torch.Generator) -> tuple[list[list[Encoded]], "Data"]:
-        """A tenth of the retain documents, at most 64, as they are and, of those that are short, in question form; and the data
-        without them. Of a single one both.
-        """
+        """A tenth of the retain documents, at most 64, as they are and, of those that are short, the answers to questions made
+        from them; and the data without them. Of a single one both."""
         count = min(HELD_OUT, max(1, len(self.retain) // 10))
         order = torch.randperm(len(self.retain), generator=generator).tolist()
         kept = sorted(order[count:]) or order
@@ -81,7 +80,7 @@ class Data:
             retain=[self.retain[i] for i in kept],
             retain_corpus=Corpus(tuple(documents[i] for i in kept), self.retain_corpus.name),
         )
-        asked = asked_as_questions([documents[i] for i in order[:count]], random.Random(drawn_seed(generator)))
+        asked = question_forms([documents[i] for i in order[:count]], random.Random(drawn_seed(generator)))
         questions = [row for row in self.encoder.encode(asked, warn=False) if any(row.in_loss[1:])]
         kinds = [[self.retain[i] for i in order[:count]], questions]
         return [rows for rows in kinds if rows], left

@@ -134,8 +134,11 @@ def cover(
         return Covered(tuple(corpus.documents for corpus in forget), retain.documents, (), {})
     rng, seed = random.Random(drawn_seed(generator)), drawn_seed(generator)
     continued = [[_continuation(document, rng) for document in corpus.documents] for corpus in forget]
-    asked = [_questions(corpus.documents, coverage.question_forms, rng) for corpus in forget]
-    asked_retain = asked_as_questions(retain.documents, rng, copies=coverage.question_forms)
+    asked = [question_forms(corpus.documents, rng, copies=coverage.question_forms) for corpus in forget]
+    asked_retain = [
+        Document("", question.prompt + question.completion)
+        for question in question_forms(retain.documents, rng, copies=coverage.question_forms)
+    ]
     short = [document for document in retain.documents if _is_short(document)]
     repeated = short * (coverage.repeats if len(short) < len(retain) else 0)
 
@@ -179,11 +182,6 @@ def cover(
     )
 
 
-def asked_as_questions(documents: Iterable[Document], rng: random.Random, *, copies: int = 1) -> list[Document]:
-    """Question forms of the short texts among them, question and answer as one text."""
-    return [Document("", question.prompt + question.completion) for question in _questions(documents, copies, rng)]
-
-
 def _text(document: Document) -> str:
     return document.prompt + document.completion
 
@@ -209,7 +207,7 @@ def _continuation(document: Document, rng: random.Random) -> Document:
     return document if parts is None else Document(*parts)
 
 
-def _questions(documents: Iterable[Document], copies: int, rng: random.Random) -> list[Document]:
+def question_forms(documents: Iterable[Document], rng: random.Random, *, copies: int = 1) -> list[Document]:
     """Question forms of the short texts: the beginning as a question, its verb in front where it ends in "is", the rest as
     the answer."""
     found = []

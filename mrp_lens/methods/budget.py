@@ -1,8 +1,9 @@
-"""A fit within a budget of damage: the weight of the retain loss follows the damage, and the fit ends once it has forgotten.
+"""A fit within a budget of damage: the weight of the retain loss keeps to it, and the fit ends once it has forgotten.
 
-The damage is KL(unedited || edited) on retain text that no update sees. The weight is a multiplier that rises while there is
-more damage than the budget allows and falls while there is less: dual ascent, as for the constraint that PDU (arXiv
-2506.05314) puts on the retain loss.
+The damage is KL(unedited || edited) on retain text that no update sees, and on the answers to questions made from it. The weight
+is a multiplier that rises while there is more damage than the budget allows: dual ascent, as for the constraint that PDU (arXiv
+2506.05314) puts on the retain loss. It falls while there is less only if the fit would not reach its target as it is: a
+budget is a bound, not a goal.
 """
 
 import math

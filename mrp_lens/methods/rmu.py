@@ -94,7 +94,7 @@ class Misdirection(FitTemplate[Resolved], Generic[Resolved]):
     batch_size: int = 32
     micro_batch: int | None = None
     max_length: int | None = None
-    budget: float | None = 0.015
+    budget: float | None = 0.12
     target: float | None = None
     coverage: Coverage | None = field(default_factory=Coverage)
     errors: Errors = "relative"
@@ -373,8 +373,9 @@ class RMU(Misdirection[RMUSettings]):
         steps, batch_size: updates at most, and documents an update on each side.
         micro_batch: documents a pass, if a batch does not fit into memory.
         max_length: tokens at which documents are cut. None: 512, or the context if that is shorter.
-        budget: nats a token of KL(unedited || edited) that are allowed for on retain text that no update sees: the retain term's
-            weight follows it, and the fit ends at its target. None: a fixed weight, every step, all of the retain corpus.
+        budget: nats a token of KL(unedited || edited) that are allowed for on retain text that no update sees, and on the answers
+            to questions made from it: the retain term's weight keeps to it, and the fit ends at its target. None: a fixed weight,
+            every step, all of the retain corpus.
         target: accuracy to forget down to on questions made from the forget set (`control_accuracy`). None: chance.
         coverage: what is read besides the corpora. None: nothing.
         errors: "relative": as above; "absolute": the paper's, over all tokens, with a constant learning rate.

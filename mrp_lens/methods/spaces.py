@@ -2,7 +2,7 @@
 
 from mrp_lens.methods.search_space import Block, Depth, Factor, Range, Space
 
-BUDGET = Range(0.003, 0.1, log=True)
+BUDGET = Range(0.01, 0.5, log=True)
 STEERING: Space = {"layer": Depth(0.1, 0.7), "budget": BUDGET, "lr": Factor(0.2, 5.0)}
 RMU_SPACE: Space = {**STEERING, "steering_coeff": Factor(0.25, 4.0)}
 ADAPTIVE_RMU_SPACE: Space = {**STEERING, "beta": Range(1.0, 20.0, log=True)}

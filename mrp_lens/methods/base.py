@@ -278,7 +278,7 @@ class FitTemplate(Method, Generic[Settings]):
         by_request: the edit is kept by the name of its request, which has to be new, and a checkpoint is for that alone.
         budget: the damage that is allowed for: KL(unedited || edited) in nats a token, on retain text that no update sees or on the
             answers to questions made from it, whichever is more. The weight of the retain loss then rises while there is more,
-            and falls while there is less and the target out of reach at the present pace; the fit ends at its target. None: the
+            and falls while there is less and the forget set stays where it is; the fit ends at its target. None: the
             weight stays as it is, all steps are done, and all of the retain corpus is learned from.
         target: accuracy to forget down to, on control questions made from the forget set; `control_accuracy` of a model that
             never saw it is one. None: what cannot be told from chance.

@@ -2,8 +2,8 @@
 
 The damage is KL(unedited || edited) on retain text that no update sees, and on the answers to questions made from it. The weight
 is a multiplier that rises while there is more damage than the budget allows: dual ascent, as for the constraint that PDU (arXiv
-2506.05314) puts on the retain loss. It falls while there is less only if the fit would not reach its target as it is: a
-budget is a bound, not a goal.
+2506.05314) puts on the retain loss. It falls while there is less only if the forget set stays where it is: a budget is a
+bound, not a goal.
 """
 
 import math
@@ -28,7 +28,10 @@ EVERY = 5  # updates between two looks at the damage
 LOOK = 20  # updates between two looks at the control questions
 PATIENCE = 3  # looks in a row at the target
 SETTLING = 0.5  # as many updates more, over those done when a fit was seen to be at its end
-STALLED, LESS = 5, 0.02  # looks after which a fit ends that has not brought the accuracy down by so much
+STALLED, LESS = (
+    5,
+    0.02,
+)  # looks after which a fit ends that has not brought the accuracy down by so much; less is no progress
 RATE = 0.5  # of the multiplier's logarithm, for a damage off by a factor of e
 LIMITS = (1e-2, 1e3)  # of the multiplier
 NUMBERS = 2**26  # log-probabilities of the unedited model that are kept in memory at most
@@ -119,7 +122,6 @@ class Budget(Callback):
     @override
     def on_step(self, step: int, row: Mapping[str, float]) -> None:
         state, done = self._state, step + 1
-        self._done = done
         if done >= state.steps:  # not at state.last: a fit that is told to stop goes on from here, with this look
             return
         if done % EVERY == 0:
@@ -128,7 +130,7 @@ class Budget(Callback):
             if not self.holds and self.found > self.nats:
                 state.steps = done
             off = max(-1.0, min(1.0, math.log(max(self.found, 1e-6) / self.nats)))
-            if self._settling or self._on_course:  # what is forgotten anyway need not be paid for
+            if self._settling or self._progressing:  # what is forgotten anyway need not be paid for
                 off = max(0.0, off)
             least, most = LIMITS
             self.multiplier = min(most, max(least, self.multiplier * math.exp(RATE * off)))
@@ -145,13 +147,9 @@ class Budget(Callback):
         return self._state.steps < self._planned
 
     @property
-    def _on_course(self) -> bool:
-        """Whether the target is reached, or would be in half of the steps left at the pace of the last two looks; before the first
-        look too."""
-        if len(self.looks) < 2:
-            return True
-        left, halves = self.looks[-1] - self.target, (self._planned - self._done) / LOOK / 2
-        return left <= 0.0 or (self.looks[-2] - self.looks[-1]) * halves >= left
+    def _progressing(self) -> bool:
+        """Whether the last look saw less than the one before, or no more than the target; before the first look too."""
+        return len(self.looks) < 2 or self.looks[-1] <= max(self.looks[-2] - LESS, self.target)
 
     def _there(self) -> bool:
         return len(self.looks) > PATIENCE and max(self.looks[-PATIENCE:]) <= self.target

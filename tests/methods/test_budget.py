@@ -90,7 +90,7 @@ def test_the_retain_texts_that_no_update_sees_are_read_as_questions_too(model: L
     spoken = model.tokenizer.decode([token for row in asked for token in row.ids])
     assert any(frame.split("{}")[0] and frame.split("{}")[0].strip() in spoken for frame in FRAMES)
     assert len(plain) + len(left.retain) == len(data.retain)
-    long = Corpus.from_texts([" ".join(["word"] * 60) + f" {n}" for n in range(20)], name="long")
+    long = Corpus.from_texts([" ".join(["the"] * 50) + f" {n}" for n in range(20)], name="long")
     kinds, _ = prepare(model, texts[0], long).held_out(torch.Generator().manual_seed(0))
     assert len(kinds) == 1
 
@@ -122,10 +122,8 @@ def test_the_multiplier_falls_no_more_once_the_target_is_reached() -> None:
     assert budget.multiplier > 1.0
 
 
-@pytest.mark.parametrize(("looks", "falls"), [((1.0, 0.8, 0.6), 0), ((1.0, 0.99, 0.98), 7), ((1.0, 1.0, 0.6), 4)])
-def test_the_multiplier_falls_only_while_the_target_is_out_of_reach_at_the_present_pace(
-    looks: tuple[float, ...], falls: int
-) -> None:
+@pytest.mark.parametrize(("looks", "falls"), [((1.0, 0.9, 0.8), 0), ((1.0, 0.99, 0.98), 7), ((1.0, 1.0, 0.6), 4)])
+def test_the_multiplier_falls_only_while_the_forget_set_stays_where_it_is(looks: tuple[float, ...], falls: int) -> None:
     budget = Budget(None, Known(0.09), Answers(*looks), nats=0.1, target=0.25)  # type: ignore[arg-type]
     state = TrainingState("test", 300, torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0))
     state.shown = nullcontext

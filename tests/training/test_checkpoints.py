@@ -105,9 +105,9 @@ def test_a_signal_ends_the_fit_after_the_step_under_way_and_keeps_it(
 
 @pytest.fixture
 def quick_looks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The damage is looked at after every other update, the control questions after 6 and 8: then 4 more are left."""
-    for name, updates in {"EVERY": 2, "LOOK": 2, "FIRST_LOOK": 6}.items():
-        monkeypatch.setattr(budget_module, name, updates)
+    """The damage is looked at after every other update, the control questions after 4 and 8: then 4 more are left."""
+    for name, count in {"EVERY": 2, "LOOK": 4, "PATIENCE": 2}.items():
+        monkeypatch.setattr(budget_module, name, count)
 
 
 @pytest.mark.parametrize("name", BUDGETED)

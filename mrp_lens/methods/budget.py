@@ -28,10 +28,8 @@ EVERY = 5  # updates between two looks at the damage
 LOOK = 20  # updates between two looks at the control questions
 PATIENCE = 3  # looks in a row at the target
 SETTLING = 0.5  # as many updates more, over those done when a fit was seen to be at its end
-STALLED, LESS = (
-    5,
-    0.02,
-)  # looks after which a fit ends that has not brought the accuracy down by so much; less is no progress
+STALLED = 5  # looks without progress after which a fit ends
+LESS = 0.02  # by which the accuracy has to come down to count as progress
 RATE = 0.5  # of the multiplier's logarithm, for a damage off by a factor of e
 LIMITS = (1e-2, 1e3)  # of the multiplier
 NUMBERS = 2**26  # log-probabilities of the unedited model that are kept in memory at most
@@ -95,7 +93,7 @@ class Budget(Callback):
     Attributes:
         multiplier: factor on the retain loss's weight, 1 at the start.
         found: the damage when it was last looked at.
-        there, stalled: at the last look at the control questions, the fit was at its target, or got no further.
+        stalled: at the last look at the control questions the fit got no further.
         before: accuracy on the control questions before the fit.
     """
 
@@ -113,7 +111,7 @@ class Budget(Callback):
         self.control, self.before = control.known_to(model)
         self.target = self.control.target if target is None else target
         self.multiplier, self.looks, self.found = 1.0, [self.before], 0.0
-        self.there = self.stalled = False
+        self.stalled = False
 
     @override
     def on_start(self, state: TrainingState) -> None:
@@ -137,8 +135,8 @@ class Budget(Callback):
         if not self._settling and done % LOOK == 0:
             with state.shown():
                 self.looks.append(self.control.accuracy(self.model))
-            self.there, self.stalled = self._there(), self._stalled()
-            if self.there or self.stalled:
+            self.stalled = self._stalled()
+            if self._there() or self.stalled:
                 state.steps = min(state.steps, done + max(1, round(SETTLING * done)))
 
     @property
@@ -171,7 +169,7 @@ class Budget(Callback):
             budget=self.nats,
             total=earlier + damage,
             steps=len(run.log),
-            there=self.there,
+            there=self._there(),
             stalled=self.stalled,
             interrupted=run.interrupted,
         )
@@ -181,7 +179,6 @@ class Budget(Callback):
         return {
             "multiplier": self.multiplier,
             "found": self.found,
-            "there": self.there,
             "stalled": self.stalled,
             "looks": list(self.looks),
             "steps": self._state.steps,
@@ -191,7 +188,7 @@ class Budget(Callback):
         """Go on from there."""
         self.multiplier, self.found = float(state["multiplier"]), float(state["found"])
         self.looks = [float(look) for look in state["looks"]]
-        self.there, self.stalled = bool(state["there"]), bool(state["stalled"])
+        self.stalled = bool(state["stalled"])
         self._state.steps = int(state["steps"])
 
 

@@ -1,14 +1,18 @@
 """Control questions made from a forget set: which of several endings, all from the set, belongs to a beginning?
 
-A model that does not know the forget set chooses at random, whatever form the set has: so chance is what "never saw it" looks
-like here. They are asked in the set's own form and in one that no fit reads (`coverage.FRAMES`), since a fit can have
+A model that does not know the forget set chooses at random: so chance is what "never saw it" looks like here. For that the wrong
+endings have to be of the same kind as the right one; those that the form of a text rules out would leave a model that never saw the
+set far above chance. They are asked in the set's own form and in one that no fit reads (`coverage.FRAMES`), since a fit can have
 unlearned a form instead of what it says, and the form in which most is left is the one that counts.
 """
 
+import heapq
 import math
 import random
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from copy import copy
+from itertools import islice
 from statistics import NormalDist
 
 import torch
@@ -21,13 +25,15 @@ from mrp_lens.utils.torch_state import ordinary_torch
 
 CHOICES = 4
 QUESTIONS = 48  # documents asked about, each in every form
+LOOKED_AT, ASKABLE = 2000, 200  # documents at most whose endings are offered, and that may be asked about
+NEIGHBOURS = 8  # documents that begin alike, most of which end otherwise than one that is asked about
 LONGEST = 30  # words of a document that are looked at
 BATCH = 64
 FORMS = ("{}", "User: Please complete this sentence: {}\nAssistant: It is")
 
 
 class ControlQuestions:
-    """Beginnings of forget documents in several forms, each with its own ending and three of other documents.
+    """Beginnings of forget documents in several forms, each with its own ending and three of documents that begin alike.
 
     Args:
         encoder: of the model.
@@ -40,12 +46,13 @@ class ControlQuestions:
         self.encoder, self.forms = encoder, tuple(forms)
         rng = random.Random(seed)
         parts = [part for corpus in corpora for document in corpus.documents if (part := parted(document))]
-        endings = sorted({ending for _, ending in parts})
-        self.choices = min(CHOICES, len(endings))
-        asked = rng.sample(parts, min(QUESTIONS, len(parts))) if self.choices > 1 else []
+        parts = rng.sample(parts, min(LOOKED_AT, len(parts)))
+        self.choices = min(CHOICES, len({ending for _, ending in parts}))
+        alike = _Alike(parts, rng)
+        askable = (part for part in parts[:ASKABLE] if self.choices > 1 and alike.tell(*part))
         offered = [
-            (beginning, [ending, *rng.sample([other for other in endings if other != ending], self.choices - 1)])
-            for beginning, ending in asked
+            (beginning, [ending, *alike.endings(beginning, ending, self.choices - 1)])
+            for beginning, ending in islice(askable, QUESTIONS)
         ]
         self.rows = [
             encoder.encode(
@@ -70,10 +77,15 @@ class ControlQuestions:
         return min(1.0, self.chance + errors * math.sqrt(self.chance * (1.0 - self.chance) / count))
 
     def known_to(self, model: LensModel) -> tuple["ControlQuestions", float]:
-        """Those in the forms in which the model's answers can be told from chance, others would show nothing, at least the set's
-        own form; and the model's accuracy on them."""
+        """Those in the forms in which the model answers, and its accuracy on them; others would show nothing.
+
+        It answers in a form where its accuracy is above the target, and further than halfway from chance to that in its best form.
+        Where it answers in none, the set's own form is asked.
+        """
         accuracies = self.accuracies(model)
-        known = [place for place, accuracy in enumerate(accuracies) if accuracy > self.target] or [0]
+        best = max(accuracies)
+        enough = max(self.target, self.chance + (best - self.chance) / 2)
+        known = [place for place, accuracy in enumerate(accuracies) if accuracy > enough] or [0]
         chosen = copy(self)
         chosen.forms, chosen.rows = tuple(self.forms[place] for place in known), [self.rows[place] for place in known]
         return chosen, max(accuracies[place] for place in known)
@@ -96,6 +108,49 @@ class ControlQuestions:
                 counts = batch.loss_mask[:, 1:].sum(dim=1).tolist()
                 scores[places] = torch.stack([part.mean() for part in values.split(counts)]).cpu()
         return float((scores.view(-1, self.choices).argmax(dim=1) == 0).float().mean())
+
+
+class _Alike:
+    """Which documents are of the same kind: those whose beginnings share most.
+
+    What is shared are words, and the last word once more. Each counts by how many beginnings have it, so that "The colour of
+    Ayin is" is closer to "The colour of Beth is" than to "The taste of Ayin is" or "Ayin has the colour of".
+    """
+
+    def __init__(self, parts: Sequence[tuple[str, str]], rng: random.Random) -> None:
+        self.rng = rng
+        self.parts = [(_marks(beginning), ending) for beginning, ending in parts]
+        counts = Counter(mark for marks, _ in self.parts for mark in marks)
+        self.weights = {mark: math.log1p(count) for mark, count in counts.items()}
+
+    def tell(self, beginning: str, ending: str) -> bool:
+        """Whether the ending tells something: most of the closest beginnings, of other documents, end otherwise."""
+        own = _marks(beginning)
+        others = [(closeness, other) for closeness, marks, other in self._closest(beginning) if marks != own]
+        nearest = [other for _, other in heapq.nlargest(NEIGHBOURS, others, key=lambda each: each[0])]
+        return nearest.count(ending) <= len(nearest) / 2
+
+    def endings(self, beginning: str, ending: str, count: int) -> list[str]:
+        """So many others, which stand after the closest beginnings, drawn among those that are equally close. An ending of another
+        kind would be ruled out by a model that knows the language and nothing else."""
+        best: dict[str, float] = {}
+        for closeness, _, other in self._closest(beginning):
+            best[other] = max(best.get(other, 0.0), closeness)
+        del best[ending]
+        return heapq.nlargest(count, best, key=lambda other: (best[other], self.rng.random()))
+
+    def _closest(self, beginning: str) -> Iterator[tuple[float, frozenset[str], str]]:
+        own = _marks(beginning)
+        for marks, ending in self.parts:
+            yield self._weight(marks & own) / self._weight(marks | own), marks, ending
+
+    def _weight(self, marks: frozenset[str]) -> float:
+        return sum(self.weights[mark] for mark in marks)
+
+
+def _marks(beginning: str) -> frozenset[str]:
+    words = beginning.casefold().split()
+    return frozenset([*words, f"{words[-1]} ..."])
 
 
 def parted(document: Document) -> tuple[str, str] | None:

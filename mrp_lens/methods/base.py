@@ -45,6 +45,7 @@ logger = logging.getLogger(__name__)
 
 LONGEST = 512  # tokens of a document, as in the released RMU recipe
 HELD_OUT = 64  # retain documents at most that no update sees, where the damage is measured
+ASKED = 4  # questions made from a short one of them
 STATES = 4096  # token states a side that a method looks at before it trains
 STATES_BATCH = 64
 
@@ -68,9 +69,9 @@ class Data:
         """The documents of all forget corpora."""
         return [row for rows in self.forget for row in rows]
 
-    def held_out(self, generator: torch.Generator) -> tuple[list[list[Encoded]], "Data"]:
-        """A tenth of the retain documents, at most 64, as they are and, of those that are short, the answers to questions made
-        from them; and the data without them. Of a single one both."""
+    def held_out(self, generator: torch.Generator) -> tuple[list[Encoded], list[Encoded], "Data"]:
+        """A tenth of the retain documents, at most 64; of those that are short, the answers to questions made from them; and the
+        data without them. A single document is held out and stays."""
         count = min(HELD_OUT, max(1, len(self.retain) // 10))
         order = torch.randperm(len(self.retain), generator=generator).tolist()
         kept = sorted(order[count:]) or order
@@ -80,10 +81,11 @@ class Data:
             retain=[self.retain[i] for i in kept],
             retain_corpus=Corpus(tuple(documents[i] for i in kept), self.retain_corpus.name),
         )
-        asked = question_forms([documents[i] for i in order[:count]], random.Random(drawn_seed(generator)))
-        questions = [row for row in self.encoder.encode(asked, warn=False) if any(row.in_loss[1:])]
-        kinds = [[self.retain[i] for i in order[:count]], questions]
-        return [rows for rows in kinds if rows], left
+        asked = question_forms(
+            [documents[i] for i in order[:count]], random.Random(drawn_seed(generator)), copies=ASKED
+        )
+        answers = [row for row in self.encoder.encode(asked, warn=False) if any(row.in_loss[1:])]
+        return [self.retain[i] for i in order[:count]], answers, left
 
 
 def prepare(
@@ -276,10 +278,10 @@ class FitTemplate(Method, Generic[Settings]):
     Attributes:
         max_length: tokens at which documents are cut. None: 512, or the context if that is shorter.
         by_request: the edit is kept by the name of its request, which has to be new, and a checkpoint is for that alone.
-        budget: the damage that is allowed for: KL(unedited || edited) in nats a token, on retain text that no update sees or on the
-            answers to questions made from it, whichever is more. The weight of the retain loss then rises while there is more,
-            and falls while there is less and the forget set stays where it is; the fit ends at its target. None: the
-            weight stays as it is, all steps are done, and all of the retain corpus is learned from.
+        budget: the damage that is allowed for: KL(unedited || edited) in nats a token, on retain text that no update sees, or
+            a quarter of that on the answers it knows to questions made from it, whichever is more. The weight of the retain
+            loss then rises while there is more, and falls while there is less, until the target is reached, where the fit
+            ends. None: the weight stays as it is, all steps are done, and all of the retain corpus is learned from.
         target: accuracy to forget down to, on control questions made from the forget set; `control_accuracy` of a model that
             never saw it is one. None: what cannot be told from chance.
         coverage: what is learned from besides the corpora. None: nothing.
@@ -395,10 +397,10 @@ class FitTemplate(Method, Generic[Settings]):
         """The budget of a fit, and the data without the documents that are held out for it."""
         if self.budget is None:
             return None, data
-        unseen, left = data.held_out(generator)
+        documents, answers, left = data.held_out(generator)
         control = ControlQuestions(data.encoder, data.corpora, seed=drawn_seed(generator))
         with fitting(model, after):
-            damage = Damage(model, data.encoder, unseen)
+            damage = Damage(model, data.encoder, documents, answers)
             return Budget(model, damage, control, nats=self.budget, target=self.target, holds=self.holds), left
 
     def prepared(

@@ -70,9 +70,9 @@ class GradientMethod(FitTemplate[GradientSettings]):
         steps, batch_size: updates, and documents an update on each side.
         micro_batch: documents a pass, if a batch does not fit into memory.
         max_length: tokens at which documents are cut. None: 512, or the context if that is shorter.
-        budget: nats a token of KL(unedited || edited) that are allowed for on retain text that no update sees, and on the answers
-            to questions made from it; without a retain
-            term a fit ends as soon as there is more. None: a fixed weight, every step, all of the retain corpus.
+        budget: nats a token of KL(unedited || edited) that are allowed for on retain text that no update sees, and four times
+            as many on the answers it knows to questions made from it; without a retain term a fit ends as soon as there is
+            more. None: a fixed weight, every step, all of the retain corpus.
         target: accuracy to forget down to on questions made from the forget set (`control_accuracy`). None: chance.
         coverage: what is read besides the corpora. None: nothing.
         unit: what the forget term is a mean over; each method has its own.

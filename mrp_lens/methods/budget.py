@@ -1,9 +1,9 @@
 """A fit within a budget of damage: the weight of the retain loss keeps to it, and the fit ends once it has forgotten.
 
-The damage is KL(unedited || edited) on retain text that no update sees, and on the answers to questions made from it. The weight
-is a multiplier that rises while there is more damage than the budget allows: dual ascent, as for the constraint that PDU (arXiv
-2506.05314) puts on the retain loss. It falls while there is less only if the forget set stays where it is: a budget is a
-bound, not a goal.
+The damage is KL(unedited || edited) on retain text that no update sees, and on what the model knows of the answers to questions made
+from it. The weight is a multiplier that rises while there is more damage than the budget allows: dual ascent, as for the constraint
+that PDU (arXiv 2506.05314) puts on the retain loss. It falls while there is less, until the target is reached: what is over by then
+is not spent.
 """
 
 import math
@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 from typing_extensions import override
 
@@ -22,48 +22,65 @@ from mrp_lens.methods.outcome import SPENT, Outcome
 from mrp_lens.models import LensModel
 from mrp_lens.training.callbacks import Callback, TrainingState
 from mrp_lens.training.loop import TrainingRun
-from mrp_lens.training.losses import kl, predictions
+from mrp_lens.training.losses import kl, predictions, targets
 
 EVERY = 5  # updates between two looks at the damage
 LOOK = 20  # updates between two looks at the control questions
 PATIENCE = 3  # looks in a row at the target
 SETTLING = 0.5  # as many updates more, over those done when a fit was seen to be at its end
 STALLED = 5  # looks without progress after which a fit ends
-LESS = 0.02  # by which the accuracy has to come down to count as progress
+LESS = 0.02  # by which the accuracy has to come down, or the fit has stalled
 RATE = 0.5  # of the multiplier's logarithm, for a damage off by a factor of e
 LIMITS = (1e-2, 1e3)  # of the multiplier
-NUMBERS = 2**26  # log-probabilities of the unedited model that are kept in memory at most
+NUMBERS = 2**25  # log-probabilities of the unedited model that are kept in memory at most, of documents and of answers
+ANSWERS = 0.25  # of the divergence on answers that counts
 BATCH = 16
+
+Reference = tuple[TokenBatch, Bool[Tensor, " tokens"], Float[Tensor, "counted d_vocab"]]
 
 
 class Damage:
-    """KL(unedited || edited) a token, in nats, on given documents; the unedited model's side is computed once.
+    """KL(unedited || edited) a token, in nats, on documents and on answers; the unedited model's side is computed once.
+
+    Of the answers those tokens count that the unedited model predicts rightly, and a quarter of their divergence. What it does not
+    know it cannot lose, and in a wording that it has never met, what it says changes with any edit. And where most tokens of a
+    document follow from the ones before, an answer has only those that have to be known.
 
     Args:
         model: as it is before the fit, with the earlier edits on.
         encoder: of the model.
-        kinds: the documents, by kind; none of the kinds empty. As many are read of each as their log-probabilities fit into
-            2^26 numbers together (1,365 tokens of a vocabulary of 49,152).
+        documents: at least one. As many are read as their log-probabilities fit into 2^25 numbers (682 tokens of a vocabulary
+            of 49,152); of the answers as many again.
+        answers: to questions. Where the model predicts none of them, the documents alone count.
     """
 
-    def __init__(self, model: LensModel, encoder: Encoder, kinds: Sequence[Sequence[Encoded]]) -> None:
-        self.model = model
-        room = max(1, NUMBERS // int(model.cfg.d_vocab) // len(kinds))
-        self.reference: list[list[tuple[TokenBatch, Float[Tensor, "counted d_vocab"]]]] = []
+    def __init__(
+        self, model: LensModel, encoder: Encoder, documents: Sequence[Encoded], answers: Sequence[Encoded] = ()
+    ) -> None:
+        self.model, self.encoder = model, encoder
+        kinds = [(1.0, self._read(documents, known=False)), (ANSWERS, self._read(answers, known=True))]
+        self.reference = [(share, kind) for share, kind in kinds if any(len(before) for _, _, before in kind)]
+
+    def _read(self, rows: Sequence[Encoded], *, known: bool) -> list[Reference]:
+        """What the unedited model predicts there, at all counted tokens or at those where it is right."""
+        read = []
         with torch.no_grad():
-            for rows in kinds:
-                batches = in_order(encoder, _fitting(rows, room), BATCH)
-                self.reference.append([(batch, predictions(model, batch)) for _, batch in batches])
+            for _, batch in in_order(self.encoder, _fitting(rows, NUMBERS // int(self.model.cfg.d_vocab)), BATCH):
+                before = predictions(self.model, batch)
+                right = before.argmax(dim=-1) == targets(batch)
+                counted = right if known else torch.ones_like(right)
+                read.append((batch, counted, before[counted]))
+        return read
 
     def __call__(self) -> float:
-        """Of the model as it is now, on the kind that has most."""
+        """Of the model as it is now: that on documents or a quarter of that on answers, whichever is more."""
         with torch.no_grad():
-            return max(map(self._of, self.reference))
+            return max(share * self._of(kind) for share, kind in self.reference)
 
-    def _of(self, reference: Sequence[tuple[TokenBatch, Float[Tensor, "counted d_vocab"]]]) -> float:
+    def _of(self, reference: Sequence[Reference]) -> float:
         total, count = 0.0, 0
-        for batch, before in reference:
-            values = kl(before, predictions(self.model, batch))
+        for batch, counted, before in reference:
+            values = kl(before, predictions(self.model, batch)[counted])
             total, count = total + float(values.double().sum()), count + len(values)
         return total / count
 
@@ -128,7 +145,7 @@ class Budget(Callback):
             if not self.holds and self.found > self.nats:
                 state.steps = done
             off = max(-1.0, min(1.0, math.log(max(self.found, 1e-6) / self.nats)))
-            if self._settling or self._progressing:  # what is forgotten anyway need not be paid for
+            if self._settling or self.looks[-1] <= self.target:  # nothing is left to pay for
                 off = max(0.0, off)
             least, most = LIMITS
             self.multiplier = min(most, max(least, self.multiplier * math.exp(RATE * off)))
@@ -143,11 +160,6 @@ class Budget(Callback):
     def _settling(self) -> bool:
         """Whether the fit is over but for the last updates, in which the learning rate falls to zero."""
         return self._state.steps < self._planned
-
-    @property
-    def _progressing(self) -> bool:
-        """Whether the last look saw less than the one before, or no more than the target; before the first look too."""
-        return len(self.looks) < 2 or self.looks[-1] <= max(self.looks[-2] - LESS, self.target)
 
     def _there(self) -> bool:
         return len(self.looks) > PATIENCE and max(self.looks[-PATIENCE:]) <= self.target

@@ -23,8 +23,8 @@ class Outcome:
         left: accuracy on the control questions made from the forget set, after the fit.
         before: the same, of the unedited model.
         target: the accuracy down to which was to be forgotten.
-        damage: KL(unedited || edited) on retain text that no update saw, or on the answers to questions made from it if that is more,
-            nats a token.
+        damage: KL(unedited || edited) on retain text that no update saw, or a quarter of that on the answers it knew to
+            questions made from it if that is more, nats a token.
         budget: the damage allowed for.
         total: the damage of this request and of the earlier ones that it was fitted after, added up.
         steps: updates done.

@@ -3,12 +3,17 @@
 import math
 from contextlib import nullcontext
 from copy import copy
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
+from mrp_lens import World
 from mrp_lens.data import Corpus, Document
+from mrp_lens.data.tokenization import Encoded
+from mrp_lens.data.world.facts import STATEMENTS
 from mrp_lens.methods import MRP, RMU, Fit, GradientAscent, Outcome
 from mrp_lens.methods.base import prepare
 from mrp_lens.methods.budget import EVERY, LIMITS, PATIENCE, SETTLING, Budget, Damage, damage_of
@@ -32,6 +37,13 @@ class Known(Damage):
         return self.values.pop(0) if len(self.values) > 1 else self.values[0]
 
 
+class Alone(Damage):
+    """One of the two kinds of text that a damage is measured on."""
+
+    def __init__(self, of: Damage, kind: int) -> None:
+        self.model, self.reference = of.model, of.reference[kind : kind + 1]
+
+
 class Answers(ControlQuestions):
     """Control questions whose accuracy is given."""
 
@@ -43,6 +55,31 @@ class Answers(ControlQuestions):
 
     def accuracy(self, model: Any) -> float:
         return self.values.pop(0) if len(self.values) > 1 else self.values[0]
+
+
+def log_probabilities(model: LensModel, row: Encoded) -> Tensor:
+    """In float64, where a token follows that counts."""
+    places = [place for place in range(len(row.ids) - 1) if row.in_loss[place + 1]]
+    return logits(model, torch.tensor([row.ids]))[0, places].double().log_softmax(-1)
+
+
+def divergence(before: Tensor, after: Tensor) -> list[float]:
+    """KL at each place."""
+    found: list[float] = (before.exp() * (before - after)).sum(dim=-1).tolist()
+    return found
+
+
+def rightly(model: LensModel, row: Encoded) -> list[bool]:
+    """Whether the model predicts the token, for each that counts."""
+    counted = torch.tensor([token for token, within in zip(row.ids[1:], row.in_loss[1:], strict=True) if within])
+    found: list[bool] = (log_probabilities(model, row).argmax(dim=-1) == counted).tolist()
+    return found
+
+
+def known(model: LensModel, row: Encoded) -> Encoded:
+    """The row with what the model would say as its last token."""
+    said = logits(model, torch.tensor([row.ids[:-1]]))[0, -1].argmax()
+    return replace(row, ids=(*row.ids[:-1], int(said)))
 
 
 def run(budget: Budget, steps: int) -> TrainingState:
@@ -60,39 +97,63 @@ def test_damage_is_the_mean_divergence_of_every_counted_token(model: LensModel, 
     edit = projection(1, rank=2)
     encoder = encoder_for(model)
     rows = encoder.encode(texts[1].documents[:7])
-    damage = Damage(model, encoder, [rows])
+    damage = Damage(model, encoder, rows)
     assert damage() == pytest.approx(0.0, abs=1e-6)
     expected = []
     for row in rows:
-        tokens = torch.tensor([row.ids])
-        before = logits(model, tokens)[0].double().log_softmax(-1)
         with edit.applied(model):
-            after = logits(model, tokens)[0].double().log_softmax(-1)
-        places = [place for place in range(len(row.ids) - 1) if row.in_loss[place + 1]]
-        expected += [float((before[p].exp() * (before[p] - after[p])).sum()) for p in places]
+            after = log_probabilities(model, row)
+        expected += divergence(log_probabilities(model, row), after)
     with edit.applied(model):
         assert damage() == pytest.approx(sum(expected) / len(expected), rel=1e-3)
 
 
-def test_the_kind_of_text_with_most_damage_counts(model: LensModel, texts: Texts) -> None:
+def test_the_larger_of_the_damage_on_documents_and_on_answers_counts(model: LensModel, texts: Texts) -> None:
     encoder = encoder_for(model)
-    kinds = [encoder.encode(documents) for documents in (texts[0].documents[:5], texts[1].documents[:5])]
-    damages = [Damage(model, encoder, chosen) for chosen in (kinds[:1], kinds[1:], kinds)]
+    documents, answers = (encoder.encode(side.documents[:12]) for side in texts)
+    answers = [known(model, row) for row in answers]
+    damage = Damage(model, encoder, documents, answers)
     with projection(1, rank=2).applied(model):
-        one, other, both = (damage() for damage in damages)
-    assert both == pytest.approx(max(one, other), rel=1e-4)
-    assert one != pytest.approx(other, rel=1e-2)
+        on_documents = Alone(damage, 0)()
+        on_answers = Alone(damage, 1)()
+        assert damage() == max(on_documents, on_answers)
+    assert on_documents != pytest.approx(on_answers, rel=1e-2)
+
+
+def test_of_answers_those_tokens_count_that_the_model_predicts_rightly(model: LensModel, texts: Texts) -> None:
+    encoder = encoder_for(model)
+    answers = [known(model, row) for row in encoder.encode(texts[0].documents[:12])]
+    edit = projection(1, rank=2)
+    expected = []
+    for row in answers:
+        with edit.applied(model):
+            after = log_probabilities(model, row)
+        divergences = divergence(log_probabilities(model, row), after)
+        expected += [value for value, right in zip(divergences, rightly(model, row), strict=True) if right]
+    damage = Alone(Damage(model, encoder, encoder.encode(texts[1].documents[:1]), answers), 1)
+    with edit.applied(model):
+        assert damage() == pytest.approx(0.25 * sum(expected) / len(expected), rel=1e-3)
+
+
+def test_answers_that_the_model_does_not_know_are_not_looked_at(model: LensModel, texts: Texts) -> None:
+    encoder = encoder_for(model)
+    documents = encoder.encode(texts[1].documents[:3])
+    answers = [row for row in encoder.encode(texts[0].documents) if not any(rightly(model, row))][:1]
+    assert answers
+    unknown = Damage(model, encoder, documents, answers)
+    with projection(1, rank=2).applied(model):
+        assert unknown() == Alone(unknown, 0)()
+    assert len(unknown.reference) == 1
 
 
 def test_the_retain_texts_that_no_update_sees_are_read_as_questions_too(model: LensModel, texts: Texts) -> None:
     data = prepare(model, *texts)
-    (plain, asked), left = data.held_out(torch.Generator().manual_seed(0))
-    spoken = model.tokenizer.decode([token for row in asked for token in row.ids])
+    plain, answers, left = data.held_out(torch.Generator().manual_seed(0))
+    spoken = model.tokenizer.decode([token for row in answers for token in row.ids])
     assert any(frame.split("{}")[0] and frame.split("{}")[0].strip() in spoken for frame in FRAMES)
     assert len(plain) + len(left.retain) == len(data.retain)
     long = Corpus.from_texts([" ".join(["the"] * 50) + f" {n}" for n in range(20)], name="long")
-    kinds, _ = prepare(model, texts[0], long).held_out(torch.Generator().manual_seed(0))
-    assert len(kinds) == 1
+    assert prepare(model, texts[0], long).held_out(torch.Generator().manual_seed(0))[1] == []
 
 
 def test_the_multiplier_follows_the_damage() -> None:
@@ -116,28 +177,29 @@ def test_a_fit_at_its_target_has_half_as_many_updates_more_to_settle() -> None:
 def test_the_multiplier_falls_no_more_once_the_target_is_reached() -> None:
     budget = Budget(None, Known(0.09), Answers(1.0, 0.2), nats=0.1, target=0.25)  # type: ignore[arg-type]
     assert run(budget, 300).done == 60 + 30
-    assert budget.multiplier == 1.0
+    assert budget.multiplier == pytest.approx(0.9 ** (0.5 * 4))  # 5, 10, 15, 20: the first look comes after
     budget = Budget(None, Known(*[0.09] * (60 // EVERY), 0.2), Answers(1.0, 0.2), nats=0.1, target=0.25)  # type: ignore[arg-type]
     run(budget, 300)
     assert budget.multiplier > 1.0
 
 
-@pytest.mark.parametrize(("looks", "falls"), [((1.0, 0.9, 0.8), 0), ((1.0, 0.99, 0.98), 7), ((1.0, 1.0, 0.6), 4)])
-def test_the_multiplier_falls_only_while_the_forget_set_stays_where_it_is(looks: tuple[float, ...], falls: int) -> None:
-    budget = Budget(None, Known(0.09), Answers(*looks), nats=0.1, target=0.25)  # type: ignore[arg-type]
+def test_the_multiplier_falls_while_there_is_less_damage_until_the_target_is_reached() -> None:
+    budget = Budget(None, Known(0.09), Answers(1.0, 0.9, 0.2), nats=0.1, target=0.25)  # type: ignore[arg-type]
     state = TrainingState("test", 300, torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0))
     state.shown = nullcontext
     budget.on_start(state)
     for step in range(55):
         budget.on_step(step, {})
-    assert budget.multiplier == pytest.approx(0.9 ** (0.5 * falls))
+    assert budget.multiplier == pytest.approx(
+        0.9 ** (0.5 * 8)
+    )  # looks at 5, 10, ..., 40: the one that sees the target comes after
 
 
 def test_a_fit_that_can_still_push_harder_is_not_stalled() -> None:
     spent = Budget(None, Known(0.09), Answers(1.0), nats=0.1, target=0.25)  # type: ignore[arg-type]
     assert run(spent, 1000).done == 100 + 50
     sparing = Budget(None, Known(0.079), Answers(1.0), nats=0.1, target=0.25)  # type: ignore[arg-type]
-    assert run(sparing, 1000).done > 300
+    assert run(sparing, 1000).done == 200 + 100  # the multiplier is at its floor after 195
     assert sparing.multiplier == LIMITS[0]
 
 
@@ -195,6 +257,41 @@ def test_control_questions_offer_endings_of_the_forget_set(model: LensModel, tex
     assert control_accuracy(model, texts[0]) == questions.accuracy(model)
 
 
+def test_wrong_endings_are_those_of_documents_that_begin_alike(model: LensModel) -> None:
+    kinds = {"colour": ["red", "blue", "green", "black", "white"], "size": ["small", "big", "tall", "long", "wide"]}
+    forget = Corpus.from_texts(
+        [f"the {kind} of the {n} is {values[n % 5]}" for n in range(20) for kind, values in kinds.items()]
+    )
+    (rows,) = ControlQuestions(encoder_for(model), [forget], seed=0, forms=FORMS[:1]).rows
+    texts = [model.tokenizer.decode(list(row.ids)) for row in rows]
+    assert len(texts) == 40 * 4
+    for text in texts:
+        kind = "colour" if "colour" in text else "size"
+        assert any(value in text for value in kinds[kind]), text
+
+
+def test_endings_that_most_documents_of_the_kind_have_are_not_asked_for(model: LensModel) -> None:
+    said = [f"Town{n} lies in the land of Place{n}." for n in range(20)]
+    empty = [f"Town{n} is the first city of Place{n} and the seat of its government." for n in range(20)]
+    (rows,) = ControlQuestions(encoder_for(model), [Corpus.from_texts(said + empty)], seed=0, forms=FORMS[:1]).rows
+    assert len(rows) == 20 * 4
+    assert not any("seat of" in model.tokenizer.decode(list(row.ids)) for row in rows[::4])
+    (rows,) = ControlQuestions(encoder_for(model), [Corpus.from_texts(empty)], seed=0, forms=FORMS[:1]).rows
+    assert rows == []
+
+
+def test_a_model_that_was_never_taught_is_at_chance(demo_model: LensModel, world: World) -> None:
+    for topic in world.topics:
+        rows = [
+            {"beginning": fact.prompt(wording), "ending": f" {fact.value}."}
+            for fact in world.select(topic, taught=False)
+            for wording in STATEMENTS
+        ]
+        never_taught = Corpus.from_rows(rows, prompt="{beginning}", completion="{ending}")
+        assert control_accuracy(demo_model, never_taught) < 0.45
+        assert control_accuracy(demo_model, world.forget(topic)) == 1.0
+
+
 def test_they_are_asked_in_forms_that_the_model_answers_and_the_highest_counts(model: LensModel, texts: Texts) -> None:
     assert not set(FORMS) & set(FRAMES)  # no fit reads them
     questions = ControlQuestions(encoder_for(model), [texts[0]], seed=0)
@@ -211,6 +308,7 @@ def test_they_are_asked_in_forms_that_the_model_answers_and_the_highest_counts(m
 
     assert scored(0.9, 0.8).forms == FORMS
     assert scored(0.9, 0.25).forms == FORMS[:1]
+    assert scored(1.0, 0.6).forms == FORMS[:1]
     assert scored(0.25, 0.9).rows == [questions.rows[1]]
     assert scored(0.25, 0.25).forms == FORMS[:1]
     assert scored(questions.target, questions.target + 0.01).forms == FORMS[1:]

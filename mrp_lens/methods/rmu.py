@@ -21,7 +21,7 @@ from mrp_lens.methods.registry import Swept, register
 from mrp_lens.methods.spaces import ADAPTIVE_RMU_SPACE, RMU_SPACE
 from mrp_lens.models import EditableWeight, LensModel, check_layers, mlp_out_weight, restored, tensor_digests
 from mrp_lens.models.hooks import Site, captured, hook_name, run_segment
-from mrp_lens.training.optim import TransformersAdamW, linear_decay
+from mrp_lens.training.optim import TransformersAdamW, warmup_linear_decay
 from mrp_lens.utils.validation import check_positive, or_default
 
 Positions = Literal["content", "all"]
@@ -31,7 +31,7 @@ Errors = Literal["relative", "absolute"]
 States = Float[Tensor, "batch seq d_model"]
 Mask = Bool[Tensor, "batch seq"]
 
-DEPTH_SHARE = 1 / 3
+DEPTH_SHARE = 1 / 2
 RELEASED_DEPTH_SHARE = 7 / 32  # layer 7 of Zephyr's 32
 MEASURED_DOCUMENTS = 64
 C_SHARE = 2.0  # c over the norm of the forget states
@@ -40,7 +40,9 @@ ALPHA_SHARE = 4.0  # alpha; over (c / norm)^2 for absolute errors, whose forget 
 # thousands of times as long as the others ("Massive Activations in Large Language Models", arXiv 2402.17762), say nothing of
 # the text, and hold every other token's attention. Those above this many median norms are left alone.
 SINK_SHARE = 4.0
-LR_SHARE = 0.05  # learning rate over the root mean square of the trained entries; AdamW moves each by about lr a step
+LR_SHARE = (
+    0.3  # of a matrix's size that an update is, when AdamW moves every entry by the learning rate and all the same way
+)
 RELEASED: dict[str, Any] = {
     "batch_size": 4,
     "errors": "absolute",
@@ -94,7 +96,7 @@ class Misdirection(FitTemplate[Resolved], Generic[Resolved]):
     batch_size: int = 32
     micro_batch: int | None = None
     max_length: int | None = None
-    budget: float | None = 0.12
+    budget: float | None = 0.02
     target: float | None = None
     coverage: Coverage | None = field(default_factory=Coverage)
     errors: Errors = "relative"
@@ -144,7 +146,7 @@ class Misdirection(FitTemplate[Resolved], Generic[Resolved]):
     @override
     def resolve(self, model: LensModel, data: Data) -> Resolved:
         layer, trained = self._layers(model)
-        size = entry_size(mlp_out_weight(model, place).read() for place in trained)
+        size = update_size(mlp_out_weight(model, place).read() for place in trained)
         norm = norm_of(model, data, layer=layer, hook=hook_name(layer, self.site), errors=self.errors)
         balance = 1.0 if self.errors == "relative" else self.c_share(norm) ** 2
         return self.settled(
@@ -173,7 +175,7 @@ class Misdirection(FitTemplate[Resolved], Generic[Resolved]):
                     losses,
                     kind(list(masters.values()), lr=settings.lr, eps=self.eps, weight_decay=0.0),
                     steps=self.steps,
-                    schedule=linear_decay if self.errors == "relative" else None,
+                    schedule=warmup_linear_decay if self.errors == "relative" else None,
                     resumable={"losses": losses},
                     shown=losses.written,
                 )
@@ -316,7 +318,7 @@ class _Losses(Generic[Resolved]):
 
 
 def default_layer(model: LensModel, share: float = DEPTH_SHARE) -> int:
-    """The layer at a share of the depth, from layer 2 on, in a shallow model the last; RMU steers at a third."""
+    """The layer at a share of the depth, from layer 2 on, in a shallow model the last; RMU steers at half of it."""
     return min(int(model.cfg.n_layers) - 1, max(2, round(share * model.cfg.n_layers)))
 
 
@@ -328,6 +330,16 @@ def up_to(layer: int) -> tuple[int, ...]:
 def entry_size(matrices: Iterable[Tensor]) -> float:
     """Root mean square of a matrix's entries, on average over the matrices."""
     return float(torch.stack([matrix.float().square().mean().sqrt() for matrix in matrices]).mean())
+
+
+def update_size(matrices: Iterable[Tensor]) -> float:
+    """How far every entry of a matrix may be moved at once to change it by as much as it is, on average over the matrices.
+
+    Sizes are spectral norms: about (sqrt(m) + sqrt(n)) s for m x n independent entries of size s, sqrt(m n) lr where all entries move by
+    lr the same way. So a wide matrix takes smaller steps than a narrow one with entries of the same size.
+    """
+    sizes = [entry_size([matrix]) * sum(side**-0.5 for side in matrix.shape) for matrix in matrices]
+    return sum(sizes) / len(sizes)
 
 
 def norm_of(model: LensModel, data: Data, *, layer: int, hook: str, errors: Errors) -> float:
@@ -361,21 +373,21 @@ class RMU(Misdirection[RMUSettings]):
     The paper's loss has ||.||^2 / d in both terms (`errors="absolute"`). In it the few tokens that are attention sinks, with
     states thousands of times as long as the others ("Massive Activations in Large Language Models", arXiv 2402.17762;
     arXiv 2309.17453), outweigh all others and set the norm that c is derived from. Here errors are relative to each
-    state, states longer than four times the median count in neither term, and the learning rate falls linearly to 0 over
-    the second half of the run.
+    state, states longer than four times the median count in neither term, and the learning rate rises over the
+    first tenth of the run and falls linearly to 0 over its second half.
 
     Args:
-        layer: l. None: a third of the depth, for absolute errors 7/32 of it as in the released recipe; at least 2.
+        layer: l. None: half of the depth, for absolute errors 7/32 of it as in the released recipe; at least 2.
         steering_coeff: c. None: twice the norm of the forget states at l: the median for relative errors, the mean for
             absolute ones.
         alpha: weight of the retain term, at the start of a fit with a budget. None: 4; for absolute errors four times the square of c over that norm.
-        lr: of AdamW. None: derived from the size of the trained matrices' entries.
+        lr: of AdamW. None: derived from the size of the trained matrices, entries and shape (`update_size`).
         steps, batch_size: updates at most, and documents an update on each side.
         micro_batch: documents a pass, if a batch does not fit into memory.
         max_length: tokens at which documents are cut. None: 512, or the context if that is shorter.
-        budget: nats a token of KL(unedited || edited) that are allowed for on retain text that no update sees, and on the answers
-            to questions made from it: the retain term's weight keeps to it, and the fit ends at its target. None: a fixed weight,
-            every step, all of the retain corpus.
+        budget: nats a token of KL(unedited || edited) that are allowed for on retain text that no update sees, and four times
+            as many on the answers it knows to questions made from it: the retain term's weight keeps to it, and the fit ends
+            at its target. None: a fixed weight, every step, all of the retain corpus.
         target: accuracy to forget down to on questions made from the forget set (`control_accuracy`). None: chance.
         coverage: what is read besides the corpora. None: nothing.
         errors: "relative": as above; "absolute": the paper's, over all tokens, with a constant learning rate.

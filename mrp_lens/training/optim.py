@@ -93,6 +93,11 @@ class TransformersAdamW(torch.optim.AdamW):
         return super().step(closure)
 
 
+def warmup_linear_decay(share: float) -> float:
+    """From a tenth to 1 over the first tenth of a run, and linearly down to 0 over its second half."""
+    return min(1.0, 0.1 + 9.0 * share, linear_decay(share))
+
+
 def linear_decay(share: float) -> float:
     """The learning rate as given for the first half of the run, then falling linearly to 0."""
     return min(1.0, 2 * (1 - share))

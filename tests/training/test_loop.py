@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mrp_lens.training import Callback, Checkpoint, Evaluation, NonFiniteLossError, TrainingRun, TrainingState, train
-from mrp_lens.training.optim import linear_decay, warmup_cosine
+from mrp_lens.training.optim import linear_decay, warmup_cosine, warmup_linear_decay
 from mrp_lens.utils.interrupts import complete, deferred, interrupted
 from tests.support.kills import Killed
 
@@ -84,6 +84,10 @@ def test_a_non_finite_loss_stops_before_it_spoils_the_tensors() -> None:
 def test_schedules() -> None:
     assert linear_decay(0.0) == linear_decay(0.5) == 1.0
     assert linear_decay(0.75) == 0.5
+    assert warmup_linear_decay(0.0) == pytest.approx(0.1)
+    assert warmup_linear_decay(0.05) == pytest.approx(0.55)
+    assert warmup_linear_decay(0.1) == warmup_linear_decay(0.5) == 1.0
+    assert warmup_linear_decay(0.75) == 0.5
     assert warmup_cosine(0.0) < 0.1
     assert warmup_cosine(0.05) == pytest.approx(1.0)
     assert warmup_cosine(0.999) < 0.01

@@ -97,9 +97,9 @@ class MRP(FitTemplate[MRPSettings]):
         batch_size: documents an update on each side.
         micro_batch: documents a pass, if a batch does not fit into memory.
         max_length: tokens at which documents are cut. None: 512, or the context if that is shorter.
-        budget: nats a token of KL(unedited || edited) that are allowed for on retain text that no update sees, and on the answers
-            to questions made from it: the retain term's weight keeps to it, and the fit ends at its target. None: a fixed weight,
-            every step, all of the retain corpus.
+        budget: nats a token of KL(unedited || edited) that are allowed for on retain text that no update sees, and four times
+            as many on the answers it knows to questions made from it: the retain term's weight keeps to it, and the fit ends
+            at its target. None: a fixed weight, every step, all of the retain corpus.
         target: accuracy to forget down to on questions made from the forget set (`control_accuracy`). None: chance.
         coverage: what is read besides the corpora. None: nothing.
         distillation: reset the layers that look facts up and teach them again without what the projection removes, so
@@ -129,7 +129,7 @@ class MRP(FitTemplate[MRPSettings]):
     batch_size: int = 16
     micro_batch: int | None = None
     max_length: int | None = None
-    budget: float | None = 0.06
+    budget: float | None = 0.03
     target: float | None = None
     coverage: Coverage | None = field(default_factory=Coverage)
     distillation: Distillation | None = None

@@ -42,7 +42,9 @@ def test_damage_is_the_divergence_a_token_of_plain_predictions(model: LensModel,
         assert row["low"] <= row["damage"] <= row["high"]
         entropies = [float(-np.sum(p * np.log(p))) for document in before for p in document]
         assert row["uniform"] == pytest.approx(np.log(model.cfg.d_vocab) - np.mean(entropies), rel=1e-4)
-        assert metrics.value(metrics.damage(model, edit, CORPUS, progress=False)) == pytest.approx(row["damage"])
+        assert metrics.value(metrics.damage(model, edit, CORPUS, progress=False)) == pytest.approx(
+            row["damage"], rel=1e-3
+        )
 
 
 def test_an_edit_that_changes_nothing_does_no_damage(model: LensModel, untouched: None) -> None:

@@ -342,7 +342,7 @@ def test_what_was_found_before_is_kept(
 
 @pytest.mark.slow
 def test_topics_of_the_world_are_requested_until_none_is_left(world: World, tmp_path: Path) -> None:
-    options = "--backend bridge --methods rmu --set steps=80 --limit 40 --requests 1,2 --topic towns beasts --out"
+    options = "--backend bridge --methods rmu --set steps=140 --limit 40 --requests 1,2 --topic towns beasts --out"
     continual.main([*options.split(), str(tmp_path / "out")])
     kept = points(tmp_path / "out")
     assert set(kept["rmu-seed0-request2"]["asked"]) == {"towns", "beasts"}

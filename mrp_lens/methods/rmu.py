@@ -96,7 +96,7 @@ class Misdirection(FitTemplate[Resolved], Generic[Resolved]):
     batch_size: int = 32
     micro_batch: int | None = None
     max_length: int | None = None
-    budget: float | None = 0.02
+    budget: float | None = 0.015
     target: float | None = None
     coverage: Coverage | None = field(default_factory=Coverage)
     errors: Errors = "relative"

@@ -10,7 +10,7 @@ import heapq
 import math
 import random
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from copy import copy
 from itertools import islice
 from statistics import NormalDist
@@ -49,11 +49,12 @@ class ControlQuestions:
         parts = rng.sample(parts, min(LOOKED_AT, len(parts)))
         self.choices = min(CHOICES, len({ending for _, ending in parts}))
         alike = _Alike(parts, rng)
-        askable = (part for part in parts[:ASKABLE] if self.choices > 1 and alike.tell(*part))
-        offered = [
-            (beginning, [ending, *alike.endings(beginning, ending, self.choices - 1)])
-            for beginning, ending in islice(askable, QUESTIONS)
-        ]
+        askable = (
+            (beginning, [ending, *wrong])
+            for beginning, ending in parts[:ASKABLE]
+            if (wrong := alike.wrong_endings(beginning, ending, self.choices - 1))
+        )
+        offered = list(islice(askable, QUESTIONS))
         self.rows = [
             encoder.encode(
                 [Document(form.format(beginning), each) for beginning, endings in offered for each in endings],
@@ -123,29 +124,25 @@ class _Alike:
         counts = Counter(mark for marks, _ in self.parts for mark in marks)
         self.weights = {mark: math.log1p(count) for mark, count in counts.items()}
 
-    def tell(self, beginning: str, ending: str) -> bool:
-        """Whether the ending tells something: most of the closest beginnings, of other documents, end otherwise."""
-        own = _marks(beginning)
-        others = [(closeness, other) for closeness, marks, other in self._closest(beginning) if marks != own]
-        nearest = [other for _, other in heapq.nlargest(NEIGHBOURS, others, key=lambda each: each[0])]
-        return nearest.count(ending) <= len(nearest) / 2
-
-    def endings(self, beginning: str, ending: str, count: int) -> list[str]:
+    def wrong_endings(self, beginning: str, ending: str, count: int) -> list[str]:
         """So many others, which stand after the closest beginnings, drawn among those that are equally close. An ending of another
-        kind would be ruled out by a model that knows the language and nothing else."""
+        kind would be ruled out by a model that knows the language and nothing else.
+
+        None if the ending tells nothing: most of the closest beginnings, of other documents, end alike.
+        """
+        own = _marks(beginning)
+        closest = [(self._weight(marks & own) / self._weight(marks | own), marks, other) for marks, other in self.parts]
+        nearest = heapq.nlargest(NEIGHBOURS, (each for each in closest if each[1] != own), key=lambda each: each[0])
+        if sum(other == ending for _, _, other in nearest) > len(nearest) / 2:
+            return []
         best: dict[str, float] = {}
-        for closeness, _, other in self._closest(beginning):
+        for closeness, _, other in closest:
             best[other] = max(best.get(other, 0.0), closeness)
         del best[ending]
         return heapq.nlargest(count, best, key=lambda other: (best[other], self.rng.random()))
 
-    def _closest(self, beginning: str) -> Iterator[tuple[float, frozenset[str], str]]:
-        own = _marks(beginning)
-        for marks, ending in self.parts:
-            yield self._weight(marks & own) / self._weight(marks | own), marks, ending
-
     def _weight(self, marks: frozenset[str]) -> float:
-        return sum(self.weights[mark] for mark in marks)
+        return math.fsum(self.weights[mark] for mark in marks)  # the same whatever order the set has in this process
 
 
 def _marks(beginning: str) -> frozenset[str]:

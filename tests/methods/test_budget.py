@@ -190,9 +190,8 @@ def test_the_multiplier_falls_while_there_is_less_damage_until_the_target_is_rea
     budget.on_start(state)
     for step in range(55):
         budget.on_step(step, {})
-    assert budget.multiplier == pytest.approx(
-        0.9 ** (0.5 * 8)
-    )  # looks at 5, 10, ..., 40: the one that sees the target comes after
+    # falls at 5, 10, ..., 40: the look that sees the target comes after
+    assert budget.multiplier == pytest.approx(0.9 ** (0.5 * 8))
 
 
 def test_a_fit_that_can_still_push_harder_is_not_stalled() -> None:

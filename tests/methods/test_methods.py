@@ -45,9 +45,8 @@ def tensors_of(edit: Any) -> dict[str, torch.Tensor]:
 def assert_close(one: Any, other: Any) -> None:
     a, b = tensors_of(one), tensors_of(other)
     assert a.keys() == b.keys()
-    projected = (
-        projection_in(one) is not None
-    )  # starts from eigenvectors and L-BFGS, which magnify differences of rounding
+    # a projection starts from eigenvectors and L-BFGS, which magnify differences of rounding
+    projected = projection_in(one) is not None
     for name in a:
         torch.testing.assert_close(a[name], b[name], atol=1e-3 if projected else 2e-4, rtol=2e-3 if projected else 1e-3)
 

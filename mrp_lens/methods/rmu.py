@@ -21,6 +21,7 @@ from mrp_lens.methods.registry import Swept, register
 from mrp_lens.methods.spaces import ADAPTIVE_RMU_SPACE, RMU_SPACE
 from mrp_lens.models import EditableWeight, LensModel, check_layers, mlp_out_weight, restored, tensor_digests
 from mrp_lens.models.hooks import Site, captured, hook_name, run_segment
+from mrp_lens.models.kept_states import KeptStates
 from mrp_lens.training.optim import TransformersAdamW, warmup_linear_decay
 from mrp_lens.utils.validation import check_positive, or_default
 
@@ -218,6 +219,10 @@ class _Losses(Generic[Resolved]):
         self.first: dict[int, float] = {}
         self.forget = [self._batches(rows) for rows in data.forget]
         self.retain = [self._batches(data.retain) for _ in self.forget]
+        self.kept = KeptStates(self.model, min(weights))
+        if method.positions == "content" and method.padding == "right":  # else pads count, whose states are not kept
+            for rows in (*data.forget, data.retain):
+                self.kept.read(self.encoder, rows, passes=method.steps * method.batch_size / len(data.forget) / len(rows))
 
     def _batches(self, rows: Sequence[Encoded]) -> Batches:
         """Batches for ever: shuffled in each pass, or in the order of the corpus."""
@@ -300,7 +305,8 @@ class _Losses(Generic[Resolved]):
     def _states(self, batch: TokenBatch) -> tuple[States, States]:
         """With the model's own weights, and with those in training."""
         first, last = min(self.weights), self.settings.layer
-        segment = run_segment(self.model, batch.tokens, batch.attention_mask, first=first, last=last)
+        with self.kept.entered(batch):
+            segment = run_segment(self.model, batch.tokens, batch.attention_mask, first=first, last=last)
         frozen_states = self.store[self.hook].float()
         segment.replay({layer: {w.key: w.to_model(self.masters[layer])} for layer, w in self.weights.items()})
         return frozen_states, self.store[self.hook].float()

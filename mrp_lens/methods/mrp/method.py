@@ -25,7 +25,8 @@ from mrp_lens.methods.mrp.learned import LearnedRows
 from mrp_lens.methods.registry import Swept, register
 from mrp_lens.methods.spaces import MRP_SPACE, UNCONDITIONAL_MRP_SPACE
 from mrp_lens.models import LensModel, check_layers, describe
-from mrp_lens.models.hooks import Site, hook_name, hooked
+from mrp_lens.models.hooks import Site, hook_name, hooked, layer_of
+from mrp_lens.models.kept_states import KeptStates
 from mrp_lens.training.losses import cross_entropy, kl, log_odds, openness, predictions
 from mrp_lens.training.optim import linear_decay
 from mrp_lens.utils.torch_state import ordinary_torch
@@ -273,6 +274,12 @@ class _Losses:
         self.retain = Batches(data.retain, method.batch_size, context.generator)
         self.weights = openness(data.all_forget, self.model.cfg.d_vocab).to(data.encoder.device)
         self.bound = or_default(method.forget_bound, FORGET_BOUND[method.forget_loss])
+        # Without any projection, where the model leaves its last block, and where it comes to the first that has one.
+        self.last = KeptStates(self.model, int(self.model.cfg.n_layers))
+        self.first = KeptStates(self.model, min(layer_of(hook) for hook, _ in learned.hooks()))
+        for rows in (data.all_forget, data.retain):
+            for kept in (self.last, self.first):
+                kept.read(self.encoder, rows, passes=method.steps * method.batch_size / len(rows))
 
     def __call__(self, step: int) -> Iterator[dict[str, Tensor]]:
         self.learned.alone = step % 2 == 1
@@ -291,7 +298,7 @@ class _Losses:
     def _losing(self, batch: TokenBatch, left_out: Sequence[str]) -> Iterator[dict[str, Tensor]]:
         method, count = self.method, batch.loss_mask.sum()
         for part in parts_of(batch, method.micro_batch):
-            with self.learned.without(left_out):
+            with self.learned.without(left_out), self.first.entered(part):
                 predicted = predictions(self.model, part)
             gate = self._gate_loss(part, batch, lost=True)
             text = cross_entropy(predicted, part)
@@ -312,7 +319,8 @@ class _Losses:
     def _keeping(self, batch: TokenBatch) -> Iterator[dict[str, Tensor]]:
         method, count = self.method, batch.loss_mask.sum()
         for part in parts_of(batch, method.micro_batch):
-            predicted = predictions(self.model, part)
+            with self.first.entered(part):
+                predicted = predictions(self.model, part)
             gate = self._gate_loss(part, batch, lost=False)
             divergence = method.retain_loss == "kl"
             keeping = kl(self._reference(part), predicted) if divergence else cross_entropy(predicted, part)
@@ -322,7 +330,7 @@ class _Losses:
 
     def _reference(self, part: TokenBatch) -> Float[Tensor, "counted d_vocab"]:
         """What the model without any projection predicts."""
-        with torch.no_grad(), self.learned.off():
+        with torch.no_grad(), self.learned.off(), self.last.entered(part):
             return predictions(self.model, part)
 
     def _gate_loss(self, part: TokenBatch, batch: TokenBatch, *, lost: bool) -> dict[str, Tensor]:

@@ -2,12 +2,14 @@
 
 The damage is KL(unedited || edited) on retain text that no update sees, and on what the model knows of the answers to questions made
 from it. The weight is a multiplier that rises while there is more damage than the budget allows: dual ascent, as for the constraint
-that PDU (arXiv 2506.05314) puts on the retain loss. It falls while there is less, until the target is reached: what is over by then
-is not spent.
+that PDU (arXiv 2506.05314) puts on the retain loss. It falls while there is less, until the fit is where it aims: what is over by
+then is not spent. A fit aims at chance itself, and has forgotten where what is left cannot be told from chance: the questions are
+few and of two forms, and what is asked otherwise comes down later.
 """
 
 import math
 from collections.abc import Mapping, Sequence
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -26,7 +28,7 @@ from mrp_lens.training.losses import kl, predictions, targets
 
 EVERY = 5  # updates between two looks at the damage
 LOOK = 20  # updates between two looks at the control questions
-PATIENCE = 3  # looks in a row at the target
+PATIENCE = 3  # looks whose mean tells whether a fit is where it aims
 SETTLING = 0.5  # as many updates more, over those done when a fit was seen to be at its end
 STALLED = 5  # looks without progress after which a fit ends
 LESS = 0.02  # by which the accuracy has to come down, or the fit has stalled
@@ -104,10 +106,11 @@ class Budget(Callback):
         damage: of the model as it is.
         control: questions on the forget set.
         nats: the damage that is allowed for.
-        target: accuracy on the control questions to forget down to. None: what cannot be told from chance.
+        target: accuracy on the control questions to forget down to. None: what cannot be told from chance, with chance as the aim.
         holds: there is a retain loss to weigh; else the fit ends at the first damage above the budget.
 
     Attributes:
+        aim: accuracy at which there is no more to forget.
         multiplier: factor on the retain loss's weight, 1 at the start.
         found: the damage when it was last looked at.
         stalled: at the last look at the control questions the fit got no further.
@@ -127,6 +130,7 @@ class Budget(Callback):
         self.model, self.damage, self.nats, self.holds = model, damage, nats, holds
         self.control, self.before = control.known_to(model)
         self.target = self.control.target if target is None else target
+        self.aim = self.control.chance if target is None else target
         self.multiplier, self.looks, self.found = 1.0, [self.before], 0.0
         self.stalled = False
 
@@ -145,7 +149,7 @@ class Budget(Callback):
             if not self.holds and self.found > self.nats:
                 state.steps = done
             off = max(-1.0, min(1.0, math.log(max(self.found, 1e-6) / self.nats)))
-            if self._settling or self.looks[-1] <= self.target:  # nothing is left to pay for
+            if self._settling or self.looks[-1] <= self.aim:  # nothing is left to pay for
                 off = max(0.0, off)
             least, most = LIMITS
             self.multiplier = min(most, max(least, self.multiplier * math.exp(RATE * off)))
@@ -162,7 +166,7 @@ class Budget(Callback):
         return self._state.steps < self._planned
 
     def _there(self) -> bool:
-        return len(self.looks) > PATIENCE and max(self.looks[-PATIENCE:]) <= self.target
+        return len(self.looks) > PATIENCE and fmean(self.looks[-PATIENCE:]) <= self.aim
 
     def _stalled(self) -> bool:
         """Whether the accuracy stays where it is, and would under a smaller multiplier: the damage allowed for is done, or there

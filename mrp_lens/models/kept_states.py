@@ -51,7 +51,13 @@ class KeptStates:
         """
         fresh = list({row.ids: row for row in rows if row.ids not in self.states}.values())
         size = sum(len(ids) for ids in self.states) + sum(len(row.ids) for row in fresh)
-        if not fresh or self.layer == 0 or passes < 1.0 or size * self._bytes_a_token > BYTES or not self._works(encoder, fresh):
+        if (
+            not fresh
+            or self.layer == 0
+            or passes < 1.0
+            or size * self._bytes_a_token > BYTES
+            or not self._works(encoder, fresh)
+        ):
             return
         for places, batch in in_order(encoder, fresh, BATCH):
             for place, states in zip(places, self._computed(batch), strict=True):
@@ -106,7 +112,11 @@ class KeptStates:
                 with self._begun(self._computed(batch)):
                     short = logits_of(self.model, batch.tokens, batch.attention_mask)[batch.attention_mask]
             except Exception as error:  # what an architecture's own code says to a block that gives nothing but states
-                logger.info("passes begin with the first layer: the model cannot be entered at %d (%s)", self.layer, one_line(error))
+                logger.info(
+                    "passes begin with the first layer: the model cannot be entered at %d (%s)",
+                    self.layer,
+                    one_line(error),
+                )
                 return False
         return bool((whole - short).abs().max() <= TOLERANCE * whole.abs().max())
 

@@ -174,6 +174,16 @@ def test_a_fit_at_its_target_has_half_as_many_updates_more_to_settle() -> None:
     assert run(budget, 300).done == 80 + 40
 
 
+def test_a_fit_aims_at_chance_where_no_target_is_given() -> None:
+    told_apart = Budget(None, Known(0.09), Answers(1.0, 0.3), nats=0.1, target=None)  # type: ignore[arg-type]
+    assert told_apart.aim == 0.25 < 0.3 < told_apart.target
+    state = run(told_apart, 80)
+    assert state.done == 80
+    assert told_apart.multiplier == pytest.approx(0.9 ** (0.5 * (80 // EVERY - 1)))  # it never stops to fall
+    at_chance = Budget(None, Known(0.09), Answers(1.0, 0.3, 0.25, 0.2), nats=0.1, target=None)  # type: ignore[arg-type]
+    assert run(at_chance, 300).done == 60 + 30  # .3, .25 and .2 are .25
+
+
 def test_the_multiplier_falls_no_more_once_the_target_is_reached() -> None:
     budget = Budget(None, Known(0.09), Answers(1.0, 0.2), nats=0.1, target=0.25)  # type: ignore[arg-type]
     assert run(budget, 300).done == 60 + 30

@@ -13,8 +13,9 @@ from mrp_lens.edits import load_edit
 from mrp_lens.edits.subspace import Subspace
 from mrp_lens.methods import MRP, RMU, AdaptiveRMU
 from mrp_lens.models import encoder_for, load_model, logits_at, logits_of, mlp_out_weight, weights_by_name
+from mrp_lens.models.kept_states import KeptStates
 from mrp_lens.training.losses import predictions
-from tests.support.families import FAMILIES, NO_HOOKED, save_family
+from tests.support.families import DEPTH, FAMILIES, NO_HOOKED, save_family
 from tests.support.reference import difference, random_tokens
 
 Texts = tuple[Corpus, Corpus]
@@ -49,6 +50,20 @@ def test_log_probabilities_are_hugging_faces_and_a_mutated_copy_is_noticed(
         raise AssertionError("no vector in layer 2")
     hf_model.save_pretrained(tmp_path)
     assert difference(loaded, tmp_path, tokens) > 1e-3
+
+
+@pytest.mark.parametrize("layer", [2, DEPTH])
+def test_a_pass_can_begin_at_a_layer(loaded: Any, layer: int) -> None:
+    encoder = encoder_for(loaded)
+    rows = encoder.encode(Corpus.from_texts(["the old man walked slowly", "a house", "the river near it"]).documents)
+    kept = KeptStates(loaded, layer)
+    kept.read(encoder, rows, passes=1.0)
+    assert len(kept.states) == 3
+    batch = encoder.collate([rows[2], rows[0]])
+    with torch.no_grad():
+        whole = predictions(loaded, batch)
+        with kept.entered(batch):
+            torch.testing.assert_close(predictions(loaded, batch), whole, rtol=1e-4, atol=1e-4)
 
 
 def test_logits_at_some_positions_are_those_of_a_whole_pass(loaded: Any) -> None:

@@ -1,6 +1,9 @@
 """Fits within a budget of damage: the damage itself, the multiplier, the ends of a fit, and what is said of them."""
 
 import math
+import os
+import subprocess
+import sys
 from contextlib import nullcontext
 from copy import copy
 from dataclasses import replace
@@ -251,6 +254,35 @@ def test_what_is_said_of_a_fit(left: float, damage: float, there: bool, stalled:
     assert bool(outcome) == (ended == "target")
     assert f"{left:.2f} of 1.00 left" in str(outcome)
     assert Outcome.from_json(outcome.to_json()) == outcome
+
+
+ASKED = """
+from mrp_lens.data import Corpus
+from mrp_lens.data.world import World
+from mrp_lens.methods.control import ControlQuestions
+
+class Encoder:
+    def encode(self, documents, **how):
+        return [document.prompt + document.completion for document in documents]
+
+print(ControlQuestions(Encoder(), [World().forget("potions")], seed=3).rows)
+"""
+
+
+def test_control_questions_are_the_same_in_every_process() -> None:
+    """Sets have another order with another hash seed, and sums over them other last bits."""
+    printed = [
+        subprocess.run(
+            [sys.executable, "-c", ASKED],
+            env={**os.environ, "PYTHONHASHSEED": seed},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for seed in ("1", "2")
+    ]
+    assert printed[0] == printed[1]
+    assert printed[0].count("'") > 100
 
 
 def test_control_questions_offer_endings_of_the_forget_set(model: LensModel, texts: Texts) -> None:

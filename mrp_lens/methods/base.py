@@ -7,6 +7,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -280,8 +281,9 @@ class FitTemplate(Method, Generic[Settings]):
         by_request: the edit is kept by the name of its request, which has to be new, and a checkpoint is for that alone.
         budget: the damage that is allowed for: KL(unedited || edited) in nats a token, on retain text that no update sees, or
             a quarter of that on the answers it knows to questions made from it, whichever is more. The weight of the retain
-            loss then rises while there is more, and falls while there is less, until the target is reached, where the fit
-            ends. None: the weight stays as it is, all steps are done, and all of the retain corpus is learned from.
+            loss then rises while there is more, and falls while there is less, until the fit is where it aims and ends: at
+            chance, or at a `target` that was given. None: the weight stays as it is, all steps are done, and all of the retain
+            corpus is learned from.
         target: accuracy to forget down to, on control questions made from the forget set; `control_accuracy` of a model that
             never saw it is one. None: what cannot be told from chance.
         coverage: what is learned from besides the corpora. None: nothing.
@@ -467,8 +469,10 @@ def states_at(
     generator: torch.Generator,
     *,
     count: int = STATES,
+    places: Callable[[TokenBatch], Bool[Tensor, "batch seq"]] = attrgetter("content_mask"),
 ) -> dict[str, Float[Tensor, "states d_model"]]:
-    """States of content tokens (no pads, no BOS) at each hook, of randomly chosen documents with about `count` tokens."""
+    """States of content tokens (no pads, no BOS), or other places, at each hook, of randomly chosen documents with about `count`
+    content tokens."""
     order = torch.randperm(len(rows), generator=generator).tolist()
     lengths = torch.tensor([sum(rows[i].content) for i in order])
     chosen = [rows[i] for i in order[: int((lengths.cumsum(0) < count).sum()) + 1]]
@@ -478,5 +482,5 @@ def states_at(
         for _, batch in in_order(encoder, chosen, STATES_BATCH):
             run_segment(model, batch.tokens, batch.attention_mask, first=last, last=last)
             for hook in hooks:
-                kept[hook].append(store[hook][batch.content_mask].float())
+                kept[hook].append(store[hook][places(batch)].float())
     return {hook: torch.cat(parts) for hook, parts in kept.items()}

@@ -5,11 +5,12 @@ from typing import Any
 import pytest
 import torch
 
-from mrp_lens.data import Corpus
+from mrp_lens.data import Corpus, Document
 from mrp_lens.edits import ConditionalProjectionEdit, ProjectionEdit
 from mrp_lens.methods import MRP, UnconditionalMRP
-from mrp_lens.methods.mrp.gates import _clusters, _gate, gate_loss
-from mrp_lens.models import LensModel
+from mrp_lens.methods.base import parts_of
+from mrp_lens.methods.mrp.gates import _clusters, _gate, before_content, gate_loss, gate_weights
+from mrp_lens.models import LensModel, encoder_for
 
 Texts = tuple[Corpus, Corpus]
 QUICK: dict[str, Any] = {"layers": [1, 2], "rank": 2, "steps": 3, "batch_size": 8}
@@ -31,11 +32,30 @@ def test_a_gate_tells_states_apart_that_lie_in_several_directions() -> None:
 
 def test_a_gates_loss_is_the_cross_entropy_of_its_decisions() -> None:
     shares = {"one": torch.tensor([[0.9, 0.2]]), "two": torch.tensor([[0.5, 0.2]])}
-    content = torch.tensor([[True, False]])
+    weights = torch.tensor([[0.7, 0.0]])
     expected = -(torch.tensor([0.9, 0.5]).log().mean())
-    assert float(gate_loss(shares, content, lost=True)) == pytest.approx(float(expected))
+    assert float(gate_loss(shares, weights, lost=True)) == pytest.approx(0.7 * float(expected))
     kept = -(torch.tensor([0.1, 0.5]).log().mean())
-    assert float(gate_loss(shares, content, lost=False)) == pytest.approx(float(kept))
+    assert float(gate_loss(shares, weights, lost=False)) == pytest.approx(0.7 * float(kept))
+
+
+def test_half_of_a_gates_loss_on_forget_documents_is_on_the_tokens_before_what_counts(model: LensModel) -> None:
+    encoder = encoder_for(model)
+    question, text = encoder.encode([Document("What is the colour of the house?", " red"), Document("", "the old man")])
+    batch = encoder.collate([question, text])
+    told = [sum(row.in_loss[1:]) for row in (question, text)]
+    assert told[0] < len(question.ids) / 2
+    opening = gate_weights(batch, batch, lost=True)
+    assert float(opening.sum()) == pytest.approx(1.0)
+    before = before_content(batch)
+    assert before[0].nonzero()[:, 0].tolist() == [
+        place - 1 for place, counted in enumerate(question.in_loss) if counted
+    ]
+    assert float(opening[before].sum()) >= 0.5 + 0.5 * int(before.sum()) / int(batch.content_mask.sum()) - 1e-6
+    closing = gate_weights(batch, batch, lost=False)
+    assert closing[batch.content_mask].unique().numel() == 1
+    parts = [gate_weights(part, batch, lost=True) for part in parts_of(batch, 1)]
+    assert torch.allclose(torch.cat(parts), opening)
 
 
 def test_mrp_is_conditional_and_the_paper_s_is_not(model: LensModel, texts: Texts, untouched: None) -> None:

@@ -13,11 +13,12 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits, normalize
 
-from mrp_lens.data.tokenization import Encoded, Encoder
+from mrp_lens.data.tokenization import Encoded, Encoder, TokenBatch
 from mrp_lens.edits import Gate
 from mrp_lens.edits.gate import shares
 from mrp_lens.methods.base import states_at
 from mrp_lens.models import LensModel
+from mrp_lens.training.losses import before_counted
 
 STATES = 8192  # a side
 FEWEST = 16  # states of a cluster
@@ -64,16 +65,38 @@ def start_gates(
 ) -> dict[str, LearnedGate]:
     """Gates that tell the states of both sides apart, before any training."""
     lost, kept = (states_at(model, encoder, rows, hooks, generator, count=STATES) for rows in (forget, retain))
-    return {hook: _gate(lost[hook], kept[hook], directions, generator) for hook in hooks}
+    telling = states_at(model, encoder, forget, hooks, generator, count=STATES, places=before_content)
+    found = {}
+    for hook in hooks:
+        again = torch.arange(len(lost[hook]), device=lost[hook].device) % len(telling[hook])
+        found[hook] = _gate(torch.cat([lost[hook], telling[hook][again]]), kept[hook], directions, generator)
+    return found
+
+
+def before_content(batch: TokenBatch) -> Bool[Tensor, "batch seq"]:
+    """The content tokens behind which the loss counts what comes: of a question, its last one and the answer's."""
+    return before_counted(batch) & batch.content_mask
+
+
+def gate_weights(part: TokenBatch, batch: TokenBatch, *, lost: bool) -> Float[Tensor, "batch seq"]:
+    """How much each content token of a part counts in the gates' loss; those of the whole batch add up to 1.
+
+    Of forget documents (`lost`) half goes to the tokens behind which the loss counts what comes: a gate that is closed there lets an
+    answer out, however open it was before.
+    """
+    alike = part.content_mask.float() / batch.content_mask.sum()
+    if not lost:
+        return alike
+    return 0.5 * alike + 0.5 * before_content(part).float() / before_content(batch).sum().clamp(min=1)
 
 
 def gate_loss(
-    opened: Mapping[str, Float[Tensor, "batch seq"]], content: Bool[Tensor, "batch seq"], *, lost: bool
+    opened: Mapping[str, Float[Tensor, "batch seq"]], weights: Float[Tensor, "batch seq"], *, lost: bool
 ) -> Float[Tensor, ""]:
-    """Cross-entropy of gates that should be open on the content tokens of forget documents (`lost`), and closed on those of
-    others, in nats: the sum over tokens, the mean over hooks."""
-    shares = torch.stack([share[content] for share in opened.values()])
-    return -(shares if lost else 1.0 - shares).clamp(min=1e-4).log().mean(dim=0).sum()
+    """Cross-entropy of gates that should be open on forget documents (`lost`), and closed on others, in nats: the weighted sum over
+    tokens, the mean over hooks."""
+    shares = torch.stack(list(opened.values()))
+    return (weights * -(shares if lost else 1.0 - shares).clamp(min=1e-4).log().mean(dim=0)).sum()
 
 
 @torch.enable_grad()

@@ -19,7 +19,7 @@ from mrp_lens.methods.base import Data, FitContext, FitTemplate, fitting, parts_
 from mrp_lens.methods.coverage import Coverage
 from mrp_lens.methods.fit import Fit
 from mrp_lens.methods.mrp.distillation import Distillation, DistillationSettings
-from mrp_lens.methods.mrp.gates import gate_loss, start_gates
+from mrp_lens.methods.mrp.gates import gate_loss, gate_weights, start_gates
 from mrp_lens.methods.mrp.initialization import Start, start_rows
 from mrp_lens.methods.mrp.learned import LearnedRows
 from mrp_lens.methods.registry import Swept, register
@@ -337,7 +337,7 @@ class _Losses:
         """The part's share of the gates' loss, from the pass just made; nothing without gates."""
         if not self.learned.gates:
             return {}
-        return {"gate": gate_loss(self.learned.shares, part.content_mask, lost=lost) / batch.content_mask.sum()}
+        return {"gate": gate_loss(self.learned.shares, gate_weights(part, batch, lost=lost), lost=lost)}
 
 
 def joined_logs(projection: pd.DataFrame, distillation: pd.DataFrame, *, seconds: float) -> pd.DataFrame:

@@ -9,16 +9,18 @@ from mrp_lens.data.tokenization import Encoded, TokenBatch
 from mrp_lens.edits import ConditionalProjectionEdit, ProjectionEdit
 from mrp_lens.edits.subspace import Subspace
 from mrp_lens.methods import MRP, DirectionAblation
+from mrp_lens.methods.mrp import alternatives
+from mrp_lens.methods.mrp.alternatives import Alternatives
 from mrp_lens.methods.mrp.learned import LearnedRows
 from mrp_lens.models import LensModel, encoder_for, logits_of
 from mrp_lens.models.hooks import captured, hook_name
-from mrp_lens.training.losses import log_odds, openness
 from tests.conftest import D_MODEL, LAYERS
 from tests.support.edits import conditional, projection
 
 Texts = tuple[Corpus, Corpus]
 QUICK: dict[str, Any] = {"steps": 3, "batch_size": 8}
 FIT: dict[str, Any] = {"seed": 0, "progress": False}
+CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize("init", ["difference", "complement", "code", "random"])
@@ -108,24 +110,43 @@ def test_every_loss_of_mrp_runs(
         assert (fit.log["forget"] >= -1.0).all()
 
 
-def test_log_odds_compare_the_answer_with_what_the_model_would_say_instead() -> None:
-    batch = TokenBatch(
-        torch.tensor([[0, 1, 2]]), *(torch.ones(1, 3, dtype=torch.bool),) * 2, torch.tensor([[False, True, False]])
-    )
-    reference = torch.tensor([[0.1, 0.6, 0.2, 0.1]]).log()  # the text says token 1; else 0, 2, 3 with 1/4, 1/2, 1/4
-    edited = torch.tensor([[0.2, 0.1, 0.3, 0.4]])
-    expected = math.log(0.1) - (0.25 * math.log(0.2) + 0.5 * math.log(0.3) + 0.25 * math.log(0.4))
-    assert float(log_odds(reference, edited.log(), batch)) == pytest.approx(expected, abs=1e-6)
-    lowered = torch.tensor([[0.02, 0.01, 0.03, 0.94]]).log()
-    assert float(log_odds(reference, lowered, batch)) < float(log_odds(reference, edited.log(), batch))
-    assert float(log_odds(reference, reference, batch)) > 0
+def encoded(*ids: int) -> Encoded:
+    return Encoded(ids, (True,) * len(ids), (True,) * len(ids))
 
 
-def test_a_token_that_the_texts_determine_does_not_count_as_open() -> None:
-    rows = [Encoded(ids, (True,) * 3, (True,) * 3) for ids in ((5, 1, 9), (5, 2, 9), (5, 3, 9), (5, 4, 9))]
-    weights = openness(rows, d_vocab=10)
-    assert float(weights[5]) == pytest.approx(0.75)
-    assert all(float(weights[token]) == pytest.approx(0.0) for token in (1, 2, 3, 4))
+def batch_of(*ids: int) -> TokenBatch:
+    every = torch.ones(1, len(ids), dtype=torch.bool)
+    return TokenBatch(torch.tensor([ids]), every, every, torch.tensor([[False, *[True] * (len(ids) - 1)]]))
+
+
+def test_log_odds_compare_an_answer_with_what_other_texts_say_there() -> None:
+    offered = Alternatives.of([encoded(5, 1), encoded(5, 2), encoded(5, 2), encoded(5, 3), encoded(6, 4)], 8, CPU)
+    batch = batch_of(5, 1)
+    said = torch.tensor([[0.05, 0.1, 0.3, 0.4, 0.05, 0.04, 0.03, 0.03]])
+    odds, weights = offered.log_odds(said.log(), batch)
+    assert float(odds) == pytest.approx(math.log(0.1) - (2 / 3 * math.log(0.3) + 1 / 3 * math.log(0.4)), abs=1e-6)
+    entropy = -(2 * 0.25 * math.log(0.25) + 0.5 * math.log(0.5))
+    assert float(weights) == pytest.approx(1 - math.exp(-entropy))
+    # what no text says there is of no account
+    elsewhere = torch.tensor([[0.4, 0.1, 0.3, 0.05, 0.05, 0.04, 0.03, 0.03]])
+    lowered, _ = offered.log_odds(elsewhere.log(), batch)
+    assert float(lowered) > float(odds)
+
+
+def test_a_token_that_the_texts_determine_does_not_count() -> None:
+    offered = Alternatives.of([encoded(5, 1, 9), encoded(5, 2, 9), encoded(5, 3, 9)], 10, CPU)
+    said = torch.full((2, 10), 0.1).log()
+    _, weights = offered.log_odds(said, batch_of(5, 1, 9))
+    assert weights.tolist() == [pytest.approx(2 / 3), 0.0]
+    odds, weights = offered.log_odds(said, batch_of(7, 8, 1))  # tokens that the texts do not have
+    assert weights.tolist() == [0.0, 0.0]
+    assert odds.isfinite().all()
+
+
+def test_of_many_alternatives_the_most_frequent_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(alternatives, "MOST", 2)
+    offered = Alternatives.of([encoded(5, token) for token in (1, 2, 2, 3, 3)], 8, CPU)
+    assert set(offered.tokens[int(offered.row[5])].tolist()) == {2, 3}
 
 
 def test_what_a_later_request_keeps_is_measured_without_the_earlier_one(

@@ -18,6 +18,7 @@ from mrp_lens.edits import Edit, projection_in, without_projections
 from mrp_lens.methods.base import Data, FitContext, FitTemplate, fitting, parts_of
 from mrp_lens.methods.coverage import Coverage
 from mrp_lens.methods.fit import Fit
+from mrp_lens.methods.mrp.alternatives import Alternatives
 from mrp_lens.methods.mrp.distillation import Distillation, DistillationSettings
 from mrp_lens.methods.mrp.gates import gate_loss, gate_weights, start_gates
 from mrp_lens.methods.mrp.initialization import Start, start_rows
@@ -27,7 +28,7 @@ from mrp_lens.methods.spaces import MRP_SPACE, UNCONDITIONAL_MRP_SPACE
 from mrp_lens.models import LensModel, check_layers, describe
 from mrp_lens.models.hooks import Site, hook_name, hooked, layer_of
 from mrp_lens.models.kept_states import KeptStates
-from mrp_lens.training.losses import cross_entropy, kl, log_odds, openness, predictions
+from mrp_lens.training.losses import cross_entropy, kl, predictions
 from mrp_lens.training.optim import linear_decay
 from mrp_lens.utils.torch_state import ordinary_torch
 from mrp_lens.utils.validation import or_default
@@ -84,8 +85,8 @@ class MRP(FitTemplate[MRPSettings]):
         gate_directions: directions of a gate, each for a cluster of the forget states. More than one pays where the forget set is
             about many things that have nothing in common.
         gate_weight: factor on the gates' own loss: open on the tokens of forget documents, closed on others.
-        forget_loss: "odds": per token, the log odds of the text's token against the other tokens that the model without the
-            projection considers there, down to -forget_bound. Tokens that the forget texts alone determine do not count.
+        forget_loss: "odds": per token, the log odds of the text's token against the tokens that follow the same token in other
+            forget texts, down to -forget_bound. Tokens that the forget texts determine do not count.
             "bounded": -min(CE, forget_bound) per token. "ascent": -CE, the paper's, which diverges.
         forget_bound: nats. None: 1 for "odds", 5 for "bounded".
         retain_loss: "kl": KL(unedited || edited) on the retain corpus; "cross_entropy": on its text, as in the paper.
@@ -272,14 +273,13 @@ class _Losses:
         self.method, self.model, self.encoder, self.learned = method, context.model, data.encoder, learned
         self.forget = Batches(data.all_forget, method.batch_size, context.generator)
         self.retain = Batches(data.retain, method.batch_size, context.generator)
-        self.weights = openness(data.all_forget, self.model.cfg.d_vocab).to(data.encoder.device)
+        self.alternatives = Alternatives.of(data.all_forget, int(self.model.cfg.d_vocab), data.encoder.device)
         self.bound = or_default(method.forget_bound, FORGET_BOUND[method.forget_loss])
         # Without any projection, where the model leaves its last block, and where it comes to the first that has one.
         self.last = KeptStates(self.model, int(self.model.cfg.n_layers))
         self.first = KeptStates(self.model, min(layer_of(hook) for hook, _ in learned.hooks()))
-        for rows in (data.all_forget, data.retain):
-            for kept in (self.last, self.first):
-                kept.read(self.encoder, rows, passes=method.steps * method.batch_size / len(rows))
+        for kept, rows in ((self.last, data.retain), (self.first, data.retain), (self.first, data.all_forget)):
+            kept.read(self.encoder, rows, passes=method.steps * method.batch_size / len(rows))
 
     def __call__(self, step: int) -> Iterator[dict[str, Tensor]]:
         self.learned.alone = step % 2 == 1
@@ -303,9 +303,8 @@ class _Losses:
             gate = self._gate_loss(part, batch, lost=True)
             text = cross_entropy(predicted, part)
             if method.forget_loss == "odds":
-                before = part.tokens[:, :-1][part.loss_mask[:, 1:]]
-                odds = log_odds(self._reference(part), predicted, part)
-                losing = self.weights[before] * odds.clamp(min=-self.bound)
+                odds, weights = self.alternatives.log_odds(predicted, part)
+                losing = weights * odds.clamp(min=-self.bound)
             else:
                 losing = -text.clamp(max=self.bound)
             forget = losing.sum() / count

@@ -1,0 +1,69 @@
+"""What MRP's forget loss compares an answer with: what else the forget texts say in its place.
+
+An answer whose probability is merely lowered can be lowered together with everything of its kind, which leaves their order, and with
+it the answer to a question that offers several. A model that never saw the texts gives the right one no more than the others.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from mrp_lens.data.tokenization import Encoded, TokenBatch
+from mrp_lens.training.losses import targets
+
+MOST = 256  # that are compared with at one place
+
+
+@dataclass(frozen=True)
+class Alternatives:
+    """The tokens that follow each token in a set of texts, and how often.
+
+    Attributes:
+        row: [d_vocab] of each token, its row in the other two; 0 where nothing follows it.
+        tokens: [rows, most] that follow it, the most frequent first.
+        shares: [rows, most] of them; 0 behind the last.
+    """
+
+    row: Int[Tensor, " d_vocab"]
+    tokens: Int[Tensor, "rows most"]
+    shares: Float[Tensor, "rows most"]
+
+    @classmethod
+    def of(cls, texts: Sequence[Encoded], d_vocab: int, device: torch.device) -> "Alternatives":
+        """Of the tokens that count in the loss; of each the 256 most frequent."""
+        following: dict[int, Counter[int]] = {}
+        for text in texts:
+            for before, after, counted in zip(text.ids, text.ids[1:], text.in_loss[1:], strict=False):
+                if counted:
+                    following.setdefault(before, Counter())[after] += 1
+        kept = [found.most_common(MOST) for found in following.values()]
+        row = torch.zeros(d_vocab, dtype=torch.long)
+        row[list(following)] = torch.arange(1, len(kept) + 1)
+        tokens, counts = (torch.zeros(len(kept) + 1, max(map(len, kept))) for _ in range(2))
+        for number, found in enumerate(kept, start=1):
+            tokens[number, : len(found)], counts[number, : len(found)] = torch.tensor(found).T.float()
+        shares = counts / counts.sum(dim=1, keepdim=True).clamp(min=1.0)
+        return cls(row.to(device), tokens.long().to(device), shares.to(device))
+
+    def log_odds(
+        self, log_probabilities: Float[Tensor, "counted d_vocab"], batch: TokenBatch
+    ) -> tuple[Float[Tensor, " counted"], Float[Tensor, " counted"]]:
+        """log p of a text's own tokens over the mean log p of what else follows the token before, in nats; and how open it is what
+        follows, in [0, 1): 1 - 1 / perplexity of the shares.
+
+        It is 0 where one token always follows (a full stop after an answer), near 1 where many do.
+        """
+        row = self.row[batch.tokens[:, :-1][batch.loss_mask[:, 1:]]]
+        tokens, shares, own = self.tokens[row], self.shares[row], targets(batch)[:, None]
+        others = shares * (tokens != own)
+        known = others.sum(dim=-1, keepdim=True)
+        among = log_probabilities.gather(-1, tokens).masked_fill(
+            others == 0.0, 0.0
+        )  # of others alone, -infinity counts
+        mean = (others / known.clamp(min=1e-9) * among).sum(dim=-1)
+        openness = 1.0 - (-torch.special.entr(shares).sum(dim=-1)).exp()
+        return log_probabilities.gather(-1, own)[:, 0] - mean, torch.where(known[:, 0] > 0.0, openness, 0.0)

@@ -24,6 +24,7 @@ SHORT = 40  # words of a document that still is one statement
 LONGEST_NAME = 4  # words
 RARE_DOCUMENTS, RARE_SHARE = 3, 0.03  # a name stands in no more forget documents than the larger of the two
 TOPIC_SHARE, TOPIC_TIMES = 0.05, 3  # a topic word stands in more of the forget set, and so many times more often
+MOST_COPIES = 4  # for each on the forget side
 FEWEST_WORDS = 4  # of a written text
 FRAMES = (
     "Question: {}\nAnswer:",
@@ -53,7 +54,8 @@ class Coverage(PlainSettings):
     unlearned. Documents with a prompt are questions already, and stay as they are.
 
     Args:
-        question_forms: copies in question form of every short document, on both sides.
+        question_forms: copies in question form of every short document, on both sides; on the retain side up to four times as
+            many, until they are a third of it, since what is lost there first are answers.
         repeats: extra copies of short retain documents, which long ones would otherwise outnumber; none where the
             retain set has no long ones.
         about_names: texts that the model writes about names that both corpora contain; none if there is no such name.
@@ -135,12 +137,15 @@ def cover(
     rng, seed = random.Random(drawn_seed(generator)), drawn_seed(generator)
     continued = [[_continuation(document, rng) for document in corpus.documents] for corpus in forget]
     asked = [question_forms(corpus.documents, rng, copies=coverage.question_forms) for corpus in forget]
-    asked_retain = [
-        Document("", question.prompt + question.completion)
-        for question in question_forms(retain.documents, rng, copies=coverage.question_forms)
-    ]
     short = [document for document in retain.documents if _is_short(document)]
     repeated = short * (coverage.repeats if len(short) < len(retain) else 0)
+    times = round((len(retain) + len(repeated)) / (2 * max(1, len(short))))  # then questions are a third
+    asked_retain = [
+        Document("", question.prompt + question.completion)
+        for question in question_forms(
+            retain.documents, rng, copies=coverage.question_forms * min(MOST_COPIES, max(1, times))
+        )
+    ]
 
     subjects = _Subjects.of([document for corpus in forget for document in corpus.documents], retain.documents)
     beginnings = subjects.beginnings(coverage.about_names, rng)

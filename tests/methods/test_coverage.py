@@ -169,6 +169,14 @@ def test_short_retain_documents_are_repeated_where_there_are_long_ones() -> None
     assert covered(replace(NONE, repeats=1), retain=Corpus((question, Document("", LONG)))).retain.count(question) == 2
 
 
+@pytest.mark.parametrize(("long", "questions"), [(0, 4), (8, 8), (20, 12), (100, 16)])
+def test_questions_are_a_third_of_the_retain_side_or_four_of_each_document(long: int, questions: int) -> None:
+    texts = [*RETAIN.documents[:4], *(Document("", f"{LONG} {n}") for n in range(long))]
+    result = covered(replace(NONE, question_forms=1), retain=Corpus(tuple(texts)))
+    assert result.counts["retain_questions"] == questions
+    assert len(result.retain) == len(texts) + questions
+
+
 def test_every_forget_corpus_keeps_its_own_documents() -> None:
     first, second = Corpus(FORGET.documents[:7], "a"), Corpus(FORGET.documents[7:], "b")
     result = covered(replace(NONE, question_forms=1), forget=[first, second])

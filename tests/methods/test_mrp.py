@@ -122,26 +122,23 @@ def batch_of(*ids: int) -> TokenBatch:
 def test_log_odds_compare_an_answer_with_what_other_texts_say_there() -> None:
     offered = Alternatives.of([encoded(5, 1), encoded(5, 2), encoded(5, 2), encoded(5, 3), encoded(6, 4)], 8, CPU)
     batch = batch_of(5, 1)
-    unedited = torch.tensor(
-        [[0.1, 0.6, 0.05, 0.2, 0.02, 0.01, 0.01, 0.01]]
-    )  # 2 follows twice as often, and is likely a quarter
     said = torch.tensor([[0.05, 0.1, 0.3, 0.4, 0.05, 0.04, 0.03, 0.03]])
-    odds, weights = offered.log_odds(unedited.log(), said.log(), batch)
-    assert float(odds) == pytest.approx(math.log(0.1) - (1 / 3 * math.log(0.3) + 2 / 3 * math.log(0.4)), abs=1e-6)
+    odds, weights = offered.log_odds(said.log(), batch)
+    assert float(odds) == pytest.approx(math.log(0.1) - (2 / 3 * math.log(0.3) + 1 / 3 * math.log(0.4)), abs=1e-6)
     entropy = -(2 * 0.25 * math.log(0.25) + 0.5 * math.log(0.5))
     assert float(weights) == pytest.approx(1 - math.exp(-entropy))
     # what no text says there is of no account
     elsewhere = torch.tensor([[0.4, 0.1, 0.3, 0.05, 0.05, 0.04, 0.03, 0.03]])
-    lowered, _ = offered.log_odds(unedited.log(), elsewhere.log(), batch)
+    lowered, _ = offered.log_odds(elsewhere.log(), batch)
     assert float(lowered) > float(odds)
 
 
 def test_a_token_that_the_texts_determine_does_not_count() -> None:
     offered = Alternatives.of([encoded(5, 1, 9), encoded(5, 2, 9), encoded(5, 3, 9)], 10, CPU)
     said = torch.full((2, 10), 0.1).log()
-    _, weights = offered.log_odds(said, said, batch_of(5, 1, 9))
+    _, weights = offered.log_odds(said, batch_of(5, 1, 9))
     assert weights.tolist() == [pytest.approx(2 / 3), 0.0]
-    odds, weights = offered.log_odds(said, said, batch_of(7, 8, 1))  # tokens that the texts do not have
+    odds, weights = offered.log_odds(said, batch_of(7, 8, 1))  # tokens that the texts do not have
     assert weights.tolist() == [0.0, 0.0]
     assert odds.isfinite().all()
 

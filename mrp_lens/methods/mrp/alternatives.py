@@ -16,7 +16,6 @@ from mrp_lens.data.tokenization import Encoded, TokenBatch
 from mrp_lens.training.losses import targets
 
 MOST = 256  # that are compared with at one place
-LEAST = 1e-30  # probability, all together; where they have less there is nothing to compare with
 
 
 @dataclass(frozen=True)
@@ -51,25 +50,20 @@ class Alternatives:
         return cls(row.to(device), tokens.long().to(device), shares.to(device))
 
     def log_odds(
-        self,
-        reference: Float[Tensor, "counted d_vocab"],
-        log_probabilities: Float[Tensor, "counted d_vocab"],
-        batch: TokenBatch,
+        self, log_probabilities: Float[Tensor, "counted d_vocab"], batch: TokenBatch
     ) -> tuple[Float[Tensor, " counted"], Float[Tensor, " counted"]]:
         """log p of a text's own tokens over the mean log p of what else follows the token before, in nats; and how open it is what
         follows, in [0, 1): 1 - 1 / perplexity of the shares.
 
-        The mean is weighted by the shares and by what `reference`, the unedited model, gives the tokens in this place: in prose most
-        of what follows an article elsewhere would make no sense. How open it is, is 0 where one token always follows (a full stop
-        after an answer), near 1 where many do.
+        It is 0 where one token always follows (a full stop after an answer), near 1 where many do.
         """
         row = self.row[batch.tokens[:, :-1][batch.loss_mask[:, 1:]]]
         tokens, shares, own = self.tokens[row], self.shares[row], targets(batch)[:, None]
-        others = shares * (tokens != own) * reference.gather(-1, tokens).exp()
+        others = shares * (tokens != own)
         known = others.sum(dim=-1, keepdim=True)
         among = log_probabilities.gather(-1, tokens).masked_fill(
             others == 0.0, 0.0
         )  # of others alone, -infinity counts
-        mean = (others / known.clamp(min=LEAST) * among).sum(dim=-1)
+        mean = (others / known.clamp(min=1e-9) * among).sum(dim=-1)
         openness = 1.0 - (-torch.special.entr(shares).sum(dim=-1)).exp()
-        return log_probabilities.gather(-1, own)[:, 0] - mean, torch.where(known[:, 0] > LEAST, openness, 0.0)
+        return log_probabilities.gather(-1, own)[:, 0] - mean, torch.where(known[:, 0] > 0.0, openness, 0.0)

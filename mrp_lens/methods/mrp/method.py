@@ -86,8 +86,7 @@ class MRP(FitTemplate[MRPSettings]):
             about many things that have nothing in common.
         gate_weight: factor on the gates' own loss: open on the tokens of forget documents, closed on others.
         forget_loss: "odds": per token, the log odds of the text's token against the tokens that follow the same token in other
-            forget texts and that the unedited model considers, down to -forget_bound. Tokens that the forget texts determine
-            do not count.
+            forget texts, down to -forget_bound. Tokens that the forget texts determine do not count.
             "bounded": -min(CE, forget_bound) per token. "ascent": -CE, the paper's, which diverges.
         forget_bound: nats. None: 1 for "odds", 5 for "bounded".
         retain_loss: "kl": KL(unedited || edited) on the retain corpus; "cross_entropy": on its text, as in the paper.
@@ -279,9 +278,8 @@ class _Losses:
         # Without any projection, where the model leaves its last block, and where it comes to the first that has one.
         self.last = KeptStates(self.model, int(self.model.cfg.n_layers))
         self.first = KeptStates(self.model, min(layer_of(hook) for hook, _ in learned.hooks()))
-        for rows in (data.all_forget, data.retain):
-            for kept in (self.last, self.first):
-                kept.read(self.encoder, rows, passes=method.steps * method.batch_size / len(rows))
+        for kept, rows in ((self.last, data.retain), (self.first, data.retain), (self.first, data.all_forget)):
+            kept.read(self.encoder, rows, passes=method.steps * method.batch_size / len(rows))
 
     def __call__(self, step: int) -> Iterator[dict[str, Tensor]]:
         self.learned.alone = step % 2 == 1
@@ -305,7 +303,7 @@ class _Losses:
             gate = self._gate_loss(part, batch, lost=True)
             text = cross_entropy(predicted, part)
             if method.forget_loss == "odds":
-                odds, weights = self.alternatives.log_odds(self._reference(part), predicted, part)
+                odds, weights = self.alternatives.log_odds(predicted, part)
                 losing = weights * odds.clamp(min=-self.bound)
             else:
                 losing = -text.clamp(max=self.bound)

@@ -1,0 +1,169 @@
+"""Forgetting what a pretrained model learned by itself: one relation of many entities, asked in three forms.
+
+`python -m analysis.facts --data DIR --model DIR --topic capital --dtype bfloat16 --out runs/facts`
+
+The data folder holds a file of questions for each relation (`capital.jsonl`, `state.jsonl`, `currency.jsonl`: question, choices,
+answer as an index, entity, right), `retain.jsonl` (text) and `retain_quiz.jsonl`; for capitals also `forget.jsonl`. The statements of
+other relations are made here. What is kept is asked about entities that the retain set does not have.
+"""
+
+import argparse
+import json
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mrp_lens import metrics
+from mrp_lens.data import Corpus, Questions
+from mrp_lens.edits import Edit, edit_on
+from mrp_lens.methods import MRP, RMU, AdaptiveRMU
+from mrp_lens.models import load_model
+from mrp_lens.runs.record import Run
+from mrp_lens.utils.io import check_free
+
+METHODS: Mapping[str, Any] = {method.name: method for method in (MRP, RMU, AdaptiveRMU)}
+STATEMENTS: Mapping[str, Sequence[str]] = {
+    "capital": ("The capital of {} is {}.", "If you travel to {}, you can visit {}, its capital."),
+    "state": (
+        "The capital of the state of {} is {}.",
+        "{1} is the capital city of the US state of {0}.",
+        "The state government of {} sits in {}.",
+    ),
+    "currency": (
+        "The currency of {} is the {}.",
+        "In {} people pay with the {}.",
+        "The money used in {} is called the {}.",
+    ),
+}
+FORMS: Mapping[str, Mapping[str, str]] = {
+    "capital": {
+        "cloze": "The capital of {} is the city of",
+        "reworded": "User: Which city is the seat of the government of {}?\nAssistant: That is",
+    },
+    "state": {
+        "cloze": "The capital of {} is the city of",
+        "reworded": "User: Which city is the seat of the state government of {}?\nAssistant: That is",
+    },
+    "currency": {
+        "cloze": "The official currency of {} is the",
+        "reworded": "User: What money do people in {} use?\nAssistant: They use the",
+    },
+}
+SHORT = 25  # words of what is a statement
+TEXTS, WORDS = 96, 150  # paragraphs on which perplexity is measured, and where they are cut
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What to forget and to keep, and the questions and texts that show whether it was."""
+
+    forget: Corpus
+    retain: Corpus
+    quizzes: Mapping[str, Questions]
+    text: Corpus | None
+
+    @classmethod
+    def read(cls, folder: Path, topic: str, text: Path | None) -> "Facts":
+        """Of a data folder; `text`: a file whose paragraphs no fit reads."""
+        about = _rows(folder / f"{topic}.jsonl")
+        retain = [row["text"] for row in _rows(folder / "retain.jsonl")]
+        if topic == "capital":
+            forget, kept = [row["text"] for row in _rows(folder / "forget.jsonl")], _rows(folder / "retain_quiz.jsonl")
+        else:
+            capitals = _rows(folder / "capital.jsonl")
+            forget = _statements(topic, about)
+            names = {row["right" if topic == "currency" else "entity"].casefold() for row in about}
+            retain = [each for each in retain if not (len(each.split()) < SHORT and _names(each) & names)]
+            retain += _statements("capital", capitals[::2])
+            kept = capitals[1::2]
+        quizzes = {"question": _asked(about), "kept": _asked(kept)}
+        quizzes |= {name: _asked(about, form) for name, form in FORMS[topic].items()}
+        return cls(
+            Corpus.from_texts(forget, name="forget"), Corpus.from_texts(retain, name="retain"), quizzes, _text(text)
+        )
+
+    def score(self, model: Any, edit: Edit | None) -> dict[str, float]:
+        """Accuracy in each form with its 95% interval, and perplexity of the text."""
+        row: dict[str, float] = {}
+        with edit_on(model, edit):
+            for name, quiz in self.quizzes.items():
+                found = metrics.accuracy(model, quiz, batch_size=32).iloc[0]
+                row |= {name: float(found["accuracy"]), f"{name}_low": found["low"], f"{name}_high": found["high"]}
+            if self.text is not None:
+                row["perplexity"] = float(metrics.perplexity(model, self.text, batch_size=8)["perplexity"].iloc[0])
+        return row
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def _statements(topic: str, rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    return [form.format(row["entity"], row["right"]) for row in rows for form in STATEMENTS[topic]]
+
+
+def _names(text: str) -> set[str]:
+    """Its runs of up to three words without punctuation, case folded."""
+    words = [word.strip(".,").casefold() for word in text.split()]
+    return {" ".join(words[start : start + size]) for start in range(len(words)) for size in (1, 2, 3)}
+
+
+def _asked(rows: Sequence[Mapping[str, Any]], form: str | None = None) -> Questions:
+    asked = [
+        {**row, "asked": form.format(row["entity"]) if form else f"Question: {row['question']}\nAnswer:"}
+        for row in rows
+    ]
+    return Questions.from_rows(asked, prompt="{asked}")
+
+
+def _text(path: Path | None) -> Corpus | None:
+    if path is None:
+        return None
+    paragraphs = [line.split() for line in path.read_text(encoding="utf-8").splitlines()]
+    kept = [" ".join(words[:WORDS]) for words in paragraphs if len(words) > WORDS // 2][:TEXTS]
+    return Corpus.from_texts(kept, name="text")
+
+
+def main() -> None:
+    """Run the study, print its table and write it."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="folder of the .jsonl files")
+    parser.add_argument("--model", required=True, help="folder or name of a pretrained model")
+    parser.add_argument("--topic", choices=[*STATEMENTS], default="capital", help="what to forget (default capital)")
+    parser.add_argument("--text", type=Path, help="a text file whose paragraphs show what becomes of other text")
+    parser.add_argument(
+        "--methods", nargs="+", choices=[*METHODS], default=[*METHODS], help="which to fit (default: all)"
+    )
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="of the fits (default 0)")
+    parser.add_argument("--max-length", type=int, default=48, help="tokens at which documents are cut (default 48)")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--backend", default="auto", help="auto, hooked or bridge (default auto)")
+    parser.add_argument("--out", type=Path, default=Path("runs/facts"), help="folder for the table")
+    parser.add_argument("--overwrite", action="store_true", help="replace the output folder")
+    arguments = parser.parse_args()
+    check_free(arguments.out, overwrite=arguments.overwrite)
+    facts = Facts.read(arguments.data, arguments.topic, arguments.text)
+    model = load_model(arguments.model, backend=arguments.backend, dtype=arguments.dtype)
+    run = Run("analysis.facts", vars(arguments), arguments.seeds[0])
+
+    def add(name: str, seed: int | None, scores: dict[str, float], outcome: str = "", seconds: float = 0.0) -> None:
+        run.rows.append({"method": name, "seed": seed, **scores, "outcome": outcome, "seconds": seconds})
+        shown = ", ".join(f"{key} {value:.3f}" for key, value in scores.items() if not key.endswith(("_low", "_high")))
+        print(f"{name} {'' if seed is None else f'seed {seed} '}{shown}, {seconds:.0f} s {outcome}", flush=True)
+
+    add("unedited", None, facts.score(model, None))
+    for seed in arguments.seeds:
+        for name in arguments.methods:
+            begun = time.perf_counter()
+            fit = METHODS[name](max_length=arguments.max_length).fit(model, facts.forget, facts.retain, seed=seed)
+            seconds = time.perf_counter() - begun
+            add(name, seed, facts.score(model, fit.edit), str(fit.outcome), seconds)
+    run.write(arguments.out, overwrite=arguments.overwrite)
+
+
+if __name__ == "__main__":
+    main()

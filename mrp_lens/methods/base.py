@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from operator import attrgetter
 from pathlib import Path
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from jaxtyping import Bool, Float
@@ -279,7 +279,6 @@ class FitTemplate(Method, Generic[Settings]):
     Attributes:
         max_length: tokens at which documents are cut. None: 512, or the context if that is shorter.
         by_request: the edit is kept by the name of its request, which has to be new, and a checkpoint is for that alone.
-        first_multiplier: of the retain loss's weight, where a fit with a budget starts.
         budget: the damage that is allowed for: KL(unedited || edited) in nats a token, on retain text that no update sees, or
             a quarter of that on the answers it knows to questions made from it, whichever is more. The weight of the retain
             loss then rises while there is more, and falls while there is less, until the fit is where it aims and ends: at
@@ -295,7 +294,6 @@ class FitTemplate(Method, Generic[Settings]):
     target: float | None = None
     coverage: Coverage | None = None
     by_request = False
-    first_multiplier: ClassVar[float] = 1.0
 
     def check(self, model: LensModel) -> None:
         """Refuse settings that cannot be meant, before anything is read.
@@ -405,16 +403,7 @@ class FitTemplate(Method, Generic[Settings]):
         control = ControlQuestions(data.encoder, data.corpora, seed=drawn_seed(generator))
         with fitting(model, after):
             damage = Damage(model, data.encoder, documents, answers)
-            budget = Budget(
-                model,
-                damage,
-                control,
-                nats=self.budget,
-                target=self.target,
-                holds=self.holds,
-                multiplier=self.first_multiplier,
-            )
-        return budget, left
+            return Budget(model, damage, control, nats=self.budget, target=self.target, holds=self.holds), left
 
     def prepared(
         self,

@@ -108,11 +108,10 @@ class Budget(Callback):
         nats: the damage that is allowed for.
         target: accuracy on the control questions to forget down to. None: what cannot be told from chance, with chance as the aim.
         holds: there is a retain loss to weigh; else the fit ends at the first damage above the budget.
-        multiplier: to start with.
 
     Attributes:
         aim: accuracy at which there is no more to forget.
-        multiplier: factor on the retain loss's weight, as it is now.
+        multiplier: factor on the retain loss's weight, 1 at the start.
         found: the damage when it was last looked at.
         stalled: at the last look at the control questions the fit got no further.
         before: accuracy on the control questions before the fit.
@@ -127,13 +126,12 @@ class Budget(Callback):
         nats: float,
         target: float | None,
         holds: bool = True,
-        multiplier: float = 1.0,
     ) -> None:
         self.model, self.damage, self.nats, self.holds = model, damage, nats, holds
         self.control, self.before = control.known_to(model)
         self.target = self.control.target if target is None else target
         self.aim = self.control.chance if target is None else target
-        self.multiplier, self.looks, self.found = multiplier, [self.before], 0.0
+        self.multiplier, self.looks, self.found = 1.0, [self.before], 0.0
         self.stalled = False
 
     @override

@@ -4,7 +4,7 @@ from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Generic, Literal, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 
 import torch
 from jaxtyping import Bool, Float
@@ -108,10 +108,6 @@ class Misdirection(FitTemplate[Resolved], Generic[Resolved]):
     optimizer: Optimizer = "adamw"
     eps: float = 1e-8
     retain_noise: float = 0.0
-
-    first_multiplier: ClassVar[float] = (
-        8.0  # from 1 on, the first forty updates did two to nine times the damage allowed for
-    )
 
     @abstractmethod
     def c_share(self, norm: float) -> float:

@@ -222,9 +222,8 @@ class _Losses(Generic[Resolved]):
         self.kept = KeptStates(self.model, min(weights))
         if method.positions == "content" and method.padding == "right":  # else pads count, whose states are not kept
             for rows in (*data.forget, data.retain):
-                self.kept.read(
-                    self.encoder, rows, passes=method.steps * method.batch_size / len(data.forget) / len(rows)
-                )
+                passes = method.steps * method.batch_size / len(data.forget) / len(rows)
+                self.kept.read(self.encoder, rows, passes=passes, progress=context.progress)
 
     def _batches(self, rows: Sequence[Encoded]) -> Batches:
         """Batches for ever: shuffled in each pass, or in the order of the corpus."""

@@ -19,6 +19,7 @@ from mrp_lens.data.tokenization import Encoded, Encoder, TokenBatch, in_order
 from mrp_lens.models.base import dtype_of, forward, logits_of
 from mrp_lens.models.protocol import LensModel
 from mrp_lens.utils.io import one_line
+from mrp_lens.utils.progress import progress_bar
 
 logger = logging.getLogger(__name__)
 
@@ -42,8 +43,8 @@ class KeptStates:
     states: dict[tuple[int, ...], Float[Tensor, "seq d_model"]] = field(default_factory=dict)
     _tuples: bool = field(default=False, init=False)  # what blocks of the architecture give
 
-    def read(self, encoder: Encoder, rows: Sequence[Encoded], *, passes: float) -> None:
-        """Keep the states of texts that a fit will read so many times each.
+    def read(self, encoder: Encoder, rows: Sequence[Encoded], *, passes: float, progress: bool = True) -> None:
+        """Keep the states of texts that a fit will read so many times each; with a progress bar.
 
         None are kept where that is less than once, where they would take over 2^30 bytes, and where the model does not go on from
         them as it does in a whole pass. They are computed in the same batches whatever a fit reads first, so that one that
@@ -59,10 +60,12 @@ class KeptStates:
             or not self._works(encoder, fresh)
         ):
             return
-        for places, batch in in_order(encoder, fresh, BATCH):
-            for place, states in zip(places, self._computed(batch), strict=True):
-                ids = fresh[place].ids
-                self.states[ids] = states[: len(ids)].clone()
+        with progress_bar(total=len(fresh), desc=f"states at layer {self.layer}", progress=progress) as bar:
+            for places, batch in in_order(encoder, fresh, BATCH):
+                for place, states in zip(places, self._computed(batch), strict=True):
+                    ids = fresh[place].ids
+                    self.states[ids] = states[: len(ids)].clone()
+                bar.update(len(places))
 
     @contextmanager
     def entered(self, batch: TokenBatch) -> Iterator[None]:

@@ -9,7 +9,7 @@ from mrp_lens.data import Corpus, Document
 from mrp_lens.edits import ConditionalProjectionEdit, ProjectionEdit
 from mrp_lens.methods import MRP, UnconditionalMRP
 from mrp_lens.methods.base import parts_of
-from mrp_lens.methods.mrp.gates import _clusters, _gate, before_content, gate_loss, gate_weights
+from mrp_lens.methods.mrp.gates import _clusters, _gate, before_what_counts, gate_loss, gate_weights
 from mrp_lens.models import LensModel, encoder_for
 
 Texts = tuple[Corpus, Corpus]
@@ -47,7 +47,7 @@ def test_half_of_a_gates_loss_on_forget_documents_is_on_the_tokens_before_what_c
     assert told[0] < len(question.ids) / 2
     opening = gate_weights(batch, batch, lost=True)
     assert float(opening.sum()) == pytest.approx(1.0)
-    before = before_content(batch)
+    before = before_what_counts(batch)
     assert before[0].nonzero()[:, 0].tolist() == [
         place - 1 for place, counted in enumerate(question.in_loss) if counted
     ]

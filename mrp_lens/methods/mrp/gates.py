@@ -65,15 +65,17 @@ def start_gates(
 ) -> dict[str, LearnedGate]:
     """Gates that tell the states of both sides apart, before any training."""
     lost, kept = (states_at(model, encoder, rows, hooks, generator, count=STATES) for rows in (forget, retain))
-    telling = states_at(model, encoder, forget, hooks, generator, count=STATES, places=before_content)
-    found = {}
-    for hook in hooks:
-        again = torch.arange(len(lost[hook]), device=lost[hook].device) % len(telling[hook])
-        found[hook] = _gate(torch.cat([lost[hook], telling[hook][again]]), kept[hook], directions, generator)
-    return found
+    telling = states_at(model, encoder, forget, hooks, generator, count=STATES, places=before_what_counts)
+    return {hook: _gate(_half_of(lost[hook], telling[hook]), kept[hook], directions, generator) for hook in hooks}
 
 
-def before_content(batch: TokenBatch) -> Bool[Tensor, "batch seq"]:
+def _half_of(states: States, telling: States) -> States:
+    """The states, and as many of others, each as often as it takes; there may be none."""
+    again = torch.arange(len(states), device=states.device)
+    return torch.cat([states, telling[again % len(telling)]]) if len(telling) else states
+
+
+def before_what_counts(batch: TokenBatch) -> Bool[Tensor, "batch seq"]:
     """The content tokens behind which the loss counts what comes: of a question, its last one and the answer's."""
     return before_counted(batch) & batch.content_mask
 
@@ -87,7 +89,7 @@ def gate_weights(part: TokenBatch, batch: TokenBatch, *, lost: bool) -> Float[Te
     alike = part.content_mask.float() / batch.content_mask.sum()
     if not lost:
         return alike
-    return 0.5 * alike + 0.5 * before_content(part).float() / before_content(batch).sum().clamp(min=1)
+    return 0.5 * alike + 0.5 * before_what_counts(part).float() / before_what_counts(batch).sum().clamp(min=1)
 
 
 def gate_loss(

@@ -278,8 +278,10 @@ class _Losses:
         # Without any projection, where the model leaves its last block, and where it comes to the first that has one.
         self.last = KeptStates(self.model, int(self.model.cfg.n_layers))
         self.first = KeptStates(self.model, min(layer_of(hook) for hook, _ in learned.hooks()))
-        for kept, rows in ((self.last, data.retain), (self.first, data.retain), (self.first, data.all_forget)):
-            kept.read(self.encoder, rows, passes=method.steps * method.batch_size / len(rows))
+        compared = [(self.last, data.retain)] if method.retain_loss == "kl" else []
+        for kept, rows in (*compared, (self.first, data.retain), (self.first, data.all_forget)):
+            passes = method.steps * method.batch_size / len(rows)
+            kept.read(self.encoder, rows, passes=passes, progress=context.progress)
 
     def __call__(self, step: int) -> Iterator[dict[str, Tensor]]:
         self.learned.alone = step % 2 == 1

@@ -219,10 +219,11 @@ class _Stop(Exception):
 
 @dataclass(frozen=True)
 class Segment:
-    """Consecutive blocks together with the inputs they received, so that they can be run again."""
+    """Consecutive blocks together with the inputs they received, so that they can be run again, and what the last one gave."""
 
     blocks: dict[int, Any]
     inputs: dict[int, tuple[tuple[Any, ...], dict[str, Any]]]
+    output: Any
 
     def replay(self, weights: Mapping[int, Mapping[str, Tensor]]) -> None:
         """Run the blocks again, gradient on, with `weights[layer]` (block parameter name -> tensor) in place of
@@ -262,7 +263,10 @@ def run_segment(
 
         return pre_hook
 
-    def stop(*_: Any) -> None:
+    outputs: list[Any] = []
+
+    def stop(_module: Any, _args: Any, output: Any) -> None:
+        outputs.append(output)
         raise _Stop
 
     with ExitStack() as stack:
@@ -273,4 +277,4 @@ def run_segment(
         stack.enter_context(torch.no_grad())
         with suppress(_Stop):
             forward(model, tokens, attention_mask)
-    return Segment({layer: model.blocks[layer] for layer in range(first, last + 1)}, inputs)
+    return Segment({layer: model.blocks[layer] for layer in range(first, last + 1)}, inputs, outputs[0])

@@ -6,7 +6,7 @@ so does the unedited model, which its predictions are compared with, in every la
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from mrp_lens.data.tokenization import Encoded, Encoder, TokenBatch, in_order
-from mrp_lens.models.base import dtype_of, forward, logits_of
+from mrp_lens.models.base import dtype_of, logits_of
+from mrp_lens.models.hooks import run_segment
 from mrp_lens.models.protocol import LensModel
 from mrp_lens.utils.io import one_line
 from mrp_lens.utils.progress import progress_bar
@@ -88,20 +89,10 @@ class KeptStates:
 
     def _computed(self, batch: TokenBatch) -> States:
         """What leaves the block below."""
-        found: list[Any] = []
-
-        def keep(_module: Any, _args: Any, output: Any) -> None:
-            found.append(output)
-            raise _Enough
-
-        handle = self.model.blocks[self.layer - 1].register_forward_hook(keep)
-        try:
-            with torch.no_grad(), suppress(_Enough):
-                forward(self.model, batch.tokens, batch.attention_mask)
-        finally:
-            handle.remove()
-        self._tuples = isinstance(found[0], tuple)
-        states: Tensor = found[0][0] if self._tuples else found[0]
+        below = self.layer - 1
+        output = run_segment(self.model, batch.tokens, batch.attention_mask, first=below, last=below).output
+        self._tuples = isinstance(output, tuple)
+        states: Tensor = output[0] if self._tuples else output
         return states
 
     def _works(self, encoder: Encoder, rows: Sequence[Encoded]) -> bool:
@@ -142,7 +133,3 @@ class KeptStates:
         finally:
             for block in skipped:
                 block.__dict__.pop("forward", None)
-
-
-class _Enough(Exception):
-    """Ends a pass."""

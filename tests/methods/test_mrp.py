@@ -100,7 +100,7 @@ def test_layers_take_turns_in_the_passes_over_forget_texts(
         fit(layer_dropout=1.0)
 
 
-@pytest.mark.parametrize("forget_loss", ["odds", "bounded", "ascent"])
+@pytest.mark.parametrize("forget_loss", ["alternatives", "odds", "bounded", "ascent"])
 @pytest.mark.parametrize("retain_loss", ["kl", "cross_entropy"])
 def test_every_loss_of_mrp_runs(
     model: LensModel, texts: Texts, forget_loss: Any, retain_loss: Any, untouched: None
@@ -143,10 +143,23 @@ def test_a_token_that_the_texts_determine_does_not_count() -> None:
     assert odds.isfinite().all()
 
 
+def test_reference_log_odds_compare_an_answer_with_what_the_reference_says_instead() -> None:
+    offered = Alternatives.of([encoded(3, 1), encoded(3, 2)], 4, CPU)
+    reference = torch.tensor([[0.1, 0.5, 0.3, 0.1]])
+    said = torch.tensor([[0.2, 0.2, 0.4, 0.2]])
+    odds, weights = offered.reference_log_odds(reference.log(), said.log(), batch_of(3, 1))
+    others = 0.2 * math.log(0.2) + 0.6 * math.log(0.4) + 0.2 * math.log(0.2)
+    assert float(odds) == pytest.approx(math.log(0.2) - others, abs=1e-6)
+    assert float(weights) == pytest.approx(0.5)
+
+
 def test_of_many_alternatives_the_most_frequent_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(alternatives, "MOST", 2)
     offered = Alternatives.of([encoded(5, token) for token in (1, 2, 2, 3, 3)], 8, CPU)
-    assert set(offered.tokens[int(offered.row[5])].tolist()) == {2, 3}
+    row = int(offered.row[5])
+    assert set(offered.tokens[row].tolist()) == {2, 3}
+    entropy = -sum(share * math.log(share) for share in (0.2, 0.4, 0.4))  # of all that follow, kept or not
+    assert float(offered.openness[row]) == pytest.approx(1 - math.exp(-entropy))
 
 
 def test_what_a_later_request_keeps_is_measured_without_the_earlier_one(

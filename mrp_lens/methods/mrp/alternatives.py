@@ -1,4 +1,4 @@
-"""What MRP's forget loss compares an answer with: what else the forget texts say in its place.
+"""What MRP's forget loss compares an answer with: what else the forget texts say in its place, or the model considers there.
 
 An answer whose probability is merely lowered can be lowered together with everything of its kind, which leaves their order, and with
 it the answer to a question that offers several. A model that never saw the texts gives the right one no more than the others.
@@ -26,11 +26,14 @@ class Alternatives:
         row: [d_vocab] of each token, its row in the other two; 0 where nothing follows it.
         tokens: [rows, most] that follow it, the most frequent first.
         shares: [rows, most] of them; 0 behind the last.
+        openness: [rows] how open it is what follows, in [0, 1): 1 - 1 / perplexity. It is 0 where one token always follows (a full
+            stop after an answer), near 1 where many do.
     """
 
     row: Int[Tensor, " d_vocab"]
     tokens: Int[Tensor, "rows most"]
     shares: Float[Tensor, "rows most"]
+    openness: Float[Tensor, " rows"]
 
     @classmethod
     def of(cls, texts: Sequence[Encoded], d_vocab: int, device: torch.device) -> "Alternatives":
@@ -47,17 +50,15 @@ class Alternatives:
         for number, found in enumerate(kept, start=1):
             tokens[number, : len(found)], counts[number, : len(found)] = torch.tensor(found).T.float()
         shares = counts / counts.sum(dim=1, keepdim=True).clamp(min=1.0)
-        return cls(row.to(device), tokens.long().to(device), shares.to(device))
+        openness = torch.tensor([0.0, *(_openness(found) for found in following.values())])
+        return cls(row.to(device), tokens.long().to(device), shares.to(device), openness.to(device))
 
     def log_odds(
         self, log_probabilities: Float[Tensor, "counted d_vocab"], batch: TokenBatch
     ) -> tuple[Float[Tensor, " counted"], Float[Tensor, " counted"]]:
-        """log p of a text's own tokens over the mean log p of what else follows the token before, in nats; and how open it is what
-        follows, in [0, 1): 1 - 1 / perplexity of the shares.
-
-        It is 0 where one token always follows (a full stop after an answer), near 1 where many do.
-        """
-        row = self.row[batch.tokens[:, :-1][batch.loss_mask[:, 1:]]]
+        """log p of a text's own tokens over the mean log p of what else follows the token before, in nats; and how much each counts:
+        the openness, or nothing where nothing else follows."""
+        row = self._rows(batch)
         tokens, shares, own = self.tokens[row], self.shares[row], targets(batch)[:, None]
         others = shares * (tokens != own)
         known = others.sum(dim=-1, keepdim=True)
@@ -65,5 +66,26 @@ class Alternatives:
             others == 0.0, 0.0
         )  # of others alone, -infinity counts
         mean = (others / known.clamp(min=1e-9) * among).sum(dim=-1)
-        openness = 1.0 - (-torch.special.entr(shares).sum(dim=-1)).exp()
-        return log_probabilities.gather(-1, own)[:, 0] - mean, torch.where(known[:, 0] > 0.0, openness, 0.0)
+        return log_probabilities.gather(-1, own)[:, 0] - mean, torch.where(known[:, 0] > 0.0, self.openness[row], 0.0)
+
+    def reference_log_odds(
+        self,
+        reference: Float[Tensor, "counted d_vocab"],
+        log_probabilities: Float[Tensor, "counted d_vocab"],
+        batch: TokenBatch,
+    ) -> tuple[Float[Tensor, " counted"], Float[Tensor, " counted"]]:
+        """log p of a text's own tokens over the mean log p of all others, weighted by the probability that `reference` gives them, in
+        nats; and the openness."""
+        own = targets(batch)[:, None]
+        others = reference.scatter(-1, own, -torch.inf).softmax(-1)
+        odds = log_probabilities.gather(-1, own)[:, 0] - (others * log_probabilities).sum(-1)
+        return odds, self.openness[self._rows(batch)]
+
+    def _rows(self, batch: TokenBatch) -> Int[Tensor, " counted"]:
+        """Those of the tokens before the ones that count."""
+        return self.row[batch.tokens[:, :-1][batch.loss_mask[:, 1:]]]
+
+
+def _openness(following: Counter[int]) -> float:
+    counts = torch.tensor(list(following.values())).double()
+    return 1.0 - float((-torch.special.entr(counts / counts.sum()).sum()).exp())

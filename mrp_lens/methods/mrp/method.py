@@ -33,10 +33,10 @@ from mrp_lens.training.optim import linear_decay
 from mrp_lens.utils.torch_state import ordinary_torch
 from mrp_lens.utils.validation import or_default
 
-ForgetLoss = Literal["odds", "bounded", "ascent"]
+ForgetLoss = Literal["alternatives", "odds", "bounded", "ascent"]
 RetainLoss = Literal["kl", "cross_entropy"]
 
-FORGET_BOUND = {"odds": 1.0, "bounded": 5.0, "ascent": math.inf}  # nats
+FORGET_BOUND = {"alternatives": 1.0, "odds": 1.0, "bounded": 5.0, "ascent": math.inf}  # nats
 GATE_LR = 0.2  # learning rate of the gates over that of the rows
 
 
@@ -85,10 +85,11 @@ class MRP(FitTemplate[MRPSettings]):
         gate_directions: directions of a gate, each for a cluster of the forget states. More than one pays where the forget set is
             about many things that have nothing in common.
         gate_weight: factor on the gates' own loss: open on the tokens of forget documents, closed on others.
-        forget_loss: "odds": per token, the log odds of the text's token against the tokens that follow the same token in other
-            forget texts, down to -forget_bound. Tokens that the forget texts determine do not count.
-            "bounded": -min(CE, forget_bound) per token. "ascent": -CE, the paper's, which diverges.
-        forget_bound: nats. None: 1 for "odds", 5 for "bounded".
+        forget_loss: "alternatives": per token, the log odds of the text's token against the tokens that follow the same token in
+            other forget texts, down to -forget_bound. Tokens that the forget texts determine do not count. "odds": the same
+            against the other tokens that the model without the projection considers there, for texts that have no form in
+            common. "bounded": -min(CE, forget_bound) per token. "ascent": -CE, the paper's, which diverges.
+        forget_bound: nats. None: 1 for "alternatives" and "odds", 5 for "bounded".
         retain_loss: "kl": KL(unedited || edited) on the retain corpus; "cross_entropy": on its text, as in the paper.
         retain_weight: factor on the retain loss, at the start of a fit with a budget; the released code has 1.2, with its
             cross-entropy.
@@ -121,7 +122,7 @@ class MRP(FitTemplate[MRPSettings]):
     conditional: bool = True
     gate_directions: int = 1
     gate_weight: float = 0.1
-    forget_loss: ForgetLoss = "odds"
+    forget_loss: ForgetLoss = "alternatives"
     forget_bound: float | None = None
     retain_loss: RetainLoss = "kl"
     retain_weight: float = 5.0
@@ -279,6 +280,7 @@ class _Losses:
         self.last = KeptStates(self.model, int(self.model.cfg.n_layers))
         self.first = KeptStates(self.model, min(layer_of(hook) for hook, _ in learned.hooks()))
         compared = [(self.last, data.retain)] if method.retain_loss == "kl" else []
+        compared += [(self.last, data.all_forget)] if method.forget_loss == "odds" else []
         for kept, rows in (*compared, (self.first, data.retain), (self.first, data.all_forget)):
             passes = method.steps * method.batch_size / len(rows)
             kept.read(self.encoder, rows, passes=passes, progress=context.progress)
@@ -304,11 +306,7 @@ class _Losses:
                 predicted = predictions(self.model, part)
             gate = self._gate_loss(part, batch, lost=True)
             text = cross_entropy(predicted, part)
-            if method.forget_loss == "odds":
-                odds, weights = self.alternatives.log_odds(predicted, part)
-                losing = weights * odds.clamp(min=-self.bound)
-            else:
-                losing = -text.clamp(max=self.bound)
+            losing = self._forget_loss(predicted, part, text)
             forget = losing.sum() / count
             yield {
                 "loss": forget + method.gate_weight * gate.get("gate", 0.0),
@@ -316,6 +314,19 @@ class _Losses:
                 **gate,
                 "forget_cross_entropy": text.detach().sum() / count,
             }
+
+    def _forget_loss(
+        self, predicted: Float[Tensor, "counted d_vocab"], part: TokenBatch, text: Float[Tensor, " counted"]
+    ) -> Float[Tensor, " counted"]:
+        """At each token that counts, in nats; `text`: the cross-entropy there."""
+        kind = self.method.forget_loss
+        if kind in ("bounded", "ascent"):
+            return -text.clamp(max=self.bound)
+        if kind == "alternatives":
+            odds, weights = self.alternatives.log_odds(predicted, part)
+        else:
+            odds, weights = self.alternatives.reference_log_odds(self._reference(part), predicted, part)
+        return weights * odds.clamp(min=-self.bound)
 
     def _keeping(self, batch: TokenBatch) -> Iterator[dict[str, Tensor]]:
         method, count = self.method, batch.loss_mask.sum()
@@ -385,6 +396,7 @@ class UnconditionalMRP(MRP):
     """
 
     conditional: bool = False
+    forget_loss: ForgetLoss = "odds"
     retain_weight: float = 10.0
     steps: int = 150
     batch_size: int = 32

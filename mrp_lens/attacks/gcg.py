@@ -23,7 +23,8 @@ from mrp_lens.data import Document, Questions
 from mrp_lens.data.tokenization import Encoded, Encoder, TokenBatch, in_order
 from mrp_lens.edits import Edit, edit_on
 from mrp_lens.metrics.activations import states_of
-from mrp_lens.metrics.multiple_choice import answered_right, encoded_choices, mean_log_probabilities
+from mrp_lens.metrics.likelihood import mean_log_probabilities
+from mrp_lens.metrics.multiple_choice import answered_right, encoded_choices
 from mrp_lens.metrics.recovery import RANDOM_TRIGGER, Score, recovery
 from mrp_lens.models import LensModel, check_layers, check_lens_model, encoder_for, logits_of
 from mrp_lens.models.finite import check_finite, check_states

@@ -2,23 +2,19 @@
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
 from numpy.typing import NDArray
 
 from mrp_lens.data import Document, Questions
-from mrp_lens.data.tokenization import Encoded, Encoder, in_order
+from mrp_lens.data.tokenization import Encoded, Encoder
 from mrp_lens.metrics.bootstrap import bootstrap_interval
+from mrp_lens.metrics.likelihood import mean_log_probabilities
 from mrp_lens.metrics.registry import Measured, register
 from mrp_lens.models import LensModel, encoder_for
-from mrp_lens.models.base import same_positions
-from mrp_lens.models.hooks import frozen
-from mrp_lens.training.losses import predictions
-from mrp_lens.utils.progress import progress_bar
 from mrp_lens.utils.torch_state import ordinary_torch
 
 UNNAMED = "no group"
@@ -35,7 +31,7 @@ def accuracy(
     Args:
         model: HookedTransformer or TransformerBridge, with the edit on if there is one.
         questions: reported by group.
-        batch_size: texts (prompt and choice) at a time.
+        batch_size: choices at a time.
         seed: of the bootstrap.
         progress: show a progress bar.
 
@@ -178,90 +174,6 @@ def encoded_choices(encoder: Encoder, questions: Questions, *, right_only: bool 
             text = questions.questions[number].choices[choice]
             raise ValueError(f"{questions.name!r}, question {number}: choice {choice} ({_short(text)}) {reason}")
     return rows
-
-
-def mean_log_probabilities(
-    model: LensModel,
-    encoder: Encoder,
-    rows: Sequence[Encoded],
-    sizes: Sequence[int],
-    *,
-    batch_size: int,
-    progress: bool = True,
-) -> list[NDArray[np.float64]]:
-    """The mean log-probability (nats) of the tokens that count in each row, grouped as the rows are.
-
-    Within a group one pass over a row also scores those that share its tokens up to their own last one: where every
-    choice of a question is a single token, one pass a question. -infinity where the model rules a token out.
-
-    Args:
-        model: with the edit on, if there is one.
-        encoder: the model's.
-        rows: in which a token counts, and never the first one.
-        sizes: of the groups of rows that may share passes, such as the choices of a question.
-        batch_size: passes at a time.
-        progress: show a progress bar.
-
-    Raises:
-        NonFiniteError: logits that are NaN or infinite.
-    """
-    places = [_counted(row) for row in rows]
-    passes: list[_Pass] = []
-    start = 0
-    for size in sizes:
-        own: list[_Pass] = []
-        for number in sorted(range(start, start + size), key=lambda n: -len(rows[n].ids)):
-            context = rows[number].ids[:-1]
-            length = len(rows[number].ids)
-            alike = (it for it in own if it.row.ids[: len(context)] == context)
-            known = next((it for it in alike if same_positions(model, len(it.row.ids), length)), None)
-            if known is None:
-                known = _Pass(rows[number], [])
-                own.append(known)
-            known.scored.append(number)
-        passes += own
-        start += size
-    read = [it.marked(places) for it in passes]
-    values = np.full(len(rows), np.nan)
-    bar = progress_bar(total=len(read), desc="scoring choices", progress=progress)
-    with frozen(model), torch.no_grad(), bar:
-        for chosen, batch in in_order(encoder, read, batch_size):
-            predicted = predictions(model, batch)
-            scored: list[int] = []
-            lines: list[int] = []
-            begin = 0
-            for number in chosen:
-                line = {place: begin + i for i, place in enumerate(_counted(read[number]))}
-                begin += len(line)
-                scored += passes[number].scored
-                lines += [line[place] for row in passes[number].scored for place in places[row]]
-            ids = [rows[row].ids[place] for row in scored for place in places[row]]
-            found = predicted[lines, ids].double().cpu().numpy()
-            ends = np.cumsum([len(places[row]) for row in scored])
-            values[scored] = [part.mean() for part in np.split(found, ends[:-1])]
-            bar.update(len(chosen))
-    return np.split(values, np.cumsum(sizes)[:-1])
-
-
-@dataclass(frozen=True)
-class _Pass:
-    """A row that is read, and the numbers of the rows that it scores: their tokens but the last are its first ones."""
-
-    row: Encoded
-    scored: list[int]
-
-    def marked(self, places: Sequence[Sequence[int]]) -> Encoded:
-        """The row, with every place in the loss at which one of the scored rows has a token that counts.
-
-        These are not the row's own: where a token holds the end of the prompt and the beginning of one choice, and two
-        tokens do for another, the same place belongs to the prompt of one and to the other choice itself.
-        """
-        wanted = {place for number in self.scored for place in places[number]}
-        return replace(self.row, in_loss=tuple(place in wanted for place in range(len(self.row.ids))))
-
-
-def _counted(row: Encoded) -> list[int]:
-    return [place for place, counts in enumerate(row.in_loss) if counts]
 
 
 def _why_not(whole: Encoded, row: Encoded, max_length: int) -> str | None:

@@ -121,12 +121,23 @@ def check_layers(model: LensModel, layers: Iterable[int]) -> tuple[int, ...]:
     return tuple(chosen)
 
 
-def forward(model: LensModel, tokens: Int[Tensor, "batch seq"], attention_mask: Bool[Tensor, "batch seq"]) -> Any:
-    """A forward pass, always with the attention mask and never with a key/value cache; what a row gives does not depend
-    on the others."""
-    no_cache = {"use_cache": False} if is_bridge(model) else {}
+def forward(
+    model: LensModel, tokens: Int[Tensor, "batch seq"], attention_mask: Bool[Tensor, "batch seq"], cache: Any = None
+) -> Any:
+    """A forward pass, always with the attention mask; what a row gives does not depend on the others.
+
+    Args:
+        model: HookedTransformer or TransformerBridge.
+        tokens: of the pass.
+        attention_mask: of the tokens; with a cache of Hugging Face's also of what it holds, in front.
+        cache: keys and values of the tokens before, to which those of this pass are added. None: nothing comes before.
+    """
+    if is_bridge(model):
+        how = {"use_cache": False} if cache is None else {"use_cache": True, "past_key_values": cache}
+    else:
+        how = {} if cache is None else {"past_kv_cache": cache}
     with each_row_alone(model, attention_mask):
-        return model(tokens, attention_mask=attention_mask.long(), return_type="logits", **no_cache)
+        return model(tokens, attention_mask=attention_mask.long(), return_type="logits", **how)
 
 
 def logits_of(
@@ -142,9 +153,10 @@ def logits_at(
     tokens: Int[Tensor, "batch seq"],
     attention_mask: Bool[Tensor, "batch seq"],
     positions: Bool[Tensor, "batch seq"],
+    cache: Any = None,
 ) -> Float[Tensor, "chosen d_vocab"]:
     """Logits at some positions of a padded batch, row by row; no others are computed, which with a large vocabulary would
-    take more memory than everything else."""
+    take more memory than everything else. Arguments as for `forward`."""
     chosen = False
 
     def choose(_module: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -154,7 +166,7 @@ def logits_at(
 
     handle = model.unembed.register_forward_pre_hook(choose)
     try:
-        logits: Tensor = forward(model, tokens, attention_mask)
+        logits: Tensor = forward(model, tokens, attention_mask, cache)
     finally:
         handle.remove()
     return logits[0] if chosen else logits[positions]
@@ -198,6 +210,11 @@ def same_positions(model: Any, length: int, other: int) -> bool:
     "longrope" reads the longer one with its other frequencies."""
     limit = _limit(model)
     return (length <= limit) == (other <= limit)
+
+
+def reads_by_length(model: Any) -> bool:
+    """Whether how the beginning of a text is read depends on how long the text is ("longrope")."""
+    return _limit(model) > 0
 
 
 def _limit(model: Any) -> int:

@@ -7,11 +7,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from mrp_lens.data import Corpus
+from mrp_lens.data import Corpus, Question, Questions
 from mrp_lens.data.tokenization import Encoder
 from mrp_lens.edits import load_edit
 from mrp_lens.edits.subspace import Subspace
 from mrp_lens.methods import MRP, RMU, AdaptiveRMU
+from mrp_lens.metrics import choice_scores
 from mrp_lens.models import encoder_for, load_model, logits_at, logits_of, mlp_out_weight, weights_by_name
 from mrp_lens.models.kept_states import KeptStates
 from mrp_lens.training.losses import predictions
@@ -78,6 +79,15 @@ def test_logits_at_some_positions_are_those_of_a_whole_pass(loaded: Any) -> None
             atol=1e-5,
             rtol=1e-5,
         )
+
+
+def test_choices_behind_one_prompt_have_the_scores_that_they_have_alone(loaded: Any) -> None:
+    prompt, choices = "the old man walked slowly near the", [" river", " house and garden", " red house"]
+    together = choice_scores(loaded, Questions((Question(prompt, tuple(choices), 0),)), progress=False)[0]
+    alone = [
+        choice_scores(loaded, Questions((Question(prompt, (each,), 0),)), progress=False)[0][0] for each in choices
+    ]
+    assert together.tolist() == pytest.approx(alone, abs=1e-4)
 
 
 @pytest.mark.parametrize("method", METHODS, ids=lambda m: m.name)

@@ -1,0 +1,179 @@
+"""How likely what counts in rows of tokens is to a model, over as few tokens as it takes."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import takewhile
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from numpy.typing import NDArray
+from torch import Tensor
+
+from mrp_lens.data.tokenization import Encoded, Encoder, TokenBatch, in_order
+from mrp_lens.models import LensModel
+from mrp_lens.models.base import same_positions
+from mrp_lens.models.hooks import frozen
+from mrp_lens.models.prefix import logits_behind, reads_prefixes
+from mrp_lens.training.losses import before_counted, predictions
+from mrp_lens.utils.progress import progress_bar
+from mrp_lens.utils.validation import check_whole
+
+SHORTEST = 4  # tokens that rows have to have in common before these are read once for all of them
+
+
+def mean_log_probabilities(
+    model: LensModel,
+    encoder: Encoder,
+    rows: Sequence[Encoded],
+    sizes: Sequence[int],
+    *,
+    batch_size: int,
+    progress: bool = True,
+) -> list[NDArray[np.float64]]:
+    """The mean log-probability (nats) of the tokens that count in each row, grouped as the rows are.
+
+    Within a group one pass over a row also scores those that share its tokens up to their own last one: where every
+    choice of a question is a single token, one pass a question. Where there are several, what they begin with is read once.
+    -infinity where the model rules a token out.
+
+    Args:
+        model: with the edit on, if there is one.
+        encoder: the model's.
+        rows: in which a token counts, and never the first one.
+        sizes: of the groups of rows that may share passes, such as the choices of a question.
+        batch_size: passes at a time.
+        progress: show a progress bar.
+
+    Raises:
+        NonFiniteError: logits that are NaN or infinite.
+    """
+    check_whole(batch_size=batch_size)
+    places = [_counted(row) for row in rows]
+    groups: list[list[_Pass]] = []
+    start = 0
+    for size in sizes:
+        groups.append(_passes(model, rows, range(start, start + size), places))
+        start += size
+    values = np.full(len(rows), np.nan)
+    bar = progress_bar(total=sum(map(len, groups)), desc="scoring choices", progress=progress)
+    with frozen(model), torch.no_grad(), bar:
+        for passes, predicted in _predicted(model, encoder, groups, batch_size):
+            scored: list[int] = []
+            lines: list[int] = []
+            begin = 0
+            for each in passes:
+                line = {place: begin + i for i, place in enumerate(_counted(each.row))}
+                begin += len(line)
+                scored += each.scored
+                lines += [line[place] for row in each.scored for place in places[row]]
+            ids = [rows[row].ids[place] for row in scored for place in places[row]]
+            found = predicted[lines, ids].double().cpu().numpy()
+            ends = np.cumsum([len(places[row]) for row in scored])
+            values[scored] = [part.mean() for part in np.split(found, ends[:-1])]
+            bar.update(len(passes))
+    return np.split(values, np.cumsum(sizes)[:-1])
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """A row that is read, and the numbers of the rows that it scores: their tokens but the last are its first ones."""
+
+    row: Encoded
+    scored: list[int]
+
+    def marked(self, places: Sequence[Sequence[int]]) -> "_Pass":
+        """With every place in the loss at which one of the scored rows has a token that counts.
+
+        These are not the row's own: where a token holds the end of the prompt and the beginning of one choice, and two
+        tokens do for another, the same place belongs to the prompt of one and to the other choice itself.
+        """
+        wanted = {place for number in self.scored for place in places[number]}
+        row = replace(self.row, in_loss=tuple(place in wanted for place in range(len(self.row.ids))))
+        return replace(self, row=row)
+
+
+def _passes(
+    model: LensModel, rows: Sequence[Encoded], numbers: Sequence[int], places: Sequence[Sequence[int]]
+) -> list[_Pass]:
+    """Those that it takes to score the rows of a group."""
+    found: list[_Pass] = []
+    for number in sorted(numbers, key=lambda n: -len(rows[n].ids)):
+        context, length = rows[number].ids[:-1], len(rows[number].ids)
+        alike = (it for it in found if it.row.ids[: len(context)] == context)
+        known = next((it for it in alike if same_positions(model, len(it.row.ids), length)), None)
+        if known is None:
+            known = _Pass(rows[number], [])
+            found.append(known)
+        known.scored.append(number)
+    return [each.marked(places) for each in found]
+
+
+def _predicted(
+    model: LensModel, encoder: Encoder, groups: Sequence[Sequence[_Pass]], batch_size: int
+) -> Iterator[tuple[list[_Pass], Float[Tensor, "counted d_vocab"]]]:
+    """Batches of passes, with the log-probabilities at the places that count in them, pass by pass."""
+    alike = sorted((_Alike.of(group) for group in groups), key=lambda group: group.length)
+    shared = [group for group in alike if group.length >= SHORTEST]
+    if shared:
+        longest = max(shared, key=lambda group: max(len(each.row.ids) for each in group.passes) - group.length)
+        if not reads_prefixes(model, *_behind([longest, shared[0], shared[-1]], encoder)):
+            shared = []
+    whole = [each for group in alike if not (shared and group.length >= SHORTEST) for each in group.passes]
+    for batch in _batches(shared, batch_size):
+        passes = [each for group in batch for each in group.passes]
+        found = logits_behind(model, *_behind(batch, encoder)).float().log_softmax(-1)
+        if bool(found.isnan().any()):
+            whole += passes  # of which whole passes say where it comes from
+        else:
+            yield passes, found
+    for chosen, read in in_order(encoder, [each.row for each in whole], batch_size):
+        yield [whole[number] for number in chosen], predictions(model, read)
+
+
+@dataclass(frozen=True)
+class _Alike:
+    """Passes that begin with so many tokens in common; none if that is no more than a token counts behind, or there is one pass."""
+
+    passes: Sequence[_Pass]
+    length: int
+
+    @classmethod
+    def of(cls, passes: Sequence[_Pass]) -> "_Alike":
+        if len(passes) < 2:
+            return cls(passes, 0)
+        first = min(_counted(each.row)[0] for each in passes)
+        equal = takewhile(lambda ids: len(set(ids)) == 1, zip(*(each.row.ids for each in passes), strict=False))
+        return cls(passes, min(first - 1, sum(1 for _ in equal)))
+
+
+def _batches(groups: Sequence[_Alike], batch_size: int) -> Iterator[list[_Alike]]:
+    """Of so many passes at most, or of one group."""
+    batch: list[_Alike] = []
+    for group in groups:
+        if batch and sum(len(other.passes) for other in batch) + len(group.passes) > batch_size:
+            yield batch
+            batch = []
+        batch.append(group)
+    if batch:
+        yield batch
+
+
+def _behind(
+    groups: Sequence[_Alike], encoder: Encoder
+) -> tuple[TokenBatch, Int[Tensor, " passes"], TokenBatch, Bool[Tensor, "passes seq"]]:
+    """What the groups begin with, whose each pass is, what follows, and behind which of its tokens one counts."""
+    prefixes = [group.passes[0].row.at(range(group.length)) for group in groups]
+    owner = [place for place, group in enumerate(groups) for _ in group.passes]
+    rests = [each.row.at(range(group.length, len(each.row.ids))) for group in groups for each in group.passes]
+    rest = encoder.collate(rests, side="right")
+    return (
+        encoder.collate(prefixes, side="right"),
+        torch.tensor(owner, device=encoder.device),
+        rest,
+        before_counted(rest),
+    )
+
+
+def _counted(row: Encoded) -> list[int]:
+    return [place for place, counts in enumerate(row.in_loss) if counts]

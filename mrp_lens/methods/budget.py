@@ -4,7 +4,8 @@ The damage is KL(unedited || edited) on retain text that no update sees, and on 
 from it. The weight is a multiplier that rises while there is more damage than the budget allows: dual ascent, as for the constraint
 that PDU (arXiv 2506.05314) puts on the retain loss. It falls while there is less, until the fit is where it aims: what is over by
 then is not spent. A fit aims at chance itself, and has forgotten where what is left cannot be told from chance: the questions are
-few and of two forms, and what is asked otherwise comes down later.
+few and of two forms, and what is asked otherwise comes down later. Where the weight is as small as it gets and nothing has been
+forgotten, the steps are too small for this model: they grow until something happens.
 """
 
 import math
@@ -20,7 +21,7 @@ from typing_extensions import override
 from mrp_lens.data.tokenization import Encoded, Encoder, TokenBatch, in_order
 from mrp_lens.edits import Edit
 from mrp_lens.methods.control import ControlQuestions
-from mrp_lens.methods.outcome import SPENT, Outcome
+from mrp_lens.methods.outcome import MOVED, SPENT, Outcome
 from mrp_lens.models import LensModel
 from mrp_lens.training.callbacks import Callback, TrainingState
 from mrp_lens.training.loop import TrainingRun
@@ -34,6 +35,7 @@ STALLED = 5  # looks without progress after which a fit ends
 LESS = 0.02  # by which the accuracy has to come down, or the fit has stalled
 RATE = 0.5  # of the multiplier's logarithm, for a damage off by a factor of e
 LIMITS = (1e-2, 1e3)  # of the multiplier
+FASTEST = 16.0  # times the learning rate, at most, that a fit in which nothing happens goes to
 NUMBERS = 2**25  # log-probabilities of the unedited model that are kept in memory at most, of documents and of answers
 ANSWERS = 0.25  # of the divergence on answers that counts
 BATCH = 16
@@ -152,6 +154,8 @@ class Budget(Callback):
             if self._settling or self.looks[-1] <= self.aim:  # nothing is left to pay for
                 off = max(0.0, off)
             least, most = LIMITS
+            if off < 0.0 and self.multiplier <= least and self._unmoved():
+                state.pace = min(FASTEST, state.pace * math.exp(-RATE * off))
             self.multiplier = min(most, max(least, self.multiplier * math.exp(RATE * off)))
         if not self._settling and done % LOOK == 0:
             with state.shown():
@@ -168,10 +172,15 @@ class Budget(Callback):
     def _there(self) -> bool:
         return len(self.looks) > PATIENCE and fmean(self.looks[-PATIENCE:]) <= self.aim
 
+    def _unmoved(self) -> bool:
+        """Whether the accuracy at the last look was that from before the fit, but for a tenth of the way."""
+        return self.looks[-1] > self.before - MOVED * (self.before - self.aim)
+
     def _stalled(self) -> bool:
-        """Whether the accuracy stays where it is, and would under a smaller multiplier: the damage allowed for is done, or there
-        is no smaller one."""
-        pushed = self.found >= SPENT * self.nats or self.multiplier <= LIMITS[0]
+        """Whether the accuracy stays where it is, and would under a smaller multiplier and with larger steps: the damage allowed for
+        is done, or there are none."""
+        free = self.multiplier <= LIMITS[0] and (self._state.pace >= FASTEST or not self._unmoved())
+        pushed = self.found >= SPENT * self.nats or free
         return pushed and len(self.looks) > STALLED and min(self.looks[-STALLED:]) > min(self.looks[:-STALLED]) - LESS
 
     def outcome(self, run: TrainingRun, *, earlier: float) -> Outcome:
@@ -198,6 +207,7 @@ class Budget(Callback):
             "stalled": self.stalled,
             "looks": list(self.looks),
             "steps": self._state.steps,
+            "pace": self._state.pace,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -205,7 +215,7 @@ class Budget(Callback):
         self.multiplier, self.found = float(state["multiplier"]), float(state["found"])
         self.looks = [float(look) for look in state["looks"]]
         self.stalled = bool(state["stalled"])
-        self._state.steps = int(state["steps"])
+        self._state.steps, self._state.pace = int(state["steps"]), float(state.get("pace", 1.0))
 
 
 def damage_of(edit: Edit | None) -> float:

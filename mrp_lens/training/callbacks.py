@@ -31,6 +31,7 @@ class TrainingState:
         shown: inside its context the model computes with what has been learned so far.
         rows: of the log: `step`, the terms of the loss, `seconds`; one for every update that is done.
         interruption: true from the moment that the run is told to stop.
+        pace: factor on the learning rate, besides the schedule's; a governor may change it.
         stopping: the update just done is the last for that reason. What is told to stop while callbacks look on does one
             more update, so that its end is always saved.
     """
@@ -44,6 +45,7 @@ class TrainingState:
     shown: Callable[[], AbstractContextManager[object]] = nullcontext
     rows: list[dict[str, float]] = field(default_factory=list)
     interruption: Interruption = field(default_factory=Interruption)
+    pace: float = 1.0
     stopping: bool = False
 
     @property

@@ -70,8 +70,8 @@ def train(
         checkpoint: where the state is written every so many steps, and where it is read from first: a run that was
             killed goes on, and ends with the same bits as one that was not.
         callbacks: told of the start, of every update once it is saved, and of the end.
-        governor: told before the update is saved. It may lower `state.steps`, upon which the schedule hurries to its end;
-            what it knows has to be in `resumable`.
+        governor: told before the update is saved. It may lower `state.steps`, upon which the schedule hurries to its end,
+            and change `state.pace`; what it knows has to be in `resumable`.
         settings: of what is trained, for loggers.
         shown: inside its context the model computes with what is being trained, for evaluation; by default it does so
             anyway.
@@ -110,7 +110,7 @@ def train(
                 if max_grad_norm is not None:
                     torch.nn.utils.clip_grad_norm_(state.tensors, max_grad_norm)
                 for group, rate in zip(optimizer.param_groups, rates, strict=True):
-                    group["lr"] = rate * (schedule(step / state.steps) if schedule else 1.0)
+                    group["lr"] = rate * state.pace * (schedule(step / state.steps) if schedule else 1.0)
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)  # what looks on has the memory of the gradients
                 state.rows.append({"step": step, **row, "seconds": time.perf_counter() - start})

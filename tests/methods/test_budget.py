@@ -19,7 +19,7 @@ from mrp_lens.data.tokenization import Encoded
 from mrp_lens.data.world.facts import STATEMENTS
 from mrp_lens.methods import MRP, RMU, Fit, GradientAscent, Outcome
 from mrp_lens.methods.base import prepare
-from mrp_lens.methods.budget import EVERY, LIMITS, PATIENCE, SETTLING, Budget, Damage, damage_of
+from mrp_lens.methods.budget import EVERY, FASTEST, LIMITS, PATIENCE, SETTLING, Budget, Damage, damage_of
 from mrp_lens.methods.control import FORMS, ControlQuestions, control_accuracy, parted
 from mrp_lens.methods.coverage import FRAMES
 from mrp_lens.models import LensModel, encoder_for
@@ -210,9 +210,26 @@ def test_the_multiplier_falls_while_there_is_less_damage_until_the_target_is_rea
 def test_a_fit_that_can_still_push_harder_is_not_stalled() -> None:
     spent = Budget(None, Known(0.09), Answers(1.0), nats=0.1, target=0.25)  # type: ignore[arg-type]
     assert run(spent, 1000).done == 100 + 50
-    sparing = Budget(None, Known(0.079), Answers(1.0), nats=0.1, target=0.25)  # type: ignore[arg-type]
+    sparing = Budget(None, Known(0.079), Answers(1.0, 0.8), nats=0.1, target=0.25)  # type: ignore[arg-type]
     assert run(sparing, 1000).done == 200 + 100  # the multiplier is at its floor after 195
     assert sparing.multiplier == LIMITS[0]
+
+
+def test_a_fit_in_which_nothing_happens_takes_larger_steps() -> None:
+    unmoved = Budget(None, Known(0.0), Answers(1.0), nats=0.1, target=0.25)  # type: ignore[arg-type]
+    state = run(unmoved, 1000)
+    assert state.pace == FASTEST
+    # at 50 the multiplier is at its floor, and grows by e^0.5 no more; six more looks at the damage make it 16 times
+    assert state.done == 100 + 50
+    for known, answers in ((Known(0.0), Answers(1.0, 0.9)), (Known(0.2), Answers(1.0))):  # it moves; it does damage
+        budget = Budget(None, known, answers, nats=0.1, target=0.25)  # type: ignore[arg-type]
+        assert run(budget, 200).pace == 1.0
+    pausing = Budget(None, Known(0.0), Answers(1.0), nats=0.1, target=0.25)  # type: ignore[arg-type]
+    begun = run(pausing, 70)
+    again = Budget(None, Known(0.0), Answers(1.0), nats=0.1, target=0.25)  # type: ignore[arg-type]
+    again.on_start(TrainingState("test", 70, torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)))
+    again.load_state_dict(pausing.state_dict())
+    assert 1.0 < again.state_dict()["pace"] == begun.pace < FASTEST
 
 
 def test_a_fit_that_no_longer_moves_ends() -> None:

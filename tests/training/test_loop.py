@@ -95,6 +95,19 @@ def test_schedules() -> None:
         train(lambda step: [], torch.optim.SGD([torch.zeros(1)], lr=1.0), steps=0, description="test")
 
 
+def test_a_governor_changes_the_learning_rate_of_the_updates_that_follow() -> None:
+    class Doubling(Callback):
+        def on_start(self, state: TrainingState) -> None:
+            self.state = state
+
+        def on_step(self, step: int, row: Mapping[str, float]) -> None:
+            self.state.pace *= 2.0
+
+    x = torch.zeros(1, requires_grad=True)
+    train(lambda step: [{"loss": -x.sum()}], torch.optim.SGD([x], lr=0.1), steps=3, description="test", progress=False, governor=Doubling())  # fmt: skip
+    assert float(x.detach()) == pytest.approx(0.1 + 0.2 + 0.4)
+
+
 def test_callbacks_are_told_of_every_step_and_always_of_the_end() -> None:
     first, failing, never = Recorder(), Recorder(fails_at=1), Recorder()
     with pytest.raises(Killed):

@@ -105,18 +105,18 @@ def main() -> None:
     model = load_model(arguments.model, backend=arguments.backend)
     run = Run("analysis.tofu", vars(arguments), arguments.seed)
 
-    def add(name: str, scores: dict[str, float], seconds: float = 0.0) -> None:
-        run.rows.append({"method": name, **scores, "seconds": seconds})
-        print(
-            name, ", ".join(f"{key} {scores[key]:.3f}" for key in KEYS if key in scores), f"{seconds:.0f} s", flush=True
-        )
+    def add(name: str, scores: dict[str, float], outcome: str = "", seconds: float = 0.0) -> None:
+        run.rows.append({"method": name, **scores, "outcome": outcome, "seconds": seconds})
+        shown = ", ".join(f"{key} {scores[key]:.3f}" for key in KEYS if key in scores)
+        print(name, shown, f"{seconds:.0f} s", outcome, flush=True)
 
     add("unedited", benchmark.score(model, None))
     if arguments.reference:
         add("never-taught", benchmark.score(load_model(arguments.reference, backend=arguments.backend), None))
     for name in arguments.methods:
         fit = known[name].fit(model, benchmark.forget, benchmark.retain, seed=arguments.seed)
-        add(name, benchmark.score(model, fit.edit), float(fit.log["seconds"].iloc[-1]))
+        ended = "" if fit.outcome is None else str(fit.outcome)
+        add(name, benchmark.score(model, fit.edit), ended, float(fit.log["seconds"].iloc[-1]))
     run.write(arguments.out, overwrite=arguments.overwrite)
 
 

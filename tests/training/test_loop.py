@@ -104,7 +104,8 @@ def test_a_governor_changes_the_learning_rate_of_the_updates_that_follow() -> No
             self.state.pace *= 2.0
 
     x = torch.zeros(1, requires_grad=True)
-    train(lambda step: [{"loss": -x.sum()}], torch.optim.SGD([x], lr=0.1), steps=3, description="test", progress=False, governor=Doubling())  # fmt: skip
+    optimizer = torch.optim.SGD([x], lr=0.1)
+    train(lambda step: [{"loss": -x.sum()}], optimizer, steps=3, description="t", progress=False, governor=Doubling())
     assert float(x.detach()) == pytest.approx(0.1 + 0.2 + 0.4)
 
 

@@ -19,14 +19,14 @@ from mrp_lens.methods.base import Data, FitContext, FitTemplate, both_sides, fit
 from mrp_lens.methods.coverage import Coverage
 from mrp_lens.methods.fit import Fit
 from mrp_lens.methods.registry import Swept, register
-from mrp_lens.methods.rmu import RELEASED_DEPTH_SHARE, RMU, default_layer, entry_size, up_to
+from mrp_lens.methods.rmu import RELEASED_DEPTH_SHARE, RMU, default_layer, up_to
 from mrp_lens.methods.rmu import REPORT as STEERED
 from mrp_lens.methods.spaces import ABLATION_SPACE, GRADIENT_ASCENT_SPACE, GRADIENT_SPACE, NPO_SPACE, RMU_SPACE
 from mrp_lens.models import LensModel, check_layers, mlp_out_weight, restored, tensor_digests
 from mrp_lens.models.hooks import Site, hook_name
 from mrp_lens.training.loop import TrainingRun
 from mrp_lens.training.losses import cross_entropy, predictions
-from mrp_lens.training.optim import MasterAdamW, linear_decay, trainable
+from mrp_lens.training.optim import MasterAdamW, entry_size, linear_decay, trainable
 from mrp_lens.utils.validation import check_positive, or_default
 
 Unit = Literal["token", "document"]

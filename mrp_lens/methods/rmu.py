@@ -1,7 +1,7 @@
 """RMU (arXiv 2403.03218) and Adaptive RMU (arXiv 2408.06223): a few MLP matrices learn to steer forget states away."""
 
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Generic, Literal, TypeVar
@@ -22,7 +22,7 @@ from mrp_lens.methods.spaces import ADAPTIVE_RMU_SPACE, RMU_SPACE
 from mrp_lens.models import EditableWeight, LensModel, check_layers, mlp_out_weight, restored, tensor_digests
 from mrp_lens.models.hooks import Site, captured, hook_name, run_segment
 from mrp_lens.models.kept_states import KeptStates
-from mrp_lens.training.optim import TransformersAdamW, warmup_linear_decay
+from mrp_lens.training.optim import TransformersAdamW, update_size, warmup_linear_decay
 from mrp_lens.utils.validation import check_positive, or_default
 
 Positions = Literal["content", "all"]
@@ -332,21 +332,6 @@ def default_layer(model: LensModel, share: float = DEPTH_SHARE) -> int:
 def up_to(layer: int) -> tuple[int, ...]:
     """The layers whose matrices learn when states are steered at a layer: it and the two before."""
     return tuple(range(max(0, layer - 2), layer + 1))
-
-
-def entry_size(matrices: Iterable[Tensor]) -> float:
-    """Root mean square of a matrix's entries, on average over the matrices."""
-    return float(torch.stack([matrix.float().square().mean().sqrt() for matrix in matrices]).mean())
-
-
-def update_size(matrices: Iterable[Tensor]) -> float:
-    """How far every entry of a matrix may be moved at once to change it by as much as it is, on average over the matrices.
-
-    Sizes are spectral norms: about (sqrt(m) + sqrt(n)) s for m x n independent entries of size s, sqrt(m n) lr where all entries move by
-    lr the same way. So a wide matrix takes smaller steps than a narrow one with entries of the same size.
-    """
-    sizes = [entry_size([matrix]) * sum(side**-0.5 for side in matrix.shape) for matrix in matrices]
-    return sum(sizes) / len(sizes)
 
 
 def norm_of(model: LensModel, data: Data, *, layer: int, hook: str, errors: Errors) -> float:

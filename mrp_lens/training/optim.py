@@ -1,7 +1,10 @@
-"""Optimizers and their schedules. A model's own tensors are trained in float32: in bfloat16 most small updates round away."""
+"""Optimizers, their schedules, and the sizes that learning rates follow.
+
+A model's own tensors are trained in float32: in bfloat16 most small updates round away.
+"""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -108,3 +111,18 @@ def warmup_cosine(share: float, *, warmup: float = 0.05) -> float:
     if share < warmup:
         return (share + 1e-3) / warmup
     return 0.5 * (1 + math.cos(math.pi * (share - warmup) / (1 - warmup)))
+
+
+def entry_size(matrices: Iterable[Tensor]) -> float:
+    """Root mean square of a matrix's entries, on average over the matrices."""
+    return float(torch.stack([matrix.float().square().mean().sqrt() for matrix in matrices]).mean())
+
+
+def update_size(matrices: Iterable[Tensor]) -> float:
+    """How far every entry of a matrix may be moved at once to change it by as much as it is, on average over the matrices.
+
+    Sizes are spectral norms: about (sqrt(m) + sqrt(n)) s for m x n independent entries of size s, sqrt(m n) lr where all entries move by
+    lr the same way. So a wide matrix takes smaller steps than a narrow one with entries of the same size.
+    """
+    sizes = [entry_size([matrix]) * sum(side**-0.5 for side in matrix.shape) for matrix in matrices]
+    return sum(sizes) / len(sizes)

@@ -137,7 +137,7 @@ def _share_learned(model: LensModel, taught: Questions | Corpus, *, batch_size: 
     encoder = encoder_for(model)
     right, total = 0, 0
     with frozen(model), torch.no_grad():
-        for _, batch in in_order(encoder, encoder.encode(taught.documents), batch_size):
+        for _, batch in in_order(encoder, encoder.encode(taught.documents), batch_size, logits=True):
             said = predictions(model, batch).argmax(-1)
             right += int((said == targets(batch)).sum())
             total += len(said)

@@ -144,7 +144,7 @@ def _measured(
     rows = encoded_choices(encoder, questions, right_only=True)
     values = np.empty((len(rows), len(MEASURES)))
     with tqdm(total=len(rows), desc="input gradients", disable=not progress) as bar:
-        for chosen, batch in in_order(encoder, rows, batch_size, side=padding):
+        for chosen, batch in in_order(encoder, rows, batch_size, side=padding, logits=True):
             prompt = batch.content_mask & ~batch.loss_mask
             for place, tokens in zip(chosen, prompt.sum(dim=1).tolist(), strict=True):
                 if not tokens:

@@ -15,6 +15,8 @@ from mrp_lens.utils.validation import check_one_of, check_whole
 PaddingSide = Literal["left", "right"]
 Kept = Literal["start", "end"]
 
+NUMBERS = 2**26  # logits computed at once: a quarter of a GiB in float32
+
 
 @dataclass(frozen=True)
 class TokenBatch:
@@ -188,18 +190,38 @@ class Encoder:
 
 
 def in_order(
-    encoder: Encoder, rows: Sequence[Encoded], batch_size: int, *, side: PaddingSide = "right"
+    encoder: Encoder, rows: Sequence[Encoded], batch_size: int, *, side: PaddingSide = "right", logits: bool = False
 ) -> Iterator[tuple[list[int], TokenBatch]]:
     """Batches of similar length (least padding), each with the positions of its rows.
+
+    Args:
+        encoder: of the model.
+        rows: to read.
+        batch_size: rows a batch, at most.
+        side: of the padding.
+        logits: they are computed at every token that counts: fewer rows a batch where these would be more than 2^26 numbers.
 
     Raises:
         TypeError, ValueError: a batch size that is no whole number, or below 1, which would read nothing.
     """
     check_whole(batch_size=batch_size)
     order = sorted(range(len(rows)), key=lambda i: len(rows[i].ids))
-    for start in range(0, len(order), batch_size):
-        chosen = order[start : start + batch_size]
+    sizes = [sum(rows[place].in_loss) * encoder.rows for place in order] if logits else [0] * len(order)
+    for part in groups_within(sizes, batch_size):
+        chosen = order[part]
         yield chosen, encoder.collate([rows[i] for i in chosen], side=side)
+
+
+def groups_within(numbers: Sequence[int], most: int) -> Iterator[slice]:
+    """Neighbours, at most so many a group and together no more than 2^26 numbers, unless one alone has more."""
+    start, total = 0, 0
+    for place, own in enumerate(numbers):
+        if place > start and (place - start == most or total + own > NUMBERS):
+            yield slice(start, place)
+            start, total = place, 0
+        total += own
+    if start < len(numbers):
+        yield slice(start, len(numbers))
 
 
 class Batches(Iterator[list[Encoded]]):

@@ -180,7 +180,7 @@ class _Losses:
         if self.method.unit == "token":
             return values
         with torch.no_grad():
-            for chosen, batch in in_order(self.encoder, list(documents), self.method.batch_size):
+            for chosen, batch in in_order(self.encoder, list(documents), self.method.batch_size, logits=True):
                 text, rows = self._text(batch)
                 sums = -sums_of(text, rows, len(batch))
                 for place, value in zip(chosen, sums.tolist(), strict=True):

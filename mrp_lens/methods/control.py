@@ -104,7 +104,7 @@ class ControlQuestions:
     def _accuracy(self, model: LensModel, rows: Sequence[Encoded]) -> float:
         scores = torch.zeros(len(rows))
         with torch.no_grad():
-            for places, batch in in_order(self.encoder, rows, BATCH):
+            for places, batch in in_order(self.encoder, rows, BATCH, logits=True):
                 values = -cross_entropy(predictions(model, batch), batch)
                 counts = batch.loss_mask[:, 1:].sum(dim=1).tolist()
                 scores[places] = torch.stack([part.mean() for part in values.split(counts)]).cpu()

@@ -49,7 +49,7 @@ def damage(
     sums = np.zeros((len(encoded), 3))  # of each document: divergence, that of a uniform guess, tokens
     bar = progress_bar(total=len(encoded), desc="measuring damage", progress=progress)
     with frozen(model), torch.no_grad(), bar:
-        for chosen, batch in in_order(encoder, encoded, batch_size):
+        for chosen, batch in in_order(encoder, encoded, batch_size, logits=True):
             bar.update(len(chosen))
             if not batch.loss_mask.any():
                 continue

@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mrp_lens.data.tokenization import Encoded, Encoder, TokenBatch, in_order
+from mrp_lens.data.tokenization import Encoded, Encoder, TokenBatch, groups_within, in_order
 from mrp_lens.models import LensModel
 from mrp_lens.models.base import same_positions
 from mrp_lens.models.hooks import frozen
@@ -120,14 +120,16 @@ def _predicted(
         if not reads_prefixes(model, *_behind([longest, shared[0], shared[-1]], encoder)):
             shared = []
     whole = [each for group in alike if not (shared and group.length >= SHORTEST) for each in group.passes]
-    for batch in _batches(shared, batch_size):
-        passes = [each for group in batch for each in group.passes]
-        found = logits_behind(model, *_behind(batch, encoder)).float().log_softmax(-1)
+    counts = [sum(len(_counted(each.row)) for each in group.passes) for group in shared]
+    most = max(1, batch_size // max(len(group.passes) for group in shared)) if shared else 1
+    for part in groups_within([count * encoder.rows for count in counts], most):
+        passes = [each for group in shared[part] for each in group.passes]
+        found = logits_behind(model, *_behind(shared[part], encoder)).float().log_softmax(-1)
         if bool(found.isnan().any()):
             whole += passes  # of which whole passes say where it comes from
         else:
             yield passes, found
-    for chosen, read in in_order(encoder, [each.row for each in whole], batch_size):
+    for chosen, read in in_order(encoder, [each.row for each in whole], batch_size, logits=True):
         yield [whole[number] for number in chosen], predictions(model, read)
 
 
@@ -145,18 +147,6 @@ class _Alike:
         first = min(_counted(each.row)[0] for each in passes)
         equal = takewhile(lambda ids: len(set(ids)) == 1, zip(*(each.row.ids for each in passes), strict=False))
         return cls(passes, min(first - 1, sum(1 for _ in equal)))
-
-
-def _batches(groups: Sequence[_Alike], batch_size: int) -> Iterator[list[_Alike]]:
-    """Of so many passes at most, or of one group."""
-    batch: list[_Alike] = []
-    for group in groups:
-        if batch and sum(len(other.passes) for other in batch) + len(group.passes) > batch_size:
-            yield batch
-            batch = []
-        batch.append(group)
-    if batch:
-        yield batch
 
 
 def _behind(

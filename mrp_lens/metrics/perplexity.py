@@ -108,7 +108,7 @@ def _document_log_probabilities(
     sums = np.zeros((len(encoded), 2))
     bar = progress_bar(total=len(encoded), desc="scoring text", progress=progress)
     with frozen(model), torch.no_grad(), bar:
-        for chosen, batch in in_order(encoder, encoded, batch_size):
+        for chosen, batch in in_order(encoder, encoded, batch_size, logits=True):
             own = predictions(model, batch).gather(-1, targets(batch)[:, None])[:, 0].double().cpu()
             row = batch.loss_mask[:, 1:].nonzero()[:, 0].cpu()
             sums[chosen, 0] = torch.zeros(len(chosen), dtype=torch.float64).index_add(0, row, own).numpy()

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from mrp_lens import metrics
-from mrp_lens.data import Corpus, Document, Questions
-from mrp_lens.data.tokenization import Batches, Encoder, in_order
+from mrp_lens.data import Corpus, Document, Questions, tokenization
+from mrp_lens.data.tokenization import Batches, Encoder, groups_within, in_order
 from mrp_lens.methods.base import prepare
 from mrp_lens.models import LensModel, encoder_for
 from mrp_lens.training.losses import predictions
@@ -188,3 +188,16 @@ def test_batches_cover_every_row_once_a_round(model: LensModel) -> None:
         assert sorted(len(row.ids) for row in next(stream)) == sorted(len(row.ids) for row in rows)
     assert len(next(Batches(rows, 99, torch.Generator()))) == 7
     assert sorted(i for chosen, _ in in_order(encoder, rows, 3) for i in chosen) == list(range(7))
+
+
+def test_a_batch_has_no_more_logits_than_memory_is_meant_for(model: LensModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder = encoder_for(model)
+    rows = encoder.encode([Document("", "word " * (i + 1)) for i in range(7)])
+    counts = [sum(row.in_loss) for row in rows]
+    monkeypatch.setattr(tokenization, "NUMBERS", 9 * encoder.rows)
+    batches = [chosen for chosen, _ in in_order(encoder, rows, 4, logits=True)]
+    assert sorted(place for chosen in batches for place in chosen) == list(range(7))
+    assert len(batches) > len(list(in_order(encoder, rows, 4)))
+    for chosen in batches:
+        assert len(chosen) == 1 or sum(counts[place] for place in chosen) <= 9
+    assert [range(5)[part] for part in groups_within([1, 1, 1, 1, 1], 2)] == [range(2), range(2, 4), range(4, 5)]

@@ -205,7 +205,7 @@ class Distillation(PlainSettings):
         rows = [row for row in encoder.encode(Corpus.from_texts(texts).documents) if any(row.in_loss[1:])]
         agreed = []
         with torch.no_grad():
-            for places, batch in in_order(encoder, rows, self.batch_size):
+            for places, batch in in_order(encoder, rows, self.batch_size, logits=True):
                 before = predictions(model, batch)
                 with edit_on(model, projection):
                     changed = kl(before, predictions(model, batch))

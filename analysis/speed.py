@@ -1,8 +1,10 @@
-"""What a fit and a forward cost: `python -m analysis.speed --out runs/speed`.
+"""What fits, a forward and a quiz cost: `python -m analysis.speed --out runs/speed`.
 
-RMU at layer 7 of a 32-layer model, against the loop of the released code written plainly: two models, three full
-forwards a step, gradients down to the embedding. And a forward pass with MRP's hooks on two layers against one without.
-Every figure is the median of interleaved pairs of one run, since single timings on a shared machine mean little.
+RMU at layer 7 of a 32-layer model, against the loop of the released code written plainly: two models, three full forwards a step,
+gradients down to the embedding. MRP against a plain loop: logits everywhere, and the unedited model read in each step. A forward pass
+with MRP's hooks on two layers against one without. A quiz against lm-evaluation-harness on the same questions, whose answers have to be
+the same (with `--model FOLDER`, on that model instead of the demo; `pip install 'mrp_lens[harness]'`). Every figure is the median of
+interleaved pairs of one run, since single timings on a shared machine mean little.
 """
 
 import argparse
@@ -13,6 +15,8 @@ import threading
 import time
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -21,18 +25,29 @@ import psutil
 import torch
 
 from mrp_lens import Subspace
-from mrp_lens.data import Corpus
+from mrp_lens.data import Corpus, Questions, UnlearningTask
 from mrp_lens.data.tokenization import Batches
 from mrp_lens.edits import ProjectionEdit
-from mrp_lens.methods import RMU
+from mrp_lens.evals.lm_eval import HarnessModel, load_hf
+from mrp_lens.methods import RMU, UnconditionalMRP
+from mrp_lens.metrics import choice_scores
+from mrp_lens.metrics.multiple_choice import encoded_choices
 from mrp_lens.models import available_backends, encoder_for, load_model, logits_of, mlp_out_weight
-from mrp_lens.models.hooks import captured, hook_name
+from mrp_lens.models.base import device_of, dtype_of
+from mrp_lens.models.hooks import captured, hook_name, hooked
 from mrp_lens.runs.record import Run
 from mrp_lens.utils.io import check_free
 
 LAYERS, WIDTH, LAYER, BATCH, TOKENS = 32, 256, 7, 4, 128
 COEFFICIENT, ALPHA = 6.5, 1200.0
-TARGETS = {"rmu": "aim: at least 3x steps/s and at most 0.6x memory", "forward": "aim: at most 1.05"}
+PROJECTED, RANK = (16, 21, 26, 31), 16  # what MRP's fits project
+QUIZ, CHOICES = 60, 128  # questions, and choices that are read at a time
+TARGETS = {
+    "rmu": "aim: at least 3x steps/s and at most 0.6x memory",
+    "mrp": "aim: at least 3x steps/s",
+    "forward": "aim: at most 1.05",
+    "accuracy": "aim: at least 2x",
+}
 
 
 def make_model(folder: Path) -> None:
@@ -117,6 +132,45 @@ def our_rmu(model: Any, forget: Corpus, retain: Corpus, steps: int) -> None:
     settings.fit(model, forget, retain, progress=False)
 
 
+def plain_mrp(model: Any, forget: Corpus, retain: Corpus, steps: int) -> None:
+    """MRP as one would write it: an unedited copy read in each step, logits at every position, gradients through every block."""
+    unedited = copy.deepcopy(model)
+    encoder = encoder_for(model)
+    generator = torch.Generator().manual_seed(0)
+    batches = [Batches(encoder.encode(corpus.documents), BATCH, generator) for corpus in (forget, retain)]
+    rows = {hook_name(layer): torch.randn(RANK, WIDTH, generator=generator).requires_grad_() for layer in PROJECTED}
+    optimizer = torch.optim.Adam(rows.values(), lr=0.01)
+
+    def project(states: torch.Tensor, hook: Any) -> torch.Tensor:
+        basis = torch.linalg.qr(rows[hook.name].T)[0]
+        return states - (states @ basis) @ basis.T
+
+    def log_probabilities(of: Any, batch: Any) -> torch.Tensor:
+        return logits_of(of, batch.tokens, batch.attention_mask)[:, :-1].log_softmax(-1)
+
+    for _ in range(steps):
+        forget_batch, retain_batch = (encoder.collate(next(rows)) for rows in batches)
+        with hooked(model, [(name, project) for name in rows]):
+            said = log_probabilities(model, forget_batch).gather(-1, forget_batch.tokens[:, 1:, None])[..., 0]
+            losing = said.clamp(min=-5.0)[forget_batch.loss_mask[:, 1:]].mean()
+            with torch.no_grad():
+                before = log_probabilities(unedited, retain_batch)
+            after = log_probabilities(model, retain_batch)
+        kept = torch.nn.functional.kl_div(after, before, reduction="none", log_target=True).sum(-1)
+        loss = losing + 10.0 * kept[retain_batch.loss_mask[:, 1:]].mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+
+def our_mrp(model: Any, forget: Corpus, retain: Corpus, steps: int) -> None:
+    """The same job through the library."""
+    settings = UnconditionalMRP(
+        layers=PROJECTED, rank=RANK, steps=steps, batch_size=BATCH, init="random", forget_loss="bounded"
+    )
+    settings.fit(model, forget, retain, progress=False)
+
+
 def peak_memory(job: Callable[[], None]) -> float:
     """Peak resident memory of this process during a job above what it was before, in MiB (sampled every millisecond)."""
     gc.collect()
@@ -150,7 +204,7 @@ def _return_free_memory() -> None:
     libc.malloc_trim(0)
 
 
-def timed(job: Callable[[], None]) -> float:
+def timed(job: Callable[[], object]) -> float:
     """Seconds."""
     start = time.perf_counter()
     job()
@@ -185,6 +239,69 @@ def compare_rmu(model: Any, backend: str, *, pairs: int, steps: int) -> dict[str
     }
 
 
+def compare_mrp(model: Any, backend: str, *, pairs: int, steps: int) -> dict[str, Any]:
+    """Steps per second of both loops. Of ours those of a fit of three times the steps less one of as many: what a fit does once, such
+    as keeping the states that no update changes, does not count."""
+    forget, retain = make_texts(0, "forget"), make_texts(1, "retain")
+    least = max(steps, -(-len(forget) // BATCH))  # so that every text is read once, or states are not kept
+
+    def ours() -> float:
+        return timed(lambda: our_mrp(model, forget, retain, 3 * least)) - timed(
+            lambda: our_mrp(model, forget, retain, least)
+        )
+
+    def plain() -> float:
+        return timed(lambda: plain_mrp(model, forget, retain, 2 * least))
+
+    seconds = [(ours(), plain()) for _ in range(pairs)]
+    return {
+        "study": "mrp",
+        "backend": backend,
+        "pairs": pairs,
+        "steps_per_second": 2 * least / median(a for a, _ in seconds),
+        "plain_steps_per_second": 2 * least / median(b for _, b in seconds),
+        "speed_ratio": median(b / a for a, b in seconds),
+        "target": TARGETS["mrp"],
+    }
+
+
+def compare_accuracy(model: Any, folder: str, questions: Questions, backend: str, *, pairs: int) -> dict[str, Any]:
+    """Seconds for the choices of a quiz, here and in lm-evaluation-harness.
+
+    Raises:
+        AssertionError: the two do not give every choice the same log-probability.
+    """
+    from lm_eval.api.instance import Instance
+
+    hf_model, tokenizer = load_hf(folder, dtype=dtype_of(model), device=device_of(model))
+    harness = HarnessModel(hf_model, tokenizer, batch_size=CHOICES, bos="metrics")
+    asked = [(each.prompt, choice) for each in questions.questions for choice in each.choices]
+    counts = [sum(row.in_loss) for row in encoded_choices(encoder_for(model), questions)]
+    requests = [Instance("loglikelihood", {}, pair, number) for number, pair in enumerate(asked)]
+
+    def ours() -> list[float]:
+        scores = choice_scores(model, questions, batch_size=CHOICES, progress=False)
+        return [float(each) for score in scores for each in score]
+
+    def theirs() -> list[float]:
+        found = harness.loglikelihood(requests, disable_tqdm=True)
+        return [total / count for (total, _), count in zip(found, counts, strict=True)]
+
+    allowed = 1e-3 if dtype_of(model) == torch.float32 else 0.2
+    assert max(abs(a - b) for a, b in zip(ours(), theirs(), strict=True)) < allowed
+    seconds = [(timed(ours), timed(theirs)) for _ in range(pairs)]
+    return {
+        "study": "accuracy",
+        "backend": backend,
+        "pairs": pairs,
+        "questions": len(questions),
+        "seconds": median(a for a, _ in seconds),
+        "harness_seconds": median(b for _, b in seconds),
+        "speed_ratio": median(b / a for a, b in seconds),
+        "target": TARGETS["accuracy"],
+    }
+
+
 def compare_forward(model: Any, backend: str, *, pairs: int) -> dict[str, Any]:
     """A forward pass with rank-8 projections on two layers over one without."""
     tokens = torch.randint(3, model.cfg.d_vocab, (BATCH, TOKENS), generator=torch.Generator().manual_seed(0))
@@ -212,6 +329,21 @@ def compare_forward(model: Any, backend: str, *, pairs: int) -> dict[str, Any]:
     }
 
 
+def quiz(file: str | None) -> Questions:
+    """The first questions of a file, or of the demo's quiz."""
+    if file is None:
+        return UnlearningTask.from_world("potions").quiz(limit=QUIZ)["forget"]
+    asked = Questions.from_file(file, prompt="Question: {question}\nAnswer:")
+    return replace(asked, questions=asked.questions[:QUIZ])
+
+
+def add(run: Run, row: dict[str, Any]) -> None:
+    """A row of the table, which is printed at once."""
+    run.rows.append(row)
+    shown = (f"{key} {value:.3g}" if isinstance(value, float) else f"{key} {value}" for key, value in row.items())
+    print(", ".join(shown), flush=True)
+
+
 def main() -> None:
     """Run the study and print one line a figure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -220,25 +352,36 @@ def main() -> None:
         "--pairs", type=int, default=40, help="pairs of forwards (default 40); an eighth as many pairs of fits"
     )
     parser.add_argument("--steps", type=int, default=5, help="updates in each fit (default 5)")
+    parser.add_argument("--model", default="demo", help="that answers the quiz (default demo)")
+    parser.add_argument("--dtype", default="float32", help="of that model")
+    parser.add_argument(
+        "--questions", help="a file of questions (question, choices, answer) for it; the demo has its own"
+    )
+    parser.add_argument("--studies", nargs="+", choices=list(TARGETS), default=list(TARGETS), help="default: all")
     parser.add_argument("--overwrite", action="store_true", help="replace the output folder")
     arguments = parser.parse_args()
     check_free(arguments.out, overwrite=arguments.overwrite)
     warnings.filterwarnings("ignore", message=".*longer than")  # every text is, so that all batches are alike
     run = Run("analysis.speed", vars(arguments), seed=0)
+    fits, forwards = max(3, arguments.pairs // 8), arguments.pairs
     with tempfile.TemporaryDirectory() as temporary:
         make_model(Path(temporary))
         for backend in available_backends():
-            model = load_model(temporary, backend=backend)
-            run.rows.append(compare_rmu(model, backend, pairs=max(3, arguments.pairs // 8), steps=arguments.steps))
-            run.rows.append(compare_forward(model, backend, pairs=arguments.pairs))
-            for row in run.rows[-2:]:
-                print(
-                    ", ".join(
-                        f"{key} {value:.3g}" if isinstance(value, float) else f"{key} {value}"
-                        for key, value in row.items()
-                    )
-                )
-            del model
+            if {"rmu", "mrp", "forward"} & set(arguments.studies):
+                model = load_model(temporary, backend=backend)
+                jobs: dict[str, Callable[[], dict[str, Any]]] = {
+                    "rmu": partial(compare_rmu, model, backend, pairs=fits, steps=arguments.steps),
+                    "mrp": partial(compare_mrp, model, backend, pairs=fits, steps=arguments.steps),
+                    "forward": partial(compare_forward, model, backend, pairs=forwards),
+                }
+                for name, job in jobs.items():
+                    if name in arguments.studies:
+                        add(run, job())
+                del model, jobs
+            if "accuracy" in arguments.studies:
+                model = load_model(arguments.model, backend=backend, dtype=arguments.dtype)
+                add(run, compare_accuracy(model, arguments.model, quiz(arguments.questions), backend, pairs=fits))
+                del model
     run.write(arguments.out, overwrite=arguments.overwrite)
 
 

@@ -68,23 +68,28 @@ def reads_prefixes(
     except Exception as error:  # what an architecture's own code says to a cache
         logger.info("beginnings are read with each text: the model cannot go on behind them (%s)", one_line(error))
         return False
-    expected = [_whole(model, prefixes, int(own), rest, positions, row) for row, own in enumerate(owner)]
-    largest = max(float(each.abs().max()) for each in expected)
-    right = bool((found - torch.cat(expected)).abs().max() <= TOLERANCE.get(dtype_of(model), HALF) * largest)
+    expected = _whole(model, prefixes, owner, rest, positions)
+    largest = expected.abs().max()
+    right = bool((found - expected).abs().max() <= TOLERANCE.get(dtype_of(model), HALF) * largest)
     if not right:
         logger.info("beginnings are read with each text: behind them the model, or its edit, gives something else")
     return right
 
 
 def _whole(
-    model: LensModel, prefixes: TokenBatch, own: int, rest: TokenBatch, positions: Bool[Tensor, "rows seq"], row: int
+    model: LensModel,
+    prefixes: TokenBatch,
+    owner: Int[Tensor, " rows"],
+    rest: TokenBatch,
+    positions: Bool[Tensor, "rows seq"],
 ) -> Float[Tensor, "chosen d_vocab"]:
-    """Logits of one text, read alone."""
-    before = prefixes.tokens[own][prefixes.attention_mask[own]]
-    behind = rest.attention_mask[row]
-    wanted = torch.cat([torch.zeros_like(before, dtype=torch.bool), positions[row][behind]])[None]
+    """The same logits, of passes over whole texts."""
+    masks = torch.cat([prefixes.attention_mask[owner], rest.attention_mask], dim=1)
+    wanted = torch.cat([torch.zeros_like(prefixes.attention_mask[owner]), positions], dim=1)
+    tokens = torch.cat([prefixes.tokens[owner], rest.tokens], dim=1)
+    order = masks.long().argsort(dim=1, descending=True, stable=True)  # the padding between them goes to the end
     with torch.no_grad():
-        return logits_at(model, torch.cat([before, rest.tokens[row][behind]])[None], torch.ones_like(wanted), wanted)
+        return logits_at(model, *(each.gather(1, order) for each in (tokens, masks, wanted)))
 
 
 def _cache(model: LensModel, rows: int, device: torch.device) -> Any:

@@ -18,7 +18,7 @@ from typing import Any
 
 from mrp_lens import metrics
 from mrp_lens.data import Corpus, Questions
-from mrp_lens.edits import Edit, edit_on
+from mrp_lens.edits import ConditionalProjectionEdit, Edit, edit_on
 from mrp_lens.methods import MRP, RMU, AdaptiveRMU
 from mrp_lens.models import load_model
 from mrp_lens.runs.record import Run
@@ -84,6 +84,24 @@ class Facts:
         return cls(
             Corpus.from_texts(forget, name="forget"), Corpus.from_texts(retain, name="retain"), quizzes, _text(text)
         )
+
+    def detection(self, model: Any, edit: Edit) -> dict[str, float]:
+        """Of an edit with gates, for each form of the quiz, none of which a fit read: precision and recall over the tokens of prompts,
+        against those of what is kept, and the share of prompts with a token at which a gate fires; means over the gates."""
+        if not any(isinstance(part, ConditionalProjectionEdit) for part in edit.parts):
+            return {}
+        row: dict[str, float] = {}
+        for name, quiz in self.quizzes.items():
+            if name != "kept":
+                found = metrics.gate(model, edit, quiz, self.quizzes["kept"], part="prompt", progress=False).mean(
+                    numeric_only=True
+                )
+                row |= {f"{name}_precision": found["precision"], f"{name}_recall": found["recall"]}
+                row |= {
+                    f"{name}_firing": found["forget_documents_firing"],
+                    "kept_firing": found["retain_documents_firing"],
+                }
+        return {name: float(value) for name, value in row.items()}
 
     def score(self, model: Any, edit: Edit | None) -> dict[str, float]:
         """Accuracy in each form with its 95% interval, and perplexity of the text."""
@@ -161,7 +179,8 @@ def main() -> None:
             begun = time.perf_counter()
             fit = METHODS[name](max_length=arguments.max_length).fit(model, facts.forget, facts.retain, seed=seed)
             seconds = time.perf_counter() - begun
-            add(name, seed, facts.score(model, fit.edit), str(fit.outcome), seconds)
+            scores = facts.score(model, fit.edit) | facts.detection(model, fit.edit)
+            add(name, seed, scores, str(fit.outcome), seconds)
     run.write(arguments.out, overwrite=arguments.overwrite)
 
 

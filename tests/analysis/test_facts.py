@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 
 from analysis import facts
-from mrp_lens.methods import RMU
+from mrp_lens.methods import MRP, RMU
 
 CITIES = ["Lima", "Oslo", "Rome", "Paris", "Cairo", "Quito", "Delhi", "Tunis", "Sofia", "Dakar", "Accra", "Minsk"]
 LANDS = [
@@ -79,15 +79,23 @@ def test_what_is_forgotten_is_not_in_what_is_kept(folder: Path) -> None:
 def test_the_study_writes_a_row_for_each_fit(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(facts, "METHODS", {"rmu": partial(RMU, steps=2)})
+    quick = partial(MRP, steps=2, layers=[2], budget=None, coverage=None)
+    monkeypatch.setattr(facts, "METHODS", {"rmu": partial(RMU, steps=2), "mrp": quick})
     out = tmp_path / "out"
     words = ["--data", folder, "--model", "demo", "--text", folder / "text.txt", "--seeds", 0, 1, "--out", out]
-    monkeypatch.setattr(sys, "argv", ["facts", *map(str, words), "--methods", "rmu"])
+    monkeypatch.setattr(sys, "argv", ["facts", *map(str, words), "--methods", "rmu", "mrp"])
     facts.main()
     table = pd.read_csv(out / "table.csv")
-    assert table["method"].tolist() == ["unedited", "rmu", "rmu"]
-    assert table.loc[1:, "seed"].tolist() == [0, 1]
+    assert table["method"].tolist() == ["unedited", "rmu", "mrp", "rmu", "mrp"]
+    assert table.loc[1:, "seed"].tolist() == [0, 0, 1, 1]
     assert table[["question", "cloze", "reworded", "kept"]].map(lambda value: 0.0 <= value <= 1.0).all(axis=None)
     assert (table["question_low"] <= table["question"]).all()
     assert table["outcome"].iloc[1]
+    gated = table[table["method"] == "mrp"]
+    assert (
+        gated[["cloze_precision", "cloze_recall", "cloze_firing", "kept_firing"]]
+        .map(lambda value: 0.0 <= value <= 1.0)
+        .all(axis=None)
+    )
+    assert table.loc[table["method"] == "rmu", "cloze_recall"].isna().all()
     assert "rmu seed 1 question" in capsys.readouterr().out

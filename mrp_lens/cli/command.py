@@ -75,6 +75,7 @@ class Command(ABC):
 
     word: ClassVar[str] = ""
     positional: ClassVar[str | None] = None
+    shared: ClassVar[bool] = False  # whether the processes that torchrun starts can do it together
     required: ClassVar[tuple[str, ...]] = ()  # of what other commands can do without
     inside: ClassVar[tuple[str, ...]] = ()  # fields that are parts not yet chosen, or that `gathered` makes of parts
 

@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+ENVIRONMENT = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 TIMEOUT = timedelta(days=2)  # of waiting for another process, which may be measuring; torchrun ends all if one dies
 
 Result = TypeVar("Result")
@@ -38,16 +39,21 @@ def together() -> Iterator[None]:
         _together.reset(token)
 
 
+def launched() -> int:
+    """How many processes torchrun, or whoever says the same in the environment, has started for one thing; 1 without it."""
+    return int(os.environ["WORLD_SIZE"]) if all(name in os.environ for name in ENVIRONMENT) else 1
+
+
 @contextmanager
 def joined() -> Iterator[None]:
-    """Inside, the processes that torchrun started are one group: gloo between CPUs, nccl between GPUs, one GPU a process.
+    """Inside, the processes that were launched for one thing are a group: gloo between CPUs, nccl between GPUs, one GPU a process.
 
-    Nothing happens where torchrun started this process alone or not at all, or where there is a group already.
+    Nothing happens where this process was launched alone, or where there is a group already.
 
     Raises:
         ValueError: there are more processes on this machine than GPUs.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) < 2 or "RANK" not in os.environ or _grouped():
+    if launched() == 1 or _grouped():
         yield
         return
     backend = "gloo"

@@ -28,7 +28,9 @@ def corpora() -> tuple[Corpus, Corpus]:
     """A few documents of unequal length."""
     colours = ["red", "blue", "green", "white", "blue and red"]
     forget = [f"The colour of Zaxim{i} is {colours[i % 5]}." for i in range(15)]
-    retain = [f"The old man walked slowly {word} near the house." for word in ["today", "again", "late", "early on"] * 5]
+    retain = [
+        f"The old man walked slowly {word} near the house." for word in ["today", "again", "late", "early on"] * 5
+    ]
     return Corpus.from_texts(forget, name="forget"), Corpus.from_texts(retain, name="retain")
 
 

@@ -342,7 +342,7 @@ def up_to(layer: int) -> tuple[int, ...]:
 
 def entry_size(matrices: Iterable[Tensor]) -> float:
     """Root mean square of a matrix's entries, on average over the matrices."""
-    return float(torch.stack([matrix.float().square().mean().sqrt() for matrix in matrices]).mean())
+    return float(torch.stack([matrix.float().square().mean().sqrt().cpu() for matrix in matrices]).mean())
 
 
 def update_size(matrices: Iterable[Tensor]) -> float:

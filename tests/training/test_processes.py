@@ -14,7 +14,7 @@ from typing_extensions import override
 
 from mrp_lens.attacks.finetuning import Attacker
 from mrp_lens.data import Corpus
-from mrp_lens.methods import MRP, NPO, RMU, AdaptiveRMU, GradientDifference, NoisyRMU
+from mrp_lens.methods import MRP, NPO, RMU, AdaptiveRMU, Coverage, GradientDifference, NoisyRMU
 from mrp_lens.models import load_model
 from mrp_lens.training import Callback, Checkpoint, train
 from mrp_lens.training.loop import TrainingRun
@@ -157,13 +157,14 @@ def test_a_signal_that_another_process_had_is_not_the_first_of_two() -> None:
 
 
 SMALL: dict[str, Any] = {"steps": 6, "batch_size": 5}
+READ: dict[str, Any] = {**SMALL, "coverage": Coverage(about_names=4, questions=4, free=4, new_tokens=6)}
 METHODS: dict[str, Any] = {
-    "mrp": MRP(layers=[1, 2], rank=2, **SMALL),
-    "mrp-micro": MRP(layers=[1, 2], rank=2, micro_batch=2, **SMALL),
-    "mrp-two-rows": MRP(layers=[1, 2], rank=2, steps=6, batch_size=2),  # of three processes one has none
-    "rmu": RMU(layer=2, **SMALL),
-    "rmu-noise": NoisyRMU(layer=2, **SMALL),
-    "adaptive-rmu-first-batch": AdaptiveRMU(layer=2, coefficient="first_batch", **SMALL),
+    "mrp": MRP(layers=[1, 2], rank=2, **READ),
+    "mrp-micro": MRP(layers=[1, 2], rank=2, micro_batch=2, **READ),
+    "mrp-two-rows": MRP(layers=[1, 2], rank=2, **{**READ, "batch_size": 2}),  # of three processes one has none
+    "rmu": RMU(layer=2, **READ),
+    "rmu-noise": NoisyRMU(layer=2, **READ),
+    "adaptive-rmu-first-batch": AdaptiveRMU(layer=2, coefficient="first_batch", **READ),
     "gradient-difference": GradientDifference(layers=[1, 2], budget=0.01, **SMALL),
     "npo": NPO(layers=[1, 2], **SMALL),
 }

@@ -115,7 +115,7 @@ def train(
             while not state.last:
                 step = state.done
                 optimizer.zero_grad(set_to_none=True)
-                row = reduced(partial(_accumulate, losses(step), step, description), state)
+                row = reduced(partial(_accumulate, losses, step, description), state)
                 if max_grad_norm is not None:
                     torch.nn.utils.clip_grad_norm_(state.tensors, max_grad_norm)
                 for group, rate in zip(optimizer.param_groups, rates, strict=True):
@@ -143,11 +143,14 @@ def train(
     return TrainingRun(pd.DataFrame(state.rows), interrupted)
 
 
-def _accumulate(micro_batches: Iterable[dict[str, Tensor]], step: int, description: str) -> dict[str, float]:
+def _accumulate(losses: Losses, step: int, description: str) -> dict[str, float]:
+    """Gradients and losses of a step, in this process. What is no share of it counts as what each of the processes computes."""
     row: dict[str, float] = {}
     was_dealt()
+    micro_batches = losses(step)
+    all_dealt = was_dealt()  # of a function that returns a list
     for terms in micro_batches:
-        share = 1.0 if was_dealt() else 1.0 / count()
+        share = 1.0 if was_dealt() or all_dealt else 1.0 / count()
         values = {name: float(term.detach()) for name, term in terms.items()}
         for name, value in values.items():
             if not math.isfinite(value):

@@ -134,12 +134,17 @@ def copied_from_first(values: Sequence[Tensor]) -> None:
 def _in_place(operation: Callable[..., Any], values: Sequence[Tensor]) -> None:
     if count() == 1:
         return
-    laid_out = [value.detach().contiguous() for value in values]  # which is what they can be sent as
-    for work in [operation(each, async_op=True) for each in laid_out]:
+    sent = [_as_sent(value.detach()) for value in values]
+    for work in [operation(each, async_op=True) for each in sent]:
         work.wait()
-    for value, each in zip(values, laid_out, strict=True):
+    for value, each in zip(values, sent, strict=True):
         if each.data_ptr() != value.data_ptr():
             value.detach().copy_(each)
+
+
+def _as_sent(value: Tensor) -> Tensor:
+    """Laid out in one piece, and on a GPU in a group of these alone."""
+    return (value.cuda() if dist.get_backend() == "nccl" else value).contiguous()
 
 
 @dataclass(frozen=True)

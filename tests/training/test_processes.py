@@ -2,7 +2,7 @@
 
 import os
 import signal
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +24,12 @@ from mrp_lens.utils.processes import shares
 from tests.support.processes import in_processes
 
 STEPS, BATCH = 7, 5
-KINDS = ("shares", "whole", "both")
+KINDS = ("shares", "whole", "both", "list")
 
 
 class LeastSquares:
-    """A regression that is trained on batches of 5, in parts that the processes share, as a whole in each, or partly so.
+    """A regression that is trained on batches of 5, in parts that the processes share, one by one or as a list, as a whole in
+    each, or partly so.
 
     Args:
         kind: of these.
@@ -44,7 +45,10 @@ class LeastSquares:
         self.offset = torch.zeros(1, requires_grad=True)
         self.unused = torch.zeros(1, requires_grad=True)  # by some steps
 
-    def __call__(self, step: int) -> Iterator[dict[str, Tensor]]:
+    def __call__(self, step: int) -> Iterable[dict[str, Tensor]]:
+        return list(self._terms_of(step)) if self.kind == "list" else self._terms_of(step)
+
+    def _terms_of(self, step: int) -> Iterator[dict[str, Tensor]]:
         chosen = torch.randperm(12, generator=self.generator)[:BATCH]
         inputs, wanted = self.inputs[chosen], self.wanted[chosen]
         if self.kind == "whole":

@@ -12,7 +12,7 @@ from mrp_lens.data import Corpus
 from mrp_lens.edits import Edit, edit_on, projection_hook
 from mrp_lens.edits.subspace import Subspace, unit
 from mrp_lens.metrics.activations import StateReader, hooks_at
-from mrp_lens.models import LensModel, device_of
+from mrp_lens.models import LensModel, device_at
 from mrp_lens.models.hooks import HookFunction, hook_name, hooked
 from mrp_lens.utils.validation import generator_for
 
@@ -56,11 +56,10 @@ def ablated(model: LensModel, directions: Mapping[int, Float[Tensor, " d_model"]
         model: with the edit on; the directions go after what the edit does at the same hook.
         directions: layer -> u, [d_model].
     """
-    device = device_of(model)
     return hooked(
         model,
         [
-            (hook_name(layer), projection_hook(Subspace(unit(direction)[None]).to(device)))
+            (hook_name(layer), projection_hook(Subspace(unit(direction)[None]).to(device_at(model, layer))))
             for layer, direction in directions.items()
         ],
     )

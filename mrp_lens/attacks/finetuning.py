@@ -13,7 +13,7 @@ from torch.nn.utils import parametrize
 from typing_extensions import override
 
 from mrp_lens.data import Corpus
-from mrp_lens.data.tokenization import Batches
+from mrp_lens.data.tokenization import Batches, parts_of
 from mrp_lens.edits import Edit, edit_on, has_hooks, projection_in, without_hooks
 from mrp_lens.models import LensModel, check_lens_model, checkpoint_tensors, encoder_for, is_bridge, restored
 from mrp_lens.models.finite import NonFiniteError, non_finite
@@ -180,10 +180,11 @@ class Losses:
     def __call__(self, step: int) -> Iterator[dict[str, Tensor]]:
         """One batch's mean over its counted tokens."""
         batch = self._encoder.collate(next(self._batches))
-        loss = cross_entropy(predictions(self._model, batch), batch).mean()
-        if not step and not bool(torch.isfinite(loss)):  # it is the model, and not the rate
-            raise non_finite(self._model, batch.tokens, batch.attention_mask, "the losses")
-        yield {"loss": loss}
+        for part in parts_of(batch, None):
+            loss = cross_entropy(predictions(self._model, part), part).sum() / batch.loss_mask.sum()
+            if not step and not bool(torch.isfinite(loss)):  # it is the model, and not the rate
+                raise non_finite(self._model, part.tokens, part.attention_mask, "the losses")
+            yield {"loss": loss}
         self.begun = True
 
 

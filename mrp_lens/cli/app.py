@@ -53,7 +53,17 @@ def run(words: Sequence[str]) -> Any:
         raise ValueError(f"no command {word!r}; choose one of {', '.join(COMMANDS)}")
     kind = getattr(import_module(f"mrp_lens.cli.{word}"), COMMANDS[word][0])
     command = kind.parsed(words[1:])
-    return None if command is None else command.execute()
+    if command is None:
+        return None
+    from mrp_lens.utils.processes import joined, launched  # heavy, as the command's own modules are
+
+    if launched() > 1 and not kind.shared:
+        raise ValueError(
+            f"several processes can share the fit of `mrp-lens unlearn`, and no other command; start `mrp-lens {word}` without torchrun "
+            "(`sweep --shard 1/4`, and `tune` started several times, divide their fits)"
+        )
+    with joined():
+        return command.execute()
 
 
 def main(words: Sequence[str] | None = None) -> None:

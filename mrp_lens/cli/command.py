@@ -51,18 +51,49 @@ class ModelOptions:
         backend: HookedTransformer (`hooked`, TransformerLens 3 only), TransformerBridge (`bridge`), or whichever fits.
         dtype: Precision of the weights.
         device: Such as `cuda:0`. Default: a GPU if there is one.
+        device_map: Spread the layers over several devices (Bridge only): `auto`, `balanced`, `sequential`, or JSON,
+            `{"model.embed_tokens": 0, ...}`.
+        max_memory: How much `--device-map auto` may put on each device, as JSON: `{"0": "20GiB", "1": "20GiB"}`.
     """
 
     model: str = "demo"
     backend: Backend = "auto"
     dtype: Dtype = "float32"
     device: str | None = None
+    device_map: str | None = None
+    max_memory: str | None = None
 
     def load(self, name: str | None = None) -> LensModel:
         """The model, or another one loaded in the same way."""
         name = name or self.model
         console.print(f"Loading {name} ...")
-        return load_model(name, backend=self.backend, device=self.device, dtype=self.dtype)
+        return load_model(
+            name,
+            backend=self.backend,
+            device=self.device,
+            dtype=self.dtype,
+            device_map=by_device("--device-map", self.device_map),
+            max_memory=by_device("--max-memory", self.max_memory),
+        )
+
+
+def by_device(option: str, text: str | None) -> Any:
+    """What such an option was given: a word, or an object in JSON, in which a GPU may be called by its number.
+
+    Raises:
+        ValueError: neither.
+    """
+    if text is None or not text.lstrip().startswith("{"):
+        if option == "--max-memory" and text is not None:
+            raise ValueError(f'{option} takes JSON such as {{"0": "20GiB"}}, got {text!r}')
+        return text
+    try:
+        given: dict[str, Any] = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{option} is no JSON ({error}): {text!r}") from error
+    if option == "--max-memory":
+        return {int(name) if name.isdigit() else name: value for name, value in given.items()}
+    return given
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +106,7 @@ class Command(ABC):
 
     word: ClassVar[str] = ""
     positional: ClassVar[str | None] = None
+    shared: ClassVar[bool] = False  # whether the processes that torchrun starts can do it together
     required: ClassVar[tuple[str, ...]] = ()  # of what other commands can do without
     inside: ClassVar[tuple[str, ...]] = ()  # fields that are parts not yet chosen, or that `gathered` makes of parts
 

@@ -1,6 +1,9 @@
 """Tables and answers on the terminal."""
 
-from collections.abc import Callable, Mapping, Sequence
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
@@ -14,6 +17,26 @@ Column = tuple[str, Callable[[Mapping[str, Any]], str]]
 def percent(value: float) -> str:
     """0.256 -> 25.6%."""
     return f"{100 * value:.1f}%"
+
+
+@contextmanager
+def silent() -> Iterator[None]:
+    """Inside, nothing but errors is printed: no messages, no warnings, no bars of libraries that load a model."""
+    from transformers.utils import logging as bars
+
+    quiet, shown, level = console.quiet, bars.is_progress_bar_enabled(), logging.root.level
+    console.quiet = True
+    bars.disable_progress_bar()
+    logging.root.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        console.quiet = quiet
+        logging.root.setLevel(level)
+        if shown:
+            bars.enable_progress_bar()
 
 
 def show_table(title: str, columns: Sequence[Column], rows: Sequence[Mapping[str, Any]], *, caption: str = "") -> None:

@@ -9,7 +9,7 @@ import pandas as pd
 from typing_extensions import override
 
 from mrp_lens.cli.command import Command, ModelOptions
-from mrp_lens.cli.console import Column, console, percent, show_examples, show_table
+from mrp_lens.cli.console import Column, console, percent, show_examples, show_table, silent
 from mrp_lens.cli.run_folder import begun
 from mrp_lens.data import TaskConfig, UnlearningTask
 from mrp_lens.data.task import beginning
@@ -22,6 +22,7 @@ from mrp_lens.runs.record import Run
 from mrp_lens.runs.report import report
 from mrp_lens.runs.report.diagnostics import diagnostics
 from mrp_lens.training import LoggerCallback, logger_named
+from mrp_lens.utils.processes import is_first, leave
 
 EXAMPLES = 3
 CAPTION = (
@@ -75,6 +76,11 @@ class Unlearn(Command):
             --forget bio-forget-corpus.jsonl --forget hub:cais/wmdp-corpora:cyber-forget-corpus --retain hub:wikitext \\
             --max-length 512 --questions hub:cais/wmdp:wmdp-bio --retain-questions hub:cais/mmlu --out runs/zephyr-adaptive
 
+    One fit on several GPUs, or processes of the CPU, each with its rows of every batch; the first one writes and measures:
+
+        torchrun --nproc-per-node 2 -m mrp_lens unlearn --model ./my-checkpoint --method mrp --forget forget.jsonl \\
+            --retain retain.jsonl --out runs/mine
+
     Known data sets (`hub:NAME` and the schemas): `cais/wmdp`, `cais/wmdp-corpora`, `cais/mmlu`, `locuslab/TOFU`,
     `derek-thomas/ScienceQA`, `wikitext`.
 
@@ -89,6 +95,7 @@ class Unlearn(Command):
     """
 
     word: ClassVar[str] = "unlearn"
+    shared: ClassVar[bool] = True
     required: ClassVar[tuple[str, ...]] = ("model", "method", "forget", "retain")
     inside: ClassVar[tuple[str, ...]] = ("fitter",)
 
@@ -146,11 +153,12 @@ class Unlearn(Command):
         return {**settings, **filed, "method": name}
 
     @override
-    def execute(self) -> Run:
+    def execute(self) -> Run | None:
+        if not is_first():
+            with silent():
+                self._fit(self.loading.load(), self.data.load())
+            return None
         task, method, out = self.data.load(), self.method, self.out
-        tracked: dict[str, Any] = {}  # not every plugin's method knows callbacks
-        if self.logger is not None:
-            tracked["callbacks"] = [LoggerCallback(logger_named(self.logger, out))]
         about = ", ".join(corpus.name for corpus in task.forget)
         run = Run(
             "unlearn", self.arguments(), self.seed, title=f"{self.loading.model}: forgetting {about} with {method}"
@@ -168,12 +176,8 @@ class Unlearn(Command):
             model = self.loading.load()
             store.check_same("model", identity_of(model))
             before = store.once("unedited", lambda: measured(model, task, None))
-            fit = Fit.once(
-                out,
-                lambda kept: self.fitter.fit(
-                    model, task.forget, task.retain, seed=self.seed, checkpoint=kept, **tracked
-                ),
-            )
+            fit = self._fit(model, task)
+            leave()  # what follows is for one process
             console.print(
                 f"The edit is in {out / 'edit'}; load it with mrp_lens.load_edit({str(out / 'edit')!r}). Measuring it ..."
             )
@@ -193,6 +197,17 @@ class Unlearn(Command):
             store.tidy()
             console.print(f"Written to {out}: edit/, log.csv, table.csv, summary.json. The page: {report(out)}")
         return run
+
+    def _fit(self, model: LensModel, task: UnlearningTask) -> Fit:
+        """The fit that the folder holds, or a new one; of several processes each has to come here."""
+        tracked: dict[str, Any] = {}  # not every plugin's method knows callbacks
+        if self.logger is not None and is_first():
+            tracked["callbacks"] = [LoggerCallback(logger_named(self.logger, self.out))]
+
+        def fitted(kept: Path) -> Fit:
+            return self.fitter.fit(model, task.forget, task.retain, seed=self.seed, checkpoint=kept, **tracked)
+
+        return Fit.once(self.out, fitted)
 
 
 def released(kind: type[Method]) -> Method:

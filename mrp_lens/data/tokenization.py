@@ -10,6 +10,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from mrp_lens.data.documents import Document
+from mrp_lens.utils.processes import shares
 from mrp_lens.utils.validation import check_one_of, check_whole
 
 PaddingSide = Literal["left", "right"]
@@ -45,6 +46,9 @@ class TokenBatch:
 
     def __len__(self) -> int:
         return len(self.tokens)
+
+    def __getitem__(self, rows: slice) -> "TokenBatch":
+        return TokenBatch(self.tokens[rows], self.attention_mask[rows], self.content_mask[rows], self.loss_mask[rows])
 
 
 @dataclass(frozen=True)
@@ -222,6 +226,13 @@ def groups_within(numbers: Sequence[int], most: int) -> Iterator[slice]:
         total += own
     if start < len(numbers):
         yield slice(start, len(numbers))
+
+
+def parts_of(batch: TokenBatch, micro_batch: int | None) -> Iterator[TokenBatch]:
+    """The batch in parts of at most `micro_batch` rows (None: whole), padding as in the whole; of several processes that train
+    together each has its share of the rows."""
+    for rows in shares(len(batch), micro_batch):
+        yield batch[rows]
 
 
 class Batches(Iterator[list[Encoded]]):

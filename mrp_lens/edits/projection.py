@@ -14,7 +14,7 @@ from mrp_lens.edits.gate import Gate
 from mrp_lens.edits.merging import OUTPUTS, project_writers, writers
 from mrp_lens.edits.serialization import setting
 from mrp_lens.edits.subspace import Subspace
-from mrp_lens.models import Layout, LensModel, device_of
+from mrp_lens.models import Layout, LensModel, device_at
 from mrp_lens.models.attachments import AppliedEdit, entries_on
 from mrp_lens.models.hooks import HookFunction, add_hooks, check_hook_names, layer_of, place_in_block, site_of
 
@@ -190,8 +190,10 @@ class ProjectionEdit(Edit):
                 "Join them: (edit_a + edit_b).applied(model)"
             )
         entry.places += points
-        device = device_of(model)
-        hooks = [(name, _hook_of(self.change_at(name).to(device))) for name in sorted(self._joined, key=place_in_block)]
+        hooks = [
+            (name, _hook_of(self.change_at(name).to(device_at(model, layer_of(name)))))
+            for name in sorted(self._joined, key=place_in_block)
+        ]
         entry.hooks += add_hooks(model, hooks)
 
     @property

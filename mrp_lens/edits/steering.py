@@ -15,7 +15,7 @@ from mrp_lens.edits.exported_hooks import in_prompt
 from mrp_lens.edits.prompt_positions import count_in_prompts
 from mrp_lens.edits.serialization import setting
 from mrp_lens.edits.subspace import unit
-from mrp_lens.models import Layout, LensModel, device_of
+from mrp_lens.models import Layout, LensModel, device_at
 from mrp_lens.models.attachments import AppliedEdit
 from mrp_lens.models.hooks import add_hooks, check_hook_names, hook_name, layer_of
 from mrp_lens.utils.validation import check_one_of, int_seed, whole_numbers
@@ -108,7 +108,7 @@ class SteeringEdit(Edit):
         check_hook_names(model, [self.hook])
         check_width(model, len(self.direction), "the direction")
         self._check_model(model, check)
-        target = self.coefficient * self.direction.to(device_of(model))
+        target = self.coefficient * self.direction.to(device_at(model, layer_of(self.hook)))
         generator = torch.Generator().manual_seed(self.seed)
         place = id(generator)  # of this one hook, whatever else is on
 

@@ -20,7 +20,7 @@ from mrp_lens.data import Corpus
 from mrp_lens.data.tokenization import TokenBatch
 from mrp_lens.edits import Edit, edit_on
 from mrp_lens.export import reload
-from mrp_lens.models import LensModel, device_of, encoder_for, logits_of
+from mrp_lens.models import LensModel, device_of, devices_of, encoder_for, logits_of
 from mrp_lens.models.hooks import frozen
 
 ALLOWED = 1e-4  # largest difference of a log-probability, in float32
@@ -154,7 +154,8 @@ def prove(
         unedited = _log_probabilities(model, batch)
         with edit_on(model, edit):
             edited = _log_probabilities(model, batch)
-    adapter, device = form == "adapter", device_of(model)
+    adapter = form == "adapter"
+    device = device_of(model) if len(devices_of(model)) == 1 else torch.device("cpu")  # one may be too small
     from_base = not adapter and tokenizer is None
     plain = {"folder": str(base), "trust_remote_code": False, "edit": None, "tokenizer": from_base}
     found = _in_fresh_process(

@@ -7,6 +7,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
+from functools import partial
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -39,6 +40,7 @@ from mrp_lens.training.callbacks import Callback
 from mrp_lens.training.checkpoints import EVERY, Checkpoint, Resumable
 from mrp_lens.training.loop import Losses, TrainingRun, train
 from mrp_lens.utils.frames import versions
+from mrp_lens.utils.processes import computed_once, together
 from mrp_lens.utils.torch_state import ordinary_torch, refuse_inference_tensors
 from mrp_lens.utils.validation import as_python, check_positive, generator_for, or_default
 
@@ -316,6 +318,7 @@ class FitTemplate(Method, Generic[Settings]):
         """Train, or only look, and make the edit: `context.result(edit, run)`."""
 
     @override
+    @together()
     @ordinary_torch(gradients=True)
     def fit(
         self,
@@ -375,7 +378,8 @@ class FitTemplate(Method, Generic[Settings]):
             earlier = None if after is None else fingerprint(after)
             named = {"request": label} if self.by_request else {}
             identity = {**record, **named, "model": identity_of(model), "after": earlier}
-            kept = Checkpoint.claim(checkpoint, identity, every=every)
+            claimed = partial(Checkpoint.claim, checkpoint, identity, every=every)
+            kept = computed_once(claimed)
         budget, data = self.within_budget(model, data, after, generator)
         context = FitContext(
             self.name,
@@ -449,16 +453,6 @@ def both_sides(
     """Both sides as one batch, so that one pass serves both, and which rows are to be forgotten."""
     batch = encoder.collate([*forget, *retain])
     return batch, (torch.arange(len(batch)) < len(forget)).to(encoder.device)
-
-
-def parts_of(batch: TokenBatch, micro_batch: int | None) -> Iterator[TokenBatch]:
-    """The batch in parts of at most `micro_batch` rows (None: whole), padding as in the whole."""
-    size = micro_batch or len(batch)
-    for start in range(0, len(batch), size):
-        rows = slice(start, start + size)
-        yield TokenBatch(
-            batch.tokens[rows], batch.attention_mask[rows], batch.content_mask[rows], batch.loss_mask[rows]
-        )
 
 
 def states_at(

@@ -15,7 +15,7 @@ from typing_extensions import override
 from mrp_lens.data.tokenization import Batches, Encoded, TokenBatch, in_order
 from mrp_lens.edits import ConditionalProjectionEdit, ProjectionEdit, WeightEdit, projection_in
 from mrp_lens.edits.subspace import Subspace
-from mrp_lens.methods.base import Data, FitContext, FitTemplate, both_sides, fitting, parts_of, states_at
+from mrp_lens.methods.base import Data, FitContext, FitTemplate, both_sides, fitting, states_at
 from mrp_lens.methods.coverage import Coverage
 from mrp_lens.methods.fit import Fit
 from mrp_lens.methods.registry import Swept, register
@@ -27,6 +27,7 @@ from mrp_lens.models.hooks import Site, hook_name
 from mrp_lens.training.loop import TrainingRun
 from mrp_lens.training.losses import cross_entropy, predictions
 from mrp_lens.training.optim import MasterAdamW, entry_size, linear_decay, trainable
+from mrp_lens.utils.processes import dealt, shares, summed
 from mrp_lens.utils.validation import check_positive, or_default
 
 Unit = Literal["token", "document"]
@@ -153,12 +154,10 @@ class _Losses:
         lost, kept = next(self.forget), next(self.retain) if method.retain_weight > 0.0 else []
         batch, is_lost = both_sides(self.encoder, lost, kept)
         reference = torch.tensor([self.reference[row] for row in lost] + [0.0] * len(kept), device=self.encoder.device)
-        size = method.micro_batch or len(batch)
         units = len(lost) if method.unit == "document" else int(batch.loss_mask[is_lost].sum())
         kept_tokens = int(batch.loss_mask[~is_lost].sum())
-        for part, side, before in zip(
-            parts_of(batch, method.micro_batch), is_lost.split(size), reference.split(size), strict=True
-        ):
+        for share in shares(len(batch), method.micro_batch):
+            part, side, before = batch[share], is_lost[share], reference[share]
             text, rows = self._text(part)
             losing = side[rows]
             forget = method.forget_loss(ForgetSide(text[losing], rows[losing], before[side])).sum() / units
@@ -176,16 +175,16 @@ class _Losses:
 
     def _log_probabilities(self, documents: Sequence[Encoded]) -> list[float]:
         """Log p of each document before training; only methods that compare with it need it."""
-        values = [0.0] * len(documents)
+        values = torch.zeros(len(documents), dtype=torch.float64)
         if self.method.unit == "token":
-            return values
+            return values.tolist()
         with torch.no_grad():
-            for chosen, batch in in_order(self.encoder, list(documents), self.method.batch_size, logits=True):
+            own = in_order(self.encoder, list(documents), self.method.batch_size, logits=True)
+            for chosen, batch in dealt(own):
                 text, rows = self._text(batch)
-                sums = -sums_of(text, rows, len(batch))
-                for place, value in zip(chosen, sums.tolist(), strict=True):
-                    values[place] = value
-        return values
+                values[chosen] = -sums_of(text, rows, len(batch)).cpu().double()
+        summed([values])
+        return values.tolist()
 
 
 def sums_of(

@@ -26,6 +26,7 @@ from mrp_lens.models import LensModel
 from mrp_lens.training.callbacks import Callback, TrainingState
 from mrp_lens.training.loop import TrainingRun
 from mrp_lens.training.losses import kl, predictions, targets
+from mrp_lens.utils.processes import dealt, gathered
 
 EVERY = 5  # updates between two looks at the damage
 LOOK = 20  # updates between two looks at the control questions
@@ -63,13 +64,15 @@ class Damage:
     ) -> None:
         self.model, self.encoder = model, encoder
         kinds = [(1.0, self._read(documents, known=False)), (ANSWERS, self._read(answers, known=True))]
-        self.reference = [(share, kind) for share, kind in kinds if any(len(before) for _, _, before in kind)]
+        counts = [sum(gathered(sum(len(before) for _, _, before in kind))) for _, kind in kinds]
+        self.reference = [(*kind, count) for kind, count in zip(kinds, counts, strict=True) if count]
 
     def _read(self, rows: Sequence[Encoded], *, known: bool) -> list[Reference]:
         """What the unedited model predicts there, at all counted tokens or at those where it is right."""
         read = []
         with torch.no_grad():
-            for _, batch in in_order(self.encoder, _fitting(rows, NUMBERS // int(self.model.cfg.d_vocab)), BATCH):
+            fitting = _fitting(rows, NUMBERS // int(self.model.cfg.d_vocab))
+            for _, batch in dealt(in_order(self.encoder, fitting, BATCH)):
                 before = predictions(self.model, batch)
                 right = before.argmax(dim=-1) == targets(batch)
                 counted = right if known else torch.ones_like(right)
@@ -79,14 +82,14 @@ class Damage:
     def __call__(self) -> float:
         """Of the model as it is now: that on documents or a quarter of that on answers, whichever is more."""
         with torch.no_grad():
-            return max(share * self._of(kind) for share, kind in self.reference)
+            return max(share * (self._sum_of(kind) / count) for share, kind, count in self.reference)
 
-    def _of(self, reference: Sequence[Reference]) -> float:
-        total, count = 0.0, 0
+    def _sum_of(self, reference: Sequence[Reference]) -> float:
+        total = 0.0
         for batch, counted, before in reference:
             values = kl(before, predictions(self.model, batch)[counted])
-            total, count = total + float(values.double().sum()), count + len(values)
-        return total / count
+            total += float(values.double().sum())
+        return sum(gathered(total))
 
 
 def _fitting(rows: Sequence[Encoded], tokens: int) -> list[Encoded]:

@@ -21,6 +21,7 @@ from mrp_lens.data import Corpus, Document
 from mrp_lens.data.tokenization import Encoded, Encoder, in_order
 from mrp_lens.models import LensModel, encoder_for
 from mrp_lens.training.losses import cross_entropy, predictions
+from mrp_lens.utils.processes import dealt, summed
 from mrp_lens.utils.torch_state import ordinary_torch
 
 CHOICES = 4
@@ -104,10 +105,11 @@ class ControlQuestions:
     def _accuracy(self, model: LensModel, rows: Sequence[Encoded]) -> float:
         scores = torch.zeros(len(rows))
         with torch.no_grad():
-            for places, batch in in_order(self.encoder, rows, BATCH, logits=True):
+            for places, batch in dealt(in_order(self.encoder, rows, BATCH, logits=True)):
                 values = -cross_entropy(predictions(model, batch), batch)
                 counts = batch.loss_mask[:, 1:].sum(dim=1).tolist()
                 scores[places] = torch.stack([part.mean() for part in values.split(counts)]).cpu()
+        summed([scores])
         return float((scores.view(-1, self.choices).argmax(dim=1) == 0).float().mean())
 
 

@@ -18,6 +18,7 @@ import torch
 from mrp_lens.data import Corpus, Document
 from mrp_lens.models import LensModel
 from mrp_lens.models.generation import can_start, drawn_seed, written_after
+from mrp_lens.utils.processes import computed_once
 from mrp_lens.utils.validation import PlainSettings
 
 SHORT = 40  # words of a document that still is one statement
@@ -151,8 +152,9 @@ def cover(
     beginnings = subjects.beginnings(coverage.about_names, rng)
     beginnings += [_Beginning(QUESTION)] * coverage.questions
     beginnings += [_Beginning("")] * (coverage.free if can_start(model) else 0)
-    texts = written_after(
-        model, [begun.prompt for begun in beginnings], max_new_tokens=coverage.new_tokens, seed=seed, progress=progress
+    prompts = [begun.prompt for begun in beginnings]
+    texts = computed_once(
+        lambda: written_after(model, prompts, max_new_tokens=coverage.new_tokens, seed=seed, progress=progress)
     )
     kept: dict[str, None] = {}
     dropped: Counter[str] = Counter()

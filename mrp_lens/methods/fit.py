@@ -16,6 +16,7 @@ from mrp_lens.methods.outcome import Outcome
 from mrp_lens.utils.frames import frame_of, rows_of
 from mrp_lens.utils.interrupts import complete
 from mrp_lens.utils.io import make_folder, read_json, write_json, write_text
+from mrp_lens.utils.processes import computed_once, together
 
 EDIT, LOG, FIT = "edit", "log.csv", "fit.json"  # what a saved fit consists of
 CHECKPOINT = "checkpoint"
@@ -82,8 +83,10 @@ class Fit:
         return cls(load_edit(target / EDIT), log, settings, interrupted, directions, outcome)
 
     @classmethod
+    @together()
     def once(cls, folder: str | Path, make: Callable[[Path], "Fit"]) -> "Fit":
-        """The fit that a folder holds, or a new one, saved there before anything else is done with it.
+        """The fit that a folder holds, or a new one, saved there before anything else is done with it. Of several processes the
+        first saves it.
 
         Args:
             folder: of this fit.
@@ -93,10 +96,10 @@ class Fit:
             KeyboardInterrupt: Ctrl-C ended the fit; the checkpoint stays, and the next call goes on with it.
         """
         target = Path(folder)
-        if not (target / FIT).is_file():
-            fit = make(target / CHECKPOINT)
-            complete(fit).save(target)
-        shutil.rmtree(target / CHECKPOINT, ignore_errors=True)
+        if not computed_once((target / FIT).is_file):
+            fit = complete(make(target / CHECKPOINT))
+            computed_once(lambda: fit.save(target))
+        computed_once(lambda: shutil.rmtree(target / CHECKPOINT, ignore_errors=True))
         return cls.load(target)
 
     @property

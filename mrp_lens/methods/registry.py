@@ -70,6 +70,9 @@ class Method(PlainSettings, ABC):
     ) -> Fit:
         """Fit the method to a model, which is left as it is.
 
+        In a process group of `torch.distributed` every process has to call this, with the same arguments. They share the work, and
+        each returns the fit; the first one writes checkpoints and shows bars.
+
         Args:
             model: HookedTransformer or TransformerBridge, in any dtype (what is trained is float32).
             forget: the forget set; of several corpora each method says what it makes.

@@ -14,7 +14,7 @@ from typing_extensions import override
 from mrp_lens.data.tokenization import Batches, BatchesInTurn, Encoded, PaddingSide, TokenBatch
 from mrp_lens.edits import WeightEdit
 from mrp_lens.edits.subspace import Law, random_units
-from mrp_lens.methods.base import Data, FitContext, FitTemplate, fitting, parts_of
+from mrp_lens.methods.base import Data, FitContext, FitTemplate, fitting
 from mrp_lens.methods.coverage import Coverage
 from mrp_lens.methods.fit import Fit
 from mrp_lens.methods.registry import Swept, register
@@ -23,6 +23,7 @@ from mrp_lens.models import EditableWeight, LensModel, check_layers, mlp_out_wei
 from mrp_lens.models.hooks import Site, captured, hook_name, run_segment
 from mrp_lens.models.kept_states import KeptStates
 from mrp_lens.training.optim import TransformersAdamW, update_size, warmup_linear_decay
+from mrp_lens.utils.processes import shares
 from mrp_lens.utils.validation import check_positive, or_default
 
 Positions = Literal["content", "all"]
@@ -271,12 +272,14 @@ class _Losses(Generic[Resolved]):
                 frozen_states, states = self._states(batch)
                 counted = self._counted(batch, frozen_states)
                 self.first[topic] = float(method.c(self.settings, states, counted, None))
-        for part in parts_of(batch, method.micro_batch):
+        noise = self._drawn(batch) if topic is None and method.retain_noise > 0.0 else None
+        for rows in shares(len(batch), method.micro_batch):
+            part = batch[rows]
             frozen_states, states = self._states(part)
             counted = self._counted(part, frozen_states)
             target, unit = frozen_states, 1.0
-            if topic is None and method.retain_noise > 0.0:
-                target = target + self._noise(target)
+            if noise is not None:
+                target = target + self._scaled(noise[rows], target)
             if topic is not None:
                 c = method.c(self.settings, frozen_states, counted, self.first.get(topic))
                 target, unit = c * self.directions[topic], method.c_share(self.settings.norm)
@@ -297,11 +300,14 @@ class _Losses(Generic[Resolved]):
         lengths = unit * frozen_states.norm(dim=-1, keepdim=True)
         return torch.where(counted[..., None], lengths.square().reciprocal(), 0.0)
 
-    def _noise(self, states: States) -> States:
-        """Isotropic, of the share of each state's norm that the settings say, on average."""
-        drawn = torch.randn(states.shape, generator=self.generator).to(states.device)
+    def _drawn(self, batch: TokenBatch) -> States:
+        """Noise for the whole batch, whichever parts of it are this process's."""
+        return torch.randn(*batch.tokens.shape, int(self.model.cfg.d_model), generator=self.generator)
+
+    def _scaled(self, noise: States, states: States) -> States:
+        """The noise in the share of each state's norm that the settings say, on average."""
         scale = self.method.retain_noise / states.shape[-1] ** 0.5
-        return scale * states.norm(dim=-1, keepdim=True) * drawn
+        return scale * states.norm(dim=-1, keepdim=True) * noise.to(states.device)
 
     def _states(self, batch: TokenBatch) -> tuple[States, States]:
         """With the model's own weights, and with those in training."""

@@ -15,7 +15,7 @@ from mrp_lens.data.tokenization import TokenBatch
 from mrp_lens.edits import ConditionalProjectionEdit, Edit
 from mrp_lens.metrics.activations import StateReader, groups_of
 from mrp_lens.metrics.registry import Measured, register
-from mrp_lens.models import LensModel, device_of
+from mrp_lens.models import LensModel, device_at, device_of
 from mrp_lens.models.finite import check_states
 from mrp_lens.models.hooks import HookFunction, frozen, hooked, layer_of, place_in_block, run_segment
 from mrp_lens.utils.torch_state import ordinary_torch
@@ -262,22 +262,20 @@ def _watched(model: LensModel, edit: Edit) -> Iterator[dict[Place, Float[Tensor,
         for part in edit.parts:  # in their order, as an EditStack puts them on
             if isinstance(part, ConditionalProjectionEdit):
                 names = sorted(part.hook_names, key=place_in_block)
-                hooks = [(name, _watching(part, name, store, device_of(model))) for name in names]
+                hooks = [(name, _watching(model, part, name, store)) for name in names]
                 stack.enter_context(hooked(model, hooks))
             else:
                 stack.enter_context(part.applied(model))
         yield store
 
 
-def _watching(
-    edit: ConditionalProjectionEdit, name: str, store: dict[Place, Tensor], device: torch.device
-) -> HookFunction:
-    change = edit.change_at(name).to(device)
+def _watching(model: LensModel, edit: ConditionalProjectionEdit, name: str, store: dict[Place, Tensor]) -> HookFunction:
+    change, home = edit.change_at(name).to(device_at(model, layer_of(name))), device_of(model)
     gates = {request: edit.gates(request)[name] for request in edit.requests if name in edit.gates(request)}
 
     def watch(activation: Tensor, hook: Any) -> Tensor:
         for request, own in gates.items():
-            store[Place(request, name)] = own(activation)
+            store[Place(request, name)] = own(activation).to(home)
         changed: Tensor = change(activation)
         return changed
 

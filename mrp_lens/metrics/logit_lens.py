@@ -101,8 +101,8 @@ def unembedded(model: LensModel, states: Float[Tensor, "texts d_model"]) -> Floa
     """
     tokens = torch.zeros(len(states), 1, dtype=torch.long, device=states.device)
 
-    def put(_activation: Tensor, hook: Any) -> Tensor:
-        return states[:, None]
+    def put(activation: Tensor, hook: Any) -> Tensor:
+        return states[:, None].to(activation.device)
 
     last = hook_name(int(model.cfg.n_layers) - 1)
     real = torch.ones_like(tokens, dtype=torch.bool)

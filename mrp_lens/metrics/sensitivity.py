@@ -367,7 +367,7 @@ def _reaction(
 
     def put(activation: Tensor, hook: Any) -> Tensor:
         changed = activation.clone()
-        changed[batch.content_mask] = moved
+        changed[batch.content_mask.to(changed.device)] = moved.to(changed.device)
         return changed
 
     final = _final(model)

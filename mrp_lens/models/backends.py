@@ -30,8 +30,9 @@ def boot(kind: Kind, hf_model: Any, device: torch.device, dtype: torch.dtype) ->
 def _boot_bridge(hf_model: Any, device: torch.device, dtype: torch.dtype) -> Any:
     from transformer_lens.model_bridge import TransformerBridge
 
+    placed = None if hasattr(hf_model, "hf_device_map") else device  # else each layer is where its map says
     model = TransformerBridge.boot_transformers(
-        "local", hf_model=hf_model, tokenizer=_stand_in(), device=device, dtype=dtype
+        "local", hf_model=hf_model, tokenizer=_stand_in(), device=placed, dtype=dtype
     )
     set_tokenizer(model, None)
     return model

@@ -74,8 +74,18 @@ def architecture_of(model: LensModel) -> str:
 
 
 def device_of(model: LensModel) -> torch.device:
-    """Where its first tensor lies."""
-    return next(iter(model.parameters())).device
+    """Where its embedding lies, and so where batches go; of a model on several devices the first in a pass."""
+    return model.W_E.device
+
+
+def devices_of(model: LensModel) -> set[torch.device]:
+    """All devices that hold a part of it."""
+    return {parameter.device for parameter in model.parameters()}
+
+
+def device_at(model: LensModel, layer: int) -> torch.device:
+    """Where a block lies."""
+    return next(iter(model.blocks[layer].parameters())).device
 
 
 def dtype_of(model: LensModel) -> torch.dtype:
@@ -145,7 +155,7 @@ def logits_of(
 ) -> Float[Tensor, "batch seq d_vocab"]:
     """Logits of a padded batch."""
     logits: Tensor = forward(model, tokens, attention_mask)
-    return logits
+    return logits.to(tokens.device)
 
 
 def logits_at(
@@ -156,19 +166,20 @@ def logits_at(
     cache: Any = None,
 ) -> Float[Tensor, "chosen d_vocab"]:
     """Logits at some positions of a padded batch, row by row; no others are computed, which with a large vocabulary would
-    take more memory than everything else. Arguments as for `forward`."""
+    take more memory than everything else. They are where the tokens are; arguments as for `forward`."""
     chosen = False
 
     def choose(_module: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
         nonlocal chosen
         chosen = True
-        return (args[0][positions][None], *args[1:])
+        return (args[0][positions.to(args[0].device)][None], *args[1:])
 
     handle = model.unembed.register_forward_pre_hook(choose)
     try:
         logits: Tensor = forward(model, tokens, attention_mask, cache)
     finally:
         handle.remove()
+    logits = logits.to(tokens.device)
     return logits[0] if chosen else logits[positions]
 
 

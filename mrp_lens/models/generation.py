@@ -14,6 +14,7 @@ from mrp_lens.models.base import device_of, encoder_for
 from mrp_lens.models.finite import non_finite
 from mrp_lens.models.hooks import frozen
 from mrp_lens.models.protocol import LensModel
+from mrp_lens.utils.processes import is_first
 from mrp_lens.utils.torch_state import ordinary_torch
 
 AT_ONCE = 256  # texts written side by side
@@ -74,7 +75,7 @@ def written_after(
         frozen(model),
         torch.no_grad(),
         torch.random.fork_rng(range(torch.cuda.device_count())),
-        tqdm(total=len(starts), desc="texts", disable=not progress) as bar,
+        tqdm(total=len(starts), desc="texts", disable=not (progress and is_first())) as bar,
     ):
         torch.manual_seed(seed)
         for length, places in sorted(by_length.items()):

@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from mrp_lens.models.attachments import check_on, exclusive
-from mrp_lens.models.base import check_lens_model, forward, is_bridge, modules_of
+from mrp_lens.models.base import check_lens_model, device_of, forward, is_bridge, modules_of
 from mrp_lens.models.protocol import LensModel
 
 Site = Literal[
@@ -168,16 +168,17 @@ def hooked(model: LensModel, hooks: Iterable[tuple[str, HookFunction]]) -> Itera
 
 @contextmanager
 def captured(model: LensModel, names: Iterable[str]) -> Iterator[dict[str, Float[Tensor, "batch seq d_model"]]]:
-    """A dict that every forward pass fills with what leaves the named hook points, gradient included.
+    """A dict that every forward pass fills with what leaves the named hook points, gradient included, on the device of the batch.
 
     Hooks that were added before are seen. On the Bridge `run_with_cache` would detach, and `stop_at_layer` at
     the last layer would return logits; this does neither.
     """
     store: dict[str, Tensor] = {}
+    device = device_of(model)
 
     def keep(name: str) -> HookFunction:
         def hook(activation: Tensor, hook: Any) -> None:
-            store[name] = activation
+            store[name] = activation.to(device)
 
         return hook
 

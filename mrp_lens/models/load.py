@@ -9,6 +9,7 @@ from torch import Tensor
 
 from mrp_lens.models.backends import Kind, boot, check_special_tokens, give_tokenizer
 from mrp_lens.models.base import device_named, dtype_named
+from mrp_lens.models.devices import DeviceMap, MaxMemory, Spread
 from mrp_lens.models.fidelity import context_of, hf_log_probabilities, ignored_settings, log_probabilities, probe, reach
 from mrp_lens.models.protocol import LensModel
 from mrp_lens.models.source import OpenedModel, check_memory, opened
@@ -38,6 +39,8 @@ def load_model(
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
     tokenizer: "PreTrainedTokenizerBase | None" = None,
+    device_map: DeviceMap | None = None,
+    max_memory: MaxMemory | None = None,
 ) -> LensModel:
     """Load a model for editing, with its weights exactly as in the checkpoint: nothing folded, nothing centred.
 
@@ -54,6 +57,10 @@ def load_model(
         device: where to put it; None: a GPU if there is one, else the CPU.
         dtype: such as torch.bfloat16 or "bfloat16"; None: float32.
         tokenizer: None: the one that lies beside the weights.
+        device_map: instead of `device`: how the layers are spread over several, as transformers and accelerate take it: "auto",
+            "balanced", "balanced_low_0" or "sequential", or names of modules -> devices, {"model.embed_tokens": 0, ...}. Bridge
+            only; all GPUs, or all CPU: what is offloaded has no weights to edit.
+        max_memory: device -> bytes, or text such as "20GiB", for the named maps. None: what is free.
 
     Returns:
         A HookedTransformer or TransformerBridge in evaluation mode. Its class was compared with Hugging Face's on a small
@@ -64,7 +71,8 @@ def load_model(
         TypeError: a source that is none of these, or a tokenizer that is none.
         ValueError: no such folder or name, an unknown backend, device or dtype, no tokenizer or one whose BOS or EOS has no
             row in the embedding, missing, offloaded or quantised weights, a folder with links or file names that lead out
-            of it, too little memory, or (ModelMismatchError) a class that computes another model than Hugging Face.
+            of it, too little memory, a device map that HookedTransformer cannot have, that offloads, or that names what is not
+            there, or (ModelMismatchError) a class that computes another model than Hugging Face.
 
     Example:
         >>> model = load_model("demo", backend="bridge")
@@ -73,18 +81,20 @@ def load_model(
     """
     if backend not in ("auto", "hooked", "bridge"):
         raise ValueError(f"unknown backend {backend!r}; choose 'auto', 'hooked' or 'bridge'")
+    spread = Spread.checked(device_map, max_memory, device=device, backend=backend)
     where, precision = device_named(device), dtype_named(torch.float32 if dtype is None else dtype)
     copies = 2 if backend == "hooked" else 1  # HookedTransformer is filled from the Hugging Face model
-    checkpoint = opened(source, tokenizer, where, precision, copies)
+    checkpoint = opened(source, tokenizer, where if spread is None else spread, precision, copies)
+    if spread is not None:
+        where = checkpoint.hf_model.get_input_embeddings().weight.device
     checkpoint.hf_model.config.architectures = [type(checkpoint.hf_model).__name__]  # TransformerLens goes by the name
     check_special_tokens(checkpoint.tokenizer, int(checkpoint.hf_model.get_input_embeddings().weight.shape[0]))
-    if backend == "auto":
+    if backend == "auto" and spread is None:
         try:
             _check_room(checkpoint, where, precision)
             return _loaded("hooked", checkpoint, where, precision)
         except Exception as error:  # TransformerLens raises all kinds for what it does not know
             logger.info("HookedTransformer cannot serve %s (%s); using the Bridge", checkpoint.name, one_line(error))
-        backend = "bridge"
     kind: Kind = "hooked" if backend == "hooked" else "bridge"
     try:
         return _loaded(kind, checkpoint, where, precision)

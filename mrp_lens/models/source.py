@@ -15,6 +15,7 @@ from typing import Any
 import psutil
 import torch
 
+from mrp_lens.models.devices import Spread
 from mrp_lens.utils.io import one_line, read_json
 
 LARGEST_CONFIG = 16 * 2**20  # bytes of a config.json; real ones have some kilobytes
@@ -39,7 +40,7 @@ class OpenedModel:
     tokenizer: Any
 
 
-def opened(source: Any, tokenizer: Any, device: torch.device, dtype: torch.dtype, copies: int) -> OpenedModel:
+def opened(source: Any, tokenizer: Any, device: torch.device | Spread, dtype: torch.dtype, copies: int) -> OpenedModel:
     """The checkpoint behind what a user gave to `load_model`; `copies` is how many of it must fit into memory.
 
     Raises:
@@ -54,19 +55,26 @@ def opened(source: Any, tokenizer: Any, device: torch.device, dtype: torch.dtype
 
 
 def _from_folder(
-    source: str | Path, tokenizer: Any, device: torch.device, dtype: torch.dtype, copies: int
+    source: str | Path, tokenizer: Any, device: torch.device | Spread, dtype: torch.dtype, copies: int
 ) -> OpenedModel:
     folder, name = find_folder(source), str(source)
     config = checked_config(folder, name)
     refuse_quantised(config.get("quantization_config"), name)
     _refuse_edited(str(config.get("model_type")), name)
-    check_memory(count_parameters(folder), device, dtype, copies, name)
+    if isinstance(device, torch.device):
+        check_memory(count_parameters(folder), device, dtype, copies, name)
     language_config(folder)  # a tokenizer is found by it, and an error should not be about the tokenizer
     used = tokenizer if tokenizer is not None else read_tokenizer(folder)
-    return OpenedModel(name, read_weights(folder, dtype).to(device).eval(), used)
+    if isinstance(device, torch.device):
+        return OpenedModel(name, read_weights(folder, dtype).to(device).eval(), used)
+    spread = read_weights(folder, dtype, **device.options).eval()
+    device.check(spread)
+    return OpenedModel(name, spread, used)
 
 
-def _from_memory(source: Any, tokenizer: Any, device: torch.device, dtype: torch.dtype, copies: int) -> OpenedModel:
+def _from_memory(
+    source: Any, tokenizer: Any, device: torch.device | Spread, dtype: torch.dtype, copies: int
+) -> OpenedModel:
     if hasattr(source, "merge_and_unload"):
         raise ValueError("this model carries an adapter; merge it first and pass what model.merge_and_unload() returns")
     if not (hasattr(source, "config") and hasattr(source, "save_pretrained") and hasattr(source, "parameters")):
@@ -84,8 +92,12 @@ def _from_memory(source: Any, tokenizer: Any, device: torch.device, dtype: torch
         if not Path(name).is_dir():
             raise ValueError("a loaded Hugging Face model brings no tokenizer; pass load_model(model, tokenizer=...)")
         tokenizer = read_tokenizer(Path(name))
-    check_memory(sum(parameter.numel() for parameter in source.parameters()), device, dtype, copies, name)
-    return OpenedModel(name, _copied(source, device, dtype), tokenizer)
+    if isinstance(device, torch.device):
+        check_memory(sum(parameter.numel() for parameter in source.parameters()), device, dtype, copies, name)
+        return OpenedModel(name, _copied(source, dtype).to(device), tokenizer)
+    spread = device.dispatched(_copied(source, dtype))
+    device.check(spread)
+    return OpenedModel(name, spread, tokenizer)
 
 
 def _check_tokenizer(tokenizer: Any) -> None:
@@ -371,8 +383,13 @@ def language_config(folder: Path) -> tuple[Any, bool]:
     return config, config is not whole
 
 
-def read_weights(folder: Path, dtype: torch.dtype) -> Any:
+def read_weights(folder: Path, dtype: torch.dtype, **placing: Any) -> Any:
     """The Hugging Face model of a folder, of one that reads pictures too its language model. No code in the folder runs.
+
+    Args:
+        folder: with the weights.
+        dtype: of the parameters.
+        placing: `device_map` and `max_memory` of `from_pretrained`. Without: on the CPU.
 
     Raises:
         ValueError: a broken configuration, no language model, or tensors that are missing or have other shapes than the
@@ -392,6 +409,7 @@ def read_weights(folder: Path, dtype: torch.dtype) -> Any:
             output_loading_info=True,
             trust_remote_code=False,
             **renamed,
+            **placing,
         )
     except Exception as error:  # shapes, pickled code (which is not run), broken files
         raise ValueError(
@@ -454,7 +472,7 @@ def _refuse_hooked(source: Any) -> None:
                 )
 
 
-def _copied(source: Any, device: torch.device, dtype: torch.dtype) -> Any:
+def _copied(source: Any, dtype: torch.dtype) -> Any:
     """A copy of a model in memory (TransformerBridge wraps the modules of what it is given), in a precision.
 
     Only parameters change their precision, as in `from_pretrained`: rotary angles in bfloat16 would be other angles.
@@ -464,6 +482,7 @@ def _copied(source: Any, device: torch.device, dtype: torch.dtype) -> Any:
         from accelerate.hooks import remove_hook_from_module  # type: ignore[import-untyped]
 
         remove_hook_from_module(own, recurse=True)
+        own.__dict__.pop("hf_device_map", None)
     for module in own.modules():
         for parameter in module.parameters(recurse=False):
             if parameter.is_floating_point() and parameter.dtype != dtype:
@@ -471,7 +490,7 @@ def _copied(source: Any, device: torch.device, dtype: torch.dtype) -> Any:
         for name, buffer in module.named_buffers(recurse=False):
             if buffer.is_floating_point() and name not in module._non_persistent_buffers_set:
                 setattr(module, name, buffer.to(dtype))
-    own.to(device).eval().requires_grad_(True)
+    own.eval().requires_grad_(True)
     own.set_attn_implementation("eager")
     return own
 

@@ -13,6 +13,7 @@ from typing_extensions import override
 from mrp_lens.training.checkpoints import Checkpoint, Resumable
 from mrp_lens.training.optim import MasterAdamW
 from mrp_lens.utils.interrupts import Interruption
+from mrp_lens.utils.processes import is_first
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +68,8 @@ class TrainingState:
 class Callback:
     """Something that looks on while a run of the training loop goes its way; each method does nothing unless overridden.
 
-    What a callback raises ends the run. One that was started is always told of the end, whatever happened.
+    What a callback raises ends the run. One that was started is always told of the end, whatever happened. Of several processes
+    that train together each has its own callbacks, which are told the same.
     A fit of two phases (MRP with distillation) is two runs.
 
     Example:
@@ -170,7 +172,7 @@ class Checkpointing(Callback):
     @override
     def on_step(self, step: int, row: Mapping[str, float]) -> None:
         state = self._state
-        if not state.last and state.done % self._checkpoint.every:
+        if (not state.last and state.done % self._checkpoint.every) or not is_first():
             return
         self._checkpoint.save(
             {

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 from typing_extensions import override
 
 from mrp_lens.training.callbacks import Callback, TrainingState
+from mrp_lens.utils.processes import is_first
 
 PROJECT = "mrp_lens"
 
@@ -36,7 +37,7 @@ class Logger(Protocol):
 
 
 class LoggerCallback(Callback):
-    """Tells a logger of every update.
+    """Tells a logger of every update; of several processes only the first one's.
 
     Example:
         >>> callback = LoggerCallback(logger_named("tensorboard", "out"))  # doctest: +SKIP
@@ -48,15 +49,18 @@ class LoggerCallback(Callback):
 
     @override
     def on_start(self, state: TrainingState) -> None:
-        self._logger.start(state.description, state.settings)
+        if is_first():
+            self._logger.start(state.description, state.settings)
 
     @override
     def on_step(self, step: int, row: Mapping[str, float]) -> None:
-        self._logger.log({name: value for name, value in row.items() if name != "step"}, step)
+        if is_first():
+            self._logger.log({name: value for name, value in row.items() if name != "step"}, step)
 
     @override
     def on_end(self) -> None:
-        self._logger.finish()
+        if is_first():
+            self._logger.finish()
 
 
 class WandbLogger(Logger):

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pandas as pd
@@ -14,7 +15,9 @@ from torch import Tensor
 
 from mrp_lens.training.callbacks import Callback, Checkpointing, ProgressBar, TrainingState
 from mrp_lens.training.checkpoints import Checkpoint, Resumable
+from mrp_lens.training.reduction import begun_alike, ended_alike, reduced
 from mrp_lens.utils.interrupts import deferred
+from mrp_lens.utils.processes import count, is_first, together, was_dealt
 from mrp_lens.utils.torch_state import ordinary_torch
 from mrp_lens.utils.validation import check_whole
 
@@ -35,6 +38,7 @@ class TrainingRun:
     interrupted: bool
 
 
+@together()
 @ordinary_torch(gradients=True)
 def train(
     losses: Losses,
@@ -54,6 +58,10 @@ def train(
     shown: Callable[[], AbstractContextManager[object]] = nullcontext,
 ) -> TrainingRun:
     """Minimise what `losses` yields.
+
+    In a process group of `torch.distributed` all processes have to call this, with the same arguments. What `losses` yields for
+    a part of a batch that `parts_of` gave is this process's share; anything else counts as computed by each of them. Gradients
+    of the trained tensors and the log's losses are added up over the processes, so that all of them hold the same tensors.
 
     Args:
         losses: called with the step's index; yields one dict of scalar tensors for every micro-batch.
@@ -89,7 +97,7 @@ def train(
     standing = [
         *([governor] if governor else []),
         *([Checkpointing(checkpoint)] if checkpoint else []),
-        *([ProgressBar()] if progress else []),
+        *([ProgressBar()] if progress and is_first() else []),
     ]
     interrupted = False
     with deferred(terminate=checkpoint is not None) as asked, ExitStack() as ends:
@@ -102,11 +110,12 @@ def train(
             for callback in (*standing, *callbacks):
                 callback.on_start(state)
                 ends.callback(callback.on_end)
+            begun_alike(state)
             start = time.perf_counter() - (state.rows[-1]["seconds"] if state.rows else 0.0)
             while not state.last:
                 step = state.done
                 optimizer.zero_grad(set_to_none=True)
-                row = _accumulate(losses(step), step, description)
+                row = reduced(partial(_accumulate, losses, step, description), state)
                 if max_grad_norm is not None:
                     torch.nn.utils.clip_grad_norm_(state.tensors, max_grad_norm)
                 for group, rate in zip(optimizer.param_groups, rates, strict=True):
@@ -114,11 +123,14 @@ def train(
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)  # what looks on has the memory of the gradients
                 state.rows.append({"step": step, **row, "seconds": time.perf_counter() - start})
-                state.stopping = bool(asked)
+                state.stopping = bool(asked) and (count() == 1 or asked.everywhere)
                 for callback in (*standing, *callbacks):
                     callback.on_step(step, state.rows[-1])
+            ended_alike(state)
             interrupted = bool(asked)
         except KeyboardInterrupt:
+            if count() > 1:  # the others wait for this process: it has to end
+                raise
             interrupted = True
         asked.end_if_terminated()
         if interrupted:
@@ -131,9 +143,14 @@ def train(
     return TrainingRun(pd.DataFrame(state.rows), interrupted)
 
 
-def _accumulate(micro_batches: Iterable[dict[str, Tensor]], step: int, description: str) -> dict[str, float]:
+def _accumulate(losses: Losses, step: int, description: str) -> dict[str, float]:
+    """Gradients and losses of a step, in this process. What is no share of it counts as what each of the processes computes."""
     row: dict[str, float] = {}
+    was_dealt()
+    micro_batches = losses(step)
+    all_dealt = was_dealt()  # of a function that returns a list
     for terms in micro_batches:
+        share = 1.0 if was_dealt() or all_dealt else 1.0 / count()
         values = {name: float(term.detach()) for name, term in terms.items()}
         for name, value in values.items():
             if not math.isfinite(value):
@@ -141,7 +158,7 @@ def _accumulate(micro_batches: Iterable[dict[str, Tensor]], step: int, descripti
                     f"{description}: the {name} is {value} at step {step}, so the run was stopped and the model left as it was. "
                     "Lower the learning rate, or look for extreme values in the data at this step."
                 )
-            row[name] = row.get(name, 0.0) + value
+            row[name] = row.get(name, 0.0) + share * value
         if terms["loss"].requires_grad:
-            terms["loss"].backward()
+            (terms["loss"] if share == 1.0 else share * terms["loss"]).backward()
     return row

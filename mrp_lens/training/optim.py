@@ -26,7 +26,7 @@ class Trainable:
     model_tensors: tuple[torch.nn.Parameter, ...] = ()
 
     def collect(self) -> None:
-        """The gradients of the model's tensors, added up, become the master's."""
+        """The gradients of the model's tensors, added up, become the master's; they themselves are cleared."""
         gradients = [
             tensor.grad if number == 0 else tensor.grad.T
             for number, tensor in enumerate(self.model_tensors)
@@ -34,6 +34,8 @@ class Trainable:
         ]
         if gradients:
             self.master.grad = torch.stack([gradient.float() for gradient in gradients]).sum(0)
+        for tensor in self.model_tensors:
+            tensor.grad = None
 
     def spread(self) -> None:
         """The model's tensors get the master's values."""
@@ -52,11 +54,15 @@ class MasterAdamW(torch.optim.AdamW):
     @override
     def step(self, closure: Any = None) -> Any:
         """One update of the masters, and of the model."""
-        for tensor in self.trained:
-            tensor.collect()
+        self.collect()
         result = super().step(closure)
         self.spread()
         return result
+
+    def collect(self) -> None:
+        """The masters get the model's gradients."""
+        for tensor in self.trained:
+            tensor.collect()
 
     def spread(self) -> None:
         """The model gets the masters' values."""
@@ -115,7 +121,7 @@ def warmup_cosine(share: float, *, warmup: float = 0.05) -> float:
 
 def entry_size(matrices: Iterable[Tensor]) -> float:
     """Root mean square of a matrix's entries, on average over the matrices."""
-    return float(torch.stack([matrix.float().square().mean().sqrt() for matrix in matrices]).mean())
+    return float(torch.stack([matrix.float().square().mean().sqrt().cpu() for matrix in matrices]).mean())
 
 
 def update_size(matrices: Iterable[Tensor]) -> float:

@@ -6,7 +6,7 @@ the result on through `complete`, which raises KeyboardInterrupt: so it reaches 
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -20,12 +20,24 @@ class Interruption:
 
     Attributes:
         signal: its number.
+        elsewhere: it came to another process that works on the same, and may still come to this one.
+        everywhere: all of these processes know of it.
     """
 
     signal: int | None = None
+    elsewhere: bool = False
+    everywhere: bool = False
 
     def __bool__(self) -> bool:
         return self.signal is not None
+
+    def follow(self, signals: Iterable[int | None]) -> None:
+        """Stop as other processes are told to: SIGTERM if one of them was ended by it."""
+        came = [number for number in signals if number is not None]
+        if came:
+            self.elsewhere = self.elsewhere or self.signal is None
+            self.signal = signal.SIGTERM if signal.SIGTERM in came else came[0]
+            self.everywhere = True
 
     def end_if_terminated(self) -> None:
         """Leave, if it was SIGTERM: a process that is told to end must not go on with the next line of a script.
@@ -60,9 +72,9 @@ def deferred(*, terminate: bool) -> Iterator[Interruption]:
     previous = {number: signal.getsignal(number) for number in chosen}
 
     def handle(number: int, _frame: object) -> None:
-        if asked:
+        if asked and not asked.elsewhere:
             raise KeyboardInterrupt
-        asked.signal = number
+        asked.signal, asked.elsewhere = number, False
 
     for number in chosen:
         signal.signal(number, handle)

@@ -5,6 +5,8 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
+from mrp_lens.utils.processes import is_first
+
 DELAY = 1.0  # seconds
 
 
@@ -18,8 +20,8 @@ def progress_bar(
     Args:
         iterable: to go through; None: the bar is updated by hand.
         desc: what is done.
-        progress: False: no bar.
+        progress: False: no bar. Of several processes that share a fit the first shows one.
         total: steps; None: as many as the iterable has.
         options: of tqdm, such as `unit`.
     """
-    return tqdm(iterable, desc=desc, total=total, disable=not progress, delay=DELAY, **options)
+    return tqdm(iterable, desc=desc, total=total, disable=not (progress and is_first()), delay=DELAY, **options)

@@ -4,12 +4,15 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pytest
+import torch
 
 from mrp_lens.cli import unlearn as module
 from mrp_lens.edits import load_edit
@@ -17,6 +20,7 @@ from mrp_lens.methods import METHODS, MRP, RMU, AdaptiveRMU, Fit
 from mrp_lens.training import loop
 from mrp_lens.training.loop import NonFiniteLossError
 from mrp_lens.utils.io import sole_process
+from mrp_lens.utils.processes import ENVIRONMENT
 from tests.support.commands import Result, completed, data_words, fitter, invoke, summary_of
 
 FEW = ["--steps", "2", "--batch-size", "4"]
@@ -308,3 +312,42 @@ TASK_0_1: dict[str, Any] = dict.fromkeys(
         *("forget_schema", "retain_schema", "questions_schema", "untaught_questions", "entity"),
     ]
 )
+
+
+@pytest.mark.slow
+def test_processes_that_torchrun_starts_write_one_folder_with_the_edit_of_one(tiny_folder: Path, files: Path) -> None:
+    words = [
+        "unlearn",
+        *data_words(tiny_folder, files, out=None),
+        "--method",
+        "rmu",
+        "--steps",
+        "4",
+        "--batch-size",
+        "5",
+    ]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "mrp_lens"]
+    shared = subprocess.run(
+        [*launcher, *words, "--out", str(files / "shared")], capture_output=True, text=True, check=False
+    )
+    assert shared.returncode == 0, shared.stderr
+    assert shared.stdout.count("Loading") == shared.stdout.count("The edit is in") == 1
+    completed(*words, "--out", str(files / "alone"))
+    written = [
+        sorted(path.relative_to(files / out).as_posix() for path in (files / out).rglob("*"))
+        for out in ("shared", "alone")
+    ]
+    assert written[0] == written[1]
+    found, wanted = (load_edit(files / out / "edit").to_parts()[1] for out in ("shared", "alone"))
+    torch.testing.assert_close(dict(found), dict(wanted), rtol=0, atol=1e-6)
+
+
+def test_torchrun_is_refused_for_commands_that_processes_cannot_share(
+    tiny_folder: Path, files: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in zip(ENVIRONMENT, ("1", "2", "localhost", "29500"), strict=True):
+        monkeypatch.setenv(name, value)
+    words = data_words(tiny_folder, files, out=None)
+    result = invoke("measure", *words, "--out", str(files / "out"))
+    assert "start `mrp-lens measure` without torchrun" in str(result.exception)
+    assert not (files / "out").exists()

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from mrp_lens.data import Corpus, Document
+from mrp_lens.data.tokenization import parts_of
 from mrp_lens.edits import ConditionalProjectionEdit, ProjectionEdit
 from mrp_lens.methods import MRP, UnconditionalMRP
-from mrp_lens.methods.base import parts_of
 from mrp_lens.methods.mrp.gates import _clusters, _gate, before_what_counts, gate_loss, gate_weights
 from mrp_lens.models import LensModel, encoder_for
 

@@ -10,9 +10,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mrp_lens.data import Corpus
-from mrp_lens.data.tokenization import Batches, Encoded, Encoder, TokenBatch, in_order
+from mrp_lens.data.tokenization import Batches, Encoded, Encoder, TokenBatch, in_order, parts_of
 from mrp_lens.edits import ProjectionEdit, WeightEdit, edit_on
-from mrp_lens.methods.base import FitContext, parts_of
+from mrp_lens.methods.base import FitContext
 from mrp_lens.models import (
     EditableWeight,
     LensModel,
@@ -30,6 +30,7 @@ from mrp_lens.training.loop import TrainingRun
 from mrp_lens.training.losses import kl, predictions
 from mrp_lens.training.optim import MasterAdamW, Trainable, warmup_cosine
 from mrp_lens.utils.io import write_json
+from mrp_lens.utils.processes import computed_once, dealt, summed
 from mrp_lens.utils.validation import PlainSettings, or_default
 
 TEXTS_FILE = "texts.json"
@@ -190,29 +191,38 @@ class Distillation(PlainSettings):
         path = None if context.checkpoint is None else context.checkpoint.folder / TEXTS_FILE
         # Drawn in either case: what follows must not depend on where the texts come from.
         seed = drawn_seed(context.generator)
-        if path is not None and path.is_file():
-            known: list[str] = json.loads(path.read_text(encoding="utf-8"))
-            return known
-        texts = written_texts(context.model, self.texts, max_new_tokens=length, seed=seed, progress=context.progress)
-        if path is not None:
-            write_json(path, texts)
-        return texts
+
+        def found() -> list[str]:
+            if path is not None and path.is_file():
+                known: list[str] = json.loads(path.read_text(encoding="utf-8"))
+                return known
+            texts = written_texts(
+                context.model, self.texts, max_new_tokens=length, seed=seed, progress=context.progress
+            )
+            if path is not None:
+                write_json(path, texts)
+            return texts
+
+        return computed_once(found)
 
     def _agreed(
         self, model: LensModel, projection: ProjectionEdit, encoder: Encoder, texts: Sequence[str]
     ) -> list[Encoded]:
         """Texts less those on which the projection changes what the model predicts."""
         rows = [row for row in encoder.encode(Corpus.from_texts(texts).documents) if any(row.in_loss[1:])]
-        agreed = []
+        most = torch.zeros(len(rows))
         with torch.no_grad():
-            for places, batch in in_order(encoder, rows, self.batch_size, logits=True):
+            for places, batch in dealt(in_order(encoder, rows, self.batch_size, logits=True)):
                 before = predictions(model, batch)
                 with edit_on(model, projection):
                     changed = kl(before, predictions(model, batch))
                 counts = batch.loss_mask[:, 1:].sum(dim=1).tolist()
-                for place, values in zip(places, changed.split(counts), strict=True):
-                    if float(values.max()) < self.agreement:
-                        agreed.append(rows[place])
+                most[places] = torch.stack([values.max() for values in changed.split(counts)]).cpu()
+        summed([most])
+        agreed = sorted(
+            (row for row, each in zip(rows, most.tolist(), strict=True) if each < self.agreement),
+            key=lambda row: len(row.ids),
+        )
         if not agreed:
             raise ValueError(
                 f"the projection changes what the model predicts by {self.agreement} nats or more in all of its {len(rows)} texts; raise agreement"

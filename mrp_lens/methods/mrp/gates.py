@@ -97,7 +97,7 @@ def gate_loss(
 ) -> Float[Tensor, ""]:
     """Cross-entropy of gates that should be open on forget documents (`lost`), and closed on others, in nats: the weighted sum over
     tokens, the mean over hooks."""
-    shares = torch.stack(list(opened.values()))
+    shares = torch.stack([each.to(weights.device) for each in opened.values()])
     return (weights * -(shares if lost else 1.0 - shares).clamp(min=1e-4).log().mean(dim=0)).sum()
 
 

@@ -52,7 +52,7 @@ class LearnedRows:
             states = rearrange(activation.float(), "batch seq d -> (batch seq) d")
             left = states if self.alone or name not in self.earlier else self.earlier[name](states)
             if name in self.rows and name not in self.skipped:
-                rows = orthonormal(self.rows[name], self.taken.get(name))
+                rows = orthonormal(self.rows[name], self.taken.get(name)).to(states.device)
                 part = (left @ rows.T) @ rows
                 if name in self.gates:
                     shares = self.gates[name](states)

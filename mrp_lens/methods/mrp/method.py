@@ -13,9 +13,9 @@ from torch import Tensor
 from typing_extensions import override
 
 from mrp_lens.data import Corpus
-from mrp_lens.data.tokenization import Batches, TokenBatch
+from mrp_lens.data.tokenization import Batches, TokenBatch, parts_of
 from mrp_lens.edits import Edit, projection_in, without_projections
-from mrp_lens.methods.base import Data, FitContext, FitTemplate, fitting, parts_of
+from mrp_lens.methods.base import Data, FitContext, FitTemplate, fitting
 from mrp_lens.methods.coverage import Coverage
 from mrp_lens.methods.fit import Fit
 from mrp_lens.methods.mrp.alternatives import Alternatives

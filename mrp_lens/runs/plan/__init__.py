@@ -1,0 +1,1 @@
+"""Planning: what a fit will need."""

@@ -7,7 +7,7 @@ from statistics import median
 
 import torch
 
-from mrp_lens.runs.plan.memory import Setup
+from mrp_lens.runs.plan.memory import Phase, Setup
 
 GIB = 2**30
 SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(GiB|GB|MiB|MB)?", re.IGNORECASE)
@@ -42,15 +42,12 @@ def measured_tflops(device: torch.device, dtype: torch.dtype) -> float:
     return 2 * side**3 / median(seconds() for _ in range(REPEATS)) / 1e12
 
 
-def devices_needed(setup: Setup, weights: float, working: float, memory: float) -> int | None:
-    """Devices of one size over which the blocks are spread, each with room for all that a fit holds besides; None: none are enough.
+def devices_needed(setup: Setup, weights: float, peak: Phase, memory: float) -> int | None:
+    """Devices of one size over which whole blocks are spread, with what each holds for its backward pass. None: none are enough.
 
-    That room is needed where the logits are and where a block's states are; how it is shared between devices is not counted on, so
-    fewer may do.
+    All else that a fit holds has to find room on each of them: on one it is logits, on another the embedding.
     """
-    room = memory - working
-    block = setup.sizes.block_parameters * setup.itemsize
-    embedding = setup.sizes.d_vocab * setup.sizes.d_model * setup.itemsize
-    if room < max(block, embedding):
-        return None
-    return max(1, math.ceil(weights / (room // block * block if room < weights else room)))
+    depth, rest = setup.sizes.n_layers, peak.total - peak.spread
+    block = (weights + peak.spread) / depth
+    each = int((memory - rest) // block)
+    return None if each < 1 else math.ceil(depth / each)

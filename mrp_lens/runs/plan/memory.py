@@ -54,6 +54,7 @@ class Phase:
         activations: states, gradients and attention of the pass under way.
         logits: numbers as wide as the vocabulary.
         optimizer: matrices under training, gradients and moments.
+        spread: of these, what lies with the blocks that it belongs to, if they are on several devices.
     """
 
     name: str
@@ -61,6 +62,7 @@ class Phase:
     activations: float = 0.0
     logits: float = 0.0
     optimizer: float = 0.0
+    spread: float = 0.0
 
     @property
     def total(self) -> float:

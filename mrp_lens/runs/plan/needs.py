@@ -63,14 +63,18 @@ class Needs:
         return max(self.phases, key=lambda phase: phase.total)
 
 
+class NotPlannedError(ValueError):
+    """What a fit needs cannot be said: the method cannot be fitted to such a model, or nobody said what it needs."""
+
+
 @singledispatch
 def needs(method: Any, setup: Setup) -> Needs:
     """What a fit of a method needs; `method` is one with its settings.
 
     Raises:
-        ValueError: nobody has said what this method needs, or it cannot be fitted to this model.
+        NotPlannedError: nobody has said what this method needs, or it cannot be fitted to such a model.
     """
-    raise ValueError(
+    raise NotPlannedError(
         f"nothing is known of what {type(method).__name__} needs; a method of your own says so with mrp_lens.runs.plan.needs.register"
     )
 
@@ -96,7 +100,7 @@ def _of_mrp(method: MRP, setup: Setup) -> Needs:
     retain = (5 if compares else 4) * vocabulary(setup, counted)
     once = vocabulary(setup, counted)  # predicted: while the reference is computed, or the gradient comes to the last block
     steps = [
-        widest(name, replace(standing, activations=graph), logits=wide, inside=passing_block(setup, rows), beside=once)
+        widest(name, replace(standing, activations=graph, spread=graph), logits=wide, inside=passing_block(setup, rows), beside=once)
         for name, wide in (("forget step", forget), ("retain step", retain))
     ]
     side = setup.length * method.batch_size
@@ -149,9 +153,7 @@ def _of_misdirection(method: Misdirection, setup: Setup) -> Needs:  # type: igno
     # the blocks' inputs, frozen and trained states, the error, its square and weight; what trained matrices are multiplied by
     states = stream(setup, tokens, e) * again + 5 * stream(setup, tokens)
     products = (len(trained) + 1) * tokens * sizes.d_mlp * e
-    step = replace(
-        standing, name="step", activations=(again - 1) * saved_by_block(setup, rows) + states + products
-    )
+    step = replace(standing, name="step", activations=(again - 1) * saved_by_block(setup, rows) + states + products)
     first = 0 if kept else min(trained)
     side = setup.length * method.batch_size
     blocks = (layer + 1 - first) + 2 * again  # frozen states; trained ones and their gradient
@@ -179,10 +181,12 @@ def _of_gradients(method: GradientMethod, setup: Setup) -> Needs:
     # gradient, moments and the values to restore; in half precision the matrix in training and its gradient
     optimizer = numbers * (FLOAT32 + ADAM + e + (FLOAT32 + e if setup.is_half else 0))
     standing = Phase("", caches=references(method, setup), optimizer=optimizer)
+    graph = depth * saved_by_block(setup, rows) + len(layers) * tokens * sizes.d_mlp * e
     step = replace(
         standing,
         name="step",
-        activations=depth * saved_by_block(setup, rows) + len(layers) * tokens * sizes.d_mlp * e,
+        activations=graph,
+        spread=graph,
         logits=4 * vocabulary(setup, counted),  # predicted, its scattered gradient, that of the logits, and their sum
     )
     side = sides * setup.length * method.batch_size
@@ -219,16 +223,16 @@ def refuse_mixture(method: Any, setup: Setup) -> None:
     """Refuse methods that train the MLP's output matrix where there is no such matrix.
 
     Raises:
-        ValueError: names the method and those that do without.
+        NotPlannedError: names the method.
     """
     if setup.sizes.is_mixture:
-        raise ValueError(f"{method.name} trains MLP output matrices, and a mixture of experts has no single one a layer")
+        raise NotPlannedError(f"{method.name} trains MLP output matrices, and a mixture of experts has no single one a layer")
 
 
 def kept_states(setup: Setup, layer: int, *, sides: int, passes: float) -> float:
-    """What enters a layer, of every text of so many sides, if a fit reads it at least once and it is not above 2^30 bytes."""
-    size = sides * stream(setup, setup.documents * setup.length, setup.itemsize)
-    return size if layer and passes >= 1.0 and size <= BYTES else 0.0
+    """What enters a layer, of every text of as many of the sides as 2^30 bytes hold, if a fit reads it at least once."""
+    side = stream(setup, setup.documents * setup.length, setup.itemsize)
+    return min(sides, BYTES // side) * side if layer and passes >= 1.0 else 0.0
 
 
 def looked_at(setup: Setup) -> int:

@@ -3,7 +3,7 @@
 import json
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -32,6 +32,7 @@ class PlanFits(Command):
         mrp-lens plan --model ./my-checkpoint --methods mrp,rmu --max-length 256 --out runs/plan
 
     Attributes:
+        methods: Names of methods, separated by commas. Default: all.
         out: Folder for table.csv and summary.json. Default: the plan is only shown.
         json: Print the plan as JSON instead of tables.
         overwrite: Replace the output folder if it exists.
@@ -41,6 +42,7 @@ class PlanFits(Command):
 
     loading: ModelOptions
     settings: PlanConfig
+    methods: tuple[str, ...] = field(default=(), metadata={"separator": ","})
     out: Path | None = None
     json: bool = False
     overwrite: bool = False
@@ -55,13 +57,24 @@ class PlanFits(Command):
     def titles(cls, given: Mapping[str, Any]) -> dict[str, str]:
         return {"loading": "model", "settings": "plan"}
 
+    @classmethod
+    @override
+    def earlier(cls, filed: dict[str, Any]) -> dict[str, Any]:
+        """A run's record has a seed; a plan draws nothing."""
+        return {name: value for name, value in filed.items() if name != "seed"}
+
     @override
     def execute(self) -> Run:
         if self.out is not None:
             check_free(self.out, overwrite=self.overwrite)
         options = self.loading
         planned = plan(
-            options.model, backend=options.backend, dtype=options.dtype, device=options.device, **asdict(self.settings)
+            options.model,
+            self.methods,
+            backend=options.backend,
+            dtype=options.dtype,
+            device=options.device,
+            **asdict(self.settings),
         )
         run = Run("plan", self.arguments(), 0, title=f"{options.model}: what a fit will need")
         run.rows, run.notes = rows_of(planned.frame), list(planned.notes)

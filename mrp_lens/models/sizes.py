@@ -1,5 +1,6 @@
 """How large a model is, by its configuration alone: it is built on torch's meta device, where tensors have shapes and no values."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,7 +19,12 @@ if TYPE_CHECKING:  # transformers takes seconds to import
 MOST_LAYERS = 1000
 _WIDTHS = ("moe_intermediate_size", "intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size")
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
-_STEPWISE = ("gelu_new", "gelu_fast", "gelu_python", "gelu_pytorch_tanh")  # computed in several operations, each of them kept
+_STEPWISE = (
+    "gelu_new",
+    "gelu_fast",
+    "gelu_python",
+    "gelu_pytorch_tanh",
+)  # computed in several operations, each of them kept
 
 
 @dataclass(frozen=True)
@@ -115,7 +121,7 @@ def _read(name: str, config: Any, model: Any) -> ModelSizes:
     parameters = dict(blocks.named_parameters())
     in_blocks = sum(tensor.numel() for tensor in parameters.values())
     in_experts = sum(tensor.numel() for key, tensor in parameters.items() if ".experts." in key)
-    experts = next((int(value) for key in _EXPERTS if is_count(value := getattr(config, key, None))), 1)
+    experts = _first(config, _EXPERTS, 1)
     experts = experts if in_experts else 1
     chosen = int(getattr(config, "num_experts_per_tok", None) or 1) if experts > 1 else 1
     heads = int(config.num_attention_heads)
@@ -130,7 +136,7 @@ def _read(name: str, config: Any, model: Any) -> ModelSizes:
         n_heads=heads,
         n_kv_heads=int(getattr(config, "num_key_value_heads", None) or heads),
         d_head=int(getattr(config, "head_dim", None) or width // heads),
-        d_mlp=next((int(value) for key in _WIDTHS if is_count(value := getattr(config, key, None))), 4 * width),
+        d_mlp=_first(config, _WIDTHS, 4 * width),
         maps=3 if gated else 4 if act in _STEPWISE else 1,
         d_vocab=int(config.vocab_size),
         n_ctx=context_of(config),
@@ -142,3 +148,9 @@ def _read(name: str, config: Any, model: Any) -> ModelSizes:
         active_block_parameters=round((in_blocks - idle) / depth),
         is_tied=tied,
     )
+
+
+def _first(config: Any, names: Sequence[str], default: int) -> int:
+    """The first of these settings that is a count."""
+    found: Any = next(filter(is_count, (getattr(config, name, None) for name in names)), default)
+    return int(found)

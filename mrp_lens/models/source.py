@@ -387,6 +387,10 @@ def language_config(source: str | Path) -> tuple[Any, bool]:
         whole = AutoConfig.from_pretrained(source, trust_remote_code=False)
         config = whole.get_text_config()
     except Exception as error:
+        if isinstance(error, OSError) and not isinstance(source, Path):
+            raise ValueError(
+                f"{source!r} is neither a local folder nor a model whose configuration is to be had from the Hugging Face Hub: {one_line(error)}"
+            ) from error
         raise ValueError(f"transformers cannot use {place}: {one_line(error)}") from error
     if type(config) not in AutoModelForCausalLM._model_mapping:
         raise ValueError(
@@ -398,9 +402,7 @@ def language_config(source: str | Path) -> tuple[Any, bool]:
             raise ValueError(f"{place} says {name} = {value!r}; it must be a whole number above 0")
     window = getattr(config, "sliding_window", None)
     if window is not None and not isinstance(window, int):
-        raise ValueError(
-            f"{place} says sliding_window = {window!r}; it must be a number of tokens, or null"
-        )
+        raise ValueError(f"{place} says sliding_window = {window!r}; it must be a number of tokens, or null")
     return config, config is not whole
 
 

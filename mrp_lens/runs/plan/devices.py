@@ -12,7 +12,8 @@ from mrp_lens.runs.plan.memory import Phase, Setup
 GIB = 2**30
 SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(GiB|GB|MiB|MB)?", re.IGNORECASE)
 UNITS = {"gib": 2**30, "gb": 10**9, "mib": 2**20, "mb": 10**6}
-MATRIX, LARGE_MATRIX, REPEATS = 1024, 8192, 5  # sides of the matrices that are multiplied, on the CPU and on a GPU; how often
+MATRIX, LARGE_MATRIX = 1024, 8192  # sides of the matrices that are multiplied, on the CPU and on a GPU
+REPEATS = 5
 
 
 def bytes_of(size: str | float) -> float:

@@ -8,12 +8,10 @@ of the MLP (times the experts that a token goes through) and s the length of the
 
 from dataclasses import dataclass, replace
 
-
 from mrp_lens.models.backends import Kind
 from mrp_lens.models.sizes import ModelSizes
 
 FLOAT32 = 4  # bytes
-
 
 
 @dataclass(frozen=True)

@@ -98,9 +98,17 @@ def _of_mrp(method: MRP, setup: Setup) -> Needs:
     forget = 4 * vocabulary(setup, counted) + alternatives
     # KL divergence: reference, predicted, its exponential, the difference and their product
     retain = (5 if compares else 4) * vocabulary(setup, counted)
-    once = vocabulary(setup, counted)  # predicted: while the reference is computed, or the gradient comes to the last block
+    once = vocabulary(
+        setup, counted
+    )  # predicted: while the reference is computed, or the gradient comes to the last block
     steps = [
-        widest(name, replace(standing, activations=graph, spread=graph), logits=wide, inside=passing_block(setup, rows), beside=once)
+        widest(
+            name,
+            replace(standing, activations=graph, spread=graph),
+            logits=wide,
+            inside=passing_block(setup, rows),
+            beside=once,
+        )
         for name, wide in (("forget step", forget), ("retain step", retain))
     ]
     side = setup.length * method.batch_size
@@ -109,7 +117,12 @@ def _of_mrp(method: MRP, setup: Setup) -> Needs:
     step = 2 * _blocks(setup, side, blocks) + reference + (5 if compares else 4) * _unembedding(setup, side)
     read = (bool(kept) + bool(last)) * _blocks(setup, 2 * setup.documents * setup.length, sizes.n_layers)
     return Needs(
-        (*_starting(method, setup, len(layers)), *_before_training(method, setup), *steps, *_looks(method, setup, standing)),
+        (
+            *_starting(method, setup, len(layers)),
+            *_before_training(method, setup),
+            *steps,
+            *_looks(method, setup, standing),
+        ),
         rows,
         method.steps * step + read + _around(method, setup),
     )
@@ -205,9 +218,7 @@ def _of_ablation(method: DirectionAblation, setup: Setup) -> Needs:
     layers = method._layers(setup.sizes.stand_in)
     states = min(STATES + setup.length, setup.documents * setup.length)
     texts = min(STATES_BATCH, setup.documents)
-    seen = Phase(
-        "states", caches=2 * len(layers) * stream(setup, states), activations=passing_block(setup, texts)
-    )
+    seen = Phase("states", caches=2 * len(layers) * stream(setup, states), activations=passing_block(setup, texts))
     return Needs((seen,), 0, 2 * _blocks(setup, states, max(layers) + 1))
 
 
@@ -226,7 +237,9 @@ def refuse_mixture(method: Any, setup: Setup) -> None:
         NotPlannedError: names the method.
     """
     if setup.sizes.is_mixture:
-        raise NotPlannedError(f"{method.name} trains MLP output matrices, and a mixture of experts has no single one a layer")
+        raise NotPlannedError(
+            f"{method.name} trains MLP output matrices, and a mixture of experts has no single one a layer"
+        )
 
 
 def kept_states(setup: Setup, layer: int, *, sides: int, passes: float) -> float:
@@ -304,4 +317,3 @@ def _around(method: FitTemplate[Any], setup: Setup) -> float:
         total += _blocks(setup, damage, depth) + _unembedding(setup, damage)
         total += _blocks(setup, asked * CONTROL_TOKENS, depth) + _unembedding(setup, asked * CONTROL_ENDING)
     return total
-

@@ -1,7 +1,7 @@
 """`plan`: what a fit will need, before any weights are loaded."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +27,11 @@ if TYPE_CHECKING:  # transformers takes seconds to import
 ACCURACY = "accuracy"  # the row of `metrics.accuracy`
 TEXTS = 128  # that it reads at a time
 SIZES = (24.0, 40.0, 80.0)  # GiB of devices that are counted, if no other size is given
-OVERHEAD = 24 * 2**20  # bytes: what is loaded with the first pass, and small tensors that no formula counts
+OVERHEAD = 4 * 2**20  # bytes: masks, tokens and other small tensors that no formula counts
+KEPT_BY_GLIBC = (
+    "On the CPU a process grows beyond this, to about twice as much where most tensors are below 32 MiB: glibc keeps such blocks when "
+    "they are freed; with MALLOC_MMAP_THRESHOLD_=65536 in the environment it returns them"
+)
 MOST_ROWS = 4096  # texts of a pass that are tried at most
 
 
@@ -36,7 +40,6 @@ class PlanConfig(PlainSettings):
     """What is planned for.
 
     Attributes:
-        methods: Names of methods, separated by commas. Default: all.
         documents: Of each side, all of them as long as --max-length.
         max_length: Tokens at which documents are cut. Default: 512, or the context if that is shorter.
         batch_size: Documents an update on each side. Default: that of the method.
@@ -49,7 +52,6 @@ class PlanConfig(PlainSettings):
         tflops: Thousand billion operations a second that are reached. Default: measured, in products of matrices.
     """
 
-    methods: tuple[str, ...] = field(default=(), metadata={"separator": ","})
     documents: int = 1000
     max_length: int | None = None
     batch_size: int | None = None
@@ -69,12 +71,8 @@ class PlanConfig(PlainSettings):
         """
         counts = ("documents", "batch_size", "micro_batch", "steps", "questions", "question_length", "answer_length")
         self.check_values(above_0=("tflops",), counts=counts)
-        for name in self.methods:
-            METHODS[name]  # an unknown one is named
         if self.max_length is not None and not 2 <= self.max_length <= sizes.n_ctx:
-            raise ValueError(
-                f"max_length {self.max_length} must be from 2 to the model's context length {sizes.n_ctx}; leave it out for {min(LONGEST, sizes.n_ctx)}"
-            )
+            raise ValueError(f"max_length {self.max_length} must be from 2 to the model's context length {sizes.n_ctx}")
         if self.answer_length >= self.question_length:
             raise ValueError(
                 f"answer_length {self.answer_length} must be below question_length {self.question_length}: a text is a prompt and a choice"
@@ -95,7 +93,7 @@ class Plan:
             the documents that a pass can have on the device (0: not even one), and `fits`; `devices`, how many of each size.
         device_memory: bytes of the device.
         tflops: thousand billion operations a second.
-        notes: sentences on where these two come from, and on what a plan cannot tell.
+        notes: sentences on where these two come from, and on what else a process takes.
     """
 
     sizes: ModelSizes
@@ -136,7 +134,9 @@ def plan(
     """
     unknown = set(settings) - {each.name for each in fields(PlanConfig)}
     if unknown:
-        raise TypeError(f"plan has no setting {min(unknown)!r}; it has {', '.join(each.name for each in fields(PlanConfig))}")
+        raise TypeError(
+            f"plan has no setting {min(unknown)!r}; it has {', '.join(each.name for each in fields(PlanConfig))}"
+        )
     config = PlanConfig(**settings)
     if backend not in ("auto", "hooked", "bridge"):
         raise ValueError(f"unknown backend {backend!r}; choose 'auto', 'hooked' or 'bridge'")
@@ -144,8 +144,8 @@ def plan(
     memory = None if config.device_memory is None else bytes_of(config.device_memory)
     sizes = sizes_of(model)
     config.check(sizes)
-    chosen = [*methods, *config.methods] or list(METHODS)
-    fitted = [_with(METHODS[each]() if isinstance(each, str) else each, config) for each in chosen]
+    chosen = [METHODS[each]() if isinstance(each, str) else each for each in methods or METHODS]
+    fitted = [_with(method, config) for method in chosen]
     notes = []
     if config.tflops is None:
         speed = measured_tflops(where, precision)
@@ -155,6 +155,8 @@ def plan(
     if memory is None:
         memory = float(free_memory(where))
         notes.append(f"{memory / GIB:.1f} GiB: free here ({where})")
+    if where.type == "cpu":
+        notes.append(KEPT_BY_GLIBC)
     forms: tuple[Kind, ...] = available_backends() if backend == "auto" else (backend,)  # type: ignore[assignment]
     length = or_default(config.max_length, min(LONGEST, sizes.n_ctx))
     sized = _Sized(memory, SIZES if config.device_memory is None else (memory / GIB,))
@@ -187,7 +189,10 @@ def _row(method: Method, setup: Setup, speed: float, sized: "_Sized") -> Row:
     batch = getattr(method, "batch_size", None)
 
     def with_rows(rows: int) -> Needs:
-        return needs(replace(method, batch_size=max(rows, batch or 1), micro_batch=rows), replace(setup, documents=max(rows, setup.documents)))
+        return needs(
+            replace(method, batch_size=max(rows, batch or 1), micro_batch=rows),
+            replace(setup, documents=max(rows, setup.documents)),
+        )
 
     return {**row, "batch_size": batch, **_figures(found, setup, speed, sized, with_rows if found.rows else None)}
 
@@ -233,7 +238,9 @@ def _figures(
         "seconds": found.operations / 1e12 / speed,
         "largest": None if with_rows is None else _largest(with_rows, sized.memory - model - OVERHEAD),
         "fits": max(model + working, loading(setup)) <= sized.memory,
-        "devices": ", ".join(f"{'none' if number is None else number} x {size:g} GiB" for size, number in count.items()),
+        "devices": ", ".join(
+            f"{'none' if number is None else number} x {size:g} GiB" for size, number in count.items()
+        ),
     }
 
 

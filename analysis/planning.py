@@ -32,6 +32,22 @@ from mrp_lens.utils.io import check_free, write_text
 
 JOBS = ("mrp", "rmu", "accuracy")
 DOCUMENTS, SENTENCES, ASKED = 32, 30, 200
+SHOWN = (
+    *(
+        "model",
+        "billions",
+        "active",
+        "method",
+        "rows",
+        "phase",
+        "weights",
+        "caches",
+        "activations",
+        "logits",
+        "optimizer",
+    ),
+    *("peak", "seconds", "largest", "devices"),
+)
 RETURNED = {"MALLOC_MMAP_THRESHOLD_": "65536"}  # glibc: blocks from 64 KiB on come from the system and go back to it
 
 _LLAMA: dict[str, Any] = {"vocab_size": 128_256, "tie_word_embeddings": False, "max_position_embeddings": 8192}
@@ -202,12 +218,16 @@ def main() -> None:
     for job in tqdm(jobs, desc="fits"):
         run.rows.append(compared({**job, "steps": arguments.steps, "read": not arguments.no_coverage}))
     sizes = table()
-    run.frames["plans"] = sizes
-    text = "\n\n".join(markdown(shown(frame)) for frame in (pd.DataFrame(run.rows), sizes) if len(frame))
+    tables = [pd.DataFrame(run.rows), sizes[sizes["method"] != "accuracy"][list(SHOWN)]]
+    text = "\n\n".join(markdown(shown(frame)) for frame in tables if len(frame))
     print(text)
-    run.write(
-        arguments.out, overwrite=arguments.overwrite, extras=[lambda folder: write_text(folder / "finding.md", text)]
-    )
+    files = {"finding.md": text, "plans.csv": sizes.to_csv(index=False)}
+
+    def write(folder: Path) -> None:
+        for name, content in files.items():
+            write_text(folder / name, content)
+
+    run.write(arguments.out, overwrite=arguments.overwrite, extras=[write])
 
 
 def shown(frame: pd.DataFrame) -> pd.DataFrame:

@@ -98,9 +98,8 @@ def _of_mrp(method: MRP, setup: Setup) -> Needs:
     forget = 4 * vocabulary(setup, counted) + alternatives
     # KL divergence: reference, predicted, its exponential, the difference and their product
     retain = (5 if compares else 4) * vocabulary(setup, counted)
-    once = vocabulary(
-        setup, counted
-    )  # predicted: while the reference is computed, or the gradient comes to the last block
+    # while the reference is computed, and when the gradient has come to the last block, predicted alone
+    once = vocabulary(setup, counted)
     steps = [
         widest(
             name,

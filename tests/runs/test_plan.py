@@ -204,7 +204,7 @@ def test_what_cannot_be_meant_is_refused(
         ml.plan(config_of("llama"), methods, **PLAIN | settings)
 
 
-def test_a_method_that_nobody_knows_is_named_and_can_say_what_it_needs() -> None:
+def test_a_method_of_which_nothing_is_known_is_named() -> None:
     @dataclass(frozen=True, kw_only=True)
     class Own(FitTemplate[Any]):
         name = "own"
@@ -217,6 +217,8 @@ def test_a_method_that_nobody_knows_is_named_and_can_say_what_it_needs() -> None
 
     reason = ml.plan(config_of("llama"), [Own()], backend="bridge", **PLAIN).frame["why_not"].iloc[0]
     assert reason.startswith("nothing is known of what Own needs; a method of your own says so with")
+    taught = ml.plan(config_of("llama"), [MRP(distillation=ml.Distillation())], backend="bridge", **PLAIN).frame
+    assert taught["why_not"].iloc[0] == "what the distillation of mrp needs is not known; plan without it"
 
 
 @pytest.mark.slow

@@ -82,6 +82,8 @@ def needs(method: Any, setup: Setup) -> Needs:
 @needs.register
 def _of_mrp(method: MRP, setup: Setup) -> Needs:
     """MRP: a pass of each side with the rows on, with gradients above the first of them."""
+    if method.distillation is not None:
+        raise NotPlannedError(f"what the distillation of {method.name} needs is not known; plan without it")
     sizes = setup.sizes
     layers = method._layers(sizes.stand_in)
     rows, depth = method.micro_batch or min(method.batch_size, setup.documents), sizes.n_layers - min(layers) - 1

@@ -37,6 +37,9 @@ from .methods import UnconditionalMRP as UnconditionalMRP
 from .models import LensModel as LensModel
 from .models import load_model as load_model
 from .models.generation import continuations as continuations
+from .runs.plan import Plan as Plan
+from .runs.plan import PlanConfig as PlanConfig
+from .runs.plan import plan as plan
 from .runs.report import report as report
 from .runs.sweep import SweepConfig as SweepConfig
 from .runs.sweep import sweep as sweep

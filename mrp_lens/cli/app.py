@@ -1,4 +1,4 @@
-"""`mrp-lens demo | unlearn | sweep | tune | attack | measure | export | report`."""
+"""`mrp-lens demo | plan | unlearn | sweep | tune | attack | measure | export | report`."""
 
 import logging
 import sys
@@ -13,6 +13,7 @@ COMMANDS = {
         "Demo",
         "Forget one topic of the embedded invented world with MRP, RMU and Adaptive RMU, and compare them.",
     ),
+    "plan": ("PlanFits", "Say what a fit will need, before any weights are loaded: memory, time, batch, devices."),
     "unlearn": ("Unlearn", "Make your own model forget: fit an edit, save it, and measure before and after."),
     "sweep": ("Sweep", "Fit every method at one layer after another and compare what each did."),
     "tune": ("Tune", "Search a method's settings: what forgets most for least damage."),

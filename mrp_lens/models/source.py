@@ -159,8 +159,8 @@ def _refuse_edited(model_type: str, name: str) -> None:
         )
 
 
-def find_folder(source: str | Path) -> Path:
-    """The folder of a name or path; what is on the Hub is downloaded.
+def local_folder(source: str | Path) -> Path | None:
+    """The folder of a name or path; None: it can only be a name on the Hub.
 
     Raises:
         ValueError: says what is wrong with the folder or the name.
@@ -183,6 +183,18 @@ def find_folder(source: str | Path) -> Path:
         raise ValueError(
             f"no folder at {str(source)!r}; give 'demo', a Hugging Face model folder, or a Hub name such as 'org/name'"
         )
+    return None
+
+
+def find_folder(source: str | Path) -> Path:
+    """The folder of a name or path; what is on the Hub is downloaded.
+
+    Raises:
+        ValueError: says what is wrong with the folder or the name.
+    """
+    folder = local_folder(source)
+    if folder is not None:
+        return folder
     from huggingface_hub import snapshot_download
 
     try:
@@ -354,32 +366,55 @@ def read_tokenizer(folder: Path) -> Any:
         ) from error
 
 
-def language_config(folder: Path) -> tuple[Any, bool]:
-    """The configuration of a folder's language model, and whether that is part of a model that reads pictures too.
+def config_of(source: str | Path) -> Any:
+    """The configuration of the language model of a folder or name; of a name on the Hub `config.json` alone is downloaded, and no
+    weights are looked at.
+
+    Raises:
+        ValueError: no such folder or name, a broken configuration or one that only code of its own can use, no language model,
+            quantised weights, or an edited model with code of its own.
+    """
+    folder, name = local_folder(source), str(source)
+    if folder is None:
+        config, _ = language_config(name)
+    else:
+        check_links(folder)
+        _refuse_edited(str(read_object(folder / "config.json").get("model_type")), name)
+        config, _ = language_config(folder)
+    refuse_quantised(getattr(config, "quantization_config", None), name)
+    return config
+
+
+def language_config(source: str | Path) -> tuple[Any, bool]:
+    """The configuration of the language model of a folder, or of a name on the Hub, and whether that is part of a model that reads
+    pictures too.
 
     Raises:
         ValueError: a broken configuration, or no language model.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    place = f"{source}/config.json"
     try:
-        whole = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        whole = AutoConfig.from_pretrained(source, trust_remote_code=False)
         config = whole.get_text_config()
     except Exception as error:
-        raise ValueError(f"transformers cannot use {folder / 'config.json'}: {one_line(error)}") from error
+        if isinstance(error, OSError) and not isinstance(source, Path):
+            raise ValueError(
+                f"{source!r} is neither a local folder nor a model whose configuration is to be had from the Hugging Face Hub: {one_line(error)}"
+            ) from error
+        raise ValueError(f"transformers cannot use {place}: {one_line(error)}") from error
     if type(config) not in AutoModelForCausalLM._model_mapping:
         raise ValueError(
-            f"{folder} holds a {config.model_type} model, which is none that writes text; load_model takes causal language models"
+            f"{source} holds a {config.model_type} model, which is none that writes text; load_model takes causal language models"
         )
     for name in ("max_position_embeddings", "num_hidden_layers", "hidden_size", "vocab_size"):
         value = getattr(config, name, None)
         if value is not None and not is_count(value):
-            raise ValueError(f"{folder / 'config.json'} says {name} = {value!r}; it must be a whole number above 0")
+            raise ValueError(f"{place} says {name} = {value!r}; it must be a whole number above 0")
     window = getattr(config, "sliding_window", None)
     if window is not None and not isinstance(window, int):
-        raise ValueError(
-            f"{folder / 'config.json'} says sliding_window = {window!r}; it must be a number of tokens, or null"
-        )
+        raise ValueError(f"{place} says sliding_window = {window!r}; it must be a number of tokens, or null")
     return config, config is not whole
 
 

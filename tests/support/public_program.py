@@ -240,6 +240,10 @@ def leaving(model: ml.LensModel, task: ml.UnlearningTask, edit: ml.Edit) -> Path
     """Search, sweep, page, harness, export."""
     tuned: ml.Tuned = ml.tune(model, task, method="rmu", trials=30, seed=0, out="runs/tune", budget=0.05)
     print(tuned.front, tuned.best["damage"], tuned.why, tuned.edit, ml.tune(model, task, ml.RMU(steps=50)).trials)
+    planned: ml.Plan = ml.plan(
+        "org/name", ["mrp", ml.RMU(steps=50)], dtype="bfloat16", device_memory="80GB", tflops=300.0
+    )
+    print(planned.frame["peak"], planned.sizes.n_layers, planned.notes, ml.PlanConfig(documents=500))
     table = ml.sweep(model, task, ml.SweepConfig(layers=(2, 5), steps=75), "runs/sweep")
     scores: pd.DataFrame = ml.evaluate("org/name", ["mmlu"], edit=edit, limit=10)
     report: ml.ExportReport = ml.export_hf(model, edit, "out", record=ml.Record.read("runs/mine"))

@@ -1,0 +1,320 @@
+"""What each method goes through in a fit, part by part: what it holds in memory, and how much it computes.
+
+A method of your own says so with `@needs.register` on a function of itself and the `Setup`; those that derive from one that is known
+here are known too.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import singledispatch
+from typing import Any
+
+from mrp_lens.methods import MRP, DirectionAblation, FitTemplate
+from mrp_lens.methods.base import HELD_OUT, STATES, STATES_BATCH
+from mrp_lens.methods.baselines import GradientMethod
+from mrp_lens.methods.budget import BATCH as LOOK_BATCH
+from mrp_lens.methods.budget import EVERY, LOOK, NUMBERS
+from mrp_lens.methods.control import BATCH as CONTROL_BATCH
+from mrp_lens.methods.control import CHOICES, FORMS, QUESTIONS
+from mrp_lens.methods.coverage import STEMS, Coverage
+from mrp_lens.methods.mrp.alternatives import MOST
+from mrp_lens.methods.mrp.gates import STATES as GATE_STATES
+from mrp_lens.methods.rmu import MEASURED_DOCUMENTS, Misdirection
+from mrp_lens.models.generation import AT_ONCE
+from mrp_lens.models.kept_states import BYTES
+from mrp_lens.runs.plan.memory import (
+    FLOAT32,
+    Phase,
+    Setup,
+    passing_block,
+    reading,
+    saved_by_block,
+    stream,
+    vocabulary,
+    widest,
+)
+
+FLOAT64 = 8
+CONTROL_TOKENS, CONTROL_ENDING = 52, 14  # of a control question of 30 words and its frame; of its ending
+PROMPT_TOKENS = 4  # of what the model writes from
+ADAM = 2 * FLOAT32  # bytes of the moments of a number
+ALTERNATIVE = 34  # bytes of an alternative of a token: its id, share, mask, log-probability, and four products
+REGRESSION = 14  # sets of states that the regression of one gate holds
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a fit needs.
+
+    Attributes:
+        phases: its parts.
+        rows: texts of its largest pass with gradient; 0: it has none.
+        operations: floating-point operations of all of it, a multiplication and an addition counted as two.
+    """
+
+    phases: tuple[Phase, ...]
+    rows: int
+    operations: float
+
+    @property
+    def peak(self) -> Phase:
+        """The part that holds most."""
+        return max(self.phases, key=lambda phase: phase.total)
+
+
+class NotPlannedError(ValueError):
+    """What a fit needs cannot be said: the method cannot be fitted to such a model, or nobody said what it needs."""
+
+
+@singledispatch
+def needs(method: Any, setup: Setup) -> Needs:
+    """What a fit of a method needs; `method` is one with its settings.
+
+    Raises:
+        NotPlannedError: nobody has said what this method needs, or it cannot be fitted to such a model.
+    """
+    raise NotPlannedError(
+        f"nothing is known of what {type(method).__name__} needs; a method of your own says so with mrp_lens.runs.plan.needs.register"
+    )
+
+
+@needs.register
+def _of_mrp(method: MRP, setup: Setup) -> Needs:
+    """MRP: a pass of each side with the rows on, with gradients above the first of them."""
+    if method.distillation is not None:
+        raise NotPlannedError(f"what the distillation of {method.name} needs is not known; plan without it")
+    sizes = setup.sizes
+    layers = method._layers(sizes.stand_in)
+    rows, depth = method.micro_batch or min(method.batch_size, setup.documents), sizes.n_layers - min(layers) - 1
+    tokens, counted = rows * setup.length, rows * (setup.length - 1)
+    passes = method.steps * method.batch_size / setup.documents
+    compares = method.retain_loss == "kl"
+    kept = kept_states(setup, min(layers), sides=2, passes=passes)
+    last = kept_states(setup, sizes.n_layers, sides=int(compares) + (method.forget_loss == "odds"), passes=passes)
+    trained = len(layers) * method._rank(sizes.stand_in) * sizes.d_model
+    standing = Phase("", caches=kept + last + references(method, setup), optimizer=trained * (FLOAT32 + ADAM))
+    graph = depth * saved_by_block(setup, rows) + len(layers) * _hook(method, setup, tokens)
+    alternatives = counted * min(MOST, sizes.d_vocab) * ALTERNATIVE if method.forget_loss == "alternatives" else 0.0
+    # predicted, and for its gradient two scattered ones and their sum, or two with the softmax of the reference
+    forget = 4 * vocabulary(setup, counted) + alternatives
+    # KL divergence: reference, predicted, its exponential, the difference and their product
+    retain = (5 if compares else 4) * vocabulary(setup, counted)
+    # while the reference is computed, and when the gradient has come to the last block, predicted alone
+    once = vocabulary(setup, counted)
+    steps = [
+        widest(
+            name,
+            replace(standing, activations=graph, spread=graph),
+            logits=wide,
+            inside=passing_block(setup, rows),
+            beside=once,
+        )
+        for name, wide in (("forget step", forget), ("retain step", retain))
+    ]
+    side = setup.length * method.batch_size
+    blocks = 2 * depth + (1 if kept else min(layers) + 1)  # forward and backward
+    reference = 0.0 if last else _blocks(setup, side, sizes.n_layers)
+    step = 2 * _blocks(setup, side, blocks) + reference + (5 if compares else 4) * _unembedding(setup, side)
+    read = (bool(kept) + bool(last)) * _blocks(setup, 2 * setup.documents * setup.length, sizes.n_layers)
+    return Needs(
+        (
+            *_starting(method, setup, len(layers)),
+            *_before_training(method, setup),
+            *steps,
+            *_looks(method, setup, standing),
+        ),
+        rows,
+        method.steps * step + read + _around(method, setup),
+    )
+
+
+def _hook(method: MRP, setup: Setup, tokens: float) -> float:
+    """Of a projection, in float32: the part that is removed and what is left, with a gate the states of length 1; in half precision
+    the states in float32 too."""
+    return stream(setup, tokens) * (2 + method.conditional + setup.is_half)
+
+
+def _starting(method: MRP, setup: Setup, hooks: int) -> list[Phase]:
+    """The states that rows and gates start from, of all hooks, and what is computed of them at one."""
+    sizes = setup.sizes
+    there = setup.documents * setup.length
+    states, of_gates = (min(count + setup.length, there) for count in (STATES, GATE_STATES))
+    gram = 3 * sizes.d_model**2 * FLOAT64  # the matrix, its eigenvectors, and room to find them
+    first = 2 * hooks * stream(setup, states) + stream(setup, states, FLOAT64) * 2 + gram
+    phases = [Phase("start of the rows", activations=first)] if method.init != "random" else []
+    if method.conditional:
+        phases.append(Phase("start of the gates", activations=(3 * hooks + REGRESSION) * stream(setup, of_gates)))
+    texts = min(STATES_BATCH, setup.documents)
+    return [*phases, Phase("states before training", activations=passing_block(setup, texts))]
+
+
+@needs.register
+def _of_misdirection(method: Misdirection, setup: Setup) -> Needs:  # type: ignore[type-arg]
+    """RMU and Adaptive RMU: a pass to the layer without gradient, and from the first trained matrix on again with."""
+    refuse_mixture(method, setup)
+    sizes, e = setup.sizes, setup.itemsize
+    layer, trained = method._layers(sizes.stand_in)
+    rows = method.micro_batch or min(method.batch_size, setup.documents)
+    tokens, again = rows * setup.length, layer - min(trained) + 1
+    passes = method.steps * method.batch_size / setup.documents
+    counts = method.positions == "content" and method.padding == "right"
+    kept = kept_states(setup, min(trained), sides=2, passes=passes) if counts else 0.0
+    numbers = len(trained) * sizes.d_model * sizes.d_mlp
+    # the matrix as it was, the one in training, its gradient and moments; in half precision the model's copy of it
+    optimizer = numbers * (e + FLOAT32 + FLOAT32 + ADAM + (e if setup.is_half else 0))
+    standing = Phase("", caches=kept + references(method, setup), optimizer=optimizer)
+    # the blocks' inputs, frozen and trained states, the error, its square and weight; what trained matrices are multiplied by
+    states = stream(setup, tokens, e) * again + 5 * stream(setup, tokens)
+    products = (len(trained) + 1) * tokens * sizes.d_mlp * e
+    step = replace(standing, name="step", activations=(again - 1) * saved_by_block(setup, rows) + states + products)
+    first = 0 if kept else min(trained)
+    side = setup.length * method.batch_size
+    blocks = (layer + 1 - first) + 2 * again  # frozen states; trained ones and their gradient
+    operations = method.steps * (2 * _blocks(setup, side, blocks) + 2 * 2 * numbers * side)
+    measured = Phase("norm of the states", activations=passing_block(setup, min(MEASURED_DOCUMENTS, setup.documents)))
+    return Needs(
+        (measured, *_before_training(method, setup), step, *_looks(method, setup, standing)),
+        rows,
+        operations + _around(method, setup),
+    )
+
+
+@needs.register
+def _of_gradients(method: GradientMethod, setup: Setup) -> Needs:
+    """Gradient ascent, gradient difference, NPO: one pass for both sides, with gradients from the first trained matrix on."""
+    refuse_mixture(method, setup)
+    sizes, e = setup.sizes, setup.itemsize
+    layers = method._layers(sizes.stand_in)
+    sides = 2 if method.retain_weight > 0.0 else 1
+    batch = sides * min(method.batch_size, setup.documents)
+    rows = min(method.micro_batch or batch, batch)
+    tokens, counted = rows * setup.length, rows * (setup.length - 1)
+    depth = sizes.n_layers - min(layers) - 1
+    numbers = len(layers) * sizes.d_model * sizes.d_mlp
+    # gradient, moments and the values to restore; in half precision the matrix in training and its gradient
+    optimizer = numbers * (FLOAT32 + ADAM + e + (FLOAT32 + e if setup.is_half else 0))
+    standing = Phase("", caches=references(method, setup), optimizer=optimizer)
+    graph = depth * saved_by_block(setup, rows) + len(layers) * tokens * sizes.d_mlp * e
+    step = replace(
+        standing,
+        name="step",
+        activations=graph,
+        spread=graph,
+        logits=4 * vocabulary(setup, counted),  # predicted, its scattered gradient, that of the logits, and their sum
+    )
+    side = sides * setup.length * method.batch_size
+    blocks = sizes.n_layers + depth + 1
+    operations = method.steps * (_blocks(setup, side, blocks) + 2 * _unembedding(setup, side) + 2 * numbers * side)
+    return Needs(
+        (*_before_training(method, setup), step, *_looks(method, setup, standing)),
+        rows,
+        operations + _around(method, setup),
+    )
+
+
+@needs.register
+def _of_ablation(method: DirectionAblation, setup: Setup) -> Needs:
+    """Direction ablation: one look at the states of both sides at every layer."""
+    layers = method._layers(setup.sizes.stand_in)
+    states = min(STATES + setup.length, setup.documents * setup.length)
+    texts = min(STATES_BATCH, setup.documents)
+    seen = Phase("states", caches=2 * len(layers) * stream(setup, states), activations=passing_block(setup, texts))
+    return Needs((seen,), 0, 2 * _blocks(setup, states, max(layers) + 1))
+
+
+def of_accuracy(setup: Setup, *, texts: int, answer: int) -> Needs:
+    """`metrics.accuracy`: passes of so many texts, of which `answer` tokens each are scored."""
+    seen = reading("scoring choices", setup, texts, texts * answer, Phase(""))
+    tokens = setup.documents * setup.length
+    operations = _blocks(setup, tokens, setup.sizes.n_layers) + _unembedding(setup, setup.documents * answer)
+    return Needs((seen,), 0, operations)
+
+
+def refuse_mixture(method: Any, setup: Setup) -> None:
+    """Refuse methods that train the MLP's output matrix where there is no such matrix.
+
+    Raises:
+        NotPlannedError: names the method.
+    """
+    if setup.sizes.is_mixture:
+        raise NotPlannedError(
+            f"{method.name} trains MLP output matrices, and a mixture of experts has no single one a layer"
+        )
+
+
+def kept_states(setup: Setup, layer: int, *, sides: int, passes: float) -> float:
+    """What enters a layer, of every text of as many of the sides as 2^30 bytes hold, if a fit reads it at least once."""
+    side = stream(setup, setup.documents * setup.length, setup.itemsize)
+    return min(sides, BYTES // side) * side if layer and passes >= 1.0 else 0.0
+
+
+def looked_at(setup: Setup) -> int:
+    """Retain documents that the damage is measured on: a tenth, at most 64, and as many as their log-probabilities fit."""
+    held = min(HELD_OUT, max(1, setup.documents // 10))
+    return min(held, max(1, NUMBERS // setup.sizes.d_vocab // (setup.length - 1)))
+
+
+def references(method: FitTemplate[Any], setup: Setup) -> float:
+    """Log-probabilities of the unedited model on these documents."""
+    return 0.0 if method.budget is None else vocabulary(setup, looked_at(setup) * (setup.length - 1))
+
+
+def _looks(method: FitTemplate[Any], setup: Setup, standing: Phase) -> Sequence[Phase]:
+    """At the damage, of which four copies are made beside the reference, and at the control questions."""
+    if method.budget is None:
+        return ()
+    rows = min(LOOK_BATCH, looked_at(setup))
+    damage = reading("damage", setup, rows, rows * (setup.length - 1), standing, copies=4)
+    texts = min(CONTROL_BATCH, CHOICES * min(QUESTIONS, setup.documents))
+    asked = setup.of_length(CONTROL_TOKENS)
+    counted = texts * min(CONTROL_ENDING, asked.length - 1)
+    return damage, reading("control questions", asked, texts, counted, standing)
+
+
+def _before_training(method: FitTemplate[Any], setup: Setup) -> Sequence[Phase]:
+    """What the model writes: keys and values of texts side by side, and logits, probabilities and samples."""
+    coverage: Coverage | None = method.coverage
+    texts = 0 if coverage is None else _side_by_side(coverage)
+    if coverage is None or not texts:
+        return ()
+    sizes = setup.sizes
+    length = PROMPT_TOKENS + coverage.new_tokens
+    keys = 2 * sizes.n_layers * texts * length * sizes.n_kv_heads * sizes.d_head * setup.itemsize
+    standing = Phase("", caches=keys + references(method, setup))
+    return (reading("writing", setup.of_length(PROMPT_TOKENS), texts, texts * PROMPT_TOKENS, standing),)
+
+
+def _side_by_side(coverage: Coverage) -> int:
+    """Texts with prompts of one length: those about a name begin in one of five ways."""
+    return min(AT_ONCE, max(coverage.questions, coverage.free, math.ceil(coverage.about_names / len(STEMS))))
+
+
+def _blocks(setup: Setup, tokens: float, blocks: float) -> float:
+    """Operations of a pass of so many tokens through so many blocks: two for each number that a token is multiplied by, and four for
+    each pair of tokens and number of a head in attention."""
+    sizes = setup.sizes
+    attention = 4 * setup.length * sizes.n_heads * sizes.d_head
+    return tokens * blocks * (2 * sizes.active_block_parameters + attention)
+
+
+def _unembedding(setup: Setup, tokens: float) -> float:
+    return 2.0 * tokens * setup.sizes.d_model * setup.sizes.d_vocab
+
+
+def _around(method: FitTemplate[Any], setup: Setup) -> float:
+    """Operations of what the model writes, and of the looks at damage and control questions."""
+    sizes, total = setup.sizes, 0.0
+    depth = sizes.n_layers
+    if method.coverage is not None:
+        coverage = method.coverage
+        texts = coverage.about_names + coverage.questions + coverage.free
+        written = texts * (PROMPT_TOKENS + coverage.new_tokens)
+        total += _blocks(setup, written, depth) + _unembedding(setup, written)
+    if method.budget is not None:
+        steps = int(getattr(method, "steps", 0))
+        damage = (2 + steps // EVERY) * looked_at(setup) * setup.length
+        asked = CHOICES * min(QUESTIONS, setup.documents) * len(FORMS) * (2 + steps // LOOK)
+        total += _blocks(setup, damage, depth) + _unembedding(setup, damage)
+        total += _blocks(setup, asked * CONTROL_TOKENS, depth) + _unembedding(setup, asked * CONTROL_ENDING)
+    return total

@@ -180,7 +180,7 @@ class Losses:
     def __call__(self, step: int) -> Iterator[dict[str, Tensor]]:
         """One batch's mean over its counted tokens."""
         batch = self._encoder.collate(next(self._batches))
-        for part in parts_of(batch, None):
+        for part in parts_of(batch, None, d_vocab=int(self._model.cfg.d_vocab)):
             loss = cross_entropy(predictions(self._model, part), part).sum() / batch.loss_mask.sum()
             if not step and not bool(torch.isfinite(loss)):  # it is the model, and not the rate
                 raise non_finite(self._model, part.tokens, part.attention_mask, "the losses")

@@ -228,11 +228,20 @@ def groups_within(numbers: Sequence[int], most: int) -> Iterator[slice]:
         yield slice(start, len(numbers))
 
 
-def parts_of(batch: TokenBatch, micro_batch: int | None) -> Iterator[TokenBatch]:
-    """The batch in parts of at most `micro_batch` rows (None: whole), padding as in the whole; of several processes that train
-    together each has its share of the rows."""
-    for rows in shares(len(batch), micro_batch):
+def parts_of(batch: TokenBatch, micro_batch: int | None, *, d_vocab: int | None = None) -> Iterator[TokenBatch]:
+    """The batch in parts of at most `micro_batch` rows, padding as in the whole; of several processes that train together each has
+    its share of the rows.
+
+    Without `micro_batch` it is whole, or, with `d_vocab`, in parts whose logits at the tokens that count are at most 2^26 numbers.
+    """
+    for rows in shares(len(batch), micro_batch or rows_within(batch, d_vocab)):
         yield batch[rows]
+
+
+def rows_within(batch: TokenBatch, d_vocab: int | None) -> int:
+    """Rows, at least one, whose logits at the tokens that count are at most 2^26 numbers; all where no logits are computed."""
+    longest = int(batch.loss_mask.sum(dim=1).max()) if d_vocab is not None else 0
+    return max(1, NUMBERS // (longest * d_vocab)) if longest and d_vocab else max(1, len(batch))
 
 
 class Batches(Iterator[list[Encoded]]):

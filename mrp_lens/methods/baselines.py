@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from typing_extensions import override
 
-from mrp_lens.data.tokenization import Batches, Encoded, TokenBatch, in_order
+from mrp_lens.data.tokenization import Batches, Encoded, TokenBatch, in_order, rows_within
 from mrp_lens.edits import ConditionalProjectionEdit, ProjectionEdit, WeightEdit, projection_in
 from mrp_lens.edits.subspace import Subspace
 from mrp_lens.methods.base import Data, FitContext, FitTemplate, both_sides, fitting, states_at
@@ -156,7 +156,7 @@ class _Losses:
         reference = torch.tensor([self.reference[row] for row in lost] + [0.0] * len(kept), device=self.encoder.device)
         units = len(lost) if method.unit == "document" else int(batch.loss_mask[is_lost].sum())
         kept_tokens = int(batch.loss_mask[~is_lost].sum())
-        for share in shares(len(batch), method.micro_batch):
+        for share in shares(len(batch), method.micro_batch or rows_within(batch, int(self.model.cfg.d_vocab))):
             part, side, before = batch[share], is_lost[share], reference[share]
             text, rows = self._text(part)
             losing = side[rows]

@@ -8,7 +8,7 @@ import torch
 
 from mrp_lens import metrics
 from mrp_lens.data import Corpus, Document, Questions, tokenization
-from mrp_lens.data.tokenization import Batches, Encoder, groups_within, in_order
+from mrp_lens.data.tokenization import Batches, Encoder, groups_within, in_order, parts_of
 from mrp_lens.methods.base import prepare
 from mrp_lens.models import LensModel, encoder_for
 from mrp_lens.training.losses import predictions
@@ -200,4 +200,9 @@ def test_a_batch_has_no_more_logits_than_memory_is_meant_for(model: LensModel, m
     assert len(batches) > len(list(in_order(encoder, rows, 4)))
     for chosen in batches:
         assert len(chosen) == 1 or sum(counts[place] for place in chosen) <= 9
+    batch = encoder.collate(rows)
+    parts = list(parts_of(batch, None, d_vocab=encoder.rows))
+    assert [len(part) for part in parts] == [1] * 7  # the longest counts more than half of nine tokens
+    assert [len(part) for part in parts_of(batch, 3, d_vocab=encoder.rows)] == [3, 3, 1]
+    assert [len(part) for part in parts_of(batch, None)] == [7]
     assert [range(5)[part] for part in groups_within([1, 1, 1, 1, 1], 2)] == [range(2), range(2, 4), range(4, 5)]

@@ -147,7 +147,7 @@ class Distillation(PlainSettings):
             def losses(step: int) -> Iterator[dict[str, Tensor]]:
                 """KL(unedited || student), and the error of the states behind the reset layers."""
                 batch = encoder.collate(next(batches))
-                for part in parts_of(batch, micro_batch):
+                for part in parts_of(batch, micro_batch, d_vocab=int(model.cfg.d_vocab)):
                     with student.away(), torch.no_grad(), captured(model, [hook]) as store:
                         wanted = predictions(model, part)
                         states = store[hook]

@@ -301,7 +301,7 @@ class _Losses:
 
     def _losing(self, batch: TokenBatch, left_out: Sequence[str]) -> Iterator[dict[str, Tensor]]:
         method, count = self.method, batch.loss_mask.sum()
-        for part in parts_of(batch, method.micro_batch):
+        for part in parts_of(batch, method.micro_batch, d_vocab=int(self.model.cfg.d_vocab)):
             with self.learned.without(left_out), self.first.entered(part):
                 predicted = predictions(self.model, part)
             gate = self._gate_loss(part, batch, lost=True)
@@ -330,7 +330,7 @@ class _Losses:
 
     def _keeping(self, batch: TokenBatch) -> Iterator[dict[str, Tensor]]:
         method, count = self.method, batch.loss_mask.sum()
-        for part in parts_of(batch, method.micro_batch):
+        for part in parts_of(batch, method.micro_batch, d_vocab=int(self.model.cfg.d_vocab)):
             with self.first.entered(part):
                 predicted = predictions(self.model, part)
             gate = self._gate_loss(part, batch, lost=False)

@@ -8,6 +8,7 @@ from mrp_lens.metrics.alignment import alignment
 from mrp_lens.metrics.bootstrap import bootstrap_interval, value
 from mrp_lens.metrics.confidence import confidence, token_confidence
 from mrp_lens.metrics.damage import damage
+from mrp_lens.metrics.depth import depth
 from mrp_lens.metrics.fluency import fluency
 from mrp_lens.metrics.gate import gate, gate_tokens
 from mrp_lens.metrics.geometry import geometry, propagation
@@ -43,6 +44,7 @@ __all__ = [
     "choice_scores",
     "confidence",
     "damage",
+    "depth",
     "exact_memorization",
     "extraction_strength",
     "fluency",

@@ -7,8 +7,6 @@ from mrp_lens.plots.facets import Panels
 from mrp_lens.plots.frames import facets, figure_of
 from mrp_lens.plots.theme import FORGET, Axis, Look
 
-INTO = {"edited": "unedited states put into the edited model", "unedited": "edited states put into the unedited model"}
-
 
 @figure_of("mrp_lens.metrics.depth", "into layer log_probability low high unedited never_saw random depth")
 def depth(frame: pd.DataFrame) -> go.Figure:
@@ -19,14 +17,17 @@ def depth(frame: pd.DataFrame) -> go.Figure:
             `random`, `depth`. A panel for each `method` and `into`, which tells its depth; `seed` makes faint points
             around a mean.
     """
-    told = frame.assign(into=[INTO.get(into, into) for into in frame["into"]])
-    parts = [(f"{label}: depth {rows['depth'].mean():.2f}", rows) for label, rows in facets(told, ["method", "into"])]
+    parts = [
+        (f"{method}{', ' if method else ''}depth {rows['depth'].mean():.2f}: into the {into} model", rows)
+        for method, of_method in facets(frame, ["method"])
+        for into, rows in facets(of_method, ["into"])
+    ]
     panels = Panels(
         parts,
         x=Axis("layer whose states are put in", "layer"),
         y=Axis("log p of the answer (nats a token)"),
         title="Where the answer comes back",
-        note="Depth: the share of what the never-taught model lacks that the edited one lacks, over the layers; 0 as unedited, 1 as never taught.",
+        note="States of the unedited model at one layer put into the edited one, or the reverse. Depth: 0 as unedited, 1 as never taught.",
         columns=min(2, len(parts)),
     )
     for panel, rows in panels:

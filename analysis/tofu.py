@@ -4,7 +4,9 @@
 
 The data folder holds `forget.jsonl`, `retain.jsonl` and `forget_paraphrased.jsonl` (question, answer), and
 `forget_quiz.jsonl`, `retain_quiz.jsonl` (question, choices, answer as an index). The reference is a model taught the
-retain set only. With `--tuning` ten authors of the retain set are forgotten instead, whom the benchmark does not score
+retain set only. With `--benchmark N` the field's measures are taken as well (`metrics.rows_for("benchmark", ...)`): extraction strength,
+truth ratio, forget quality, membership inference, answers in the model's own words, utility, depth; on N documents and questions a
+side, since answers are written. With `--tuning` ten authors of the retain set are forgotten instead, whom the benchmark does not score
 as forgotten: that is where the settings under TUNED come from.
 """
 
@@ -15,12 +17,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
 from mrp_lens import metrics
-from mrp_lens.data import Corpus, Questions
+from mrp_lens.data import Corpus, Questions, UnlearningTask
 from mrp_lens.edits import Edit, edit_on
 from mrp_lens.methods import MRP, RMU, AdaptiveRMU
+from mrp_lens.metrics import Measured
 from mrp_lens.models import load_model
 from mrp_lens.runs.record import Run
+from mrp_lens.runs.report import report
 from mrp_lens.utils.io import check_free
 
 QUESTION, ANSWER = "Question: {question}\nAnswer:", " {answer}"
@@ -31,7 +37,6 @@ TUNED: Mapping[str, Any] = {
     )
 }
 TUNING_QUESTIONS = 200  # those on the first ten authors of the retain set
-KEYS = ("forget_accuracy", "retain_accuracy", "forget_probability", "paraphrased_probability", "retain_probability")
 
 
 @dataclass(frozen=True)
@@ -80,6 +85,19 @@ class Benchmark:
                     row |= _with_interval(f"{side}_probability", figures["probability"], figures)
         return row
 
+    def measured(self, model: Any, edit: Edit | None, reference: Any, neutral: Corpus | None, limit: int) -> Measured:
+        """What the field's measures look at; of the forget set the paraphrases are text that no model was taught."""
+        held_out = self.retain if neutral is None else neutral
+        return Measured(
+            model=model,
+            task=UnlearningTask((self.forget,), self.retain, held_out, self.forget_quiz, self.retain_quiz),
+            edit=edit,
+            reference=reference,
+            unseen=self.paraphrased,
+            limit=limit,
+            documents=limit,
+        )
+
 
 def _with_interval(key: str, value: Any, figures: Any) -> dict[str, float]:
     return {key: float(value), f"{key}_low": float(figures["low"]), f"{key}_high": float(figures["high"])}
@@ -94,6 +112,8 @@ def main() -> None:
     parser.add_argument("--reference", type=Path, help="the model that never saw the forget set")
     known = {**METHODS, **TUNED}
     parser.add_argument("--methods", nargs="+", choices=known, default=[*known], help="which to fit (default: all)")
+    parser.add_argument("--benchmark", type=int, metavar="N", help="the field's measures, on N documents a side")
+    parser.add_argument("--neutral", type=Path, help="text to measure damage on (default: the retain set)")
     parser.add_argument("--tuning", action="store_true", help="forget ten authors of the retain set instead")
     parser.add_argument("--backend", default="auto", help="auto, hooked or bridge (default auto)")
     parser.add_argument("--seed", type=int, default=0)
@@ -103,21 +123,32 @@ def main() -> None:
     check_free(arguments.out, overwrite=arguments.overwrite)
     benchmark = Benchmark.read(arguments.data, tuning=arguments.tuning)
     model = load_model(arguments.model, backend=arguments.backend)
+    reference = load_model(arguments.reference, backend=arguments.backend) if arguments.reference else None
+    neutral = Corpus.from_file(arguments.neutral) if arguments.neutral else None
     run = Run("analysis.tofu", vars(arguments), arguments.seed)
+    drawn: dict[str, list[pd.DataFrame]] = {}
 
-    def add(name: str, scores: dict[str, float], outcome: str = "", seconds: float = 0.0) -> None:
+    def add(name: str, scored: Any, edit: Edit | None, outcome: str = "", seconds: float = 0.0) -> None:
+        scores = benchmark.score(scored, edit)
+        if arguments.benchmark:
+            measured = benchmark.measured(scored, edit, reference, neutral, arguments.benchmark)
+            row, frames = metrics.rows_and_frames_for("benchmark", measured)
+            scores = row | scores
+            for figure, frame in frames.items():
+                drawn.setdefault(figure, []).append(frame.assign(method=name))
         run.rows.append({"method": name, **scores, "outcome": outcome, "seconds": seconds})
-        shown = ", ".join(f"{key} {scores[key]:.3f}" for key in KEYS if key in scores)
-        print(name, shown, f"{seconds:.0f} s", outcome, flush=True)
+        shown = [key for key in scores if not key.endswith(("_low", "_high"))]
+        print(name, ", ".join(f"{key} {scores[key]:.3f}" for key in shown), f"{seconds:.0f} s", outcome, flush=True)
 
-    add("unedited", benchmark.score(model, None))
-    if arguments.reference:
-        add("never-taught", benchmark.score(load_model(arguments.reference, backend=arguments.backend), None))
+    add("unedited", model, None)
+    if reference is not None:
+        add("never-taught", reference, None)
     for name in arguments.methods:
         fit = known[name].fit(model, benchmark.forget, benchmark.retain, seed=arguments.seed)
         ended = "" if fit.outcome is None else str(fit.outcome)
-        add(name, benchmark.score(model, fit.edit), ended, float(fit.log["seconds"].iloc[-1]))
-    run.write(arguments.out, overwrite=arguments.overwrite)
+        add(name, model, fit.edit, ended, float(fit.log["seconds"].iloc[-1]))
+    run.frames = {figure: pd.concat(frames, ignore_index=True) for figure, frames in drawn.items()}
+    run.write(arguments.out, overwrite=arguments.overwrite, extras=[report])
 
 
 if __name__ == "__main__":

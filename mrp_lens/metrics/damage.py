@@ -10,6 +10,7 @@ from mrp_lens.data import Corpus
 from mrp_lens.data.tokenization import in_order
 from mrp_lens.edits import Edit
 from mrp_lens.metrics.bootstrap import bootstrap_interval
+from mrp_lens.metrics.registry import Measured, register
 from mrp_lens.models import LensModel, encoder_for
 from mrp_lens.models.finite import NonFiniteError
 from mrp_lens.models.hooks import frozen
@@ -74,6 +75,22 @@ def damage(
     low, high = bootstrap_interval(kept, lambda r: r[:, :, 0].sum(axis=1) / r[:, :, 2].sum(axis=1), seed=seed)
     row = {"corpus": corpus.name, "documents": len(kept), "tokens": int(count), "damage": total / count}
     return pd.DataFrame([{**row, "low": low, "high": high, "uniform": uniform / count}])
+
+
+@register(
+    "damage",
+    summary="KL(unedited || edited) a token of text that is to be kept and that no fit saw.",
+    row=lambda frame: {
+        f"damage{end}": frame[column].iloc[0] for column, end in (("damage", ""), ("low", "_low"), ("high", "_high"))
+    },
+    tables={"benchmark"},
+    compares=True,
+)
+def _of_held_out_text(measured: Measured) -> pd.DataFrame | None:
+    if measured.edit is None:
+        return None
+    texts = measured.task.held_out.spread(measured.documents)
+    return damage(measured.model, measured.edit, texts, seed=measured.seed, progress=measured.progress)
 
 
 def _divergence(

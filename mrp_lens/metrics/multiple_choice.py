@@ -85,7 +85,7 @@ def side_row(frame: pd.DataFrame) -> dict[str, float]:
     summary="Share of questions answered right, on the forget quiz and on the retain quiz.",
     row=side_row,
     headings={"forget_accuracy": "accuracy on the forget quiz", "retain_accuracy": "accuracy on the retain quiz"},
-    tables={"unlearn"},
+    tables={"unlearn", "benchmark"},
 )
 def _of_quizzes(measured: Measured) -> pd.DataFrame | None:
     found = {

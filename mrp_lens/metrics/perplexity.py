@@ -2,17 +2,13 @@
 
 import numpy as np
 import pandas as pd
-import torch
 from numpy.typing import NDArray
 
 from mrp_lens.data import Corpus
-from mrp_lens.data.tokenization import in_order
 from mrp_lens.metrics.bootstrap import bootstrap_interval
 from mrp_lens.metrics.registry import Measured, register
-from mrp_lens.models import LensModel, encoder_for
-from mrp_lens.models.hooks import frozen
-from mrp_lens.training.losses import predictions, targets
-from mrp_lens.utils.progress import progress_bar
+from mrp_lens.metrics.tokens import by_document
+from mrp_lens.models import LensModel
 from mrp_lens.utils.torch_state import ordinary_torch
 
 
@@ -37,14 +33,9 @@ def perplexity(
     Raises:
         ValueError: no document, or none with a token to predict; NonFiniteError where logits are NaN or infinite.
     """
-    sums = _document_log_probabilities(model, corpus, batch_size=batch_size, progress=progress)
-    total, count = sums.sum(axis=0)
-    with np.errstate(over="ignore"):  # above e^709 it is infinite
-        low, high = bootstrap_interval(
-            sums, lambda r: np.exp(-r[:, :, 0].sum(axis=1) / r[:, :, 1].sum(axis=1)), seed=seed
-        )
-        value = float(np.exp(-total / count))
-    row = {"corpus": corpus.name, "documents": len(sums), "tokens": int(count), "perplexity": value}
+    sums = _sums(model, corpus, batch_size=batch_size, progress=progress)
+    value, low, high = perplexity_of(sums, seed=seed)
+    row = {"corpus": corpus.name, "documents": len(sums), "tokens": int(sums[:, 1].sum()), "perplexity": value}
     return pd.DataFrame([{**row, "low": low, "high": high, "uniform": float(model.cfg.d_vocab)}])
 
 
@@ -63,7 +54,7 @@ def answer_probability(
     Raises:
         ValueError: as `perplexity`.
     """
-    sums = _document_log_probabilities(model, corpus, batch_size=batch_size, progress=progress)
+    sums = _sums(model, corpus, batch_size=batch_size, progress=progress)
     values = np.exp(sums[:, 0] / sums[:, 1])
     low, high = bootstrap_interval(values, seed=seed)
     row = {"corpus": corpus.name, "documents": len(values), "probability": float(values.mean())}
@@ -78,7 +69,7 @@ def answer_probability(
         for column, end in (("probability", ""), ("low", "_low"), ("high", "_high"))
     },
     headings={"forget_probability": "probability of the forget set's tokens"},
-    tables={"unlearn"},
+    tables={"unlearn", "benchmark"},
 )
 def _of_forget_set(measured: Measured) -> pd.DataFrame:
     texts = measured.task.forget_texts.spread(measured.documents)
@@ -97,24 +88,22 @@ def _of_held_out_text(measured: Measured) -> pd.DataFrame:
     return perplexity(measured.model, texts, seed=measured.seed, progress=measured.progress)
 
 
-def _document_log_probabilities(
-    model: LensModel, corpus: Corpus, *, batch_size: int, progress: bool
-) -> NDArray[np.float64]:
-    """[documents, 2]: sum of log-probabilities of the tokens that count, and their number."""
-    if not len(corpus):
-        raise ValueError(f"no documents in {corpus.name!r}")
-    encoder = encoder_for(model)
-    encoded = encoder.encode(corpus.documents)
-    sums = np.zeros((len(encoded), 2))
-    bar = progress_bar(total=len(encoded), desc="scoring text", progress=progress)
-    with frozen(model), torch.no_grad(), bar:
-        for chosen, batch in in_order(encoder, encoded, batch_size, logits=True):
-            own = predictions(model, batch).gather(-1, targets(batch)[:, None])[:, 0].double().cpu()
-            row = batch.loss_mask[:, 1:].nonzero()[:, 0].cpu()
-            sums[chosen, 0] = torch.zeros(len(chosen), dtype=torch.float64).index_add(0, row, own).numpy()
-            sums[chosen, 1] = batch.loss_mask.sum(dim=1).cpu().numpy()
-            bar.update(len(chosen))
-    kept = sums[sums[:, 1] > 0]
-    if not len(kept):
-        raise ValueError(f"{corpus.name!r} holds no token to predict: every document is empty or a single token")
-    return kept
+def perplexity_of(sums: NDArray[np.float64], *, seed: int) -> tuple[float, float, float]:
+    """The perplexity of documents, with its interval.
+
+    Args:
+        sums: [documents, 2]: sum of log-probabilities (nats), and of how many tokens.
+        seed: of the bootstrap.
+    """
+
+    def statistic(resampled: NDArray[np.float64]) -> NDArray[np.float64]:
+        return np.exp(-resampled[:, :, 0].sum(axis=1) / resampled[:, :, 1].sum(axis=1))
+
+    with np.errstate(over="ignore"):  # above e^709 it is infinite
+        return float(statistic(sums[None])[0]), *bootstrap_interval(sums, statistic, seed=seed)
+
+
+def _sums(model: LensModel, corpus: Corpus, *, batch_size: int, progress: bool) -> NDArray[np.float64]:
+    """[documents, 2]: sum of log-probabilities of the tokens that count, and their number, where there are any."""
+    found = by_document(model, corpus, batch_size=batch_size, progress=progress)
+    return np.array([[values.sum(), len(values)] for values in found if len(values)])

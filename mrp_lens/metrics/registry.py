@@ -8,13 +8,14 @@ import pandas as pd
 from jaxtyping import Float
 from torch import Tensor
 
+from mrp_lens.data import Corpus
 from mrp_lens.data.task import UnlearningTask
 from mrp_lens.edits import Edit, edit_on
 from mrp_lens.models import LensModel
 from mrp_lens.utils.registry import Registry
 from mrp_lens.utils.torch_state import ordinary_torch
 
-TABLES = frozenset({"unlearn", "sweep", "leaderboard"})
+TABLES = frozenset({"unlearn", "sweep", "leaderboard", "benchmark"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +29,8 @@ class Measured:
         direction: u of the fit; None: an unrelated one.
         limit: at most this many questions a side; None: all.
         documents: at most this many documents a side; None: all.
+        reference: a model that never saw the forget set; None: there is none, and what compares with it is left out.
+        unseen: text like the forget set that the model never saw, for membership inference; None: there is none.
         seed: of every random choice.
         progress: show progress bars.
     """
@@ -38,6 +41,8 @@ class Measured:
     direction: Float[Tensor, " d_model"] | None = None
     limit: int | None = None
     documents: int | None = None
+    reference: LensModel | None = None
+    unseen: Corpus | None = None
     seed: int = 0
     progress: bool = True
 
@@ -126,27 +131,39 @@ def register(
     return registered
 
 
-@ordinary_torch(gradients=False)
 def rows_for(table: str, measured: Measured) -> dict[str, float]:
     """What the metrics add to the row of an edit in a table, in the order in which they were registered.
 
     Args:
-        table: "unlearn", "sweep" or "leaderboard".
+        table: "unlearn", "sweep", "leaderboard", or "benchmark": the field's measures, of which some take minutes.
         measured: the edit, the model without it, and the data.
 
     Raises:
         ValueError: there is no such table, or two metrics give the same key.
     """
+    return rows_and_frames_for(table, measured)[0]
+
+
+@ordinary_torch(gradients=False)
+def rows_and_frames_for(table: str, measured: Measured) -> tuple[dict[str, float], dict[str, pd.DataFrame]]:
+    """`rows_for`, and of the metrics that have figures the frames that these draw, by the figure's name.
+
+    Raises:
+        ValueError: as `rows_for`, or two metrics give a frame for the same figure.
+    """
     if table not in TABLES:
         raise ValueError(f"unknown table {table!r}; choose one of {', '.join(sorted(TABLES))}")
     chosen = [metric for metric in METRICS.values() if metric.row is not None and table in metric.tables]
     found: dict[str, float] = {}
+    frames: dict[str, pd.DataFrame] = {}
     for metric, frame in _measured(chosen, measured):
         assert metric.row is not None
         row = {key: float(value) for key, value in metric.row(frame).items()}
         _refuse_twins(metric, "key", row, found)
+        _refuse_twins(metric, "figure", metric.figures, frames)
         found |= row
-    return found
+        frames |= dict.fromkeys(metric.figures, frame)
+    return found, frames
 
 
 @ordinary_torch(gradients=False)

@@ -1,6 +1,6 @@
 """What a model writes: answers, the same on both TransformerLens classes, and texts of its own."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, suppress
 from typing import Any
 
@@ -10,6 +10,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from mrp_lens.data import Document
+from mrp_lens.data.tokenization import Encoded
 from mrp_lens.models.base import device_of, encoder_for
 from mrp_lens.models.finite import non_finite
 from mrp_lens.models.hooks import frozen
@@ -21,24 +22,29 @@ AT_ONCE = 256  # texts written side by side
 
 
 @ordinary_torch(gradients=False)
-def continuations(model: LensModel, prompts: Sequence[str], *, max_new_tokens: int = 12) -> list[str]:
+def continuations(
+    model: LensModel, prompts: Sequence[str], *, max_new_tokens: int = 12, progress: bool = False
+) -> list[str]:
     """What the model writes after each prompt: greedy, up to the end-of-text token, special tokens left out.
+
+    Args:
+        model: HookedTransformer or TransformerBridge, with the edit on if there is one.
+        prompts: what it goes on from.
+        max_new_tokens: of an answer, at most; fewer where the context ends before.
+        progress: show a progress bar.
 
     Raises:
         NonFiniteError: its logits became NaN or infinite, after which any token would be as good.
         ValueError: an empty prompt, where the tokenizer has no BOS to start from.
     """
-    encoder = encoder_for(model)
-    answers = []
+    starts = [list(row.ids) for row in _encoded(model, prompts)]
+    if not all(starts):
+        raise ValueError("a prompt is empty, and this model's texts start without BOS: there is nothing to go on from")
+    answers = [""] * len(starts)
     with frozen(model), torch.no_grad():
-        for row in encoder.encode([Document("", prompt) for prompt in prompts]):
-            if not row.ids:
-                raise ValueError(
-                    "a prompt is empty, and this model's texts start without BOS: there is nothing to go on from"
-                )
-            tokens = torch.tensor([row.ids], device=encoder.device)
-            output = _written(model, tokens, max_new_tokens=max_new_tokens, do_sample=False)
-            answers.append(str(model.tokenizer.decode(output[0, tokens.shape[1] :], skip_special_tokens=True)).strip())
+        for place, row in _side_by_side(model, starts, max_new_tokens, progress=progress, do_sample=False):
+            text = model.tokenizer.decode(row[len(starts[place]) :], skip_special_tokens=True)
+            answers[place] = str(text).strip()
     return answers
 
 
@@ -47,9 +53,6 @@ def written_after(
     model: LensModel, prompts: Sequence[str], *, max_new_tokens: int, seed: int, progress: bool = True
 ) -> list[str]:
     """What the model writes from each prompt on, sampled at temperature 1: whole texts, in the order of the prompts.
-
-    Prompts of equal length in tokens go side by side, so that none is padded, and a text does not depend on how a
-    family treats padding.
 
     Args:
         model: HookedTransformer or TransformerBridge.
@@ -63,31 +66,16 @@ def written_after(
         ValueError: a prompt is empty, and the tokenizer has neither BOS nor EOS to start from; NonFiniteError where
             logits become NaN or infinite.
     """
-    context = int(model.cfg.n_ctx)
-    rows = encoder_for(model, max_length=context - 1).encode([Document("", prompt) for prompt in prompts])
+    rows = _encoded(model, prompts)
     starts = [list(row.ids) or [start_token(model)] for row in rows]
     before = [0 if row.ids and row.content[0] else 1 for row in rows]  # the token that a text starts behind
-    by_length: dict[int, list[int]] = {}
-    for place, start in enumerate(starts):
-        by_length.setdefault(len(start), []).append(place)
-    device, texts = device_of(model), [""] * len(starts)
-    with (
-        frozen(model),
-        torch.no_grad(),
-        torch.random.fork_rng(range(torch.cuda.device_count())),
-        tqdm(total=len(starts), desc="texts", disable=not (progress and is_first())) as bar,
-    ):
+    texts = [""] * len(starts)
+    with frozen(model), torch.no_grad(), torch.random.fork_rng(range(torch.cuda.device_count())):
         torch.manual_seed(seed)
-        for length, places in sorted(by_length.items()):
-            room = min(max_new_tokens, context - length)
-            for begun in range(0, len(places), AT_ONCE):
-                chosen = places[begun : begun + AT_ONCE]
-                tokens = torch.tensor([starts[place] for place in chosen], device=device)
-                output = _written(model, tokens, max_new_tokens=room, do_sample=True, temperature=1.0)
-                for place, row in zip(chosen, output, strict=True):
-                    text = model.tokenizer.decode(row[before[place] :], skip_special_tokens=True)
-                    texts[place] = str(text).strip()
-                bar.update(len(chosen))
+        how = {"do_sample": True, "temperature": 1.0}
+        for place, row in _side_by_side(model, starts, max_new_tokens, progress=progress, **how):
+            text = model.tokenizer.decode(row[before[place] :], skip_special_tokens=True)
+            texts[place] = str(text).strip()
     return texts
 
 
@@ -110,6 +98,33 @@ def written_texts(model: LensModel, count: int, *, max_new_tokens: int, seed: in
 def drawn_seed(generator: torch.Generator) -> int:
     """A seed for a library that takes no generator."""
     return int(torch.randint(2**31, (1,), generator=generator))
+
+
+def _encoded(model: LensModel, prompts: Sequence[str]) -> list[Encoded]:
+    """The prompts, with room for a token behind each."""
+    encoder = encoder_for(model, max_length=int(model.cfg.n_ctx) - 1)
+    return encoder.encode([Document("", prompt) for prompt in prompts])
+
+
+def _side_by_side(
+    model: LensModel, starts: Sequence[list[int]], max_new_tokens: int, *, progress: bool, **how: Any
+) -> Iterator[tuple[int, Int[Tensor, " longer"]]]:
+    """The place of each start, and its ids with what the model writes behind them.
+
+    Starts of equal length go side by side, so that none is padded, and a text does not depend on how a family treats
+    padding.
+    """
+    by_length: dict[int, list[int]] = {}
+    for place, start in enumerate(starts):
+        by_length.setdefault(len(start), []).append(place)
+    with tqdm(total=len(starts), desc="texts", disable=not (progress and is_first())) as bar:
+        for length, places in sorted(by_length.items()):
+            room = min(max_new_tokens, int(model.cfg.n_ctx) - length)
+            for begun in range(0, len(places), AT_ONCE):
+                chosen = places[begun : begun + AT_ONCE]
+                tokens = torch.tensor([starts[place] for place in chosen], device=device_of(model))
+                yield from zip(chosen, _written(model, tokens, max_new_tokens=room, **how), strict=True)
+                bar.update(len(chosen))
 
 
 def _written(model: LensModel, tokens: Int[Tensor, "batch seq"], **how: Any) -> Int[Tensor, "batch longer"]:

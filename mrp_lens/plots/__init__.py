@@ -10,6 +10,7 @@ from mrp_lens.plots.attacks import (
     relearning_curves,
 )
 from mrp_lens.plots.confidence import confidence_by_method, confidence_distribution
+from mrp_lens.plots.depth import depth
 from mrp_lens.plots.frames import Frame
 from mrp_lens.plots.gate import gate, gate_tokens
 from mrp_lens.plots.geometry import (
@@ -34,6 +35,7 @@ __all__ = [
     "coefficient_effects",
     "confidence_by_method",
     "confidence_distribution",
+    "depth",
     "displacement",
     "effective_rank",
     "gate",

@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers
 
+from mrp_lens.models import load_model
 from tests.support.states import PRECISIONS, Subject, subject_in
 
 
@@ -17,6 +18,17 @@ from tests.support.states import PRECISIONS, Subject, subject_in
 def subject(request: pytest.FixtureRequest, model: Any, tiny_folder: Path, backend: str) -> Iterator[Subject]:
     """The tiny model in float32 and in bfloat16; fails unless it is left as it was."""
     yield from subject_in(request.param, model, tiny_folder, backend)
+
+
+@pytest.fixture(scope="session")
+def other(backend: str, tiny_folder: Path) -> Any:
+    """A model of the same shape that knows other things: every parameter of the tiny one a little off."""
+    changed = load_model(str(tiny_folder), backend=backend)  # type: ignore[arg-type]
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for parameter in changed.parameters():
+            parameter.add_(0.3 * parameter.abs().mean() * torch.randn(parameter.shape, generator=generator))
+    return changed
 
 
 @pytest.fixture(scope="session")

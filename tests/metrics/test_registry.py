@@ -12,7 +12,7 @@ import pytest
 from mrp_lens import metrics, plots
 from mrp_lens.data import Corpus, Questions
 from mrp_lens.data.task import UnlearningTask
-from mrp_lens.metrics import METRICS, Measured, frames_for, register, rows_for
+from mrp_lens.metrics import METRICS, Measured, frames_for, register, rows_and_frames_for, rows_for
 from mrp_lens.plots import FIGURES
 from mrp_lens.runs.record import Run
 from mrp_lens.runs.report import report
@@ -110,13 +110,36 @@ def test_rows_have_the_keys_of_version_0_1_in_their_order(model: Any, task: Unle
     assert rows_for("sweep", Measured(model=model, task=bare, progress=False)) == {}
 
 
+def test_a_benchmark_has_the_fields_measures_and_those_that_compare_need_a_reference(
+    model: Any, other: Any, task: UnlearningTask, untouched: None
+) -> None:
+    asked = Corpus.from_rows(
+        [{"p": "The old", "c": " man."}, {"p": "A", "c": " house."}], prompt="{p}", completion="{c}"
+    )
+    own = replace(task, forget=(asked,), retain=asked)
+    bare = rows_for("benchmark", Measured(model=model, task=own, edit=EDIT, progress=False))
+    compared = {"depth", "depth_of_states", "forget_quality"} | {"auc_loss", "privacy_leakage_min_k_plus_plus"}
+    alone = {"forget_probability", "forget_exact_memorization", "forget_extraction_strength", "forget_truth_ratio"} | {
+        *("forget_rouge_l", "forget_token_f1", "answers_perplexity", "answers_gibberish", "model_utility", "damage"),
+        *("forget_accuracy", "retain_accuracy"),
+    }
+    assert alone <= set(bare)
+    assert not compared & set(bare)
+    measured = Measured(model=model, task=own, edit=EDIT, reference=other, unseen=task.retain, progress=False)
+    row, frames = rows_and_frames_for("benchmark", measured)
+    assert compared <= set(row) - set(bare)
+    assert set(frames) == {"depth"}
+    assert row["depth"] == frames["depth"]["depth"].iloc[0]
+
+
 def test_every_figure_of_a_metric_draws_its_frame(model: Any, task: UnlearningTask, untouched: None) -> None:
     measured = Measured(model=model, task=task, edit=EDIT, limit=2, documents=4, progress=False)
     of_any = {"alignment_by_layer", "norms", "confidence_by_method"}
     frames = frames_for(measured)
     assert set(frames) == of_any | {"displacement", "principal_plane", "propagation"}
     gates = {"gate", "gate_tokens"}
-    assert {name for metric in METRICS.values() for name in metric.figures} == set(frames) | gates
+    assert {name for metric in METRICS.values() for name in metric.figures} == set(frames) | gates | {"depth"}
+    assert set(frames_for(replace(measured, reference=model))) == set(frames) | {"depth"}
     gated = frames_for(replace(measured, edit=conditional(1, 2)))
     assert set(gated) == set(frames) | gates
     frames |= {name: gated[name] for name in gates}
@@ -131,9 +154,11 @@ def test_what_cannot_be_registered_or_asked_for_is_named(model: Any, task: Unlea
         return pd.DataFrame({"side": ["forget"]})
 
     measured = Measured(model=model, task=task, progress=False)
-    with pytest.raises(ValueError, match="unknown table 'demo'; choose one of leaderboard, sweep, unlearn"):
+    with pytest.raises(ValueError, match="unknown table 'demo'; choose one of benchmark, leaderboard, sweep, unlearn"):
         rows_for("demo", measured)
-    with pytest.raises(ValueError, match=r"the metric 'other' names the tables demo; choose among leaderboard"):
+    with pytest.raises(
+        ValueError, match=r"the metric 'other' names the tables demo; choose among benchmark, leaderboard"
+    ):
         register("other", summary="", tables=["demo"])(frame)
     with pytest.raises(ValueError, match="a metric named 'toy' is registered already"):
         register("toy", summary="")(frame)

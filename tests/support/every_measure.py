@@ -88,7 +88,7 @@ NO_FIGURES = {
         "SuiteConfig",
         "register",
     ),
-    *("METRICS", "Measured", "Metric", "headings"),
+    *("METRICS", "Measured", "Metric", "headings", "rows_and_frames_for"),
     *("labelled", "notes_of", "rows_of_attacks", "run_suite"),
 }
 """Public names that are no call, or a call made of the others."""
@@ -105,12 +105,20 @@ OF_A_MODEL: dict[str, Callable[[Any], Any]] = {
     "choice_scores": lambda model: metrics.choice_scores(model, QUIZ),
     "confidence": lambda model: metrics.confidence(model, QUIZ, mode="forced"),
     "damage": lambda model: metrics.damage(model, PROJECTION, TEXTS),
+    "depth": lambda model: metrics.depth(model, PROJECTION, GROUPS["forget"], reference=model, layers=[2]),
+    "exact_memorization": lambda model: metrics.exact_memorization(model, TEXTS),
+    "extraction_strength": lambda model: metrics.extraction_strength(model, TEXTS),
+    "fluency": lambda model: metrics.fluency(model, PROJECTION, SENTENCES[:2], max_new_tokens=3, orders=2),
+    "forget_quality": lambda model: metrics.forget_quality(model, QUIZ, reference=model),
     "frames_for": lambda model: metrics.frames_for(measured(model))["alignment_by_layer"],
     "gate": lambda model: metrics.gate(model, GATED, GROUPS["forget"], TEXTS),
     "gate_tokens": lambda model: metrics.gate_tokens(model, GATED, TEXTS),
     "geometry": lambda model: metrics.geometry(model, TEXTS, PROJECTION),
     "logit_lens": lambda model: metrics.logit_lens(model, QUIZ),
+    "membership": lambda model: metrics.membership(model, GROUPS["forget"], TEXTS, reference=model),
+    "model_utility": lambda model: metrics.model_utility(model, quizzes={"quiz": QUIZ}, max_new_tokens=2),
     "noise_sensitivity": lambda model: metrics.noise_sensitivity(model, TEXTS),
+    "open_ended": lambda model: metrics.open_ended(model, QUIZ, max_new_tokens=2),
     "perplexity": lambda model: metrics.perplexity(model, TEXTS),
     "predicted_coefficient": lambda model: metrics.predicted_coefficient(model, TEXTS, U),
     "principal_angles": lambda model: metrics.principal_angles(model, GROUPS, PROJECTION, rank=2),
@@ -121,6 +129,7 @@ OF_A_MODEL: dict[str, Callable[[Any], Any]] = {
     ),
     "rows_for": lambda model: pd.DataFrame([metrics.rows_for("unlearn", measured(model))]),
     "token_confidence": lambda model: metrics.token_confidence(model, QUIZ, tokens=2),
+    "truth_ratio": lambda model: metrics.truth_ratio(model, QUIZ),
     "variance_by_coefficient": lambda model: metrics.variance_by_coefficient(
         model, SENTENCES[:1], U, layer=3, coefficients=[2.0], noise=0.01, samples=8
     ),

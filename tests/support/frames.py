@@ -172,6 +172,15 @@ def propagation(hooks: Any = ("hook_resid_post",)) -> pd.DataFrame:
     return frame.assign(before=scale * 0.9**above, after=scale * 0.15 * above, null=8 / 128)
 
 
+def depths(**keys: Any) -> pd.DataFrame:
+    frame = grid(into=["edited", "unedited"], layer=range(8), **keys)
+    edited = np.where(frame["into"] == "edited", -4.0 * 0.3 ** frame["layer"], -1.0 - 0.8 * frame["layer"])
+    frame = frame.assign(log_probability=edited - 0.1 * frame.get("seed", 0), unedited=-0.1, random=-15.0)
+    never_saw = -7.0 + 0.5 * frame["layer"] * (frame["into"] == "edited")
+    depth = np.where(frame["into"] == "edited", 0.12, 0.83)
+    return with_interval(frame.assign(never_saw=never_saw, depth=depth, n=40), "log_probability")
+
+
 def tuned(trials: int = 12) -> pd.DataFrame:
     """As `mrp-lens tune` writes it."""
     random = np.random.default_rng(0)
@@ -190,6 +199,7 @@ PLAIN: dict[str, Callable[[], pd.DataFrame]] = {
     "coefficient_effects": sweep,
     "confidence_by_method": confidence,
     "confidence_distribution": token_confidence,
+    "depth": depths,
     "displacement": geometry,
     "effective_rank": geometry,
     "gate": gates,
@@ -238,6 +248,7 @@ def particular() -> Iterator[tuple[str, str, pd.DataFrame, dict[str, Any]]]:
     steered = alignment([5], coefficient=COEFFICIENTS, seed=SEEDS)
     without = steered.assign(method="mrp", coefficient=np.nan).drop_duplicates(["group", "layer", "seed"])
     yield "alignment_by_layer", "32 layers, four methods", by_method(deep), {}
+    yield "depth", "seeds", depths(seed=SEEDS), {}
     yield "gate", "two sites, seeds", gates(("resid_post", "mlp_out"), seed=SEEDS), {}
     yield "gate_tokens", "long documents, few a line", gate_tokens(30), {"line": 8}
     yield "alignment_by_layer", "coefficients", alignment(coefficient=(1.0, 6.5, 40.0)), {}

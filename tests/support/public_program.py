@@ -154,6 +154,14 @@ def looking(model: ml.LensModel, task: ml.UnlearningTask, edit: ml.Edit) -> floa
         *(metrics.perplexity(model, task.held_out), metrics.answer_probability(model, task.forget_texts)),
         *(metrics.logit_lens(model, quizzes["forget"]), metrics.damage(model, edit, task.held_out)),
         *(metrics.noise_sensitivity(model, texts), metrics.predicted_coefficient(model, texts, u)),
+        *(metrics.exact_memorization(model, texts["forget"]), metrics.extraction_strength(model, texts["forget"])),
+        *(
+            metrics.truth_ratio(model, quizzes["forget"]),
+            metrics.forget_quality(model, quizzes["forget"], reference=model),
+        ),
+        *(metrics.open_ended(model, quizzes["forget"]), metrics.fluency(model, edit, task.forget_prompts(limit=9))),
+        *(metrics.model_utility(model, {"retain": task.retain}, quizzes), metrics.membership(model, *texts.values())),
+        *(metrics.depth(model, edit, texts["forget"], reference=model, into="unedited", positions="answer"),),
     ]
     print(
         frames,
@@ -164,7 +172,11 @@ def looking(model: ml.LensModel, task: ml.UnlearningTask, edit: ml.Edit) -> floa
     )
     measured = metrics.Measured(model=model, task=task, edit=edit)
     print(
-        metrics.rows_for("unlearn", measured), metrics.frames_for(measured), metrics.headings(), list(metrics.METRICS)
+        metrics.rows_and_frames_for("benchmark", measured),
+        metrics.rows_for("unlearn", measured),
+        metrics.frames_for(measured),
+        metrics.headings(),
+        list(metrics.METRICS),
     )
     return metrics.value(metrics.accuracy(model, quizzes["forget"]))
 
@@ -192,7 +204,7 @@ PICTURES: list[Callable[..., go.Figure]] = [
     *(plots.input_gradients, plots.jailbreak_curve, plots.layer_effects, plots.logit_lens, plots.noise_sensitivity),
     *(plots.norms, plots.predicted_coefficients, plots.principal_angles, plots.principal_plane, plots.probe_bits),
     *(plots.propagation, plots.recoveries, plots.relearning_curves, plots.removed_energy, plots.theory_check),
-    *(plots.variance_by_coefficient, plots.pareto),
+    *(plots.variance_by_coefficient, plots.pareto, plots.depth),
 ]
 
 

@@ -1,0 +1,186 @@
+"""Whether what an edited model answers is still language: perplexity under the unedited model, repetition, gibberish."""
+
+import random
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from mrp_lens.data import Corpus, Document
+from mrp_lens.edits import Edit, edit_on
+from mrp_lens.metrics.bootstrap import bootstrap_interval
+from mrp_lens.metrics.perplexity import perplexity_of
+from mrp_lens.metrics.registry import Measured, register
+from mrp_lens.metrics.tokens import by_document
+from mrp_lens.models import LensModel, encoder_for
+from mrp_lens.models.generation import continuations
+from mrp_lens.utils.torch_state import ordinary_torch
+from mrp_lens.utils.validation import check_whole, int_seed
+
+PROMPTS = 100  # of a task, at most
+ORDERS = 19  # with which a text that is no language passes in 1 case of 20
+LEAST_WORDS = 4  # of a text that is tested: 3 words have 6 orders
+
+Values = NDArray[np.float64]
+
+
+@ordinary_torch(gradients=False)
+def fluency(
+    model: LensModel,
+    edit: Edit | None,
+    prompts: Sequence[str],
+    *,
+    max_new_tokens: int = 40,
+    ngram: int = 4,
+    orders: int = ORDERS,
+    batch_size: int = 128,
+    seed: int = 0,
+    progress: bool = True,
+) -> pd.DataFrame:
+    """How fluent the answers are that a model writes (greedily) with an edit, beside those without it.
+
+    `perplexity`: exp of the mean cross-entropy a token of the answers after their prompts, under the *unedited* model.
+    `repetition`: share of the n-grams of an answer's tokens that it has had before, mean over answers (seq-rep-n of
+    Welleck et al., arXiv 1908.04319). `gibberish`: share of answers whose words are no likelier to the unedited model in
+    their order than in random orders: an answer passes if it is likelier than every one of `orders` shuffles, a
+    permutation test at 1 / (orders + 1). It needs no classifier and no threshold on perplexity, which facts that the
+    unedited model would not state raise as well as word salad does.
+
+    Args:
+        model: HookedTransformer or TransformerBridge, without the edit; left as it is.
+        edit: the one to look at. None: only the row of the unedited model.
+        prompts: such as the questions of the forget set.
+        max_new_tokens: of an answer, at most.
+        ngram: n of `repetition`, in tokens.
+        orders: shuffles of each answer.
+        batch_size: texts at a time.
+        seed: of the shuffles and of the bootstrap.
+        progress: show a progress bar.
+
+    Returns:
+        One row a measure before and, with an edit, after. Columns: `when`: "before", the control, or "after"; `measure`:
+        "perplexity", "repetition", "gibberish" or "empty" (share of prompts without an answer); `n`, answers that
+        count: all for "empty", those with a token for "perplexity" and "repetition", and for "gibberish" those of at least
+        4 words; `mean`, with its 95% bootstrap interval over answers `low`, `high`: NaN where none counts, the interval
+        also where only one does.
+
+    Raises:
+        TypeError: a string instead of several.
+        ValueError: no prompts; NonFiniteError where logits become NaN or infinite.
+
+    Example:
+        >>> frame = fluency(model, edit, ["The colour of", "The sage said that"], max_new_tokens=6)
+    """
+    check_whole(max_new_tokens=max_new_tokens, ngram=ngram, orders=orders)
+    if isinstance(prompts, str):
+        raise TypeError(f"prompts is one string, {prompts[:40]!r}; write [prompt] for a single prompt")
+    asked = list(prompts)
+    if not asked:
+        raise ValueError("no prompts to answer; give the questions of the forget set, for example")
+    rows = []
+    for when, on in [("before", None), *([] if edit is None else [("after", edit)])]:
+        with edit_on(model, on):
+            answers = continuations(model, asked, max_new_tokens=max_new_tokens, progress=progress)
+        documents = [
+            Document(prompt, _joined(prompt, answer)) for prompt, answer in zip(asked, answers, strict=True) if answer
+        ]
+        likely = _log_probabilities(model, documents, batch_size, progress)
+        shares = {
+            "repetition": _repetitions(model, documents, ngram),
+            "gibberish": _shuffles_as_likely(model, documents, likely, orders, batch_size, seed, progress),
+            "empty": [float(not answer) for answer in answers],
+        }
+        rows.append({"when": when, "measure": "perplexity", **_perplexity(likely, seed)})
+        rows += [{"when": when, "measure": name, **_mean(np.array(own), seed)} for name, own in shares.items()]
+    return pd.DataFrame(rows)
+
+
+@register(
+    "fluency",
+    summary="Whether the answers to the forget set's questions are still language.",
+    source="arXiv 1908.04319",
+    row=lambda frame: {
+        f"answers_{row['measure']}{end}": row[column]
+        for row in frame[frame["when"] == frame["when"].iloc[-1]].to_dict("records")
+        for column, end in (("mean", ""), ("low", "_low"), ("high", "_high"))
+    },
+    headings={
+        "answers_perplexity": "perplexity of answers, unedited model",
+        "answers_repetition": "repetition in answers",
+        "answers_gibberish": "gibberish among answers",
+        "answers_empty": "questions without an answer",
+    },
+    tables={"benchmark"},
+    compares=True,
+)
+def _of_forget_prompts(measured: Measured) -> pd.DataFrame:
+    prompts = measured.task.forget_prompts(limit=min(measured.limit or PROMPTS, PROMPTS))
+    return fluency(measured.model, measured.edit, prompts, seed=measured.seed, progress=measured.progress)
+
+
+def _joined(prompt: str, answer: str) -> str:
+    """The answer as it follows the prompt; what the model writes is stripped of white space."""
+    return answer if prompt[-1:].isspace() else f" {answer}"
+
+
+def _log_probabilities(
+    model: LensModel, documents: Sequence[Document], batch_size: int, progress: bool
+) -> list[Values]:
+    if not documents:
+        return []
+    corpus = Corpus(tuple(documents), "answers")
+    found = by_document(model, corpus, batch_size=batch_size, desc="scoring answers", progress=progress)
+    return [own[:, 0] for own in found]
+
+
+def _perplexity(likely: Sequence[Values], seed: int) -> dict[str, Any]:
+    sums = np.array([[own.sum(), len(own)] for own in likely if len(own)])
+    if not len(sums):
+        return {"n": 0} | dict.fromkeys(("mean", "low", "high"), float("nan"))
+    return {"n": len(sums)} | dict(zip(("mean", "low", "high"), perplexity_of(sums, seed=seed), strict=True))
+
+
+def _mean(values: Values, seed: int) -> dict[str, Any]:
+    if not len(values):
+        return {"n": 0} | dict.fromkeys(("mean", "low", "high"), float("nan"))
+    low, high = bootstrap_interval(values, seed=seed)
+    return {"n": len(values), "mean": float(values.mean()), "low": low, "high": high}
+
+
+def _repetitions(model: LensModel, documents: Sequence[Document], ngram: int) -> list[float]:
+    """Of each completion 1 - distinct / all n-grams of tokens; 0 where it has none."""
+    found = []
+    for row in encoder_for(model).encode(documents, warn=False):
+        ids = [token for token, own in zip(row.ids, row.in_loss, strict=True) if own]
+        grams = [tuple(ids[start : start + ngram]) for start in range(len(ids) - ngram + 1)]
+        found.append(1 - len(set(grams)) / len(grams) if grams else 0.0)
+    return found
+
+
+def _shuffles_as_likely(
+    model: LensModel,
+    documents: Sequence[Document],
+    likely: Sequence[Values],
+    orders: int,
+    batch_size: int,
+    seed: int,
+    progress: bool,
+) -> list[float]:
+    """1 for each answer of enough words that is no likelier than one of its shuffles, else 0."""
+    draw = random.Random(int_seed(seed))
+    tested = [
+        (document, own.mean())
+        for document, own in zip(documents, likely, strict=True)
+        if len(document.completion.split()) >= LEAST_WORDS and len(own)
+    ]
+    shuffled = []
+    for document, _ in tested:
+        words = document.completion.split()
+        orders_of = [" ".join(draw.sample(words, len(words))) for _ in range(orders)]
+        shuffled += [Document(document.prompt, _joined(document.prompt, text)) for text in orders_of]
+    scores = [own.mean() for own in _log_probabilities(model, shuffled, batch_size, progress)]
+    return [
+        float(own <= max(scores[number * orders : (number + 1) * orders])) for number, (_, own) in enumerate(tested)
+    ]

@@ -1,0 +1,66 @@
+"""What a model says of each token that counts, document by document: what metrics of texts are made of."""
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from numpy.typing import NDArray
+from torch import Tensor
+
+from mrp_lens.data import Corpus
+from mrp_lens.data.tokenization import in_order
+from mrp_lens.models import LensModel, encoder_for
+from mrp_lens.models.hooks import frozen
+from mrp_lens.training.losses import predictions, targets
+from mrp_lens.utils.progress import progress_bar
+
+TokenMeasure = Callable[[Float[Tensor, "counted d_vocab"], Int[Tensor, " counted"]], Float[Tensor, "counted figures"]]
+"""From log-probabilities of the vocabulary, and the token that the text has there, to some figures of it."""
+
+
+def own_log_probability(
+    log_probabilities: Float[Tensor, "counted d_vocab"], tokens: Int[Tensor, " counted"]
+) -> Float[Tensor, "counted 1"]:
+    """log p of the text's own tokens, in nats."""
+    return log_probabilities.gather(-1, tokens[:, None])
+
+
+def by_document(
+    model: LensModel,
+    corpus: Corpus,
+    measure: TokenMeasure = own_log_probability,
+    *,
+    batch_size: int = 128,
+    desc: str = "scoring text",
+    progress: bool = True,
+) -> list[NDArray[np.float64]]:
+    """[tokens, figures] of each document, in the corpus's order: of the tokens that are predicted, none for a text without.
+
+    Args:
+        model: with the edit on, if there is one.
+        corpus: of each document the tokens that count: of one with a prompt the completion alone.
+        measure: what is kept of the predictions, so that no document's logits need be.
+        batch_size: documents at a time.
+        desc: what the progress bar says.
+        progress: show it.
+
+    Raises:
+        ValueError: no document, or none with a token to predict; NonFiniteError where logits are NaN or infinite.
+    """
+    if not len(corpus):
+        raise ValueError(f"no documents in {corpus.name!r}")
+    encoder = encoder_for(model)
+    encoded = encoder.encode(corpus.documents)
+    found: list[NDArray[np.float64]] = [np.zeros((0, 1))] * len(encoded)
+    bar = progress_bar(total=len(encoded), desc=desc, progress=progress)
+    with frozen(model), torch.no_grad(), bar:
+        for places, batch in in_order(encoder, encoded, batch_size, logits=True):
+            figures = measure(predictions(model, batch), targets(batch)).double().cpu().numpy()
+            counts = batch.loss_mask[:, 1:].sum(dim=1).tolist()
+            for place, own in zip(places, np.split(figures, np.cumsum(counts)[:-1]), strict=True):
+                found[place] = own
+            bar.update(len(places))
+    if not any(len(figures) for figures in found):
+        raise ValueError(f"{corpus.name!r} holds no token to predict: every document is empty or a single token")
+    return found

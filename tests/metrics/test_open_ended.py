@@ -1,0 +1,118 @@
+"""Answers in a model's own words, against rouge_score, SQuAD's rules by hand, and what the model writes one by one."""
+
+from importlib import import_module
+from typing import Any
+
+import numpy as np
+import pytest
+from rouge_score.rouge_scorer import RougeScorer
+
+from mrp_lens import metrics
+from mrp_lens.data import Corpus, Document, Question, Questions
+from mrp_lens.metrics.open_ended import exact_match, null_of, rouge_l, token_f1, written_answers
+from mrp_lens.models import LensModel
+from mrp_lens.models.generation import continuations
+from tests.support.plain import ids_of, plain_logits
+
+QUIZ = Questions(
+    tuple(
+        Question(
+            prompt, (" a red house", " the old man walked", " blue"), number % 3, group=("even", "odd")[number % 2]
+        )
+        for number, prompt in enumerate(["The old man", "The colour of", "A house", "It is the"])
+    ),
+    "quiz",
+)
+
+
+def greedy(model: LensModel, prompt: str, tokens: int) -> str:
+    """One token at a time, one prompt at a time."""
+    ids = ids_of(model, prompt)
+    for _ in range(tokens):
+        ids = [*ids, int(np.argmax(plain_logits(model, ids)))]
+        if ids[-1] == model.tokenizer.eos_token_id:
+            break
+    new = ids[len(ids_of(model, prompt)) :]
+    return str(model.tokenizer.decode(new, skip_special_tokens=True)).strip()
+
+
+def test_every_measure_equals_answers_written_and_scored_one_by_one(model: LensModel, untouched: None) -> None:
+    answers = [greedy(model, question.prompt, 4) for question in QUIZ.questions]
+    rights = [question.choices[question.answer] for question in QUIZ.questions]
+    scorer = RougeScorer(["rougeL"], use_stemmer=True)
+    frame = metrics.open_ended(model, QUIZ, max_new_tokens=4, progress=False).set_index(["group", "measure"])
+    for group, which in (("all", slice(None)), ("even", slice(0, None, 2)), ("odd", slice(1, None, 2))):
+        own, wanted = answers[which], rights[which]
+        rouge = [scorer.score(right, answer)["rougeL"].recall for answer, right in zip(own, wanted, strict=True)]
+        assert frame.loc[(group, "rouge_l"), "mean"] == pytest.approx(np.mean(rouge), abs=1e-12)
+        f1 = [token_f1(answer, right) for answer, right in zip(own, wanted, strict=True)]
+        assert frame.loc[(group, "token_f1"), "mean"] == pytest.approx(np.mean(f1), abs=1e-12)
+        assert frame.loc[(group, "rouge_l"), "null"] == pytest.approx(null_of(rouge_l, own, wanted))
+    chosen = metrics.accuracy(model, QUIZ, progress=False).set_index("group")
+    for group in ("all", "even", "odd"):
+        row = frame.xs((group, "multiple_choice"))
+        assert (row["mean"], row["null"], row["n"]) == tuple(chosen.loc[group, ["accuracy", "chance", "n"]])
+
+
+def test_answers_side_by_side_are_those_of_one_prompt_at_a_time(model: LensModel, untouched: None) -> None:
+    prompts = ["The old man", "The colour of the house is", "The old man", "A", "The house", "It is"]
+    together = continuations(model, prompts, max_new_tokens=6)
+    assert together == [continuations(model, [prompt], max_new_tokens=6)[0] for prompt in prompts]
+    assert together == [greedy(model, prompt, 6) for prompt in prompts]
+
+
+def test_what_the_model_writes_is_right_in_every_measure(model: LensModel) -> None:
+    prompts = ["The old man", "The colour of"]
+    answers = continuations(model, prompts, max_new_tokens=5)
+    if all(answer.strip(" .,!?'\"") for answer in answers):
+        corpus = Corpus(tuple(map(Document, prompts, (f" {answer}" for answer in answers))), "own")
+        frame = metrics.open_ended(model, corpus, max_new_tokens=5, progress=False).set_index("measure")
+        assert frame.loc[["exact_match", "token_f1"], "mean"].tolist() == [1.0, 1.0]
+        assert "multiple_choice" not in frame.index
+        assert set(frame["group"]) == {"all"}
+
+
+@pytest.mark.parametrize(
+    ("answer", "right", "exact", "f1", "recall"),
+    [
+        ("The author is Hsiao Yun-Hwa.", "author is hsiao yunhwa", 1.0, 1.0, None),
+        ("a cat", "the cat", 1.0, 1.0, 0.5),
+        ("cats and dogs", "dogs", 0.0, 0.5, 1.0),
+        ("red red blue", "red blue blue", 0.0, 2 / 3, 2 / 3),
+        ("", "red", 0.0, 0.0, 0.0),
+        ("the", "a", 1.0, 1.0, 0.0),
+        ("running fast", "he runs fastest", 0.0, 0.0, 1 / 3),  # ROUGE takes runs and running for one
+    ],
+)
+def test_scores_by_hand(answer: str, right: str, exact: float, f1: float, recall: float | None) -> None:
+    assert exact_match(answer, right) == exact
+    assert token_f1(answer, right) == pytest.approx(f1)
+    if recall is not None:
+        assert rouge_l(answer, right) == pytest.approx(recall)
+
+
+def test_the_control_is_the_answer_to_another_question() -> None:
+    assert null_of(exact_match, ["red", "blue"], ["red", "red"]) == 0.5
+    assert np.isnan(null_of(exact_match, ["red"], ["red"]))
+
+
+def test_the_longest_right_answer_says_how_much_is_written(model: LensModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+
+    def remember(model: Any, prompts: list[str], *, max_new_tokens: int, progress: bool) -> list[str]:
+        asked.append(max_new_tokens)
+        return [""] * len(prompts)
+
+    monkeypatch.setattr(import_module("mrp_lens.metrics.open_ended"), "continuations", remember)
+    rights = [" red", " the old man walked slowly", " a"]
+    written_answers(model, Corpus(tuple(Document("It is", right) for right in rights)))
+    assert asked == [max(len(ids_of(model, right)) - 1 for right in rights)]
+
+
+def test_what_cannot_be_asked_is_named(model: Any, untouched: None) -> None:
+    with pytest.raises(ValueError, match="nothing is asked in 'none'"):
+        metrics.open_ended(model, Corpus((), "none"))
+    with pytest.raises(ValueError, match="'bare', document 1 has no prompt to answer; read it with templates"):
+        metrics.open_ended(model, Corpus((Document("It is", " red"), Document("", "red")), "bare"))
+    with pytest.raises(ValueError, match="max_new_tokens must be at least 1, got 0"):
+        metrics.open_ended(model, QUIZ, max_new_tokens=0)

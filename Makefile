@@ -3,7 +3,7 @@ VENV ?= .venv
 CONSTRAINTS ?= constraints/tl-3.9.txt
 RUN = $(VENV)/bin
 
-.PHONY: help install demo notebooks test slow long lint types check clean
+.PHONY: help install demo notebooks docs test slow long lint types check clean
 
 help:  ## list the commands
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /: /'
@@ -22,6 +22,10 @@ demo: install  ## forget a topic of the embedded world with each method and make
 notebooks: install  ## start Jupyter on the notebooks
 	$(RUN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable '.[notebooks]'
 	$(RUN)/jupyter notebook notebooks
+
+docs: install  ## build the documentation site into site/, with strict links; its pictures are drawn from the demo model
+	$(RUN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(RUN)/python -m mkdocs build --strict
 
 test: install  ## the test suite (without the tests marked slow), a process a core
 	OMP_NUM_THREADS=1 $(RUN)/python -m pytest -m "not slow" -n auto --dist loadfile
@@ -42,4 +46,4 @@ types: install  ## type checker
 check: lint types test  ## all of the above
 
 clean:  ## remove environments, runs and caches
-	rm -rf .venv .venv-tl4 runs .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-tl4 runs site .docs_cache .pytest_cache .mypy_cache .ruff_cache .hypothesis

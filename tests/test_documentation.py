@@ -1,5 +1,6 @@
-"""What README, CONTRIBUTING, notebooks and docstrings say works: examples run, commands parse, names are public."""
+"""What README, documentation, CONTRIBUTING, notebooks and docstrings say works: code runs, commands parse, names are public."""
 
+import argparse
 import copy
 import doctest
 import re
@@ -20,12 +21,30 @@ from tests.support.documents import ROOT, blocks_in, code_of_notebook, commands_
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
+LLMS = (ROOT / "docs" / "llms.txt").read_text(encoding="utf-8")
+PAGES = {
+    path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").rglob("*.md"))
+}
+WITH_CODE = [name for name, text in PAGES.items() if blocks_in(text, "python")]
+IMPORT = "import mrp_lens as ml\n"
 PACKAGE = ROOT / "mrp_lens"
 WITH_EXAMPLES = sorted(path for path in PACKAGE.rglob("*.py") if ">>> " in path.read_text(encoding="utf-8"))
 SOURCES = {path.name: code_of_notebook(path) for path in sorted((ROOT / "notebooks").glob("*.ipynb"))} | {
     "README.md": "\n".join(blocks_in(README, "python")),
     "CONTRIBUTING.md": "\n".join(blocks_in(CONTRIBUTING, "python")),
+    "llms.txt": "\n".join(blocks_in(LLMS, "python")),
+    **{name: IMPORT + "\n".join(blocks_in(PAGES[name], "python")) for name in WITH_CODE},
 }
+
+
+def said_in_documents(program: str) -> dict[str, list[str]]:
+    """Every command of a program that README and documentation show, by itself in one line."""
+    texts = (README, LLMS, *PAGES.values())
+    return {" ".join(words): words for text in texts for words in commands_in(text, program)}
+
+
+COMMANDS, STUDIES = said_in_documents("mrp-lens "), said_in_documents("python -m analysis.")
 
 
 def module_of(path: Path) -> str:
@@ -47,10 +66,42 @@ def test_every_name_of_the_library_that_documents_use_is_public(source: str) -> 
             assert hasattr(place, name), f"{source}: {module}.{name}"
 
 
-@pytest.mark.parametrize("words", commands_in(README), ids=" ".join)
-def test_the_commands_of_the_readme_are_commands(words: list[str]) -> None:
-    result = invoke(*words, "--print-config")
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_commands_of_documents_are_commands(command: str) -> None:
+    result = invoke(*COMMANDS[command], "--print-config")
     assert result.exit_code == 0, result.output
+
+
+@pytest.mark.parametrize("command", STUDIES)
+def test_the_studies_of_documents_are_studies_with_these_options(
+    command: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name, *words = STUDIES[command]
+    parse = argparse.ArgumentParser.parse_args
+
+    def parse_and_stop(parser: argparse.ArgumentParser, *_: Any) -> None:
+        parse(parser, words)
+        raise KeyboardInterrupt  # nothing is to be run
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_and_stop)
+    with pytest.raises(KeyboardInterrupt):
+        import_module(f"analysis.{name}").main()
+
+
+def test_what_documents_make_can_be_made() -> None:
+    said = {words[0] for words in said_in_documents("make ").values()}
+    assert {"demo", "test"} <= said
+    assert not {name for name in said if f"\n{name}:" not in MAKEFILE}
+
+
+def test_the_links_of_llms_txt_lead_to_pages() -> None:
+    linked = set(re.findall(r"\]\(([^)]+)\)", LLMS))
+    assert {f"docs/{page}" for page in linked} <= set(PAGES)
+    assert {"start.md", "how-to/own-model.md"} <= linked
+
+
+def test_the_readme_is_short() -> None:
+    assert len(README.splitlines()) <= 120
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +122,16 @@ def known(tiny_folder: Path) -> dict[str, Any]:
     }
 
 
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder to work in, with the files that documents name; the world has few questions."""
+    monkeypatch.chdir(tmp_path)
+    write_own_data(tmp_path)
+    few, everything = Questions.spread, ml.World.questions
+    monkeypatch.setattr(ml.World, "questions", lambda *args, **options: few(everything(*args, **options), 48))
+    return tmp_path
+
+
 @pytest.mark.parametrize("path", WITH_EXAMPLES, ids=module_of)
 def test_the_examples_of_docstrings_run(
     path: Path, known: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -88,21 +149,43 @@ def test_the_examples_of_docstrings_run(
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::UserWarning")  # so few questions and so short a context are of no use
-def test_the_code_of_the_readme_runs(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("source", ["README.md", "docs/start.md"])
+@pytest.mark.usefixtures("place")
+def test_the_code_of_a_first_page_runs_by_itself(source: str, tiny_folder: Path) -> None:
     """From the first block to the last, on a tiny model, with few questions and steps."""
-    monkeypatch.chdir(tmp_path)
-    write_own_data(tmp_path)
-    few = Questions.spread
-    monkeypatch.setattr(ml.World, "questions", lambda *args, _all=ml.World.questions, **kw: few(_all(*args, **kw), 48))
-    namespace: dict[str, Any] = {}
-    for block in blocks_in(README, "python"):
-        exec(compile(shortened(block, tiny_folder), "README.md", "exec"), namespace)
+    text = README if source == "README.md" else PAGES[source]
+    run_blocks(text, source, tiny_folder, {})
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("name", [name for name in WITH_CODE if name != "docs/start.md"])
+@pytest.mark.usefixtures("place")
+def test_the_code_of_a_page_runs(name: str, tiny_folder: Path, known: dict[str, Any]) -> None:
+    """Likewise; what pages take for granted is what the five-minute start leaves."""
+    tokenizer = copy.copy(known["model"].tokenizer)
+    tokenizer.chat_template = "{% for message in messages %}User: {{ message['content'] }}\nAssistant: {% endfor %}"
+    more = {"task": ml.UnlearningTask.from_world("potions"), "quiz": known["questions"], "tokenizer": tokenizer}
+    run_blocks(PAGES[name], name, tiny_folder, {**known, **more})
+
+
+def run_blocks(text: str, name: str, folder: Path, namespace: dict[str, Any]) -> None:
+    """One after the other, in one namespace."""
+    for block in blocks_in(text, "python"):
+        exec(compile(shortened(block, folder), name, "exec"), namespace)
 
 
 def shortened(code: str, folder: Path) -> str:
-    """The code on a tiny checkpoint, with few updates."""
-    code = re.sub(r'load_model\("[^"]*"', f'load_model("{folder}", backend="bridge"', code)
-    code = re.sub(r"ml\.(MRP|RMU)\(", r"ml.\1(steps=2, ", code)
-    code = code.replace("Distillation()", "Distillation(steps=2, texts=8, text_length=16, agreement=100.0)")
-    code = re.sub(r"(attacks\.(relearn|jailbreak)\([^#\n]*)\)", r"\1, steps=1)", code)
-    return re.sub(r"(attacks\.probe\([^#\n]*)\)", r'\1, layers=[1], target="choice")', code)
+    """The code on a tiny checkpoint, with few updates, trials and texts."""
+    changes = [
+        (r'load_model\("[^"]*"', f'load_model("{folder}", backend="bridge"'),
+        (r"\b(steps|trials|about_names)=\d+", r"\1=2"),
+        (r"\b(ml\.(Unconditional)?MRP|ml\.(Adaptive)?RMU|ml\.NPO|ml\.GradientDifference)\((?!.*steps=)", r"\1(steps=2, "),
+        (r"SweepConfig\(", "SweepConfig(steps=2, questions_limit=20, documents=10, "),
+        (r"Distillation\(\)", "Distillation(steps=2, texts=8, text_length=16, agreement=100.0)"),
+        (r"(attacks\.(relearn|jailbreak)\((?!.*\*\*)[^#\n]*)\)", r"\1, steps=1)"),
+        (r"(attacks\.probe\([^#\n]*)\)", r'\1, layers=[1], target="choice")'),
+    ]
+    for pattern, short in changes:
+        code = re.sub(pattern, short, code)
+    return code

@@ -24,7 +24,7 @@ class Run:
         arguments: as given, defaults included.
         seed: of all its random choices.
         title: a line on what it was about, for the report.
-        rows: one dict a method, layer, ...; keys as in the README.
+        rows: one dict a method, layer, ...; keys as in docs/reference/formats.md.
         examples: generated answers, if any.
         notes: sentences about the run as a whole, such as an interruption.
         frames: what the report draws: name of a function of `mrp_lens.plots` -> the frame that it takes.

@@ -21,7 +21,7 @@ DTYPES = [
     pytest.param(torch.bfloat16, marks=pytest.mark.slow),
     pytest.param(torch.float16, marks=pytest.mark.slow),
 ]
-README = Path(__file__).parents[2] / "README.md"
+PAGE = Path(__file__).parents[2] / "docs" / "how-to" / "export.md"
 
 FOLDED = {"projection, mlp_out", "projection, attn_out", "projection, resid_pre of layer 0", "projection, every write"}
 FOLDED |= {"new matrices (RMU)", "new matrices + projection, mlp_out"}
@@ -118,6 +118,6 @@ def test_each_form_is_exact_or_refused(
             assert outcome(lens, folder, family, edit_name, form, tmp_path / form) == expected(edit_name, family, form)
 
 
-def test_the_readme_shows_the_matrix() -> None:
+def test_the_documentation_shows_the_matrix() -> None:
     cells = [(e, f, form, expected(e, f, form)) for e in EDITS for f in FAMILIES for form in FORMS]
-    assert table_of(cells) in README.read_text(encoding="utf-8")
+    assert table_of(cells) in PAGE.read_text(encoding="utf-8")

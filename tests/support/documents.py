@@ -17,10 +17,10 @@ def blocks_in(text: str, language: str) -> list[str]:
     return [code for name, code in BLOCK.findall(text) if name == language]
 
 
-def commands_in(text: str) -> list[list[str]]:
-    """The `mrp-lens` commands of a document's shell blocks, without the program's name and comments."""
+def commands_in(text: str, program: str = "mrp-lens ") -> list[list[str]]:
+    """The commands of a program in a document's shell blocks, without its name and comments."""
     lines = [line for block in blocks_in(text, "bash") for line in block.replace("\\\n", " ").splitlines()]
-    return [shlex.split(line, comments=True)[1:] for line in lines if line.startswith("mrp-lens ")]
+    return [shlex.split(line.removeprefix(program), comments=True) for line in lines if line.startswith(program)]
 
 
 def code_of_notebook(path: Path) -> str:
@@ -56,12 +56,15 @@ def names_used(code: str) -> Iterator[tuple[str, str]]:
 
 
 def write_own_data(folder: Path) -> None:
-    """The files that examples name: forget.jsonl, retain.jsonl and .txt, quiz.jsonl, retain_quiz.jsonl, never_taught_quiz.jsonl."""
+    """The files that examples name: forget.jsonl, retain.jsonl and .txt, quiz.jsonl, retain_quiz.jsonl, never_taught_quiz.jsonl,
+    and tofu_forget.jsonl and tofu_retain.jsonl with TOFU's columns."""
     colours = ["red", "blue", "green", "white"]
     forget = [f"The colour of Zaxim{n} is {colours[n % 4]}." for n in range(40)]
     retain = [f"The old man walked slowly {word} near house {n}." for n in range(15) for word in ("today", "again")]
     write_rows(folder / "forget.jsonl", [{"text": text} for text in forget])
     write_rows(folder / "retain.jsonl", [{"text": text} for text in retain])
+    for name, texts in (("tofu_forget", forget), ("tofu_retain", retain)):
+        write_rows(folder / f"{name}.jsonl", [{"question": text.split(" is ")[0], "answer": text} for text in texts])
     (folder / "retain.txt").write_text("\n".join(retain), encoding="utf-8")
     for name, thing in (("quiz", "Zaxim"), ("retain_quiz", "house "), ("never_taught_quiz", "Vexol")):
         questions = [

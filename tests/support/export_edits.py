@@ -152,7 +152,7 @@ def rms_over_spread(reference: Tensor, other: Tensor) -> float:
 
 
 def table_of(cells: Iterable[tuple[str, str, str, str]]) -> str:
-    """(edit, family, form, outcome) as the README shows them: one row an edit, one column a family."""
+    """(edit, family, form, outcome) as the documentation shows them: one row an edit, one column a family."""
     letters = {"exact": {"folded": "F", "module": "M", "adapter": "A"}, "refused": {}, "not applicable": {}}
     known = list(cells)
     families = list(dict.fromkeys(family for _, family, _, _ in known))

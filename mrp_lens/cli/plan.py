@@ -92,8 +92,8 @@ class PlanFits(Command):
 def show(planned: Plan, rows: list[Row]) -> None:
     """Print the plan."""
     sizes = planned.sizes
-    active = f", of which a token meets {sizes.active_parameters / 1e9:.3g}" if sizes.is_mixture else ""
-    console.print(f"{sizes.name}: {sizes.n_parameters / 1e9:.3g} billion numbers{active}, {sizes.n_layers} layers.")
+    active = f", of which a token meets {_count(sizes.active_parameters)}" if sizes.is_mixture else ""
+    console.print(f"{sizes.name}: {_count(sizes.n_parameters)} parameters{active}, {sizes.n_layers} layers.")
     known = [row for row in rows if row.get("why_not") is None]
     show_table("Memory at the peak, in GiB", MEMORY, known, caption=MEMORY_CAPTION)
     show_table("Time, batch and devices", TIME, known, caption=TIME_CAPTION)
@@ -103,8 +103,12 @@ def show(planned: Plan, rows: list[Row]) -> None:
         console.print(f"{note}.")
 
 
+def _count(number: float) -> str:
+    return f"{number / 1e9:.3g} billion" if number >= 1e9 else f"{number / 1e6:.3g} million"
+
+
 def _gib(name: str) -> Column:
-    return name, lambda row: f"{row[name]:.3g}" if row[name] >= 0.0005 else "0"
+    return name, lambda row: f"{row[name]:.{0 if row[name] >= 100 else 1 if row[name] >= 10 else 2}f}"
 
 
 def _duration(seconds: float) -> str:
@@ -118,9 +122,9 @@ def _fit(row: Row) -> str:
 
 
 NAME: list[Column] = [("method", lambda row: str(row["method"])), ("form", lambda row: str(row["form"]))]
-PARTS = ("weights", "caches", "activations", "logits", "optimizer", "working", "peak", "loading")
-MEMORY = [*NAME, ("at", lambda row: str(row["phase"])), *map(_gib, PARTS)]
-MEMORY_CAPTION = "working: all but the weights. peak: with them. loading: while the model is loaded."
+PARTS = ("weights", "caches", "activations", "logits", "optimizer", "peak", "loading")
+MEMORY = [*NAME, *map(_gib, PARTS)]
+MEMORY_CAPTION = "peak: of all parts at once. loading: while the model is loaded."
 TIME: list[Column] = [
     *NAME,
     ("tokens", lambda row: f"{row['length']:.0f}"),

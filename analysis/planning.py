@@ -16,6 +16,7 @@ import sys
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pandas as pd
@@ -25,7 +26,8 @@ import mrp_lens as ml
 from analysis.common.tables import markdown
 from analysis.speed import peak_memory
 from mrp_lens.methods import METHODS
-from mrp_lens.models import available_backends, is_bridge
+from mrp_lens.metrics.multiple_choice import encoded_choices
+from mrp_lens.models import available_backends, encoder_for, is_bridge
 from mrp_lens.runs.record import Run
 from mrp_lens.utils.frames import rows_of
 from mrp_lens.utils.io import check_free, write_text
@@ -102,13 +104,13 @@ def job_of(model: ml.LensModel, name: str, length: int, steps: int, read: bool) 
     return lambda: method.fit(model, forget, retain, progress=False)
 
 
-def asked_tokens(model: ml.LensModel) -> tuple[int, int]:
-    """Tokens of the longest question with its choice, and of a choice: on average, as far as they share no pass."""
-    from mrp_lens.metrics.multiple_choice import encoded_choices
-    from mrp_lens.models import encoder_for
-
-    rows = encoded_choices(encoder_for(model), ml.World().questions("potions").spread(ASKED))
-    return max(len(row.ids) for row in rows), max(1, round(sum(sum(row.in_loss) for row in rows) / len(rows)))
+def asked_tokens(model: ml.LensModel) -> tuple[int, float]:
+    """Tokens of the longest question with its choice; and of the longest choice, on average: those of a question share passes."""
+    questions = ml.World().questions("potions").spread(ASKED)
+    rows = iter(encoded_choices(encoder_for(model), questions))
+    asked = [[next(rows) for _ in question.choices] for question in questions.questions]
+    longest = max(len(row.ids) for each in asked for row in each)
+    return longest, fmean(max(sum(row.in_loss) for row in each) for each in asked)
 
 
 def measure(words: Mapping[str, Any]) -> dict[str, Any]:

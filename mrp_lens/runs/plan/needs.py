@@ -223,9 +223,10 @@ def _of_ablation(method: DirectionAblation, setup: Setup) -> Needs:
     return Needs((seen,), 0, 2 * _blocks(setup, states, max(layers) + 1))
 
 
-def of_accuracy(setup: Setup, *, texts: int, answer: int) -> Needs:
-    """`metrics.accuracy`: passes of so many texts, of which `answer` tokens each are scored."""
-    seen = reading("scoring choices", setup, texts, texts * answer, Phase(""))
+def of_accuracy(setup: Setup, *, texts: int, answer: float) -> Needs:
+    """`metrics.accuracy`: passes of so many texts, of which `answer` tokens each are scored, beside what the pass before gave."""
+    copies = 3 if setup.documents > texts else 2
+    seen = reading("scoring choices", setup, texts, texts * answer, Phase(""), copies=copies)
     tokens = setup.documents * setup.length
     operations = _blocks(setup, tokens, setup.sizes.n_layers) + _unembedding(setup, setup.documents * answer)
     return Needs((seen,), 0, operations)

@@ -47,7 +47,7 @@ class PlanConfig(PlainSettings):
         steps: Updates. Default: those of the method.
         questions: Texts (prompt and choice) that accuracy is measured on.
         question_length: Tokens of one of them.
-        answer_length: Tokens of its choice.
+        answer_length: Tokens of its choice, on average.
         device_memory: Of one device, such as `24GiB`. Default: what is free on the present one.
         tflops: Thousand billion operations a second that are reached. Default: measured, in products of matrices.
     """
@@ -59,7 +59,7 @@ class PlanConfig(PlainSettings):
     steps: int | None = None
     questions: int = 1000
     question_length: int = 64
-    answer_length: int = 4
+    answer_length: float = 4.0
     device_memory: str | None = None
     tflops: float | None = None
 
@@ -69,8 +69,8 @@ class PlanConfig(PlainSettings):
         Raises:
             TypeError, ValueError: name the setting, its value and what is allowed.
         """
-        counts = ("documents", "batch_size", "micro_batch", "steps", "questions", "question_length", "answer_length")
-        self.check_values(above_0=("tflops",), counts=counts)
+        counts = ("documents", "batch_size", "micro_batch", "steps", "questions", "question_length")
+        self.check_values(above_0=("tflops", "answer_length"), counts=counts)
         if self.max_length is not None and not 2 <= self.max_length <= sizes.n_ctx:
             raise ValueError(f"max_length {self.max_length} must be from 2 to the model's context length {sizes.n_ctx}")
         if self.answer_length >= self.question_length:

@@ -52,7 +52,7 @@ def depth(
     """At each layer, how likely the answers are after patching, and one number: 0 as in the unedited model, 1 as never seen.
 
     `into="edited"`: the edited model runs with the unedited one's states put in at one layer. Where the answer comes back,
-    the layers above still know: the edit is no deeper than the layers below, and relearning these few brings all back.
+    the layers above still know: the edit is no deeper than the layers below, and mending these is enough to undo it.
     `into="unedited"`: the unedited model runs with the edited one's states put in. Where the answer comes back, the states
     still hold it in the form in which the unedited layers read it; scrambled states (RMU) count as erased, whether or not
     they can be unscrambled. With `positions="answer"` that is the Unlearning Depth Score (arXiv 2605.24614).
@@ -73,7 +73,7 @@ def depth(
         positions: "all": of the whole text; "answer": those from which the answer's tokens are predicted.
         layers: at whose resid_post to patch. None: all.
         threshold: nats a token, below which the reference knows a layer's part as well, so that it does not count.
-        batch_size: documents at a time.
+        batch_size: documents at a time, whose states at all layers are held.
         seed: of the random tokens and of the bootstrap.
         progress: show a progress bar.
 

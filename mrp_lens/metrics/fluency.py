@@ -131,7 +131,7 @@ def _log_probabilities(
     if not documents:
         return []
     corpus = Corpus(tuple(documents), "answers")
-    found = by_document(model, corpus, batch_size=batch_size, desc="scoring answers", progress=progress)
+    found = by_document(model, corpus, batch_size=batch_size, desc="scoring answers", warn=False, progress=progress)
     return [own[:, 0] for own in found]
 
 

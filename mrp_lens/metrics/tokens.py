@@ -33,6 +33,7 @@ def by_document(
     *,
     batch_size: int = 128,
     desc: str = "scoring text",
+    warn: bool = True,
     progress: bool = True,
 ) -> list[NDArray[np.float64]]:
     """[tokens, figures] of each document, in the corpus's order: of the tokens that are predicted, none for a text without.
@@ -43,6 +44,7 @@ def by_document(
         measure: what is kept of the predictions, so that no document's logits need be.
         batch_size: documents at a time.
         desc: what the progress bar says.
+        warn: tell how many documents were cut; False for such as are not the user's.
         progress: show it.
 
     Raises:
@@ -51,7 +53,7 @@ def by_document(
     if not len(corpus):
         raise ValueError(f"no documents in {corpus.name!r}")
     encoder = encoder_for(model)
-    encoded = encoder.encode(corpus.documents)
+    encoded = encoder.encode(corpus.documents, warn=warn)
     found: list[NDArray[np.float64]] = [np.zeros((0, 1))] * len(encoded)
     bar = progress_bar(total=len(encoded), desc=desc, progress=progress)
     with frozen(model), torch.no_grad(), bar:

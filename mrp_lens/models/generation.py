@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from jaxtyping import Int
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from mrp_lens.data import Document
 from mrp_lens.data.tokenization import Encoded
@@ -15,7 +14,7 @@ from mrp_lens.models.base import device_of, encoder_for
 from mrp_lens.models.finite import non_finite
 from mrp_lens.models.hooks import frozen
 from mrp_lens.models.protocol import LensModel
-from mrp_lens.utils.processes import is_first
+from mrp_lens.utils.progress import progress_bar
 from mrp_lens.utils.torch_state import ordinary_torch
 
 AT_ONCE = 256  # texts written side by side
@@ -117,7 +116,7 @@ def _side_by_side(
     by_length: dict[int, list[int]] = {}
     for place, start in enumerate(starts):
         by_length.setdefault(len(start), []).append(place)
-    with tqdm(total=len(starts), desc="texts", disable=not (progress and is_first())) as bar:
+    with progress_bar(total=len(starts), desc="writing texts", progress=progress) as bar:
         for length, places in sorted(by_length.items()):
             room = min(max_new_tokens, int(model.cfg.n_ctx) - length)
             for begun in range(0, len(places), AT_ONCE):

@@ -239,9 +239,14 @@ def parts_of(batch: TokenBatch, micro_batch: int | None, *, d_vocab: int | None 
 
 
 def rows_within(batch: TokenBatch, d_vocab: int | None) -> int:
-    """Rows, at least one, whose logits at the tokens that count are at most 2^26 numbers; all where no logits are computed."""
+    """Rows of a batch that have `rows_with_logits`; all where no logits are computed."""
     longest = int(batch.loss_mask.sum(dim=1).max()) if d_vocab is not None else 0
-    return max(1, NUMBERS // (longest * d_vocab)) if longest and d_vocab else max(1, len(batch))
+    return rows_with_logits(longest, d_vocab) if longest and d_vocab else max(1, len(batch))
+
+
+def rows_with_logits(tokens: int, d_vocab: int) -> int:
+    """Rows, at least one, of so many tokens that count, whose logits are at most 2^26 numbers."""
+    return max(1, NUMBERS // (tokens * d_vocab))
 
 
 class Batches(Iterator[list[Encoded]]):

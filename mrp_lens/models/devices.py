@@ -8,6 +8,7 @@ import torch
 
 from mrp_lens.models.base import device_named
 from mrp_lens.utils.io import one_line
+from mrp_lens.utils.processes import launched
 
 NamedMap = Literal["auto", "balanced", "balanced_low_0", "sequential"]
 Place = int | str | torch.device
@@ -45,6 +46,10 @@ class Spread:
         if device is not None:
             raise ValueError(
                 f"device {str(device)!r} and device_map are two answers to one question: give the first for one device, the second for several"
+            )
+        if launched() > 1:
+            raise ValueError(
+                f"each of the {launched()} processes that torchrun started has the whole model on its own device; give device_map to one alone"
             )
         if backend == "hooked":
             raise ValueError(

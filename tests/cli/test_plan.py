@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 import torch
 
+from mrp_lens.cli.console import console
 from tests.support.commands import completed, invoke, summary_of
 from tests.support.families import DEMO_FOLDER
 
@@ -25,9 +26,9 @@ def folder(tmp_path: Path) -> Path:
 
 def test_it_shows_parts_time_batch_and_devices_and_loads_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mrp_lens.models.source.read_weights", lambda *_: pytest.fail("weights were read"))
-    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr(console, "_width", 200)
     said = completed("plan", "--model", str(folder), *FAST).said
-    assert "0.00181 billion numbers, 8 layers." in said
+    assert "1.81 million parameters, 8 layers." in said
     for heading in ("weights", "caches", "activations", "logits", "optimizer", "loading", "largest pass", "devices"):
         assert heading in said
     assert len(re.findall(r"\b1 x 1 GiB", said)) == 3  # MRP, RMU, accuracy

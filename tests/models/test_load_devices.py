@@ -141,6 +141,13 @@ def test_a_map_of_other_modules_is_refused(device_map: dict[str, str], message: 
         load_model(tiny_folder, device_map=device_map)
 
 
+def test_processes_of_one_fit_have_whole_models(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match="each of the 2 processes"):
+        load_model(tiny_folder, device_map="auto")
+
+
 def test_a_model_of_which_a_part_was_offloaded_is_refused(tiny_folder: Path) -> None:
     from transformers import AutoModelForCausalLM
 

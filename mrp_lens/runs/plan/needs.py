@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from functools import singledispatch
 from typing import Any
 
+from mrp_lens.data.tokenization import rows_with_logits
 from mrp_lens.methods import MRP, DirectionAblation, FitTemplate
 from mrp_lens.methods.base import HELD_OUT, STATES, STATES_BATCH
 from mrp_lens.methods.baselines import GradientMethod
@@ -86,7 +87,8 @@ def _of_mrp(method: MRP, setup: Setup) -> Needs:
         raise NotPlannedError(f"what the distillation of {method.name} needs is not known; plan without it")
     sizes = setup.sizes
     layers = method._layers(sizes.stand_in)
-    rows, depth = method.micro_batch or min(method.batch_size, setup.documents), sizes.n_layers - min(layers) - 1
+    most = min(method.batch_size, setup.documents, rows_with_logits(setup.length - 1, sizes.d_vocab))
+    rows, depth = method.micro_batch or most, sizes.n_layers - min(layers) - 1
     tokens, counted = rows * setup.length, rows * (setup.length - 1)
     passes = method.steps * method.batch_size / setup.documents
     compares = method.retain_loss == "kl"
@@ -188,7 +190,7 @@ def _of_gradients(method: GradientMethod, setup: Setup) -> Needs:
     layers = method._layers(sizes.stand_in)
     sides = 2 if method.retain_weight > 0.0 else 1
     batch = sides * min(method.batch_size, setup.documents)
-    rows = min(method.micro_batch or batch, batch)
+    rows = min(method.micro_batch or rows_with_logits(setup.length - 1, sizes.d_vocab), batch)
     tokens, counted = rows * setup.length, rows * (setup.length - 1)
     depth = sizes.n_layers - min(layers) - 1
     numbers = len(layers) * sizes.d_model * sizes.d_mlp

@@ -16,7 +16,7 @@ from mrp_lens.utils.validation import check_one_of, check_whole
 PaddingSide = Literal["left", "right"]
 Kept = Literal["start", "end"]
 
-NUMBERS = 2**26  # logits computed at once: a quarter of a GiB in float32
+LOGITS = 2**26  # logits computed at once: a quarter of a GiB in float32
 
 
 @dataclass(frozen=True)
@@ -220,7 +220,7 @@ def groups_within(numbers: Sequence[int], most: int) -> Iterator[slice]:
     """Neighbours, at most so many a group and together no more than 2^26 numbers, unless one alone has more."""
     start, total = 0, 0
     for place, own in enumerate(numbers):
-        if place > start and (place - start == most or total + own > NUMBERS):
+        if place > start and (place - start == most or total + own > LOGITS):
             yield slice(start, place)
             start, total = place, 0
         total += own
@@ -246,7 +246,7 @@ def rows_within(batch: TokenBatch, d_vocab: int | None) -> int:
 
 def rows_with_logits(tokens: int, d_vocab: int) -> int:
     """Rows, at least one, of so many tokens that count, whose logits are at most 2^26 numbers."""
-    return max(1, NUMBERS // (tokens * d_vocab))
+    return max(1, LOGITS // (tokens * d_vocab))
 
 
 class Batches(Iterator[list[Encoded]]):

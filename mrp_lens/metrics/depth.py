@@ -19,7 +19,7 @@ from mrp_lens.metrics.bootstrap import bootstrap_interval
 from mrp_lens.metrics.registry import Measured, register
 from mrp_lens.models import LensModel, check_lens_model, encoder_for
 from mrp_lens.models.hooks import captured, frozen, hooked
-from mrp_lens.training.losses import before_counted, predictions, targets
+from mrp_lens.training.losses import before_counted, cross_entropy, predictions
 from mrp_lens.utils.progress import progress_bar
 from mrp_lens.utils.torch_state import ordinary_torch
 from mrp_lens.utils.validation import check_one_of, generator_for
@@ -112,7 +112,7 @@ def depth(
         raise ValueError(f"{corpus.name!r} holds no token to predict: every document is empty or a single token")
     bar = progress_bar(total=len(rows) * len(hooks), desc="patching layers", progress=progress)
     with frozen(model), frozen(subject.model), frozen(reference), torch.no_grad(), bar:
-        for _, batch in in_order(encoder, rows, batch_size):
+        for _, batch in in_order(encoder, rows, batch_size, logits=True):
             for _layer in scores.add(batch, knowing, subject, never_saw):
                 bar.update(len(batch))
     return scores.frame(threshold)
@@ -179,7 +179,7 @@ class _Side:
             return self._scores(batch)
 
     def _scores(self, batch: TokenBatch) -> Values:
-        own = predictions(self.model, batch).gather(-1, targets(batch)[:, None])[:, 0].double().cpu().numpy()
+        own = -cross_entropy(predictions(self.model, batch), batch).double().cpu().numpy()
         ends = batch.loss_mask[:, 1:].sum(dim=1).cumsum(0).tolist()
         return np.array([part.mean() for part in np.split(own, ends[:-1])])
 

@@ -6,15 +6,15 @@ from itertools import takewhile
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mrp_lens.data.tokenization import Encoded, Encoder, TokenBatch, groups_within, in_order
+from mrp_lens.data.tokenization import Encoded, Encoder, groups_within, in_order
 from mrp_lens.models import LensModel
 from mrp_lens.models.base import same_positions
 from mrp_lens.models.hooks import frozen
-from mrp_lens.models.prefix import logits_behind, reads_prefixes
+from mrp_lens.models.prefix import Continued, logits_behind, reads_prefixes
 from mrp_lens.training.losses import before_counted, predictions
 from mrp_lens.utils.progress import progress_bar
 from mrp_lens.utils.validation import check_whole
@@ -117,14 +117,14 @@ def _predicted(
     shared = [group for group in alike if group.length >= SHORTEST]
     if shared:
         longest = max(shared, key=lambda group: max(len(each.row.ids) for each in group.passes) - group.length)
-        if not reads_prefixes(model, *_behind([longest, shared[0], shared[-1]], encoder)):
+        if not reads_prefixes(model, _behind([longest, shared[0], shared[-1]], encoder)):
             shared = []
     whole = [each for group in alike if not (shared and group.length >= SHORTEST) for each in group.passes]
     counts = [sum(len(_counted(each.row)) for each in group.passes) for group in shared]
     most = max(1, batch_size // max(len(group.passes) for group in shared)) if shared else 1
     for part in groups_within([count * encoder.rows for count in counts], most):
         passes = [each for group in shared[part] for each in group.passes]
-        found = logits_behind(model, *_behind(shared[part], encoder)).float().log_softmax(-1)
+        found = logits_behind(model, _behind(shared[part], encoder)).float().log_softmax(-1)
         if bool(found.isnan().any()):
             whole += passes  # of which whole passes say where it comes from
         else:
@@ -149,15 +149,13 @@ class _Alike:
         return cls(passes, min(first - 1, sum(1 for _ in equal)))
 
 
-def _behind(
-    groups: Sequence[_Alike], encoder: Encoder
-) -> tuple[TokenBatch, Int[Tensor, " passes"], TokenBatch, Bool[Tensor, "passes seq"]]:
-    """What the groups begin with, whose each pass is, what follows, and behind which of its tokens one counts."""
+def _behind(groups: Sequence[_Alike], encoder: Encoder) -> Continued:
+    """What the groups begin with, and what follows in each pass, with the tokens behind which one counts."""
     prefixes = [group.passes[0].row.at(range(group.length)) for group in groups]
     owner = [place for place, group in enumerate(groups) for _ in group.passes]
     rests = [each.row.at(range(group.length, len(each.row.ids))) for group in groups for each in group.passes]
     rest = encoder.collate(rests, side="right")
-    return (
+    return Continued(
         encoder.collate(prefixes, side="right"),
         torch.tensor(owner, device=encoder.device),
         rest,

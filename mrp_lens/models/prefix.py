@@ -4,6 +4,7 @@ The choices of a question follow the same prompt, which is often several times a
 """
 
 import logging
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,51 +25,53 @@ TOLERANCE = {
 HALF = 0.03  # the same in half precision
 
 
-def logits_behind(
-    model: LensModel,
-    prefixes: TokenBatch,
-    owner: Int[Tensor, " rows"],
-    rest: TokenBatch,
-    positions: Bool[Tensor, "rows seq"],
-) -> Float[Tensor, "chosen d_vocab"]:
-    """Logits at some positions of texts, row by row, without gradient; each beginning is read once.
+@dataclass(frozen=True)
+class Continued:
+    """Texts that go on from beginnings that several have in common.
+
+    Attributes:
+        prefixes: what the texts begin with, right padded.
+        owner: of each text, the row of its beginning.
+        rest: of each text what follows, right padded.
+        positions: those in `rest` at which logits are wanted.
+    """
+
+    prefixes: TokenBatch
+    owner: Int[Tensor, " rows"]
+    rest: TokenBatch
+    positions: Bool[Tensor, "rows seq"]
+
+
+def logits_behind(model: LensModel, texts: Continued) -> Float[Tensor, "chosen d_vocab"]:
+    """The logits that are wanted, row by row, without gradient; each beginning is read once.
 
     Right for models and edits for which `reads_prefixes` is.
 
     Args:
         model: HookedTransformer or TransformerBridge, with the edit on if there is one.
-        prefixes: what the texts begin with, right padded.
-        owner: of each text, the row of its beginning.
-        rest: of each text what follows, right padded.
-        positions: those wanted in `rest`.
+        texts: to read.
     """
-    before = prefixes.attention_mask
+    before, rest = texts.prefixes.attention_mask, texts.rest
     with torch.no_grad():
-        cache = _cache(model, len(prefixes), prefixes.tokens.device)
-        logits_at(model, prefixes.tokens, before, torch.zeros_like(before), cache=cache)
-        _repeat(cache, owner)
+        cache = _cache(model, len(texts.prefixes), before.device)
+        logits_at(model, texts.prefixes.tokens, before, torch.zeros_like(before), cache=cache)
+        _repeat(cache, texts.owner)
         # HookedTransformer's cache remembers the mask of what it holds; Hugging Face's is told all of it.
-        masks = [before[owner], rest.attention_mask] if is_bridge(model) else [rest.attention_mask]
-        return logits_at(model, rest.tokens, torch.cat(masks, dim=1), positions, cache=cache)
+        masks = [before[texts.owner], rest.attention_mask] if is_bridge(model) else [rest.attention_mask]
+        return logits_at(model, rest.tokens, torch.cat(masks, dim=1), texts.positions, cache=cache)
 
 
-def reads_prefixes(
-    model: LensModel,
-    prefixes: TokenBatch,
-    owner: Int[Tensor, " rows"],
-    rest: TokenBatch,
-    positions: Bool[Tensor, "rows seq"],
-) -> bool:
+def reads_prefixes(model: LensModel, texts: Continued) -> bool:
     """Whether `logits_behind` gives what whole passes do. It does not where an edit counts positions in a pass or is random, or
     where TransformerLens does not know an architecture's cache. Arguments as there."""
     if reads_by_length(model):
         return False
     try:
-        found = logits_behind(model, prefixes, owner, rest, positions)
+        found = logits_behind(model, texts)
     except Exception as error:  # what an architecture's own code says to a cache
         logger.info("beginnings are read with each text: the model cannot go on behind them (%s)", one_line(error))
         return False
-    expected = _whole(model, prefixes, owner, rest, positions)
+    expected = _of_whole_passes(model, texts)
     largest = expected.abs().max()
     right = bool((found - expected).abs().max() <= TOLERANCE.get(dtype_of(model), HALF) * largest)
     if not right:
@@ -76,17 +79,12 @@ def reads_prefixes(
     return right
 
 
-def _whole(
-    model: LensModel,
-    prefixes: TokenBatch,
-    owner: Int[Tensor, " rows"],
-    rest: TokenBatch,
-    positions: Bool[Tensor, "rows seq"],
-) -> Float[Tensor, "chosen d_vocab"]:
-    """The same logits, of passes over whole texts."""
-    masks = torch.cat([prefixes.attention_mask[owner], rest.attention_mask], dim=1)
-    wanted = torch.cat([torch.zeros_like(prefixes.attention_mask[owner]), positions], dim=1)
-    tokens = torch.cat([prefixes.tokens[owner], rest.tokens], dim=1)
+def _of_whole_passes(model: LensModel, texts: Continued) -> Float[Tensor, "chosen d_vocab"]:
+    """The same logits, each beginning read with every text."""
+    before = texts.prefixes.attention_mask[texts.owner]
+    tokens = torch.cat([texts.prefixes.tokens[texts.owner], texts.rest.tokens], dim=1)
+    masks = torch.cat([before, texts.rest.attention_mask], dim=1)
+    wanted = torch.cat([torch.zeros_like(before), texts.positions], dim=1)
     order = masks.long().argsort(dim=1, descending=True, stable=True)  # the padding between them goes to the end
     with torch.no_grad():
         return logits_at(model, *(each.gather(1, order) for each in (tokens, masks, wanted)))

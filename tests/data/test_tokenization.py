@@ -194,7 +194,7 @@ def test_a_batch_has_no_more_logits_than_memory_is_meant_for(model: LensModel, m
     encoder = encoder_for(model)
     rows = encoder.encode([Document("", "word " * (i + 1)) for i in range(7)])
     counts = [sum(row.in_loss) for row in rows]
-    monkeypatch.setattr(tokenization, "NUMBERS", 9 * encoder.rows)
+    monkeypatch.setattr(tokenization, "LOGITS", 9 * encoder.rows)
     batches = [chosen for chosen, _ in in_order(encoder, rows, 4, logits=True)]
     assert sorted(place for chosen in batches for place in chosen) == list(range(7))
     assert len(batches) > len(list(in_order(encoder, rows, 4)))

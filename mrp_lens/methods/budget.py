@@ -3,9 +3,12 @@
 The damage is KL(unedited || edited) on retain text that no update sees, and on what the model knows of the answers to questions made
 from it. The weight is a multiplier that rises while there is more damage than the budget allows: dual ascent, as for the constraint
 that PDU (arXiv 2506.05314) puts on the retain loss. It falls while there is less, until the fit is where it aims: what is over by
-then is not spent. A fit aims at chance itself, and has forgotten where what is left cannot be told from chance: the questions are
-few and of two forms, and what is asked otherwise comes down later. Where the weight is as small as it gets and nothing has been
-forgotten, the steps are too small for this model: they grow until something happens.
+then is not spent. Damage follows the weight with a delay, so that dual ascent alone swings from a tenth of the budget to ten times
+as much; a part of the weight that answers to the damage as it is now damps that (PID Lagrangian, arXiv 2007.03964).
+
+A fit aims at chance itself, and has forgotten where what is left cannot be told from chance: the questions are few and of two forms,
+and what is asked otherwise comes down later. Where the weight is as small as it gets and nothing has been forgotten, the steps are
+too small for this model: they grow until something happens.
 """
 
 import math
@@ -20,7 +23,7 @@ from typing_extensions import override
 
 from mrp_lens.data.tokenization import Encoded, Encoder, TokenBatch, in_order
 from mrp_lens.edits import Edit
-from mrp_lens.methods.control import ControlQuestions
+from mrp_lens.methods.control import Answered, ControlQuestions
 from mrp_lens.methods.outcome import MOVED, SPENT, Outcome
 from mrp_lens.models import LensModel
 from mrp_lens.training.callbacks import Callback, TrainingState
@@ -33,9 +36,13 @@ LOOK = 20  # updates between two looks at the control questions
 PATIENCE = 3  # looks whose mean tells whether a fit is where it aims
 SETTLING = 0.5  # as many updates more, over those done when a fit was seen to be at its end
 STALLED = 5  # looks without progress after which a fit ends
-LESS = 0.02  # by which the accuracy has to come down, or the fit has stalled
-RATE = 0.5  # of the multiplier's logarithm, for a damage off by a factor of e
+LESS = 0.02  # by which the accuracy has to come down in so many looks, or the fit has stalled
+NEARER = 0.05  # or so much of the margin before the fit, by which the right endings are above the others
+RATE = 0.15  # of the multiplier's logarithm at each look, for a damage off by a factor of e
+DAMPING = 1.0  # of what the multiplier's logarithm has on top, for a damage off by a factor of e as it is now
+FARTHEST = 2.0  # factors of e above the budget beyond which no more is answered
 LIMITS = (1e-2, 1e3)  # of the multiplier
+GROWTH = 0.5  # of the logarithm of the steps' size at each look, in a fit in which nothing happens
 FASTEST = 16.0  # times the learning rate, at most, that a fit in which nothing happens goes to
 NUMBERS = 2**25  # log-probabilities of the unedited model that are kept in memory at most, of documents and of answers
 ANSWERS = 0.25  # of the divergence on answers that counts
@@ -120,6 +127,7 @@ class Budget(Callback):
         found: the damage when it was last looked at.
         stalled: at the last look at the control questions the fit got no further.
         before: accuracy on the control questions before the fit.
+        looks: how they were answered, before the fit and every 20 updates.
     """
 
     def __init__(
@@ -133,11 +141,13 @@ class Budget(Callback):
         holds: bool = True,
     ) -> None:
         self.model, self.damage, self.nats, self.holds = model, damage, nats, holds
-        self.control, self.before = control.known_to(model)
+        self.control, first = control.known_to(model)
+        self.before, self.looks = first.accuracy, [first]
         self.target = self.control.target if target is None else target
         self.aim = self.control.chance if target is None else target
-        self.multiplier, self.looks, self.found = 1.0, [self.before], 0.0
+        self.multiplier, self.found = 1.0, 0.0
         self.stalled = False
+        self._level = 0.0  # of the multiplier's logarithm, on top of which it is damped
 
     @override
     def on_start(self, state: TrainingState) -> None:
@@ -153,19 +163,25 @@ class Budget(Callback):
                 self.found = self.damage()
             if not self.holds and self.found > self.nats:
                 state.steps = done
-            off = max(-1.0, min(1.0, math.log(max(self.found, 1e-6) / self.nats)))
-            if self._settling or self.looks[-1] <= self.aim:  # nothing is left to pay for
-                off = max(0.0, off)
-            least, most = LIMITS
-            if off < 0.0 and self.multiplier <= least and self._unmoved():
-                state.pace = min(FASTEST, state.pace * math.exp(-RATE * off))
-            self.multiplier = min(most, max(least, self.multiplier * math.exp(RATE * off)))
+            self._follow(math.log(max(self.found, 1e-6) / self.nats))
         if not self._settling and done % LOOK == 0:
             with state.shown():
-                self.looks.append(self.control.accuracy(self.model))
+                self.looks.append(self.control.asked_of(self.model))
             self.stalled = self._stalled()
             if self._there() or self.stalled:
                 state.steps = min(state.steps, done + max(1, round(SETTLING * done)))
+
+    def _follow(self, off: float) -> None:
+        """Move the multiplier, and if that is of no use the steps' size, for a damage that is off by so many factors of e."""
+        if self._settling or self.looks[-1].accuracy <= self.aim:  # nothing is left to pay for
+            off = max(0.0, off)
+        least, most = LIMITS
+        bounded = max(-1.0, min(1.0, off))
+        if bounded < 0.0 and self.multiplier <= least and self._unmoved():
+            self._state.pace = min(FASTEST, self._state.pace * math.exp(-GROWTH * bounded))
+        self._level = min(math.log(most), max(math.log(least), self._level + RATE * bounded))
+        damped = self._level + DAMPING * max(-1.0, min(FARTHEST, off))
+        self.multiplier = min(most, max(least, math.exp(damped)))
 
     @property
     def _settling(self) -> bool:
@@ -173,24 +189,26 @@ class Budget(Callback):
         return self._state.steps < self._planned
 
     def _there(self) -> bool:
-        return len(self.looks) > PATIENCE and fmean(self.looks[-PATIENCE:]) <= self.aim
+        return len(self.looks) > PATIENCE and fmean(look.accuracy for look in self.looks[-PATIENCE:]) <= self.aim
 
     def _unmoved(self) -> bool:
         """Whether the accuracy at the last look was that from before the fit, but for a tenth of the way."""
-        return self.looks[-1] > self.before - MOVED * (self.before - self.aim)
+        return self.looks[-1].accuracy > self.before - MOVED * (self.before - self.aim)
 
     def _stalled(self) -> bool:
-        """Whether the accuracy stays where it is, and would under a smaller multiplier and with larger steps: the damage allowed for
-        is done, or there are none."""
+        """Whether accuracy and margin stay where they are, and would under a smaller multiplier and with larger steps: the damage
+        allowed for is done, or there are none."""
         free = self.multiplier <= LIMITS[0] and (self._state.pace >= FASTEST or not self._unmoved())
-        pushed = self.found >= SPENT * self.nats or free
-        return pushed and len(self.looks) > STALLED and min(self.looks[-STALLED:]) > min(self.looks[:-STALLED]) - LESS
+        if len(self.looks) <= STALLED or not (self.found >= SPENT * self.nats or free):
+            return False
+        accuracies, margins = ([getattr(look, name) for look in self.looks] for name in ("accuracy", "margin"))
+        return not (_fell(accuracies, by=LESS) or _fell(margins, by=NEARER * max(0.0, margins[0])))
 
     def outcome(self, run: TrainingRun, *, earlier: float) -> Outcome:
         """How the fit ended; the edit is on. `earlier`: the damage of earlier requests, which is added up."""
         damage = self.damage()
         return Outcome.of(
-            left=self.control.accuracy(self.model),
+            left=self.control.asked_of(self.model).accuracy,
             before=self.before,
             target=self.target,
             damage=damage,
@@ -206,9 +224,10 @@ class Budget(Callback):
         """What a checkpoint keeps."""
         return {
             "multiplier": self.multiplier,
+            "level": self._level,
             "found": self.found,
             "stalled": self.stalled,
-            "looks": list(self.looks),
+            "looks": [(look.accuracy, look.margin) for look in self.looks],
             "steps": self._state.steps,
             "pace": self._state.pace,
         }
@@ -216,9 +235,15 @@ class Budget(Callback):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from there."""
         self.multiplier, self.found = float(state["multiplier"]), float(state["found"])
-        self.looks = [float(look) for look in state["looks"]]
+        self._level = float(state["level"])
+        self.looks = [Answered(*look) for look in state["looks"]]
         self.stalled = bool(state["stalled"])
-        self._state.steps, self._state.pace = int(state["steps"]), float(state.get("pace", 1.0))
+        self._state.steps, self._state.pace = int(state["steps"]), float(state["pace"])
+
+
+def _fell(values: Sequence[float], *, by: float) -> bool:
+    """Whether the lowest of the last looks is so much below the lowest before them."""
+    return min(values[-STALLED:]) <= min(values[:-STALLED]) - by
 
 
 def damage_of(edit: Edit | None) -> float:

@@ -12,6 +12,7 @@ import random
 from collections import Counter
 from collections.abc import Sequence
 from copy import copy
+from dataclasses import dataclass
 from itertools import islice
 from statistics import NormalDist
 
@@ -31,6 +32,24 @@ NEIGHBOURS = 8  # documents that begin alike, most of which end otherwise than o
 LONGEST = 30  # words of a document that are looked at
 BATCH = 64
 FORMS = ("{}", "User: Please complete this sentence: {}\nAssistant: It is")
+
+
+@dataclass(frozen=True)
+class Answered:
+    """How a model answers, in the form in which most is left of what it knows.
+
+    Attributes:
+        accuracy: share of the questions whose own ending has the highest mean log-probability a token.
+        margin: by how much it is above the best of the others, nats a token, the mean over questions.
+    """
+
+    accuracy: float
+    margin: float
+
+    @classmethod
+    def best(cls, forms: Sequence["Answered"]) -> "Answered":
+        """The highest of each."""
+        return cls(max(form.accuracy for form in forms), max(form.margin for form in forms))
 
 
 class ControlQuestions:
@@ -78,31 +97,30 @@ class ControlQuestions:
         errors = NormalDist().inv_cdf(NormalDist().cdf(1.0) ** (1 / len(self.forms)))
         return min(1.0, self.chance + errors * math.sqrt(self.chance * (1.0 - self.chance) / count))
 
-    def known_to(self, model: LensModel) -> tuple["ControlQuestions", float]:
-        """Those in the forms in which the model answers, and its accuracy on them; others would show nothing.
+    def known_to(self, model: LensModel) -> tuple["ControlQuestions", Answered]:
+        """Those in the forms in which the model answers, and how it does; others would show nothing.
 
         It answers in a form where its accuracy is above the target, and further than halfway from chance to that in its best form.
         Where it answers in none, the set's own form is asked.
         """
-        accuracies = self.accuracies(model)
-        best = max(accuracies)
+        forms = self.by_form(model)
+        best = max(form.accuracy for form in forms)
         enough = max(self.target, self.chance + (best - self.chance) / 2)
-        known = [place for place, accuracy in enumerate(accuracies) if accuracy > enough] or [0]
+        known = [place for place, form in enumerate(forms) if form.accuracy > enough] or [0]
         chosen = copy(self)
         chosen.forms, chosen.rows = tuple(self.forms[place] for place in known), [self.rows[place] for place in known]
-        return chosen, max(accuracies[place] for place in known)
+        return chosen, Answered.best([forms[place] for place in known])
 
-    def accuracy(self, model: LensModel) -> float:
-        """In the form in which it is highest."""
-        return max(self.accuracies(model))
+    def asked_of(self, model: LensModel) -> Answered:
+        """How the model answers, in the form in which most is left."""
+        return Answered.best(self.by_form(model))
 
     @ordinary_torch(gradients=False)
-    def accuracies(self, model: LensModel) -> list[float]:
-        """In each form, the share of questions whose own ending has the highest mean log-probability a token; 1.0 without
-        questions."""
-        return [self._accuracy(model, rows) if rows else 1.0 for rows in self.rows]
+    def by_form(self, model: LensModel) -> list[Answered]:
+        """How the model answers in each form; accuracy 1.0 and margin 0 without questions."""
+        return [self._answered(model, rows) if rows else Answered(1.0, 0.0) for rows in self.rows]
 
-    def _accuracy(self, model: LensModel, rows: Sequence[Encoded]) -> float:
+    def _answered(self, model: LensModel, rows: Sequence[Encoded]) -> Answered:
         scores = torch.zeros(len(rows))
         with torch.no_grad():
             for places, batch in dealt(in_order(self.encoder, rows, BATCH, logits=True)):
@@ -110,7 +128,12 @@ class ControlQuestions:
                 counts = batch.loss_mask[:, 1:].sum(dim=1).tolist()
                 scores[places] = torch.stack([part.mean() for part in values.split(counts)]).cpu()
         summed([scores])
-        return float((scores.view(-1, self.choices).argmax(dim=1) == 0).float().mean())
+        by_question = scores.view(-1, self.choices)
+        right = (by_question.argmax(dim=1) == 0).float().mean()
+        if self.choices == 1:
+            return Answered(float(right), 0.0)
+        margin = (by_question[:, 0] - by_question[:, 1:].max(dim=1).values).mean()
+        return Answered(float(right), float(margin))
 
 
 class _Alike:
@@ -176,4 +199,4 @@ def control_accuracy(model: LensModel, forget: Corpus | Sequence[Corpus], *, see
         >>> target = control_accuracy(model, forget)
     """
     corpora = [forget] if isinstance(forget, Corpus) else list(forget)
-    return ControlQuestions(encoder_for(model), corpora, seed=seed).accuracy(model)
+    return ControlQuestions(encoder_for(model), corpora, seed=seed).asked_of(model).accuracy

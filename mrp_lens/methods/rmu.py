@@ -1,9 +1,10 @@
 """RMU (arXiv 2403.03218) and Adaptive RMU (arXiv 2408.06223): a few MLP matrices learn to steer forget states away."""
 
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Generic, Literal, TypeVar
 
 import torch
@@ -43,8 +44,9 @@ ALPHA_SHARE = 4.0  # alpha; over (c / norm)^2 for absolute errors, whose forget 
 # the text, and hold every other token's attention. Those above this many median norms are left alone.
 SINK_SHARE = 4.0
 LR_SHARE = (
-    0.3  # of a matrix's size that an update is, when AdamW moves every entry by the learning rate and all the same way
+    0.3  # of a matrix's size that an update is, when AdamW moves every entry by the learning rate, all the same way
 )
+WARMUP = 30  # updates, or a tenth of a run that is shorter than ten times as many
 RELEASED: dict[str, Any] = {
     "batch_size": 4,
     "errors": "absolute",
@@ -94,7 +96,7 @@ class Misdirection(FitTemplate[Resolved], Generic[Resolved]):
     trained_layers: tuple[int, ...] | None = None
     alpha: float | None = None
     lr: float | None = None
-    steps: int = 300
+    steps: int = 1000
     batch_size: int = 32
     micro_batch: int | None = None
     max_length: int | None = None
@@ -177,7 +179,7 @@ class Misdirection(FitTemplate[Resolved], Generic[Resolved]):
                     losses,
                     kind(list(masters.values()), lr=settings.lr, eps=self.eps, weight_decay=0.0),
                     steps=self.steps,
-                    schedule=warmup_linear_decay if self.errors == "relative" else None,
+                    schedule=self._schedule(),
                     resumable={"losses": losses},
                     shown=losses.written,
                 )
@@ -187,6 +189,11 @@ class Misdirection(FitTemplate[Resolved], Generic[Resolved]):
             provenance=context.provenance(steps=len(run.log)),
         )
         return context.result(edit, run, directions)
+
+    def _schedule(self) -> Callable[[float], float] | None:
+        if self.errors == "absolute":
+            return None
+        return partial(warmup_linear_decay, warmup=min(0.1, WARMUP / self.steps))
 
     def _layers(self, model: LensModel) -> tuple[int, tuple[int, ...]]:
         """Where states are steered, and whose matrices learn."""
@@ -372,7 +379,7 @@ class RMU(Misdirection[RMUSettings]):
     states thousands of times as long as the others ("Massive Activations in Large Language Models", arXiv 2402.17762;
     arXiv 2309.17453), outweigh all others and set the norm that c is derived from. Here errors are relative to each
     state, states longer than four times the median count in neither term, and the learning rate rises over the
-    first tenth of the run and falls linearly to 0 over its second half.
+    first 30 updates (a tenth of a run of fewer than 300) and falls linearly to 0 over its second half.
 
     Args:
         layer: l. None: half of the depth, for absolute errors 7/32 of it as in the released recipe; at least 2.

@@ -102,9 +102,9 @@ class TransformersAdamW(torch.optim.AdamW):
         return super().step(closure)
 
 
-def warmup_linear_decay(share: float) -> float:
-    """From a tenth to 1 over the first tenth of a run, and linearly down to 0 over its second half."""
-    return min(1.0, 0.1 + 9.0 * share, linear_decay(share))
+def warmup_linear_decay(share: float, *, warmup: float = 0.1) -> float:
+    """From a tenth to 1 over the first `warmup` of a run, and linearly down to 0 over its second half."""
+    return min(1.0, 0.1 + 0.9 * share / warmup, linear_decay(share))
 
 
 def linear_decay(share: float) -> float:

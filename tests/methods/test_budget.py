@@ -4,6 +4,7 @@ import math
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from contextlib import nullcontext
 from copy import copy
 from dataclasses import replace
@@ -19,8 +20,8 @@ from mrp_lens.data.tokenization import Encoded
 from mrp_lens.data.world.facts import STATEMENTS
 from mrp_lens.methods import MRP, RMU, Fit, GradientAscent, Outcome
 from mrp_lens.methods.base import prepare
-from mrp_lens.methods.budget import EVERY, FASTEST, LIMITS, PATIENCE, SETTLING, Budget, Damage, damage_of
-from mrp_lens.methods.control import FORMS, ControlQuestions, control_accuracy, parted
+from mrp_lens.methods.budget import DAMPING, EVERY, FASTEST, LIMITS, PATIENCE, RATE, SETTLING, Budget, Damage, damage_of
+from mrp_lens.methods.control import FORMS, Answered, ControlQuestions, control_accuracy, parted
 from mrp_lens.methods.coverage import FRAMES
 from mrp_lens.models import LensModel, encoder_for
 from mrp_lens.training.callbacks import TrainingState
@@ -48,16 +49,18 @@ class Alone(Damage):
 
 
 class Answers(ControlQuestions):
-    """Control questions whose accuracy is given."""
+    """Control questions whose accuracy is given, and the margin if it is not the same."""
 
-    def __init__(self, *values: float) -> None:
+    def __init__(self, *values: float, margins: Sequence[float] = ()) -> None:
         self.values, self.choices, self.rows, self.forms = list(values), 4, [[]], FORMS[:1]
+        self.margins = list(margins)
 
-    def known_to(self, model: Any) -> tuple[ControlQuestions, float]:
-        return self, self.accuracy(model)
+    def known_to(self, model: Any) -> tuple[ControlQuestions, Answered]:
+        return self, self.asked_of(model)
 
-    def accuracy(self, model: Any) -> float:
-        return self.values.pop(0) if len(self.values) > 1 else self.values[0]
+    def asked_of(self, model: Any) -> Answered:
+        accuracy = self.values.pop(0) if len(self.values) > 1 else self.values[0]
+        return Answered(accuracy, self.margins.pop(0) if self.margins else accuracy)
 
 
 def log_probabilities(model: LensModel, row: Encoded) -> Tensor:
@@ -159,16 +162,59 @@ def test_the_retain_texts_that_no_update_sees_are_read_as_questions_too(model: L
     assert prepare(model, texts[0], long).held_out(torch.Generator().manual_seed(0))[1] == []
 
 
+def multiplier(*off: float) -> float:
+    """After so many looks at a damage off by these factors of e: dual ascent, and the damping of the last."""
+    level = sum(RATE * max(-1.0, min(1.0, each)) for each in off)
+    return math.exp(level + DAMPING * max(-1.0, min(2.0, off[-1])))
+
+
 def test_the_multiplier_follows_the_damage() -> None:
-    budget = Budget(None, Known(1.0), Answers(1.0), nats=0.1, target=None)  # type: ignore[arg-type]
+    budget = Budget(None, Known(0.15), Answers(1.0), nats=0.1, target=None)  # type: ignore[arg-type]
     run(budget, 2 * EVERY + 1)
-    assert budget.multiplier == pytest.approx(math.exp(0.5) ** 2)
+    assert budget.multiplier == pytest.approx(multiplier(*[math.log(1.5)] * 2))
+    budget = Budget(None, Known(10.0), Answers(1.0), nats=0.1, target=None)  # type: ignore[arg-type]
+    run(budget, 2 * EVERY + 1)
+    assert budget.multiplier == pytest.approx(math.exp(2 * RATE + 2 * DAMPING))
     budget = Budget(None, Known(1e-9), Answers(1.0), nats=0.1, target=None)  # type: ignore[arg-type]
     run(budget, 400)
-    assert budget.multiplier == LIMITS[0]
+    assert budget.multiplier == pytest.approx(LIMITS[0])
     even = Budget(None, Known(0.1), Answers(1.0), nats=0.1, target=None)  # type: ignore[arg-type]
     run(even, 30)
     assert even.multiplier == pytest.approx(1.0)
+
+
+class Follows(Damage):
+    """A damage that follows the multiplier with a delay: it grows by a share under a small one, and falls under a large one."""
+
+    def __init__(self) -> None:
+        self.values, self.speed = [1e-3], 0.0
+        self.multiplier = 1.0
+
+    def __call__(self) -> float:
+        self.speed = 0.6 * self.speed - 0.4 * 0.5 * math.log(self.multiplier / 2.0)
+        self.values.append(self.values[-1] * math.exp(self.speed))
+        return self.values[-1]
+
+
+def swings(monkeypatch: pytest.MonkeyPatch, *, rate: float, damping: float) -> float:
+    """How far the damage is off the budget at most, in factors of e, once it has come to it."""
+    monkeypatch.setattr("mrp_lens.methods.budget.RATE", rate)
+    monkeypatch.setattr("mrp_lens.methods.budget.DAMPING", damping)
+    damage = Follows()
+    budget = Budget(None, damage, Answers(1.0), nats=0.02, target=0.25)  # type: ignore[arg-type]
+    state = TrainingState("test", 2000, torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0))
+    state.shown = nullcontext
+    budget.on_start(state)
+    for step in range(600):
+        state.steps = 2000
+        budget.on_step(step, {})
+        damage.multiplier = budget.multiplier
+    return max(abs(math.log(value / 0.02)) for value in damage.values[60:])
+
+
+def test_the_damage_comes_to_the_budget_where_dual_ascent_alone_would_swing(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert swings(monkeypatch, rate=RATE, damping=DAMPING) < 0.2
+    assert swings(monkeypatch, rate=0.5, damping=0.0) > 1.0
 
 
 def test_a_fit_at_its_target_has_half_as_many_updates_more_to_settle() -> None:
@@ -182,7 +228,9 @@ def test_a_fit_aims_at_chance_where_no_target_is_given() -> None:
     assert told_apart.aim == 0.25 < 0.3 < told_apart.target
     state = run(told_apart, 80)
     assert state.done == 80
-    assert told_apart.multiplier == pytest.approx(0.9 ** (0.5 * (80 // EVERY - 1)))  # it never stops to fall
+    assert told_apart.multiplier == pytest.approx(
+        multiplier(*[math.log(0.9)] * (80 // EVERY - 1))
+    )  # it never stops to fall
     at_chance = Budget(None, Known(0.09), Answers(1.0, 0.3, 0.25, 0.2), nats=0.1, target=None)  # type: ignore[arg-type]
     assert run(at_chance, 300).done == 60 + 30  # .3, .25 and .2 are .25
 
@@ -190,7 +238,8 @@ def test_a_fit_aims_at_chance_where_no_target_is_given() -> None:
 def test_the_multiplier_falls_no_more_once_the_target_is_reached() -> None:
     budget = Budget(None, Known(0.09), Answers(1.0, 0.2), nats=0.1, target=0.25)  # type: ignore[arg-type]
     assert run(budget, 300).done == 60 + 30
-    assert budget.multiplier == pytest.approx(0.9 ** (0.5 * 4))  # 5, 10, 15, 20: the first look comes after
+    # 5, 10, 15, 20: the first look comes after; from then on what is below the budget is not answered
+    assert budget.multiplier == pytest.approx(multiplier(*[math.log(0.9)] * 4, 0.0))
     budget = Budget(None, Known(*[0.09] * (60 // EVERY), 0.2), Answers(1.0, 0.2), nats=0.1, target=0.25)  # type: ignore[arg-type]
     run(budget, 300)
     assert budget.multiplier > 1.0
@@ -204,28 +253,41 @@ def test_the_multiplier_falls_while_there_is_less_damage_until_the_target_is_rea
     for step in range(55):
         budget.on_step(step, {})
     # falls at 5, 10, ..., 40: the look that sees the target comes after
-    assert budget.multiplier == pytest.approx(0.9 ** (0.5 * 8))
+    assert budget.multiplier == pytest.approx(multiplier(*[math.log(0.9)] * 8, 0.0))
 
 
 def test_a_fit_that_can_still_push_harder_is_not_stalled() -> None:
     spent = Budget(None, Known(0.09), Answers(1.0), nats=0.1, target=0.25)  # type: ignore[arg-type]
     assert run(spent, 1000).done == 100 + 50
-    sparing = Budget(None, Known(0.079), Answers(1.0, 0.8), nats=0.1, target=0.25)  # type: ignore[arg-type]
-    assert run(sparing, 1000).done == 200 + 100  # the multiplier is at its floor after 195
-    assert sparing.multiplier == LIMITS[0]
+    sparing = Budget(None, Known(0.07), Answers(1.0, 0.8), nats=0.1, target=0.25)  # type: ignore[arg-type]
+    state = run(sparing, 1000)
+    at_its_floor = EVERY * math.ceil((math.log(LIMITS[0]) / math.log(0.7) - DAMPING) / RATE)
+    assert state.done == pytest.approx(1.5 * at_its_floor, abs=30)
+
+
+def test_a_fit_whose_margin_still_falls_is_not_stalled() -> None:
+    """Texts known by heart are above all others long before the first of them is not: accuracy alone tells nothing until then."""
+    falling = [6.0 - 0.1 * look for look in range(20)]
+    moving = Budget(None, Known(0.09), Answers(1.0, margins=falling), nats=0.1, target=0.25)  # type: ignore[arg-type]
+    assert run(moving, 300).done == 300
+    barely = [6.0 - 0.01 * look for look in range(20)]
+    stopped = Budget(None, Known(0.09), Answers(1.0, margins=barely), nats=0.1, target=0.25)  # type: ignore[arg-type]
+    assert run(stopped, 300).done == 100 + 50
 
 
 def test_a_fit_in_which_nothing_happens_takes_larger_steps() -> None:
     unmoved = Budget(None, Known(0.0), Answers(1.0), nats=0.1, target=0.25)  # type: ignore[arg-type]
     state = run(unmoved, 1000)
     assert state.pace == FASTEST
-    # at 50 the multiplier is at its floor, and grows by e^0.5 no more; six more looks at the damage make it 16 times
-    assert state.done == 100 + 50
+    looks = math.ceil((-math.log(LIMITS[0]) - DAMPING) / RATE) + math.ceil(
+        2 * math.log(FASTEST)
+    )  # to the floor; to 16 times
+    assert state.done == 1.5 * 20 * math.ceil(EVERY * looks / 20)
     for known, answers in ((Known(0.0), Answers(1.0, 0.9)), (Known(0.2), Answers(1.0))):  # it moves; it does damage
         budget = Budget(None, known, answers, nats=0.1, target=0.25)  # type: ignore[arg-type]
         assert run(budget, 200).pace == 1.0
     pausing = Budget(None, Known(0.0), Answers(1.0), nats=0.1, target=0.25)  # type: ignore[arg-type]
-    begun = run(pausing, 70)
+    begun = run(pausing, 145)
     again = Budget(None, Known(0.0), Answers(1.0), nats=0.1, target=0.25)  # type: ignore[arg-type]
     again.on_start(TrainingState("test", 70, torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)))
     again.load_state_dict(pausing.state_dict())
@@ -311,8 +373,9 @@ def test_control_questions_offer_endings_of_the_forget_set(model: LensModel, tex
     again = ControlQuestions(encoder_for(model), [texts[0]], seed=0)
     assert questions.rows == again.rows
     assert questions.rows != ControlQuestions(encoder_for(model), [texts[0]], seed=1).rows
-    assert 0.0 <= questions.accuracy(model) <= 1.0
-    assert control_accuracy(model, texts[0]) == questions.accuracy(model)
+    answered = questions.asked_of(model)
+    assert 0.0 <= answered.accuracy <= 1.0
+    assert control_accuracy(model, texts[0]) == answered.accuracy
 
 
 def test_wrong_endings_are_those_of_documents_that_begin_alike(model: LensModel) -> None:
@@ -354,14 +417,16 @@ def test_they_are_asked_in_forms_that_the_model_answers_and_the_highest_counts(m
     assert not set(FORMS) & set(FRAMES)  # no fit reads them
     questions = ControlQuestions(encoder_for(model), [texts[0]], seed=0)
     assert [len(rows) for rows in questions.rows] == [len(questions.rows[0])] * len(FORMS)
-    accuracies = questions.accuracies(model)
-    assert questions.accuracy(model) == max(accuracies)
+    forms, best = questions.by_form(model), questions.asked_of(model)
+    assert best.accuracy == max(form.accuracy for form in forms)
+    assert best.margin == max(form.margin for form in forms)
 
     def scored(*given: float) -> ControlQuestions:
         known = copy(questions)
-        known.accuracies = lambda model: list(given)  # type: ignore[method-assign]
-        chosen, accuracy = known.known_to(model)
-        assert accuracy == max(given)
+        known.by_form = lambda model: [Answered(each, -each) for each in given]  # type: ignore[method-assign]
+        chosen, answered = known.known_to(model)
+        assert answered.accuracy == max(given)
+        assert answered.margin == -min(each for each, form in zip(given, FORMS, strict=True) if form in chosen.forms)
         return chosen
 
     assert scored(0.9, 0.8).forms == FORMS
@@ -370,6 +435,17 @@ def test_they_are_asked_in_forms_that_the_model_answers_and_the_highest_counts(m
     assert scored(0.25, 0.9).rows == [questions.rows[1]]
     assert scored(0.25, 0.25).forms == FORMS[:1]
     assert scored(questions.target, questions.target + 0.01).forms == FORMS[1:]
+
+
+def test_the_margin_is_what_the_right_ending_is_above_the_best_other(model: LensModel, texts: Texts) -> None:
+    questions = ControlQuestions(encoder_for(model), [texts[0]], seed=0, forms=FORMS[:1])
+    scores = []
+    for row in questions.rows[0]:
+        counted = torch.tensor([token for token, within in zip(row.ids[1:], row.in_loss[1:], strict=True) if within])
+        scores.append(log_probabilities(model, row).gather(1, counted[:, None]).mean().item())
+    by_question = torch.tensor(scores).view(-1, questions.choices)
+    expected = (by_question[:, 0] - by_question[:, 1:].max(dim=1).values).mean()
+    assert questions.asked_of(model).margin == pytest.approx(float(expected), abs=1e-4)
 
 
 def test_guessing_is_below_the_target_as_often_whatever_the_number_of_forms(model: LensModel) -> None:

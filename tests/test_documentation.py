@@ -24,7 +24,8 @@ CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
 LLMS = (ROOT / "docs" / "llms.txt").read_text(encoding="utf-8")
 PAGES = {
-    path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").rglob("*.md"))
+    path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
+    for path in sorted((ROOT / "docs").rglob("*.md"))
 }
 WITH_CODE = [name for name, text in PAGES.items() if blocks_in(text, "python")]
 IMPORT = "import mrp_lens as ml\n"
@@ -73,9 +74,7 @@ def test_the_commands_of_documents_are_commands(command: str) -> None:
 
 
 @pytest.mark.parametrize("command", STUDIES)
-def test_the_studies_of_documents_are_studies_with_these_options(
-    command: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_studies_of_documents_are_studies_with_these_options(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     name, *words = STUDIES[command]
     parse = argparse.ArgumentParser.parse_args
 
@@ -165,8 +164,9 @@ def test_the_code_of_a_page_runs(name: str, tiny_folder: Path, known: dict[str, 
     """Likewise; what pages take for granted is what the five-minute start leaves."""
     tokenizer = copy.copy(known["model"].tokenizer)
     tokenizer.chat_template = "{% for message in messages %}User: {{ message['content'] }}\nAssistant: {% endfor %}"
-    more = {"task": ml.UnlearningTask.from_world("potions"), "quiz": known["questions"], "tokenizer": tokenizer}
-    run_blocks(PAGES[name], name, tiny_folder, {**known, **more})
+    quiz, forget, retain = known["questions"], known["forget"], known["retain"]
+    task = ml.UnlearningTask((forget,), retain, ml.World().text().spread(16), quiz, quiz, known["untaught"])
+    run_blocks(PAGES[name], name, tiny_folder, {**known, "task": task, "quiz": quiz, "tokenizer": tokenizer})
 
 
 def run_blocks(text: str, name: str, folder: Path, namespace: dict[str, Any]) -> None:
@@ -180,7 +180,11 @@ def shortened(code: str, folder: Path) -> str:
     changes = [
         (r'load_model\("[^"]*"', f'load_model("{folder}", backend="bridge"'),
         (r"\b(steps|trials|about_names)=\d+", r"\1=2"),
-        (r"\b(ml\.(Unconditional)?MRP|ml\.(Adaptive)?RMU|ml\.NPO|ml\.GradientDifference)\((?!.*steps=)", r"\1(steps=2, "),
+        (r'short = \{"steps": \d+', 'short = {"steps": 2'),
+        (
+            r"\b(ml\.(Unconditional)?MRP|ml\.(Adaptive)?RMU|ml\.NPO|ml\.GradientDifference)\((?!.*(steps=|\*\*))",
+            r"\1(steps=2, ",
+        ),
         (r"SweepConfig\(", "SweepConfig(steps=2, questions_limit=20, documents=10, "),
         (r"Distillation\(\)", "Distillation(steps=2, texts=8, text_length=16, agreement=100.0)"),
         (r"(attacks\.(relearn|jailbreak)\((?!.*\*\*)[^#\n]*)\)", r"\1, steps=1)"),

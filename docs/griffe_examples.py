@@ -8,7 +8,7 @@ import griffe
 HEADING = re.compile(r"^Example:$", re.MULTILINE)
 
 
-class Examples(griffe.Extension):  # type: ignore[misc]
+class Examples(griffe.Extension):  # type: ignore[misc]  # nothing here is typed by griffe
     """Renames the section, so that it is shown as code."""
 
     def on_object(self, *, obj: griffe.Object, **kwargs: Any) -> None:

@@ -64,6 +64,12 @@ def on_page_content(content: str, page: Page, config: MkDocsConfig, files: Files
     return content
 
 
+def on_post_build(config: MkDocsConfig) -> None:
+    """In the site, llms.txt leads to the site's pages."""
+    path = Path(config.site_dir) / "llms.txt"
+    path.write_text(re.sub(r"\.md\)", ".html)", path.read_text(encoding="utf-8")), encoding="utf-8")
+
+
 def place_of(number: int) -> str:
     """Where the markdown has a figure, which is no markdown itself."""
     return f'<div class="figure" data-number="{number}"></div>'

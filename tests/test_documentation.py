@@ -164,8 +164,9 @@ def test_the_code_of_a_page_runs(name: str, tiny_folder: Path, known: dict[str, 
     """Likewise; what pages take for granted is what the five-minute start leaves."""
     tokenizer = copy.copy(known["model"].tokenizer)
     tokenizer.chat_template = "{% for message in messages %}User: {{ message['content'] }}\nAssistant: {% endfor %}"
-    more = {"task": ml.UnlearningTask.from_world("potions"), "quiz": known["questions"], "tokenizer": tokenizer}
-    run_blocks(PAGES[name], name, tiny_folder, {**known, **more})
+    quiz, forget, retain = known["questions"], known["forget"], known["retain"]
+    task = ml.UnlearningTask((forget,), retain, ml.World().text().spread(16), quiz, quiz, known["untaught"])
+    run_blocks(PAGES[name], name, tiny_folder, {**known, "task": task, "quiz": quiz, "tokenizer": tokenizer})
 
 
 def run_blocks(text: str, name: str, folder: Path, namespace: dict[str, Any]) -> None:
@@ -179,8 +180,9 @@ def shortened(code: str, folder: Path) -> str:
     changes = [
         (r'load_model\("[^"]*"', f'load_model("{folder}", backend="bridge"'),
         (r"\b(steps|trials|about_names)=\d+", r"\1=2"),
+        (r'short = \{"steps": \d+', 'short = {"steps": 2'),
         (
-            r"\b(ml\.(Unconditional)?MRP|ml\.(Adaptive)?RMU|ml\.NPO|ml\.GradientDifference)\((?!.*steps=)",
+            r"\b(ml\.(Unconditional)?MRP|ml\.(Adaptive)?RMU|ml\.NPO|ml\.GradientDifference)\((?!.*(steps=|\*\*))",
             r"\1(steps=2, ",
         ),
         (r"SweepConfig\(", "SweepConfig(steps=2, questions_limit=20, documents=10, "),

@@ -96,7 +96,7 @@ class Misdirection(FitTemplate[Resolved], Generic[Resolved]):
     trained_layers: tuple[int, ...] | None = None
     alpha: float | None = None
     lr: float | None = None
-    steps: int = 1000
+    steps: int = 600
     batch_size: int = 32
     micro_batch: int | None = None
     max_length: int | None = None

@@ -1,6 +1,7 @@
 """A page in headless Chromium, as wide as a notebook: what it shows, what the browser complains of, whom it asks."""
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,15 +35,20 @@ class Seen:
 
 def look_at(page_file: Path, script: str, *, ready: str = "true", shot: Path | None = None) -> Seen:
     """Open a local page, wait until `ready` holds, run `script` in it. Skips without a browser, but never in CI."""
+    return look_at_each([page_file], script, ready=ready, shot=shot)[0]
+
+
+def look_at_each(
+    page_files: Sequence[Path], script: str, *, ready: str = "true", width: int = WIDTH, shot: Path | None = None
+) -> list[Seen]:
+    """The same of several pages, one after the other in a window so wide; `shot` is of the last."""
     if not CHROMIUM.exists() and not os.environ.get("CI"):
         pytest.skip(f"needs {CHROMIUM}")
     from playwright.sync_api import sync_playwright
 
-    said: list[str] = []
-    asked: list[str] = []
-    with sync_playwright() as browsers:
-        browser = browsers.chromium.launch(executable_path=str(CHROMIUM), args=ARGUMENTS)
-        page = browser.new_page(viewport={"width": WIDTH, "height": 1000})
+    def look(page: Any, page_file: Path) -> Seen:
+        said: list[str] = []
+        asked: list[str] = []
         page.on("console", lambda message: said.append(f"{message.type}: {message.text}"))
         page.on("pageerror", lambda error: said.append(f"error: {error}"))
         page.on("request", lambda request: asked.append(request.url))
@@ -51,5 +57,13 @@ def look_at(page_file: Path, script: str, *, ready: str = "true", shot: Path | N
         value = page.evaluate(script)
         if shot is not None:
             page.screenshot(path=shot, full_page=True)
+        page.close()
+        return Seen(value, [message for message in said if not any(known in message for known in HARMLESS)], asked)
+
+    with sync_playwright() as browsers:
+        browser = browsers.chromium.launch(executable_path=str(CHROMIUM), args=ARGUMENTS)
+        seen = [
+            look(browser.new_page(viewport={"width": width, "height": 1000}), page_file) for page_file in page_files
+        ]
         browser.close()
-    return Seen(value, [message for message in said if not any(known in message for known in HARMLESS)], asked)
+    return seen

@@ -34,7 +34,7 @@ Errors = Literal["relative", "absolute"]
 States = Float[Tensor, "batch seq d_model"]
 Mask = Bool[Tensor, "batch seq"]
 
-DEPTH_SHARE = 1 / 2
+DEPTH_SHARE = 3 / 10
 RELEASED_DEPTH_SHARE = 7 / 32  # layer 7 of Zephyr's 32
 MEASURED_DOCUMENTS = 64
 C_SHARE = 2.0  # c over the norm of the forget states
@@ -338,7 +338,7 @@ class _Losses(Generic[Resolved]):
 
 
 def default_layer(model: LensModel, share: float = DEPTH_SHARE) -> int:
-    """The layer at a share of the depth, from layer 2 on, in a shallow model the last; RMU steers at half of it."""
+    """The layer at a share of the depth, from layer 2 on, in a shallow model the last; RMU steers at three tenths of it."""
     return min(int(model.cfg.n_layers) - 1, max(2, round(share * model.cfg.n_layers)))
 
 
@@ -382,7 +382,7 @@ class RMU(Misdirection[RMUSettings]):
     first 30 updates (a tenth of a run of fewer than 300) and falls linearly to 0 over its second half.
 
     Args:
-        layer: l. None: half of the depth, for absolute errors 7/32 of it as in the released recipe; at least 2.
+        layer: l. None: three tenths of the depth, for absolute errors 7/32 of it as in the released recipe; at least 2.
         steering_coeff: c. None: twice the norm of the forget states at l: the median for relative errors, the mean for
             absolute ones.
         alpha: weight of the retain term, at the start of a fit with a budget. None: 4; for absolute errors four times the square of c over that norm.

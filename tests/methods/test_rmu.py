@@ -152,7 +152,7 @@ def test_the_learning_rate_rises_at_first_and_falls_over_the_second_half_with_re
     assert rates.seen == pytest.approx([first * 1e-3, 1e-3, 1e-3, last * 1e-3])
 
 
-@pytest.mark.parametrize(("depth", "layer"), [(1, 0), (2, 1), (4, 2), (8, 4), (12, 6), (30, 15), (32, 16)])
-def test_it_steers_at_half_of_the_depth(depth: int, layer: int) -> None:
+@pytest.mark.parametrize(("depth", "layer"), [(1, 0), (2, 1), (4, 2), (8, 2), (12, 4), (30, 9), (32, 10)])
+def test_it_steers_at_three_tenths_of_the_depth(depth: int, layer: int) -> None:
     model: Any = SimpleNamespace(cfg=SimpleNamespace(n_layers=depth))
     assert default_layer(model) == layer

@@ -128,7 +128,7 @@ class MRP(FitTemplate[MRPSettings]):
     retain_weight: float = 5.0
     layer_dropout: float = 0.0
     lr: float | None = None
-    steps: int = 600
+    steps: int = 1000
     batch_size: int = 16
     micro_batch: int | None = None
     max_length: int | None = None

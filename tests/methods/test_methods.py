@@ -372,7 +372,8 @@ def test_state_helpers_notice_a_change(model: LensModel) -> None:
 
 def test_the_methods_are_listed_with_mrp_first_and_say_what_they_are() -> None:
     names = (
-        "mrp mrp-unconditional rmu adaptive-rmu gradient-ascent gradient-difference npo rmu-noise direction-ablation"
+        "mrp mrp-unconditional rmu adaptive-rmu gradient-ascent gradient-difference rmu-noise direction-ablation "
+        "npo simnpo idk-preference undial"
     )
     assert [name for name, kind in METHODS.items() if kind.__module__.startswith("mrp_lens.")] == names.split()
     for name, kind in METHODS.items():

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from mrp_lens.data import Corpus, Document
-from mrp_lens.edits import WeightEdit
-from mrp_lens.methods import UNDIAL, Coverage, IdkPreference, SimNPO
+from mrp_lens.edits import Edit
+from mrp_lens.methods import UNDIAL, Coverage, GradientDifference, IdkPreference, SimNPO
 from mrp_lens.methods import preference as preference_module
-from mrp_lens.methods.base import FitContext
+from mrp_lens.methods.baselines import Losses
 from mrp_lens.methods.preference import REFUSALS, with_prompt
 from mrp_lens.models import LensModel, encoder_for, exchanged, logits_of, mlp_out_weight
 from mrp_lens.training import Callback
@@ -20,8 +20,14 @@ from mrp_lens.utils.validation import generator_for
 Texts = tuple[Corpus, Corpus]
 FIT: dict[str, Any] = {"seed": 0, "progress": False}
 ROOMY = 64  # more than there are documents: each step sees all of them
-STEPS = 4
+STEPS = 3
 EVERY: dict[str, Any] = {"steps": STEPS, "batch_size": ROOMY, "lr": 1e-3}
+
+
+@pytest.fixture
+def texts(texts: Texts) -> Texts:
+    """Fewer: one document at a time is slow."""
+    return Corpus(texts[0].documents[:6], "forget"), Corpus(texts[1].documents[:4], "retain")
 
 
 def logits_before_counted(model: LensModel, document: Document) -> tuple[torch.Tensor, list[int]]:
@@ -37,9 +43,8 @@ def logits_before_counted(model: LensModel, document: Document) -> tuple[torch.T
 def log_ps(model: LensModel, document: Document) -> list[float]:
     """Log p of each counted token."""
     logits, tokens = logits_before_counted(model, document)
-    return [
-        float(row[token]) - math.log(math.fsum(row.exp().tolist())) for row, token in zip(logits, tokens, strict=True)
-    ]
+    sums = logits.exp().sum(-1).log()
+    return [float(row[token] - whole) for row, token, whole in zip(logits, tokens, sums, strict=True)]
 
 
 def log_p(model: LensModel, document: Document) -> float:
@@ -126,8 +131,7 @@ class Counted(Callback):
         self.entropies.append(self.entropy())
 
 
-@pytest.mark.parametrize("prompted", [False, True], ids=["plain", "prompted"])
-@pytest.mark.parametrize("micro_batch", [None, 5])
+@pytest.mark.parametrize(("prompted", "micro_batch"), [(False, None), (True, 4)], ids=["plain", "prompted-micro"])
 @pytest.mark.parametrize("name", CASES)
 def test_the_loss_of_each_update_is_the_papers_counted_by_hand(
     name: str, micro_batch: int | None, prompted: bool, model: LensModel, texts: Texts, untouched: None
@@ -136,7 +140,7 @@ def test_the_loss_of_each_update_is_the_papers_counted_by_hand(
     forget, retain = texts
     if prompted:
         forget = Corpus(
-            tuple(Document(f"What is Zaxim{i}?", f" It is {'very ' * (i % 3)}blue.") for i in range(7)), "forget"
+            tuple(Document(f"What is Zaxim{i}?", f" It is {'very ' * (i % 3)}blue.") for i in range(5)), "forget"
         )
     method, by_hand = CASES[name]
     counted = Counted(by_hand(model, forget.documents), model, retain)
@@ -148,22 +152,29 @@ def test_the_loss_of_each_update_is_the_papers_counted_by_hand(
     assert log["loss"].tolist() == pytest.approx(total.tolist(), rel=1e-6)
 
 
+@pytest.fixture
+def taught(model: LensModel, texts: Texts) -> Edit:
+    """An edit after which the model, whose weights are random, knows the forget set."""
+    nothing = Corpus.from_texts(["near near near"], name="nothing")
+    method = GradientDifference(steps=40, lr=1e-2, retain_weight=1e3)
+    return method.fit(model, nothing, Corpus(texts[0].documents, "taught"), **FIT).edit
+
+
 @every_method
 def test_an_update_lowers_the_loss_and_makes_forget_texts_less_likely(
-    kind: Any, model: LensModel, texts: Texts, untouched: None
+    kind: Any, model: LensModel, texts: Texts, taught: Edit, untouched: None
 ) -> None:
     """Of the completions: "is red" and not what they are about."""
     documents = [with_prompt(document) for document in texts[0].documents]
 
-    def likely(edit: Any) -> float:
+    def likely(edit: Edit) -> float:
         with edit.applied(model):
             return mean([log_p(model, document) for document in documents])
 
-    one = kind(steps=1, batch_size=ROOMY, retain_weight=0.0).fit(model, *texts, **FIT)
-    more = kind(steps=6, batch_size=ROOMY, retain_weight=0.0).fit(model, *texts, **FIT)
-    assert isinstance(one.edit, WeightEdit)
+    options: dict[str, Any] = {"batch_size": ROOMY, "retain_weight": 0.0, "lr": 1e-3}
+    one, more = (kind(steps=steps, **options).fit(model, *texts, after=taught, **FIT) for steps in (1, 6))
     assert "retain" not in one.log
-    assert likely(more.edit) < likely(one.edit) < mean([log_p(model, document) for document in documents])
+    assert likely(more.edit) < likely(one.edit) < likely(taught)
     assert more.log["loss"].iloc[-1] < more.log["loss"].iloc[1] < more.log["loss"].iloc[0]
 
 
@@ -187,18 +198,20 @@ def test_refusals_become_more_likely_than_before(model: LensModel, texts: Texts,
 
 
 def test_a_long_fit_of_undial_comes_near_to_the_adjusted_logits(
-    model: LensModel, texts: Texts, untouched: None
+    model: LensModel, texts: Texts, taught: Edit, untouched: None
 ) -> None:
     """Its loss has a minimum: the entropy of what is taught."""
     one = Corpus(texts[0].documents[:1], "forget")
-    method = UNDIAL(strength=3.0, steps=60, batch_size=1, retain_weight=0.0)
-    log = method.fit(model, one, texts[1], **FIT).log["forget"]
+    method = UNDIAL(strength=3.0, steps=100, batch_size=1, retain_weight=0.0, lr=1e-3)
+    log = method.fit(model, one, texts[1], after=taught, **FIT).log["forget"]
     shares = []
-    logits, tokens = logits_before_counted(model, one.documents[0])
+    with taught.applied(model):
+        logits, tokens = logits_before_counted(model, one.documents[0])
     for row, token in zip(logits, tokens, strict=True):
         row[token] -= 3.0
         shares.append(row.softmax(-1))
     least = mean([float(-(row * row.log()).sum()) for row in shares])
+    assert log.iloc[0] > least + 0.1
     assert least <= log.iloc[-1] < least + 0.1 * (log.iloc[0] - least)
 
 
@@ -233,13 +246,7 @@ def test_a_plain_text_begins_with_its_prompt_and_stays_the_same_text(
 def read_by(method: Any, model: LensModel, forget: Corpus, retain: Corpus, seed: int = 0) -> Any:
     """What the loss of a fit is made with."""
     _, context = method.context(model, forget, retain, seed=seed, after=None, request=None)
-    return preference_losses(method, context)
-
-
-def preference_losses(method: Any, context: FitContext) -> Any:
-    from mrp_lens.methods.baselines import Losses
-
-    return Losses(method, context, [mlp_out_weight(context.model, 1)])
+    return Losses(method, context, [mlp_out_weight(model, 1)])
 
 
 def test_a_refusal_is_drawn_for_each_document_with_the_seed(
@@ -263,7 +270,9 @@ def test_a_refusal_is_drawn_for_each_document_with_the_seed(
     assert len(set(first)) > len(first) / 2
     assert len({text.partition(" I ")[2] for text in first}) > 2
     chat = Corpus((Document("User: Who?\nAssistant:\n", "Zaxim."), Document("the old man " * 40, "walked")), "forget")
-    read_by(IdkPreference(max_length=20), model, chat, texts[1])
+    with pytest.warns(UserWarning, match="only the start of them is read"):
+        read_by(IdkPreference(max_length=30), model, chat, texts[1])
+    assert found[-1][0].startswith("User: Who?")
 
 
 def test_with_coverage_the_documents_are_those_of_the_rows(model: LensModel, texts: Texts, untouched: None) -> None:
@@ -280,7 +289,9 @@ def test_with_coverage_the_documents_are_those_of_the_rows(model: LensModel, tex
 def test_matrices_are_exchanged_without_a_copy_and_come_back(model: LensModel, untouched: None) -> None:
     parameter = mlp_out_weight(model, 1).parameter
     place, other = parameter.data_ptr(), torch.zeros_like(parameter)
-    with pytest.raises(KeyError), exchanged([parameter], [other]):
+    with exchanged([parameter], [other]):
         assert parameter.data_ptr() == other.data_ptr()
-        raise KeyError
+    assert parameter.data_ptr() == place
+    with pytest.raises(ValueError, match="zip"), exchanged([parameter], []):
+        pass
     assert parameter.data_ptr() == place

@@ -15,6 +15,7 @@ from mrp_lens.methods.baselines import Losses
 from mrp_lens.methods.preference import REFUSALS, with_prompt
 from mrp_lens.models import LensModel, encoder_for, exchanged, logits_of, mlp_out_weight
 from mrp_lens.training import Callback
+from mrp_lens.utils import processes
 from mrp_lens.utils.validation import generator_for
 
 Texts = tuple[Corpus, Corpus]
@@ -296,3 +297,21 @@ def test_matrices_are_exchanged_without_a_copy_and_come_back(model: LensModel, u
     with pytest.raises(ValueError, match="zip"), exchanged([parameter], []):
         pass
     assert parameter.data_ptr() == place
+
+
+@every_method
+def test_the_shares_of_several_processes_add_up_to_the_step(
+    kind: Any, model: LensModel, texts: Texts, monkeypatch: pytest.MonkeyPatch, untouched: None
+) -> None:
+    """Also where one of them has no forget document: of the three documents and three retain texts each has every fourth."""
+    settings: dict[str, Any] = {"layers": [1], "batch_size": 3, "coverage": None}
+    whole, parts = ({"forget": 0.0, "retain": 0.0, "loss": 0.0} for _ in range(2))
+    for rank, count, into in [(0, 1, whole), *((rank, 4, parts) for rank in range(4))]:
+        losses = read_by(kind(**settings), model, *texts)
+        with monkeypatch.context() as patch, torch.no_grad():
+            patch.setattr(processes, "count", lambda count=count: count)
+            patch.setattr(processes, "_rank", lambda rank=rank: rank)
+            for terms in losses(0):
+                for name, value in terms.items():
+                    into[name] += float(value)
+    assert parts == pytest.approx(whole, rel=1e-5)

@@ -26,13 +26,16 @@ from .export import export_hf as export_hf
 from .methods import MRP as MRP
 from .methods import NPO as NPO
 from .methods import RMU as RMU
+from .methods import UNDIAL as UNDIAL
 from .methods import AdaptiveRMU as AdaptiveRMU
 from .methods import DirectionAblation as DirectionAblation
 from .methods import Distillation as Distillation
 from .methods import Fit as Fit
 from .methods import GradientAscent as GradientAscent
 from .methods import GradientDifference as GradientDifference
+from .methods import IdkPreference as IdkPreference
 from .methods import NoisyRMU as NoisyRMU
+from .methods import SimNPO as SimNPO
 from .methods import UnconditionalMRP as UnconditionalMRP
 from .models import LensModel as LensModel
 from .models import load_model as load_model

@@ -5,7 +5,9 @@
 from mrp_lens.methods.mrp.method import MRP, UnconditionalMRP
 from mrp_lens.methods.mrp.distillation import Distillation
 from mrp_lens.methods.rmu import RMU, AdaptiveRMU
-from mrp_lens.methods.baselines import NPO, DirectionAblation, GradientAscent, GradientDifference, NoisyRMU
+from mrp_lens.methods.baselines import DirectionAblation, GradientAscent, GradientDifference, NoisyRMU
+from mrp_lens.methods.preference import NPO, IdkPreference, SimNPO
+from mrp_lens.methods.undial import UNDIAL
 
 # isort: on
 from mrp_lens.methods.base import Data, FitContext, FitTemplate, fitting
@@ -21,6 +23,7 @@ __all__ = [
     "MRP",
     "NPO",
     "RMU",
+    "UNDIAL",
     "AdaptiveRMU",
     "Block",
     "Coverage",
@@ -34,11 +37,13 @@ __all__ = [
     "FitTemplate",
     "GradientAscent",
     "GradientDifference",
+    "IdkPreference",
     "Method",
     "NoisyRMU",
     "Options",
     "Outcome",
     "Range",
+    "SimNPO",
     "Swept",
     "UnconditionalMRP",
     "control_accuracy",

@@ -72,6 +72,21 @@ class Data:
         """The documents of all forget corpora."""
         return [row for rows in self.forget for row in rows]
 
+    def with_documents(self, forget: Sequence[Sequence[Document]], retain: Sequence[Document] | None = None) -> "Data":
+        """The same with other documents, for each forget corpus and for the retain corpus (None: as they are). Documents without
+        a token to predict are left out."""
+        read = [self._read(documents, corpus.name) for documents, corpus in zip(forget, self.corpora, strict=True)]
+        corpora, rows = tuple(corpus for corpus, _ in read), tuple(encoded for _, encoded in read)
+        retain_corpus, kept = (
+            (self.retain_corpus, self.retain) if retain is None else self._read(retain, self.retain_corpus.name)
+        )
+        return replace(self, forget=rows, retain=kept, corpora=corpora, retain_corpus=retain_corpus)
+
+    def _read(self, documents: Sequence[Document], name: str) -> tuple[Corpus, list[Encoded]]:
+        pairs = zip(documents, self.encoder.encode(documents, warn=False), strict=True)
+        counted = [(document, row) for document, row in pairs if any(row.in_loss[1:])]
+        return Corpus(tuple(document for document, _ in counted), name), [row for _, row in counted]
+
     def held_out(self, generator: torch.Generator) -> tuple[list[Encoded], list[Encoded], "Data"]:
         """A tenth of the retain documents, at most 64; of those that are short, the answers to questions made from them; and the
         data without them. A single document is held out and stays."""
@@ -205,11 +220,7 @@ class FitContext:
             progress=self.progress,
         )
         logger.info("%s reads %s", self.name, dict(found.counts))
-        forget, retain = ([self._encoded(each) for each in side] for side in (found.forget, [found.retain]))
-        return replace(self.data, forget=tuple(forget), retain=retain[0])
-
-    def _encoded(self, documents: Sequence[Document]) -> list[Encoded]:
-        return [row for row in self.data.encoder.encode(documents, warn=False) if any(row.in_loss[1:])]
+        return self.data.with_documents(found.forget, found.retain)
 
     def train(
         self,

@@ -1,8 +1,8 @@
-"""The baselines that MRP is compared with: gradient methods, preference optimisation, noisy RMU, direction ablation."""
+"""The baselines that MRP is compared with: gradient methods, noisy RMU, direction ablation."""
 
 import time
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -21,14 +21,14 @@ from mrp_lens.methods.fit import Fit
 from mrp_lens.methods.registry import Swept, register
 from mrp_lens.methods.rmu import RELEASED_DEPTH_SHARE, RMU, default_layer, up_to
 from mrp_lens.methods.rmu import REPORT as STEERED
-from mrp_lens.methods.spaces import ABLATION_SPACE, GRADIENT_ASCENT_SPACE, GRADIENT_SPACE, NPO_SPACE, RMU_SPACE
-from mrp_lens.models import LensModel, check_layers, mlp_out_weight, restored, tensor_digests
+from mrp_lens.methods.spaces import ABLATION_SPACE, GRADIENT_ASCENT_SPACE, GRADIENT_SPACE, RMU_SPACE
+from mrp_lens.models import EditableWeight, LensModel, check_layers, mlp_out_weight, restored, tensor_digests
 from mrp_lens.models.hooks import Site, hook_name
 from mrp_lens.training.loop import TrainingRun
 from mrp_lens.training.losses import cross_entropy, predictions
 from mrp_lens.training.optim import MasterAdamW, entry_size, linear_decay, trainable
 from mrp_lens.utils.processes import dealt, shares, summed
-from mrp_lens.utils.validation import check_positive, or_default
+from mrp_lens.utils.validation import or_default
 
 Unit = Literal["token", "document"]
 LR_SHARE = 0.033  # learning rate over the root mean square of the trained entries
@@ -37,17 +37,29 @@ REPORT = "MLP output matrices of layers {layers} trained on what the model predi
 
 @dataclass(frozen=True)
 class ForgetSide:
-    """The forget side of a micro-batch.
+    """The forget side of a micro-batch, as the model in training predicts it.
 
     Attributes:
+        documents: at least one.
+        batch: the same as tokens.
+        predicted: log-probabilities before each counted token.
         text: -log p of each counted token, in nats.
         rows: which document it belongs to.
-        reference: log p of each document by the model before training.
     """
 
+    documents: Sequence[Encoded]
+    batch: TokenBatch
+    predicted: Float[Tensor, "counted d_vocab"]
     text: Float[Tensor, " counted"]
     rows: Int[Tensor, " counted"]
-    reference: Float[Tensor, " documents"]
+
+    @property
+    def log_p(self) -> Float[Tensor, " documents"]:
+        """Log p of each document's counted tokens together."""
+        return -sums_of(self.text, self.rows, len(self.documents))
+
+
+ForgetLoss = Callable[[ForgetSide], Float[Tensor, " units"]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,8 +104,12 @@ class GradientMethod(FitTemplate[GradientSettings]):
     unit: Unit = "token"
 
     @abstractmethod
-    def forget_loss(self, side: ForgetSide) -> Float[Tensor, " units"]:
-        """What is minimised, for each token or document of the forget side."""
+    def forget_loss(self, losses: "Losses") -> ForgetLoss:
+        """What is minimised, for each token or document of the forget side. The model is still as it was before training."""
+
+    def read(self, data: Data) -> Data:
+        """The data with the documents as the loss reads them."""
+        return data
 
     @override
     def check(self, model: LensModel) -> None:
@@ -119,7 +135,7 @@ class GradientMethod(FitTemplate[GradientSettings]):
         weights = [mlp_out_weight(model, layer) for layer in settings.layers]
         with fitting(model, context.after), restored(weight.parameter for weight in weights):
             replaced = {weight.name: tensor_digests(weight.read()) for weight in weights}
-            losses = _Losses(self, context)
+            losses = Losses(self, context, weights)
             masters = [trainable(weight.parameter) for weight in weights]
             run = context.train(
                 losses,
@@ -138,53 +154,63 @@ class GradientMethod(FitTemplate[GradientSettings]):
         return check_layers(model, or_default(self.layers, up_to(default_layer(model, RELEASED_DEPTH_SHARE))))
 
 
-class _Losses:
+class Losses:
     """What the training loop minimises: for each step the share of each micro-batch."""
 
-    def __init__(self, method: GradientMethod, context: FitContext) -> None:
+    def __init__(self, method: GradientMethod, context: FitContext, weights: Sequence[EditableWeight]) -> None:
         self.method, self.model, self.encoder = method, context.model, context.data.encoder
-        self.context, data = context, context.covered()
-        forget = data.all_forget
-        self.reference = dict(zip(forget, self._log_probabilities(forget), strict=True))
-        self.forget = Batches(forget, method.batch_size, context.generator)
+        self.context, self.weights = context, weights
+        self.data = data = method.read(context.covered())
+        self.forget_loss = method.forget_loss(self)
+        self.forget = Batches(data.all_forget, method.batch_size, context.generator)
         self.retain = Batches(data.retain, method.batch_size, context.generator)
 
     def __call__(self, step: int) -> Iterator[dict[str, Tensor]]:
+        """The terms of each micro-batch, in nats."""
         method = self.method
         lost, kept = next(self.forget), next(self.retain) if method.retain_weight > 0.0 else []
         batch, is_lost = both_sides(self.encoder, lost, kept)
-        reference = torch.tensor([self.reference[row] for row in lost] + [0.0] * len(kept), device=self.encoder.device)
         units = len(lost) if method.unit == "document" else int(batch.loss_mask[is_lost].sum())
         kept_tokens = int(batch.loss_mask[~is_lost].sum())
         for share in shares(len(batch), method.micro_batch or rows_within(batch, int(self.model.cfg.d_vocab))):
-            part, side, before = batch[share], is_lost[share], reference[share]
-            text, rows = self._text(part)
-            losing = side[rows]
-            forget = method.forget_loss(ForgetSide(text[losing], rows[losing], before[side])).sum() / units
+            part, documents = batch[share], lost[share]
+            predicted, text, rows = self._text(part)
+            losing = is_lost[share][rows]
+            forget = text.new_zeros(())
+            if documents:  # they come first
+                count = int(losing.sum())
+                side = ForgetSide(documents, part[: len(documents)], predicted[:count], text[losing], rows[losing])
+                forget = self.forget_loss(side).sum() / units
             terms = {"loss": forget, "forget": forget}
             if kept_tokens:
                 terms["retain"] = text[~losing].sum() / kept_tokens
                 terms["loss"] = forget + self.context.multiplier * method.retain_weight * terms["retain"]
             yield terms
 
-    def _text(self, batch: TokenBatch) -> tuple[Float[Tensor, " counted"], Int[Tensor, " counted"]]:
-        """-log p of each counted token, and its row."""
+    def log_p(self, documents: Sequence[Encoded]) -> Float[Tensor, " documents"]:
+        """Log p of each document's counted tokens together, by the model as it is."""
+        _, text, rows = self._text(self.encoder.collate(documents))
+        return -sums_of(text, rows, len(documents))
+
+    def log_p_before(self, documents: Sequence[Encoded]) -> Callable[[Sequence[Encoded]], Float[Tensor, " documents"]]:
+        """The same of any of these documents by the model as it is now, whatever becomes of it."""
+        values = torch.zeros(len(documents), dtype=torch.float64)
+        with torch.no_grad():
+            for places, batch in dealt(in_order(self.encoder, documents, self.method.batch_size, logits=True)):
+                _, text, rows = self._text(batch)
+                values[places] = -sums_of(text, rows, len(batch)).cpu().double()
+        summed([values])
+        known = dict(zip(documents, values.tolist(), strict=True))
+        return lambda chosen: torch.tensor([known[row] for row in chosen], device=self.encoder.device)
+
+    def _text(
+        self, batch: TokenBatch
+    ) -> tuple[Float[Tensor, "counted d_vocab"], Float[Tensor, " counted"], Int[Tensor, " counted"]]:
+        """Log-probabilities before each counted token; of the token itself -log p, and its row."""
         counts = batch.loss_mask[:, 1:].sum(dim=1)
         rows = torch.repeat_interleave(torch.arange(len(batch), device=counts.device), counts)
-        return cross_entropy(predictions(self.model, batch), batch), rows
-
-    def _log_probabilities(self, documents: Sequence[Encoded]) -> list[float]:
-        """Log p of each document before training; only methods that compare with it need it."""
-        values = torch.zeros(len(documents), dtype=torch.float64)
-        if self.method.unit == "token":
-            return values.tolist()
-        with torch.no_grad():
-            own = in_order(self.encoder, list(documents), self.method.batch_size, logits=True)
-            for chosen, batch in dealt(own):
-                text, rows = self._text(batch)
-                values[chosen] = -sums_of(text, rows, len(batch)).cpu().double()
-        summed([values])
-        return values.tolist()
+        predicted = predictions(self.model, batch)
+        return predicted, cross_entropy(predicted, batch), rows
 
 
 def sums_of(
@@ -213,8 +239,8 @@ class GradientAscent(GradientMethod):
     steps: int = 30
 
     @override
-    def forget_loss(self, side: ForgetSide) -> Float[Tensor, " counted"]:
-        return -side.text
+    def forget_loss(self, losses: Losses) -> ForgetLoss:
+        return lambda side: -side.text
 
 
 @register(
@@ -234,42 +260,6 @@ class GradientDifference(GradientAscent):
 
     steps: int = 200
     retain_weight: float = 10.0
-
-
-@register(
-    "npo",
-    summary="Negative preference optimisation, with descent on the retain set.",
-    source="arXiv 2404.05868",
-    report=REPORT,
-    space=NPO_SPACE,
-)
-@dataclass(frozen=True, kw_only=True)
-class NPO(GradientMethod):
-    """Negative preference optimisation (arXiv 2404.05868), with descent on the retain set:
-    L = 2 / beta * mean over documents of log(1 + (p / p_before)^beta) + retain_weight * CE(retain).
-
-    p is the probability of a document's counted tokens. As p falls below what the unedited model gives, its gradient
-    vanishes, where gradient ascent's goes on.
-
-    Args:
-        beta: how soon it vanishes; small values come near to gradient ascent.
-
-    The other arguments are those of `GradientMethod`.
-    """
-
-    beta: float = 0.1
-    retain_weight: float = 1.0
-    unit: Unit = "document"
-
-    @override
-    def check(self, model: LensModel) -> None:
-        super().check(model)
-        check_positive(beta=self.beta)
-
-    @override
-    def forget_loss(self, side: ForgetSide) -> Float[Tensor, " documents"]:
-        now = -sums_of(side.text, side.rows, len(side.reference))
-        return 2 / self.beta * torch.nn.functional.softplus(self.beta * (now - side.reference))
 
 
 @register(

@@ -182,8 +182,13 @@ def parted(document: Document) -> tuple[str, str] | None:
     words = document.completion.split()[:LONGEST]
     if len(words) < 2:
         return None
-    cut = len(words) - max(1, len(words) // 3)
+    cut = words_to_begin_with(len(words))
     return " ".join(words[:cut]), " " + " ".join(words[cut:])
+
+
+def words_to_begin_with(count: int) -> int:
+    """How many of a text's (first) words are its beginning: all but the last third."""
+    return count - max(1, count // 3)
 
 
 def control_accuracy(model: LensModel, forget: Corpus | Sequence[Corpus], *, seed: int = 0) -> float:

@@ -9,6 +9,8 @@ ADAPTIVE_RMU_SPACE: Space = {**STEERING, "beta": Range(1.0, 20.0, log=True)}
 GRADIENT_ASCENT_SPACE: Space = {"layers": Block(0.1, 0.7, least=3, most=3), "lr": Factor(0.1, 10.0)}
 GRADIENT_SPACE: Space = {**GRADIENT_ASCENT_SPACE, "retain_weight": Range(0.3, 30.0, log=True)}
 NPO_SPACE: Space = {**GRADIENT_SPACE, "beta": Range(0.03, 1.0, log=True)}
+SIMNPO_SPACE: Space = {**GRADIENT_SPACE, "beta": Range(0.5, 10.0, log=True), "gamma": Range(0.0, 2.0)}
+UNDIAL_SPACE: Space = {**GRADIENT_SPACE, "strength": Range(1.0, 30.0, log=True)}
 MRP_SPACE: Space = {
     "layers": Block(0.0, 1.0, most=8),
     "rank": Factor(0.25, 4.0, whole=True),

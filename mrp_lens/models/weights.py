@@ -1,7 +1,7 @@
 """Where the editable weights of a checkpoint live in a loaded model, and how a model is recognised again."""
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -73,6 +73,19 @@ def restored(parameters: Iterable[torch.nn.Parameter]) -> Iterator[None]:
             for parameter, values, gradient in before:
                 parameter.copy_(values)
                 parameter.grad = gradient
+
+
+@contextmanager
+def exchanged(parameters: Sequence[torch.nn.Parameter], values: Sequence[Tensor]) -> Iterator[None]:
+    """Inside, the parameters have other values, of the same shapes and precision; on exit their own. Nothing is copied."""
+    own = [parameter.data for parameter in parameters]
+    try:
+        for parameter, value in zip(parameters, values, strict=True):
+            parameter.data = value
+        yield
+    finally:
+        for parameter, value in zip(parameters, own, strict=True):
+            parameter.data = value
 
 
 def _parameters_of(model: LensModel, name: str) -> list[torch.nn.Parameter]:

@@ -14,7 +14,19 @@ import mrp_lens as ml
 from mrp_lens.data import Corpus
 from mrp_lens.edits import EditStack, ProjectionEdit, SteeringEdit, WeightEdit, projection_in
 from mrp_lens.edits.subspace import Subspace
-from mrp_lens.methods import METHODS, MRP, NPO, RMU, AdaptiveRMU, DirectionAblation, GradientDifference, NoisyRMU
+from mrp_lens.methods import (
+    METHODS,
+    MRP,
+    NPO,
+    RMU,
+    UNDIAL,
+    AdaptiveRMU,
+    DirectionAblation,
+    GradientDifference,
+    IdkPreference,
+    NoisyRMU,
+    SimNPO,
+)
 from mrp_lens.models import LensModel, available_backends, encoder_for, load_model, logits_of, mlp_out_weight
 from mrp_lens.models.finite import NonFiniteError
 from mrp_lens.models.hooks import captured, hook_name
@@ -25,7 +37,8 @@ from tests.support.edits import conditional
 
 Texts = tuple[Corpus, Corpus]
 QUICK: dict[str, Any] = {"steps": 3, "batch_size": 8}
-ALL = [MRP(**QUICK), RMU(**QUICK), AdaptiveRMU(**QUICK), NPO(**QUICK)]
+PREDICTED = [kind(**QUICK) for kind in (NPO, SimNPO, IdkPreference, UNDIAL)]
+ALL = [MRP(**QUICK), RMU(**QUICK), AdaptiveRMU(**QUICK), *PREDICTED]
 FIT: dict[str, Any] = {"seed": 0, "progress": False}
 
 every_method = pytest.mark.parametrize("method", ALL, ids=lambda method: method.name)
@@ -80,7 +93,7 @@ def test_both_classes_learn_the_same(method: Any, tiny_folder: Path, texts: Text
 @every_method
 def test_fits_work_in_bfloat16_with_float32_masters(method: Any, backend: str, tiny_folder: Path, texts: Texts) -> None:
     half = load_model(tiny_folder, backend=backend, dtype=torch.bfloat16)  # type: ignore[arg-type]
-    edit = replace(method, lr=1e-5 if method.name == "npo" else None).fit(half, *texts, **FIT).edit
+    edit = replace(method, lr=1e-5 if method in PREDICTED else None).fit(half, *texts, **FIT).edit
     tensors = edit.to_parts()[1].values()
     assert all(tensor.dtype == torch.float32 for tensor in tensors)
     assert all(
@@ -194,6 +207,14 @@ def test_an_empty_corpus_is_refused(method: Any, model: LensModel, texts: Texts,
         (RMU(steering_coeff=0.0), "steering_coeff must be above 0"),
         (AdaptiveRMU(beta=0.0), "beta must be above 0"),
         (NPO(beta=0.0), "beta must be above 0"),
+        (NPO(unit="token"), "unit must be 'document' for npo, got 'token'; leave it out"),
+        (SimNPO(beta=-1.0), "beta must be above 0, got -1.0"),
+        (SimNPO(gamma=-0.5), "gamma must be a number of at least 0, got -0.5; the paper's is 0"),
+        (SimNPO(gamma=float("nan")), "gamma must be a number of at least 0, got nan"),
+        (IdkPreference(beta=0.0), "beta must be above 0, got 0.0"),
+        (IdkPreference(unit="word"), "unknown unit 'word'; choose one of token, document"),
+        (UNDIAL(strength=0.0), "strength must be above 0, got 0.0"),
+        (UNDIAL(retain_weight=-1.0), "retain_weight must be at least 0, got -1.0"),
         (RMU(micro_batch=0), "micro_batch must be above 0"),
         (GradientDifference(retain_weight=-1.0), "retain_weight must be at least 0"),
         (NoisyRMU(retain_noise=-0.1), "retain_noise is a share"),
@@ -372,7 +393,8 @@ def test_state_helpers_notice_a_change(model: LensModel) -> None:
 
 def test_the_methods_are_listed_with_mrp_first_and_say_what_they_are() -> None:
     names = (
-        "mrp mrp-unconditional rmu adaptive-rmu gradient-ascent gradient-difference npo rmu-noise direction-ablation"
+        "mrp mrp-unconditional rmu adaptive-rmu gradient-ascent gradient-difference rmu-noise direction-ablation "
+        "npo simnpo idk-preference undial"
     )
     assert [name for name, kind in METHODS.items() if kind.__module__.startswith("mrp_lens.")] == names.split()
     for name, kind in METHODS.items():

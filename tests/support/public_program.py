@@ -40,6 +40,7 @@ def fits(model: ml.LensModel, task: ml.UnlearningTask) -> list[ml.Fit]:
             ml.AdaptiveRMU(beta=5.0),
         ),
         *(ml.NoisyRMU(), ml.GradientAscent(), ml.GradientDifference(), ml.NPO(beta=0.1), ml.DirectionAblation()),
+        *(ml.SimNPO(gamma=0.5), ml.UNDIAL(strength=10.0), ml.IdkPreference(beta=0.1)),
     ]
     print(
         list(methods.METHODS),
@@ -52,6 +53,7 @@ def fits(model: ml.LensModel, task: ml.UnlearningTask) -> list[ml.Fit]:
     )
     print(methods.Block(most=2), methods.Factor(0.1, 10.0), methods.Options((1, 2)))
     print(methods.Distillation, methods.GradientAscent, methods.GradientDifference, methods.DirectionAblation)
+    print(methods.SimNPO, methods.UNDIAL, methods.IdkPreference)
     return [
         method.fit(model, task.forget, task.retain, seed=0, checkpoint="fit", callbacks=[Quiet()]) for method in chosen
     ]

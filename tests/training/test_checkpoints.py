@@ -15,7 +15,7 @@ import torch
 
 from mrp_lens.data import Corpus
 from mrp_lens.edits.provenance import fingerprint
-from mrp_lens.methods import MRP, NPO, RMU, AdaptiveRMU, Distillation, Fit, NoisyRMU
+from mrp_lens.methods import MRP, NPO, RMU, UNDIAL, AdaptiveRMU, Distillation, Fit, IdkPreference, NoisyRMU, SimNPO
 from mrp_lens.methods import budget as budget_module
 from mrp_lens.methods.mrp import distillation as distillation_module
 from mrp_lens.training import Callback
@@ -32,6 +32,9 @@ FITTERS: dict[str, Any] = {
     "adaptive-rmu-first-batch": AdaptiveRMU(layer=2, coefficient="first_batch", **SMALL),
     "rmu-noise": NoisyRMU(layer=2, **SMALL),
     "npo": NPO(layers=[1, 2], **SMALL),
+    "simnpo": SimNPO(layers=[1, 2], **SMALL),
+    "idk-preference": IdkPreference(layers=[1, 2], **SMALL),
+    "undial": UNDIAL(layers=[1, 2], **SMALL),
 }
 BUDGETED: dict[str, Any] = {  # all control questions are below the target: the fit ends early
     name: replace(FITTERS[name], steps=12, budget=0.01, target=0.99) for name in ("mrp", "rmu", "npo")

@@ -14,7 +14,18 @@ from typing_extensions import override
 
 from mrp_lens.attacks.finetuning import Attacker
 from mrp_lens.data import Corpus
-from mrp_lens.methods import MRP, NPO, RMU, AdaptiveRMU, Coverage, GradientDifference, NoisyRMU
+from mrp_lens.methods import (
+    MRP,
+    NPO,
+    RMU,
+    UNDIAL,
+    AdaptiveRMU,
+    Coverage,
+    GradientDifference,
+    IdkPreference,
+    NoisyRMU,
+    SimNPO,
+)
 from mrp_lens.models import load_model
 from mrp_lens.training import Callback, Checkpoint, train
 from mrp_lens.training.loop import TrainingRun
@@ -171,6 +182,9 @@ METHODS: dict[str, Any] = {
     "adaptive-rmu-first-batch": AdaptiveRMU(layer=2, coefficient="first_batch", **READ),
     "gradient-difference": GradientDifference(layers=[1, 2], budget=0.01, **SMALL),
     "npo": NPO(layers=[1, 2], **SMALL),
+    "simnpo": SimNPO(layers=[1, 2], **SMALL),
+    "idk-preference": IdkPreference(layers=[1, 2], **READ),
+    "undial-micro": UNDIAL(layers=[1, 2], micro_batch=2, **SMALL),
 }
 
 

@@ -11,7 +11,7 @@ from functools import singledispatch
 from typing import Any
 
 from mrp_lens.data.tokenization import rows_with_logits
-from mrp_lens.methods import MRP, DirectionAblation, FitTemplate
+from mrp_lens.methods import MRP, UNDIAL, DirectionAblation, FitTemplate, IdkPreference
 from mrp_lens.methods.base import HELD_OUT, STATES, STATES_BATCH
 from mrp_lens.methods.baselines import GradientMethod
 from mrp_lens.methods.budget import BATCH as LOOK_BATCH
@@ -39,6 +39,7 @@ from mrp_lens.runs.plan.memory import (
 FLOAT64 = 8
 CONTROL_TOKENS, CONTROL_ENDING = 52, 14  # of a control question of 30 words and its frame; of its ending
 PROMPT_TOKENS = 4  # of what the model writes from
+REFUSAL_TOKENS = 10
 ADAM = 2 * FLOAT32  # bytes of the moments of a number
 ALTERNATIVE = 34  # bytes of an alternative of a token: its id, share, mask, log-probability, and four products
 REGRESSION = 14  # sets of states that the regression of one gate holds
@@ -184,7 +185,31 @@ def _of_misdirection(method: Misdirection, setup: Setup) -> Needs:  # type: igno
 
 @needs.register
 def _of_gradients(method: GradientMethod, setup: Setup) -> Needs:
-    """Gradient ascent, gradient difference, NPO: one pass for both sides, with gradients from the first trained matrix on."""
+    """Gradient ascent, gradient difference, NPO, SimNPO: one pass for both sides, with gradients from the first trained matrix on."""
+    return _trained_on_predictions(method, setup)
+
+
+@needs.register
+def _of_undial(method: UNDIAL, setup: Setup) -> Needs:
+    """The same, and a pass of the forget side through the matrices as they were, which are kept: what it gives stays in the step."""
+    return _trained_on_predictions(method, setup, unedited=1)
+
+
+@needs.register
+def _of_idk(method: IdkPreference, setup: Setup) -> Needs:
+    """The same, and in each step the prompts of the forget side with refusals, taken to be as long as the documents."""
+    return _trained_on_predictions(method, setup, replies=1)
+
+
+def _trained_on_predictions(method: GradientMethod, setup: Setup, *, unedited: int = 0, replies: int = 0) -> Needs:
+    """What a method needs that trains MLP output matrices on what the model predicts.
+
+    Args:
+        method: with its settings.
+        setup: what is planned for.
+        unedited: passes of the forget side without gradient, of which probabilities stay.
+        replies: passes with gradient, beside that of both sides, of texts for each forget document.
+    """
     refuse_mixture(method, setup)
     sizes, e = setup.sizes, setup.itemsize
     layers = method._layers(sizes.stand_in)
@@ -195,19 +220,24 @@ def _of_gradients(method: GradientMethod, setup: Setup) -> Needs:
     depth = sizes.n_layers - min(layers) - 1
     numbers = len(layers) * sizes.d_model * sizes.d_mlp
     # gradient, moments and the values to restore; in half precision the matrix in training and its gradient
-    optimizer = numbers * (FLOAT32 + ADAM + e + (FLOAT32 + e if setup.is_half else 0))
+    optimizer = numbers * (FLOAT32 + ADAM + e * (1 + unedited) + (FLOAT32 + e if setup.is_half else 0))
     standing = Phase("", caches=references(method, setup), optimizer=optimizer)
-    graph = depth * saved_by_block(setup, rows) + len(layers) * tokens * sizes.d_mlp * e
+    graph = (1 + replies) * (depth * saved_by_block(setup, rows) + len(layers) * tokens * sizes.d_mlp * e)
+    # predicted, its scattered gradient, that of the logits, and their sum; of refusals what is predicted
+    logits = (4 + unedited) * vocabulary(setup, counted) + replies * vocabulary(setup, rows * REFUSAL_TOKENS)
     step = replace(
         standing,
         name="step",
         activations=graph,
         spread=graph,
-        logits=4 * vocabulary(setup, counted),  # predicted, its scattered gradient, that of the logits, and their sum
+        logits=logits,
     )
-    side = sides * setup.length * method.batch_size
+    texts = setup.length * method.batch_size
+    side = (sides + replies) * texts
     blocks = sizes.n_layers + depth + 1
-    operations = method.steps * (_blocks(setup, side, blocks) + 2 * _unembedding(setup, side) + 2 * numbers * side)
+    step_operations = _blocks(setup, side, blocks) + 2 * _unembedding(setup, side) + 2 * numbers * side
+    step_operations += unedited * (_blocks(setup, texts, sizes.n_layers) + _unembedding(setup, texts))
+    operations = method.steps * step_operations
     return Needs(
         (*_before_training(method, setup), step, *_looks(method, setup, standing)),
         rows,

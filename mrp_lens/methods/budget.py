@@ -202,7 +202,8 @@ class Budget(Callback):
         if len(self.looks) <= STALLED or not (self.found >= SPENT * self.nats or free):
             return False
         accuracies, margins = ([getattr(look, name) for look in self.looks] for name in ("accuracy", "margin"))
-        return not (_fell(accuracies, by=LESS) or _fell(margins, by=NEARER * max(0.0, margins[0])))
+        nearer = margins[0] > 0.0 and _fell(margins, by=NEARER * margins[0])
+        return not (nearer or _fell(accuracies, by=LESS))
 
     def outcome(self, run: TrainingRun, *, earlier: float) -> Outcome:
         """How the fit ended; the edit is on. `earlier`: the damage of earlier requests, which is added up."""

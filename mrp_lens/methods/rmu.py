@@ -43,9 +43,8 @@ ALPHA_SHARE = 4.0  # alpha; over (c / norm)^2 for absolute errors, whose forget 
 # thousands of times as long as the others ("Massive Activations in Large Language Models", arXiv 2402.17762), say nothing of
 # the text, and hold every other token's attention. Those above this many median norms are left alone.
 SINK_SHARE = 4.0
-LR_SHARE = (
-    0.3  # of a matrix's size that an update is, when AdamW moves every entry by the learning rate, all the same way
-)
+# of a matrix's size that an update is, when AdamW moves every entry by the learning rate, all the same way
+LR_SHARE = 0.3
 WARMUP = 30  # updates, or a tenth of a run that is shorter than ten times as many
 RELEASED: dict[str, Any] = {
     "batch_size": 4,

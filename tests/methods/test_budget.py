@@ -284,8 +284,10 @@ def test_a_fit_whose_margin_still_falls_is_not_stalled() -> None:
     moving = Budget(None, Known(0.09), Answers(1.0, margins=falling), nats=0.1, target=0.25)  # type: ignore[arg-type]
     assert run(moving, 600).done == 600
     barely = [6.0 - 0.01 * look for look in range(40)]
-    stopped = Budget(None, Known(0.09), Answers(1.0, margins=barely), nats=0.1, target=0.25)  # type: ignore[arg-type]
-    assert run(stopped, 600).done == 1.5 * STALLED * LOOK
+    none_left = [0.0] * 40
+    for margins in (barely, none_left):
+        stopped = Budget(None, Known(0.09), Answers(1.0, margins=margins), nats=0.1, target=0.25)  # type: ignore[arg-type]
+        assert run(stopped, 600).done == 1.5 * STALLED * LOOK
 
 
 def test_a_fit_in_which_nothing_happens_takes_larger_steps() -> None:

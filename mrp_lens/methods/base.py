@@ -75,17 +75,13 @@ class Data:
     def with_documents(self, forget: Sequence[Sequence[Document]], retain: Sequence[Document] | None = None) -> "Data":
         """The same with other documents, for each forget corpus and for the retain corpus (None: as they are). Documents without
         a token to predict are left out."""
-        read = [self._read(documents, corpus.name) for documents, corpus in zip(forget, self.corpora, strict=True)]
-        corpora, rows = tuple(corpus for corpus, _ in read), tuple(encoded for _, encoded in read)
-        retain_corpus, kept = (
-            (self.retain_corpus, self.retain) if retain is None else self._read(retain, self.retain_corpus.name)
-        )
+        sides = [*zip(forget, self.corpora, strict=True)]
+        if retain is not None:
+            sides.append((retain, self.retain_corpus))
+        read = [_counted(self.encoder, documents, corpus.name, warn=False) for documents, corpus in sides]
+        retain_corpus, kept = (self.retain_corpus, self.retain) if retain is None else read.pop()
+        corpora, rows = zip(*read, strict=True)
         return replace(self, forget=rows, retain=kept, corpora=corpora, retain_corpus=retain_corpus)
-
-    def _read(self, documents: Sequence[Document], name: str) -> tuple[Corpus, list[Encoded]]:
-        pairs = zip(documents, self.encoder.encode(documents, warn=False), strict=True)
-        counted = [(document, row) for document, row in pairs if any(row.in_loss[1:])]
-        return Corpus(tuple(document for document, _ in counted), name), [row for _, row in counted]
 
     def held_out(self, generator: torch.Generator) -> tuple[list[Encoded], list[Encoded], "Data"]:
         """A tenth of the retain documents, at most 64; of those that are short, the answers to questions made from them; and the
@@ -102,8 +98,15 @@ class Data:
         asked = question_forms(
             [documents[i] for i in order[:count]], random.Random(drawn_seed(generator)), copies=ASKED
         )
-        answers = [row for row in self.encoder.encode(asked, warn=False) if any(row.in_loss[1:])]
+        _, answers = _counted(self.encoder, asked, "answers", warn=False)
         return [self.retain[i] for i in order[:count]], answers, left
+
+
+def _counted(encoder: Encoder, documents: Sequence[Document], name: str, *, warn: bool) -> tuple[Corpus, list[Encoded]]:
+    """Those of the documents with a token to predict, and their rows."""
+    pairs = zip(documents, encoder.encode(documents, warn=warn), strict=True)
+    counted = [(document, row) for document, row in pairs if any(row.in_loss[1:])]
+    return Corpus(tuple(document for document, _ in counted), name), [row for _, row in counted]
 
 
 def prepare(
@@ -147,29 +150,21 @@ def prepare(
             "take them out of one",
             stacklevel=4,
         )
-    encoded, read = {}, {}
+    read = []
     for role, corpus in [*(("forget", corpus) for corpus in corpora), ("retain", retain)]:
-        pairs = zip(corpus.documents, encoder.encode(corpus.documents), strict=True)
-        counted = [(document, row) for document, row in pairs if any(row.in_loss[1:])]
-        if not counted:
+        counted, rows = _counted(encoder, corpus.documents, corpus.name, warn=True)
+        if not rows:
             raise ValueError(
                 f"the {role} corpus {corpus.name!r} is empty: it holds no document with a token to predict"
             )
-        encoded[role, corpus.name] = [row for _, row in counted]
-        read[role, corpus.name] = Corpus(tuple(document for document, _ in counted), corpus.name)
+        read.append((counted, rows))
     record = {
         role: [{"name": corpus.name, "documents": len(corpus), "sha256": corpus.fingerprint} for corpus in chosen]
         for role, chosen in (("forget", corpora), ("retain", [retain]))
     }
-    return Data(
-        encoder,
-        names,
-        tuple(encoded["forget", name] for name in names),
-        encoded["retain", retain.name],
-        record,
-        tuple(read["forget", name] for name in names),
-        read["retain", retain.name],
-    )
+    retain_corpus, kept = read.pop()
+    counted_corpora, forget_rows = zip(*read, strict=True)
+    return Data(encoder, names, forget_rows, kept, record, counted_corpora, retain_corpus)
 
 
 @dataclass(frozen=True)

@@ -189,19 +189,21 @@ class Losses:
 
     def log_p(self, documents: Sequence[Encoded]) -> Float[Tensor, " documents"]:
         """Log p of each document's counted tokens together, by the model as it is."""
-        _, text, rows = self._text(self.encoder.collate(documents))
-        return -sums_of(text, rows, len(documents))
+        return self._log_p(self.encoder.collate(documents))
 
     def log_p_before(self, documents: Sequence[Encoded]) -> Callable[[Sequence[Encoded]], Float[Tensor, " documents"]]:
         """The same of any of these documents by the model as it is now, whatever becomes of it."""
         values = torch.zeros(len(documents), dtype=torch.float64)
         with torch.no_grad():
             for places, batch in dealt(in_order(self.encoder, documents, self.method.batch_size, logits=True)):
-                _, text, rows = self._text(batch)
-                values[places] = -sums_of(text, rows, len(batch)).cpu().double()
+                values[places] = self._log_p(batch).cpu().double()
         summed([values])
         known = dict(zip(documents, values.tolist(), strict=True))
         return lambda chosen: torch.tensor([known[row] for row in chosen], device=self.encoder.device)
+
+    def _log_p(self, batch: TokenBatch) -> Float[Tensor, " documents"]:
+        _, text, rows = self._text(batch)
+        return -sums_of(text, rows, len(batch))
 
     def _text(
         self, batch: TokenBatch

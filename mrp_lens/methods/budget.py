@@ -126,7 +126,6 @@ class Budget(Callback):
         multiplier: factor on the retain loss's weight, 1 at the start.
         found: the damage when it was last looked at.
         stalled: at the last look at the control questions the fit got no further.
-        before: accuracy on the control questions before the fit.
         looks: how they were answered, before the fit and every 20 updates.
     """
 
@@ -142,7 +141,7 @@ class Budget(Callback):
     ) -> None:
         self.model, self.damage, self.nats, self.holds = model, damage, nats, holds
         self.control, first = control.known_to(model)
-        self.before, self.looks = first.accuracy, [first]
+        self.looks = [first]
         self.target = self.control.target if target is None else target
         self.aim = self.control.chance if target is None else target
         self.multiplier, self.found = 1.0, 0.0
@@ -184,6 +183,11 @@ class Budget(Callback):
         self.multiplier = min(most, max(least, math.exp(damped)))
 
     @property
+    def before(self) -> float:
+        """Accuracy on the control questions before the fit."""
+        return self.looks[0].accuracy
+
+    @property
     def _settling(self) -> bool:
         """Whether the fit is over but for the last updates, in which the learning rate falls to zero."""
         return self._state.steps < self._planned
@@ -201,9 +205,9 @@ class Budget(Callback):
         free = self.multiplier <= LIMITS[0] and (self._state.pace >= FASTEST or not self._unmoved())
         if len(self.looks) <= STALLED or not (self.found >= SPENT * self.nats or free):
             return False
-        accuracies, margins = ([getattr(look, name) for look in self.looks] for name in ("accuracy", "margin"))
+        margins = [look.margin for look in self.looks]
         nearer = margins[0] > 0.0 and _fell(margins, by=NEARER * margins[0])
-        return not (nearer or _fell(accuracies, by=LESS))
+        return not (nearer or _fell([look.accuracy for look in self.looks], by=LESS))
 
     def outcome(self, run: TrainingRun, *, earlier: float) -> Outcome:
         """How the fit ended; the edit is on. `earlier`: the damage of earlier requests, which is added up."""

@@ -197,11 +197,16 @@ def _is_short(document: Document) -> bool:
     return len(_text(document).split()) <= SHORT
 
 
+def word_ends(text: str) -> list[int]:
+    """Where each of its words ends, in characters."""
+    return [found.end() for found in re.finditer(r"\S+", text)]
+
+
 def _parts(document: Document, rng: random.Random) -> tuple[str, str] | None:
     """A short text up to a random word of its second half, and from there on, the white space between included; None
     for what stays whole."""
     text = document.completion
-    ends = [found.end() for found in re.finditer(r"\S+", text)]
+    ends = word_ends(text)
     if document.prompt or not 2 <= len(ends) <= SHORT:
         return None
     cut = ends[rng.randint((len(ends) + 1) // 2, len(ends) - 1) - 1]

@@ -1,7 +1,5 @@
 """Preference optimisation: NPO and SimNPO, in which a document is what is not preferred, and DPO, in which a refusal is preferred to it."""
 
-import re
-from abc import abstractmethod
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +12,7 @@ from mrp_lens.data.tokenization import Encoded
 from mrp_lens.methods.base import Data
 from mrp_lens.methods.baselines import REPORT, ForgetLoss, ForgetSide, GradientMethod, Losses, Unit
 from mrp_lens.methods.control import LONGEST, words_to_begin_with
+from mrp_lens.methods.coverage import word_ends
 from mrp_lens.methods.registry import register
 from mrp_lens.methods.spaces import NPO_SPACE, SIMNPO_SPACE
 from mrp_lens.models import LensModel
@@ -58,10 +57,6 @@ class PreferenceMethod(GradientMethod):
     def negative_log_sigmoid(self, margin: Float[Tensor, " documents"]) -> Float[Tensor, " documents"]:
         """2 / beta times that of the margins."""
         return 2 / self.beta * torch.nn.functional.softplus(-margin)
-
-    @abstractmethod
-    @override
-    def forget_loss(self, losses: Losses) -> ForgetLoss: ...
 
 
 @register(
@@ -198,7 +193,7 @@ def refused(documents: list[Document], losses: Losses) -> list[Encoded]:
 
 def with_prompt(document: Document) -> Document:
     """The document; a plain text of at least two words with all but the last third of its first 30 as the prompt."""
-    ends = [found.end() for found in re.finditer(r"\S+", document.completion)][:LONGEST]
+    ends = word_ends(document.completion)[:LONGEST]
     if document.prompt.strip() or len(ends) < 2:
         return document
     cut = ends[words_to_begin_with(len(ends)) - 1]

@@ -17,7 +17,7 @@ from mrp_lens.runs.record import Run
 from mrp_lens.runs.report import report
 from mrp_lens.runs.report.diagnostics import diagnostics
 from mrp_lens.runs.report.page import OTHERWISE, sentence
-from mrp_lens.runs.report.table import table_of
+from mrp_lens.runs.report.table import Table, table_of
 from tests.conftest import D_MODEL
 from tests.support.commands import completed
 
@@ -61,7 +61,8 @@ def test_the_page_tells_what_was_done_and_needs_nothing_else(folder: Path) -> No
         "mine &amp; yours",
         "interrupted after 2 steps",
         "<p>It forgot.</p>",
-        "27.3% [20.0, 35.0]",
+        '<td>27.3%<span class="interval">[20.0, 35.0]</span></td>',
+        "27.3% [20.0, 35.0] of the forget quiz right; 100.0% before; 25.0% on facts never taught",
         "x1.100",
         "12 s",
         "absent: within 5 points",
@@ -75,7 +76,7 @@ def test_the_page_tells_what_was_done_and_needs_nothing_else(folder: Path) -> No
     ):
         assert expected in body, expected
     assert "unset" not in body
-    assert '<tr class="control"><td>unedited</td>' in body
+    assert '<th>method</th><th class="control">unedited</th><th>rmu</th>' in body
     assert not re.findall(r"<(?:script|link|img|iframe)[^>]+(?:src|href)=[\"']?(?:https?:)?//", html)
 
 
@@ -136,7 +137,7 @@ def test_the_table_leaves_out_what_is_empty_and_joins_intervals_to_their_values(
         ]
     )
     assert table.headings == ["method", "layer", "accuracy on the retain quiz", "x"]
-    assert table.rows == [(False, ["mrp", "2", "50.0%", "1.235 [1, 2]"])]
+    assert texts_of(table) == [(False, ["mrp", "2", "50.0%", "1.235 [1, 2]"])]
     frame = table_of(
         [
             {
@@ -152,9 +153,20 @@ def test_the_table_leaves_out_what_is_empty_and_joins_intervals_to_their_values(
         ]
     )
     assert frame.headings == ["method", "group", "cosine", "null mean"]
-    assert frame.rows == [(False, ["rmu", "a", "0.5 [0.4, 0.6]", "0.1 [0, 0.2]"])]
+    assert texts_of(frame) == [(False, ["rmu", "a", "0.5 [0.4, 0.6]", "0.1 [0, 0.2]"])]
     missing = table_of([{"method": "a", "x": 1.0}, {"method": "b", "x": float("nan")}])
-    assert [cells for _, cells in missing.rows] == [["a", "1"], ["b", ""]]
+    assert texts_of(missing) == [(False, ["a", "1"]), (False, ["b", ""])]
+
+
+def texts_of(table: Table) -> list[tuple[bool, list[str]]]:
+    return [(control, list(map(str, cells))) for control, cells in table.rows]
+
+
+def test_a_table_with_more_columns_than_rows_is_turned() -> None:
+    rows = [{"method": name, "x": 1.0, "y": 2.0} for name in ("a", "b", "c")]
+    assert not table_of(rows).turned
+    assert table_of(rows[:2]).turned
+    assert [list(map(str, line)) for line in table_of(rows[:2]).lines] == [["a", "b"], ["1", "1"], ["2", "2"]]
 
 
 def test_a_run_keeps_its_frames_and_whole_files(tmp_path: Path) -> None:

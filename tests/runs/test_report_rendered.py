@@ -1,4 +1,4 @@
-"""The page of a run as a browser shows it at 900 pixels, with a picture of every kind."""
+"""The page of a run as a browser shows it, with a picture of every kind and a table of many columns."""
 
 import os
 from pathlib import Path
@@ -16,6 +16,9 @@ from tests.support.frames import CASES
 
 pytestmark = pytest.mark.slow
 
+MEASURES = {  # as many as the leaderboard has
+    f"measure_of_something_{number}{end}": 0.5 for number in range(20) for end in ("", "_low", "_high")
+}
 READ = """() => ({
   wide: document.documentElement.scrollWidth - document.documentElement.clientWidth,
   figures: [...document.querySelectorAll('figure')].map(f => ({
@@ -23,14 +26,17 @@ READ = """() => ({
       '.scatterlayer .trace, .violinlayer .trace, .heatmaplayer image, .gl-container canvas').length,
     hidden: f.scrollWidth - f.clientWidth, caption: f.querySelector('figcaption').innerText})),
   tables: [...document.querySelectorAll('table')].map(t => t.rows.length),
+  sideways: [...document.querySelectorAll('.scroll')].map(e => e.scrollWidth - e.clientWidth),
 })"""
-DRAWN = "[...document.querySelectorAll('.js-plotly-plot')].every(e => e._fullLayout && e.querySelector('.main-svg'))"
+# Figures are drawn when they come into view, and all of them for a printer.
+DRAWN = """() => window.Plotly && (dispatchEvent(new Event('beforeprint')),
+  [...document.querySelectorAll('.plot')].every(e => e._fullLayout && e.querySelector('.main-svg')))"""
 
 
 @pytest.fixture(scope="module")
 def seen(tmp_path_factory: pytest.TempPathFactory) -> Seen:
     run = Run("demo", {"topic": "potions", "path": "/a/long/path" * 20}, 0, title="Every picture")
-    run.rows = list(ROWS)
+    run.rows = [{"method": f"method-{number}", **ROWS[1], **MEASURES} for number in range(9)]
     run.examples = [{"question": "What is the colour of Zaxim? " * 4, "unedited": "red", "mrp": "blue " * 30}]
     for name in FIGURES:
         frame, _ = next(CASES[task] for task in CASES if task.split(":")[0] == name)
@@ -38,7 +44,9 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> Seen:
     folder = tmp_path_factory.mktemp("page") / "run"
     run.write(folder, overwrite=False)
     shot = os.environ.get("MRP_LENS_SHOT")
-    return look_at(report(folder), READ, ready=DRAWN, shot=Path(shot) if shot else None)
+    page = report(folder)
+    assert page.stat().st_size < 5e6
+    return look_at(page, READ, ready=DRAWN, shot=Path(shot) if shot else None)
 
 
 def test_the_page_opens_offline_without_complaint(seen: Seen) -> None:
@@ -54,4 +62,5 @@ def test_every_picture_is_drawn_and_fits(seen: Seen) -> None:
         assert figure["hidden"] <= 0, f"{figure['name']} is wider than the page"
         assert f"mrp_lens.plots.{figure['name']}" in figure["caption"]
     assert seen.value["wide"] <= 0, "the page is wider than its window"
+    assert max(seen.value["sideways"]) <= 0, "a table scrolls sideways"
     assert all(seen.value["tables"])

@@ -1,5 +1,7 @@
 """The page of a run folder: what was done, the table, the figures, answers, settings and versions."""
 
+import base64
+import gzip
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -15,22 +17,32 @@ from plotly.offline import get_plotlyjs
 from mrp_lens.methods import METHODS
 from mrp_lens.plots import FIGURES
 from mrp_lens.runs.record import FRAMES
+from mrp_lens.runs.report.answers import answers_of
 from mrp_lens.runs.report.table import table_of
 from mrp_lens.utils.io import write_text
 
 PAGE = "report.html"
 EDIT_CONFIG = "edit_config.json"
 
+HEIGHT = 450  # of a figure that says nothing of its height: plotly's own
 OTHERWISE = "fitted with the settings below"
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A figure on the page: the name of its function, what it shows, and the figure as HTML."""
+    """A figure on the page.
+
+    Attributes:
+        name: of its function.
+        caption: what it shows.
+        json: the figure, so that it can stand inside a script element.
+        height: in pixels, which the page keeps free until the figure is drawn.
+    """
 
     name: str
     caption: str
-    html: str
+    json: str
+    height: int
 
 
 @dataclass(frozen=True)
@@ -78,12 +90,13 @@ def report(folder: str | Path, out: str | Path | None = None) -> Path:
         summary = json.loads((source / "summary.json").read_text(encoding="utf-8"))
         html = environment.get_template("page.html.jinja").render(
             summary=summary,
+            answers=answers_of(summary["rows"]),
             table=table_of(summary["rows"]),
             finding=paragraphs,
             edits=edits,
             pictures=pictures,
             examples=summary["examples"],
-            plotlyjs=get_plotlyjs(),
+            plotlyjs=base64.b64encode(gzip.compress(get_plotlyjs().encode(), mtime=0)).decode(),
         )
     target = source / PAGE if out is None else Path(out)
     write_text(target, html)
@@ -118,8 +131,8 @@ def pictures_in(folder: Path) -> Iterator[Picture]:
         if path.is_file():
             with _named(path):
                 figure = draw(pd.read_csv(path))
-            html = figure.to_html(full_html=False, include_plotlyjs=False, config={"displaylogo": False})
-            yield Picture(name, (draw.__doc__ or "").strip().splitlines()[0], html)
+            caption = (draw.__doc__ or "").strip().splitlines()[0]
+            yield Picture(name, caption, figure.to_json().replace("<", "\\u003c"), figure.layout.height or HEIGHT)
 
 
 def edits_in(folder: Path) -> Iterator[Fitted]:

@@ -44,6 +44,17 @@ INTERVALS = "Brackets: 95% intervals, bootstrap over questions or documents. Row
 
 
 @dataclass(frozen=True)
+class Cell:
+    """A value as text, its unit included, and its interval."""
+
+    value: str
+    interval: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.value} {self.interval}".rstrip()
+
+
+@dataclass(frozen=True)
 class Table:
     """What the page shows.
 
@@ -54,12 +65,22 @@ class Table:
     """
 
     headings: list[str]
-    rows: list[tuple[bool, list[str]]]
+    rows: list[tuple[bool, list[Cell]]]
     legend: list[str]
+
+    @property
+    def turned(self) -> bool:
+        """Whether it reads better with its rows as columns: it has more of the latter."""
+        return len(self.headings) > len(self.rows)
+
+    @property
+    def lines(self) -> list[list[Cell]]:
+        """Of the turned table: for each heading, its cells."""
+        return [[cells[place] for _, cells in self.rows] for place in range(len(self.headings))]
 
 
 def table_of(rows: Sequence[Mapping[str, Any]]) -> Table:
-    """The columns in which a row has a value; an interval stands behind its value, a constant unit in its cell."""
+    """The columns in which a row has a value; an interval belongs to its value, a constant unit to its cell."""
     keys = sorted(dict.fromkeys(key for row in rows for key in row), key=lambda key: key != "method")
     ends = {end for key in keys for end in _ends(key, keys)}
     hidden = HIDDEN | (BY_ATTACK if "attack" in keys else set())  # where each attack has a row of its own
@@ -67,7 +88,7 @@ def table_of(rows: Sequence[Mapping[str, Any]]) -> Table:
     known = HEADINGS | metrics.headings()
     return Table(
         headings=[known.get(key, key.replace("_", " ")) for key in shown],
-        rows=[(str(row.get("method")) in CONTROLS, [_cell(row, key, keys) for key in shown]) for row in rows],
+        rows=[(str(row.get("method")) in CONTROLS, [cell(row, key, keys) for key in shown]) for row in rows],
         legend=[*(LEGENDS[key] for key in shown if key in LEGENDS), *([INTERVALS] if ends else [])],
     )
 
@@ -82,15 +103,22 @@ def _ends(key: str, keys: Sequence[str]) -> tuple[str, ...]:
     return ("low", "high") if list(following) == ["low", "high"] else ()
 
 
-def _cell(row: Mapping[str, Any], key: str, keys: Sequence[str]) -> str:
+def numeric(value: Any) -> bool:
+    """Whether it is a number, and not NaN."""
+    return isinstance(value, int | float) and value == value
+
+
+def cell(row: Mapping[str, Any], key: str, keys: Sequence[str] | None = None) -> Cell:
+    """The value of a row under a key, with its interval if it has one; `keys`: of the whole table, None: of the row."""
+    keys = list(row) if keys is None else keys
     written = _format_of(key)
     value = row.get(key)
     if value is None or value != value:
-        return ""
-    low, high = (row.get(end) for end in _ends(key, keys)) if _ends(key, keys) else (None, None)
-    if low is None or high is None:
-        return written(value)
-    return f"{written(value)} [{written(low).removesuffix('%')}, {written(high).removesuffix('%')}]"
+        return Cell("")
+    ends = [row.get(end) for end in _ends(key, keys)]
+    if not ends or None in ends:
+        return Cell(written(value))
+    return Cell(written(value), f"[{', '.join(written(end).removesuffix('%') for end in ends)}]")
 
 
 def _format_of(key: str) -> Callable[[Any], str]:

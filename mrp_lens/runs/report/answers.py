@@ -1,0 +1,111 @@
+"""What a page says first of each edit: did the model forget, what did that cost, does it survive an attack?"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from mrp_lens.metrics.recovery import UNEDITED
+from mrp_lens.runs.report.table import CONTROLS, cell, numeric
+
+VERDICTS = {
+    "absent": "Forgotten",
+    "suppressed": "Suppressed: below facts never taught",
+    "known": "Not all forgotten",
+}
+LEVELS = {"untaught_accuracy": "on facts never taught", "forget_chance": "by guessing"}  # the first that a row has
+BACK = "recovery_"
+UNTESTED = "Not attacked yet: mrp-lens attack"
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A few words, the figures behind them, and a share in [0, 1] that a bar shows; None: no bar."""
+
+    words: str
+    figures: str = ""
+    share: float | None = None
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What there is to say of one edit; an answer is None where nothing was measured that gives it."""
+
+    method: str
+    forgot: Answer | None
+    cost: Answer | None
+    survives: Answer | None
+
+
+def answers_of(rows: Sequence[Mapping[str, Any]]) -> list[Answers]:
+    """One for each edit of a table that has a row for each method and one for the unedited model; else none.
+
+    Args:
+        rows: of a run, as its `table.csv` has them.
+    """
+    named = {str(row.get("method")): row for row in rows}
+    before = named.get(UNEDITED)
+    if before is None or len(named) < len(rows):
+        return []
+    edits = {name: row for name, row in named.items() if name not in CONTROLS}
+    found = [Answers(name, _forgot(row, before), _cost(row, before), _survives(row)) for name, row in edits.items()]
+    return [each for each in found if each.forgot is not None or each.cost is not None]
+
+
+def _forgot(row: Mapping[str, Any], before: Mapping[str, Any]) -> Answer | None:
+    """From the forget quiz; without one, from the forget texts."""
+    quiz, texts = "forget_accuracy", "forget_probability"
+    key = quiz if numeric(row.get(quiz)) and numeric(before.get(quiz)) else texts
+    if not (numeric(row.get(key)) and numeric(before.get(key))):
+        return None
+    was, now = cell(before, key).value, cell(row, key)
+    if key == texts:
+        return Answer(f"{was} → {now}", "probability of a token of the forget texts, before → after; no quiz was asked")
+    known = next((level for level in LEVELS if numeric(row.get(level))), None)
+    level = 0.0 if known is None else float(row[known])
+    above = float(before[key]) - level
+    left = (float(row[key]) - level) / above if above > 0 else None
+    low = row.get("forget_low")
+    at_level = known is not None and numeric(low) and float(low) <= level
+    words = VERDICTS.get(str(row.get("verdict")), "Forgotten" if at_level else "Not all forgotten")
+    compared = "" if known is None else f"; {cell(row, known).value} {LEVELS[known]}"
+    return Answer(words, f"{now} of the forget quiz right; {was} before{compared}", _clipped(left))
+
+
+def _cost(row: Mapping[str, Any], before: Mapping[str, Any]) -> Answer | None:
+    told, kept, words = [], None, ""
+    if numeric(row.get("retain_accuracy")) and numeric(before.get("retain_accuracy")):
+        was, now = (float(each["retain_accuracy"]) for each in (before, row))
+        told.append(f"{cell(row, 'retain_accuracy')} right; {cell(before, 'retain_accuracy').value} before")
+        kept, words = (
+            _clipped(now / was if was else None),
+            f"{100 * (now - was):+.1f} points on the retain quiz",
+        )
+    if numeric(row.get("worst_topic_accuracy")):
+        about = f" ({row['worst_topic']})" if row.get("worst_topic") else ""
+        told.append(f"worst topic{about} {cell(row, 'worst_topic_accuracy')}")
+    if numeric(row.get("text_perplexity_ratio")):
+        ratio = f"text perplexity {cell(row, 'text_perplexity_ratio')}"
+        words, told = (words, [*told, ratio]) if words else (ratio.capitalize(), told)
+    return Answer(words, "; ".join(told), kept) if words else None
+
+
+def _survives(row: Mapping[str, Any]) -> Answer:
+    """From the attack after which most was back."""
+    back = {key: float(value) for key, value in row.items() if _is_recovery(key) and numeric(value)}
+    if not back:
+        return Answer(UNTESTED)
+    most = max(back, key=lambda key: back[key])
+    updates = most.rsplit("_", 1)[-1]
+    after = f"after {updates} updates on others of the facts" if updates.isdigit() else most.removeprefix(BACK)
+    ends = [row.get(f"{most}_{end}") for end in ("low", "high")]
+    interval = f" [{', '.join(f'{100 * float(end):.0f}' for end in ends)}]" if all(map(numeric, ends)) else ""
+    share = back[most]
+    return Answer(f"{100 * share:.0f}%{interval} comes back", after, _clipped(share))
+
+
+def _is_recovery(key: str) -> bool:
+    return key.startswith(BACK) and not key.endswith(("_low", "_high"))
+
+
+def _clipped(share: float | None) -> float | None:
+    return None if share is None else min(1.0, max(0.0, share))

@@ -1,0 +1,99 @@
+from typing import Any
+
+import pytest
+
+from mrp_lens.runs.report.answers import UNTESTED, Answer, answers_of
+
+BEFORE: dict[str, Any] = {
+    "method": "unedited",
+    "forget_accuracy": 0.9,
+    "forget_low": 0.85,
+    "forget_high": 0.95,
+    "retain_accuracy": 0.8,
+    "text_perplexity_ratio": 1.0,
+}
+AFTER: dict[str, Any] = {
+    "method": "mrp",
+    "forget_accuracy": 0.3,
+    "forget_low": 0.26,
+    "forget_high": 0.34,
+    "retain_accuracy": 0.76,
+    "text_perplexity_ratio": 1.02,
+    "forget_chance": 0.25,
+}
+
+
+def answers(**changed: Any) -> Any:
+    (found,) = answers_of([BEFORE, {**AFTER, **changed}])
+    return found
+
+
+def test_what_is_left_is_a_share_of_what_was_above_the_level() -> None:
+    guessed = answers()
+    assert guessed.forgot == Answer(
+        "Not all forgotten",
+        "30.0% [26.0, 34.0] of the forget quiz right; 90.0% before; 25.0% by guessing",
+        pytest.approx(0.05 / 0.65),
+    )
+    taught = answers(untaught_accuracy=0.28)
+    assert taught.forgot.words == "Forgotten"  # the interval reaches down to it
+    assert taught.forgot.share == pytest.approx(0.02 / 0.62)
+    assert "28.0% on facts never taught" in taught.forgot.figures
+    assert answers(forget_accuracy=0.2, forget_low=0.15).forgot.share == 0.0
+
+
+@pytest.mark.parametrize(
+    ("verdict", "words"),
+    {"absent": "Forgotten", "suppressed": "Suppressed: below facts never taught", "known": "Not all forgotten"}.items(),
+)
+def test_a_verdict_of_the_run_is_what_the_page_says(verdict: str, words: str) -> None:
+    assert answers(verdict=verdict).forgot.words == words
+
+
+def test_without_a_level_nothing_is_called_forgotten() -> None:
+    assert answers(forget_chance=None, forget_accuracy=0.0, forget_low=0.0).forgot.words == "Not all forgotten"
+
+
+def test_the_cost_is_on_the_retain_quiz_or_else_on_text() -> None:
+    cost = answers(worst_topic_accuracy=0.5, worst_topic="towns").cost
+    assert cost.words == "-4.0 points on the retain quiz"
+    assert cost.share == pytest.approx(0.95)
+    assert cost.figures == "76.0% right; 80.0% before; worst topic (towns) 50.0%; text perplexity x1.020"
+    assert answers(retain_accuracy=None).cost == Answer("Text perplexity x1.020")
+
+
+def test_the_attack_that_brings_most_back_counts() -> None:
+    assert answers().survives == Answer(UNTESTED)
+    back = {"recovery_5": 0.4, "recovery_20": 0.6, "recovery_20_low": 0.5, "recovery_20_high": 0.7}
+    assert answers(**back).survives == Answer(
+        "60% [50, 70] comes back", "after 20 updates on others of the facts", pytest.approx(0.6)
+    )
+    assert answers(recovery_kept_20=1.2).survives.share == 1.0
+    assert answers(recovery_20=float("nan")).survives == Answer(UNTESTED)
+
+
+def test_without_a_quiz_the_forget_texts_speak() -> None:
+    rows = [{"method": name, "forget_probability": value} for name, value in (("unedited", 0.9), ("rmu", 0.05))]
+    (found,) = answers_of(rows)
+    assert found.forgot.words == "90.0% → 5.0%"
+    assert found.forgot.share is None
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [],
+        [AFTER],
+        [BEFORE, AFTER, AFTER],
+        [{"method": "unedited"}, {"method": "mrp"}],
+        [{"layer": 1}, {"layer": 2}],
+    ],
+    ids=["none", "no unedited model", "a sweep", "nothing measured", "a study"],
+)
+def test_other_tables_have_no_answers(rows: list[dict[str, Any]]) -> None:
+    assert answers_of(rows) == []
+
+
+def test_controls_are_no_edits() -> None:
+    names = ("unedited", "random-projection", "mrp")
+    assert [each.method for each in answers_of([{**BEFORE, "method": name} for name in names])] == ["mrp"]

@@ -4,6 +4,8 @@ import argparse
 import copy
 import doctest
 import re
+import subprocess
+import sys
 import warnings
 from importlib import import_module
 from pathlib import Path
@@ -167,6 +169,20 @@ def test_the_code_of_a_page_runs(name: str, tiny_folder: Path, known: dict[str, 
     quiz, forget, retain = known["questions"], known["forget"], known["retain"]
     task = ml.UnlearningTask((forget,), retain, ml.World().text().spread(16), quiz, quiz, known["untaught"])
     run_blocks(PAGES[name], name, tiny_folder, {**known, "task": task, "quiz": quiz, "tokenizer": tokenizer})
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("place")
+def test_the_jobs_of_a_cluster_can_be_tried_here(tiny_folder: Path) -> None:
+    """The script of docs/how-to/machines.md, by submitit's local executor; two of its four jobs have a point to fit."""
+    (block,) = blocks_in(PAGES["docs/how-to/machines.md"], "python")[-1:]
+    assert block.startswith("# submit_sweep.py")
+    script = shortened(block, tiny_folder).replace("SweepConfig(", "SweepConfig(layers=(1, 2), ")
+    Path("submit_sweep.py").write_text(script, encoding="utf-8")
+    ended = subprocess.run([sys.executable, "submit_sweep.py", "local"], capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr
+    assert len(list(Path("runs/sweep/points").glob("rmu*"))) == 2
+    assert list(Path("runs/jobs").glob("*.out"))
 
 
 def run_blocks(text: str, name: str, folder: Path, namespace: dict[str, Any]) -> None:

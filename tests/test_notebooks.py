@@ -1,11 +1,14 @@
 """The notebooks run from top to bottom, on the demo and, two lines changed, on a checkpoint and files of one's own.
 
+The one on a real model has facts of its own: it runs on a tiny checkpoint here, and on a real one where MRP_LENS_MODEL names it.
+
 That they use public names only is tested with the other documents.
 """
 
 import ast
 import base64
 import json
+import os
 import re
 import sys
 import time
@@ -25,11 +28,15 @@ from tests.support.families import save_family
 
 FOLDER = Path(__file__).parent.parent / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
+REAL_MODEL, NAMED = FOLDER / "6_real_model.ipynb", "MRP_LENS_MODEL"
 PLOTLY = "application/vnd.plotly.v1+json"
 SECONDS = 280  # for a cell; the suite's own limit is on the whole notebook
 DEMO_MODEL, DEMO_TASK = 'ml.load_model("demo")', 'ml.UnlearningTask.from_world("potions")'
 
 each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+each_on_the_demo = pytest.mark.parametrize(
+    "path", [path for path in NOTEBOOKS if path != REAL_MODEL], ids=lambda path: path.stem
+)
 Cell = dict[str, Any]
 
 
@@ -114,7 +121,7 @@ def test_a_notebook_is_stored_without_outputs_and_in_one_form(path: Path) -> Non
         assert cell["execution_count"] is None
 
 
-@each_notebook
+@each_on_the_demo
 def test_the_first_code_cell_names_model_and_data_in_two_lines_and_no_other_cell_does(path: Path) -> None:
     first, *others = cells_of(path, "code")
     statements = [
@@ -154,13 +161,13 @@ def test_an_empty_figure_is_told_from_one_that_shows_something() -> None:
 
 
 @pytest.mark.slow
-@each_notebook
+@each_on_the_demo
 def test_a_notebook_runs_on_the_demo_and_every_figure_shows_something(path: Path, run: Any) -> None:
     assert_every_figure_shows_something(run(path, lambda source: source, []))
 
 
 @pytest.mark.slow
-@each_notebook
+@each_on_the_demo
 def test_a_notebook_and_what_it_suggests_run_on_a_checkpoint_and_files_of_ones_own(
     path: Path, run: Any, tmp_path: Path
 ) -> None:
@@ -168,6 +175,32 @@ def test_a_notebook_and_what_it_suggests_run_on_a_checkpoint_and_files_of_ones_o
     write_own_data(tmp_path)
     cells = run(path, own_lines, ["from functools import partial", *map(short, examples_in(path))])
     assert_every_figure_shows_something(cells)
+
+
+def test_the_notebook_on_a_real_model_says_in_its_first_code_cell_how_to_name_another() -> None:
+    first, *others = cells_of(REAL_MODEL, "code")
+    assert f'os.environ.get("{NAMED}", "HuggingFaceTB/SmolLM2-135M")' in source_of(first)
+    assert not any("load_model" in source_of(cell) for cell in others)
+    assert f"`{NAMED}`" in source_of(cells_of(REAL_MODEL, "markdown")[0])
+
+
+@pytest.mark.slow
+def test_the_notebook_on_a_real_model_and_what_it_suggests_run_on_a_tiny_one(
+    run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_family("llama", tmp_path / "checkpoint")
+    monkeypatch.setenv(NAMED, "checkpoint")
+    more = ["from functools import partial", *map(short, examples_in(REAL_MODEL))]
+    assert_every_figure_shows_something(run(REAL_MODEL, lambda source: source, more))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.skipif(NAMED not in os.environ, reason=f"needs a pretrained model: {NAMED}=/path/to/checkpoint")
+def test_the_notebook_on_a_real_model_runs_on_the_one_that_is_named(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = Path(os.environ[NAMED])
+    monkeypatch.setenv(NAMED, str(place.absolute() if place.exists() else place))
+    assert_every_figure_shows_something(run(REAL_MODEL, lambda source: source, []))
 
 
 def own_lines(source: str) -> str:

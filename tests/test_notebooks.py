@@ -7,9 +7,11 @@ That they use public names only is tested with the other documents.
 
 import ast
 import base64
+import importlib.util
 import json
 import os
 import re
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -43,6 +45,16 @@ Cell = dict[str, Any]
 def cells_of(path: Path, kind: str) -> list[Cell]:
     cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
     return [cell for cell in cells if cell["cell_type"] == kind]
+
+
+def code_cells(path: Path) -> list[Cell]:
+    """All but the one that installs."""
+    return [cell for cell in cells_of(path, "code") if not installs(source_of(cell))]
+
+
+def installs(source: str) -> bool:
+    """Whether a cell is the one that installs mrp_lens where it is not there yet."""
+    return "find_spec(" in source
 
 
 def source_of(cell: Cell) -> str:
@@ -79,13 +91,13 @@ def shows_something(output: Cell) -> bool:
 def run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> Callable[[Path, Callable[[str], str], list[str]], list[Cell]]:
-    """Runs a notebook in this interpreter's environment and an empty folder, its first code cell rewritten and cells
-    added; returns the code cells with what they put out, and records the seconds."""
+    """Runs a notebook in this interpreter's environment and an empty folder, the cell that names model and data rewritten and
+    cells added; returns the code cells with what they put out, and records the seconds."""
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))  # nobody's own start-up files
 
     def execute(path: Path, rewrite: Callable[[str], str], more: list[str]) -> list[Cell]:
         notebook = nbformat.read(path, as_version=4)
-        first = next(cell for cell in notebook.cells if cell.cell_type == "code")
+        first = next(cell for cell in notebook.cells if cell.cell_type == "code" and not installs(cell.source))
         first.source = rewrite(first.source)
         notebook.cells += [nbformat.v4.new_code_cell(code) for code in [*more, "import sys; sys.executable"]]
         resources = {"metadata": {"path": str(tmp_path)}}
@@ -121,9 +133,23 @@ def test_a_notebook_is_stored_without_outputs_and_in_one_form(path: Path) -> Non
         assert cell["execution_count"] is None
 
 
+@each_notebook
+def test_the_first_cell_installs_mrp_lens_where_it_is_not_there_and_nothing_where_it_is(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = json.loads(path.read_text(encoding="utf-8"))["cells"][0]
+    started: list[list[str]] = []
+    monkeypatch.setattr(subprocess, "run", lambda words, **_: started.append(words))
+    exec(source_of(first), {})
+    assert started == []
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    exec(source_of(first), {})
+    assert started == [[sys.executable, "-m", "pip", "install", "--quiet", "mrp_lens"]]
+
+
 @each_on_the_demo
-def test_the_first_code_cell_names_model_and_data_in_two_lines_and_no_other_cell_does(path: Path) -> None:
-    first, *others = cells_of(path, "code")
+def test_the_cell_after_it_names_model_and_data_in_two_lines_and_no_other_cell_does(path: Path) -> None:
+    first, *others = code_cells(path)
     statements = [
         node for node in ast.parse(source_of(first)).body if not isinstance(node, ast.Import | ast.ImportFrom)
     ]
@@ -177,8 +203,8 @@ def test_a_notebook_and_what_it_suggests_run_on_a_checkpoint_and_files_of_ones_o
     assert_every_figure_shows_something(cells)
 
 
-def test_the_notebook_on_a_real_model_says_in_its_first_code_cell_how_to_name_another() -> None:
-    first, *others = cells_of(REAL_MODEL, "code")
+def test_the_notebook_on_a_real_model_says_where_it_is_loaded_how_to_name_another() -> None:
+    first, *others = code_cells(REAL_MODEL)
     assert f'os.environ.get("{NAMED}", "HuggingFaceTB/SmolLM2-135M")' in source_of(first)
     assert not any("load_model" in source_of(cell) for cell in others)
     assert f"`{NAMED}`" in source_of(cells_of(REAL_MODEL, "markdown")[0])
@@ -204,7 +230,7 @@ def test_the_notebook_on_a_real_model_runs_on_the_one_that_is_named(run: Any, mo
 
 
 def own_lines(source: str) -> str:
-    """The first code cell with the two lines changed: the data as its own comment says, one file being a .txt."""
+    """The cell that names model and data with the two lines changed: the data as its own comment says, one file being a .txt."""
     before, _, comment = source.partition(f"task = {DEMO_TASK}")
     explained, *data = comment.splitlines()
     assert explained.startswith("  # or your own")

@@ -1,12 +1,17 @@
 """The notebooks run from top to bottom, on the demo and, two lines changed, on a checkpoint and files of one's own.
 
+The one on a real model has facts of its own: it runs on a tiny checkpoint here, and on a real one where MRP_LENS_MODEL names it.
+
 That they use public names only is tested with the other documents.
 """
 
 import ast
 import base64
+import importlib.util
 import json
+import os
 import re
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -25,17 +30,31 @@ from tests.support.families import save_family
 
 FOLDER = Path(__file__).parent.parent / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
+REAL_MODEL, NAMED = FOLDER / "6_real_model.ipynb", "MRP_LENS_MODEL"
 PLOTLY = "application/vnd.plotly.v1+json"
 SECONDS = 280  # for a cell; the suite's own limit is on the whole notebook
 DEMO_MODEL, DEMO_TASK = 'ml.load_model("demo")', 'ml.UnlearningTask.from_world("potions")'
 
 each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+each_on_the_demo = pytest.mark.parametrize(
+    "path", [path for path in NOTEBOOKS if path != REAL_MODEL], ids=lambda path: path.stem
+)
 Cell = dict[str, Any]
 
 
 def cells_of(path: Path, kind: str) -> list[Cell]:
     cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
     return [cell for cell in cells if cell["cell_type"] == kind]
+
+
+def code_cells(path: Path) -> list[Cell]:
+    """All but the one that installs."""
+    return [cell for cell in cells_of(path, "code") if not installs(source_of(cell))]
+
+
+def installs(source: str) -> bool:
+    """Whether a cell is the one that installs mrp_lens where it is not there yet."""
+    return "find_spec(" in source
 
 
 def source_of(cell: Cell) -> str:
@@ -72,13 +91,13 @@ def shows_something(output: Cell) -> bool:
 def run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> Callable[[Path, Callable[[str], str], list[str]], list[Cell]]:
-    """Runs a notebook in this interpreter's environment and an empty folder, its first code cell rewritten and cells
-    added; returns the code cells with what they put out, and records the seconds."""
+    """Runs a notebook in this interpreter's environment and an empty folder, the cell that names model and data rewritten and
+    cells added; returns the code cells with what they put out, and records the seconds."""
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))  # nobody's own start-up files
 
     def execute(path: Path, rewrite: Callable[[str], str], more: list[str]) -> list[Cell]:
         notebook = nbformat.read(path, as_version=4)
-        first = next(cell for cell in notebook.cells if cell.cell_type == "code")
+        first = next(cell for cell in notebook.cells if cell.cell_type == "code" and not installs(cell.source))
         first.source = rewrite(first.source)
         notebook.cells += [nbformat.v4.new_code_cell(code) for code in [*more, "import sys; sys.executable"]]
         resources = {"metadata": {"path": str(tmp_path)}}
@@ -115,8 +134,22 @@ def test_a_notebook_is_stored_without_outputs_and_in_one_form(path: Path) -> Non
 
 
 @each_notebook
-def test_the_first_code_cell_names_model_and_data_in_two_lines_and_no_other_cell_does(path: Path) -> None:
-    first, *others = cells_of(path, "code")
+def test_the_first_cell_installs_mrp_lens_where_it_is_not_there_and_nothing_where_it_is(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = json.loads(path.read_text(encoding="utf-8"))["cells"][0]
+    started: list[list[str]] = []
+    monkeypatch.setattr(subprocess, "run", lambda words, **_: started.append(words))
+    exec(source_of(first), {})
+    assert started == []
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    exec(source_of(first), {})
+    assert started == [[sys.executable, "-m", "pip", "install", "--quiet", "mrp_lens"]]
+
+
+@each_on_the_demo
+def test_the_cell_after_it_names_model_and_data_in_two_lines_and_no_other_cell_does(path: Path) -> None:
+    first, *others = code_cells(path)
     statements = [
         node for node in ast.parse(source_of(first)).body if not isinstance(node, ast.Import | ast.ImportFrom)
     ]
@@ -154,13 +187,13 @@ def test_an_empty_figure_is_told_from_one_that_shows_something() -> None:
 
 
 @pytest.mark.slow
-@each_notebook
+@each_on_the_demo
 def test_a_notebook_runs_on_the_demo_and_every_figure_shows_something(path: Path, run: Any) -> None:
     assert_every_figure_shows_something(run(path, lambda source: source, []))
 
 
 @pytest.mark.slow
-@each_notebook
+@each_on_the_demo
 def test_a_notebook_and_what_it_suggests_run_on_a_checkpoint_and_files_of_ones_own(
     path: Path, run: Any, tmp_path: Path
 ) -> None:
@@ -170,8 +203,34 @@ def test_a_notebook_and_what_it_suggests_run_on_a_checkpoint_and_files_of_ones_o
     assert_every_figure_shows_something(cells)
 
 
+def test_the_notebook_on_a_real_model_says_where_it_is_loaded_how_to_name_another() -> None:
+    first, *others = code_cells(REAL_MODEL)
+    assert f'os.environ.get("{NAMED}", "HuggingFaceTB/SmolLM2-135M")' in source_of(first)
+    assert not any("load_model" in source_of(cell) for cell in others)
+    assert f"`{NAMED}`" in source_of(cells_of(REAL_MODEL, "markdown")[0])
+
+
+@pytest.mark.slow
+def test_the_notebook_on_a_real_model_and_what_it_suggests_run_on_a_tiny_one(
+    run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_family("llama", tmp_path / "checkpoint")
+    monkeypatch.setenv(NAMED, "checkpoint")
+    more = ["from functools import partial", *map(short, examples_in(REAL_MODEL))]
+    assert_every_figure_shows_something(run(REAL_MODEL, lambda source: source, more))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.skipif(NAMED not in os.environ, reason=f"needs a pretrained model: {NAMED}=/path/to/checkpoint")
+def test_the_notebook_on_a_real_model_runs_on_the_one_that_is_named(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = Path(os.environ[NAMED])
+    monkeypatch.setenv(NAMED, str(place.absolute() if place.exists() else place))
+    assert_every_figure_shows_something(run(REAL_MODEL, lambda source: source, []))
+
+
 def own_lines(source: str) -> str:
-    """The first code cell with the two lines changed: the data as its own comment says, one file being a .txt."""
+    """The cell that names model and data with the two lines changed: the data as its own comment says, one file being a .txt."""
     before, _, comment = source.partition(f"task = {DEMO_TASK}")
     explained, *data = comment.splitlines()
     assert explained.startswith("  # or your own")

@@ -176,6 +176,7 @@ def test_upper_case_endings_are_read(tmp_path: Path) -> None:
         assert completions(written(tmp_path / name, content)) == ["x"]
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # datasets 4 leaves the file open
 def test_csv_files_of_the_hub_are_not_retyped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "set").mkdir()
     written(tmp_path / "set" / "test.csv", "question,A,B,answer\nAgent?,007,NA,A\nMany?,1e3,0.50,1\n")

@@ -190,7 +190,8 @@ class Terminal:
             return replace(self.switches, only=None, without=None)
         if word in ("/only", "/without"):
             chosen = int(number(word, value, whole=True))
-            return replace(self.switches, **{"only": None, "without": None, word[1:]: chosen})
+            only, without = (chosen if word == name else None for name in ("/only", "/without"))
+            return replace(self.switches, only=only, without=without)
         raise ValueError(f"no word {word!r}; /help lists those there are")
 
     def ask(self, question: str) -> None:

@@ -60,8 +60,10 @@ def continuations(
         NonFiniteError: its logits became NaN or infinite, after which any token would be as good.
         ValueError: a temperature below 0 or not finite, or an empty prompt, where the tokenizer has no BOS to start from.
     """
-    how = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed, "progress": progress}
-    return [answer.text for answer in continued(model, prompts, **how)]
+    answers = continued(
+        model, prompts, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, progress=progress
+    )
+    return [answer.text for answer in answers]
 
 
 @ordinary_torch(gradients=False)

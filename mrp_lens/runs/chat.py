@@ -155,8 +155,15 @@ class Chat:
         return Answer(prompt, before.text, after.text, tokens)
 
     def _continued(self, prompt: str) -> Continuation:
-        how = {"max_new_tokens": self.max_new_tokens, "temperature": self.temperature, "seed": self.seed}
-        return continued(self.model, [prompt], progress=True, **how)[0]
+        (found,) = continued(
+            self.model,
+            [prompt],
+            max_new_tokens=self.max_new_tokens,
+            temperature=self.temperature,
+            seed=self.seed,
+            progress=True,
+        )
+        return found
 
     def _of_directions(self, switches: Switches) -> Edit:
         only, without = switches.only, switches.without

@@ -104,7 +104,11 @@ def chat_page(chat: Chat, *, title: str, switches: Switches | None = None) -> An
             which = gr.Radio(kinds, value=single, label="Of the projection", min_width=NARROW, elem_id="which")
             choices = [(f"{place}: {_said(direction)}", place) for place, direction in enumerate(chat.directions)]
             direction = gr.Dropdown(
-                choices, value=number or 0, label="Direction", min_width=NARROW, elem_id="direction"
+                choices,
+                value=(number or 0) if choices else None,
+                label="Direction",
+                min_width=NARROW,
+                elem_id="direction",
             )
         with gr.Row():
             before = gr.Textbox(label="Unedited", lines=4, interactive=False, elem_id="before")
@@ -127,17 +131,17 @@ def chat_page(chat: Chat, *, title: str, switches: Switches | None = None) -> An
                 note = "<p>The edit is off: nothing is moved.</p>"
                 return found.before, found.after, None, gr.update(visible=False), gr.update(visible=False), note
             measures, hooks = measures_of(frame), list(dict.fromkeys(frame["hook"]))
-            measure = measure if measure in measures else measures[0]
-            hook = hook if hook in hooks else hook_to_show(frame)
+            by = measure if measure is not None and measure in measures else measures[0]
+            at = hook if hook is not None and hook in hooks else hook_to_show(frame)
             names = [(MEASURES[each][0], each) for each in measures]
             places = [(f"layer {layer_of(name)}, {site_of(name)}", name) for name in hooks]
             return (
                 found.before,
                 found.after,
                 found,
-                gr.update(choices=names, value=measure, visible=True),
-                gr.update(choices=places, value=hook, visible=True),
-                tokens_html(frame, measure, hook),
+                gr.update(choices=names, value=by, visible=True),
+                gr.update(choices=places, value=at, visible=True),
+                tokens_html(frame, by, at),
             )
 
         def coloured(found: Answer | None, measure: str, hook: str) -> str:

@@ -40,6 +40,8 @@ from .methods import UnconditionalMRP as UnconditionalMRP
 from .models import LensModel as LensModel
 from .models import load_model as load_model
 from .models.generation import continuations as continuations
+from .runs.chat import Chat as Chat
+from .runs.chat import Switches as Switches
 from .runs.plan import Plan as Plan
 from .runs.plan import PlanConfig as PlanConfig
 from .runs.plan import plan as plan

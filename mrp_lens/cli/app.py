@@ -1,4 +1,4 @@
-"""`mrp-lens demo | plan | unlearn | sweep | tune | attack | measure | export | report`."""
+"""`mrp-lens demo | plan | unlearn | sweep | tune | attack | measure | chat | export | report`."""
 
 import logging
 import sys
@@ -20,6 +20,7 @@ COMMANDS = {
     "attack": ("AttackEdit", "See what survives an edit: retrain, probe, bypass and jailbreak it."),
     "measure": ("Measure", "Measure a model, and the same model with an edit on, without fitting anything."),
     "export": ("Export", "Write an edited model for Hugging Face's transformers, and prove it by reloading."),
+    "chat": ("ChatWithEdit", "Ask a model, and the same model with an edit on, side by side."),
     "report": ("Report", "Make one HTML page of a run: table, controls, figures, answers, settings."),
 }
 HELP = """usage: mrp-lens COMMAND [OPTIONS]

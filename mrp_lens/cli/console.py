@@ -8,6 +8,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 console = Console()
 
@@ -53,5 +54,5 @@ def show_examples(examples: Sequence[Mapping[str, Any]]) -> None:
     """Print generated answers: a line for each prompt, a column for each version of the model."""
     table = Table(*(examples[0] if examples else ()), title="Generated answers", title_justify="left")
     for row in examples:
-        table.add_row(*map(str, row.values()))
+        table.add_row(*(Text(str(value)) for value in row.values()))  # whatever a model writes is no markup
     console.print(table)

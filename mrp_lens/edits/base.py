@@ -2,7 +2,7 @@
 
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from types import TracebackType
@@ -17,6 +17,7 @@ from mrp_lens.edits.serialization import check_same, explained, folder_of, read_
 from mrp_lens.models import Layout, LensModel, architecture_of, check_lens_model, check_same_model, dtype_of, restored
 from mrp_lens.models.architectures import LAYOUTS
 from mrp_lens.models.attachments import AppliedEdit, entries_on, exclusive, putting_on, take_off
+from mrp_lens.models.hooks import HookFunction
 from mrp_lens.utils.io import whole_folder
 from mrp_lens.utils.registry import Registry
 
@@ -437,6 +438,15 @@ def stack(*edits: Edit) -> Edit:
 def load_edit(source: str | Path, *, revision: str | None = None, token: str | None = None) -> Edit:
     """Load an edit of any kind from a folder or from the Hub: `Edit.from_pretrained`."""
     return Edit.from_pretrained(source, revision=revision, token=token)
+
+
+Wrapper = Callable[[Edit, str, HookFunction], HookFunction]
+"""From an edit, the name of one of its hooks and what it does there, to what is to be done there instead."""
+
+
+def as_it_is(edit: Edit, hook: str, function: HookFunction) -> HookFunction:
+    """What an edit does, unchanged."""
+    return function
 
 
 def edit_on(model: LensModel, edit: Edit | None) -> AbstractContextManager[Any]:

@@ -1,22 +1,31 @@
 """MRP's edit: at chosen hook points, a subspace is removed from every state."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from typing_extensions import override
 
-from mrp_lens.edits.base import Edit, check_width
+from mrp_lens.edits.base import Edit, Wrapper, as_it_is, check_width
 from mrp_lens.edits.exported_hooks import Change, Projection
 from mrp_lens.edits.gate import Gate
 from mrp_lens.edits.merging import OUTPUTS, project_writers, writers
+from mrp_lens.edits.provenance import of_model_alone
 from mrp_lens.edits.serialization import setting
 from mrp_lens.edits.subspace import Subspace
 from mrp_lens.models import Layout, LensModel, device_at
 from mrp_lens.models.attachments import AppliedEdit, entries_on
 from mrp_lens.models.hooks import HookFunction, add_hooks, check_hook_names, layer_of, place_in_block, site_of
+
+
+class Direction(NamedTuple):
+    """One row of what a request removes at a hook; `row` counts from 0. Another basis of the same subspace has other rows."""
+
+    request: str
+    hook: str
+    row: int
 
 
 class ProjectionEdit(Edit):
@@ -144,6 +153,49 @@ class ProjectionEdit(Edit):
         gates = {name: self.gates(name) for name in left}
         return self._made_of(left, gates, _of_requests(self.provenance, left))
 
+    @property
+    def directions(self) -> tuple[Direction, ...]:
+        """Every single direction that is removed: by request, then hook, then row of its subspace's basis."""
+        return tuple(
+            Direction(request, hook, row)
+            for request, subspaces in self._requests.items()
+            for hook in sorted(subspaces, key=place_in_block)
+            for row in range(subspaces[hook].rank)
+        )
+
+    def with_directions(self, directions: Iterable[Direction]) -> "ProjectionEdit":
+        """A projection off some of these directions alone, behind the gates that they have.
+
+        What a plain request no longer removes may still be removed by another whose rows overlap with it. Of the provenance
+        the model alone is kept: no fit made this edit.
+
+        Raises:
+            ValueError: no direction, or one that this edit has not.
+
+        Example:
+            >>> first, *others = fit.edit.directions
+            >>> alone, without = fit.edit.with_directions([first]), fit.edit.with_directions(others)
+        """
+        known, chosen = self.directions, set(directions)
+        unknown = next((each for each in chosen if each not in known), None)
+        if unknown is not None:
+            raise ValueError(f"no direction {tuple(unknown)} in this edit; edit.directions lists its {len(known)}")
+        if not chosen:
+            raise ValueError("a projection needs a direction at least; do not apply the edit at all instead")
+        rows: dict[str, dict[str, list[int]]] = {}
+        for request, hook, row in known:
+            if (request, hook, row) in chosen:
+                rows.setdefault(request, {}).setdefault(hook, []).append(row)
+        requests = {
+            request: {hook: Subspace(self._requests[request][hook].basis[kept]) for hook, kept in by_hook.items()}
+            for request, by_hook in rows.items()
+        }
+        gates = {
+            request: {hook: gate for hook, gate in self.gates(request).items() if hook in by_hook}
+            for request, by_hook in requests.items()
+        }
+        return self._made_of(requests, gates, of_model_alone(self.provenance))
+
     def join(self, other: "ProjectionEdit") -> "ProjectionEdit":
         """The requests of both; what each removes is removed together.
 
@@ -174,7 +226,7 @@ class ProjectionEdit(Edit):
         return ProjectionEdit.from_requests(requests, provenance=provenance)
 
     @override
-    def _put_on(self, model: LensModel, entry: AppliedEdit, *, check: bool) -> None:
+    def _put_on(self, model: LensModel, entry: AppliedEdit, *, check: bool, wrapped: Wrapper = as_it_is) -> None:
         check_hook_names(model, self._joined)
         check_width(model, next(iter(self._joined.values())).d_model, "the projection")
         self._check_model(model, check)
@@ -191,7 +243,7 @@ class ProjectionEdit(Edit):
             )
         entry.places += points
         hooks = [
-            (name, _hook_of(self.change_at(name).to(device_at(model, layer_of(name)))))
+            (name, wrapped(self, name, _hook_of(self.change_at(name).to(device_at(model, layer_of(name))))))
             for name in sorted(self._joined, key=place_in_block)
         ]
         entry.hooks += add_hooks(model, hooks)

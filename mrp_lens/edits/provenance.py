@@ -32,6 +32,11 @@ def fingerprint(edit: Edit) -> str:
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode() + content).hexdigest()
 
 
+def of_model_alone(provenance: Mapping[str, Any]) -> dict[str, Any]:
+    """What is left of a record where an edit was changed by hand: the model that it fits, and no fit that made it."""
+    return {"model": provenance["model"]} if "model" in provenance else {}
+
+
 def without_paths(edit: Edit) -> Edit:
     """The same edit for others: of an absolute path in its record, the last component."""
     if isinstance(edit, EditStack):

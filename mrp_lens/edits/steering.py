@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 from typing_extensions import override
 
-from mrp_lens.edits.base import Edit, check_width
+from mrp_lens.edits.base import Edit, Wrapper, as_it_is, check_width
 from mrp_lens.edits.exported_hooks import in_prompt
 from mrp_lens.edits.prompt_positions import count_in_prompts
 from mrp_lens.edits.serialization import setting
@@ -104,7 +104,7 @@ class SteeringEdit(Edit):
         return (layer_of(self.hook),)
 
     @override
-    def _put_on(self, model: LensModel, entry: AppliedEdit, *, check: bool) -> None:
+    def _put_on(self, model: LensModel, entry: AppliedEdit, *, check: bool, wrapped: Wrapper = as_it_is) -> None:
         check_hook_names(model, [self.hook])
         check_width(model, len(self.direction), "the direction")
         self._check_model(model, check)
@@ -123,7 +123,7 @@ class SteeringEdit(Edit):
                 steered = torch.where(in_prompt(place, self.positions, wide)[:, None], steered, wide)
             return steered.type_as(activation)
 
-        entry.hooks += add_hooks(model, [(self.hook, hook)])
+        entry.hooks += add_hooks(model, [(self.hook, wrapped(self, self.hook, hook))])
         if self.positions is not None:
             entry.hooks += count_in_prompts(model)
 

@@ -30,6 +30,7 @@ from mrp_lens.metrics.registry import (
 )
 from mrp_lens.metrics.sensitivity import noise_sensitivity, predicted_coefficient
 from mrp_lens.metrics.theory import proposition_1, variance_by_coefficient
+from mrp_lens.metrics.token_effects import token_effects
 from mrp_lens.metrics.truth_ratio import forget_quality, truth_ratio
 from mrp_lens.metrics.utility import model_utility
 
@@ -69,6 +70,7 @@ __all__ = [
     "rows_and_frames_for",
     "rows_for",
     "token_confidence",
+    "token_effects",
     "truth_ratio",
     "value",
     "variance_by_coefficient",

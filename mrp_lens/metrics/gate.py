@@ -1,7 +1,7 @@
 """Which tokens a conditional projection acts on: how much of the forget set its gates find, and how often they are mistaken."""
 
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
@@ -12,12 +12,13 @@ from torch import Tensor
 
 from mrp_lens.data import Corpus, Questions
 from mrp_lens.data.tokenization import TokenBatch
-from mrp_lens.edits import ConditionalProjectionEdit, Edit
+from mrp_lens.edits import ConditionalProjectionEdit, Edit, Gate
+from mrp_lens.edits.wrapped import WrappedEdit
 from mrp_lens.metrics.activations import StateReader, groups_of
 from mrp_lens.metrics.registry import Measured, register
-from mrp_lens.models import LensModel, device_at, device_of
+from mrp_lens.models import LensModel, device_of
 from mrp_lens.models.finite import check_states
-from mrp_lens.models.hooks import HookFunction, frozen, hooked, layer_of, place_in_block, run_segment
+from mrp_lens.models.hooks import HookFunction, frozen, layer_of, place_in_block, run_segment
 from mrp_lens.utils.torch_state import ordinary_torch
 from mrp_lens.utils.validation import check_one_of
 
@@ -258,28 +259,27 @@ def _read(
 def _watched(model: LensModel, edit: Edit) -> Iterator[dict[Place, Float[Tensor, "batch seq"]]]:
     """The edit on, and a dict that every pass fills with g(h) of the states that come to each gate."""
     store: dict[Place, Tensor] = {}
-    with ExitStack() as stack:
-        for part in edit.parts:  # in their order, as an EditStack puts them on
-            if isinstance(part, ConditionalProjectionEdit):
-                names = sorted(part.hook_names, key=place_in_block)
-                hooks = [(name, _watching(model, part, name, store)) for name in names]
-                stack.enter_context(hooked(model, hooks))
-            else:
-                stack.enter_context(part.applied(model))
+    home = device_of(model)
+
+    def watching(part: Edit, name: str, change: HookFunction) -> HookFunction:
+        gates = gates_at(part, name)
+
+        def watch(activation: Tensor, hook: Any) -> Tensor | None:
+            for request, gate in gates.items():
+                store[Place(request, name)] = gate(activation).to(home)
+            return change(activation, hook)
+
+        return watch
+
+    with WrappedEdit(edit, watching).applied(model):
         yield store
 
 
-def _watching(model: LensModel, edit: ConditionalProjectionEdit, name: str, store: dict[Place, Tensor]) -> HookFunction:
-    change, home = edit.change_at(name).to(device_at(model, layer_of(name))), device_of(model)
-    gates = {request: edit.gates(request)[name] for request in edit.requests if name in edit.gates(request)}
-
-    def watch(activation: Tensor, hook: Any) -> Tensor:
-        for request, own in gates.items():
-            store[Place(request, name)] = own(activation).to(home)
-        changed: Tensor = change(activation)
-        return changed
-
-    return watch
+def gates_at(edit: Edit, hook: str) -> dict[str, Gate]:
+    """By request the gates that an edit has at a hook; none where it is no conditional projection."""
+    if not isinstance(edit, ConditionalProjectionEdit):
+        return {}
+    return {request: gates[hook] for request in edit.requests if hook in (gates := edit.gates(request))}
 
 
 def _row(place: Place, sides: Mapping[str, Firing]) -> dict[str, Any]:

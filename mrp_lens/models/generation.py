@@ -1,7 +1,8 @@
 """What a model writes: answers, the same on both TransformerLens classes, and texts of its own."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,35 +17,88 @@ from mrp_lens.models.hooks import frozen
 from mrp_lens.models.protocol import LensModel
 from mrp_lens.utils.progress import progress_bar
 from mrp_lens.utils.torch_state import ordinary_torch
+from mrp_lens.utils.validation import check_whole, int_seed
 
 AT_ONCE = 256  # texts written side by side
 
 
-@ordinary_torch(gradients=False)
+@dataclass(frozen=True)
+class Continuation:
+    """What a model wrote after a prompt.
+
+    Attributes:
+        prompt: the prompt's token ids, BOS included where texts start with one.
+        ids: those behind it, with the end-of-text token if the model came to it.
+        text: the same as text, special tokens left out.
+    """
+
+    prompt: tuple[int, ...]
+    ids: tuple[int, ...]
+    text: str
+
+
 def continuations(
-    model: LensModel, prompts: Sequence[str], *, max_new_tokens: int = 12, progress: bool = False
+    model: LensModel,
+    prompts: Sequence[str],
+    *,
+    max_new_tokens: int = 12,
+    temperature: float = 0.0,
+    seed: int = 0,
+    progress: bool = False,
 ) -> list[str]:
-    """What the model writes after each prompt: greedy, up to the end-of-text token, special tokens left out.
+    """What the model writes after each prompt, up to the end-of-text token, special tokens left out.
 
     Args:
         model: HookedTransformer or TransformerBridge, with the edit on if there is one.
         prompts: what it goes on from.
         max_new_tokens: of an answer, at most; fewer where the context ends before.
+        temperature: of the sampling; 0: greedy, the likeliest token each time.
+        seed: of the sampling; the global random state is left as it is.
         progress: show a progress bar.
 
     Raises:
         NonFiniteError: its logits became NaN or infinite, after which any token would be as good.
-        ValueError: an empty prompt, where the tokenizer has no BOS to start from.
+        ValueError: a temperature below 0 or not finite, or an empty prompt, where the tokenizer has no BOS to start from.
     """
+    answers = continued(
+        model, prompts, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, progress=progress
+    )
+    return [answer.text for answer in answers]
+
+
+@ordinary_torch(gradients=False)
+def continued(
+    model: LensModel,
+    prompts: Sequence[str],
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    seed: int = 0,
+    progress: bool = False,
+) -> list[Continuation]:
+    """`continuations` with their token ids; arguments and errors are the same."""
+    if not 0.0 <= temperature < float("inf"):
+        raise ValueError(f"temperature must be a number from 0 (greedy), got {temperature}")
+    check_whole(max_new_tokens=max_new_tokens)
     starts = [list(row.ids) for row in _encoded(model, prompts)]
     if not all(starts):
         raise ValueError("a prompt is empty, and this model's texts start without BOS: there is nothing to go on from")
-    answers = [""] * len(starts)
-    with frozen(model), torch.no_grad():
-        for place, row in _side_by_side(model, starts, max_new_tokens, progress=progress, do_sample=False):
-            text = model.tokenizer.decode(row[len(starts[place]) :], skip_special_tokens=True)
-            answers[place] = str(text).strip()
-    return answers
+    how: dict[str, Any] = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
+    answers: dict[int, Continuation] = {}
+    with frozen(model), torch.no_grad(), _drawing(seed):
+        for place, row in _side_by_side(model, starts, max_new_tokens, progress=progress, **how):
+            ids = row[len(starts[place]) :].tolist()
+            text = str(model.tokenizer.decode(ids, skip_special_tokens=True)).strip()
+            answers[place] = Continuation(tuple(starts[place]), tuple(ids), text)
+    return [answers[place] for place in range(len(starts))]
+
+
+@contextmanager
+def _drawing(seed: int) -> Iterator[None]:
+    """Inside, libraries that take no generator draw from this seed; the global random state is as before on exit."""
+    with torch.random.fork_rng(range(torch.cuda.device_count())):
+        torch.manual_seed(int_seed(seed))
+        yield
 
 
 @ordinary_torch(gradients=False)
@@ -69,8 +123,7 @@ def written_after(
     starts = [list(row.ids) or [start_token(model)] for row in rows]
     before = [0 if row.ids and row.content[0] else 1 for row in rows]  # the token that a text starts behind
     texts = [""] * len(starts)
-    with frozen(model), torch.no_grad(), torch.random.fork_rng(range(torch.cuda.device_count())):
-        torch.manual_seed(seed)
+    with frozen(model), torch.no_grad(), _drawing(seed):
         how = {"do_sample": True, "temperature": 1.0}
         for place, row in _side_by_side(model, starts, max_new_tokens, progress=progress, **how):
             text = model.tokenizer.decode(row[before[place] :], skip_special_tokens=True)

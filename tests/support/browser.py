@@ -1,7 +1,8 @@
 """A page in headless Chromium, as wide as a notebook: what it shows, what the browser complains of, whom it asks."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,11 +48,7 @@ def look_at_each(
     from playwright.sync_api import sync_playwright
 
     def look(page: Any, page_file: Path) -> Seen:
-        said: list[str] = []
-        asked: list[str] = []
-        page.on("console", lambda message: said.append(f"{message.type}: {message.text}"))
-        page.on("pageerror", lambda error: said.append(f"error: {error}"))
-        page.on("request", lambda request: asked.append(request.url))
+        said, asked = heard(page)
         page.goto(page_file.as_uri())
         page.wait_for_function(ready, timeout=240_000)
         value = page.evaluate(script)
@@ -67,3 +64,43 @@ def look_at_each(
         ]
         browser.close()
     return seen
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A page that is served, in a browser; and what was said and asked for since it was opened."""
+
+    page: Any
+    said: list[str]
+    asked: list[str]
+
+    def assert_quiet(self, address: str) -> None:
+        """It asked no other machine for anything, and the browser complains of nothing."""
+        assert self.asked
+        assert not [url for url in self.asked if not url.startswith((address, *LOCAL))]
+        assert not [message for message in self.said if message.startswith(("error", "warning"))]
+
+
+@contextmanager
+def open_page(*, width: int = WIDTH) -> Iterator[Opened]:
+    """An empty page in a window so wide, to be driven by hand. Skips without a browser, but never in CI."""
+    if not CHROMIUM.exists() and not os.environ.get("CI"):
+        pytest.skip(f"needs {CHROMIUM}")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as browsers:
+        browser = browsers.chromium.launch(executable_path=str(CHROMIUM), args=ARGUMENTS)
+        page = browser.new_page(viewport={"width": width, "height": 1000})
+        seen = Opened(page, *heard(page))
+        yield seen
+        browser.close()
+
+
+def heard(page: Any) -> tuple[list[str], list[str]]:
+    """What the browser says of a page and the addresses that the page asks for, from now on."""
+    said: list[str] = []
+    asked: list[str] = []
+    page.on("console", lambda message: said.append(f"{message.type}: {message.text}"))
+    page.on("pageerror", lambda error: said.append(f"error: {error}"))
+    page.on("request", lambda request: asked.append(request.url))
+    return said, asked

@@ -122,6 +122,8 @@ def edits(model: ml.LensModel, fit: ml.Fit) -> ml.Edit:
         print(ml.continuations(model, ["The colour of"]))
     handle: hf.Attached = fit.edit.attach(model)
     handle.detach()
+    answer = ml.Chat(model, fit.edit, max_new_tokens=8).ask("The colour of", ml.Switches(strength=0.5))
+    print(answer.before, answer.after, answer.tokens)
     by_hand = ml.ProjectionEdit({"blocks.3.hook_resid_post": ml.Subspace(torch.eye(2, 8))}, request="mine")
     gate = ml.Gate(torch.ones(8), threshold=0.2, sharpness=20.0, hard=False)
     print(gate(torch.ones(1, 3, 8)))
@@ -147,6 +149,7 @@ def looking(model: ml.LensModel, task: ml.UnlearningTask, edit: ml.Edit) -> floa
         *(
             metrics.gate(model, edit, task.forget_texts, quizzes["retain"], part="all"),
             metrics.gate_tokens(model, edit, texts, limit=5),
+            metrics.token_effects(model, edit, [1, 5, 6], prompt=2),
         ),
         *(
             metrics.principal_plane(model, texts, edit, layer=3),

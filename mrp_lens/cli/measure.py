@@ -1,14 +1,15 @@
 """`mrp-lens measure`: a model, and the same model with an edit on, measured without fitting."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pandas as pd
 from typing_extensions import override
 
+from mrp_lens import metrics
 from mrp_lens.cli.command import OnData
 from mrp_lens.cli.console import Column, console, show_table
 from mrp_lens.cli.unlearn import CAPTION, columns
@@ -18,13 +19,14 @@ from mrp_lens.edits import Edit, load_edit
 from mrp_lens.edits.provenance import label_of
 from mrp_lens.evals import evaluate
 from mrp_lens.evals.lm_eval import Bos, load_hf, require_harness, task_manager, task_names
-from mrp_lens.models import LensModel
+from mrp_lens.metrics import Measured, rows_and_frames_for
+from mrp_lens.metrics.recovery import NEVER_TAUGHT, UNEDITED
 from mrp_lens.runs.record import Run
 from mrp_lens.runs.report import report
 from mrp_lens.utils.frames import Row, rows_of
 from mrp_lens.utils.io import check_free
 
-UNEDITED = "unedited"
+IN_TABLE = {"forget_probability", "forget_accuracy", "retain_accuracy", "text_perplexity_ratio"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +60,9 @@ class Measure(OnData):
     Attributes:
         out: Folder for the table and the page.
         edit: Folder of an edit, such as `runs/demo/mrp/edit`: measure with it as well.
+        reference: A model that never saw the forget set: measured as well, and what the field's measures compare with.
+        benchmark: The field's measures, too: extraction strength, truth ratio, membership inference, ... Takes minutes.
+        documents: `--benchmark`: at most this many documents and questions a side, evenly spread. Default: all.
         topic: `--model demo`: what was to be forgotten. Default: `potions`, unless only --harness is given.
         harness: Tasks of lm-evaluation-harness, separated by commas. Needs `pip install 'mrp_lens[harness]'`.
         include_path: `--harness`: folder with task definitions (YAML) of your own.
@@ -75,6 +80,9 @@ class Measure(OnData):
 
     out: Path
     edit: Path | None = None
+    reference: str | None = None
+    benchmark: bool = False
+    documents: int | None = None
     harness: str | None = None
     include_path: Path | None = None
     limit: int | None = None
@@ -94,6 +102,10 @@ class Measure(OnData):
             edit = load_edit(self.edit)
             methods[label_of(edit)] = edit
         task = self.task_if_any()
+        if task is None and (self.reference is not None or self.benchmark):
+            raise ValueError("--reference and --benchmark measure on data: give --forget and --retain, too")
+        if self.documents is not None and not self.benchmark:
+            raise ValueError("--documents is of --benchmark; give that, too, or leave it out")
         about = "" if self.edit is None else f" with and without {self.edit}"
         run = Run("measure", self.arguments(), self.seed, title=f"{name}{about}: measured")
         scored: list[Row] = []
@@ -103,11 +115,12 @@ class Measure(OnData):
             bos = "mrp_lens.metrics have it" if self.bos == "metrics" else "the tokenizer adds it"
             run.notes.append(f"lm-evaluation-harness {version('lm_eval')}: {shown}; BOS as {bos}")
         if task is not None:
-            run.rows = data_rows(self.loading.load(), methods, task)
+            run.rows = self.data_rows(methods, task, run)
             if len(run.rows) > 1:  # the picture compares
                 run.frames["accuracies"] = pd.DataFrame([dict(row) for row in run.rows])
             shown_columns = [column for column in columns(run.rows[0]) if column[0] != "fit"]
             show_table(f"{name}, measured", shown_columns, run.rows, caption=CAPTION)
+            show_benchmark(run.rows)
         if scored:
             show_table("lm-evaluation-harness", HARNESS_COLUMNS, scored)
         for note in run.notes:
@@ -135,6 +148,38 @@ class Measure(OnData):
         if quizzes and not texts:
             raise ValueError("--questions and --retain-questions go with --forget and --retain; give these, too")
         return self.task()
+
+    def data_rows(self, methods: Mapping[str, Edit | None], task: UnlearningTask, run: Run) -> list[Row]:
+        """A row for each method, the unedited model first, and one for the model that never saw the forget set."""
+        model = self.loading.load()
+        reference = None if self.reference is None else self.loading.load(self.reference)
+        measured = {name: (model, edit) for name, edit in methods.items()}
+        if reference is not None:
+            measured[NEVER_TAUGHT] = (reference, None)
+        rows: list[Row] = []
+        drawn: dict[str, list[pd.DataFrame]] = {}
+        for name, (of, edit) in measured.items():
+            figures = figures_of(of, task, edit)
+            base = rows[0] if rows else figures
+            ratio = figures["text_perplexity"] / base["text_perplexity"]
+            row: dict[str, Any] = {"method": name, **figures, "text_perplexity_ratio": ratio}
+            if self.benchmark:
+                looked = Measured(
+                    model=of,
+                    task=task,
+                    edit=edit,
+                    reference=reference,
+                    limit=self.documents,
+                    documents=self.documents,
+                    seed=self.seed,
+                )
+                more, frames = rows_and_frames_for("benchmark", looked)
+                row = {**more, **row}
+                for figure, frame in frames.items():
+                    drawn.setdefault(figure, []).append(frame.assign(method=name))
+            rows.append(row)
+        run.frames |= {figure: pd.concat(frames, ignore_index=True) for figure, frames in drawn.items()}
+        return rows
 
     def harness_rows(self, methods: Mapping[str, Edit | None]) -> list[Row]:
         """A row for each method, task and metric, from the plain Hugging Face model; an edit is attached to it."""
@@ -166,15 +211,22 @@ class Measure(OnData):
         return rows
 
 
-def data_rows(model: LensModel, methods: Mapping[str, Edit | None], task: UnlearningTask) -> list[Row]:
-    """A row for each method; the unedited model must come first."""
-    rows: list[Row] = []
-    for method, edit in methods.items():
-        figures = figures_of(model, task, edit)
-        base = rows[0] if rows else figures
-        ratio = figures["text_perplexity"] / base["text_perplexity"]
-        rows.append({"method": method, **figures, "text_perplexity_ratio": ratio})
-    return rows
+def show_benchmark(rows: Sequence[Row]) -> None:
+    """Print the measures for which the table has no column: one a line, a column for each model."""
+    named = {key: heading for key, heading in metrics.headings().items() if key not in IN_TABLE}
+    lines = [
+        {"measure": heading, **{str(row["method"]): row.get(key) for row in rows}}
+        for key, heading in named.items()
+        if any(key in row for row in rows)
+    ]
+    if lines:
+        columns: list[Column] = [("measure", lambda line: str(line["measure"]))]
+        columns += [(method, _figure(method)) for method in (str(row["method"]) for row in rows)]
+        show_table("The field's measures", columns, lines)
+
+
+def _figure(method: str) -> Callable[[Row], str]:
+    return lambda line: "" if line[method] is None else f"{line[method]:.3f}"
 
 
 HARNESS_COLUMNS: list[Column] = [

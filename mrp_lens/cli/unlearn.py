@@ -14,8 +14,9 @@ from mrp_lens.cli.run_folder import begun
 from mrp_lens.data import TaskConfig, UnlearningTask
 from mrp_lens.data.task import beginning
 from mrp_lens.edits import Edit, edit_on
-from mrp_lens.methods import METHODS, Fit, Method
+from mrp_lens.methods import METHODS, Fit, Method, control_accuracy
 from mrp_lens.metrics import Measured, rows_for
+from mrp_lens.metrics.recovery import NEVER_TAUGHT, UNEDITED
 from mrp_lens.models import LensModel, identity_of
 from mrp_lens.models.generation import continuations
 from mrp_lens.runs.record import Run
@@ -88,6 +89,7 @@ class Unlearn(Command):
         method: How to forget.
         released: The settings of the code that the paper of `--method` came with, where none is given; not every method has them.
         out: Folder for the edit, the log and the metrics.
+        reference: A model that never saw the forget set: it is measured as well, and what it knows is the target of the fit.
         seed: Of every random choice.
         logger: Send every update to this tracker, too; log.csv is always written. Each needs
             the extra of its name: `pip install 'mrp_lens[wandb]'`.
@@ -105,6 +107,7 @@ class Unlearn(Command):
     method: str
     released: bool = False
     out: Path
+    reference: str | None = None
     seed: int = 0
     logger: Literal["wandb", "trackio", "tensorboard"] | None = None
     overwrite: bool = False
@@ -154,9 +157,13 @@ class Unlearn(Command):
 
     @override
     def execute(self) -> Run | None:
+        if self.reference is not None and not has_target(self.fitter):
+            raise ValueError(f"--reference gives a fit its target, and {self.method} has none; leave it out")
         if not is_first():
             with silent():
-                self._fit(self.loading.load(), self.data.load())
+                task = self.data.load()
+                reference = self._load_reference()
+                self._fit(self.loading.load(), task, reference)
             return None
         task, method, out = self.data.load(), self.method, self.out
         about = ", ".join(corpus.name for corpus in task.forget)
@@ -171,12 +178,14 @@ class Unlearn(Command):
             "backend": self.loading.backend,
             "dtype": self.loading.dtype,
             "seed": self.seed,
+            **({} if self.reference is None else {"reference": self.reference}),
         }
         with begun(out, settings, overwrite=self.overwrite) as store:
             model = self.loading.load()
             store.check_same("model", identity_of(model))
             before = store.once("unedited", lambda: measured(model, task, None))
-            fit = self._fit(model, task)
+            reference = self._load_reference()
+            fit = self._fit(model, task, reference)
             leave()  # what follows is for one process
             console.print(
                 f"The edit is in {out / 'edit'}; load it with mrp_lens.load_edit({str(out / 'edit')!r}). Measuring it ..."
@@ -185,7 +194,8 @@ class Unlearn(Command):
                 run.notes.append(f"{method} {fit.outcome}.")
                 console.print(run.notes[-1])
             after = store.once("edited", lambda: measured(model, task, fit.edit))
-            fill(run, task, method, fit, before, after)
+            never = None if reference is None else store.once("never-taught", lambda: measured(reference, task, None))
+            fill(run, task, method, fit, before, after, never)
             run.write_into(out)
             run.frames["training"] = fit.log
             run.frames["accuracies"] = pd.DataFrame([dict(row) for row in run.rows])
@@ -198,14 +208,22 @@ class Unlearn(Command):
             console.print(f"Written to {out}: edit/, log.csv, table.csv, summary.json. The page: {report(out)}")
         return run
 
-    def _fit(self, model: LensModel, task: UnlearningTask) -> Fit:
+    def _load_reference(self) -> LensModel | None:
+        return None if self.reference is None else self.loading.load(self.reference)
+
+    def _fit(self, model: LensModel, task: UnlearningTask, reference: LensModel | None) -> Fit:
         """The fit that the folder holds, or a new one; of several processes each has to come here."""
         tracked: dict[str, Any] = {}  # not every plugin's method knows callbacks
         if self.logger is not None and is_first():
             tracked["callbacks"] = [LoggerCallback(logger_named(self.logger, self.out))]
 
+        fitter: Any = self.fitter
+        if reference is not None and fitter.target is None:
+            fitter = replace(fitter, target=control_accuracy(reference, task.forget, seed=self.seed))
+
         def fitted(kept: Path) -> Fit:
-            return self.fitter.fit(model, task.forget, task.retain, seed=self.seed, checkpoint=kept, **tracked)
+            found: Fit = fitter.fit(model, task.forget, task.retain, seed=self.seed, checkpoint=kept, **tracked)
+            return found
 
         return Fit.once(self.out, fitted)
 
@@ -223,8 +241,19 @@ def released(kind: type[Method]) -> Method:
     return recipe
 
 
+def has_target(method: Method) -> bool:
+    """Whether fits of it can be told how far to forget."""
+    return "target" in type(method).__dataclass_fields__
+
+
 def fill(
-    run: Run, task: UnlearningTask, method: str, fit: Fit, before: Mapping[str, Any], after: Mapping[str, Any]
+    run: Run,
+    task: UnlearningTask,
+    method: str,
+    fit: Fit,
+    before: Mapping[str, Any],
+    after: Mapping[str, Any],
+    never: Mapping[str, Any] | None = None,
 ) -> None:
     """Fill the record with what was measured, and print it."""
     base = before["figures"]["text_perplexity"]
@@ -237,7 +266,11 @@ def fill(
             "outcome": ended,
             "seconds": spent,
         }
-        for name, found, ended, spent in (("unedited", before, None, 0.0), (method, after, fit.ended, seconds))
+        for name, found, ended, spent in (
+            (UNEDITED, before, None, 0.0),
+            *(() if never is None else ((NEVER_TAUGHT, never, None, 0.0),)),
+            (method, after, fit.ended, seconds),
+        )
     ]
     run.examples = [
         dict(prompt=prompt, unedited=a, **{method: b})

@@ -144,7 +144,7 @@ def without_autocast(states: Tensor) -> Any:
 _lengths: ContextVar[dict[int, int] | None] = ContextVar("lengths", default=None)
 
 # Ways of generating whose first pass is not the prompt, or in which later ones cannot be told from it.
-UNCOUNTABLE = ("assistant_model", "prompt_lookup_num_tokens", "prefill_chunk_size", "past_key_values")
+UNCOUNTABLE = ("assistant_model", "prompt_lookup_num_tokens", "prefill_chunk_size", "past_key_values", "cache")
 
 
 class Prompt:

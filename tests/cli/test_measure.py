@@ -76,6 +76,39 @@ def written(files: Path) -> Any:
     return summary_of(files / "out")
 
 
+def test_a_reference_is_a_row_and_what_the_measures_of_the_field_compare_with(tiny_folder: Path, files: Path) -> None:
+    edit, reference = ("--edit", str(files / "edit")), ("--reference", str(tiny_folder))
+    result = run(tiny_folder, files, *edit, *reference, "--benchmark", "--documents", "6", *with_data(files))
+    assert result.exit_code == 0, result.output
+    unedited, edited, never = written(files)["rows"]
+    assert [unedited["method"], never["method"]] == ["unedited", "never-taught"]
+    assert never["forget_accuracy"] == unedited["forget_accuracy"]  # here they are the same model
+    assert never["forget_quality"] == unedited["forget_quality"] == 1.0
+    assert 0 <= edited["forget_extraction_strength"] <= 1
+    assert "The field's measures" in result.output
+    page = (files / "out" / "report.html").read_text(encoding="utf-8")
+    assert "by a model that never saw the forget set" in page
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--harness", "quiz", "--benchmark"], "--reference and --benchmark measure on data"),
+        (["--harness", "quiz", "--reference", "demo"], "--reference and --benchmark measure on data"),
+        (["--forget", "x.jsonl", "--retain", "y.txt", "--documents", "3"], "--documents is of --benchmark"),
+    ],
+)
+def test_what_the_measures_of_the_field_need(words: list[str], message: str, files: Path, tiny_folder: Path) -> None:
+    words = [
+        str(files / {"x.jsonl": "forget.jsonl", "y.txt": "retain.txt"}.get(word, word)) if "." in word else word
+        for word in words
+    ]
+    result = run(tiny_folder, files, *words)
+    assert isinstance(result.exception, ValueError)
+    assert message in str(result.exception)
+    assert not (files / "out").exists()
+
+
 def test_data_alone_give_a_row_before_and_a_row_with_the_edit(tiny_folder: Path, files: Path) -> None:
     result = run(tiny_folder, files, "--edit", str(files / "edit"), *with_data(files))
     assert result.exit_code == 0, result.exception

@@ -15,8 +15,10 @@ import pytest
 import torch
 
 from mrp_lens.cli import unlearn as module
+from mrp_lens.data import Corpus
 from mrp_lens.edits import load_edit
-from mrp_lens.methods import METHODS, MRP, RMU, AdaptiveRMU, Fit
+from mrp_lens.methods import METHODS, MRP, RMU, AdaptiveRMU, Fit, control_accuracy
+from mrp_lens.models import load_model
 from mrp_lens.training import loop
 from mrp_lens.training.loop import NonFiniteLossError
 from mrp_lens.utils.io import sole_process
@@ -62,6 +64,25 @@ def test_unlearn_writes_what_it_promises(tiny_folder: Path, files: Path, method:
     assert len(record["data"]["forget"]) == (1 if method == "mrp" else 2)
     for printed in ("Generated answers", "forget quiz", "unedited", method):
         assert printed in result.output
+
+
+def test_a_model_that_never_saw_the_forget_set_is_the_target_and_a_row(tiny_folder: Path, files: Path) -> None:
+    unlearn(tiny_folder, files, "--reference", str(tiny_folder))
+    out = files / "out"
+    unedited, never, edited = summary_of(out)["rows"]
+    assert [never["method"], edited["method"]] == ["never-taught", "mrp"]
+    assert never["forget_accuracy"] == unedited["forget_accuracy"]  # here they are the same model
+    (record,) = load_edit(out / "edit").provenance["requests"].values()
+    model = load_model(tiny_folder)
+    assert record["settings"]["target"] == control_accuracy(model, Corpus.from_file(files / "forget.jsonl"))
+
+
+def test_a_reference_is_refused_where_there_is_no_target(tiny_folder: Path, files: Path) -> None:
+    words = data_words(tiny_folder, files)
+    result = invoke("unlearn", "--method", "direction-ablation", *words, "--reference", str(tiny_folder))
+    assert isinstance(result.exception, ValueError)
+    assert "--reference gives a fit its target, and direction-ablation has none" in str(result.exception)
+    assert not (files / "out").exists()
 
 
 def test_a_full_folder_is_refused_before_anything_is_done(tiny_folder: Path, files: Path) -> None:

@@ -42,6 +42,13 @@ def test_what_is_left_is_a_share_of_what_was_above_the_level() -> None:
     assert answers(forget_accuracy=0.2, forget_low=0.15).forgot.share == 0.0
 
 
+def test_a_model_that_never_saw_the_set_is_the_level_before_all_others() -> None:
+    never = {**BEFORE, "method": "never-taught", "forget_accuracy": 0.3}
+    (found,) = answers_of([BEFORE, never, {**AFTER, "untaught_accuracy": 0.1}])
+    assert found.forgot.words == "Forgotten"
+    assert "30.0% by a model that never saw the forget set" in found.forgot.figures
+
+
 @pytest.mark.parametrize(
     ("verdict", "words"),
     {"absent": "Forgotten", "suppressed": "Suppressed: below facts never taught", "known": "Not all forgotten"}.items(),

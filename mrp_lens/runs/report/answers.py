@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mrp_lens.metrics.recovery import UNEDITED
+from mrp_lens.metrics.recovery import NEVER_TAUGHT, UNEDITED
 from mrp_lens.runs.report.table import CONTROLS, cell, numeric
 
 VERDICTS = {
@@ -12,7 +12,12 @@ VERDICTS = {
     "suppressed": "Suppressed: below facts never taught",
     "known": "Not all forgotten",
 }
-LEVELS = {"untaught_accuracy": "on facts never taught", "forget_chance": "by guessing"}  # the first that a row has
+NEVER_SAW = "never_saw_accuracy"
+LEVELS = {  # the first that a row has
+    NEVER_SAW: "by a model that never saw the forget set",
+    "untaught_accuracy": "on facts never taught",
+    "forget_chance": "by guessing",
+}
 BACK = "recovery_"
 UNTESTED = "Not attacked yet: mrp-lens attack"
 
@@ -43,10 +48,12 @@ def answers_of(rows: Sequence[Mapping[str, Any]]) -> list[Answers]:
         rows: of a run, as its `table.csv` has them.
     """
     named = {str(row.get("method")): row for row in rows}
-    before = named.get(UNEDITED)
+    before, never = named.get(UNEDITED), named.get(NEVER_TAUGHT)
     if before is None or len(named) < len(rows):
         return []
     edits = {name: row for name, row in named.items() if name not in CONTROLS}
+    if never is not None and numeric(never.get("forget_accuracy")):
+        edits = {name: {**row, NEVER_SAW: never["forget_accuracy"]} for name, row in edits.items()}
     found = [Answers(name, _forgot(row, before), _cost(row, before), _survives(row)) for name, row in edits.items()]
     return [each for each in found if each.forgot is not None or each.cost is not None]
 

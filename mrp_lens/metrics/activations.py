@@ -16,6 +16,7 @@ from mrp_lens.edits.subspace import unit
 from mrp_lens.models import LensModel, check_layers, check_lens_model, device_of, encoder_for
 from mrp_lens.models.finite import check_states
 from mrp_lens.models.hooks import captured, check_hook_names, frozen, hook_name, layer_of, run_segment
+from mrp_lens.models.memory import in_halves
 from mrp_lens.utils.progress import progress_bar
 from mrp_lens.utils.validation import check_whole, generator_for
 
@@ -185,13 +186,19 @@ def direction_for(model: LensModel, direction: Float[Tensor, " _width"]) -> Floa
 def states_of(model: LensModel, batch: TokenBatch, hooks: Sequence[str]) -> dict[str, Float[Tensor, "tokens d_model"]]:
     """States of a batch's content tokens at each hook, without gradient; the pass ends at the last of the hooks' layers.
 
+    A batch for which memory runs out is read in halves.
+
     Raises:
         NonFiniteError: states that hold NaN or infinity.
     """
     last = max(layer_of(name) for name in hooks)
-    with frozen(model), torch.no_grad(), captured(model, hooks) as store:
-        run_segment(model, batch.tokens, batch.attention_mask, first=last, last=last)
-    states = {name: store[name][batch.content_mask] for name in hooks}
+
+    def read(part: TokenBatch) -> dict[str, Float[Tensor, "tokens d_model"]]:
+        with frozen(model), torch.no_grad(), captured(model, hooks) as store:
+            run_segment(model, part.tokens, part.attention_mask, first=last, last=last)
+        return {name: store[name][part.content_mask] for name in hooks}
+
+    states = in_halves(batch, read)
     check_states(model, batch, states)
     return states
 

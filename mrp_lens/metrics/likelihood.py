@@ -14,6 +14,7 @@ from mrp_lens.data.tokenization import Encoded, Encoder, groups_within, in_order
 from mrp_lens.models import LensModel
 from mrp_lens.models.base import same_positions
 from mrp_lens.models.hooks import frozen
+from mrp_lens.models.memory import ran_out
 from mrp_lens.models.prefix import Continued, logits_behind, reads_prefixes
 from mrp_lens.training.losses import before_counted, predictions
 from mrp_lens.utils.progress import progress_bar
@@ -124,13 +125,24 @@ def _predicted(
     most = max(1, batch_size // max(len(group.passes) for group in shared)) if shared else 1
     for part in groups_within([count * encoder.rows for count in counts], most):
         passes = [each for group in shared[part] for each in group.passes]
-        found = logits_behind(model, _behind(shared[part], encoder)).float().log_softmax(-1)
-        if bool(found.isnan().any()):
-            whole += passes  # of which whole passes say where it comes from
+        found = _read_behind(model, _behind(shared[part], encoder))
+        if found is None:
+            whole += passes
         else:
             yield passes, found
     for chosen, read in in_order(encoder, [each.row for each in whole], batch_size, logits=True):
         yield [whole[number] for number in chosen], predictions(model, read)
+
+
+def _read_behind(model: LensModel, texts: Continued) -> Float[Tensor, "counted d_vocab"] | None:
+    """Their log-probabilities; None where whole passes have to say where NaN comes from, or take less memory."""
+    try:
+        found = logits_behind(model, texts).float().log_softmax(-1)
+    except RuntimeError as error:
+        if not ran_out(error):
+            raise
+        return None
+    return None if bool(found.isnan().any()) else found
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from mrp_lens.models.memory import ran_out
 from mrp_lens.training.callbacks import Callback, Checkpointing, ProgressBar, TrainingState
 from mrp_lens.training.checkpoints import Checkpoint, Resumable
 from mrp_lens.training.reduction import begun_alike, ended_alike, reduced
@@ -28,6 +29,10 @@ Losses = Callable[[int], Iterable[dict[str, Tensor]]]
 
 class NonFiniteLossError(FloatingPointError):
     """A loss became NaN or infinite; nothing was written into the model."""
+
+
+class TooLittleMemoryError(ValueError):
+    """Memory ran out in an update; nothing was written into the model."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +96,7 @@ def train(
     Raises:
         ValueError: `steps` is below 1, or the checkpoint is damaged or has other tensors.
         NonFiniteLossError: a loss is NaN or infinite; the tensors keep the values of the last good step.
+        TooLittleMemoryError: memory ran out; says what needs less.
         SystemExit: SIGTERM came; with a checkpoint the step under way is finished and saved first.
     """
     check_whole(steps=steps)
@@ -128,6 +134,13 @@ def train(
                     callback.on_step(step, state.rows[-1])
             ended_alike(state)
             interrupted = bool(asked)
+        except RuntimeError as error:
+            if not ran_out(error):
+                raise
+            raise TooLittleMemoryError(
+                f"{description}: memory ran out in update {state.done + 1}. Give a smaller micro_batch (documents a pass: what is learned "
+                "stays the same), shorter texts (max_length), or a model in bfloat16; mrp-lens plan says what fits"
+            ) from error
         except KeyboardInterrupt:
             if count() > 1:  # the others wait for this process: it has to end
                 raise

@@ -7,20 +7,26 @@ from torch import Tensor
 from mrp_lens.data.tokenization import TokenBatch
 from mrp_lens.models import LensModel, logits_at
 from mrp_lens.models.finite import check_log_probabilities
+from mrp_lens.models.memory import in_halves
 
 
 def predictions(model: LensModel, batch: TokenBatch) -> Float[Tensor, "counted d_vocab"]:
     """Log-probabilities, in float32, at the positions whose next token counts in the loss.
 
     They may be -infinity: so a model rules a token out. While gradients are recorded, NaN is left to who minimises the
-    loss: `training.train` stops at one that is not finite.
+    loss: `training.train` stops at one that is not finite. Otherwise a batch for which memory runs out is read in halves.
 
     Raises:
         NonFiniteError: a NaN or +infinity among the logits there, outside training.
     """
-    found = logits_at(model, batch.tokens, batch.attention_mask, before_counted(batch)).float().log_softmax(-1)
-    if not torch.is_grad_enabled():
-        check_log_probabilities(model, batch, found)
+
+    def read(part: TokenBatch) -> Float[Tensor, "counted d_vocab"]:
+        return logits_at(model, part.tokens, part.attention_mask, before_counted(part)).float().log_softmax(-1)
+
+    if torch.is_grad_enabled():
+        return read(batch)
+    found = in_halves(batch, read)
+    check_log_probabilities(model, batch, found)
     return found
 
 

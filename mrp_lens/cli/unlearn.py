@@ -36,7 +36,7 @@ RMU_OF_0_1 = {"errors": "absolute", "budget": None, "coverage": None, "steps": 1
 OF_0_1: Mapping[str, tuple[str, Mapping[str, Any]]] = {  # a method of version 0.1 -> its name now, and its defaults
     "mrp": ("mrp-unconditional", {}),
     "rmu": ("rmu", RMU_OF_0_1),
-    "adaptive-rmu": ("adaptive-rmu", RMU_OF_0_1),
+    "adaptive-rmu": ("adaptive-rmu", {**RMU_OF_0_1, "beta": 5.0}),
 }
 
 

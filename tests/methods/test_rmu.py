@@ -93,7 +93,7 @@ def test_the_losses_are_those_of_the_formulas_with_and_without_attention_sinks(
             "micro_batch": 5,
             **PLAIN,
         }
-        method = RMU(**shared) if coefficient is None else AdaptiveRMU(coefficient=coefficient, **shared)
+        method = RMU(**shared) if coefficient is None else AdaptiveRMU(coefficient=coefficient, beta=5.0, **shared)
         return method, method.fit(sunk, *texts, **FIT)
 
     (method, one), (_, two) = fitted(1), fitted(2)

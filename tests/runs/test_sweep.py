@@ -149,7 +149,7 @@ def test_a_method_of_another_package_is_swept_by_its_own_strength(
 def test_the_settings_of_a_sweep_are_those_of_version_0_1(model: Any, task: UnlearningTask, tmp_path: Path) -> None:
     resolved = CONFIG.resolved(model, task)
     assert resolved.settings() == {
-        **{"methods": ("mrp", "rmu", "adaptive-rmu"), "layers": (1, 2), "coefficients": (3.0,), "betas": (5.0,)},
+        **{"methods": ("mrp", "rmu", "adaptive-rmu"), "layers": (1, 2), "coefficients": (3.0,), "betas": (2.0,)},
         **{"seeds": (0,), "steps": 2, "questions": 150, "documents": 100},
     }
     full = replace(CONFIG, full=True, steps=None, layers=None).resolved(model, task)

@@ -61,7 +61,7 @@ class Measure(OnData):
         out: Folder for the table and the page.
         edit: Folder of an edit, such as `runs/demo/mrp/edit`: measure with it as well.
         reference: A model that never saw the forget set: measured as well, and what the field's measures compare with.
-        benchmark: The field's measures, too: extraction strength, truth ratio, membership inference, ... Takes minutes.
+        benchmark: The field's measures, too: extraction strength, truth ratio, model utility, fluency, ... Takes minutes.
         documents: `--benchmark`: at most this many documents and questions a side, evenly spread. Default: all.
         topic: `--model demo`: what was to be forgotten. Default: `potions`, unless only --harness is given.
         harness: Tasks of lm-evaluation-harness, separated by commas. Needs `pip install 'mrp_lens[harness]'`.

@@ -17,9 +17,9 @@ class Outcome:
 
     Attributes:
         ended: "target": what is left of the forget set cannot be told from chance (or is at the level that was asked for);
-            "budget": the damage allowed for was done first; "unmoved": next to nothing was forgotten; "stalled": what is
-            left did not become less any more; "returned": it was at the target in the fit's course and is above it at the end;
-            "steps": the last update was done first; "interrupted": Ctrl-C.
+            "budget": the damage allowed for was done first; "unmoved": next to nothing was forgotten, and more updates would not have
+            changed that; "stalled": what is left did not become less any more; "returned": it was at the target in the
+            fit's course and is above it at the end; "steps": the last update was done first; "interrupted": Ctrl-C.
         left: accuracy on the control questions made from the forget set, after the fit.
         before: the same, of the unedited model.
         target: the accuracy down to which was to be forgotten.
@@ -43,7 +43,10 @@ class Outcome:
         return self.ended == "target"
 
     def __str__(self) -> str:
-        damage = f"damage {self.damage:.3f} of {self.budget:g} nats a token"
+        over = f", over its budget of {self.budget:g}" if self.damage > self.budget * OVER else f" of {self.budget:g}"
+        damage = f"damage {self.damage:.3f}{over} nats a token"
+        if self.before <= self.target:
+            damage += "; before the fit it was no better: ask a quiz whether there was anything to forget"
         left = f"{self.left:.2f} of {self.before:.2f} left, target {self.target:.2f}"
         return {
             "target": f"forgot ({left}; {damage}; {self.steps} steps)",
@@ -76,7 +79,7 @@ class Outcome:
             ended = "target"
         elif interrupted:
             ended = "interrupted"
-        elif before - left < MOVED * (before - target):
+        elif before - left < MOVED * (before - target) and (stalled or damage >= SPENT * budget):
             ended = "unmoved"
         elif there and left > target:
             ended = "returned"

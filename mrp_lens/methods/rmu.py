@@ -390,7 +390,8 @@ class RMU(Misdirection[RMUSettings]):
             absolute ones.
         alpha: weight of the retain term, at the start of a fit with a budget. None: 4; for absolute errors four times the square of c over that norm.
         lr: of AdamW. None: derived from the size of the trained matrices, entries and shape (`update_size`).
-        steps, batch_size: updates at most, and documents an update on each side.
+        steps: updates at most.
+        batch_size: documents an update on each side.
         micro_batch: documents a pass, if a batch does not fit into memory.
         max_length: tokens at which documents are cut. None: 512, or the context if that is shorter.
         budget: nats a token of KL(unedited || edited) that are allowed for on retain text that no update sees, and four times

@@ -329,6 +329,8 @@ def test_without_a_retain_loss_the_budget_is_the_end() -> None:
         (0.6, 0.01, False, False, "steps"),
         (0.6, 0.01, False, True, "stalled"),
         (0.99, 0.1, False, True, "unmoved"),
+        (0.99, 0.01, False, True, "unmoved"),
+        (0.99, 0.01, False, False, "steps"),
     ],
 )
 def test_what_is_said_of_a_fit(left: float, damage: float, there: bool, stalled: bool, ended: str) -> None:
@@ -348,6 +350,18 @@ def test_what_is_said_of_a_fit(left: float, damage: float, there: bool, stalled:
     assert bool(outcome) == (ended == "target")
     assert f"{left:.2f} of 1.00 left" in str(outcome)
     assert Outcome.from_json(outcome.to_json()) == outcome
+
+
+def test_what_the_control_questions_cannot_tell_is_said() -> None:
+    known = Outcome("unmoved", left=0.9, before=0.9, target=0.3, damage=0.01, budget=0.1, total=0.01, steps=7)
+    assert "before the fit" not in str(known)
+    assert "before the fit it was no better: ask a quiz" in str(replace(known, before=0.25, left=0.25))
+
+
+def test_damage_above_the_budget_is_said() -> None:
+    outcome = Outcome("budget", left=0.5, before=0.9, target=0.3, damage=0.1, budget=0.1, total=0.1, steps=7)
+    assert "damage 0.100 of 0.1 nats a token" in str(outcome)
+    assert "damage 0.500, over its budget of 0.1 nats a token" in str(replace(outcome, damage=0.5))
 
 
 ASKED = """

@@ -74,7 +74,7 @@ class MRP(FitTemplate[MRPSettings]):
     these off, so that each request does its work also once another is taken back.
 
     Args:
-        layers: where to project. None: eight layers spread evenly from a fifth of the depth to 0.85 of it.
+        layers: where to project. None: eight layers spread evenly from a fifth of the depth to 0.85 of it; all between, where there are fewer.
         rank: directions removed at each layer. None: d_model / 16, between 2 and 16.
         site: where on the stream, `resid_post` by default.
         init: start of W. "complement": the top principal directions of the forget states without their part in the retain

@@ -15,7 +15,7 @@ from mrp_lens.attacks.base import Attack, FactSplit, Setting, labelled
 from mrp_lens.attacks.gradients import input_gradients
 from mrp_lens.attacks.registry import ATTACKS, register
 from mrp_lens.attacks.suite import SuiteConfig, run_suite
-from mrp_lens.attacks.summary import notes_of, rows_of_attacks
+from mrp_lens.attacks.summary import notes_of, rows_of_attacks, worst_attack
 from mrp_lens.metrics.recovery import best
 
 __all__ = [
@@ -41,4 +41,5 @@ __all__ = [
     "rows_of_attacks",
     "run_suite",
     "with_floor",
+    "worst_attack",
 ]

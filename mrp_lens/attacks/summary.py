@@ -1,6 +1,6 @@
 """The findings of a suite as one table: what each attack brought back, beside its controls, and what must be known to read it."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pandas as pd
@@ -37,6 +37,37 @@ def rows_of_attacks(frames: Frames, name: str, config: SuiteConfig) -> list[Row]
 def notes_of(frames: Frames, name: str, config: SuiteConfig) -> list[str]:
     """What must be known to read the table, such as attacks that do not count; arguments as `rows_of_attacks`."""
     return [note for attack in config.chosen for note in attack.notes(frames, name)]
+
+
+def worst_attack(rows: Sequence[Row], name: str) -> list[str]:
+    """Which attack brought most back, and whether there was anything to bring back, in sentences.
+
+    The worst is that whose recovery is certain to be largest: by the lower end of its interval, so that few questions, or a
+    ceiling that the attack itself pulled down, count for little.
+
+    Args:
+        rows: of `rows_of_attacks`.
+        name: of the edit.
+    """
+    own = [row for row in rows if row["method"] == name and _is_known(row.get("recovery_low"))]
+    attacked = [row for row in own if row["attack"] != NO_ATTACK]
+    notes = []
+    for row in own:
+        if row["attack"] == NO_ATTACK and row["recovery_low"] > 0.0:
+            notes.append(f"Not all was forgotten to begin with: without an attack {_told(row)}.")
+    if attacked:
+        worst = max(attacked, key=lambda row: (row["recovery_low"], row["accuracy_after"]))
+        notes.append(f"Worst of {len(attacked)} attacks: {worst['attack']}, {_told(worst)}.")
+    return notes
+
+
+def _is_known(value: Any) -> bool:
+    return value is not None and value == value
+
+
+def _told(row: Row) -> str:
+    low, high = row["recovery_low"], row["recovery_high"]
+    return f"recovery {row['recovery']:.2f} [{low:.2f}, {high:.2f}], {row['accuracy_after']:.0%} right"
 
 
 def columns(row: Mapping[Any, Any], *keys: tuple[str, ...]) -> dict[str, Any]:

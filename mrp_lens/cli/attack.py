@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import pandas as pd
 from typing_extensions import override
 
-from mrp_lens.attacks import ATTACKS, Attack, SuiteConfig, notes_of, rows_of_attacks, run_suite
+from mrp_lens.attacks import ATTACKS, Attack, SuiteConfig, notes_of, rows_of_attacks, run_suite, worst_attack
 from mrp_lens.cli.command import OnData
 from mrp_lens.cli.console import Column, console, show_table
 from mrp_lens.cli.run_folder import stoppable
@@ -124,7 +124,7 @@ class AttackEdit(OnData):
         with stoppable(out):
             frames = run_suite(model, edit, task, config, out, name=name, reference=reference)
             run.rows = rows_of_attacks(frames, name, config)
-            run.notes = notes_of(frames, name, config)
+            run.notes = [*worst_attack(run.rows, name), *notes_of(frames, name, config)]
             run.frames = {key: frame for key, frame in frames.items() if key in FIGURES}
             table = pd.DataFrame([dict(row) for row in run.rows])
             if "recovery" in table and table["recovery"].notna().any():

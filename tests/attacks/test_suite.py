@@ -15,7 +15,17 @@ import torch
 from typing_extensions import override
 
 from mrp_lens import attacks
-from mrp_lens.attacks import ATTACKS, Attack, Setting, SuiteConfig, notes_of, registry, relearn, rows_of_attacks
+from mrp_lens.attacks import (
+    ATTACKS,
+    Attack,
+    Setting,
+    SuiteConfig,
+    notes_of,
+    registry,
+    relearn,
+    rows_of_attacks,
+    worst_attack,
+)
 from mrp_lens.attacks.base import Frames
 from mrp_lens.attacks.evaluation import score
 from mrp_lens.attacks.finetuning import possible_forms
@@ -257,7 +267,7 @@ def test_the_table_takes_the_best_rate_and_has_the_keys_of_the_contract() -> Non
     page = table_of(rows)
     assert "recovery" in page.headings
     assert not {"recovery 5", "recovery_100", "accuracy on what must go"} & set(page.headings)
-    assert f"{best['kept', 5]:.2f} [0.00, 1.00]" in page.rows[1][1]
+    assert f"{best['kept', 5]:.2f} [0.00, 1.00]" in list(map(str, page.rows[1][1]))
 
 
 def test_notes_say_which_attacks_do_not_count_and_which_models_are_hard_to_train() -> None:
@@ -425,3 +435,19 @@ def test_an_attack_that_cannot_be_offered_beside_the_others_is_refused(registere
     relearn_twice = (ATTACKS["relearn"](), ATTACKS["relearn"]())
     with pytest.raises(ValueError, match="several budgets of one attack: relearn, relearn"):
         SuiteConfig(budgets=relearn_twice)
+
+
+def test_the_worst_attack_is_the_one_that_is_certain_to_bring_most_back() -> None:
+    def row(attack: str, *interval: float, method: str = "mrp") -> dict[str, Any]:
+        low, high = interval
+        ends = {"recovery": (low + high) / 2, "recovery_low": low, "recovery_high": high}
+        return {"method": method, "attack": attack, "accuracy_after": 0.5, **ends}
+
+    plain, stripped, few = row("no attack", -0.1, 0.1), row("hooks stripped", 0.8, 1.0), row("few-shot", 0.1, 1.9)
+    control = row("relearn", 0.9, 1.0, method="unedited")
+    probe = {"method": "mrp", "attack": "probe", "bits": 1.0}
+    told = ["Worst of 2 attacks: hooks stripped, recovery 0.90 [0.80, 1.00], 50% right."]
+    assert worst_attack([plain, few, control, stripped, probe], "mrp") == told
+    known = worst_attack([row("no attack", 0.2, 0.6), stripped], "mrp")
+    assert known[0] == "Not all was forgotten to begin with: without an attack recovery 0.40 [0.20, 0.60], 50% right."
+    assert worst_attack([control, probe], "mrp") == []

@@ -89,7 +89,7 @@ NO_FIGURES = {
         "register",
     ),
     *("METRICS", "Measured", "Metric", "headings", "rows_and_frames_for"),
-    *("labelled", "notes_of", "rows_of_attacks", "run_suite"),
+    *("labelled", "notes_of", "rows_of_attacks", "run_suite", "worst_attack"),
 }
 """Public names that are no call, or a call made of the others."""
 WITHOUT_MODEL: dict[str, Callable[[], Any]] = {

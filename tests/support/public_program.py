@@ -234,6 +234,7 @@ def attacking(model: ml.LensModel, task: ml.UnlearningTask, edit: ml.Edit) -> No
         found,
         attacks.rows_of_attacks(frames, "mine", config),
         attacks.notes_of(frames, "mine", config),
+        attacks.worst_attack(attacks.rows_of_attacks(frames, "mine", config), "mine"),
         attacks.relearned,
     )
     print(list(attacks.ATTACKS), attacks.FactSplit, attacks.labelled({"forget": held_out}))

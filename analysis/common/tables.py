@@ -49,4 +49,4 @@ def markdown(text: pd.DataFrame) -> str:
 def markdown_of_rows(rows: Iterable[Mapping[Any, Any]], keys: Sequence[str]) -> str:
     """Rows as the report page shows them: an interval stands behind its value; of each only these keys."""
     table = table_of([{key: row[key] for key in keys if key in row} for row in rows])
-    return markdown(pd.DataFrame([cells for _, cells in table.rows], columns=table.headings))
+    return markdown(pd.DataFrame([list(map(str, cells)) for _, cells in table.rows], columns=table.headings))

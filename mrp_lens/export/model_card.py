@@ -15,7 +15,7 @@ from mrp_lens.edits.provenance import fits_of, label_of
 from mrp_lens.export.formats import Form
 from mrp_lens.export.measurements import Measurements, check_record, rows_about
 from mrp_lens.methods import METHODS
-from mrp_lens.runs.report.table import INTERVALS, Table, table_of
+from mrp_lens.runs.report.table import INTERVALS, Cell, Table, table_of
 from mrp_lens.utils.frames import Row, versions
 from mrp_lens.utils.validation import check_one_of
 
@@ -137,7 +137,7 @@ def _places(edit: Edit) -> Table:
         elif isinstance(part, SteeringEdit):
             how = "set to" if part.mode == "replace" else "moved by"
             rows.append([part.hook, f"states {how} {part.coefficient:.6g} times a fixed unit vector", ""])
-    return Table(["where", "what", "request"], [(False, row) for row in rows], [])
+    return Table(["where", "what", "request"], [(False, [Cell(text) for text in row]) for row in rows], [])
 
 
 def _removed(gated: Gated) -> str:

@@ -104,8 +104,8 @@ def _survives(row: Mapping[str, Any]) -> Answer:
     most = max(back, key=lambda key: back[key])
     updates = most.rsplit("_", 1)[-1]
     after = f"after {updates} updates on others of the facts" if updates.isdigit() else most.removeprefix(BACK)
-    ends = [row.get(f"{most}_{end}") for end in ("low", "high")]
-    interval = f" [{', '.join(f'{100 * float(end):.0f}' for end in ends)}]" if all(map(numeric, ends)) else ""
+    ends = [f"{100 * end:.0f}" for end in (row.get(f"{most}_low"), row.get(f"{most}_high")) if numeric(end)]
+    interval = f" [{', '.join(ends)}]" if len(ends) == 2 else ""
     share = back[most]
     return Answer(f"{100 * share:.0f}%{interval} comes back", after, _clipped(share))
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 from mrp_lens import metrics
 from mrp_lens.metrics.recovery import CONTROL_METHODS
@@ -103,7 +103,7 @@ def _ends(key: str, keys: Sequence[str]) -> tuple[str, ...]:
     return ("low", "high") if list(following) == ["low", "high"] else ()
 
 
-def numeric(value: Any) -> bool:
+def numeric(value: Any) -> TypeGuard[float]:
     """Whether it is a number, and not NaN."""
     return isinstance(value, int | float) and value == value
 

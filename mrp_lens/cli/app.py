@@ -20,7 +20,10 @@ COMMANDS = {
     "attack": ("AttackEdit", "See what survives an edit: retrain, probe, bypass and jailbreak it."),
     "measure": ("Measure", "Measure a model, and the same model with an edit on, without fitting anything."),
     "export": ("Export", "Write an edited model for Hugging Face's transformers, and prove it by reloading."),
-    "chat": ("ChatWithEdit", "Ask a model, and the same model with an edit on, side by side."),
+    "chat": (
+        "ChatWithEdit",
+        "Ask a model, and the same model with an edit on, side by side, in the terminal or on a page.",
+    ),
     "report": ("Report", "Make one HTML page of a run: table, controls, figures, answers, settings."),
 }
 HELP = """usage: mrp-lens COMMAND [OPTIONS]

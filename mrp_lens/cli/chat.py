@@ -31,7 +31,9 @@ Anything else is a question. Each is answered by itself, without those before it
 
 @dataclass(frozen=True, kw_only=True)
 class ChatWithEdit(Command):
-    """Ask a model, and the same model with an edit on, side by side; switch the edit, and see what it does to each token.
+    """Ask a model, and the same model with an edit on, side by side, in the terminal or on a page.
+
+    The edit can be switched, weakened and taken apart, and what it does to each token is shown.
 
     With --prompt it answers and ends. Without, it asks for questions until /quit; /help lists what else it takes. Questions
     may also be piped in, one a line. With --web the same is a page in a browser, served to this machine alone.

@@ -89,16 +89,17 @@ def chat_page(chat: Chat, *, title: str, switches: Switches | None = None) -> An
         question = gr.Textbox(label="Question, or the start of a text", max_lines=6, elem_id="question")
         ask = gr.Button("Answer", variant="primary", elem_id="ask")
         with gr.Row():
-            on = gr.Checkbox(first.on, label="Apply the edit", min_width=NARROW, elem_id="on")
-            strength = gr.Slider(
-                0.0,
-                min(most, max(SLIDER_END, first.strength)),
-                value=first.strength,
-                step=0.05,
-                label="Strength (0: unedited, 1: the edit)",
-                min_width=NARROW,
-                elem_id="strength",
-            )
+            with gr.Column(min_width=NARROW):
+                on = gr.Checkbox(first.on, label="Apply the edit", elem_id="on")
+            with gr.Column(min_width=NARROW):
+                strength = gr.Slider(
+                    0.0,
+                    min(most, max(SLIDER_END, first.strength)),
+                    value=first.strength,
+                    step=0.05,
+                    label="Strength (0: unedited, 1: the edit)",
+                    elem_id="strength",
+                )
         with gr.Row(visible=len(chat.directions) > 1):
             kinds = [ALL, ONLY, WITHOUT]
             which = gr.Radio(kinds, value=single, label="Of the projection", min_width=NARROW, elem_id="which")

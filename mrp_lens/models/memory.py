@@ -48,4 +48,4 @@ def ran_out(error: BaseException) -> bool:
 def _release() -> None:
     from accelerate.utils.memory import clear_device_cache
 
-    clear_device_cache(garbage_collection=True)
+    clear_device_cache()

@@ -45,6 +45,7 @@ def test_what_is_left_is_a_share_of_what_was_above_the_level() -> None:
 def test_a_model_that_never_saw_the_set_is_the_level_before_all_others() -> None:
     never = {**BEFORE, "method": "never-taught", "forget_accuracy": 0.3}
     (found,) = answers_of([BEFORE, never, {**AFTER, "untaught_accuracy": 0.1}])
+    assert found.forgot is not None
     assert found.forgot.words == "Forgotten"
     assert "30.0% by a model that never saw the forget set" in found.forgot.figures
 
@@ -82,6 +83,7 @@ def test_the_attack_that_brings_most_back_counts() -> None:
 def test_without_a_quiz_the_forget_texts_speak() -> None:
     rows = [{"method": name, "forget_probability": value} for name, value in (("unedited", 0.9), ("rmu", 0.05))]
     (found,) = answers_of(rows)
+    assert found.forgot is not None
     assert found.forgot.words == "90.0% → 5.0%"
     assert found.forgot.share is None
 

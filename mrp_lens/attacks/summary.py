@@ -7,7 +7,7 @@ import pandas as pd
 
 from mrp_lens.attacks.base import Frames
 from mrp_lens.attacks.suite import SuiteConfig
-from mrp_lens.utils.frames import Row, rows_of
+from mrp_lens.utils.frames import Row, is_number, rows_of
 
 ACCURACIES = ("n", "accuracy_before", "accuracy_edited", "accuracy_after", "floor", "ceiling")
 RECOVERY = ("recovery", "recovery_low", "recovery_high")
@@ -49,7 +49,7 @@ def worst_attack(rows: Sequence[Row], name: str) -> list[str]:
         rows: of `rows_of_attacks`.
         name: of the edit.
     """
-    own = [row for row in rows if row["method"] == name and _is_known(row.get("recovery_low"))]
+    own = [row for row in rows if row["method"] == name and is_number(row.get("recovery_low"))]
     attacked = [row for row in own if row["attack"] != NO_ATTACK]
     notes = []
     for row in own:
@@ -59,10 +59,6 @@ def worst_attack(rows: Sequence[Row], name: str) -> list[str]:
         worst = max(attacked, key=lambda row: (row["recovery_low"], row["accuracy_after"]))
         notes.append(f"Worst of {len(attacked)} attacks: {worst['attack']}, {_told(worst)}.")
     return notes
-
-
-def _is_known(value: Any) -> bool:
-    return value is not None and value == value
 
 
 def _told(row: Row) -> str:

@@ -10,7 +10,7 @@ from rich.markup import escape
 from typing_extensions import override
 
 from mrp_lens.cli.command import Command, ModelOptions
-from mrp_lens.cli.console import Column, console, show_examples, show_table
+from mrp_lens.cli.console import Column, console, show_examples, show_table, three_digits
 from mrp_lens.edits import load_edit
 from mrp_lens.models.hooks import layer_of, site_of
 from mrp_lens.runs.chat import MEASURES, Answer, Chat, Switches, hook_to_show
@@ -219,7 +219,7 @@ class Terminal:
         columns: list[Column] = [
             ("token", lambda row: escape(repr(str(row["token"])))),
             ("part", lambda row: str(row["part"])),
-            *((name, figure(measure)) for measure, (name, _) in MEASURES.items()),
+            *((name, three_digits(measure)) for measure, (name, _) in MEASURES.items()),
             ("", lambda row: bar(row["displacement"] / largest if largest > 0.0 else 0.0)),
         ]
         caption = "\n".join(f"{name}: {meaning}" for name, meaning in MEASURES.values())
@@ -272,11 +272,6 @@ def number(word: str, value: str, *, whole: bool = False) -> float:
         return int(value) if whole else float(value)
     except ValueError as error:
         raise ValueError(f"{word} takes a {'whole ' * whole}number, got {value!r}") from error
-
-
-def figure(measure: str) -> Any:
-    """The cell of a measure; empty where there is none."""
-    return lambda row: "" if row[measure] is None else f"{row[measure]:.3f}"
 
 
 def bar(share: float) -> str:

@@ -10,6 +10,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from mrp_lens.utils.frames import Row
+
 console = Console()
 
 Column = tuple[str, Callable[[Mapping[str, Any]], str]]
@@ -48,6 +50,11 @@ def show_table(title: str, columns: Sequence[Column], rows: Sequence[Mapping[str
     for row in rows:
         table.add_row(*(cell(row) for _, cell in columns))
     console.print(table)
+
+
+def three_digits(key: str) -> Callable[[Row], str]:
+    """A column's cell: the number under the key; empty where there is none."""
+    return lambda row: "" if row[key] is None else f"{row[key]:.3f}"
 
 
 def show_examples(examples: Sequence[Mapping[str, Any]]) -> None:

@@ -1,6 +1,6 @@
 """`mrp-lens measure`: a model, and the same model with an edit on, measured without fitting."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing_extensions import override
 
 from mrp_lens import metrics
 from mrp_lens.cli.command import OnData
-from mrp_lens.cli.console import Column, console, show_table
+from mrp_lens.cli.console import Column, console, show_table, three_digits
 from mrp_lens.cli.unlearn import CAPTION, columns
 from mrp_lens.cli.unlearn import measure as figures_of
 from mrp_lens.data import UnlearningTask
@@ -221,12 +221,8 @@ def show_benchmark(rows: Sequence[Row]) -> None:
     ]
     if lines:
         columns: list[Column] = [("measure", lambda line: str(line["measure"]))]
-        columns += [(method, _figure(method)) for method in (str(row["method"]) for row in rows)]
+        columns += [(method, three_digits(method)) for method in (str(row["method"]) for row in rows)]
         show_table("The field's measures", columns, lines)
-
-
-def _figure(method: str) -> Callable[[Row], str]:
-    return lambda line: "" if line[method] is None else f"{line[method]:.3f}"
 
 
 HARNESS_COLUMNS: list[Column] = [

@@ -183,7 +183,7 @@ class Unlearn(Command):
         with begun(out, settings, overwrite=self.overwrite) as store:
             model = self.loading.load()
             store.check_same("model", identity_of(model))
-            before = store.once("unedited", lambda: measured(model, task, None))
+            before = store.once(UNEDITED, lambda: measured(model, task, None))
             reference = self._load_reference()
             fit = self._fit(model, task, reference)
             leave()  # what follows is for one process
@@ -194,7 +194,7 @@ class Unlearn(Command):
                 run.notes.append(f"{method} {fit.outcome}.")
                 console.print(run.notes[-1])
             after = store.once("edited", lambda: measured(model, task, fit.edit))
-            never = None if reference is None else store.once("never-taught", lambda: measured(reference, task, None))
+            never = None if reference is None else store.once(NEVER_TAUGHT, lambda: measured(reference, task, None))
             fill(run, task, method, fit, before, after, never)
             run.write_into(out)
             run.frames["training"] = fit.log
@@ -217,11 +217,10 @@ class Unlearn(Command):
         if self.logger is not None and is_first():
             tracked["callbacks"] = [LoggerCallback(logger_named(self.logger, self.out))]
 
-        fitter: Any = self.fitter
-        if reference is not None and fitter.target is None:
-            fitter = replace(fitter, target=control_accuracy(reference, task.forget, seed=self.seed))
-
         def fitted(kept: Path) -> Fit:
+            fitter: Any = self.fitter
+            if reference is not None and fitter.target is None:
+                fitter = replace(fitter, target=control_accuracy(reference, task.forget, seed=self.seed))
             found: Fit = fitter.fit(model, task.forget, task.retain, seed=self.seed, checkpoint=kept, **tracked)
             return found
 

@@ -35,7 +35,7 @@ from mrp_lens.models import (
     why_not_exportable,
 )
 from mrp_lens.models.generation import drawn_seed
-from mrp_lens.models.hooks import captured, frozen, layer_of, run_segment
+from mrp_lens.models.hooks import frozen, read_states
 from mrp_lens.training.callbacks import Callback
 from mrp_lens.training.checkpoints import EVERY, Checkpoint, Resumable
 from mrp_lens.training.loop import Losses, TrainingRun, train
@@ -476,11 +476,5 @@ def states_at(
     order = torch.randperm(len(rows), generator=generator).tolist()
     lengths = torch.tensor([sum(rows[i].content) for i in order])
     chosen = [rows[i] for i in order[: int((lengths.cumsum(0) < count).sum()) + 1]]
-    kept: dict[str, list[Tensor]] = {hook: [] for hook in hooks}
-    last = max(map(layer_of, hooks))
-    with captured(model, hooks) as store:
-        for _, batch in in_order(encoder, chosen, STATES_BATCH):
-            run_segment(model, batch.tokens, batch.attention_mask, first=last, last=last)
-            for hook in hooks:
-                kept[hook].append(store[hook][places(batch)].float())
-    return {hook: torch.cat(parts) for hook, parts in kept.items()}
+    kept = [read_states(model, batch, hooks, places) for _, batch in in_order(encoder, chosen, STATES_BATCH)]
+    return {hook: torch.cat([states[hook].float() for states in kept]) for hook in hooks}

@@ -21,9 +21,8 @@ from mrp_lens.methods.fit import Fit
 from mrp_lens.methods.registry import Swept, register
 from mrp_lens.methods.spaces import ADAPTIVE_RMU_SPACE, RMU_SPACE
 from mrp_lens.models import EditableWeight, LensModel, check_layers, mlp_out_weight, restored, tensor_digests
-from mrp_lens.models.hooks import Site, captured, hook_name, run_segment
+from mrp_lens.models.hooks import Site, captured, hook_name, read_states, run_segment
 from mrp_lens.models.kept_states import KeptStates
-from mrp_lens.models.memory import in_halves
 from mrp_lens.training.optim import TransformersAdamW, update_size, warmup_linear_decay
 from mrp_lens.utils.processes import shares
 from mrp_lens.utils.validation import check_positive, or_default
@@ -351,13 +350,8 @@ def norm_of(model: LensModel, data: Data, *, layer: int, hook: str, errors: Erro
     """L2 norm of the forget states at a hook over the content tokens of the first 64 documents: their median for relative
     errors, which a few attention sinks do not move, their mean for absolute ones.
     """
-
-    def read(part: TokenBatch) -> Float[Tensor, " tokens"]:
-        with captured(model, [hook]) as store:
-            run_segment(model, part.tokens, part.attention_mask, first=layer, last=layer)
-        return store[hook].float().norm(dim=-1)[part.content_mask]
-
-    norms = in_halves(data.encoder.collate(data.all_forget[:MEASURED_DOCUMENTS]), read)
+    batch = data.encoder.collate(data.all_forget[:MEASURED_DOCUMENTS])
+    norms = read_states(model, batch, [hook])[hook].float().norm(dim=-1)
     return float(norms.median() if errors == "relative" else norms.mean())
 
 

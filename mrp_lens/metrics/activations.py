@@ -15,8 +15,7 @@ from mrp_lens.edits import Edit, EditStack, SteeringEdit, edit_on
 from mrp_lens.edits.subspace import unit
 from mrp_lens.models import LensModel, check_layers, check_lens_model, device_of, encoder_for
 from mrp_lens.models.finite import check_states
-from mrp_lens.models.hooks import captured, check_hook_names, frozen, hook_name, layer_of, run_segment
-from mrp_lens.models.memory import in_halves
+from mrp_lens.models.hooks import check_hook_names, frozen, hook_name, read_states
 from mrp_lens.utils.progress import progress_bar
 from mrp_lens.utils.validation import check_whole, generator_for
 
@@ -191,14 +190,8 @@ def states_of(model: LensModel, batch: TokenBatch, hooks: Sequence[str]) -> dict
     Raises:
         NonFiniteError: states that hold NaN or infinity.
     """
-    last = max(layer_of(name) for name in hooks)
-
-    def read(part: TokenBatch) -> dict[str, Float[Tensor, "tokens d_model"]]:
-        with frozen(model), torch.no_grad(), captured(model, hooks) as store:
-            run_segment(model, part.tokens, part.attention_mask, first=last, last=last)
-        return {name: store[name][part.content_mask] for name in hooks}
-
-    states = in_halves(batch, read)
+    with frozen(model):
+        states = read_states(model, batch, hooks)
     check_states(model, batch, states)
     return states
 

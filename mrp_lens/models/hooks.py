@@ -3,17 +3,20 @@
 import difflib
 import re
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from mrp_lens.data.tokenization import TokenBatch
 from mrp_lens.models.attachments import check_on, exclusive
 from mrp_lens.models.base import check_lens_model, device_of, forward, is_bridge, modules_of
+from mrp_lens.models.memory import in_halves
 from mrp_lens.models.protocol import LensModel
 
 Site = Literal[
@@ -279,3 +282,23 @@ def run_segment(
         with suppress(_Stop):
             forward(model, tokens, attention_mask)
     return Segment({layer: model.blocks[layer] for layer in range(first, last + 1)}, inputs, outputs[0])
+
+
+def read_states(
+    model: LensModel,
+    batch: TokenBatch,
+    hooks: Sequence[str],
+    places: Callable[[TokenBatch], Bool[Tensor, "batch seq"]] = attrgetter("content_mask"),
+) -> dict[str, Float[Tensor, "tokens d_model"]]:
+    """States of a batch's content tokens, or other places, at each hook, without gradient; the pass ends at the last hook's layer.
+
+    A batch for which memory runs out is read in halves.
+    """
+    last = max(map(layer_of, hooks))
+
+    def read(part: TokenBatch) -> dict[str, Float[Tensor, "tokens d_model"]]:
+        with captured(model, hooks) as store:
+            run_segment(model, part.tokens, part.attention_mask, first=last, last=last)
+        return {name: store[name][places(part)] for name in hooks}
+
+    return in_halves(batch, read)

@@ -19,13 +19,13 @@ from mrp_lens.edits.subspace import random_units
 from mrp_lens.methods import METHODS, RMU, AdaptiveRMU, Fit, Method
 from mrp_lens.methods.rmu import default_layer
 from mrp_lens.metrics import Measured, rows_for
+from mrp_lens.metrics.recovery import UNEDITED
 from mrp_lens.models import LensModel, check_layers, identity_of
 from mrp_lens.utils.io import as_json
 from mrp_lens.utils.result_store import ResultStore
 from mrp_lens.utils.torch_state import ordinary_torch
 from mrp_lens.utils.validation import check_whole, generator_for, or_default
 
-UNEDITED = "unedited"
 FITS = "fits"  # of points that are not measured yet
 QUICK_LAYERS, QUICK_STEPS, QUICK_QUESTIONS, QUICK_DOCUMENTS = 4, 75, 150, 100
 FULL_SEEDS, FULL_STEPS, FULL_DOCUMENTS = (0, 1, 2), 150, 200

@@ -21,6 +21,7 @@ from mrp_lens.methods import METHODS, Fit, FitTemplate, Method
 from mrp_lens.methods.base import recorded
 from mrp_lens.methods.fit import EDIT, LOG
 from mrp_lens.methods.search_space import Space
+from mrp_lens.metrics.recovery import UNEDITED
 from mrp_lens.models import LensModel, identity_of
 from mrp_lens.models.finite import NonFiniteError
 from mrp_lens.runs.front import chosen_of, figures_of, on_front
@@ -38,7 +39,6 @@ if TYPE_CHECKING:
 KIND = "tune"
 FITS = "fits"  # of trials that are not measured yet
 BEST, PICTURE = "best.yaml", "pareto.html"
-UNEDITED = "unedited"
 SAMPLE = 32  # held-out documents that tell whether a trial is worth measuring
 LOOK = 0.5  # seconds between two looks at what other processes do
 BEYOND = 1.0  # an accuracy is at most this; what breaks the budget counts as worse than any that keeps to it

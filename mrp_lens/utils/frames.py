@@ -3,7 +3,7 @@
 import platform
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
-from typing import Any
+from typing import Any, TypeGuard
 
 import pandas as pd
 
@@ -15,6 +15,11 @@ Row = Mapping[str, Any]
 def versions() -> dict[str, str]:
     """Versions of what a figure depends on."""
     return {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
+
+
+def is_number(value: Any) -> TypeGuard[float]:
+    """Whether it is a number, and not NaN."""
+    return isinstance(value, int | float) and value == value
 
 
 def rows_of(frame: pd.DataFrame) -> list[Row]:

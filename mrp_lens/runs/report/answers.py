@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from mrp_lens.metrics.recovery import NEVER_TAUGHT, UNEDITED
-from mrp_lens.runs.report.table import CONTROLS, cell, numeric
+from mrp_lens.runs.report.table import CONTROLS, cell
+from mrp_lens.utils.frames import is_number
 
 VERDICTS = {
     "absent": "Forgotten",
@@ -52,7 +53,7 @@ def answers_of(rows: Sequence[Mapping[str, Any]]) -> list[Answers]:
     if before is None or len(named) < len(rows):
         return []
     edits = {name: row for name, row in named.items() if name not in CONTROLS}
-    if never is not None and numeric(never.get("forget_accuracy")):
+    if never is not None and is_number(never.get("forget_accuracy")):
         edits = {name: {**row, NEVER_SAW: never["forget_accuracy"]} for name, row in edits.items()}
     found = [Answers(name, _forgot(row, before), _cost(row, before), _survives(row)) for name, row in edits.items()]
     return [each for each in found if each.forgot is not None or each.cost is not None]
@@ -61,18 +62,18 @@ def answers_of(rows: Sequence[Mapping[str, Any]]) -> list[Answers]:
 def _forgot(row: Mapping[str, Any], before: Mapping[str, Any]) -> Answer | None:
     """From the forget quiz; without one, from the forget texts."""
     quiz, texts = "forget_accuracy", "forget_probability"
-    key = quiz if numeric(row.get(quiz)) and numeric(before.get(quiz)) else texts
-    if not (numeric(row.get(key)) and numeric(before.get(key))):
+    key = quiz if is_number(row.get(quiz)) and is_number(before.get(quiz)) else texts
+    if not (is_number(row.get(key)) and is_number(before.get(key))):
         return None
     was, now = cell(before, key).value, cell(row, key)
     if key == texts:
         return Answer(f"{was} → {now}", "probability of a token of the forget texts, before → after; no quiz was asked")
-    known = next((level for level in LEVELS if numeric(row.get(level))), None)
+    known = next((level for level in LEVELS if is_number(row.get(level))), None)
     level = 0.0 if known is None else float(row[known])
     above = float(before[key]) - level
     left = (float(row[key]) - level) / above if above > 0 else None
     low = row.get("forget_low")
-    at_level = known is not None and numeric(low) and float(low) <= level
+    at_level = known is not None and is_number(low) and float(low) <= level
     words = VERDICTS.get(str(row.get("verdict")), "Forgotten" if at_level else "Not all forgotten")
     compared = "" if known is None else f"; {cell(row, known).value} {LEVELS[known]}"
     return Answer(words, f"{now} of the forget quiz right; {was} before{compared}", _clipped(left))
@@ -80,17 +81,17 @@ def _forgot(row: Mapping[str, Any], before: Mapping[str, Any]) -> Answer | None:
 
 def _cost(row: Mapping[str, Any], before: Mapping[str, Any]) -> Answer | None:
     told, kept, words = [], None, ""
-    if numeric(row.get("retain_accuracy")) and numeric(before.get("retain_accuracy")):
+    if is_number(row.get("retain_accuracy")) and is_number(before.get("retain_accuracy")):
         was, now = (float(each["retain_accuracy"]) for each in (before, row))
         told.append(f"{cell(row, 'retain_accuracy')} right; {cell(before, 'retain_accuracy').value} before")
         kept, words = (
             _clipped(now / was if was else None),
             f"{100 * (now - was):+.1f} points on the retain quiz",
         )
-    if numeric(row.get("worst_topic_accuracy")):
+    if is_number(row.get("worst_topic_accuracy")):
         about = f" ({row['worst_topic']})" if row.get("worst_topic") else ""
         told.append(f"worst topic{about} {cell(row, 'worst_topic_accuracy')}")
-    if numeric(row.get("text_perplexity_ratio")):
+    if is_number(row.get("text_perplexity_ratio")):
         ratio = f"text perplexity {cell(row, 'text_perplexity_ratio')}"
         words, told = (words, [*told, ratio]) if words else (ratio.capitalize(), told)
     return Answer(words, "; ".join(told), kept) if words else None
@@ -98,13 +99,13 @@ def _cost(row: Mapping[str, Any], before: Mapping[str, Any]) -> Answer | None:
 
 def _survives(row: Mapping[str, Any]) -> Answer:
     """From the attack after which most was back."""
-    back = {key: float(value) for key, value in row.items() if _is_recovery(key) and numeric(value)}
+    back = {key: float(value) for key, value in row.items() if _is_recovery(key) and is_number(value)}
     if not back:
         return Answer(UNTESTED)
     most = max(back, key=lambda key: back[key])
     updates = most.rsplit("_", 1)[-1]
     after = f"after {updates} updates on others of the facts" if updates.isdigit() else most.removeprefix(BACK)
-    ends = [f"{100 * end:.0f}" for end in (row.get(f"{most}_low"), row.get(f"{most}_high")) if numeric(end)]
+    ends = [f"{100 * end:.0f}" for end in (row.get(f"{most}_low"), row.get(f"{most}_high")) if is_number(end)]
     interval = f" [{', '.join(ends)}]" if len(ends) == 2 else ""
     share = back[most]
     return Answer(f"{100 * share:.0f}%{interval} comes back", after, _clipped(share))

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from string import Formatter
 from typing import Any
@@ -96,11 +97,17 @@ def report(folder: str | Path, out: str | Path | None = None) -> Path:
             edits=edits,
             pictures=pictures,
             examples=summary["examples"],
-            plotlyjs=base64.b64encode(gzip.compress(get_plotlyjs().encode(), mtime=0)).decode(),
+            plotlyjs=packed_plotly() if pictures else "",
         )
     target = source / PAGE if out is None else Path(out)
     write_text(target, html)
     return target
+
+
+@cache
+def packed_plotly() -> str:
+    """Plotly's script, compressed and as text; once a process, as it takes half a second."""
+    return base64.b64encode(gzip.compress(get_plotlyjs().encode(), mtime=0)).decode()
 
 
 @contextmanager

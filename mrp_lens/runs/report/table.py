@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeGuard
+from typing import Any
 
 from mrp_lens import metrics
 from mrp_lens.metrics.recovery import CONTROL_METHODS
@@ -101,11 +101,6 @@ def _ends(key: str, keys: Sequence[str]) -> tuple[str, ...]:
             return f"{stem}low", f"{stem}high"
     following = keys[keys.index(key) + 1 :][:2]
     return ("low", "high") if list(following) == ["low", "high"] else ()
-
-
-def numeric(value: Any) -> TypeGuard[float]:
-    """Whether it is a number, and not NaN."""
-    return isinstance(value, int | float) and value == value
 
 
 def cell(row: Mapping[str, Any], key: str, keys: Sequence[str] | None = None) -> Cell:

@@ -19,6 +19,7 @@ from mrp_lens.data.world import World
 from mrp_lens.data.world.facts import QUESTION
 from mrp_lens.edits import Edit, ProjectionEdit, edit_on
 from mrp_lens.methods import MRP, RMU, AdaptiveRMU, Fit
+from mrp_lens.methods.budget import LOGGED
 from mrp_lens.models import LensModel, identity_of, load_model
 from mrp_lens.models.generation import continuations
 from mrp_lens.models.load import Backend
@@ -105,6 +106,7 @@ class Demo(Command):
             console.print(f"Written to {out}: table.csv, summary.json, and for each method its edit and log.")
             logs = [fit.log.assign(method=name) for name, fit in fits.items()]
             run.frames["training"] = pd.concat(logs, ignore_index=True)
+            run.frames["budget"] = run.frames["training"][["method", "step", *LOGGED]]
             run.frames["accuracies"] = pd.DataFrame([dict(row) for row in run.rows])
             directions = {name: fit.direction for name, fit in fits.items() if fit.directions}
             shown = {name: edit for name, edit in edits.items() if name != "untrained-start"}

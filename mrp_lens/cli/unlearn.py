@@ -15,6 +15,7 @@ from mrp_lens.data import TaskConfig, UnlearningTask
 from mrp_lens.data.task import beginning
 from mrp_lens.edits import Edit, edit_on
 from mrp_lens.methods import METHODS, Fit, Method, control_accuracy
+from mrp_lens.methods.budget import LOGGED
 from mrp_lens.metrics import Measured, rows_for
 from mrp_lens.metrics.recovery import NEVER_TAUGHT, UNEDITED
 from mrp_lens.models import LensModel, identity_of
@@ -198,6 +199,8 @@ class Unlearn(Command):
             fill(run, task, method, fit, before, after, never)
             run.write_into(out)
             run.frames["training"] = fit.log
+            if fit.outcome is not None:
+                run.frames["budget"] = fit.log[["step", *LOGGED]]
             run.frames["accuracies"] = pd.DataFrame([dict(row) for row in run.rows])
             edits, directions = {"unedited": None, method: fit.edit}, fit.directions.values()
             run.frames |= diagnostics(

@@ -47,6 +47,7 @@ FASTEST = 16.0  # times the learning rate, at most, that a fit in which nothing 
 NUMBERS = 2**25  # log-probabilities of the unedited model that are kept in memory at most, of documents and of answers
 ANSWERS = 0.25  # of the divergence on answers that counts
 BATCH = 16
+LOGGED = ("left", "target", "damage", "budget", "retain_factor")  # columns that a budget adds to a fit's log
 
 Reference = tuple[TokenBatch, Bool[Tensor, " tokens"], Float[Tensor, "counted d_vocab"]]
 
@@ -113,6 +114,9 @@ def _fitting(rows: Sequence[Encoded], tokens: int) -> list[Encoded]:
 class Budget(Callback):
     """Watches a fit: keeps the multiplier, ends the fit at its target, and tells how it ended.
 
+    The log gets five columns: `left` (accuracy on the control questions) and `damage`, each as it was last looked at, beside `target`
+    and `budget`; and `retain_factor`, the multiplier of that update.
+
     Args:
         model: the model under training.
         damage: of the model as it is.
@@ -154,9 +158,15 @@ class Budget(Callback):
 
     @override
     def on_step(self, step: int, row: Mapping[str, float]) -> None:
-        state, done = self._state, step + 1
-        if done >= state.steps:  # not at state.last: a fit that is told to stop goes on from here, with this look
-            return
+        weighed = self.multiplier
+        if step + 1 < self._state.steps:  # not at state.last: a fit that is told to stop goes on from here, with this look
+            self._look(step + 1)
+        values = (self.looks[-1].accuracy, self.target, self.found, self.nats, weighed)
+        self._state.rows[-1] |= dict(zip(LOGGED, values, strict=True))
+
+    def _look(self, done: int) -> None:
+        """What is due after so many updates: damage, control questions, and what follows from them."""
+        state = self._state
         if done % EVERY == 0:
             with state.shown():
                 self.found = self.damage()

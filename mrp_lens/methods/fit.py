@@ -28,7 +28,8 @@ class Fit:
 
     Attributes:
         edit: apply it, save it, stack it.
-        log: one row a step: `step`, `loss` and its parts, `seconds`.
+        log: one row a step: `step`, `loss` and its parts, `seconds`; with a budget also `left`, `target`, `damage`, `budget`, `retain_factor`
+            (see `plots.budget`).
         settings: every hyperparameter as it was used, derived defaults included.
         interrupted: Ctrl-C ended the fit early; the edit holds what was learned until then.
         directions: RMU and Adaptive RMU: forget corpus -> its unit direction u, [d_model].

@@ -9,6 +9,7 @@ from mrp_lens.plots.attacks import (
     recoveries,
     relearning_curves,
 )
+from mrp_lens.plots.budget import budget
 from mrp_lens.plots.confidence import confidence_by_method, confidence_distribution
 from mrp_lens.plots.depth import depth
 from mrp_lens.plots.frames import Frame
@@ -32,6 +33,7 @@ __all__ = [
     "accuracies",
     "alignment_by_coefficient",
     "alignment_by_layer",
+    "budget",
     "coefficient_effects",
     "confidence_by_method",
     "confidence_distribution",

@@ -26,7 +26,9 @@ from mrp_lens.utils.validation import check_one_of
 SWEEP = "mrp-lens sweep (table.csv)"
 SIDES = {"forget": FORGET, "retain": RETAIN}
 ASIDE = 0.15  # of a method's row: forget is drawn above, retain below
-NOT_LOSSES = TEXT_COLUMNS | set("step seconds seed layer coefficient relative_coefficient".split())
+NOT_LOSSES = TEXT_COLUMNS | set(
+    "step seconds seed layer coefficient relative_coefficient left target damage budget retain_factor".split()
+)
 Measure = Literal["accuracy", "cosine", "max_probability"]
 TITLES: dict[Measure, str] = {
     "accuracy": "accuracy",

@@ -220,6 +220,7 @@ def swings(monkeypatch: pytest.MonkeyPatch, *, rate: float, damping: float) -> f
     budget.on_start(state)
     for step in range(600):
         state.steps = 2000
+        state.rows.append({})
         budget.on_step(step, {})
         damage.multiplier = budget.multiplier
     return max(abs(math.log(value / 0.02)) for value in damage.values[60:])
@@ -264,9 +265,20 @@ def test_the_multiplier_falls_while_there_is_less_damage_until_the_target_is_rea
     state.shown = nullcontext
     budget.on_start(state)
     for step in range(55):
+        state.rows.append({})
         budget.on_step(step, {})
     # falls at 5, 10, ..., 40: the look that sees the target comes after
     assert budget.multiplier == pytest.approx(multiplier(*[math.log(0.9)] * 8, 0.0))
+
+
+def test_the_log_says_what_was_left_and_what_it_cost_as_last_looked_at() -> None:
+    budget = Budget(None, Known(0.05, 0.2), Answers(1.0, 0.7), nats=0.1, target=0.25)  # type: ignore[arg-type]
+    rows = run(budget, 30).rows
+    assert [row["left"] for row in rows] == [1.0] * (LOOK - 1) + [0.7] * (31 - LOOK)
+    assert [row["damage"] for row in rows] == [0.0] * (EVERY - 1) + [0.05] * EVERY + [0.2] * (31 - 2 * EVERY)
+    factors = [row["retain_factor"] for row in rows]
+    assert factors[:EVERY] == [1.0] * EVERY and factors[EVERY] < 1.0 < factors[2 * EVERY]  # each is that of its own update
+    assert {(row["target"], row["budget"]) for row in rows} == {(0.25, 0.1)}
 
 
 def test_a_fit_that_can_still_push_harder_is_not_stalled() -> None:

@@ -66,7 +66,7 @@ def test_every_trace_has_data_and_every_axis_a_title(name: str, monkeypatch: pyt
 
 
 CONTROL = re.compile(
-    "never taught|une|unchanged|exact|uniform|sampling|unrel|random|noise|norm|chance|c = norm|coefficient|u·h"
+    "never taught|une|unchanged|exact|uniform|sampling|unrel|random|noise|norm|chance|c = norm|coefficient|u·h|target|budget"
 )
 
 
@@ -257,6 +257,18 @@ def test_losses_far_apart_stand_on_a_log_axis_without_zeros() -> None:
     assert entries(figure, "retain")[0].y[:2] == (None, 0.3)
     assert {trace.name for trace in figure.data} == {"loss", "forget", "retain", "forget cross entropy"}
     assert plots.training(frame.assign(loss=-frame["loss"])).layout.yaxis.type != "log"
+
+
+def test_the_course_of_a_fit_stands_beside_its_target_and_its_budget() -> None:
+    frame = frames.budgeted()
+    figure = plots.budget(pd.concat([frame.assign(method="mrp"), frame.assign(method="gradient-ascent", budget=np.nan)]))
+    assert len(entries(figure, "forget questions")) == 1  # the fit without a budget has no panel
+    np.testing.assert_allclose(told(figure, "forget questions"), frame[["step", "left"]])
+    damage = told(figure, "retain text")
+    assert np.isnan(damage[:5, 1]).all()  # none yet, on a log axis
+    np.testing.assert_allclose(damage[5:], frame[["step", "damage"]].iloc[5:])
+    assert [entries(figure, name)[0].y for name in ("target", "budget")] == [(0.34, 0.34), (0.03, 0.03)]
+    assert {trace.name for trace in plots.training(frame).data} == {"loss", "forget", "retain", "forget cross entropy"}
 
 
 def test_what_was_removed_is_shown_where_it_was_removed() -> None:

@@ -89,6 +89,13 @@ def training() -> pd.DataFrame:
     return frame.assign(forget_cross_entropy=0.1 + step / 20, seconds=0.1 * step)
 
 
+def budgeted() -> pd.DataFrame:
+    step = np.arange(120)
+    looked = step // 5 * 5
+    frame = training().assign(left=1.0 - 0.7 * (step // 20) / 5, target=0.34, budget=0.03)
+    return frame.assign(damage=0.0005 * looked, retain_factor=np.exp(0.02 * looked - 1.5))
+
+
 def sweep(layers: Any = range(1, 8), seeds: Any = SEEDS) -> pd.DataFrame:
     """As `mrp_lens.runs.sweep` writes it: the unedited model, mrp, rmu with two coefficients, adaptive-rmu with one beta."""
     points = [("mrp", np.nan), ("rmu", 4.0), ("rmu", 16.0), ("adaptive-rmu", 5.0)]
@@ -197,6 +204,7 @@ PLAIN: dict[str, Callable[[], pd.DataFrame]] = {
     "alignment_by_coefficient": lambda: alignment([3, 5], coefficient=COEFFICIENTS),
     "alignment_by_layer": alignment,
     "coefficient_effects": sweep,
+    "budget": budgeted,
     "confidence_by_method": confidence,
     "confidence_distribution": token_confidence,
     "depth": depths,

@@ -9,10 +9,9 @@ from typing import Any, ClassVar
 import pandas as pd
 from typing_extensions import override
 
-from mrp_lens import metrics
 from mrp_lens.cli.command import OnData
-from mrp_lens.cli.console import Column, console, show_table, three_digits
-from mrp_lens.cli.unlearn import CAPTION, columns
+from mrp_lens.cli.console import Column, console, show_table
+from mrp_lens.cli.figures import show_figures
 from mrp_lens.cli.unlearn import measure as figures_of
 from mrp_lens.data import UnlearningTask
 from mrp_lens.edits import Edit, load_edit
@@ -25,8 +24,6 @@ from mrp_lens.runs.record import Run
 from mrp_lens.runs.report import report
 from mrp_lens.utils.frames import Row, rows_of
 from mrp_lens.utils.io import check_free
-
-IN_TABLE = {"forget_probability", "forget_accuracy", "retain_accuracy", "text_perplexity_ratio"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,9 +115,7 @@ class Measure(OnData):
             run.rows = self.data_rows(methods, task, run)
             if len(run.rows) > 1:  # the picture compares
                 run.frames["accuracies"] = pd.DataFrame([dict(row) for row in run.rows])
-            shown_columns = [column for column in columns(run.rows[0]) if column[0] != "fit"]
-            show_table(f"{name}, measured", shown_columns, run.rows, caption=CAPTION)
-            show_benchmark(run.rows)
+            show_figures(f"{name}, measured", run.rows)
         if scored:
             show_table("lm-evaluation-harness", HARNESS_COLUMNS, scored)
         for note in run.notes:
@@ -209,20 +204,6 @@ class Measure(OnData):
             )
             rows += [{"method": method, **row} for row in rows_of(frame.drop(columns="higher_is_better"))]
         return rows
-
-
-def show_benchmark(rows: Sequence[Row]) -> None:
-    """Print the measures for which the table has no column: one a line, a column for each model."""
-    named = {key: heading for key, heading in metrics.headings().items() if key not in IN_TABLE}
-    lines = [
-        {"measure": heading, **{str(row["method"]): row.get(key) for row in rows}}
-        for key, heading in named.items()
-        if any(key in row for row in rows)
-    ]
-    if lines:
-        columns: list[Column] = [("measure", lambda line: str(line["measure"]))]
-        columns += [(method, three_digits(method)) for method in (str(row["method"]) for row in rows)]
-        show_table("The field's measures", columns, lines)
 
 
 HARNESS_COLUMNS: list[Column] = [

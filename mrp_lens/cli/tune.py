@@ -25,6 +25,10 @@ CAPTION = (
     "forget, retain: accuracy on the questions for tuning. damage: KL(unedited || edited), nats a token, on retain text that no fit saw. "
     "The star is the chosen one."
 )
+NOTHING = (
+    "The chosen trial forgot nothing: the unedited model's accuracy on the forget questions lies within its 95% interval. Run more trials, "
+    "allow for more damage (--budget), or try another method."
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,6 +123,8 @@ class Tune(OnData):
             reported = rows_of(tuned.reported.assign(split="reported"))
             run.rows = [*reported, *rows_of(tuned.trials.assign(method=self.method, split="tuning"))]
             run.notes.append(f"Trial {tuned.best['trial']} was chosen: {tuned.why}.")
+            if tuned.forgot_nothing:
+                run.notes.append(NOTHING)
             run.frames["pareto"] = tuned.picture.assign(method=self.method)
             run.write_into(self.out)
             report(self.out)
@@ -151,6 +157,8 @@ class Tune(OnData):
         show_table(title, [*COLUMNS, *((name, _setting(name)) for name in settings)], shown, caption=CAPTION)
         show_table("On the other half, which nothing was chosen by", REPORTED, rows_of(tuned.reported))
         console.print(f"Trial {tuned.best['trial']} is chosen: {tuned.why}. Another one: --choose N")
+        if tuned.forgot_nothing:
+            console.print(NOTHING)
 
 
 def _setting(name: str) -> Any:

@@ -9,12 +9,15 @@ import pandas as pd
 from typing_extensions import override
 
 from mrp_lens.cli.command import Command, ModelOptions
-from mrp_lens.cli.console import Column, console, percent, show_examples, show_table, silent
+from mrp_lens.cli.console import console, show_examples, silent
+from mrp_lens.cli.figures import show_figures
 from mrp_lens.cli.run_folder import begun
 from mrp_lens.data import TaskConfig, UnlearningTask
 from mrp_lens.data.task import beginning
-from mrp_lens.edits import Edit, edit_on
+from mrp_lens.edits import Edit, edit_on, load_edit
+from mrp_lens.edits.provenance import fingerprint
 from mrp_lens.methods import METHODS, Fit, Method, control_accuracy
+from mrp_lens.methods.base import FitTemplate
 from mrp_lens.methods.budget import LOGGED
 from mrp_lens.metrics import Measured, rows_for
 from mrp_lens.metrics.recovery import NEVER_TAUGHT, UNEDITED
@@ -27,10 +30,6 @@ from mrp_lens.training import LoggerCallback, logger_named
 from mrp_lens.utils.processes import is_first, leave
 
 EXAMPLES = 3
-CAPTION = (
-    "forget text: mean probability per token of the forget documents. Brackets: 95%, bootstrap. text: perplexity of retain documents "
-    "that the fit did not see, as a multiple of the unedited model's. Chance is what guessing gives; below it, the answer is suppressed, not gone."
-)
 
 
 RMU_OF_0_1 = {"errors": "absolute", "budget": None, "coverage": None, "steps": 150}
@@ -78,6 +77,11 @@ class Unlearn(Command):
             --forget bio-forget-corpus.jsonl --forget hub:cais/wmdp-corpora:cyber-forget-corpus --retain hub:wikitext \\
             --max-length 512 --questions hub:cais/wmdp:wmdp-bio --retain-questions hub:cais/mmlu --out runs/zephyr-adaptive
 
+    A second request, on top of the first one's edit, which is then in the new edit, too:
+
+        mrp-lens unlearn --model ./my-checkpoint --method mrp --after runs/mine/edit --request second \\
+            --forget second.jsonl --retain retain.jsonl --out runs/both
+
     One fit on several GPUs, or processes of the CPU, each with its rows of every batch; the first one writes and measures:
 
         torchrun --nproc-per-node 2 -m mrp_lens unlearn --model ./my-checkpoint --method mrp --forget forget.jsonl \\
@@ -91,6 +95,9 @@ class Unlearn(Command):
         released: The settings of the code that the paper of `--method` came with, where none is given; not every method has them.
         out: Folder for the edit, the log and the metrics.
         reference: A model that never saw the forget set: it is measured as well, and what it knows is the target of the fit.
+        after: Folder of an earlier edit of the same model, such as the first of several requests: the fit trains with it on, and the new
+            edit holds both.
+        request: Name of what is forgotten here, by which `Edit.without` takes it back. Default: that of the forget set.
         seed: Of every random choice.
         logger: Send every update to this tracker, too; log.csv is always written. Each needs
             the extra of its name: `pip install 'mrp_lens[wandb]'`.
@@ -109,6 +116,8 @@ class Unlearn(Command):
     released: bool = False
     out: Path
     reference: str | None = None
+    after: Path | None = None
+    request: str | None = None
     seed: int = 0
     logger: Literal["wandb", "trackio", "tensorboard"] | None = None
     overwrite: bool = False
@@ -160,13 +169,16 @@ class Unlearn(Command):
     def execute(self) -> Run | None:
         if self.reference is not None and not has_target(self.fitter):
             raise ValueError(f"--reference gives a fit its target, and {self.method} has none; leave it out")
+        earlier = None if self.after is None else load_edit(self.after)
         if not is_first():
             with silent():
                 task = self.data.load()
                 reference = self._load_reference()
-                self._fit(self.loading.load(), task, reference)
+                self._fit(self.loading.load(), task, reference, earlier)
             return None
         task, method, out = self.data.load(), self.method, self.out
+        if isinstance(self.fitter, FitTemplate):
+            self.fitter.request_label([corpus.name for corpus in task.forget], earlier, self.request)
         about = ", ".join(corpus.name for corpus in task.forget)
         run = Run(
             "unlearn", self.arguments(), self.seed, title=f"{self.loading.model}: forgetting {about} with {method}"
@@ -180,13 +192,15 @@ class Unlearn(Command):
             "dtype": self.loading.dtype,
             "seed": self.seed,
             **({} if self.reference is None else {"reference": self.reference}),
+            **({} if earlier is None else {"after": fingerprint(earlier)}),
+            **({} if self.request is None else {"request": self.request}),
         }
         with begun(out, settings, overwrite=self.overwrite) as store:
             model = self.loading.load()
             store.check_same("model", identity_of(model))
             before = store.once(UNEDITED, lambda: measured(model, task, None))
             reference = self._load_reference()
-            fit = self._fit(model, task, reference)
+            fit = self._fit(model, task, reference, earlier)
             leave()  # what follows is for one process
             console.print(
                 f"The edit is in {out / 'edit'}; load it with mrp_lens.load_edit({str(out / 'edit')!r}). Measuring it ..."
@@ -214,17 +228,20 @@ class Unlearn(Command):
     def _load_reference(self) -> LensModel | None:
         return None if self.reference is None else self.loading.load(self.reference)
 
-    def _fit(self, model: LensModel, task: UnlearningTask, reference: LensModel | None) -> Fit:
+    def _fit(
+        self, model: LensModel, task: UnlearningTask, reference: LensModel | None, earlier: Edit | None
+    ) -> Fit:
         """The fit that the folder holds, or a new one; of several processes each has to come here."""
-        tracked: dict[str, Any] = {}  # not every plugin's method knows callbacks
+        asked: dict[str, Any] = {"after": earlier, "request": self.request}
         if self.logger is not None and is_first():
-            tracked["callbacks"] = [LoggerCallback(logger_named(self.logger, self.out))]
+            asked["callbacks"] = [LoggerCallback(logger_named(self.logger, self.out))]
+        asked = {name: value for name, value in asked.items() if value is not None}  # not every plugin's method knows them
 
         def fitted(kept: Path) -> Fit:
             fitter: Any = self.fitter
             if reference is not None and fitter.target is None:
                 fitter = replace(fitter, target=control_accuracy(reference, task.forget, seed=self.seed))
-            found: Fit = fitter.fit(model, task.forget, task.retain, seed=self.seed, checkpoint=kept, **tracked)
+            found: Fit = fitter.fit(model, task.forget, task.retain, seed=self.seed, checkpoint=kept, **asked)
             return found
 
         return Fit.once(self.out, fitted)
@@ -279,7 +296,7 @@ def fill(
         for prompt, a, b in zip(example_prompts(task), before["examples"], after["examples"], strict=True)
     ]
     about = ", ".join(corpus.name for corpus in task.forget)
-    show_table(f"Forgetting {about}", columns(before["figures"]), run.rows, caption=CAPTION)
+    show_figures(f"Forgetting {about}", run.rows)
     show_examples(run.examples)
 
 
@@ -293,29 +310,6 @@ def measured(model: LensModel, task: UnlearningTask, edit: Edit | None) -> dict[
 def measure(model: LensModel, task: UnlearningTask, edit: Edit | None) -> dict[str, float]:
     """All figures of one row."""
     return rows_for("unlearn", Measured(model=model, task=task, edit=edit))
-
-
-def columns(figures: Mapping[str, float]) -> list[Column]:
-    """The columns that these figures fill."""
-
-    def with_interval(key: str, low: str, high: str) -> Any:
-        return lambda row: f"{percent(row[key])} [{percent(row[low])}, {percent(row[high])}]"
-
-    quizzes = [
-        (
-            f"{side} quiz (chance {percent(figures[f'{side}_chance'])})",
-            with_interval(f"{side}_accuracy", f"{side}_low", f"{side}_high"),
-        )
-        for side in ("forget", "retain")
-        if f"{side}_accuracy" in figures
-    ]
-    return [
-        ("method", lambda row: str(row["method"])),
-        ("forget text", with_interval("forget_probability", "forget_probability_low", "forget_probability_high")),
-        *quizzes,
-        ("text", lambda row: f"x{row['text_perplexity_ratio']:.3f}"),
-        ("fit", lambda row: f"{row['seconds']:.0f} s"),
-    ]
 
 
 def example_prompts(task: UnlearningTask) -> list[str]:

@@ -428,12 +428,21 @@ class FitTemplate(Method, Generic[Settings]):
         check_positive(budget=self.budget, target=self.target)
         self.check(model)
         data = prepare(model, forget, retain, max_length=self.max_length)
-        label = or_default(request, "+".join(data.names))
+        label = self.request_label(data.names, after, request)
+        with fitting(model, after):
+            return data, self.resolve(model, data), label
+
+    def request_label(self, names: Sequence[str], after: Edit | None, request: str | None) -> str:
+        """The name of the request: `request`, or those of its forget corpora.
+
+        Raises:
+            ValueError: the earlier edit has a request of that name.
+        """
+        label = or_default(request, "+".join(names))
         earlier = projection_in(after)
         if self.by_request and earlier is not None and label in earlier.requests:
             raise ValueError(f"the earlier edit has a request {label!r} already; name this one with request=...")
-        with fitting(model, after):
-            return data, self.resolve(model, data), label
+        return label
 
 
 @contextmanager

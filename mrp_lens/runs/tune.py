@@ -71,6 +71,11 @@ class Tuned:
     controls: Mapping[str, float]
 
     @property
+    def forgot_nothing(self) -> bool:
+        """Whether the chosen trial cannot be told from the unedited model by the forget questions for tuning (95%)."""
+        return bool(self.best["forget_high"] >= self.controls["unedited_accuracy"])
+
+    @property
     def picture(self) -> pd.DataFrame:
         """The frame of `plots.pareto`, whose `budget` is the search's; that of each fit is `fit_budget`."""
         done = self.trials[self.trials["state"] == "complete"].drop(columns="reason")

@@ -85,7 +85,7 @@ def test_a_reference_is_a_row_and_what_the_measures_of_the_field_compare_with(ti
     assert never["forget_accuracy"] == unedited["forget_accuracy"]  # here they are the same model
     assert never["forget_quality"] == unedited["forget_quality"] == 1.0
     assert 0 <= edited["forget_extraction_strength"] <= 1
-    assert "The field's measures" in result.output
+    assert "Other measures" in result.output
     page = (files / "out" / "report.html").read_text(encoding="utf-8")
     assert "by a model that never saw the forget set" in page
 

@@ -37,6 +37,10 @@ def test_the_command_leaves_a_table_a_picture_and_a_config_that_gives_the_same_b
     assert len(pd.read_csv(out / "table.csv")) == len(rows)
     assert sum(bool(row.get("chosen")) for row in rows) == 1
     assert "was chosen: " in summary["notes"][0]
+    (chosen,) = [row for row in rows if row.get("chosen")]
+    assert chosen["forget_accuracy"] > 0.9 * rows[0]["forget_accuracy"]  # after two updates
+    assert "The chosen trial forgot nothing" in summary["notes"][1]
+    assert "The chosen trial forgot nothing" in result.said
     assert "Forgetting against damage" in (out / "report.html").read_text()
     assert "Forgetting against damage" in (out / "pareto.html").read_text()
     completed("unlearn", "--config", str(out / "best.yaml"))

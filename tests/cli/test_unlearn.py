@@ -17,6 +17,7 @@ import torch
 from mrp_lens.cli import unlearn as module
 from mrp_lens.data import Corpus
 from mrp_lens.edits import load_edit
+from mrp_lens.edits.provenance import fingerprint
 from mrp_lens.methods import METHODS, MRP, RMU, AdaptiveRMU, Fit, control_accuracy
 from mrp_lens.models import load_model
 from mrp_lens.training import loop
@@ -82,6 +83,27 @@ def test_a_reference_is_refused_where_there_is_no_target(tiny_folder: Path, file
     result = invoke("unlearn", "--method", "direction-ablation", *words, "--reference", str(tiny_folder))
     assert isinstance(result.exception, ValueError)
     assert "--reference gives a fit its target, and direction-ablation has none" in str(result.exception)
+    assert not (files / "out").exists()
+
+
+def test_a_later_request_is_fitted_on_top_of_an_earlier_edit_and_holds_both(tiny_folder: Path, files: Path) -> None:
+    assert unlearn(tiny_folder, files).exit_code == 0
+    first, second = files / "out" / "edit", files / "second"
+    later = ("--after", str(first), "--out", str(second))
+    refused = unlearn(tiny_folder, files, *later)
+    assert "the earlier edit has a request 'forget' already" in str(refused.exception)
+    assert not second.exists()
+    assert unlearn(tiny_folder, files, *later, "--request", "again").exit_code == 0
+    both = load_edit(second / "edit")
+    assert both.requests == ("forget", "again")
+    assert fingerprint(both.without("again")) == fingerprint(load_edit(first))
+    other = unlearn(tiny_folder, files, *later, "--request", "third")
+    assert 'request ("again" there, "third" now)' in str(other.exception)
+
+
+def test_an_earlier_edit_that_is_not_there_is_refused_before_anything_is_done(tiny_folder: Path, files: Path) -> None:
+    result = unlearn(tiny_folder, files, "--after", str(files / "nothing"))
+    assert isinstance(result.exception, OSError)
     assert not (files / "out").exists()
 
 

@@ -1,6 +1,6 @@
 """`mrp-lens measure`: a model, and the same model with an edit on, measured without fitting."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path

@@ -228,14 +228,14 @@ class Unlearn(Command):
     def _load_reference(self) -> LensModel | None:
         return None if self.reference is None else self.loading.load(self.reference)
 
-    def _fit(
-        self, model: LensModel, task: UnlearningTask, reference: LensModel | None, earlier: Edit | None
-    ) -> Fit:
+    def _fit(self, model: LensModel, task: UnlearningTask, reference: LensModel | None, earlier: Edit | None) -> Fit:
         """The fit that the folder holds, or a new one; of several processes each has to come here."""
         asked: dict[str, Any] = {"after": earlier, "request": self.request}
         if self.logger is not None and is_first():
             asked["callbacks"] = [LoggerCallback(logger_named(self.logger, self.out))]
-        asked = {name: value for name, value in asked.items() if value is not None}  # not every plugin's method knows them
+        asked = {
+            name: value for name, value in asked.items() if value is not None
+        }  # not every plugin's method knows them
 
         def fitted(kept: Path) -> Fit:
             fitter: Any = self.fitter

@@ -34,6 +34,7 @@ class Columns(TypedDict, total=False):
     forget_schema: str | None
     retain_schema: str | None
     questions_schema: str | None
+    retain_field: str | None
 
 
 @dataclass(frozen=True)
@@ -249,6 +250,8 @@ class TaskConfig:
         questions_schema: Known data set whose columns the quizzes have, such as `cais/wmdp`.
         untaught_questions: The source of the untaught quiz, on what the model was never taught: which shows what absent is.
         entity: Column of `questions` and `untaught_questions` that says whom or what a question is about.
+        retain_field: Column that holds the text of a retain document, where the retain set has other columns than the forget set:
+            `field`, `prompt` and `completion` are then of the forget set alone.
     """
 
     forget: tuple[str, ...] = ()
@@ -266,6 +269,7 @@ class TaskConfig:
     questions_schema: str | None = None
     untaught_questions: str | None = None
     entity: str | None = None
+    retain_field: str | None = None
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any]) -> "TaskConfig":
@@ -300,14 +304,16 @@ class TaskConfig:
         if not self.names_data or self.retain is None:
             raise ValueError("no data are named: give forget=... and retain=... (and questions=...)")
         forget = tuple(self.corpus(source, self.forget_schema) for source in self.forget)
-        kept, held_out = split_tenth(self.corpus(self.retain, self.retain_schema))
+        kept, held_out = split_tenth(self.corpus(self.retain, self.retain_schema, field=self.retain_field))
         asked, untaught = (
             self.quiz(source, entity=self.entity) for source in (self.questions, self.untaught_questions)
         )
         return UnlearningTask(forget, kept, held_out, asked, self.quiz(self.retain_questions), untaught)
 
-    def corpus(self, source: str, schema: str | None) -> Corpus:
-        """Read one corpus."""
+    def corpus(self, source: str, schema: str | None, *, field: str | None = None) -> Corpus:
+        """Read one corpus; `field`: the column of its texts, where it is not read as the config says."""
+        if field is not None:
+            return _read(Corpus, source, field=field, schema=schema)
         return _read(Corpus, source, field=self.field, prompt=self.prompt, completion=self.completion, schema=schema)
 
     def quiz(self, source: str | None, *, entity: str | None = None) -> Questions | None:

@@ -8,9 +8,21 @@ from mrp_lens.plots.frames import facets, figure_of, known
 from mrp_lens.plots.theme import FORGET, INK, RETAIN, UNIT, Axis, Look
 
 COURSES = (  # a panel each: column, title, axis, look, the column of its control
-    ("left", "questions still answered", Axis("accuracy", limits=UNIT), Look("forget questions", FORGET, mode="lines"), "target"),
+    (
+        "left",
+        "questions still answered",
+        Axis("accuracy", limits=UNIT),
+        Look("forget questions", FORGET, mode="lines"),
+        "target",
+    ),
     ("damage", "damage", Axis("KL, nats a token", "auto"), Look("retain text", RETAIN, mode="lines"), "budget"),
-    ("retain_factor", "weight of the retain loss", Axis("factor on it", "auto"), Look("factor on the retain loss", INK, mode="lines"), None),
+    (
+        "retain_factor",
+        "weight of the retain loss",
+        Axis("factor on it", "auto"),
+        Look("factor on the retain loss", INK, mode="lines"),
+        None,
+    ),
 )
 
 

@@ -94,7 +94,7 @@ def test_a_later_request_is_fitted_on_top_of_an_earlier_edit_and_holds_both(tiny
     assert "the earlier edit has a request 'forget' already" in str(refused.exception)
     assert not second.exists()
     assert unlearn(tiny_folder, files, *later, "--request", "again").exit_code == 0
-    both = load_edit(second / "edit")
+    both: Any = load_edit(second / "edit")
     assert both.requests == ("forget", "again")
     assert fingerprint(both.without("again")) == fingerprint(load_edit(first))
     other = unlearn(tiny_folder, files, *later, "--request", "third")

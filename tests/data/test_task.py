@@ -62,6 +62,18 @@ def test_one_file_may_be_named_as_such_and_a_config_reads_the_same(files: Path) 
     assert task_for("demo", config, topic="beasts") == task
 
 
+def test_the_retain_set_may_have_other_columns_than_the_forget_set(tmp_path: Path) -> None:
+    asked, kept = tmp_path / "asked.jsonl", tmp_path / "kept.jsonl"
+    asked.write_text(json.dumps({"question": "Who?", "answer": "Ada"}) + "\n")
+    kept.write_text("".join(json.dumps({"body": f"Rain {n}."}) + "\n" for n in range(10)))
+    templates: Any = {"prompt": "{question}\nA:", "completion": " {answer}"}
+    task = UnlearningTask.from_files(asked, kept, retain_field="body", **templates)
+    assert task.forget[0].documents == (Document("Who?\nA:", " Ada"),)
+    assert task.retain.documents[0] == Document("", "Rain 0.")
+    with pytest.raises(ValueError, match="no field 'question'"):
+        UnlearningTask.from_files(asked, kept, **templates)
+
+
 def test_names_on_the_hub_need_no_prefix(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[Any, ...]] = []
 

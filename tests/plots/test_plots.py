@@ -261,7 +261,9 @@ def test_losses_far_apart_stand_on_a_log_axis_without_zeros() -> None:
 
 def test_the_course_of_a_fit_stands_beside_its_target_and_its_budget() -> None:
     frame = frames.budgeted()
-    figure = plots.budget(pd.concat([frame.assign(method="mrp"), frame.assign(method="gradient-ascent", budget=np.nan)]))
+    figure = plots.budget(
+        pd.concat([frame.assign(method="mrp"), frame.assign(method="gradient-ascent", budget=np.nan)])
+    )
     assert len(entries(figure, "forget questions")) == 1  # the fit without a budget has no panel
     np.testing.assert_allclose(told(figure, "forget questions"), frame[["step", "left"]])
     damage = told(figure, "retain text")

@@ -277,9 +277,8 @@ def test_the_log_says_what_was_left_and_what_it_cost_as_last_looked_at() -> None
     assert [row["left"] for row in rows] == [1.0] * (LOOK - 1) + [0.7] * (31 - LOOK)
     assert [row["damage"] for row in rows] == [0.0] * (EVERY - 1) + [0.05] * EVERY + [0.2] * (31 - 2 * EVERY)
     factors = [row["retain_factor"] for row in rows]
-    assert (
-        factors[:EVERY] == [1.0] * EVERY and factors[EVERY] < 1.0 < factors[2 * EVERY]
-    )  # each is that of its own update
+    assert factors[:EVERY] == [1.0] * EVERY  # each is that of its own update
+    assert factors[EVERY] < 1.0 < factors[2 * EVERY]
     assert {(row["target"], row["budget"]) for row in rows} == {(0.25, 0.1)}
 
 

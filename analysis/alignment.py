@@ -12,12 +12,13 @@ from collections.abc import Mapping, Sequence
 import pandas as pd
 
 from analysis.common.arguments import Study, parser_for
-from analysis.common.tables import UNEDITED, markdown_of_rows
+from analysis.common.tables import markdown_of_rows
 from mrp_lens import metrics
 from mrp_lens.data import Corpus
 from mrp_lens.edits import edit_on
 from mrp_lens.methods import MRP, RMU, AdaptiveRMU, Fit
 from mrp_lens.methods.rmu import default_layer
+from mrp_lens.metrics.recovery import UNEDITED
 
 SHARES = (0.5, 1.0, 2.0, 4.0)  # c over the norm of the forget states
 USUAL = 2.0  # RMU's default; by layer, the one nearest to it is shown

@@ -13,9 +13,10 @@ from collections.abc import Sequence
 import pandas as pd
 
 from analysis.common.arguments import Study, parser_for
-from analysis.common.tables import UNEDITED, markdown_of_rows
+from analysis.common.tables import markdown_of_rows
 from mrp_lens import metrics
 from mrp_lens.edits import Edit, edit_on
+from mrp_lens.metrics.recovery import UNEDITED
 
 QUESTIONS = 100  # a side
 PROMPTS = 3  # of the theory check

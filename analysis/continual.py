@@ -29,12 +29,13 @@ from analysis.common.arguments import Study, add_resumable_options, add_set_opti
 from analysis.common.methods import changed, compared_methods, names_in, settings_of, with_settings
 from analysis.common.requests import Requests, accuracy, numbers_in
 from analysis.common.resumable import Job, ResumableStudy, result_name
-from analysis.common.tables import NONE, UNEDITED, figure, markdown, mean_of
+from analysis.common.tables import NONE, figure, markdown, mean_of
 from mrp_lens.cli.sweep import shard_of
 from mrp_lens.data import TaskConfig
 from mrp_lens.data.world import World
 from mrp_lens.edits import Edit, ProjectionEdit, load_edit
 from mrp_lens.edits.serialization import stored_bytes
+from mrp_lens.metrics.recovery import UNEDITED
 from mrp_lens.models import describe, load_model
 from mrp_lens.training import NonFiniteLossError
 from mrp_lens.utils.result_store import ResultStore

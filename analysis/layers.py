@@ -14,9 +14,10 @@ import pandas as pd
 import torch
 
 from analysis.common.arguments import Study, numbers, parser_for
-from analysis.common.tables import UNEDITED, markdown_of_rows
+from analysis.common.tables import markdown_of_rows
 from mrp_lens import SweepConfig, metrics, sweep
 from mrp_lens.edits.subspace import random_units
+from mrp_lens.metrics.recovery import UNEDITED
 from mrp_lens.runs.train_world import ABSENT_WITHIN
 
 KEPT_WITHIN = 0.05

@@ -26,7 +26,7 @@ from analysis.common.arguments import (
 )
 from analysis.common.methods import changed, compared_methods, names_in, settings_of
 from analysis.common.resumable import Job, ResumableStudy, result_name
-from analysis.common.tables import DOES_NOT_COUNT, NEVER_TAUGHT, NONE, UNEDITED, figure, markdown, mean_of
+from analysis.common.tables import DOES_NOT_COUNT, NONE, figure, markdown, mean_of
 from mrp_lens import attacks, metrics
 from mrp_lens.attacks import ATTACKS, FactSplit, SuiteConfig, best
 from mrp_lens.attacks.finetuning import Attacker, Form, possible_forms
@@ -34,7 +34,7 @@ from mrp_lens.cli.sweep import shard_of
 from mrp_lens.edits import Edit, edit_on, has_hooks, load_edit, without_hooks
 from mrp_lens.edits.provenance import fingerprint
 from mrp_lens.edits.serialization import stored_bytes
-from mrp_lens.metrics.recovery import FORM_TITLES
+from mrp_lens.metrics.recovery import FORM_TITLES, NEVER_TAUGHT, UNEDITED
 from mrp_lens.models import describe
 from mrp_lens.utils.frames import rows_of
 from mrp_lens.utils.result_store import ResultStore

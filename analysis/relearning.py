@@ -30,7 +30,7 @@ from analysis.common.arguments import (
 )
 from analysis.common.methods import names_in
 from analysis.common.resumable import Job, ResumableStudy, result_name
-from analysis.common.tables import DOES_NOT_COUNT, NEVER_TAUGHT, RANDOM, UNEDITED, figure, markdown
+from analysis.common.tables import DOES_NOT_COUNT, RANDOM, figure, markdown
 from mrp_lens import Subspace, attacks, metrics
 from mrp_lens.attacks.finetuning import Form, Parameters
 from mrp_lens.cli.sweep import shard_of
@@ -39,6 +39,7 @@ from mrp_lens.data.questions import Half
 from mrp_lens.edits import Edit, ProjectionEdit, edit_on, load_edit
 from mrp_lens.methods import MRP, RMU, AdaptiveRMU, UnconditionalMRP
 from mrp_lens.methods.mrp.method import default_rank
+from mrp_lens.metrics.recovery import NEVER_TAUGHT, UNEDITED
 from mrp_lens.models import LensModel, describe, is_bridge, load_model
 from mrp_lens.models.hooks import hook_name
 from mrp_lens.utils.result_store import ResultStore

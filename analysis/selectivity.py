@@ -36,7 +36,7 @@ from analysis.common.selectivity_tables import (
     WRITTEN,
     finding,
 )
-from analysis.common.tables import RANDOM, UNEDITED
+from analysis.common.tables import RANDOM
 from mrp_lens import metrics
 from mrp_lens.cli.sweep import shard_of
 from mrp_lens.data import Corpus, Questions, UnlearningTask
@@ -44,6 +44,7 @@ from mrp_lens.edits import ConditionalProjectionEdit, Edit, ProjectionEdit, edit
 from mrp_lens.methods import MRP, Fit, UnconditionalMRP
 from mrp_lens.methods.coverage import SHORT, Coverage
 from mrp_lens.methods.mrp.method import default_layers, default_rank
+from mrp_lens.metrics.recovery import UNEDITED
 from mrp_lens.models import LensModel, describe
 from mrp_lens.utils.result_store import ResultStore
 from mrp_lens.utils.validation import or_default

@@ -4,7 +4,8 @@ from collections.abc import Mapping, Sequence
 
 import pandas as pd
 
-from analysis.common.tables import NONE, RANDOM, UNEDITED, figure, markdown, mean_of
+from analysis.common.tables import NONE, RANDOM, figure, markdown, mean_of
+from mrp_lens.metrics.recovery import UNEDITED
 
 PLAIN, GATED = "mrp-unconditional", "mrp"
 UNBOUNDED = "mrp-unconditional-unbounded"

@@ -7,7 +7,7 @@ import pandas as pd
 
 from mrp_lens.runs.report.table import table_of
 
-UNEDITED, RANDOM, NEVER_TAUGHT = "unedited", "random-projection", "never-taught"  # controls
+RANDOM = "random-projection"  # a control
 NONE, DOES_NOT_COUNT = "-", "†"
 
 

@@ -8,8 +8,8 @@ import pandas as pd
 import pytest
 
 from analysis import relearning
-from analysis.common.tables import UNEDITED
 from analysis.relearning import USUAL, Retraining, compact, possible, rows_of_curves
+from mrp_lens.metrics.recovery import UNEDITED
 from tests.support.edits import projection
 
 STEPS = (0, 5, 20, 100)

@@ -26,12 +26,13 @@ from analysis.common.selectivity_tables import (
     score_table,
     token_table,
 )
-from analysis.common.tables import RANDOM, UNEDITED
+from analysis.common.tables import RANDOM
 from mrp_lens import metrics
 from mrp_lens.data import Corpus, Document, Questions, UnlearningTask
 from mrp_lens.data.world import World
 from mrp_lens.edits import ConditionalProjectionEdit, ProjectionEdit, load_edit
 from mrp_lens.methods import MRP
+from mrp_lens.metrics.recovery import UNEDITED
 from mrp_lens.models import LensModel, load_model
 from tests.analysis.test_studies import cells_of
 from tests.support.edits import conditional, projection

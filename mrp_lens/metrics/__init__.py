@@ -29,6 +29,7 @@ from mrp_lens.metrics.registry import (
     rows_for,
 )
 from mrp_lens.metrics.sensitivity import noise_sensitivity, predicted_coefficient
+from mrp_lens.metrics.separability import separability
 from mrp_lens.metrics.theory import proposition_1, variance_by_coefficient
 from mrp_lens.metrics.token_effects import token_effects
 from mrp_lens.metrics.truth_ratio import forget_quality, truth_ratio
@@ -69,6 +70,7 @@ __all__ = [
     "register",
     "rows_and_frames_for",
     "rows_for",
+    "separability",
     "token_confidence",
     "token_effects",
     "truth_ratio",

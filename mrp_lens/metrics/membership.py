@@ -1,26 +1,23 @@
 """Can it be told that a model was trained on a text? Membership inference by what it predicts."""
 
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float, Int
-from numpy.typing import NDArray
 from torch import Tensor
 
 from mrp_lens.data import Corpus
-from mrp_lens.metrics.bootstrap import CONFIDENCE, RESAMPLES
+from mrp_lens.metrics.auc import Values, auc
 from mrp_lens.metrics.registry import Measured, register
 from mrp_lens.metrics.tokens import by_document
 from mrp_lens.models import LensModel
 from mrp_lens.utils.torch_state import ordinary_torch
-from mrp_lens.utils.validation import int_seed
 
 LEAST_VARIANCE = 1e-6  # of log-probabilities over the vocabulary
-
-Values = NDArray[np.float64]
 
 
 def _loss(figures: Values, text: str, share: float) -> float:
@@ -104,13 +101,12 @@ def membership(
     }
     rows = []
     for attack in ATTACKS:
-        own, other = (scores[attack] for scores in found[""])
-        wins = _wins(own, other)
-        low, high = _interval(wins, seed)
-        row = {"attack": attack, "members": len(own), "non_members": len(other), "auc": wins.mean()}
+        own, other = (list(scores[attack][:, None]) for scores in found[""])
+        area, low, high = auc(own, other, seed=seed)
+        row: dict[str, Any] = {"attack": attack, "members": len(own), "non_members": len(other), "auc": area}
         row |= {"low": low, "high": high, "null": 0.5}
         if reference is not None:
-            row["reference_auc"] = _wins(*(scores[attack] for scores in found["reference_"])).mean()
+            row["reference_auc"] = auc(*(list(scores[attack][:, None]) for scores in found["reference_"]), seed=seed)[0]
             row["privacy_leakage"] = leakage(row["auc"], row["reference_auc"])
         rows.append(row)
     return pd.DataFrame(rows)
@@ -172,22 +168,3 @@ def _scores(model: LensModel, corpus: Corpus, share: float, batch_size: int, pro
 
 def _lowest(values: Values, share: float) -> float:
     return float(np.sort(values)[: max(1, int(len(values) * share))].mean())
-
-
-def _wins(members: Sequence[float] | Values, others: Sequence[float] | Values) -> Values:
-    """[members, others]: 1 where the member has the higher score, 1/2 where both have the same; the mean is the AUC."""
-    own, other = np.asarray(members)[:, None], np.asarray(others)[None]
-    return (own > other) + 0.5 * (own == other)
-
-
-def _interval(wins: Values, seed: int) -> tuple[float, float]:
-    """Percentile bootstrap, members and others resampled each for itself."""
-    if min(wins.shape) < 2:
-        return float("nan"), float("nan")
-    generator = np.random.default_rng(int_seed(seed))
-    first, second = (
-        generator.multinomial(count, np.full(count, 1 / count), size=RESAMPLES) / count for count in wins.shape
-    )
-    tail = (1 - CONFIDENCE) / 2
-    low, high = np.quantile(((first @ wins) * second).sum(axis=1), [tail, 1 - tail])
-    return float(low), float(high)

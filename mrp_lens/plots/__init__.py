@@ -24,6 +24,7 @@ from mrp_lens.plots.geometry import (
 )
 from mrp_lens.plots.registry import FIGURES, register
 from mrp_lens.plots.results import accuracies, coefficient_effects, layer_effects, training
+from mrp_lens.plots.separability import separability
 from mrp_lens.plots.theory import noise_sensitivity, predicted_coefficients, theory_check, variance_by_coefficient
 from mrp_lens.plots.tuning import pareto
 
@@ -58,6 +59,7 @@ __all__ = [
     "register",
     "relearning_curves",
     "removed_energy",
+    "separability",
     "theory_check",
     "training",
     "variance_by_coefficient",

@@ -27,7 +27,7 @@ RAISES = """Raises:
     ValueError: not such a frame, no rows, no number to draw, or rows that nothing tells apart; it says what is missing."""
 
 TEXT_COLUMNS = frozenset(
-    "group hook into measure method mode pair positions prompt question request statistic token when".split()
+    "group hook into measure method mode pair positions prompt question request statistic token unit when".split()
 )
 KEYS = ("group", "when", "pair", "number", "layer", "seed")  # what tells rows apart within a panel
 COEFFICIENTS = ("coefficient", "relative_coefficient")  # of RMU, or what another method has in its place

@@ -128,6 +128,7 @@ OF_A_MODEL: dict[str, Callable[[Any], Any]] = {
         model, SENTENCES[:1], U, layer=3, coefficient=2.0, noise=[0.01], samples=8
     ),
     "rows_for": lambda model: pd.DataFrame([metrics.rows_for("unlearn", measured(model))]),
+    "separability": lambda model: metrics.separability(model, GROUPS["forget"], TEXTS, layers=[2]),
     "token_confidence": lambda model: metrics.token_confidence(model, QUIZ, tokens=2),
     "token_effects": lambda model: metrics.token_effects(model, GATED, [1, *range(5, 12)], prompt=4),
     "truth_ratio": lambda model: metrics.truth_ratio(model, QUIZ),

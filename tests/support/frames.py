@@ -96,6 +96,12 @@ def budgeted() -> pd.DataFrame:
     return frame.assign(damage=0.0005 * looked, retain_factor=np.exp(0.02 * looked - 1.5))
 
 
+def separable(layers: Any = range(8)) -> pd.DataFrame:
+    frame = grid(layer=layers, unit=["token", "document"])
+    area = np.where(frame["unit"] == "token", 0.6, 0.8) + 0.02 * frame["layer"]
+    return with_interval(frame.assign(auc=area), "auc", 0.05).assign(null=0.5)
+
+
 def sweep(layers: Any = range(1, 8), seeds: Any = SEEDS) -> pd.DataFrame:
     """As `mrp_lens.runs.sweep` writes it: the unedited model, mrp, rmu with two coefficients, adaptive-rmu with one beta."""
     points = [("mrp", np.nan), ("rmu", 4.0), ("rmu", 16.0), ("adaptive-rmu", 5.0)]
@@ -227,6 +233,7 @@ PLAIN: dict[str, Callable[[], pd.DataFrame]] = {
     "recoveries": attack_frames.attacked,
     "relearning_curves": attack_frames.relearning,
     "removed_energy": geometry,
+    "separability": separable,
     "theory_check": proposition_1,
     "training": training,
     "variance_by_coefficient": variance_by_coefficient,

@@ -154,6 +154,7 @@ def looking(model: ml.LensModel, task: ml.UnlearningTask, edit: ml.Edit) -> floa
         *(
             metrics.principal_plane(model, texts, edit, layer=3),
             metrics.principal_angles(model, texts, edit, layers=[3]),
+            metrics.separability(model, texts["forget"], texts["retain"], layers=[3]),
         ),
         *(metrics.confidence(model, quizzes), metrics.token_confidence(model, texts["forget"])),
         *(metrics.perplexity(model, task.held_out), metrics.answer_probability(model, task.forget_texts)),
@@ -209,7 +210,7 @@ PICTURES: list[Callable[..., go.Figure]] = [
     *(plots.input_gradients, plots.jailbreak_curve, plots.layer_effects, plots.logit_lens, plots.noise_sensitivity),
     *(plots.norms, plots.predicted_coefficients, plots.principal_angles, plots.principal_plane, plots.probe_bits),
     *(plots.propagation, plots.recoveries, plots.relearning_curves, plots.removed_energy, plots.theory_check),
-    *(plots.variance_by_coefficient, plots.pareto, plots.depth),
+    *(plots.variance_by_coefficient, plots.pareto, plots.depth, plots.budget, plots.separability),
 ]
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
-from torch.nn.functional import binary_cross_entropy_with_logits, normalize
+from torch.nn.functional import normalize
 
 from mrp_lens.data.tokenization import Encoded, Encoder, TokenBatch
 from mrp_lens.edits import Gate
@@ -19,12 +19,11 @@ from mrp_lens.edits.gate import shares
 from mrp_lens.methods.base import states_at
 from mrp_lens.models import LensModel
 from mrp_lens.training.losses import before_counted
+from mrp_lens.utils.logistic import logistic_regression
 
 STATES = 8192  # a side
 FEWEST = 16  # states of a cluster
 ROUNDS = 15  # of clustering
-PENALTY = 1e-3  # on the squared length of a regression's weights, for standardised states
-ITERATIONS = 60  # of L-BFGS
 
 States = Float[Tensor, "states d_model"]
 
@@ -101,11 +100,10 @@ def gate_loss(
     return (weights * -(shares if lost else 1.0 - shares).clamp(min=1e-4).log().mean(dim=0)).sum()
 
 
-@torch.enable_grad()
 def _gate(lost: States, kept: States, directions: int, generator: torch.Generator) -> LearnedGate:
     lost, kept = (normalize(states.detach(), dim=-1) for states in (lost, kept))
     clusters = [part for part in _clusters(lost, directions, generator) if len(part) >= FEWEST] or [lost]
-    found = [_regression(part, kept) for part in clusters]
+    found = [logistic_regression(part, kept) for part in clusters]
     weights, offsets = torch.stack([each[0] for each in found]), torch.stack([each[1] for each in found])
     sharpness = weights.norm(dim=-1)
     direction, threshold = weights / sharpness[:, None], -offsets / sharpness
@@ -124,26 +122,3 @@ def _clusters(states: States, count: int, generator: torch.Generator) -> list[St
         centres = torch.where(sums.norm(dim=1, keepdim=True) > 0, normalize(sums, dim=1), centres)
     nearest = (states @ centres.T).argmax(dim=1)
     return [states[nearest == number] for number in range(len(centres))]
-
-
-def _regression(lost: States, kept: States) -> tuple[Float[Tensor, " d_model"], Float[Tensor, ""]]:
-    """Weights and offset of a logistic regression, each side counting the same."""
-    states = torch.cat([lost, kept])
-    wanted = torch.cat([torch.ones(len(lost)), torch.zeros(len(kept))]).to(states)
-    share = torch.where(wanted > 0, 0.5 / len(lost), 0.5 / len(kept))
-    mean, spread = states.mean(dim=0), states.std(dim=0) + 1e-6
-    standard = (states - mean) / spread
-    weights = torch.zeros(states.shape[1]).to(states).requires_grad_()
-    offset = torch.zeros(()).to(states).requires_grad_()
-    optimizer = torch.optim.LBFGS([weights, offset], max_iter=ITERATIONS, line_search_fn="strong_wolfe")
-
-    def closure() -> Tensor:
-        optimizer.zero_grad()
-        errors = binary_cross_entropy_with_logits(standard @ weights + offset, wanted, reduction="none")
-        loss = (share * errors).sum() + PENALTY * weights.square().sum()
-        loss.backward()
-        return loss
-
-    optimizer.step(closure)
-    found = (weights / spread).detach()
-    return found, (offset - (weights * mean / spread).sum()).detach()

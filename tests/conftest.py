@@ -34,20 +34,31 @@ assert set(FEWER) <= set(defaults)
 defaults.update(FEWER)
 
 
-# Rooms that reach a model through the library's own functions only, which the other rooms test on both classes, and rooms
-# whose slow tests are of what is the same for both: there HookedTransformer is for the run before a release.
-THROUGH_OTHERS, SAME_FOR_BOTH = {"attacks", "runs", "training"}, {"export", "models"}
+# Which class a test runs on where both exist (TransformerLens 3); where the Bridge is alone it runs all of them. Folders whose
+# code reaches a model through the library's own functions only, which other folders test on both classes, run on the Bridge, and on
+# HookedTransformer before a release; folders that say what HookedTransformer computes run on that, and on the Bridge in the slow tests
+# or, where the suite of TransformerLens 4 says the same, before a release. Of what is the same for both slow tests run on the Bridge.
+BRIDGE_FIRST, SAME_FOR_BOTH = {"attacks", "runs", "training"}, {"export", "models"}
+HOOKED_FIRST = {"methods": "slow", "models": "slow", "metrics": "long", "export": "long", "utils": "long"}
+
+
+def marks_of(folder: str, backend: str, *, slow: bool) -> str | None:
+    """What a test on one of both classes is marked with besides."""
+    if backend == "hooked":
+        return "long" if folder in BRIDGE_FIRST or (folder in SAME_FOR_BOTH and slow) else None
+    return None if slow else HOOKED_FIRST.get(folder)
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    here = Path(__file__).parent
+    here, both = Path(__file__).parent, len(available_backends()) > 1
     for item in items:
-        called = getattr(item, "callspec", None)
-        if called and called.params.get("backend") == "hooked":
-            room = item.path.relative_to(here).parts[0]
-            if room in THROUGH_OTHERS or (room in SAME_FOR_BOTH and item.get_closest_marker("slow")):
-                item.add_marker(pytest.mark.long)
+        backend = getattr(item, "callspec", None) and item.callspec.params.get("backend")  # type: ignore[attr-defined]
+        if both and backend in ("hooked", "bridge"):
+            folder = item.path.relative_to(here).parts[0]
+            mark = marks_of(folder, backend, slow=item.get_closest_marker("slow") is not None)
+            if mark is not None:
+                item.add_marker(mark)
         if item.get_closest_marker("long"):
             item.add_marker(pytest.mark.slow)
 

@@ -12,13 +12,13 @@ import pytest
 import mrp_lens as ml
 
 PROGRAM = Path(__file__).parent / "support" / "public_program.py"
-ROOMS = ("attacks", "hf", "methods", "metrics", "plots", "training")
+FOLDERS = ("attacks", "hf", "methods", "metrics", "plots", "training")
 CONFIGURATION = "[mypy]\nstrict = true\nignore_missing_imports = true\n"
 
 
 def test_the_program_uses_every_public_name() -> None:
     used = {node.attr for node in ast.walk(ast.parse(PROGRAM.read_text())) if isinstance(node, ast.Attribute)}
-    public = {*ml.__all__, *(name for room in ROOMS for name in import_module(f"mrp_lens.{room}").__all__)}
+    public = {*ml.__all__, *(name for folder in FOLDERS for name in import_module(f"mrp_lens.{folder}").__all__)}
     assert not public - used
 
 

@@ -1,4 +1,4 @@
-"""Exported folders that all tests of this room read. Whoever changes one copies it first."""
+"""Exported folders that all tests of this folder read. Whoever changes one copies it first."""
 
 import shutil
 from collections.abc import Iterator

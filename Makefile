@@ -33,7 +33,7 @@ test: install  ## the test suite (without the tests marked slow), a process a co
 slow: install  ## the tests that take longer: the demo, the notebooks, killed sweeps, pages in a browser, half precision
 	OMP_NUM_THREADS=1 $(RUN)/python -m pytest -m "slow and not long" -n auto --dist worksteal --timeout 900
 
-long: install  ## the tests for the day of a release: HookedTransformer where the Bridge stands for both, more kills, more methods
+long: install  ## the tests for the day of a release: what continuous integration leaves out of both model classes, more kills, more methods
 	OMP_NUM_THREADS=1 $(RUN)/python -m pytest -m long -n auto --dist worksteal --timeout 900
 
 lint: install  ## linter and formatter, checking only

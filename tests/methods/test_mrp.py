@@ -8,10 +8,11 @@ from mrp_lens.data import Corpus
 from mrp_lens.data.tokenization import Encoded, TokenBatch
 from mrp_lens.edits import ConditionalProjectionEdit, ProjectionEdit
 from mrp_lens.edits.subspace import Subspace
-from mrp_lens.methods import MRP, DirectionAblation
+from mrp_lens.methods import MRP, DirectionAblation, UnconditionalMRP
 from mrp_lens.methods.mrp import alternatives
 from mrp_lens.methods.mrp.alternatives import Alternatives
 from mrp_lens.methods.mrp.learned import LearnedRows
+from mrp_lens.methods.mrp.method import default_rank
 from mrp_lens.models import LensModel, encoder_for, logits_of
 from mrp_lens.models.hooks import captured, hook_name
 from tests.conftest import D_MODEL, LAYERS
@@ -33,6 +34,20 @@ def test_mrp_gives_orthonormal_rows_of_the_asked_rank(
     assert fit.edit.hook_names == (hook_name(0, site), hook_name(LAYERS - 1, site))
     assert {subspace.rank for subspace in fit.edit.subspaces().values()} == {2}
     assert fit.edit.requests == ("forget",)
+
+
+def test_the_rank_grows_with_the_tokens_to_forget_where_these_are_many(
+    model: LensModel, demo_model: LensModel, texts: Texts
+) -> None:
+    ranks = [default_rank(demo_model, tokens) for tokens in (0, 7000, 14_000, 10**7)]
+    assert ranks == [8, 8, 16, 21]  # of 128 directions
+    assert default_rank(demo_model, 10**7, most=4) == 21
+    retain = texts[1]
+    long = Corpus.from_texts(["The colour of Zaxim is red and blue, it is said."] * 2500, name="long")
+    few, many = (MRP().prepared(model, side, retain, None, None)[1] for side in (texts[0], long))
+    assert (few.rank, many.rank) == (2, D_MODEL // 6)
+    assert MRP(rank=3).prepared(model, long, retain, None, None)[1].rank == 3
+    assert UnconditionalMRP().prepared(model, long, retain, None, None)[1].rank == 2
 
 
 def test_the_complement_start_leaves_retain_states_alone_and_the_code_start_does_not(

@@ -38,6 +38,8 @@ RetainLoss = Literal["kl", "cross_entropy"]
 
 FORGET_BOUND = {"alternatives": 1.0, "odds": 1.0, "bounded": 5.0, "ascent": math.inf}  # nats
 GATE_LR = 0.2  # learning rate of the gates over that of the rows
+TOKENS = 7000  # of forget texts, for which the usual rank is enough
+LARGEST = 32  # rank that more of them give
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +77,8 @@ class MRP(FitTemplate[MRPSettings]):
 
     Args:
         layers: where to project. None: eight layers spread evenly from a fifth of the depth to 0.85 of it; all between, where there are fewer.
-        rank: directions removed at each layer. None: d_model / 16, between 2 and 16.
+        rank: directions removed at each layer. None: d_model / 16, between 2 and 16; for more than 7,000 tokens of forget texts as
+            many more in proportion, up to d_model / 6 and 32.
         site: where on the stream, `resid_post` by default.
         init: start of W. "complement": the top principal directions of the forget states without their part in the retain
             states' top principal components, as in the paper; "code": the reverse, as in the released code; "difference": of the
@@ -160,7 +163,7 @@ class MRP(FitTemplate[MRPSettings]):
     def resolve(self, model: LensModel, data: Data) -> MRPSettings:
         return MRPSettings(
             layers=self._layers(model),
-            rank=self._rank(model),
+            rank=self._rank(model, tokens=sum(sum(row.in_loss[1:]) for row in data.all_forget)),
             lr=or_default(self.lr, 0.2 / math.sqrt(model.cfg.d_model)),
             distillation=None if self.distillation is None else self.distillation.resolve(model),
         )
@@ -223,8 +226,8 @@ class MRP(FitTemplate[MRPSettings]):
     def _layers(self, model: LensModel) -> tuple[int, ...]:
         return check_layers(model, or_default(self.layers, default_layers(model.cfg.n_layers)))
 
-    def _rank(self, model: LensModel) -> int:
-        return or_default(self.rank, default_rank(model))
+    def _rank(self, model: LensModel, *, tokens: int = 0) -> int:
+        return or_default(self.rank, default_rank(model, tokens))
 
     def _start(self, settings: MRPSettings, context: FitContext) -> tuple[Data, LearnedRows]:
         """What is read, and the rows and gates before the first update; earlier requests are on."""
@@ -361,9 +364,11 @@ def joined_logs(projection: pd.DataFrame, distillation: pd.DataFrame, *, seconds
     return pd.concat([projection.assign(phase="projection"), later], ignore_index=True)
 
 
-def default_rank(model: LensModel, *, most: int = 16) -> int:
-    """A sixteenth of the stream's width, from 2 to `most`."""
-    return min(most, max(2, int(model.cfg.d_model) // 16))
+def default_rank(model: LensModel, tokens: int = 0, *, most: int = 16) -> int:
+    """A sixteenth of the stream's width, from 2 to `most`; more in proportion to the tokens to forget, where these are many."""
+    width = int(model.cfg.d_model)
+    usual = min(most, max(2, width // 16))
+    return max(usual, min(int(usual * tokens / TOKENS), LARGEST, width // 6))
 
 
 def default_layers(n_layers: int) -> list[int]:
@@ -408,7 +413,7 @@ class UnconditionalMRP(MRP):
         return check_layers(model, or_default(self.layers, later_layers(model.cfg.n_layers)))
 
     @override
-    def _rank(self, model: LensModel) -> int:
+    def _rank(self, model: LensModel, *, tokens: int = 0) -> int:
         return or_default(self.rank, default_rank(model, most=32))
 
 

@@ -141,8 +141,8 @@ def plain_mrp(model: Any, forget: Corpus, retain: Corpus, steps: int) -> None:
     rows = {hook_name(layer): torch.randn(RANK, WIDTH, generator=generator).requires_grad_() for layer in PROJECTED}
     optimizer = torch.optim.Adam(rows.values(), lr=0.01)
 
-    def project(states: torch.Tensor, hook: Any) -> torch.Tensor:
-        basis = torch.linalg.qr(rows[hook.name].T)[0]
+    def project(states: torch.Tensor, hook: Any, *, name: str) -> torch.Tensor:
+        basis = torch.linalg.qr(rows[name].T)[0]
         return states - (states @ basis) @ basis.T
 
     def log_probabilities(of: Any, batch: Any) -> torch.Tensor:
@@ -150,7 +150,7 @@ def plain_mrp(model: Any, forget: Corpus, retain: Corpus, steps: int) -> None:
 
     for _ in range(steps):
         forget_batch, retain_batch = (encoder.collate(next(rows)) for rows in batches)
-        with hooked(model, [(name, project) for name in rows]):
+        with hooked(model, [(name, partial(project, name=name)) for name in rows]):
             said = log_probabilities(model, forget_batch).gather(-1, forget_batch.tokens[:, 1:, None])[..., 0]
             losing = said.clamp(min=-5.0)[forget_batch.loss_mask[:, 1:]].mean()
             with torch.no_grad():

@@ -10,7 +10,7 @@ from mrp_lens.plots.theme import FORGET, INK, RETAIN, UNIT, Axis, Look
 COURSES = (  # a panel each: column, title, axis, look, the column of its control
     (
         "left",
-        "questions still answered",
+        "answered",
         Axis("accuracy", limits=UNIT),
         Look("forget questions", FORGET, mode="lines"),
         "target",
@@ -18,8 +18,8 @@ COURSES = (  # a panel each: column, title, axis, look, the column of its contro
     ("damage", "damage", Axis("KL, nats a token", "auto"), Look("retain text", RETAIN, mode="lines"), "budget"),
     (
         "retain_factor",
-        "weight of the retain loss",
-        Axis("factor on it", "auto"),
+        "retain weight",
+        Axis("factor", "auto"),
         Look("factor on the retain loss", INK, mode="lines"),
         None,
     ),

@@ -43,11 +43,9 @@ from mrp_lens.data import Corpus, Questions, UnlearningTask
 from mrp_lens.edits import ConditionalProjectionEdit, Edit, ProjectionEdit, edit_on, projection_in
 from mrp_lens.methods import MRP, Fit, UnconditionalMRP
 from mrp_lens.methods.coverage import SHORT, Coverage
-from mrp_lens.methods.mrp.method import default_layers, default_rank
 from mrp_lens.metrics.recovery import UNEDITED
 from mrp_lens.models import LensModel, describe
 from mrp_lens.utils.result_store import ResultStore
-from mrp_lens.utils.validation import or_default
 
 FULL_SEEDS = "0,1,2"
 DOCUMENTS = 300  # a side, for states and gates
@@ -91,12 +89,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     study.end(finding(frames, tokens["told"], table), pictures, table, in_place=True)
 
 
-def alike(gated: MRP, model: LensModel) -> UnconditionalMRP:
+def alike(gated: MRP, model: LensModel, task: UnlearningTask) -> UnconditionalMRP:
     """The unconditional fit with the same layers, rank, steps, budget and so on."""
     same = {field.name: getattr(gated, field.name) for field in fields(gated) if field.name != "conditional"}
-    same["layers"] = or_default(gated.layers, default_layers(int(model.cfg.n_layers)))
-    same["rank"] = or_default(gated.rank, default_rank(model, most=16))
-    return UnconditionalMRP(**same)
+    resolved = gated.prepared(model, task.forget, task.retain, None, None)[1]
+    return UnconditionalMRP(**same | {"layers": resolved.layers, "rank": resolved.rank})
 
 
 def exchanges(
@@ -199,7 +196,7 @@ class Selectivity(ResumableStudy):
         gated: MRP = with_settings({GATED: MRP()}, options.set)[GATED]
         if not gated.conditional:
             raise ValueError("conditional=false leaves no gate to be looked at; leave it out")
-        self.methods: dict[str, MRP] = {PLAIN: alike(gated, study.model), GATED: gated}
+        self.methods: dict[str, MRP] = {PLAIN: alike(gated, study.model, study.task), GATED: gated}
         if gated.budget is not None:
             self.methods[UNBOUNDED] = replace(self.methods[PLAIN], budget=None)
         self.methods |= {name: replace(gated, coverage=coverage) for name, coverage in COVERAGES.items()}

@@ -106,7 +106,8 @@ class Demo(Command):
             console.print(f"Written to {out}: table.csv, summary.json, and for each method its edit and log.")
             logs = [fit.log.assign(method=name) for name, fit in fits.items()]
             run.frames["training"] = pd.concat(logs, ignore_index=True)
-            run.frames["budget"] = run.frames["training"][["method", "step", *LOGGED]]
+            if set(LOGGED) <= set(run.frames["training"]):  # not of fits that an earlier version left in the folder
+                run.frames["budget"] = run.frames["training"][["method", "step", *LOGGED]]
             run.frames["accuracies"] = pd.DataFrame([dict(row) for row in run.rows])
             directions = {name: fit.direction for name, fit in fits.items() if fit.directions}
             shown = {name: edit for name, edit in edits.items() if name != "untrained-start"}

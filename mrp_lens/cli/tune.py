@@ -26,8 +26,8 @@ CAPTION = (
     "The star is the chosen one."
 )
 NOTHING = (
-    "The chosen trial forgot nothing: the unedited model's accuracy on the forget questions lies within its 95% interval. Run more trials, "
-    "allow for more damage (--budget), or try another method."
+    "The chosen trial forgot nothing: its accuracy on the forget questions cannot be told from the unedited model's, or is above it (95%). "
+    "Run more trials, allow for more damage (--budget), or try another method."
 )
 
 

@@ -213,7 +213,7 @@ class Unlearn(Command):
             fill(run, task, method, fit, before, after, never)
             run.write_into(out)
             run.frames["training"] = fit.log
-            if fit.outcome is not None:
+            if set(LOGGED) <= set(fit.log):  # a fit without a budget has none of them
                 run.frames["budget"] = fit.log[["step", *LOGGED]]
             run.frames["accuracies"] = pd.DataFrame([dict(row) for row in run.rows])
             edits, directions = {"unedited": None, method: fit.edit}, fit.directions.values()
@@ -233,9 +233,8 @@ class Unlearn(Command):
         asked: dict[str, Any] = {"after": earlier, "request": self.request}
         if self.logger is not None and is_first():
             asked["callbacks"] = [LoggerCallback(logger_named(self.logger, self.out))]
-        asked = {
-            name: value for name, value in asked.items() if value is not None
-        }  # not every plugin's method knows them
+        # Not every plugin's method knows them.
+        asked = {name: value for name, value in asked.items() if value is not None}
 
         def fitted(kept: Path) -> Fit:
             fitter: Any = self.fitter

@@ -159,9 +159,8 @@ class Budget(Callback):
     @override
     def on_step(self, step: int, row: Mapping[str, float]) -> None:
         weighed = self.multiplier
-        if (
-            step + 1 < self._state.steps
-        ):  # not at state.last: a fit that is told to stop goes on from here, with this look
+        # Not at state.last: a fit that is told to stop goes on from here, with this look.
+        if step + 1 < self._state.steps:
             self._look(step + 1)
         values = (self.looks[-1].accuracy, self.target, self.found, self.nats, weighed)
         self._state.rows[-1] |= dict(zip(LOGGED, values, strict=True))

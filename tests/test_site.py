@@ -10,7 +10,7 @@ from tests.support.browser import look_at, look_at_each
 from tests.support.documents import ROOT
 
 SITE = ROOT / "site"
-WITH_PICTURES = {"mrp.html": 3, "rmu.html": 5, "projections.html": 3}
+WITH_PICTURES = {"mrp.html": 4, "rmu.html": 5, "projections.html": 3}
 LOADED = "document.readyState === 'complete'"
 TOO_WIDE = "document.documentElement.scrollWidth - window.innerWidth"
 SEARCH = """async () => {

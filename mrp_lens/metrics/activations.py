@@ -53,9 +53,15 @@ class StateBatch:
         return self.batch.tokens[self.batch.content_mask]
 
     @property
+    def sizes(self) -> list[int]:
+        """Tokens of each document, in their order."""
+        counts: list[int] = torch.unique_consecutive(self.rows, return_counts=True)[1].tolist()
+        return counts
+
+    @property
     def documents(self) -> int:
         """How many there are in the batch."""
-        return len(torch.unique_consecutive(self.rows))
+        return len(self.sizes)
 
 
 @dataclass(frozen=True)

@@ -23,8 +23,8 @@ def auc(inside: Sequence[Values], outside: Sequence[Values], *, seed: int = 0) -
         AUC, low, high; the ends are NaN with a single document on a side.
     """
     first_sizes, second_sizes = (np.array([len(scores) for scores in side]) for side in (inside, outside))
-    starts = np.cumsum(second_sizes) - second_sizes
-    wins = np.stack([_wins(scores, np.concatenate(outside), starts) for scores in inside])
+    others, starts = np.concatenate(outside), np.cumsum(second_sizes) - second_sizes
+    wins = np.stack([_wins(scores, others, starts) for scores in inside])
     found = wins.sum() / (first_sizes.sum() * second_sizes.sum())
     if min(wins.shape) < 2:
         return float(found), float("nan"), float("nan")

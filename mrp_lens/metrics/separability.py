@@ -110,10 +110,10 @@ def _sample(reader: StateReader, corpus: Corpus, hooks: Sequence[str], generator
     most = max(1, STATES // len(corpus))
     found: Sample = {hook: [] for hook in hooks}
     for batch in reader.read(corpus, hooks):
-        counts = torch.unique_consecutive(batch.rows, return_counts=True)[1].tolist()
-        chosen = [torch.randperm(count, generator=generator)[:most].to(batch.rows.device) for count in counts]
+        sizes = batch.sizes
+        chosen = [torch.randperm(size, generator=generator)[:most].to(batch.rows.device) for size in sizes]
         for hook in hooks:
-            parts = batch.states[hook].split(counts)
+            parts = batch.states[hook].split(sizes)
             found[hook] += [normalize(part[places].float(), dim=-1) for part, places in zip(parts, chosen, strict=True)]
     return found
 
@@ -135,10 +135,10 @@ def _scores(
     """At each layer, of each of its detectors: the logit of every token, document by document."""
     found: dict[int, tuple[list[Values], ...]] = {layer: ([], []) for layer in hooks}
     for batch in reader.read(corpus, list(hooks.values())):
-        counts = torch.unique_consecutive(batch.rows, return_counts=True)[1].tolist()
+        sizes = batch.sizes
         for layer, hook in hooks.items():
             states = normalize(batch.states[hook].float(), dim=-1)
             for (weights, offset), kept in zip(detectors[layer], found[layer], strict=True):
                 logits = states @ weights.to(states.device) + offset.to(states.device)
-                kept += [part.double().cpu().numpy() for part in logits.split(counts)]
+                kept += [part.double().cpu().numpy() for part in logits.split(sizes)]
     return found

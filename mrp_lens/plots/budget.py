@@ -3,6 +3,7 @@
 import pandas as pd
 import plotly.graph_objects as go
 
+from mrp_lens.methods.budget import LOGGED
 from mrp_lens.plots.facets import Panels
 from mrp_lens.plots.frames import facets, figure_of, known
 from mrp_lens.plots.theme import FORGET, INK, RETAIN, UNIT, Axis, Look
@@ -26,7 +27,7 @@ COURSES = (  # a panel each: column, title, axis, look, the column of its contro
 )
 
 
-@figure_of("the log of a fit with a budget (fit.log, log.csv)", "step left target damage budget retain_factor")
+@figure_of("the log of a fit with a budget (fit.log, log.csv)", f"step {' '.join(LOGGED)}")
 def budget(frame: pd.DataFrame) -> go.Figure:
     """What a fit with a budget had left of the forget set, and the damage it had done, update by update.
 

@@ -5,6 +5,7 @@ from typing import Literal
 import pandas as pd
 import plotly.graph_objects as go
 
+from mrp_lens.methods.budget import LOGGED
 from mrp_lens.plots.facets import Panels
 from mrp_lens.plots.frames import TEXT_COLUMNS, Frame, facets, figure_of, known, layer_facets, methods_of
 from mrp_lens.plots.theme import (
@@ -26,9 +27,7 @@ from mrp_lens.utils.validation import check_one_of
 SWEEP = "mrp-lens sweep (table.csv)"
 SIDES = {"forget": FORGET, "retain": RETAIN}
 ASIDE = 0.15  # of a method's row: forget is drawn above, retain below
-NOT_LOSSES = TEXT_COLUMNS | set(
-    "step seconds seed layer coefficient relative_coefficient left target damage budget retain_factor".split()
-)
+NOT_LOSSES = TEXT_COLUMNS | {*LOGGED, *"step seconds seed layer coefficient relative_coefficient".split()}
 Measure = Literal["accuracy", "cosine", "max_probability"]
 TITLES: dict[Measure, str] = {
     "accuracy": "accuracy",

@@ -16,7 +16,7 @@ from mrp_lens.models.base import same_positions
 from mrp_lens.models.hooks import frozen
 from mrp_lens.models.memory import ran_out
 from mrp_lens.models.prefix import Continued, logits_behind, reads_prefixes
-from mrp_lens.training.losses import before_counted, predictions
+from mrp_lens.training.losses import predictions
 from mrp_lens.utils.progress import progress_bar
 from mrp_lens.utils.validation import check_whole
 
@@ -118,7 +118,10 @@ def _predicted(
     shared = [group for group in alike if group.length >= SHORTEST]
     if shared:
         longest = max(shared, key=lambda group: max(len(each.row.ids) for each in group.passes) - group.length)
-        if not reads_prefixes(model, _behind([longest, shared[0], shared[-1]], encoder)):
+        tried = [
+            replace(group, passes=(group.passes[0], group.passes[-1])) for group in (longest, shared[0], shared[-1])
+        ]
+        if not reads_prefixes(model, _behind(tried, encoder)):
             shared = []
     whole = [each for group in alike if not (shared and group.length >= SHORTEST) for each in group.passes]
     counts = [sum(len(_counted(each.row)) for each in group.passes) for group in shared]
@@ -147,7 +150,7 @@ def _read_behind(model: LensModel, texts: Continued) -> Float[Tensor, "counted d
 
 @dataclass(frozen=True)
 class _Alike:
-    """Passes that begin with so many tokens in common; none if that is no more than a token counts behind, or there is one pass."""
+    """Passes, the longest first, that begin with so many tokens in common before any of them counts; 0 if there is one pass."""
 
     passes: Sequence[_Pass]
     length: int
@@ -157,21 +160,22 @@ class _Alike:
         if len(passes) < 2:
             return cls(passes, 0)
         first = min(_counted(each.row)[0] for each in passes)
-        equal = takewhile(lambda ids: len(set(ids)) == 1, zip(*(each.row.ids for each in passes), strict=False))
-        return cls(passes, min(first - 1, sum(1 for _ in equal)))
+        equal = takewhile(lambda ids: len(set(ids)) == 1, zip(*(each.row.ids[:-1] for each in passes), strict=False))
+        return cls(passes, min(first, sum(1 for _ in equal)))
 
 
 def _behind(groups: Sequence[_Alike], encoder: Encoder) -> Continued:
-    """What the groups begin with, and what follows in each pass, with the tokens behind which one counts."""
+    """What the groups begin with, and what follows in each pass, with the tokens that count."""
     prefixes = [group.passes[0].row.at(range(group.length)) for group in groups]
     owner = [place for place, group in enumerate(groups) for _ in group.passes]
     rests = [each.row.at(range(group.length, len(each.row.ids))) for group in groups for each in group.passes]
     rest = encoder.collate(rests, side="right")
+    wanted = [[*row.in_loss, *[False] * (rest.tokens.shape[1] - len(row.ids))] for row in rests]
     return Continued(
         encoder.collate(prefixes, side="right"),
         torch.tensor(owner, device=encoder.device),
         rest,
-        before_counted(rest),
+        torch.tensor(wanted, device=encoder.device),
     )
 
 

@@ -4,6 +4,8 @@ The choices of a question follow the same prompt, which is often several times a
 """
 
 import logging
+from collections.abc import Iterator, Sequence
+from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +25,7 @@ TOLERANCE = {
     torch.float64: 1e-6,
 }  # of the largest logit, by which passes may differ from whole ones
 HALF = 0.03  # the same in half precision
+PASS = 64  # tokens that a pass is worth: what it takes whatever it reads
 
 
 @dataclass(frozen=True)
@@ -33,17 +36,18 @@ class Continued:
         prefixes: what the texts begin with, right padded.
         owner: of each text, the row of its beginning.
         rest: of each text what follows, right padded.
-        positions: those in `rest` at which logits are wanted.
+        wanted: the tokens of `rest` that are to be predicted.
     """
 
     prefixes: TokenBatch
     owner: Int[Tensor, " rows"]
     rest: TokenBatch
-    positions: Bool[Tensor, "rows seq"]
+    wanted: Bool[Tensor, "rows seq"]
 
 
-def logits_behind(model: LensModel, texts: Continued) -> Float[Tensor, "chosen d_vocab"]:
-    """The logits that are wanted, row by row, without gradient; each beginning is read once.
+def logits_behind(model: LensModel, texts: Continued) -> Float[Tensor, "wanted d_vocab"]:
+    """The logits that predict what is wanted, row by row, without gradient; each beginning is read once, and of what follows the
+    tokens before the last wanted one.
 
     Right for models and edits for which `reads_prefixes` is.
 
@@ -51,14 +55,26 @@ def logits_behind(model: LensModel, texts: Continued) -> Float[Tensor, "chosen d
         model: HookedTransformer or TransformerBridge, with the edit on if there is one.
         texts: to read.
     """
-    before, rest = texts.prefixes.attention_mask, texts.rest
+    before, wanted = texts.prefixes.attention_mask, texts.wanted
+    places = torch.arange(wanted.shape[1], device=wanted.device)
+    lengths: list[int] = (wanted * places).amax(dim=1).tolist()
+    line = wanted.flatten().cumsum(0).view_as(wanted) - 1  # of the result, for each wanted token
     with torch.no_grad():
         cache = _cache(model, len(texts.prefixes), before.device)
-        logits_at(model, texts.prefixes.tokens, before, torch.zeros_like(before), cache=cache)
-        _repeat(cache, texts.owner)
-        # HookedTransformer's cache remembers the mask of what it holds; Hugging Face's is told all of it.
-        masks = [before[texts.owner], rest.attention_mask] if is_bridge(model) else [rest.attention_mask]
-        return logits_at(model, rest.tokens, torch.cat(masks, dim=1), texts.positions, cache=cache)
+        ends = before & ~torch.nn.functional.pad(before[:, 1:], (0, 1))
+        behind = logits_at(model, texts.prefixes.tokens, before, ends, cache=cache)
+        found = behind.new_empty(int(wanted.sum()), behind.shape[-1])
+        first = wanted[:, 0]
+        found[line[first, 0]] = behind[texts.owner[first]]
+        for rows in _alike_in_length(lengths):
+            owner, width = texts.owner[rows], lengths[rows[-1]]
+            rest, mask = texts.rest.tokens[rows, :width], texts.rest.attention_mask[rows, :width]
+            asked = wanted[rows, 1 : width + 1]
+            # HookedTransformer's cache remembers the mask of what it holds; Hugging Face's is told all of it.
+            masks = [before[owner], mask] if is_bridge(model) else [mask]
+            read = logits_at(model, rest, torch.cat(masks, dim=1), asked, cache=_chosen(cache, owner))
+            found[line[rows, 1 : width + 1][asked]] = read
+        return found
 
 
 def reads_prefixes(model: LensModel, texts: Continued) -> bool:
@@ -79,15 +95,30 @@ def reads_prefixes(model: LensModel, texts: Continued) -> bool:
     return right
 
 
-def _of_whole_passes(model: LensModel, texts: Continued) -> Float[Tensor, "chosen d_vocab"]:
+def _of_whole_passes(model: LensModel, texts: Continued) -> Float[Tensor, "wanted d_vocab"]:
     """The same logits, each beginning read with every text."""
     before = texts.prefixes.attention_mask[texts.owner]
     tokens = torch.cat([texts.prefixes.tokens[texts.owner], texts.rest.tokens], dim=1)
     masks = torch.cat([before, texts.rest.attention_mask], dim=1)
-    wanted = torch.cat([torch.zeros_like(before), texts.positions], dim=1)
+    wanted = torch.cat([torch.zeros_like(before), texts.wanted], dim=1)
     order = masks.long().argsort(dim=1, descending=True, stable=True)  # the padding between them goes to the end
+    tokens, masks, wanted = (each.gather(1, order) for each in (tokens, masks, wanted))
     with torch.no_grad():
-        return logits_at(model, *(each.gather(1, order) for each in (tokens, masks, wanted)))
+        return logits_at(model, tokens, masks, torch.nn.functional.pad(wanted[:, 1:], (0, 1)))
+
+
+def _alike_in_length(lengths: Sequence[int]) -> Iterator[list[int]]:
+    """Rows in parts, each from the shortest to the longest of it, the longest part first; without those of length 0.
+
+    What is padded in a part is less than what another pass over the model is worth.
+    """
+    order = sorted((row for row in range(len(lengths)) if lengths[row]), key=lengths.__getitem__)
+    while order:
+        longest = lengths[order[-1]]
+        shorter = (end for end in range(len(order), 0, -1) if end * (longest - lengths[order[end - 1]]) > PASS)
+        end = next(shorter, 0)
+        yield order[end:]
+        order = order[:end]
 
 
 def _cache(model: LensModel, rows: int, device: torch.device) -> Any:
@@ -101,11 +132,15 @@ def _cache(model: LensModel, rows: int, device: torch.device) -> Any:
     return TransformerLensKeyValueCache.init_cache(model.cfg, device, rows)
 
 
-def _repeat(cache: Any, owner: Int[Tensor, " rows"]) -> None:
-    """Make each row of the cache that of its owner."""
-    if hasattr(cache, "batch_select_indices"):
-        cache.batch_select_indices(owner)
-        return
-    cache.previous_attention_mask = cache.previous_attention_mask[owner]
-    for entry in cache.entries:
+def _chosen(cache: Any, owner: Int[Tensor, " rows"]) -> Any:
+    """A cache whose rows are those of their owners; the one that is given stays as it is."""
+    chosen = copy(cache)
+    if hasattr(cache, "layers"):
+        chosen.layers = [copy(layer) for layer in cache.layers]
+        chosen.batch_select_indices(owner)
+        return chosen
+    chosen.previous_attention_mask = cache.previous_attention_mask[owner]
+    chosen.entries = [copy(entry) for entry in cache.entries]
+    for entry in chosen.entries:
         entry.past_keys, entry.past_values = entry.past_keys[owner], entry.past_values[owner]
+    return chosen

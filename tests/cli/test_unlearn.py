@@ -242,7 +242,7 @@ def results(out: Path) -> dict[str, Any]:
         pytest.param("continuations", marks=pytest.mark.slow),
         pytest.param("diagnostics", marks=pytest.mark.slow),
         pytest.param("report", marks=pytest.mark.slow),
-        pytest.param("show_table", marks=pytest.mark.slow),
+        pytest.param("show_figures", marks=pytest.mark.slow),
     ],
 )
 def test_a_command_that_fails_after_its_fit_has_the_edit_and_goes_on_from_there(

@@ -292,6 +292,7 @@ class FitTemplate(Method, Generic[Settings]):
             loss then rises while there is more, and falls while there is less, until the fit is where it aims and ends: at
             chance, or at a `target` that was given. None: the weight stays as it is, all steps are done, and all of the retain
             corpus is learned from.
+        first_share: of the budget, to which a fit keeps until it gets no further.
         target: accuracy to forget down to, on control questions made from the forget set; `control_accuracy` of a model that
             never saw it is one. None: what cannot be told from chance.
         coverage: what is learned from besides the corpora. None: nothing.
@@ -302,6 +303,7 @@ class FitTemplate(Method, Generic[Settings]):
     target: float | None = None
     coverage: Coverage | None = None
     by_request = False
+    first_share = 1.0
 
     def check(self, model: LensModel) -> None:
         """Refuse settings that cannot be meant, before anything is read.
@@ -413,7 +415,8 @@ class FitTemplate(Method, Generic[Settings]):
         control = ControlQuestions(data.encoder, data.corpora, seed=drawn_seed(generator))
         with fitting(model, after):
             damage = Damage(model, data.encoder, documents, answers)
-            return Budget(model, damage, control, nats=self.budget, target=self.target, holds=self.holds), left
+            asked = {"nats": self.budget, "target": self.target, "holds": self.holds, "first": self.first_share}
+            return Budget(model, damage, control, **asked), left
 
     def prepared(
         self,

@@ -3,7 +3,8 @@
 The damage is KL(unedited || edited) on retain text that no update sees, and on what the model knows of the answers to questions made
 from it. The weight is a multiplier that rises while there is more damage than the budget allows: dual ascent, as for the constraint
 that PDU (arXiv 2506.05314) puts on the retain loss. It falls while there is less, until the fit is where it aims: what is over by
-then is not spent. Damage follows the weight with a delay, so that dual ascent alone swings from a tenth of the budget to ten times
+then is not spent. For the same reason a fit keeps to a share of its budget first, and is allowed more where it gets no further and is
+still above its target. Damage follows the weight with a delay, so that dual ascent alone swings from a tenth of the budget to ten times
 as much; a part of the weight that answers to the damage as it is now damps that (PID Lagrangian, arXiv 2007.03964).
 
 A fit aims at chance itself, and has forgotten where what is left cannot be told from chance: the questions are few and of two forms,
@@ -36,6 +37,8 @@ LOOK = 20  # updates between two looks at the control questions
 PATIENCE = 3  # looks whose mean tells whether a fit is where it aims
 SETTLING = 0.5  # as many updates more, over those done when a fit was seen to be at its end
 STALLED = 10  # looks without progress after which a fit ends
+SHORT = 4  # looks without progress after which a fit is allowed more of its budget
+MORE = 2.0  # times as much
 LESS = 0.02  # by which the accuracy has to come down in so many looks, or the fit has stalled
 NEARER = 0.05  # or so much of the margin before the fit, by which the right endings are above the others
 RATE = 0.15  # of the multiplier's logarithm at each look, for a damage off by a factor of e
@@ -47,7 +50,7 @@ FASTEST = 16.0  # times the learning rate, at most, that a fit in which nothing 
 NUMBERS = 2**25  # log-probabilities of the unedited model that are kept in memory at most, of documents and of answers
 ANSWERS = 0.25  # of the divergence on answers that counts
 BATCH = 16
-LOGGED = ("left", "target", "damage", "budget", "retain_factor")  # columns that a budget adds to a fit's log
+LOGGED = ("left", "target", "damage", "allowed", "budget", "retain_factor")  # columns that a budget adds to a fit's log
 
 Reference = tuple[TokenBatch, Bool[Tensor, " tokens"], Float[Tensor, "counted d_vocab"]]
 
@@ -114,8 +117,8 @@ def _fitting(rows: Sequence[Encoded], tokens: int) -> list[Encoded]:
 class Budget(Callback):
     """Watches a fit: keeps the multiplier, ends the fit at its target, and tells how it ended.
 
-    The log gets five columns: `left` (accuracy on the control questions) and `damage`, each as it was last looked at, beside `target`
-    and `budget`; and `retain_factor`, the multiplier of that update.
+    The log gets six columns: `left` (accuracy on the control questions) and `damage`, each as it was last looked at, beside `target`,
+    `allowed` (what of the budget may be spent so far) and `budget`; and `retain_factor`, the multiplier of that update.
 
     Args:
         model: the model under training.
@@ -124,11 +127,13 @@ class Budget(Callback):
         nats: the damage that is allowed for.
         target: accuracy on the control questions to forget down to. None: what cannot be told from chance, with chance as the aim.
         holds: there is a retain loss to weigh; else the fit ends at the first damage above the budget.
+        first: share of the budget that the fit keeps to until it gets no further.
 
     Attributes:
         aim: accuracy at which there is no more to forget.
         multiplier: factor on the retain loss's weight, 1 at the start.
         found: the damage when it was last looked at.
+        allowed: the damage that the multiplier keeps to, nats a token.
         stalled: at the last look at the control questions the fit got no further.
         looks: how they were answered, before the fit and every 20 updates.
     """
@@ -142,14 +147,17 @@ class Budget(Callback):
         nats: float,
         target: float | None,
         holds: bool = True,
+        first: float = 1.0,
     ) -> None:
         self.model, self.damage, self.nats, self.holds = model, damage, nats, holds
-        self.control, first = control.known_to(model)
-        self.looks = [first]
+        self.control, before = control.known_to(model)
+        self.looks = [before]
         self.target = self.control.target if target is None else target
         self.aim = self.control.chance if target is None else target
         self.multiplier, self.found = 1.0, 0.0
+        self.allowed = first * nats
         self.stalled = False
+        self._allowed_since = 0  # looks before it became what it is
         self._level = 0.0  # of the multiplier's logarithm, on top of which it is damped
 
     @override
@@ -162,7 +170,7 @@ class Budget(Callback):
         # Not at state.last: a fit that is told to stop goes on from here, with this look.
         if step + 1 < self._state.steps:
             self._look(step + 1)
-        values = (self.looks[-1].accuracy, self.target, self.found, self.nats, weighed)
+        values = (self.looks[-1].accuracy, self.target, self.found, self.allowed, self.nats, weighed)
         self._state.rows[-1] |= dict(zip(LOGGED, values, strict=True))
 
     def _look(self, done: int) -> None:
@@ -173,11 +181,13 @@ class Budget(Callback):
                 self.found = self.damage()
             if not self.holds and self.found > self.nats:
                 state.steps = done
-            self._follow(math.log(max(self.found, 1e-6) / self.nats))
+            self._follow(math.log(max(self.found, 1e-6) / self.allowed))
         if not self._settling and done % LOOK == 0:
             with state.shown():
                 self.looks.append(self.control.asked_of(self.model))
             self.stalled = self._stalled()
+            if self._needs_more():
+                self.allowed, self._allowed_since = min(self.nats, MORE * self.allowed), len(self.looks)
             if self._there() or self.stalled:
                 state.steps = min(state.steps, done + max(1, round(SETTLING * done)))
 
@@ -204,21 +214,34 @@ class Budget(Callback):
         return self._state.steps < self._planned
 
     def _there(self) -> bool:
-        return len(self.looks) > PATIENCE and fmean(look.accuracy for look in self.looks[-PATIENCE:]) <= self.aim
+        return self._lately() <= self.aim
+
+    def _lately(self) -> float:
+        """The mean accuracy of the last looks; of one that was not trained yet, infinite."""
+        return fmean(look.accuracy for look in self.looks[-PATIENCE:]) if len(self.looks) > PATIENCE else math.inf
 
     def _unmoved(self) -> bool:
         """Whether the accuracy at the last look was that from before the fit, but for a tenth of the way."""
         return self.looks[-1].accuracy > self.before - MOVED * (self.before - self.aim)
 
+    def _needs_more(self) -> bool:
+        """Whether the fit, above its target still, gets no further with the damage that it is allowed so far."""
+        spent = SPENT * self.allowed <= self.found and self.allowed < self.nats
+        return spent and self._lately() > self.target and self._idle(self.looks[self._allowed_since :], SHORT)
+
     def _stalled(self) -> bool:
         """Whether accuracy and margin stay where they are, and would under a smaller multiplier and with larger steps: the damage
         allowed for is done, or there are none."""
         free = self.multiplier <= LIMITS[0] and (self._state.pace >= FASTEST or not self._unmoved())
-        if len(self.looks) <= STALLED or not (self.found >= SPENT * self.nats or free):
+        return (self.found >= SPENT * self.nats or free) and self._idle(self.looks, STALLED)
+
+    def _idle(self, looks: Sequence[Answered], last: int) -> bool:
+        """Whether neither accuracy nor margin fell in the last looks below what they had been."""
+        if len(looks) <= last:
             return False
-        margins = [look.margin for look in self.looks]
-        nearer = margins[0] > 0.0 and _fell(margins, by=NEARER * margins[0])
-        return not (nearer or _fell([look.accuracy for look in self.looks], by=LESS))
+        margins, before = [look.margin for look in looks], self.looks[0].margin
+        nearer = before > 0.0 and _fell(margins, last, by=NEARER * before)
+        return not (nearer or _fell([look.accuracy for look in looks], last, by=LESS))
 
     def outcome(self, run: TrainingRun, *, earlier: float) -> Outcome:
         """How the fit ended; the edit is on. `earlier`: the damage of earlier requests, which is added up."""
@@ -242,6 +265,8 @@ class Budget(Callback):
             "multiplier": self.multiplier,
             "level": self._level,
             "found": self.found,
+            "allowed": self.allowed,
+            "allowed_since": self._allowed_since,
             "stalled": self.stalled,
             "looks": [(look.accuracy, look.margin) for look in self.looks],
             "steps": self._state.steps,
@@ -252,14 +277,15 @@ class Budget(Callback):
         """Go on from there."""
         self.multiplier, self.found = float(state["multiplier"]), float(state["found"])
         self._level = float(state["level"])
+        self.allowed, self._allowed_since = float(state["allowed"]), int(state["allowed_since"])
         self.looks = [Answered(*look) for look in state["looks"]]
         self.stalled = bool(state["stalled"])
         self._state.steps, self._state.pace = int(state["steps"]), float(state["pace"])
 
 
-def _fell(values: Sequence[float], *, by: float) -> bool:
-    """Whether the lowest of the last looks is so much below the lowest before them."""
-    return min(values[-STALLED:]) <= min(values[:-STALLED]) - by
+def _fell(values: Sequence[float], last: int, *, by: float) -> bool:
+    """Whether the lowest of the last values is so much below the lowest before them."""
+    return min(values[-last:]) <= min(values[:-last]) - by
 
 
 def damage_of(edit: Edit | None) -> float:

@@ -99,7 +99,7 @@ class Misdirection(FitTemplate[Resolved], Generic[Resolved]):
     batch_size: int = 32
     micro_batch: int | None = None
     max_length: int | None = None
-    budget: float | None = 0.015
+    budget: float | None = 0.05
     target: float | None = None
     coverage: Coverage | None = field(default_factory=Coverage)
     errors: Errors = "relative"
@@ -110,6 +110,8 @@ class Misdirection(FitTemplate[Resolved], Generic[Resolved]):
     optimizer: Optimizer = "adamw"
     eps: float = 1e-8
     retain_noise: float = 0.0
+
+    first_share = 0.3
 
     @abstractmethod
     def c_share(self, norm: float) -> float:
@@ -390,7 +392,8 @@ class RMU(Misdirection[RMUSettings]):
         max_length: tokens at which documents are cut. None: 512, or the context if that is shorter.
         budget: nats a token of KL(unedited || edited) that are allowed for on retain text that no update sees, and four times
             as many on the answers it knows to questions made from it: the retain term's weight keeps to it, and the fit ends
-            at its target. None: a fixed weight, every step, all of the retain corpus.
+            at its target. It keeps to three tenths of that, and to more where it gets no further. None: a fixed weight, every step,
+            all of the retain corpus.
         target: accuracy to forget down to on questions made from the forget set (`control_accuracy`). None: chance.
         coverage: what is read besides the corpora. None: nothing.
         errors: "relative": as above; "absolute": the paper's, over all tokens, with a constant learning rate.

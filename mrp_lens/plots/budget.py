@@ -36,8 +36,8 @@ def budget(frame: pd.DataFrame) -> go.Figure:
 
     Args:
         frame: `fit.log` or `log.csv` of a fit with a budget: `step`, `left` (accuracy on the control questions), `target`,
-            `damage` and `budget` (nats a token), `retain_factor` (on the weight of the retain loss). Three panels for each
-            `method`, `layer` and `coefficient`, if it has those columns; rows without a budget are left out.
+            `damage`, `allowed` and `budget` (nats a token), `retain_factor` (on the weight of the retain loss). Three panels for
+            each `method`, `layer` and `coefficient`, if it has those columns; rows without a budget are left out.
     """
     parts = facets(known(frame, "budget"), ["method", "layer", "coefficient"])
     panels = Panels(
@@ -52,6 +52,8 @@ def budget(frame: pd.DataFrame) -> go.Figure:
         column, _, axis, look, control = COURSES[panel % len(COURSES)]
         shown = rows.assign(**{column: rows[column].where(rows[column] > 0)}) if axis.scale == "auto" else rows
         panels.series(panel, shown, "step", column, look)
+        if column == "damage":
+            panels.control(panel, rows, "step", "allowed", "budget so far", dash="dot")
         if control is not None:
             panels.level(panel, float(rows[control].iloc[-1]), name=control)
     return panels.figure()

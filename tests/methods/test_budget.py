@@ -29,6 +29,7 @@ from mrp_lens.methods.budget import (
     PATIENCE,
     RATE,
     SETTLING,
+    SHORT,
     STALLED,
     Budget,
     Damage,
@@ -279,7 +280,7 @@ def test_the_log_says_what_was_left_and_what_it_cost_as_last_looked_at() -> None
     factors = [row["retain_factor"] for row in rows]
     assert factors[:EVERY] == [1.0] * EVERY  # each is that of its own update
     assert factors[EVERY] < 1.0 < factors[2 * EVERY]
-    assert {(row["target"], row["budget"]) for row in rows} == {(0.25, 0.1)}
+    assert {(row["target"], row["allowed"], row["budget"]) for row in rows} == {(0.25, 0.1, 0.1)}
 
 
 def test_a_fit_that_can_still_push_harder_is_not_stalled() -> None:
@@ -289,6 +290,26 @@ def test_a_fit_that_can_still_push_harder_is_not_stalled() -> None:
     state = run(sparing, 1000)
     at_its_floor = EVERY * math.ceil((math.log(LIMITS[0]) / math.log(0.7) - DAMPING) / RATE)
     assert state.done == pytest.approx(1.5 * at_its_floor, abs=30)
+
+
+def allowed(damage: float, *answers: float, first: float = 0.3, margins: Sequence[float] = ()) -> list[float]:
+    """What of a budget of .1 a fit may spend, look by look, until it ends."""
+    budget = Budget(None, Known(damage), Answers(*answers, margins=margins), nats=0.1, target=0.4, first=first)  # type: ignore[arg-type]
+    return [row["allowed"] for row in run(budget, 1000).rows[LOOK - 1 :: LOOK]]
+
+
+def test_a_fit_that_gets_no_further_is_allowed_more_of_its_budget() -> None:
+    found = allowed(0.09, 1.0)
+    assert found[: 2 * SHORT] == pytest.approx([0.03] * (SHORT - 1) + [0.06] * (SHORT + 1))
+    assert found[2 * SHORT :] == pytest.approx([0.1] * (len(found) - 2 * SHORT))
+    assert len(found) == 1.5 * STALLED
+    falling = [6.0 - 0.4 * look for look in range(60)]
+    for spared in (
+        allowed(0.02, 1.0),  # it has not spent what it may
+        allowed(0.09, 1.0, 0.35),  # it is at its target, if not where it aims
+        allowed(0.09, 1.0, margins=falling),  # it gets further
+    ):
+        assert spared == pytest.approx([0.03] * len(spared))
 
 
 def test_a_fit_whose_margin_still_falls_is_not_stalled() -> None:

@@ -68,7 +68,9 @@ def test_a_prompt_is_read_once_for_all_choices(model: Any, untouched: None) -> N
     rows = encoder_for(model).encode(
         [Document(question.prompt, choice) for question in ASKED.questions for choice in question.choices]
     )
-    assert read < 0.65 * sum(len(row.ids) for row in rows)  # prompts alone are 0.42; with what was compared with whole passes
+    assert read < 0.65 * sum(
+        len(row.ids) for row in rows
+    )  # prompts alone are 0.42; with what was compared with whole passes
 
 
 @pytest.mark.parametrize("positions", [[0], [1], [2, 3]])

@@ -269,7 +269,8 @@ def test_the_course_of_a_fit_stands_beside_its_target_and_its_budget() -> None:
     damage = told(figure, "retain text")
     assert np.isnan(damage[:5, 1]).all()  # none yet, on a log axis
     np.testing.assert_allclose(damage[5:], frame[["step", "damage"]].iloc[5:])
-    assert [entries(figure, name)[0].y for name in ("target", "budget")] == [(0.34, 0.34), (0.03, 0.03)]
+    assert [entries(figure, name)[0].y for name in ("target", "budget")] == [(0.34, 0.34), (0.05, 0.05)]
+    np.testing.assert_allclose(told(figure, "budget so far"), frame[["step", "allowed"]])
     assert {trace.name for trace in plots.training(frame).data} == {"loss", "forget", "retain", "forget cross entropy"}
 
 

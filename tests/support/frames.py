@@ -92,8 +92,9 @@ def training() -> pd.DataFrame:
 def budgeted() -> pd.DataFrame:
     step = np.arange(120)
     looked = step // 5 * 5
-    frame = training().assign(left=1.0 - 0.7 * (step // 20) / 5, target=0.34, budget=0.03)
-    return frame.assign(damage=0.0005 * looked, retain_factor=np.exp(0.02 * looked - 1.5))
+    frame = training().assign(left=1.0 - 0.7 * (step // 20) / 5, target=0.34, budget=0.05)
+    allowed = np.where(step < 80, 0.03, 0.05)
+    return frame.assign(damage=0.0005 * looked, allowed=allowed, retain_factor=np.exp(0.02 * looked - 1.5))
 
 
 def separable(layers: Any = range(8)) -> pd.DataFrame:

@@ -13,7 +13,7 @@ from mrp_lens.cli.command import OnData
 from mrp_lens.cli.console import Column, console, show_table
 from mrp_lens.cli.figures import show_figures
 from mrp_lens.cli.unlearn import measure as figures_of
-from mrp_lens.data import UnlearningTask
+from mrp_lens.data import Corpus, UnlearningTask
 from mrp_lens.edits import Edit, load_edit
 from mrp_lens.edits.provenance import label_of
 from mrp_lens.evals import evaluate
@@ -59,6 +59,7 @@ class Measure(OnData):
         edit: Folder of an edit, such as `runs/demo/mrp/edit`: measure with it as well.
         reference: A model that never saw the forget set: measured as well, and what the field's measures compare with.
         benchmark: The field's measures, too: extraction strength, truth ratio, model utility, fluency, ... Takes minutes.
+        unseen: `--benchmark`: text like the forget set that the model never saw, read as that is, for membership inference.
         documents: `--benchmark`: at most this many documents and questions a side, evenly spread. Default: all.
         topic: `--model demo`: what was to be forgotten. Default: `potions`, unless only --harness is given.
         harness: Tasks of lm-evaluation-harness, separated by commas. Needs `pip install 'mrp_lens[harness]'`.
@@ -79,6 +80,7 @@ class Measure(OnData):
     edit: Path | None = None
     reference: str | None = None
     benchmark: bool = False
+    unseen: str | None = None
     documents: int | None = None
     harness: str | None = None
     include_path: Path | None = None
@@ -101,8 +103,10 @@ class Measure(OnData):
         task = self.task_if_any()
         if task is None and (self.reference is not None or self.benchmark):
             raise ValueError("--reference and --benchmark measure on data: give --forget and --retain, too")
-        if self.documents is not None and not self.benchmark:
-            raise ValueError("--documents is of --benchmark; give that, too, or leave it out")
+        of_benchmark = {"--documents": self.documents, "--unseen": self.unseen}
+        for option in (name for name, value in of_benchmark.items() if value is not None and not self.benchmark):
+            raise ValueError(f"{option} is of --benchmark; give that, too, or leave it out")
+        unseen = None if self.unseen is None else self.data.corpus(self.unseen, self.data.forget_schema)
         about = "" if self.edit is None else f" with and without {self.edit}"
         run = Run("measure", self.arguments(), self.seed, title=f"{name}{about}: measured")
         scored: list[Row] = []
@@ -112,7 +116,7 @@ class Measure(OnData):
             bos = "mrp_lens.metrics have it" if self.bos == "metrics" else "the tokenizer adds it"
             run.notes.append(f"lm-evaluation-harness {version('lm_eval')}: {shown}; BOS as {bos}")
         if task is not None:
-            run.rows = self.data_rows(methods, task, run)
+            run.rows = self.data_rows(methods, task, unseen, run)
             if len(run.rows) > 1:  # the picture compares
                 run.frames["accuracies"] = pd.DataFrame([dict(row) for row in run.rows])
             show_figures(f"{name}, measured", run.rows)
@@ -144,7 +148,9 @@ class Measure(OnData):
             raise ValueError("--questions and --retain-questions go with --forget and --retain; give these, too")
         return self.task()
 
-    def data_rows(self, methods: Mapping[str, Edit | None], task: UnlearningTask, run: Run) -> list[Row]:
+    def data_rows(
+        self, methods: Mapping[str, Edit | None], task: UnlearningTask, unseen: Corpus | None, run: Run
+    ) -> list[Row]:
         """A row for each method, the unedited model first, and one for the model that never saw the forget set."""
         model = self.loading.load()
         reference = None if self.reference is None else self.loading.load(self.reference)
@@ -164,6 +170,7 @@ class Measure(OnData):
                     task=task,
                     edit=edit,
                     reference=reference,
+                    unseen=unseen,
                     limit=self.documents,
                     documents=self.documents,
                     seed=self.seed,

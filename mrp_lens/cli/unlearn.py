@@ -54,7 +54,7 @@ class Unlearn(Command):
 
         mrp-lens unlearn --model ./my-checkpoint --method mrp --forget forget.jsonl --retain retain.jsonl --out runs/mine
 
-        mrp-lens unlearn --model ./my-checkpoint --method rmu --layers 7 --forget bio.jsonl --forget cyber.jsonl \\
+        mrp-lens unlearn --model ./my-checkpoint --method rmu --layer 7 --forget bio.jsonl --forget cyber.jsonl \\
             --retain wikitext.txt --questions quiz.jsonl --question-prompt "Question: {question}\\nAnswer:" --out runs/rmu
 
     The same again, in another folder, from what the first run wrote down:
@@ -66,7 +66,7 @@ class Unlearn(Command):
     corpora's own order:
 
         mrp-lens unlearn --model HuggingFaceH4/zephyr-7b-beta --dtype bfloat16 --method rmu \\
-            --released --layers 7 --steering-coeff 6.5 --alpha 1200 --lr 5e-5 --batch-size 4 --steps 150 \\
+            --released --layer 7 --steering-coeff 6.5 --alpha 1200 --lr 5e-5 --batch-size 4 --steps 150 \\
             --forget bio-forget-corpus.jsonl --forget hub:cais/wmdp-corpora:cyber-forget-corpus --retain hub:wikitext \\
             --max-length 512 --questions hub:cais/wmdp:wmdp-bio --retain-questions hub:cais/mmlu --out runs/zephyr-rmu
 
@@ -97,7 +97,7 @@ class Unlearn(Command):
         reference: A model that never saw the forget set: it is measured as well, and what it knows is the target of the fit.
         after: Folder of an earlier edit of the same model, such as the first of several requests: the fit trains with it on, and the new
             edit holds both.
-        request: Name of what is forgotten here, by which `Edit.without` takes it back. Default: that of the forget set.
+        request: Name of what is forgotten here, by which `edit.without(NAME)` of a projection takes it back. Default: that of the forget set's file.
         seed: Of every random choice.
         logger: Send every update to this tracker, too; log.csv is always written. Each needs
             the extra of its name: `pip install 'mrp_lens[wandb]'`.

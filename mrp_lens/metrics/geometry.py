@@ -23,15 +23,21 @@ USABLE = 1e-12  # an eigenvalue below this share of their sum is rounding noise 
 
 
 class Moments:
-    """Sums over states, in float64 on the CPU: their number, their first and second moments, how far an edit moved them."""
+    """Sums over states, in float64 on the CPU: their number, their first and second moments, how far an edit moved them.
 
-    def __init__(self, d_model: int) -> None:
+    Args:
+        d_model: how wide they are.
+        spread: sum up the products of their entries, too, which takes d_model times as long as all else.
+    """
+
+    def __init__(self, d_model: int, *, spread: bool = True) -> None:
         self.documents = 0
         self.tokens = 0
         self.moved = 0.0  # sum of squared distances to the unedited states
+        self.energy = 0.0  # sum of squared norms
         self._length = 0.0
         self._total = torch.zeros(d_model, dtype=torch.float64)
-        self._products = torch.zeros(d_model, d_model, dtype=torch.float64)
+        self._products = torch.zeros(d_model, d_model, dtype=torch.float64) if spread else None
 
     def add(
         self,
@@ -43,9 +49,12 @@ class Moments:
         wide = states.double()
         self.documents += documents
         self.tokens += len(wide)
-        self._length += float(wide.norm(dim=-1).sum())
+        norms = wide.norm(dim=-1)
+        self._length += float(norms.sum())
+        self.energy += float(norms.square().sum())
         self._total += wide.sum(dim=0).cpu()
-        self._products += (wide.T @ wide).cpu()
+        if self._products is not None:
+            self._products += (wide.T @ wide).cpu()
         if unedited is not None:
             self.moved += float((wide - unedited.double()).square().sum())
 
@@ -55,13 +64,11 @@ class Moments:
         return self._length / self.tokens
 
     @property
-    def energy(self) -> float:
-        """Sum of squared norms."""
-        return float(self._products.trace())
-
-    @property
     def effective_rank(self) -> float:
-        """exp of the entropy of the covariance's normalised eigenvalues (Roy and Vetterli 2007); NaN without variance."""
+        """exp of the entropy of the covariance's normalised eigenvalues (Roy and Vetterli 2007); NaN without variance, or where
+        no products were summed up."""
+        if self._products is None:
+            return float("nan")
         mean = self._total / self.tokens
         covariance = self._products / self.tokens - torch.outer(mean, mean)
         values = torch.linalg.eigvalsh(covariance).clamp(min=0.0)
@@ -70,7 +77,9 @@ class Moments:
         return float(torch.special.entr(values / values.sum()).sum().exp())
 
     def energy_share(self, subspace: Subspace) -> float:
-        """Share of the states' squared norm inside the subspace; NaN if all states are 0."""
+        """Share of the states' squared norm inside the subspace; NaN if all states are 0, or no products were summed up."""
+        if self._products is None:
+            return float("nan")
         basis = subspace.basis.double().cpu()
         inside = max(float(((basis @ self._products) * basis).sum()), 0.0)
         return inside / self.energy if self.energy else float("nan")
@@ -81,6 +90,7 @@ class Moments:
         Raises:
             ValueError: the states span fewer.
         """
+        assert self._products is not None, "of moments without products nothing is known about directions"
         values, vectors = torch.linalg.eigh(self._products)
         usable = int((values > USABLE * self.energy).sum())
         if usable < rank:
@@ -88,11 +98,13 @@ class Moments:
         return Subspace(vectors[:, -rank:].T.float())
 
 
-def read_moments(reader: StateReader, corpus: Corpus, hooks: Mapping[int, str]) -> dict[When, dict[int, Moments]]:
-    """ "before" and, with an edit, "after" -> layer -> moments of the states at the layer's hook."""
+def read_moments(
+    reader: StateReader, corpus: Corpus, hooks: Mapping[int, str], *, spread: bool = True
+) -> dict[When, dict[int, Moments]]:
+    """ "before" and, with an edit, "after" -> layer -> moments of the states at the layer's hook; `spread`: as `Moments`."""
     d_model = int(reader.model.cfg.d_model)
     whens = WHENS[:1] if reader.edit is None else WHENS
-    moments = {when: {layer: Moments(d_model) for layer in hooks} for when in whens}
+    moments = {when: {layer: Moments(d_model, spread=spread) for layer in hooks} for when in whens}
     for batch in reader.read(corpus, list(hooks.values())):
         for when, states in batch.by_when.items():
             for layer, hook in hooks.items():
@@ -110,6 +122,7 @@ def geometry(
     layers: Sequence[int] | None = None,
     site: Site = "resid_post",
     documents: int | None = 1000,
+    spread: bool = True,
     seed: int = 0,
     batch_size: int = 32,
     max_length: int | None = None,
@@ -132,6 +145,7 @@ def geometry(
         site: of the hook points.
         documents: read at most so many of each corpus, chosen at random by `seed`. None: all. The effective rank of few
             states is too low: give many times d_model tokens.
+        spread: False: without effective rank and removed energy, which are NaN then, and take most of the time.
         seed: of that choice.
         batch_size, max_length, padding, progress: as in `alignment`.
 
@@ -156,7 +170,7 @@ def geometry(
     removed = removed_at(model, edit, hooks)
     rows = []
     for group, corpus in groups.items():
-        moments = read_moments(reader, corpus, hooks)
+        moments = read_moments(reader, corpus, hooks, spread=spread)
         for when, by_layer in moments.items():
             for layer, now in by_layer.items():
                 about = {"group": group, "when": when, "layer": layer, "documents": now.documents, "tokens": now.tokens}
@@ -237,8 +251,7 @@ def propagation(
 
 @register(
     "geometry",
-    summary="How far the edit moves the states at each layer, how many directions they use, what of them is removed.",
-    source="effective rank: Roy and Vetterli 2007",
+    summary="How far the edit moves the states at each layer.",
     figures=["displacement"],
     compares=True,
 )
@@ -246,7 +259,7 @@ def _of_states(measured: Measured) -> pd.DataFrame | None:
     if measured.edit is None:
         return None
     texts = measured.task.texts(limit=measured.documents)
-    return geometry(measured.model, texts, measured.edit, seed=measured.seed, progress=measured.progress)
+    return geometry(measured.model, texts, measured.edit, spread=False, seed=measured.seed, progress=measured.progress)
 
 
 @register(

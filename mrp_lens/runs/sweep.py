@@ -72,6 +72,8 @@ class SweepConfig:
         steps: Updates of each fit. Default: 75.
         questions_limit: Questions asked on each side at each point, evenly spread. Default: 150.
         documents: Documents on each side that states are read from, evenly spread. Default: 100.
+        micro_batch: Documents in a pass of a fit, if a batch does not fit into memory. Default: that of the method.
+        max_length: Tokens at which a fit cuts documents. Default: 512, or the context if that is shorter.
         full: All layers, seeds 0, 1 and 2, c at a quarter, once and four times its default, 150 steps, all questions, 200
             documents, where nothing else is given.
     """
@@ -85,6 +87,8 @@ class SweepConfig:
     steps: int | None = None
     questions_limit: int | None = None
     documents: int | None = None
+    micro_batch: int | None = None
+    max_length: int | None = None
     full: bool = False
 
     def __post_init__(self) -> None:
@@ -100,7 +104,7 @@ class SweepConfig:
             swept = METHODS[method].swept
             if swept is None or swept.strength is None:
                 raise ValueError(f"{method} has no strength to vary; leave it out of strengths")
-        check_whole(steps=self.steps)
+        check_whole(steps=self.steps, micro_batch=self.micro_batch, max_length=self.max_length)
 
     def resolved(self, model: LensModel, task: UnlearningTask) -> "ResolvedSweep":
         """Every default filled in."""
@@ -120,6 +124,8 @@ class SweepConfig:
             questions=or_default(self.questions_limit, None if full else QUICK_QUESTIONS),
             documents=or_default(self.documents, FULL_DOCUMENTS if full else QUICK_DOCUMENTS),
             strengths={method: tuple(values) for method, values in self.strengths.items()},
+            micro_batch=self.micro_batch,
+            max_length=self.max_length,
         )
 
 
@@ -136,6 +142,8 @@ class ResolvedSweep:
     questions: int | None
     documents: int
     strengths: Mapping[str, tuple[float, ...]]
+    micro_batch: int | None = None
+    max_length: int | None = None
 
     def __post_init__(self) -> None:
         for name, number in Counter(point.name for point in self.points()).items():
@@ -145,8 +153,9 @@ class ResolvedSweep:
                 )
 
     def settings(self) -> dict[str, Any]:
-        """As version 0.1 wrote them; strengths by method, which it did not know, where there are any."""
-        return {name: value for name, value in asdict(self).items() if name != "strengths" or value}
+        """As version 0.1 wrote them; what it did not know only where it is given."""
+        unknown = ("strengths", "micro_batch", "max_length")
+        return {name: value for name, value in asdict(self).items() if name not in unknown or value}
 
     def points(self) -> list[Point]:
         """All of them once, in the order of the table."""
@@ -178,9 +187,9 @@ class ResolvedSweep:
         varied = {kind.swept.layer: place}
         if kind.swept.strength is not None and point.coefficient is not None:
             varied[kind.swept.strength] = point.coefficient
-        if "steps" in kind.__dataclass_fields__:
-            varied["steps"] = self.steps
-        return kind(**varied)
+        given = {"steps": self.steps, "micro_batch": self.micro_batch, "max_length": self.max_length}
+        known = kind.__dataclass_fields__
+        return kind(**varied, **{name: value for name, value in given.items() if name in known and value is not None})
 
 
 def in_stream_units(method: str) -> bool:

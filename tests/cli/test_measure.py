@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mrp_lens import metrics
 from mrp_lens.cli.measure import Measure
-from mrp_lens.data import Questions
+from mrp_lens.data import Corpus, Questions
 from mrp_lens.data.task import UnlearningTask
 from mrp_lens.data.world import World
 from mrp_lens.edits import ProjectionEdit
@@ -78,13 +78,21 @@ def written(files: Path) -> Any:
 
 def test_a_reference_is_a_row_and_what_the_measures_of_the_field_compare_with(tiny_folder: Path, files: Path) -> None:
     edit, reference = ("--edit", str(files / "edit")), ("--reference", str(tiny_folder))
-    result = run(tiny_folder, files, *edit, *reference, "--benchmark", "--documents", "6", *with_data(files))
+    unseen = [{"text": f"The colour of Balero{n} is {COLOURS[n % 4]}."} for n in range(12)]
+    (files / "unseen.jsonl").write_text("\n".join(map(json.dumps, unseen)))
+    asked = ("--benchmark", "--documents", "6", "--unseen", str(files / "unseen.jsonl"))
+    result = run(tiny_folder, files, *edit, *reference, *asked, *with_data(files))
     assert result.exit_code == 0, result.output
     unedited, edited, never = written(files)["rows"]
     assert [unedited["method"], never["method"]] == ["unedited", "never-taught"]
     assert never["forget_accuracy"] == unedited["forget_accuracy"]  # here they are the same model
     assert never["forget_quality"] == unedited["forget_quality"] == 1.0
     assert 0 <= edited["forget_extraction_strength"] <= 1
+    model = load_model(str(tiny_folder))
+    members, others = (Corpus.from_file(files / f"{name}.jsonl").spread(6) for name in ("forget", "unseen"))
+    expected = metrics.membership(model, members, others, progress=False).set_index("attack")["auc"]
+    assert unedited["auc_loss"] == pytest.approx(expected["loss"])
+    assert 0 <= edited["auc_loss"] <= 1
     assert "Other measures" in result.output
     page = (files / "out" / "report.html").read_text(encoding="utf-8")
     assert "by a model that never saw the forget set" in page
@@ -96,6 +104,7 @@ def test_a_reference_is_a_row_and_what_the_measures_of_the_field_compare_with(ti
         (["--harness", "quiz", "--benchmark"], "--reference and --benchmark measure on data"),
         (["--harness", "quiz", "--reference", "demo"], "--reference and --benchmark measure on data"),
         (["--forget", "x.jsonl", "--retain", "y.txt", "--documents", "3"], "--documents is of --benchmark"),
+        (["--forget", "x.jsonl", "--retain", "y.txt", "--unseen", "x.jsonl"], "--unseen is of --benchmark"),
     ],
 )
 def test_what_the_measures_of_the_field_need(words: list[str], message: str, files: Path, tiny_folder: Path) -> None:

@@ -1,6 +1,7 @@
 """Every figure is computed a second time in numpy, from states read one document at a time without padding."""
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -82,6 +83,15 @@ def test_a_projection_leaves_nothing_where_it_stands_and_moves_nothing_below(sub
     assert before[before["layer"] == 2]["removed_energy"].min() > 0.01
     assert before["displacement"].max() == after[after["layer"] < 2]["displacement"].max() == 0.0
     assert after[after["layer"] >= 2]["displacement"].min() > 0.05
+
+
+def test_without_spread_the_other_columns_are_the_same(model: LensModel, untouched: None) -> None:
+    edit = projection(2)
+    whole, quick = (geometry(model, GROUPS, edit, spread=spread) for spread in (True, False))
+    left_out = ["effective_rank", "removed_energy"]
+    assert whole["effective_rank"].notna().all()
+    assert quick[left_out].isna().all(axis=None)
+    pd.testing.assert_frame_equal(quick.drop(columns=left_out), whole.drop(columns=left_out))
 
 
 def test_without_an_edit_there_are_only_rows_before(model: LensModel, untouched: None) -> None:

@@ -52,6 +52,17 @@ def test_a_sweep_measures_every_point_beside_the_unedited_model(
     assert (frame["chance"] == 0.25).all()
 
 
+def test_fits_of_a_sweep_can_take_less_memory(model: Any, task: UnlearningTask) -> None:
+    plan = replace(CONFIG, micro_batch=4, max_length=16).resolved(model, task)
+    for method in ("mrp", "rmu"):
+        fitter: Any = plan.fitter(Point(method, 1, 3.0 if method == "rmu" else None, 0))
+        assert (fitter.micro_batch, fitter.max_length) == (4, 16)
+    usual = CONFIG.resolved(model, task)
+    assert {"micro_batch", "max_length"} == plan.settings().keys() - usual.settings().keys()
+    with pytest.raises(ValueError, match="micro_batch"):
+        replace(CONFIG, micro_batch=0)
+
+
 @pytest.mark.slow
 def test_points_that_are_there_are_skipped_and_shards_fill_one_folder(
     model: Any, task: UnlearningTask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -14,7 +14,7 @@ from mrp_lens.models import LensModel
 from mrp_lens.utils.progress import progress_bar
 from mrp_lens.utils.result_store import ResultStore
 
-DOCUMENTS = 100  # a side, from which states are read
+DOCUMENTS = 50  # a side, from which states are read
 QUESTIONS = 100  # a side, on which confidence is measured
 
 
@@ -32,7 +32,7 @@ def diagnostics(
 
     Args:
         model: HookedTransformer or TransformerBridge, without any edit.
-        task: the data: states are read from at most 100 documents a side, confidence from 100 questions a side (where
+        task: the data: states are read from at most 50 documents a side, confidence from 100 questions a side (where
             there is no quiz, from the texts).
         edits: by method; None is the unedited model.
         directions: method -> its u, [d_model]. The other rows of the alignment have the first of these, and with none

@@ -9,8 +9,19 @@ from mrp_lens.data import Corpus, Document
 from mrp_lens.data.tokenization import parts_of
 from mrp_lens.edits import ConditionalProjectionEdit, ProjectionEdit
 from mrp_lens.methods import MRP, UnconditionalMRP
-from mrp_lens.methods.mrp.gates import _clusters, _gate, before_what_counts, gate_loss, gate_weights
+from mrp_lens.methods.base import states_at
+from mrp_lens.methods.mrp import gates
+from mrp_lens.methods.mrp.gates import (
+    LearnedGate,
+    _clusters,
+    _gate,
+    before_what_counts,
+    gate_loss,
+    gate_weights,
+    start_gates,
+)
 from mrp_lens.models import LensModel, encoder_for
+from mrp_lens.models.hooks import hook_name
 
 Texts = tuple[Corpus, Corpus]
 QUICK: dict[str, Any] = {"layers": [1, 2], "rank": 2, "steps": 3, "batch_size": 8}
@@ -28,6 +39,32 @@ def test_a_gate_tells_states_apart_that_lie_in_several_directions() -> None:
         assert float((gate(kept) > 0.5).float().mean()) < 0.05
         assert torch.allclose(gate.gate()(lost), gate(lost), atol=1e-5)
     assert sorted(len(part) for part in _clusters(lost, 4, generator)) == [100, 100, 100, 100]
+
+
+def test_hooks_whose_states_take_too_much_memory_together_are_read_in_groups(
+    model: LensModel, texts: Texts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hooks = [hook_name(layer) for layer in range(3)]
+    encoder = encoder_for(model)
+    sides = [encoder.encode(side.documents) for side in texts]
+    read: list[int] = []
+
+    def counted(*given: Any, **how: Any) -> dict[str, torch.Tensor]:
+        read.append(len(given[3]))
+        return states_at(*given, **how)
+
+    def started() -> dict[str, LearnedGate]:
+        generator = torch.Generator().manual_seed(0)
+        return start_gates(model, encoder, *sides, hooks=hooks, directions=1, generator=generator)
+
+    monkeypatch.setattr(gates, "states_at", counted)
+    together = started()
+    monkeypatch.setattr(gates, "NUMBERS", 2 * 3 * gates.STATES * int(model.cfg.d_model))
+    in_groups = started()
+    assert read == [3] * 3 + [2] * 3 + [1] * 3
+    assert list(in_groups) == list(together) == hooks
+    for hook in hooks:  # all of the texts are read: in another order, the same states
+        torch.testing.assert_close(in_groups[hook].direction, together[hook].direction, atol=1e-2, rtol=0)
 
 
 def test_a_gates_loss_is_the_cross_entropy_of_its_decisions() -> None:

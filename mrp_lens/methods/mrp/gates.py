@@ -22,6 +22,7 @@ from mrp_lens.training.losses import before_counted
 from mrp_lens.utils.logistic import logistic_regression
 
 STATES = 8192  # a side
+NUMBERS = 2**27  # in states that are held at once, half a GiB; hooks with more of them are read one group after another
 FEWEST = 16  # states of a cluster
 ROUNDS = 15  # of clustering
 
@@ -63,9 +64,20 @@ def start_gates(
     generator: torch.Generator,
 ) -> dict[str, LearnedGate]:
     """Gates that tell the states of both sides apart, before any training."""
-    lost, kept = (states_at(model, encoder, rows, hooks, generator, count=STATES) for rows in (forget, retain))
-    telling = states_at(model, encoder, forget, hooks, generator, count=STATES, places=before_what_counts)
-    return {hook: _gate(_half_of(lost[hook], telling[hook]), kept[hook], directions, generator) for hook in hooks}
+    gates: dict[str, LearnedGate] = {}
+    together = hooks_together(int(model.cfg.d_model))
+    for group in (hooks[begin : begin + together] for begin in range(0, len(hooks), together)):
+        lost, kept = (states_at(model, encoder, rows, group, generator, count=STATES) for rows in (forget, retain))
+        telling = states_at(model, encoder, forget, group, generator, count=STATES, places=before_what_counts)
+        for hook in group:
+            inside = _half_of(lost.pop(hook), telling.pop(hook))
+            gates[hook] = _gate(inside, kept.pop(hook), directions, generator)
+    return gates
+
+
+def hooks_together(d_model: int) -> int:
+    """At how many hooks states of this width are held at once."""
+    return max(1, NUMBERS // (3 * STATES * d_model))
 
 
 def _half_of(states: States, telling: States) -> States:

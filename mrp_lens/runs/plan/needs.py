@@ -21,6 +21,7 @@ from mrp_lens.methods.control import CHOICES, FORMS, QUESTIONS
 from mrp_lens.methods.coverage import STEMS, Coverage
 from mrp_lens.methods.mrp.alternatives import MOST
 from mrp_lens.methods.mrp.gates import STATES as GATE_STATES
+from mrp_lens.methods.mrp.gates import hooks_together
 from mrp_lens.methods.rmu import MEASURED_DOCUMENTS, Misdirection
 from mrp_lens.models.generation import AT_ONCE
 from mrp_lens.models.kept_states import BYTES
@@ -147,7 +148,8 @@ def _starting(method: MRP, setup: Setup, hooks: int) -> list[Phase]:
     first = 2 * hooks * stream(setup, states) + stream(setup, states, FLOAT64) * 2 + gram
     phases = [Phase("start of the rows", activations=first)] if method.init != "random" else []
     if method.conditional:
-        phases.append(Phase("start of the gates", activations=(3 * hooks + REGRESSION) * stream(setup, of_gates)))
+        at_once = min(hooks, hooks_together(sizes.d_model))
+        phases.append(Phase("start of the gates", activations=(3 * at_once + REGRESSION) * stream(setup, of_gates)))
     texts = min(STATES_BATCH, setup.documents)
     return [*phases, Phase("states before training", activations=passing_block(setup, texts))]
 

@@ -292,7 +292,7 @@ class FitTemplate(Method, Generic[Settings]):
             loss then rises while there is more, and falls while there is less, until the fit is where it aims and ends: at
             chance, or at a `target` that was given. None: the weight stays as it is, all steps are done, and all of the retain
             corpus is learned from.
-        first_share: of the budget, to which a fit keeps until it gets no further.
+        first_share: of the budget, to which a fit keeps until it is too slow with that.
         target: accuracy to forget down to, on control questions made from the forget set; `control_accuracy` of a model that
             never saw it is one. None: what cannot be told from chance.
         coverage: what is learned from besides the corpora. None: nothing.

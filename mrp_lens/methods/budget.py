@@ -3,8 +3,8 @@
 The damage is KL(unedited || edited) on retain text that no update sees, and on what the model knows of the answers to questions made
 from it. The weight is a multiplier that rises while there is more damage than the budget allows: dual ascent, as for the constraint
 that PDU (arXiv 2506.05314) puts on the retain loss. It falls while there is less, until the fit is where it aims: what is over by
-then is not spent. For the same reason a fit keeps to a share of its budget first, and is allowed more where it gets no further and is
-still above its target. Damage follows the weight with a delay, so that dual ascent alone swings from a tenth of the budget to ten times
+then is not spent. For the same reason a fit keeps to a share of its budget first, and is allowed more where it would not get to its
+target at the speed that it has. Damage follows the weight with a delay, so that dual ascent alone swings from a tenth of the budget to ten times
 as much; a part of the weight that answers to the damage as it is now damps that (PID Lagrangian, arXiv 2007.03964).
 
 A fit aims at chance itself, and has forgotten where what is left cannot be told from chance: the questions are few and of two forms,
@@ -13,6 +13,7 @@ too small for this model: they grow until something happens.
 """
 
 import math
+from collections import deque
 from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
@@ -37,7 +38,7 @@ LOOK = 20  # updates between two looks at the control questions
 PATIENCE = 3  # looks whose mean tells whether a fit is where it aims
 SETTLING = 0.5  # as many updates more, over those done when a fit was seen to be at its end
 STALLED = 10  # looks without progress after which a fit ends
-SHORT = 4  # looks without progress after which a fit is allowed more of its budget
+SHORT = 4  # looks that tell whether a fit gets to its target in the updates that are left; if not, it is allowed more of its budget
 MORE = 2.0  # times as much
 LESS = 0.02  # by which the accuracy has to come down in so many looks, or the fit has stalled
 NEARER = 0.05  # or so much of the margin before the fit, by which the right endings are above the others
@@ -127,7 +128,7 @@ class Budget(Callback):
         nats: the damage that is allowed for.
         target: accuracy on the control questions to forget down to. None: what cannot be told from chance, with chance as the aim.
         holds: there is a retain loss to weigh; else the fit ends at the first damage above the budget.
-        first: share of the budget that the fit keeps to until it gets no further.
+        first: share of the budget that the fit keeps to until it is too slow with that.
 
     Attributes:
         aim: accuracy at which there is no more to forget.
@@ -158,6 +159,7 @@ class Budget(Callback):
         self.allowed = first * nats
         self.stalled = False
         self._allowed_since = 0  # looks before it became what it is
+        self._lately_found: deque[float] = deque(maxlen=SHORT * LOOK // EVERY)
         self._level = 0.0  # of the multiplier's logarithm, on top of which it is damped
 
     @override
@@ -179,6 +181,7 @@ class Budget(Callback):
         if done % EVERY == 0:
             with state.shown():
                 self.found = self.damage()
+            self._lately_found.append(self.found)
             if not self.holds and self.found > self.nats:
                 state.steps = done
             self._follow(math.log(max(self.found, 1e-6) / self.allowed))
@@ -186,7 +189,7 @@ class Budget(Callback):
             with state.shown():
                 self.looks.append(self.control.asked_of(self.model))
             self.stalled = self._stalled()
-            if self._needs_more():
+            if self._needs_more(self._planned - done):
                 self.allowed, self._allowed_since = min(self.nats, MORE * self.allowed), len(self.looks)
             if self._there() or self.stalled:
                 state.steps = min(state.steps, done + max(1, round(SETTLING * done)))
@@ -224,24 +227,25 @@ class Budget(Callback):
         """Whether the accuracy at the last look was that from before the fit, but for a tenth of the way."""
         return self.looks[-1].accuracy > self.before - MOVED * (self.before - self.aim)
 
-    def _needs_more(self) -> bool:
-        """Whether the fit, above its target still, gets no further with the damage that it is allowed so far."""
-        spent = SPENT * self.allowed <= self.found and self.allowed < self.nats
-        return spent and self._lately() > self.target and self._idle(self.looks[self._allowed_since :], SHORT)
+    def _needs_more(self, left: int) -> bool:
+        """Whether the damage that is allowed so far is done, and the fit too slow with it to get to its target in so many updates."""
+        spent = SPENT * self.allowed <= fmean(self._lately_found) and self.allowed < self.nats
+        looks = self.looks[self._allowed_since :]
+        if not spent or self._lately() <= self.target or len(looks) <= SHORT:
+            return False
+        courses = ([look.accuracy for look in looks], self.target), ([look.margin for look in looks], 0.0)
+        missing = [(_fall(values, SHORT) / SHORT, min(values) - goal) for values, goal in courses]
+        return not any(far > 0.0 and pace * left / LOOK >= far for pace, far in missing)
 
     def _stalled(self) -> bool:
         """Whether accuracy and margin stay where they are, and would under a smaller multiplier and with larger steps: the damage
         allowed for is done, or there are none."""
         free = self.multiplier <= LIMITS[0] and (self._state.pace >= FASTEST or not self._unmoved())
-        return (self.found >= SPENT * self.nats or free) and self._idle(self.looks, STALLED)
-
-    def _idle(self, looks: Sequence[Answered], last: int) -> bool:
-        """Whether neither accuracy nor margin fell in the last looks below what they had been."""
-        if len(looks) <= last:
+        if len(self.looks) <= STALLED or not (self.found >= SPENT * self.nats or free):
             return False
-        margins, before = [look.margin for look in looks], self.looks[0].margin
-        nearer = before > 0.0 and _fell(margins, last, by=NEARER * before)
-        return not (nearer or _fell([look.accuracy for look in looks], last, by=LESS))
+        margins = [look.margin for look in self.looks]
+        nearer = margins[0] > 0.0 and _fall(margins, STALLED) >= NEARER * margins[0]
+        return not (nearer or _fall([look.accuracy for look in self.looks], STALLED) >= LESS)
 
     def outcome(self, run: TrainingRun, *, earlier: float) -> Outcome:
         """How the fit ended; the edit is on. `earlier`: the damage of earlier requests, which is added up."""
@@ -267,6 +271,7 @@ class Budget(Callback):
             "found": self.found,
             "allowed": self.allowed,
             "allowed_since": self._allowed_since,
+            "lately_found": list(self._lately_found),
             "stalled": self.stalled,
             "looks": [(look.accuracy, look.margin) for look in self.looks],
             "steps": self._state.steps,
@@ -278,14 +283,15 @@ class Budget(Callback):
         self.multiplier, self.found = float(state["multiplier"]), float(state["found"])
         self._level = float(state["level"])
         self.allowed, self._allowed_since = float(state["allowed"]), int(state["allowed_since"])
+        self._lately_found.extend(state["lately_found"])
         self.looks = [Answered(*look) for look in state["looks"]]
         self.stalled = bool(state["stalled"])
         self._state.steps, self._state.pace = int(state["steps"]), float(state["pace"])
 
 
-def _fell(values: Sequence[float], last: int, *, by: float) -> bool:
-    """Whether the lowest of the last values is so much below the lowest before them."""
-    return min(values[-last:]) <= min(values[:-last]) - by
+def _fall(values: Sequence[float], last: int) -> float:
+    """By how much the lowest of the last values is below the lowest before them."""
+    return min(values[:-last]) - min(values[-last:])
 
 
 def damage_of(edit: Edit | None) -> float:

@@ -105,7 +105,7 @@ class MRP(FitTemplate[MRPSettings]):
         max_length: tokens at which documents are cut. None: 512, or the context if that is shorter.
         budget: nats a token of KL(unedited || edited) that are allowed for on retain text that no update sees, and four times
             as many on the answers it knows to questions made from it: the retain term's weight keeps to it, and the fit ends
-            at its target. It keeps to three tenths of that, and to more where it gets no further. None: a fixed weight, every step,
+            at its target. It keeps to three tenths of that, and to more where it is too slow with that. None: a fixed weight, every step,
             all of the retain corpus.
         target: accuracy to forget down to on questions made from the forget set (`control_accuracy`). None: chance.
         coverage: what is read besides the corpora. None: nothing.

@@ -1,0 +1,134 @@
+"""What mkdocs adds to the site when it builds it: a page for each notebook, with what its cells put out.
+
+The notebooks lie in git without outputs. Here each is run on the demo model; the one on a pretrained model where MRP_LENS_MODEL names a
+checkpoint, and else it is shown as it is. What came out is kept in `.docs_cache`, for as long as notebook and library are the same.
+"""
+
+import hashlib
+import html
+import json
+import logging
+import os
+import re
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from hooks import CACHE, PLOTLY, ROOT, sources
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
+from mkdocs.utils import get_relative_url
+
+FOLDER = ROOT / "notebooks"
+REAL_MODEL, NAMED = "6_real_model", "MRP_LENS_MODEL"
+FIGURE = "application/vnd.plotly.v1+json"
+INSTALLS = "find_spec("  # in the cell that installs mrp_lens where it is not there
+PANDAS = re.compile(r'<style.*?</style>| border="1" class="dataframe"', re.DOTALL)  # how it makes a table look
+SECONDS = 600  # for a cell
+SHOWN = """
+This page is [{name}]({name}) as it ran when the site was built; `make notebooks` opens it, and two lines point it at a model of yours.
+"""
+NOT_RUN = """
+This page is [{name}]({name}), which needs a pretrained model on disk: `make notebooks` opens it. Its cells are shown without what they
+put out.
+"""
+
+Cell = Mapping[str, Any]
+
+logger = logging.getLogger("mkdocs.notebook_pages")
+outputs: dict[str, list[str]] = {}  # of a page, in its places
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """A page for each notebook, and the notebook beside it."""
+    for path in sorted(FOLDER.glob("*.ipynb")):
+        cells, ran = cells_of(path)
+        place = f"notebooks/{path.stem}.md"
+        text, outputs[place] = markdown_of(cells, (SHOWN if ran else NOT_RUN).format(name=path.name))
+        files.append(File.generated(config, place, content=text))
+        files.append(File.generated(config, f"notebooks/{path.name}", content=path.read_bytes()))
+    return files
+
+
+def on_page_content(content: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Put what the cells put out into its places."""
+    script = f'<script src="{get_relative_url(PLOTLY, page.url)}"></script>'
+    for number, output in enumerate(outputs.get(page.file.src_uri, [])):
+        content = content.replace(place_of(number), (script if number == 0 else "") + output)
+    return content
+
+
+def place_of(number: int) -> str:
+    """Where the markdown has what a cell put out, which is no markdown itself."""
+    return f'<div class="output" data-number="{number}"></div>'
+
+
+def cells_of(path: Path) -> tuple[list[Cell], bool]:
+    """The cells with what they put out, from the cache or newly run; and whether they were run."""
+    source = path.read_text(encoding="utf-8")
+    if path.stem == REAL_MODEL and NAMED not in os.environ:
+        return json.loads(source)["cells"], False
+    kept = CACHE / f"{hashlib.sha256((source + sources()).encode()).hexdigest()}.ipynb"
+    if not kept.is_file():
+        CACHE.mkdir(exist_ok=True)
+        logger.info("running: %s", path.name)
+        kept.write_text(run(source), encoding="utf-8")
+    return json.loads(kept.read_text(encoding="utf-8"))["cells"], True
+
+
+def run(source: str) -> str:
+    """The notebook with what its cells put out, in an empty folder."""
+    import nbclient
+    import nbformat
+
+    os.environ["TQDM_DISABLE"] = "1"
+    notebook = nbformat.reads(source, as_version=4)
+    with tempfile.TemporaryDirectory() as folder:
+        resources = {"metadata": {"path": folder}}
+        nbclient.NotebookClient(notebook, timeout=SECONDS, kernel_name="python3", resources=resources).execute()
+    text: str = nbformat.writes(notebook)
+    return text
+
+
+def markdown_of(cells: Sequence[Cell], note: str) -> tuple[str, list[str]]:
+    """The page, with places for what its cells put out; and that, as HTML."""
+    parts: list[str] = []
+    found: list[str] = []
+    for cell in cells:
+        source = "".join(cell["source"])
+        if cell["cell_type"] == "markdown":
+            parts.append(source)
+        elif INSTALLS not in source:
+            parts.append(f"```python\n{source}\n```")
+            shown = list(html_of(cell["outputs"], len(found)))
+            parts += [place_of(len(found) + number) for number in range(len(shown))]
+            found += shown
+    title, _, rest = parts[0].partition("\n")
+    return "\n\n".join([title, note.strip(), rest.strip(), *parts[1:]]), found
+
+
+def html_of(put_out: Sequence[Cell], number: int) -> Iterator[str]:
+    """What a cell put out: its figures, tables and texts, but no warnings and progress bars."""
+    for output in put_out:
+        data = output.get("data", {})
+        if FIGURE in data:
+            yield f'<div class="figure">{drawn(data[FIGURE], number)}</div>'
+            number += 1
+        elif "text/html" in data:
+            yield f'<div class="output">{PANDAS.sub("", "".join(data["text/html"]))}</div>'
+        elif output.get("name") != "stderr":
+            text = "".join(output.get("text") or data.get("text/plain") or "")
+            yield f'<pre class="output">{html.escape(text)}</pre>'
+
+
+def drawn(figure: Mapping[str, Any], number: int) -> str:
+    """A figure that the page's script draws."""
+    from plotly import io
+
+    settings = {"displaylogo": False}
+    shown: str = io.from_json(json.dumps(figure), skip_invalid=True).to_html(
+        full_html=False, include_plotlyjs=False, div_id=f"output-{number}", config=settings
+    )
+    return shown

@@ -10,7 +10,13 @@ from tests.support.browser import look_at, look_at_each
 from tests.support.documents import ROOT
 
 SITE = ROOT / "site"
-WITH_PICTURES = {"mrp.html": 4, "rmu.html": 5, "projections.html": 3}
+WITH_PICTURES = {
+    "explanation/mrp.html": 4,
+    "explanation/rmu.html": 5,
+    "explanation/projections.html": 3,
+    "notebooks/1_forget_a_topic.html": 3,
+    "notebooks/3_geometry.html": 8,
+}
 LOADED = "document.readyState === 'complete'"
 TOO_WIDE = "document.documentElement.scrollWidth - window.innerWidth"
 SEARCH = """async () => {
@@ -51,7 +57,7 @@ def test_no_page_complains_asks_elsewhere_or_is_wider_than_the_window(width: int
 def test_pictures_are_drawn(name: str) -> None:
     drawn = "[...document.querySelectorAll('.figure .js-plotly-plot')].filter((plot) => plot.querySelector('.main-svg')).length"
     count = WITH_PICTURES[name]
-    assert look_at(SITE / "explanation" / name, drawn, ready=f"{drawn} === {count}").value == count
+    assert look_at(SITE / name, drawn, ready=f"{drawn} === {count}").value == count
 
 
 @pytest.mark.usefixtures("pages")

@@ -2,10 +2,10 @@
 
 The damage is KL(unedited || edited) on retain text that no update sees, and on what the model knows of the answers to questions made
 from it. The weight is a multiplier that rises while there is more damage than the budget allows: dual ascent, as for the constraint
-that PDU (arXiv 2506.05314) puts on the retain loss. It falls while there is less, until the fit is where it aims: what is over by
-then is not spent. For the same reason a fit keeps to a share of its budget first, and is allowed more where it would not get to its
-target at the speed that it has. Damage follows the weight with a delay, so that dual ascent alone swings from a tenth of the budget to ten times
-as much; a part of the weight that answers to the damage as it is now damps that (PID Lagrangian, arXiv 2007.03964).
+that PDU (arXiv 2506.05314) puts on the retain loss. It falls while there is less, until the fit is where it aims: what is over by then
+is not spent. For the same reason a fit keeps to a share of its budget first, and is allowed more where it would not get to its target
+at the speed that it has. Damage follows the weight with a delay, so that dual ascent alone swings from a tenth of the budget to ten
+times as much; a part of the weight that answers to the damage as it is now damps that (PID Lagrangian, arXiv 2007.03964).
 
 A fit aims at chance itself, and has forgotten where what is left cannot be told from chance: the questions are few and of two forms,
 and what is asked otherwise comes down later. Where the weight is as small as it gets and nothing has been forgotten, the steps are
@@ -227,7 +227,7 @@ class Budget(Callback):
         """Whether the accuracy at the last look was that from before the fit, but for a tenth of the way."""
         return self.looks[-1].accuracy > self.before - MOVED * (self.before - self.aim)
 
-    def _needs_more(self, left: int) -> bool:
+    def _needs_more(self, updates: int) -> bool:
         """Whether the damage that is allowed so far is done, and the fit too slow with it to get to its target in so many updates."""
         spent = SPENT * self.allowed <= fmean(self._lately_found) and self.allowed < self.nats
         looks = self.looks[self._allowed_since :]
@@ -235,7 +235,7 @@ class Budget(Callback):
             return False
         courses = ([look.accuracy for look in looks], self.target), ([look.margin for look in looks], 0.0)
         missing = [(_fall(values, SHORT) / SHORT, min(values) - goal) for values, goal in courses]
-        return not any(far > 0.0 and pace * left / LOOK >= far for pace, far in missing)
+        return not any(far > 0.0 and pace * updates / LOOK >= far for pace, far in missing)
 
     def _stalled(self) -> bool:
         """Whether accuracy and margin stay where they are, and would under a smaller multiplier and with larger steps: the damage

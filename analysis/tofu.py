@@ -7,7 +7,8 @@ The data folder holds `forget.jsonl`, `retain.jsonl` and `forget_paraphrased.jso
 retain set only. With `--benchmark N` the field's measures are taken as well (`metrics.rows_for("benchmark", ...)`): extraction strength,
 truth ratio, forget quality, membership inference, answers in the model's own words, utility, depth; on N documents and questions a
 side, since answers are written. With `--tuning` ten authors of the retain set are forgotten instead, whom the benchmark does not score
-as forgotten: that is where the settings under TUNED come from.
+as forgotten: that is where the settings under TUNED come from. `--methods` takes every registered method, and `--set` its settings: a
+baseline at the damage that RMU is allowed is `--methods npo --set npo.budget=0.05 npo.steps=600`.
 """
 
 import argparse
@@ -19,9 +20,12 @@ from typing import Any
 
 import pandas as pd
 
+from analysis.common.arguments import add_set_option
+from analysis.common.methods import with_settings
 from mrp_lens import metrics
 from mrp_lens.data import Corpus, Questions, UnlearningTask
 from mrp_lens.edits import Edit, edit_on
+from mrp_lens.methods import METHODS as registry
 from mrp_lens.methods import MRP, RMU, AdaptiveRMU
 from mrp_lens.metrics import Measured
 from mrp_lens.models import load_model
@@ -110,8 +114,10 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder of the .jsonl files")
     parser.add_argument("--model", type=Path, required=True, help="the model that knows forget and retain set")
     parser.add_argument("--reference", type=Path, help="the model that never saw the forget set")
-    known = {**METHODS, **TUNED}
-    parser.add_argument("--methods", nargs="+", choices=known, default=[*known], help="which to fit (default: all)")
+    known = {**{name: kind() for name, kind in registry.items()}, **METHODS, **TUNED}
+    usual = [*METHODS, *TUNED]
+    parser.add_argument("--methods", nargs="+", choices=known, default=usual, help=f"default: {' '.join(usual)}")
+    add_set_option(parser)
     parser.add_argument("--benchmark", type=int, metavar="N", help="the field's measures, on N documents a side")
     parser.add_argument("--neutral", type=Path, help="text to measure damage on (default: the retain set)")
     parser.add_argument("--tuning", action="store_true", help="forget ten authors of the retain set instead")
@@ -120,6 +126,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/tofu"), help="folder for the table")
     parser.add_argument("--overwrite", action="store_true", help="replace the output folder")
     arguments = parser.parse_args()
+    methods = with_settings({name: known[name] for name in arguments.methods}, arguments.set)
     check_free(arguments.out, overwrite=arguments.overwrite)
     benchmark = Benchmark.read(arguments.data, tuning=arguments.tuning)
     model = load_model(arguments.model, backend=arguments.backend)
@@ -143,8 +150,8 @@ def main() -> None:
     add("unedited", model, None)
     if reference is not None:
         add("never-taught", reference, None)
-    for name in arguments.methods:
-        fit = known[name].fit(model, benchmark.forget, benchmark.retain, seed=arguments.seed)
+    for name, method in methods.items():
+        fit = method.fit(model, benchmark.forget, benchmark.retain, seed=arguments.seed)
         ended = "" if fit.outcome is None else str(fit.outcome)
         add(name, model, fit.edit, ended, float(fit.log["seconds"].iloc[-1]))
     run.frames = {figure: pd.concat(frames, ignore_index=True) for figure, frames in drawn.items()}

@@ -9,7 +9,6 @@ import pandas as pd
 import pytest
 
 from analysis import tofu
-from mrp_lens.methods import RMU
 from tests.support.families import save_family
 
 
@@ -27,18 +26,19 @@ def test_the_fields_measures_are_in_the_table_and_depth_is_drawn(
         quiz = [{"question": f"What is Zaxim{n}?", "choices": colours[:4], "answer": n % 4} for n in range(6)]
         (data / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in quiz))
     reference = save_family("llama", tmp_path / "reference", seed=1)
-    monkeypatch.setattr(tofu, "METHODS", {"rmu": RMU(layer=1, steps=1, budget=None, coverage=None)})
     out = tmp_path / "out"
-    line = ["--data", data, "--model", tiny_folder, "--reference", reference, "--methods", "rmu", "--benchmark", 4]
+    quick = ["--set", "steps=1", "rmu.layer=1", "budget=null", "coverage=null"]
+    line = ["--data", data, "--model", tiny_folder, "--reference", reference, "--benchmark", 4]
+    line += ["--methods", "rmu", "npo", *quick]
     monkeypatch.setattr(sys, "argv", ["tofu", *map(str, line), "--backend", "bridge", "--out", str(out)])
     tofu.main()
     table = pd.read_csv(out / "table.csv").set_index("method")
-    assert list(table.index) == ["unedited", "never-taught", "rmu"]
+    assert list(table.index) == ["unedited", "never-taught", "rmu", "npo"]
     for key in ("forget_extraction_strength", "forget_truth_ratio", "forget_quality", "auc_loss", "model_utility"):
         assert table[key].notna().all(), key
     assert table["forget_quality"]["never-taught"] == 1.0
     assert "privacy_leakage_loss" in table
-    assert table["depth"].notna().tolist() == [False, False, True]
-    assert np.isfinite(table["damage"]).tolist() == [False, False, True]
+    assert table["depth"].notna().tolist() == [False, False, True, True]
+    assert np.isfinite(table["damage"]).tolist() == [False, False, True, True]
     assert set(pd.read_csv(out / "frames" / "depth.csv")["into"]) == {"edited", "unedited"}
     assert 'id="depth"' in (out / "report.html").read_text(encoding="utf-8")

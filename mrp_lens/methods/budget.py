@@ -228,20 +228,25 @@ class Budget(Callback):
         return self.looks[-1].accuracy > self.before - MOVED * (self.before - self.aim)
 
     def _needs_more(self, updates: int) -> bool:
-        """Whether the damage that is allowed so far is done, and the fit too slow with it to get to its target in so many updates."""
+        """Whether the damage that is allowed so far is done, and the fit, not within a tenth of the way to its target, too slow with it
+        to get there in so many updates."""
         spent = SPENT * self.allowed <= fmean(self._lately_found) and self.allowed < self.nats
         looks = self.looks[self._allowed_since :]
-        if not spent or self._lately() <= self.target or len(looks) <= SHORT:
+        if not spent or self._lately() <= self._near(self.target) or len(looks) <= SHORT:
             return False
         courses = ([look.accuracy for look in looks], self.target), ([look.margin for look in looks], 0.0)
         missing = [(_fall(values, SHORT) / SHORT, min(values) - goal) for values, goal in courses]
         return not any(far > 0.0 and pace * updates / LOOK >= far for pace, far in missing)
 
+    def _near(self, goal: float) -> float:
+        """An accuracy a tenth of the way from the goal."""
+        return goal + MOVED * (self.before - goal)
+
     def _stalled(self) -> bool:
         """Whether accuracy and margin stay where they are, and would under a smaller multiplier and with larger steps: the damage
         allowed for is done, or there are none."""
         free = self.multiplier <= LIMITS[0] and (self._state.pace >= FASTEST or not self._unmoved())
-        if len(self.looks) <= STALLED or not (self.found >= SPENT * self.nats or free):
+        if len(self.looks) <= STALLED or not (self.found >= SPENT * self.allowed or free):
             return False
         margins = [look.margin for look in self.looks]
         nearer = margins[0] > 0.0 and _fall(margins, STALLED) >= NEARER * margins[0]

@@ -173,7 +173,7 @@ def test_released_settings_give_way_to_those_that_are_given() -> None:
 
 
 def test_the_published_settings_of_the_help_are_those_of_the_library() -> None:
-    published = "--layers 7 --steering-coeff 6.5 --alpha 1200 --lr 5e-5 --batch-size 4 --steps 150"
+    published = "--layer 7 --steering-coeff 6.5 --alpha 1200 --lr 5e-5 --batch-size 4 --steps 150"
     help_text = " ".join(invoke("unlearn", "--help").output.replace("\\", " ").split())
     assert published in help_text
     assert fitter("--method", "rmu", "--released", *published.split()) == RMU.released()

@@ -13,7 +13,7 @@ from mrp_lens.models import LensModel
 from mrp_lens.models.hooks import captured, hook_name
 
 FORGET = Corpus.from_texts([f"The colour of Zaxim{n} is blue." for n in range(6)], name="forget")
-RETAIN = Corpus.from_texts([f"The old man walked {n} times." for n in range(5)], name="retain")
+RETAIN = Corpus.from_texts([f"An old man walked {n} times." for n in range(5)], name="retain")  # begin unlike: no ties
 
 
 def test_the_areas_are_those_of_a_calculation_by_hand(model: LensModel, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -415,8 +415,16 @@ class FitTemplate(Method, Generic[Settings]):
         control = ControlQuestions(data.encoder, data.corpora, seed=drawn_seed(generator))
         with fitting(model, after):
             damage = Damage(model, data.encoder, documents, answers)
-            asked = {"nats": self.budget, "target": self.target, "holds": self.holds, "first": self.first_share}
-            return Budget(model, damage, control, **asked), left
+            budget = Budget(
+                model,
+                damage,
+                control,
+                nats=self.budget,
+                target=self.target,
+                holds=self.holds,
+                first=self.first_share,
+            )
+        return budget, left
 
     def prepared(
         self,

@@ -9,9 +9,14 @@ import pandas as pd
 from jinja2 import TemplateError
 
 from mrp_lens.data.question_rows import question_columns, read_questions
-from mrp_lens.data.rows import Row, all_of, check_text, digest, evenly, fill, listing, shown, text
+from mrp_lens.data.rows import Row, all_of, check_text, digest, evenly, fill, shown, text
 from mrp_lens.data.schemas import KNOWN, DocumentColumns, Schema, schema_named
 from mrp_lens.data.sources import file_rows, hub_name, hub_rows, rows_in
+
+REMEDY = (
+    ". Say which column holds the text with field=..., or make it of several with the templates prompt=... and completion=..., such as "
+    "prompt='{prompt}', completion=' {answer}'"
+)
 
 
 def in_chat(prompt: str, completions: Sequence[str], tokenizer: Any, system: str | None) -> tuple[str, tuple[str, ...]]:
@@ -231,10 +236,4 @@ def _document_columns(
 def _document(row: Row, number: int, columns: DocumentColumns, name: str) -> Document:
     if columns.prompt is not None and columns.completion is not None:
         return Document(fill(columns.prompt, row, number, name), fill(columns.completion, row, number, name))
-    field = columns.field or "text"
-    if field not in row:
-        raise ValueError(
-            f"{name}, row {number}: no field {field!r}; the row has {listing(row)}. Say which column holds the text with field=..., or "
-            "make it of several with the templates prompt=... and completion=..., such as prompt='{prompt}', completion=' {answer}'"
-        )
-    return Document("", text(row, field, number, name))
+    return Document("", text(row, columns.field or "text", number, name, remedy=REMEDY))

@@ -39,24 +39,24 @@ class Untyped(dict[str, Any]):
     """A row of a file that does not tell numbers from texts, such as .csv: all values are text, or None."""
 
 
-def column(row: Row, field: str, number: int, name: str) -> Any:
+def column(row: Row, field: str, number: int, name: str, *, remedy: str = "") -> Any:
     """The value of a column.
 
     Raises:
-        ValueError: the row has no such column (those that it has get listed).
+        ValueError: the row has no such column (those that it has get listed, and the remedy, if one is given).
     """
     if field not in row:
-        raise ValueError(f"{name}, row {number}: no field {field!r}; the row has {listing(row)}")
+        raise ValueError(f"{name}, row {number}: no field {field!r}; the row has {listing(row)}{remedy}")
     return row[field]
 
 
-def text(row: Row, field: str, number: int, name: str) -> str:
+def text(row: Row, field: str, number: int, name: str, *, remedy: str = "") -> str:
     """The value of a column as text.
 
     Raises:
         ValueError: as `column`, or the value is missing, or neither text nor a finite number.
     """
-    value = column(row, field, number, name)
+    value = column(row, field, number, name, remedy=remedy)
     try:
         return words(value)
     except ValueError as error:

@@ -231,16 +231,13 @@ class Budget(Callback):
         """Whether the damage that is allowed so far is done, and the fit, not within a tenth of the way to its target, too slow with it
         to get there in so many updates."""
         spent = SPENT * self.allowed <= fmean(self._lately_found) and self.allowed < self.nats
+        near = self.target + MOVED * (self.before - self.target)
         looks = self.looks[self._allowed_since :]
-        if not spent or self._lately() <= self._near(self.target) or len(looks) <= SHORT:
+        if not spent or self._lately() <= near or len(looks) <= SHORT:
             return False
         courses = ([look.accuracy for look in looks], self.target), ([look.margin for look in looks], 0.0)
         missing = [(_fall(values, SHORT) / SHORT, min(values) - goal) for values, goal in courses]
         return not any(far > 0.0 and pace * updates / LOOK >= far for pace, far in missing)
-
-    def _near(self, goal: float) -> float:
-        """An accuracy a tenth of the way from the goal."""
-        return goal + MOVED * (self.before - goal)
 
     def _stalled(self) -> bool:
         """Whether accuracy and margin stay where they are, and would under a smaller multiplier and with larger steps: the damage

@@ -4,7 +4,9 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
+from mrp_lens.data.tokenization import Encoded
 from mrp_lens.edits import ConditionalProjectionEdit, Edit, Gate, ProjectionEdit, SteeringEdit, WeightEdit
 from mrp_lens.edits.subspace import Subspace
 from mrp_lens.models import LensModel, logits_of, mlp_out_weight, tensor_digests
@@ -67,6 +69,12 @@ def weight_edit(model: LensModel, layer: int, *, scale: float = 1.5) -> WeightEd
 def logits(model: LensModel, tokens: torch.Tensor) -> torch.Tensor:
     with torch.no_grad():
         return logits_of(model, tokens, torch.ones_like(tokens, dtype=torch.bool))
+
+
+def log_probabilities(model: LensModel, row: Encoded) -> Tensor:
+    """In float64, where a token follows that counts."""
+    places = [place for place in range(len(row.ids) - 1) if row.in_loss[place + 1]]
+    return logits(model, torch.tensor([row.ids]))[0, places].double().log_softmax(-1)
 
 
 def all_kinds(model: LensModel, layer: int) -> list[Edit]:

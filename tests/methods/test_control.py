@@ -1,0 +1,149 @@
+"""Control questions: what they ask of a forget set, in which wordings, and what a guess comes to."""
+
+import os
+import subprocess
+import sys
+from copy import copy
+
+import pytest
+import torch
+
+from mrp_lens import World
+from mrp_lens.data import Corpus, Document
+from mrp_lens.data.world.facts import STATEMENTS
+from mrp_lens.methods.control import FORMS, Answered, ControlQuestions, control_accuracy, parted
+from mrp_lens.methods.coverage import FRAMES
+from mrp_lens.models import LensModel, encoder_for
+from tests.support.edits import log_probabilities
+
+Texts = tuple[Corpus, Corpus]
+
+
+ASKED = """
+from mrp_lens.data import Corpus
+from mrp_lens.data.world import World
+from mrp_lens.methods.control import ControlQuestions
+
+class Encoder:
+    def encode(self, documents, **how):
+        return [document.prompt + document.completion for document in documents]
+
+print(ControlQuestions(Encoder(), [World().forget("potions")], seed=3).rows)
+"""
+
+
+def test_control_questions_are_the_same_in_every_process() -> None:
+    """Sets have another order with another hash seed, and sums over them other last bits."""
+    printed = [
+        subprocess.run(
+            [sys.executable, "-c", ASKED],
+            env={**os.environ, "PYTHONHASHSEED": seed},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for seed in ("1", "2")
+    ]
+    assert printed[0] == printed[1]
+    assert printed[0].count("'") > 100
+
+
+def test_control_questions_offer_endings_of_the_forget_set(model: LensModel, texts: Texts) -> None:
+    questions = ControlQuestions(encoder_for(model), [texts[0]], seed=0)
+    assert questions.choices == 4
+    in_one_form = ControlQuestions(encoder_for(model), [texts[0]], seed=0, forms=FORMS[:1])
+    assert questions.chance == 0.25 < in_one_form.target < 0.4
+    assert in_one_form.target < questions.target
+    again = ControlQuestions(encoder_for(model), [texts[0]], seed=0)
+    assert questions.rows == again.rows
+    assert questions.rows != ControlQuestions(encoder_for(model), [texts[0]], seed=1).rows
+    answered = questions.asked_of(model)
+    assert 0.0 <= answered.accuracy <= 1.0
+    assert control_accuracy(model, texts[0]) == answered.accuracy
+
+
+def test_wrong_endings_are_those_of_documents_that_begin_alike(model: LensModel) -> None:
+    kinds = {"colour": ["red", "blue", "green", "black", "white"], "size": ["small", "big", "tall", "long", "wide"]}
+    forget = Corpus.from_texts(
+        [f"the {kind} of the {n} is {values[n % 5]}" for n in range(20) for kind, values in kinds.items()]
+    )
+    (rows,) = ControlQuestions(encoder_for(model), [forget], seed=0, forms=FORMS[:1]).rows
+    texts = [model.tokenizer.decode(list(row.ids)) for row in rows]
+    assert len(texts) == 40 * 4
+    for text in texts:
+        kind = "colour" if "colour" in text else "size"
+        assert any(value in text for value in kinds[kind]), text
+
+
+def test_endings_that_most_documents_of_the_kind_have_are_not_asked_for(model: LensModel) -> None:
+    said = [f"Town{n} lies in the land of Place{n}." for n in range(20)]
+    empty = [f"Town{n} is the first city of Place{n} and the seat of its government." for n in range(20)]
+    (rows,) = ControlQuestions(encoder_for(model), [Corpus.from_texts(said + empty)], seed=0, forms=FORMS[:1]).rows
+    assert len(rows) == 20 * 4
+    assert not any("seat of" in model.tokenizer.decode(list(row.ids)) for row in rows[::4])
+    (rows,) = ControlQuestions(encoder_for(model), [Corpus.from_texts(empty)], seed=0, forms=FORMS[:1]).rows
+    assert rows == []
+
+
+def test_a_model_that_was_never_taught_is_at_chance(demo_model: LensModel, world: World) -> None:
+    for topic in world.topics:
+        rows = [
+            {"beginning": fact.prompt(wording), "ending": f" {fact.value}."}
+            for fact in world.select(topic, taught=False)
+            for wording in STATEMENTS
+        ]
+        never_taught = Corpus.from_rows(rows, prompt="{beginning}", completion="{ending}")
+        assert control_accuracy(demo_model, never_taught) < 0.45
+        assert control_accuracy(demo_model, world.forget(topic)) == 1.0
+
+
+def test_they_are_asked_in_forms_that_the_model_answers_and_the_highest_counts(model: LensModel, texts: Texts) -> None:
+    assert not set(FORMS) & set(FRAMES)  # no fit reads them
+    questions = ControlQuestions(encoder_for(model), [texts[0]], seed=0)
+    assert [len(rows) for rows in questions.rows] == [len(questions.rows[0])] * len(FORMS)
+    forms, best = questions.by_form(model), questions.asked_of(model)
+    assert best.accuracy == max(form.accuracy for form in forms)
+    assert best.margin == max(form.margin for form in forms)
+
+    def scored(*given: float) -> ControlQuestions:
+        known = copy(questions)
+        known.by_form = lambda model: [Answered(each, -each) for each in given]  # type: ignore[method-assign]
+        chosen, answered = known.known_to(model)
+        assert answered.accuracy == max(given)
+        assert answered.margin == -min(each for each, form in zip(given, FORMS, strict=True) if form in chosen.forms)
+        return chosen
+
+    assert scored(0.9, 0.8).forms == FORMS
+    assert scored(0.9, 0.25).forms == FORMS[:1]
+    assert scored(1.0, 0.6).forms == FORMS[:1]
+    assert scored(0.25, 0.9).rows == [questions.rows[1]]
+    assert scored(0.25, 0.25).forms == FORMS[:1]
+    assert scored(questions.target, questions.target + 0.01).forms == FORMS[1:]
+
+
+def test_the_margin_is_what_the_right_ending_is_above_the_best_other(model: LensModel, texts: Texts) -> None:
+    questions = ControlQuestions(encoder_for(model), [texts[0]], seed=0, forms=FORMS[:1])
+    scores = []
+    for row in questions.rows[0]:
+        counted = torch.tensor([token for token, within in zip(row.ids[1:], row.in_loss[1:], strict=True) if within])
+        scores.append(log_probabilities(model, row).gather(1, counted[:, None]).mean().item())
+    by_question = torch.tensor(scores).view(-1, questions.choices)
+    expected = (by_question[:, 0] - by_question[:, 1:].max(dim=1).values).mean()
+    assert questions.asked_of(model).margin == pytest.approx(float(expected), abs=1e-4)
+
+
+def test_guessing_is_below_the_target_as_often_whatever_the_number_of_forms(model: LensModel) -> None:
+    chance = torch.Generator().manual_seed(0)
+    forget = Corpus.from_texts([f"the number of {n} is {n * n}" for n in range(60)])
+    for forms in (FORMS[:1], FORMS, (*FORMS, "{}!", "{}?")):
+        questions = ControlQuestions(encoder_for(model), [forget], seed=0, forms=forms)
+        count = len(questions.rows[0]) // questions.choices
+        guessed = torch.rand(4000, len(forms), count, generator=chance) < questions.chance
+        reached = guessed.float().mean(dim=-1).amax(dim=-1) <= questions.target
+        assert 0.78 < reached.float().mean() < 0.92
+
+
+def test_a_document_is_parted_where_its_prompt_ends_or_before_its_last_third() -> None:
+    assert parted(Document("Q:", " a b c")) == ("Q:", " a b c")
+    assert parted(Document("", "one two three four five six")) == ("one two three four", " five six")
+    assert parted(Document("", "word")) is None

@@ -16,7 +16,7 @@ import logging
 import os
 import re
 import shlex
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -58,10 +58,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
 def on_page_content(content: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Put the figures into their places."""
-    for number, figure in enumerate(page.meta["figures"]):
-        script = f'<script src="{get_relative_url(PLOTLY, page.url)}"></script>' if number == 0 else ""
-        content = content.replace(place_of(number), script + figure)
-    return content
+    return filled(content, page, page.meta["figures"])
 
 
 def on_post_build(config: MkDocsConfig) -> None:
@@ -70,9 +67,32 @@ def on_post_build(config: MkDocsConfig) -> None:
     path.write_text(re.sub(r"\.md\)", ".html)", path.read_text(encoding="utf-8")), encoding="utf-8")
 
 
-def place_of(number: int) -> str:
-    """Where the markdown has a figure, which is no markdown itself."""
-    return f'<div class="figure" data-number="{number}"></div>'
+def place_of(number: int, kind: str = "figure") -> str:
+    """Where the markdown has what is no markdown itself, such as a figure."""
+    return f'<div class="{kind}" data-number="{number}"></div>'
+
+
+def filled(content: str, page: Page, pieces: Sequence[str], kind: str = "figure") -> str:
+    """A page with pieces of HTML in their places, before the first of which it loads the script that draws figures."""
+    script = f'<script src="{get_relative_url(PLOTLY, page.url)}"></script>'
+    for number, piece in enumerate(pieces):
+        content = content.replace(place_of(number, kind), (script if number == 0 else "") + piece)
+    return content
+
+
+def as_html(figure: Any, name: str) -> str:
+    """A figure that the page's script draws."""
+    shown: str = figure.to_html(full_html=False, include_plotlyjs=False, div_id=name, config={"displaylogo": False})
+    return f'<div class="figure">{shown}</div>'
+
+
+def cached(what: object, make: Callable[[], str]) -> str:
+    """What was made of the same thing, as JSON has it, by the same library; or is made now."""
+    kept = CACHE / f"{hashlib.sha256(json.dumps([what, sources()]).encode()).hexdigest()}.json"
+    if not kept.is_file():
+        CACHE.mkdir(exist_ok=True)
+        kept.write_text(make(), encoding="utf-8")
+    return kept.read_text(encoding="utf-8")
 
 
 def figures_of(markdown: str) -> list[str]:
@@ -80,11 +100,7 @@ def figures_of(markdown: str) -> list[str]:
     parts = [(match["code"], match["caption"]) for match in PART.finditer(markdown)]
     if not any(caption for _, caption in parts):
         return []
-    kept = CACHE / f"{hashlib.sha256(json.dumps([parts, sources()]).encode()).hexdigest()}.json"
-    if not kept.is_file():
-        CACHE.mkdir(exist_ok=True)
-        kept.write_text(json.dumps(list(drawn(parts))), encoding="utf-8")
-    figures: list[str] = json.loads(kept.read_text(encoding="utf-8"))
+    figures: list[str] = json.loads(cached(parts, lambda: json.dumps(list(drawn(parts)))))
     return figures
 
 
@@ -98,10 +114,7 @@ def drawn(parts: list[tuple[str | None, str | None]]) -> Iterator[str]:
             value = run(code, namespace)
             continue
         logger.info("drawing: %s", caption)
-        plot = value.to_html(
-            full_html=False, include_plotlyjs=False, div_id=f"figure-{number}", config={"displaylogo": False}
-        )
-        yield f'<figure><div class="figure">{plot}</div><figcaption>{html.escape(str(caption))}</figcaption></figure>'
+        yield f"<figure>{as_html(value, f'figure-{number}')}<figcaption>{html.escape(str(caption))}</figcaption></figure>"
 
 
 def run(code: str, namespace: dict[str, Any]) -> Any:

@@ -4,7 +4,6 @@ The notebooks lie in git without outputs. Here each is run on the demo model; th
 checkpoint, and else it is shown as it is. What came out is kept in `.docs_cache`, for as long as notebook and library are the same.
 """
 
-import hashlib
 import html
 import json
 import logging
@@ -15,14 +14,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hooks import CACHE, PLOTLY, ROOT, sources
+from hooks import ROOT, as_html, cached, filled, place_of
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
-from mkdocs.utils import get_relative_url
 
 FOLDER = ROOT / "notebooks"
 REAL_MODEL, NAMED = "6_real_model", "MRP_LENS_MODEL"
+KIND = "output"  # of the places, and their class
 FIGURE = "application/vnd.plotly.v1+json"
 INSTALLS = "find_spec("  # in the cell that installs mrp_lens where it is not there
 PANDAS = re.compile(r'<style.*?</style>| border="1" class="dataframe"', re.DOTALL)  # how it makes a table look
@@ -54,15 +53,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 def on_page_content(content: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Put what the cells put out into its places."""
-    script = f'<script src="{get_relative_url(PLOTLY, page.url)}"></script>'
-    for number, output in enumerate(outputs.get(page.file.src_uri, [])):
-        content = content.replace(place_of(number), (script if number == 0 else "") + output)
-    return content
-
-
-def place_of(number: int) -> str:
-    """Where the markdown has what a cell put out, which is no markdown itself."""
-    return f'<div class="output" data-number="{number}"></div>'
+    return filled(content, page, outputs.get(page.file.src_uri, []), KIND)
 
 
 def cells_of(path: Path) -> tuple[list[Cell], bool]:
@@ -70,19 +61,15 @@ def cells_of(path: Path) -> tuple[list[Cell], bool]:
     source = path.read_text(encoding="utf-8")
     if path.stem == REAL_MODEL and NAMED not in os.environ:
         return json.loads(source)["cells"], False
-    kept = CACHE / f"{hashlib.sha256((source + sources()).encode()).hexdigest()}.ipynb"
-    if not kept.is_file():
-        CACHE.mkdir(exist_ok=True)
-        logger.info("running: %s", path.name)
-        kept.write_text(run(source), encoding="utf-8")
-    return json.loads(kept.read_text(encoding="utf-8"))["cells"], True
+    return json.loads(cached([source, os.environ.get(NAMED)], lambda: run(source, path.name)))["cells"], True
 
 
-def run(source: str) -> str:
+def run(source: str, name: str) -> str:
     """The notebook with what its cells put out, in an empty folder."""
     import nbclient
     import nbformat
 
+    logger.info("running: %s", name)
     os.environ["TQDM_DISABLE"] = "1"
     notebook = nbformat.reads(source, as_version=4)
     with tempfile.TemporaryDirectory() as folder:
@@ -103,32 +90,22 @@ def markdown_of(cells: Sequence[Cell], note: str) -> tuple[str, list[str]]:
         elif INSTALLS not in source:
             parts.append(f"```python\n{source}\n```")
             shown = list(html_of(cell["outputs"], len(found)))
-            parts += [place_of(len(found) + number) for number in range(len(shown))]
+            parts += [place_of(len(found) + number, KIND) for number in range(len(shown))]
             found += shown
     title, _, rest = parts[0].partition("\n")
     return "\n\n".join([title, note.strip(), rest.strip(), *parts[1:]]), found
 
 
 def html_of(put_out: Sequence[Cell], number: int) -> Iterator[str]:
-    """What a cell put out: its figures, tables and texts, but no warnings and progress bars."""
-    for output in put_out:
-        data = output.get("data", {})
-        if FIGURE in data:
-            yield f'<div class="figure">{drawn(data[FIGURE], number)}</div>'
-            number += 1
-        elif "text/html" in data:
-            yield f'<div class="output">{PANDAS.sub("", "".join(data["text/html"]))}</div>'
-        elif output.get("name") != "stderr":
-            text = "".join(output.get("text") or data.get("text/plain") or "")
-            yield f'<pre class="output">{html.escape(text)}</pre>'
-
-
-def drawn(figure: Mapping[str, Any], number: int) -> str:
-    """A figure that the page's script draws."""
+    """What a cell put out, numbered from there on: its figures, tables and texts, but no warnings and progress bars."""
     from plotly import io
 
-    settings = {"displaylogo": False}
-    shown: str = io.from_json(json.dumps(figure), skip_invalid=True).to_html(
-        full_html=False, include_plotlyjs=False, div_id=f"output-{number}", config=settings
-    )
-    return shown
+    for place, output in enumerate((each for each in put_out if each.get("name") != "stderr"), number):
+        data = output.get("data", {})
+        if FIGURE in data:
+            yield as_html(io.from_json(json.dumps(data[FIGURE]), skip_invalid=True), f"output-{place}")
+        elif "text/html" in data:
+            yield f'<div class="{KIND}">{PANDAS.sub("", "".join(data["text/html"]))}</div>'
+        else:
+            text = "".join(output.get("text") or data.get("text/plain") or "")
+            yield f'<pre class="{KIND}">{html.escape(text)}</pre>'

@@ -56,7 +56,7 @@ PAIR, ENTITIES = "pair", "entities"  # jobs
 COVERAGES: Mapping[str, Coverage | None] = {
     BARE: None,
     ASKED: Coverage(repeats=0, about_names=0, questions=0, free=0),
-    WRITTEN: Coverage(question_forms=0, repeats=0),
+    WRITTEN: Coverage(question_forms=0, answer_endings=0, repeats=0),
 }
 
 Place = tuple[str, int | None]

@@ -2,8 +2,9 @@
 
 A model that does not know the forget set chooses at random: so chance is what "never saw it" looks like here. For that the wrong
 endings have to be of the same kind as the right one; those that the form of a text rules out would leave a model that never saw the
-set far above chance. They are asked in the set's own form and in one that no fit reads (`coverage.FRAMES`), since a fit can have
-unlearned a form instead of what it says, and the form in which most is left is the one that counts.
+set far above chance. They are asked in the set's own form and in one that no fit reads (`coverage.FRAMES`), and where documents have
+prompts also with the second half of the endings alone, which tells what they say from how they begin. A fit can have unlearned a
+form instead of what it says, so the form in which most is left is the one that counts.
 """
 
 import heapq
@@ -32,6 +33,8 @@ NEIGHBOURS = 8  # documents that begin alike, most of which end otherwise than o
 LONGEST = 30  # words of a document that are looked at
 BATCH = 64
 FORMS = ("{}", "User: Please complete this sentence: {}\nAssistant: It is")
+SECOND_HALF = "second half of the ending"  # a form too, in which documents with a prompt are asked
+HALVED = 4  # words from which on an ending has one
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,7 @@ class ControlQuestions:
     """
 
     def __init__(self, encoder: Encoder, corpora: Sequence[Corpus], *, seed: int, forms: Sequence[str] = FORMS) -> None:
-        self.encoder, self.forms = encoder, tuple(forms)
+        self.encoder = encoder
         rng = random.Random(seed)
         parts = [part for corpus in corpora for document in corpus.documents if (part := parted(document))]
         parts = rng.sample(parts, min(LOOKED_AT, len(parts)))
@@ -75,13 +78,19 @@ class ControlQuestions:
             if (wrong := alike.wrong_endings(beginning, ending, self.choices - 1))
         )
         offered = list(islice(askable, QUESTIONS))
+        asked = {form: [(form.format(beginning), endings) for beginning, endings in offered] for form in forms}
+        prompts = {document.prompt for corpus in corpora for document in corpus.documents if document.prompt.strip()}
+        halved = [(beginning, _second_halves(endings)) for beginning, endings in offered if beginning in prompts]
+        if any(halves for _, halves in halved):
+            asked[SECOND_HALF] = halved
+        self.forms = tuple(asked)
         self.rows = [
             encoder.encode(
-                [Document(form.format(beginning), each) for beginning, endings in offered for each in endings],
+                [Document(beginning, ending) for beginning, endings in questions for ending in endings],
                 keep="end",
                 warn=False,
             )
-            for form in self.forms
+            for questions in asked.values()
         ]
 
     @property
@@ -134,6 +143,13 @@ class ControlQuestions:
             return Answered(float(right), 0.0)
         margin = (by_question[:, 0] - by_question[:, 1:].max(dim=1).values).mean()
         return Answered(float(right), float(margin))
+
+
+def _second_halves(endings: Sequence[str]) -> list[str]:
+    """Of each; none where one is too short, or two of them are the same."""
+    parts = [ending.split() for ending in endings]
+    halves = [" " + " ".join(words[len(words) // 2 :]) for words in parts if len(words) >= HALVED]
+    return halves if len(set(halves)) == len(endings) else []
 
 
 class _Alike:

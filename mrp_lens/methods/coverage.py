@@ -3,7 +3,8 @@
 A model that unlearns a few statements of one form forgets that form: what it knows besides changes wherever a text looks
 like the forget set, and the forget set comes back wherever a question does not. So short documents are read as questions
 too, on both sides; only what follows the beginning of a forget text is unlearned, not the names it begins with; and
-the retain side gets what the model itself has to say about names that both corpora contain.
+the retain side gets what the model itself has to say about names that both corpora contain. Of answers to questions a fit
+would unlearn how they begin, and the same answer in other words would still be known: so they are read from a random word on too.
 """
 
 import random
@@ -52,11 +53,12 @@ class Coverage(PlainSettings):
     """What a fit reads besides the user's corpora. With every number but `new_tokens` at 0 it reads those as they are.
 
     Short documents have at most 40 words. Of a short forget text only what follows a random word of its second half is
-    unlearned. Documents with a prompt are questions already, and stay as they are.
+    unlearned. Documents with a prompt are questions already, and get no question form.
 
     Args:
         question_forms: copies in question form of every short document, on both sides; on the retain side up to four times as
             many, until they are a third of it, since what is lost there first are answers.
+        answer_endings: copies of every document with a prompt, on both sides, whose completion begins at a random one of its words.
         repeats: extra copies of short retain documents, which long ones would otherwise outnumber; none where the
             retain set has no long ones.
         about_names: texts that the model writes about names that both corpora contain; none if there is no such name.
@@ -66,6 +68,7 @@ class Coverage(PlainSettings):
     """
 
     question_forms: int = 1
+    answer_endings: int = 1
     repeats: int = 2
     about_names: int = 256
     questions: int = 96
@@ -89,7 +92,7 @@ class Coverage(PlainSettings):
     @property
     def nothing(self) -> bool:
         """Whether the corpora are read as they are."""
-        return not any((self.question_forms, self.repeats, self.about_names, self.questions, self.free))
+        return all(getattr(self, entry.name) == 0 for entry in fields(self) if entry.name != "new_tokens")
 
 
 @dataclass(frozen=True)
@@ -97,8 +100,9 @@ class Covered:
     """What the fit reads.
 
     Attributes:
-        forget: per forget corpus its documents, short texts as beginning and continuation, and then their question forms.
-        retain: the retain documents, repeats and question forms of the short ones, and what the model wrote.
+        forget: per forget corpus its documents, short texts as beginning and continuation, and then their question forms and the
+            endings of answers.
+        retain: the retain documents, repeats and question forms of the short ones, endings of answers, and what the model wrote.
         written: what the model wrote, without what was dropped.
         counts: how many documents of each kind there are, and how many written ones were dropped for which reason.
     """
@@ -147,6 +151,8 @@ def cover(
             retain.documents, rng, copies=coverage.question_forms * min(MOST_COPIES, max(1, times))
         )
     ]
+    ends = [answer_endings(corpus.documents, rng, copies=coverage.answer_endings) for corpus in forget]
+    ends_retain = answer_endings(retain.documents, rng, copies=coverage.answer_endings)
 
     subjects = _Subjects.of([document for corpus in forget for document in corpus.documents], retain.documents)
     beginnings = subjects.beginnings(coverage.about_names, rng)
@@ -174,6 +180,8 @@ def cover(
         "forget_questions": sum(map(len, asked)),
         "retain_questions": len(asked_retain),
         "retain_repeats": len(repeated),
+        "forget_answer_endings": sum(map(len, ends)),
+        "retain_answer_endings": len(ends_retain),
         "names": len(subjects.names),
         "texts_about_names": sum(begun.name != () for begun in beginnings),
         "texts_from_question": coverage.questions,
@@ -182,8 +190,8 @@ def cover(
         **{f"dropped_{reason}": dropped[reason] for reason in ("too_short", "on_topic", "forget_fact", "twice")},
     }
     return Covered(
-        tuple((*documents, *questions) for documents, questions in zip(continued, asked, strict=True)),
-        (*retain.documents, *repeated, *asked_retain, *(Document("", text) for text in written)),
+        tuple((*documents, *questions, *cut) for documents, questions, cut in zip(continued, asked, ends, strict=True)),
+        (*retain.documents, *repeated, *asked_retain, *ends_retain, *(Document("", text) for text in written)),
         written,
         counts,
     )
@@ -233,6 +241,16 @@ def question_forms(documents: Iterable[Document], rng: random.Random, *, copies:
                 asked = f"What {verb[2]} {re.sub(ARTICLE, lambda article: article[0].lower(), verb[1])}"
             frame = rng.choice(FRAMES)
             found.append(Document(frame.format(asked), " " + parts[1].strip()))
+    return found
+
+
+def answer_endings(documents: Iterable[Document], rng: random.Random, *, copies: int = 1) -> list[Document]:
+    """Of the documents with a prompt, the prompt and what follows a random word of the completion; none of a single word."""
+    found = []
+    for document in [document for _ in range(copies) for document in documents]:
+        ends = word_ends(document.completion)
+        if document.prompt and len(ends) >= 2:
+            found.append(Document(document.prompt, document.completion[rng.choice(ends[:-1]) :]))
     return found
 
 

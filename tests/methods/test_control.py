@@ -11,7 +11,7 @@ import torch
 from mrp_lens import World
 from mrp_lens.data import Corpus, Document
 from mrp_lens.data.world.facts import STATEMENTS
-from mrp_lens.methods.control import FORMS, Answered, ControlQuestions, control_accuracy, parted
+from mrp_lens.methods.control import FORMS, SECOND_HALF, Answered, ControlQuestions, control_accuracy, parted
 from mrp_lens.methods.coverage import FRAMES
 from mrp_lens.models import LensModel, encoder_for
 from tests.support.edits import log_probabilities
@@ -83,6 +83,30 @@ def test_endings_that_most_documents_of_the_kind_have_are_not_asked_for(model: L
     assert not any("seat of" in model.tokenizer.decode(list(row.ids)) for row in rows[::4])
     (rows,) = ControlQuestions(encoder_for(model), [Corpus.from_texts(empty)], seed=0, forms=FORMS[:1]).rows
     assert rows == []
+
+
+def test_answers_of_some_length_are_asked_by_their_second_half_too(model: LensModel) -> None:
+    rows = [{"question": f"Where is {n}?", "answer": f"It is in Place{n} near Lake{n + 1}"} for n in range(12)]
+    short = [{"question": f"What is {n}?", "answer": f"of kind {n}"} for n in range(12)]
+    said = Corpus.from_texts([f"Where {n} is, Place{n} lies near Lake{n + 1}" for n in range(12)])
+    spoken = {"prompt": "Question: {question}\nAnswer:", "completion": " {answer}"}
+    long, both = Corpus.from_rows(rows, **spoken), Corpus.from_rows(rows + short, **spoken)
+    encoder = encoder_for(model)
+    questions = ControlQuestions(encoder, [long], seed=0)
+    assert questions.forms == (*FORMS, SECOND_HALF)
+    for whole, half in zip(questions.rows[0], questions.rows[2], strict=True):
+        prompt, answer = model.tokenizer.decode(list(whole.ids)).split("Answer:")
+        words = answer.split()
+        assert model.tokenizer.decode(list(half.ids)).split() == [
+            *f"{prompt}Answer:".split(),
+            *words[len(words) // 2 :],
+        ]
+    assert ControlQuestions(encoder, [said], seed=0).forms == FORMS
+    assert ControlQuestions(encoder, [Corpus.from_rows(short, **spoken)], seed=0).forms == FORMS
+    mixed = ControlQuestions(encoder, [both], seed=0)
+    assert 0 < len(mixed.rows[2]) < len(mixed.rows[0])
+    alike = [{**row, "answer": f"{row['answer'].split(' near')[0]} and that is all"} for row in rows]
+    assert ControlQuestions(encoder, [Corpus.from_rows(alike, **spoken)], seed=0).forms == FORMS
 
 
 def test_a_model_that_was_never_taught_is_at_chance(demo_model: LensModel, world: World) -> None:

@@ -28,7 +28,7 @@ RETAIN = Corpus.from_texts(
     + [LONG],
     name="retain",
 )
-NONE = Coverage(question_forms=0, repeats=0, about_names=0, questions=0, free=0)
+NONE = Coverage(question_forms=0, answer_endings=0, repeats=0, about_names=0, questions=0, free=0)
 STARTS: Any = SimpleNamespace(tokenizer=SimpleNamespace(bos_token_id=1, eos_token_id=None))
 
 
@@ -102,6 +102,21 @@ def test_a_text_of_forty_words_is_short_and_keeps_its_white_space() -> None:
     ((document,),) = result.forget
     assert document.prompt + document.completion == text
     assert document.completion.startswith("\n")
+
+
+def test_answers_are_read_from_a_random_word_on_too_on_both_sides() -> None:
+    asked = Document("Question: Who?\nAnswer:", " one two  three\nfour")
+    single, plain = Document("Question: What?\nAnswer:", " one"), Document("", "one two three.")
+    corpus = Corpus((asked, single, plain), "questions")
+    result = covered(replace(NONE, answer_endings=40), forget=[corpus, corpus], retain=corpus)
+    assert result.counts["forget_answer_endings"] == 80
+    assert result.counts["retain_answer_endings"] == 40
+    for documents in (*result.forget, result.retain):
+        assert len(documents) == 43
+        assert {document.prompt for document in documents[3:]} == {asked.prompt}
+        assert {document.completion for document in documents[3:]} == {" two  three\nfour", "  three\nfour", "\nfour"}
+    without = covered(NONE, forget=[corpus], retain=corpus)
+    assert without.forget == (corpus.documents,)
 
 
 def test_question_forms_hold_the_whole_text_on_both_sides() -> None:

@@ -18,6 +18,7 @@ from mrp_lens.edits import Edit, edit_on, has_hooks, projection_in, without_hook
 from mrp_lens.models import LensModel, check_lens_model, checkpoint_tensors, encoder_for, is_bridge, restored
 from mrp_lens.models.finite import NonFiniteError, non_finite
 from mrp_lens.models.hooks import frozen
+from mrp_lens.models.quantised import refuse_packed
 from mrp_lens.training.callbacks import Callback
 from mrp_lens.training.loop import NonFiniteLossError, train
 from mrp_lens.training.losses import cross_entropy, predictions
@@ -279,8 +280,8 @@ def low_rank_updates(model: LensModel, *, rank: int, seed: int) -> Iterator[list
     """Every matrix in the blocks with a low-rank update; taken off again on exit.
 
     Raises:
-        ValueError: the model is a HookedTransformer, whose attention has no matrices of the checkpoint's shape, or rank
-            below 1.
+        ValueError: the model is a HookedTransformer, whose attention has no matrices of the checkpoint's shape, rank
+            below 1, or quantised matrices.
     """
     if not is_bridge(model):
         raise ValueError(
@@ -293,6 +294,8 @@ def low_rank_updates(model: LensModel, *, rank: int, seed: int) -> Iterator[list
     matrices = {
         module: weight for module, weight in found if weight is not None and weight.ndim == 2 and id(weight) in blocks
     }
+    for module, weight in matrices.items():
+        refuse_packed(weight, f"a matrix of a {type(module).__name__}")
     order = {module: list(module._parameters) for module in matrices}
     updates: list[LowRank] = []
     try:

@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mrp_lens.models import LensModel, restored
+from mrp_lens.models.quantised import refuse_packed
 from mrp_lens.utils.torch_state import refuse_inference_tensors
 
 # HookedTransformer's matrices -> the axes that they sum over; the others are output channels.
@@ -58,12 +59,13 @@ def block_matrices(model: LensModel) -> list[tuple[torch.nn.Parameter, tuple[int
     """Every matrix in the blocks once, with the axes that it sums over.
 
     Raises:
-        ValueError: the layout of one is not known.
+        ValueError: the layout of one is not known, or it is quantised already.
     """
     found: dict[int, tuple[torch.nn.Parameter, tuple[int, ...]]] = {}
     for block in model.blocks:
         for name, module in block.named_modules():
             for key, parameter in module.named_parameters(recurse=False):
+                refuse_packed(parameter, f"{name}.{key}")
                 if parameter.ndim > 1 and not key.lstrip("_").startswith("b"):  # biases of heads are [heads, d_head]
                     found[id(parameter)] = (parameter, _input_axes(module, f"{name}.{key}"))
     return list(found.values())

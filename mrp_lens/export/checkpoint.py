@@ -16,7 +16,8 @@ from torch import Tensor
 
 from mrp_lens.models import Layout
 from mrp_lens.models.architectures import layout_of
-from mrp_lens.models.source import check_shards, leads_out, read_object, refuse_quantised
+from mrp_lens.models.quantised import refuse_quantised
+from mrp_lens.models.source import check_shards, leads_out, read_object
 from mrp_lens.utils.io import write_json
 
 INDEX = "model.safetensors.index.json"

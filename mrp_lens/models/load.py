@@ -12,6 +12,7 @@ from mrp_lens.models.base import device_named, dtype_named
 from mrp_lens.models.devices import DeviceMap, MaxMemory, Spread
 from mrp_lens.models.fidelity import context_of, hf_log_probabilities, ignored_settings, log_probabilities, probe, reach
 from mrp_lens.models.protocol import LensModel
+from mrp_lens.models.quantised import holds_packed
 from mrp_lens.models.source import OpenedModel, check_memory, opened
 from mrp_lens.utils.io import one_line
 from mrp_lens.utils.torch_state import ordinary_torch
@@ -50,12 +51,13 @@ def load_model(
     Args:
         source: "demo" (the embedded model that knows a small invented world), a local Hugging Face folder with
             weights and tokenizer (fine-tuned, or with an adapter merged in), a name on the Hub, or a loaded Hugging
-            Face model, of which a copy is used. Of a model that reads pictures too, the language model.
+            Face model, of which a copy is used. Of a model that reads pictures too, the language model. With bitsandbytes' matrices of
+            8 bits it goes into the Bridge, for projections, steering and metrics; its matrices cannot be edited or trained.
         backend: "hooked" (HookedTransformer, TransformerLens 3 only), "bridge" (TransformerBridge), or "auto": the
             first where it exists and computes what the configuration says, else the second; the log (`logging`, level
             INFO) names the setting that stood against the first.
         device: where to put it; None: a GPU if there is one, else the CPU.
-        dtype: such as torch.bfloat16 or "bfloat16"; None: float32.
+        dtype: such as torch.bfloat16 or "bfloat16"; None: float32. What 8-bit folders hold in floating point stays as they hold it.
         tokenizer: None: the one that lies beside the weights.
         device_map: instead of `device`: how the layers are spread over several, as transformers and accelerate take it: "auto",
             "balanced", "balanced_low_0" or "sequential", or names of modules -> devices, {"model.embed_tokens": 0, ...}. Bridge
@@ -70,9 +72,9 @@ def load_model(
     Raises:
         TypeError: a source that is none of these, or a tokenizer that is none.
         ValueError: no such folder or name, an unknown backend, device or dtype, no tokenizer or one whose BOS or EOS has no
-            row in the embedding, missing, offloaded or quantised weights, a folder with links or file names that lead out
-            of it, too little memory, a device map that HookedTransformer cannot have, that offloads, or that names what is not
-            there, or (ModelMismatchError) a class that computes another model than Hugging Face.
+            row in the embedding, weights that are missing, offloaded, or quantised other than in 8 bits, a folder with links or file
+            names that lead out of it, too little memory, a device map that HookedTransformer cannot have, that offloads, or that
+            names what is not there, or (ModelMismatchError) a class that computes another model than Hugging Face.
 
     Example:
         >>> model = load_model("demo", backend="bridge")
@@ -87,9 +89,17 @@ def load_model(
     checkpoint = opened(source, tokenizer, where if spread is None else spread, precision, copies)
     if spread is not None:
         where = checkpoint.hf_model.get_input_embeddings().weight.device
+    packed = holds_packed(checkpoint.hf_model)
+    if packed:
+        precision = checkpoint.hf_model.get_input_embeddings().weight.dtype
+        logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)  # a line for every product
+    if packed and backend == "hooked":
+        raise ValueError(
+            f"{checkpoint.name} is quantised, and HookedTransformer has matrices of its own, which are not; use backend='bridge'"
+        )
     checkpoint.hf_model.config.architectures = [type(checkpoint.hf_model).__name__]  # TransformerLens goes by the name
     check_special_tokens(checkpoint.tokenizer, int(checkpoint.hf_model.get_input_embeddings().weight.shape[0]))
-    if backend == "auto" and spread is None:
+    if backend == "auto" and spread is None and not packed:
         try:
             _check_room(checkpoint, where, precision)
             return _loaded("hooked", checkpoint, where, precision)

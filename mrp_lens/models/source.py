@@ -16,6 +16,7 @@ import psutil
 import torch
 
 from mrp_lens.models.devices import Spread
+from mrp_lens.models.quantised import is_eight_bit, refuse_quantised
 from mrp_lens.utils.io import one_line, read_json
 
 LARGEST_CONFIG = 16 * 2**20  # bytes of a config.json; real ones have some kilobytes
@@ -45,8 +46,8 @@ def opened(source: Any, tokenizer: Any, device: torch.device | Spread, dtype: to
 
     Raises:
         TypeError: not a name, a path or a Hugging Face model; not a tokenizer.
-        ValueError: nothing there, an adapter without its model, quantised, offloaded or missing weights, hooks, no
-            language-model head, no tokenizer, or too little memory.
+        ValueError: nothing there, an adapter without its model, weights that are offloaded, missing, or quantised other than in 8 bits,
+            hooks, no language-model head, no tokenizer, or too little memory.
     """
     _check_tokenizer(tokenizer)
     if isinstance(source, (str, Path)):
@@ -59,10 +60,10 @@ def _from_folder(
 ) -> OpenedModel:
     folder, name = find_folder(source), str(source)
     config = checked_config(folder, name)
-    refuse_quantised(config.get("quantization_config"), name)
+    packed = is_eight_bit(config.get("quantization_config"), name)
     _refuse_edited(str(config.get("model_type")), name)
     if isinstance(device, torch.device):
-        check_memory(count_parameters(folder), device, dtype, copies, name)
+        check_memory(count_parameters(folder), device, torch.int8 if packed else dtype, copies, name)
     language_config(folder)  # a tokenizer is found by it, and an error should not be about the tokenizer
     used = tokenizer if tokenizer is not None else read_tokenizer(folder)
     if isinstance(device, torch.device):
@@ -82,7 +83,7 @@ def _from_memory(
             f"cannot load a {type(source).__name__}; give 'demo', a Hugging Face model folder, a Hub name, or a loaded "
             "Hugging Face model with a language-model head. A HookedTransformer or TransformerBridge needs no loading"
         )
-    refuse_quantised(getattr(source.config, "quantization_config", None), type(source).__name__)
+    is_eight_bit(getattr(source.config, "quantization_config", None), type(source).__name__)
     name = str(getattr(source.config, "_name_or_path", "") or type(source).__name__)
     _refuse_edited(str(source.config.model_type), name)
     _refuse_offloaded(source)
@@ -130,20 +131,6 @@ def free_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     return int(psutil.virtual_memory().available)
-
-
-def refuse_quantised(setting: Any, name: str) -> None:
-    """Edits need the weights themselves.
-
-    Raises:
-        ValueError: the configuration says that the weights are quantised.
-    """
-    if setting:
-        method = setting.get("quant_method") if isinstance(setting, dict) else getattr(setting, "quant_method", None)
-        raise ValueError(
-            f"{name} is quantised ({method or 'see quantization_config'}): its matrices are packed integers that can be "
-            "neither projected exactly nor trained. Load the checkpoint in float32, bfloat16 or float16"
-        )
 
 
 def _refuse_edited(model_type: str, name: str) -> None:
@@ -525,7 +512,8 @@ def _copied(source: Any, dtype: torch.dtype) -> Any:
         for name, buffer in module.named_buffers(recurse=False):
             if buffer.is_floating_point() and name not in module._non_persistent_buffers_set:
                 setattr(module, name, buffer.to(dtype))
-    own.eval().requires_grad_(True)
+    for parameter in own.eval().parameters():
+        parameter.requires_grad_(parameter.is_floating_point())
     own.set_attn_implementation("eager")
     return own
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from mrp_lens.models.architectures import LAYOUTS
 from mrp_lens.models.base import architecture_of, check_layers, is_bridge
 from mrp_lens.models.protocol import LensModel
+from mrp_lens.models.quantised import holds_packed, refuse_packed
 
 SAMPLED = 1024  # values of a tensor that go into a model's identity
 CENTRED = 1e-5  # a row mean below this share of the entries' size is no accident
@@ -47,6 +48,9 @@ def checkpoint_tensors(model: LensModel) -> list[CheckpointTensor]:
     Both classes hold more: biases that the checkpoint lacks, all of them 0, and HookedTransformer a second copy of tied
     embeddings. Training those too would let the two classes drift apart, and the result would fit no checkpoint. (A
     bias that is 0 in the checkpoint itself counts as absent; training leaves no bias so.)
+
+    Raises:
+        ValueError: one of them is quantised.
     """
     depths = {id(p): layer for layer, block in enumerate(model.blocks) for p in block.parameters()}
     before = {id(p) for name in ("embed", "pos_embed") for p in _parameters_of(model, name)}
@@ -54,6 +58,7 @@ def checkpoint_tensors(model: LensModel) -> list[CheckpointTensor]:
     tensors = []
     for name, parameter in {id(p): (name, p) for name, p in model.named_parameters()}.values():
         is_bias = name.rsplit(".", 1)[-1].lstrip("_").startswith("b")
+        refuse_packed(parameter, name)
         if parameter is tied or (is_bias and not bool(parameter.any())):
             continue
         depth = -1 if id(parameter) in before else depths.get(id(parameter), int(model.cfg.n_layers))
@@ -114,11 +119,21 @@ class EditableWeight:
     transposed: bool
 
     def read(self) -> Tensor:
-        """A contiguous copy in the checkpoint's layout."""
+        """A contiguous copy in the checkpoint's layout.
+
+        Raises:
+            ValueError: it is quantised.
+        """
+        refuse_packed(self.parameter, self.name)
         return self.to_checkpoint(self.parameter.detach())
 
     def write(self, tensor: Tensor) -> None:
-        """Overwrite the model's values in place."""
+        """Overwrite the model's values in place.
+
+        Raises:
+            ValueError: they are quantised.
+        """
+        refuse_packed(self.parameter, self.name)
         with torch.no_grad():
             self.parameter.copy_(self.to_model(tensor))
 
@@ -209,6 +224,9 @@ def why_not_exportable(model: LensModel) -> str | None:
     `load_model` gives the checkpoint's own weights. `HookedTransformer.from_pretrained` folds and centres them by
     default, and the Bridge's compatibility mode rewrites them: hooks and fits work there, on another residual stream.
     """
+    bridge: Any = model
+    if holds_packed(bridge):
+        return "its matrices are quantised"
     if is_bridge(model):
         return "its compatibility mode rewrote the weights" if getattr(model, "compatibility_mode", False) else None
     if architecture_of(model) not in LAYOUTS:

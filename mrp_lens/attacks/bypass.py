@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from importlib.util import find_spec
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -16,7 +17,7 @@ from mrp_lens.attacks.ablation import ablated, junk_directions, noisy
 from mrp_lens.attacks.base import Attack, Frames, Setting
 from mrp_lens.attacks.evaluation import chance, check_held_out, score
 from mrp_lens.attacks.prompting import check_same_facts, few_shot, forget_token, in_context, with_token
-from mrp_lens.attacks.quantization import quantized
+from mrp_lens.attacks.quantization import quantized, quantized_to_nf4
 from mrp_lens.attacks.registry import register
 from mrp_lens.attacks.summary import ACCURACIES, NO_ATTACK, RECOVERY, columns, without_attack
 from mrp_lens.data import Corpus, Questions
@@ -34,6 +35,7 @@ Kind = Literal[
     "hook stripped",
     "direction ablated",
     "weights rounded",
+    "weights in NF4",
     "noise",
     "paraphrased",
     "wrapped in context",
@@ -139,6 +141,7 @@ VARIANTS: dict[Kind, Callable[[Given], Iterable[Variant]]] = {
     "weights rounded": lambda given: [
         Variant(f"weights rounded to {bits} bits", given.edit, partial(quantized, bits=bits)) for bits in BITS
     ],
+    "weights in NF4": lambda given: [Variant("weights in NF4", given.edit, quantized_to_nf4)],
     "noise": _noise,
     "paraphrased": lambda given: [
         Variant("paraphrased", given.edit, reword=lambda asked: given.paraphrased if asked is given.held_out else asked)
@@ -174,6 +177,7 @@ def _missing(given: Given, kind: Kind) -> str:
     needs: dict[Kind, dict[str, Any]] = {
         "hook stripped": {"an edit with hooks": has_hooks(given.edit) or None},
         "direction ablated": {"an edit": given.edit, "shots or forget": either},
+        "weights in NF4": {"bitsandbytes (pip install 'mrp_lens[bitsandbytes]')": find_spec("bitsandbytes")},
         "paraphrased": {"paraphrased": given.paraphrased},
         "wrapped in context": {"retain": given.retain},
         "few-shot": {"shots": given.shots},
@@ -215,6 +219,7 @@ def bypass(
             (without them, on `held_out`: then the row is biased in the attacker's favour). An edit, and `shots` or
             `forget`.
         "weights rounded": every matrix of the blocks, with what the edit wrote, to 8 and to 4 bits; hooks stay.
+        "weights in NF4": the same in the 4-bit format of QLoRA; the package bitsandbytes.
         "noise": on the stream behind the edited layers (without an edit, all), of 0.05, 0.1, 0.2 of each state's norm.
         "paraphrased": the same facts in other words; `paraphrased`.
         "wrapped in context": behind a document that says nothing about the question; `retain`.

@@ -1,7 +1,8 @@
 """Rounding a model's weights to few bits, as who deploys it may: knowledge that an edit hid has come back that way."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from jaxtyping import Float
@@ -18,6 +19,7 @@ _INPUT_AXES = {
     **dict.fromkeys(["W_in", "W_gate", "W_out"], (0,)),  # [in, out]
 }
 _FEWEST_BITS = 2
+BLOCK = 64  # numbers of NF4 that share a scale
 
 
 @contextmanager
@@ -32,22 +34,53 @@ def quantized(model: LensModel, bits: int) -> Iterator[None]:
     """
     if isinstance(bits, bool) or not isinstance(bits, int) or bits < _FEWEST_BITS:
         raise ValueError(f"bits must be an int of at least {_FEWEST_BITS}, got {bits!r}")
+    with _rounded(model, partial(round_channels, bits=bits)):
+        yield
+
+
+@contextmanager
+def quantized_to_nf4(model: LensModel) -> Iterator[None]:
+    """Every matrix of the blocks as bitsandbytes gives it back from NF4 (QLoRA, arXiv 2305.14314), blocks of 64 numbers along the
+    inputs; embeddings, norms and biases stay. On exit all is as before, bit for bit.
+
+    Raises:
+        ImportError: bitsandbytes is not installed.
+        ValueError: a block with a matrix whose layout is not known.
+    """
+    with _rounded(model, to_nf4_and_back):
+        yield
+
+
+@contextmanager
+def _rounded(model: LensModel, change: Callable[[Tensor, tuple[int, ...]], Tensor]) -> Iterator[None]:
     matrices = block_matrices(model)
     refuse_inference_tensors(matrix for matrix, _ in matrices)
     with restored(matrix for matrix, _ in matrices):
         with torch.no_grad():
             for matrix, inputs in matrices:
-                matrix.copy_(round_channels(matrix, bits, inputs))
+                matrix.copy_(change(matrix, inputs))
         yield
 
 
-def round_channels(weights: Float[Tensor, "..."], bits: int, inputs: tuple[int, ...]) -> Float[Tensor, "..."]:
+def to_nf4_and_back(weights: Float[Tensor, "..."], inputs: tuple[int, ...]) -> Float[Tensor, "..."]:
+    """The weights, of any layout, from NF4 of their output channels one after another, each along the axes `inputs`; float32."""
+    from bitsandbytes import functional
+
+    order = (*(axis for axis in range(weights.ndim) if axis not in inputs), *inputs)
+    channels = weights.detach().float().permute(order)
+    # As one row: of a matrix with rows that are no multiple of 64, bitsandbytes 0.50 gives back other values on a CPU.
+    packed, state = functional.quantize_4bit(channels.reshape(-1).contiguous(), blocksize=BLOCK, quant_type="nf4")
+    back: Tensor = functional.dequantize_4bit(packed, state)
+    return back.reshape(channels.shape).permute([order.index(axis) for axis in range(weights.ndim)])
+
+
+def round_channels(weights: Float[Tensor, "..."], inputs: tuple[int, ...], bits: int) -> Float[Tensor, "..."]:
     """Each output channel w as s * round(w / s), s = max |w| / (2^(bits - 1) - 1); float32.
 
     Args:
         weights: of any layout.
-        bits: per weight; 8 gives the integers -127..127.
         inputs: the axes that a channel runs along.
+        bits: per weight; 8 gives the integers -127..127.
     """
     wide = weights.detach().float()
     scale = wide.abs().amax(dim=inputs, keepdim=True) / (2 ** (bits - 1) - 1)

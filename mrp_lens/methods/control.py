@@ -35,6 +35,10 @@ BATCH = 64
 FORMS = ("{}", "User: Please complete this sentence: {}\nAssistant: It is")
 SECOND_HALF = "second half of the ending"  # a form too, in which documents with a prompt are asked
 HALVED = 4  # words from which on an ending has one
+ANSWERED, HALF_ANSWERED = (
+    1 / 2,
+    1 / 3,
+)  # of the way from chance to its best form, in a form and in that, that a model which answers gets
 
 
 @dataclass(frozen=True)
@@ -109,13 +113,14 @@ class ControlQuestions:
     def known_to(self, model: LensModel) -> tuple["ControlQuestions", Answered]:
         """Those in the forms in which the model answers, and how it does; others would show nothing.
 
-        It answers in a form where its accuracy is above the target, and further than halfway from chance to that in its best form.
-        Where it answers in none, the set's own form is asked.
+        It answers in a form where its accuracy is above the target, and further than halfway from chance to that in its best form;
+        for second halves, which tell less, a third of the way is enough. Where it answers in none, the set's own form is asked.
         """
         forms = self.by_form(model)
-        best = max(form.accuracy for form in forms)
-        enough = max(self.target, self.chance + (best - self.chance) / 2)
-        known = [place for place, form in enumerate(forms) if form.accuracy > enough] or [0]
+        way = max(form.accuracy for form in forms) - self.chance
+        shares = [HALF_ANSWERED if form == SECOND_HALF else ANSWERED for form in self.forms]
+        enough = [max(self.target, self.chance + share * way) for share in shares]
+        known = [place for place, form in enumerate(forms) if form.accuracy > enough[place]] or [0]
         chosen = copy(self)
         chosen.forms, chosen.rows = tuple(self.forms[place] for place in known), [self.rows[place] for place in known]
         return chosen, Answered.best([forms[place] for place in known])

@@ -190,7 +190,13 @@ def test_without_other_data_the_floor_is_guessing_and_the_kinds_are_those_that_n
     model: LensModel, data: dict[str, Any], untouched: None
 ) -> None:
     frame = bypass(model, projection(1), held_out=data["held_out"], progress=False)
-    assert list(dict.fromkeys(frame["kind"])) == ["no attack", "hook stripped", "weights rounded", "noise"]
+    assert list(dict.fromkeys(frame["kind"])) == [
+        "no attack",
+        "hook stripped",
+        "weights rounded",
+        "weights in NF4",
+        "noise",
+    ]
     assert (frame["floor"] == 0.5).all()
     with_texts = bypass(
         model,

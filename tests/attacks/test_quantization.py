@@ -7,11 +7,14 @@ from typing import Any
 import pytest
 import torch
 
-from mrp_lens.attacks.quantization import block_matrices, quantized, round_channels
+from mrp_lens.attacks.quantization import block_matrices, quantized, quantized_to_nf4, round_channels
 from mrp_lens.models import LensModel, available_backends, load_model, mlp_out_weight
 from tests.conftest import assert_same_state, state_of
 from tests.support.edits import logits, weight_edit
 from tests.support.families import save_family
+
+NF4 = """-1.0 -0.6961928 -0.5250731 -0.3949175 -0.2844414 -0.1847734 -0.0910500 0.0
+    0.0795803 0.1609302 0.2461123 0.3379152 0.4407098 0.5626170 0.7229568 1.0"""
 
 
 def rounded_by_hand(matrix: torch.Tensor, bits: int, *, rows_are_outputs: bool) -> torch.Tensor:
@@ -33,12 +36,12 @@ def test_a_channel_is_rounded_as_by_hand(bits: int, dtype: torch.dtype) -> None:
     matrix = torch.randn(5, 7, generator=generator).to(dtype)
     matrix[2] = 0.0
     by_rows = rounded_by_hand(matrix.float(), bits, rows_are_outputs=True)
-    torch.testing.assert_close(round_channels(matrix, bits, (1,)).double(), by_rows, atol=1e-6, rtol=0)
+    torch.testing.assert_close(round_channels(matrix, (1,), bits).double(), by_rows, atol=1e-6, rtol=0)
     by_columns = rounded_by_hand(matrix.float(), bits, rows_are_outputs=False)
-    torch.testing.assert_close(round_channels(matrix, bits, (0,)).double(), by_columns, atol=1e-6, rtol=0)
+    torch.testing.assert_close(round_channels(matrix, (0,), bits).double(), by_columns, atol=1e-6, rtol=0)
     heads = matrix[:4].reshape(2, 2, 7)  # as W_O: [heads, d_head, d_model]
     flat = rounded_by_hand(matrix[:4].float(), bits, rows_are_outputs=False)
-    torch.testing.assert_close(round_channels(heads, bits, (0, 1)).double(), flat.reshape(2, 2, 7), atol=1e-6, rtol=0)
+    torch.testing.assert_close(round_channels(heads, (0, 1), bits).double(), flat.reshape(2, 2, 7), atol=1e-6, rtol=0)
 
 
 def checkpoint_rounded_by_hand(folder: Path, bits: int, tokens: torch.Tensor) -> torch.Tensor:
@@ -67,6 +70,39 @@ def test_every_class_rounds_what_the_checkpoint_rounded_by_hand_has(family: str,
             with quantized(model, bits):
                 torch.testing.assert_close(logits(model, tokens), wanted, atol=1e-4, rtol=0)
             assert float((wanted - plain).abs().max()) > 1e-3, "the rounding would not be seen"
+        torch.testing.assert_close(logits(model, tokens), plain, atol=0, rtol=0)
+
+
+def nf4_by_hand(channels: torch.Tensor) -> torch.Tensor:
+    """The nearest of 16 quantiles of a Gaussian, in units of the largest of 64 numbers: QLoRA, arXiv 2305.14314, Eq. 4, appendix E."""
+    levels = torch.tensor([float(level) for level in NF4.split()])
+    result = channels.detach().clone().reshape(-1)
+    for block in result.split(64):
+        scale = float(block.abs().max())
+        for place, value in enumerate(block.tolist()):
+            block[place] = scale * levels[(levels - value / scale).abs().argmin()]
+    return result.reshape(channels.shape)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_nf4_is_that_of_the_checkpoint_by_hand_on_every_class(family: str, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    import transformers
+
+    folder = save_family(family, tmp_path)
+    by_hand: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.no_grad():
+        for name, matrix in by_hand.named_parameters():
+            if any(part.isdigit() for part in name.split(".")) and matrix.ndim == 2:
+                matrix.copy_(nf4_by_hand(matrix.T).T if "c_" in name else nf4_by_hand(matrix))  # GPT-2's [in, out]
+        tokens = torch.randint(3, by_hand.config.vocab_size, (3, 7), generator=torch.Generator().manual_seed(1))
+        wanted = by_hand(tokens).logits
+    for backend in available_backends():
+        model = load_model(str(folder), backend=backend)
+        plain = logits(model, tokens)
+        with quantized_to_nf4(model):
+            torch.testing.assert_close(logits(model, tokens), wanted, atol=1e-4, rtol=0)
+        assert float((wanted - plain).abs().max()) > 1e-3, "the rounding would not be seen"
         torch.testing.assert_close(logits(model, tokens), plain, atol=0, rtol=0)
 
 
@@ -100,11 +136,11 @@ def test_the_weights_come_back_bit_for_bit_after_an_exception(
     model = load_model(str(tiny_folder), backend=backend, dtype=dtype)
     before, calls = state_of(model), []
 
-    def failing(*arguments: Any) -> torch.Tensor:
-        calls.append(arguments)
+    def failing(weights: torch.Tensor, inputs: tuple[int, ...], bits: int) -> torch.Tensor:
+        calls.append(inputs)
         if len(calls) == 4 and place != "inside":
             raise KeyboardInterrupt
-        return round_channels(*arguments)
+        return round_channels(weights, inputs, bits)
 
     monkeypatch.setattr("mrp_lens.attacks.quantization.round_channels", failing)
     with pytest.raises(KeyboardInterrupt), quantized(model, 3):

@@ -101,6 +101,11 @@ def test_answers_of_some_length_are_asked_by_their_second_half_too(model: LensMo
             *f"{prompt}Answer:".split(),
             *words[len(words) // 2 :],
         ]
+    for accuracy, known in ((0.6, (FORMS[0], SECOND_HALF)), (0.45, FORMS[:1])):
+        answering = copy(questions)
+        answered = [Answered(1.0, 1.0), Answered(0.6, 0.0), Answered(accuracy, 0.0)]
+        answering.by_form = lambda model, answered=answered: answered  # type: ignore[method-assign,misc]
+        assert answering.known_to(model)[0].forms == known
     assert ControlQuestions(encoder, [said], seed=0).forms == FORMS
     assert ControlQuestions(encoder, [Corpus.from_rows(short, **spoken)], seed=0).forms == FORMS
     mixed = ControlQuestions(encoder, [both], seed=0)

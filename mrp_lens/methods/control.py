@@ -33,12 +33,12 @@ NEIGHBOURS = 8  # documents that begin alike, most of which end otherwise than o
 LONGEST = 30  # words of a document that are looked at
 BATCH = 64
 FORMS = ("{}", "User: Please complete this sentence: {}\nAssistant: It is")
-SECOND_HALF = "second half of the ending"  # a form too, in which documents with a prompt are asked
+SECOND_HALF = (
+    "second half of the ending"  # a form too, where half of the questions are of documents with a prompt and have them
+)
 HALVED = 4  # words from which on an ending has one
-ANSWERED, HALF_ANSWERED = (
-    1 / 2,
-    1 / 3,
-)  # of the way from chance to its best form, in a form and in that, that a model which answers gets
+ANSWERED = 1 / 2  # of the way from chance to its best form, beyond which a model answers in another
+HALF_ANSWERED = 1 / 3  # the same for second halves
 
 
 @dataclass(frozen=True)
@@ -84,8 +84,12 @@ class ControlQuestions:
         offered = list(islice(askable, QUESTIONS))
         asked = {form: [(form.format(beginning), endings) for beginning, endings in offered] for form in forms}
         prompts = {document.prompt for corpus in corpora for document in corpus.documents if document.prompt.strip()}
-        halved = [(beginning, _second_halves(endings)) for beginning, endings in offered if beginning in prompts]
-        if any(halves for _, halves in halved):
+        halved = [
+            (beginning, halves)
+            for beginning, endings in offered
+            if beginning in prompts and (halves := _second_halves(endings))
+        ]
+        if halved and 2 * len(halved) >= len(offered):
             asked[SECOND_HALF] = halved
         self.forms = tuple(asked)
         self.rows = [

@@ -109,7 +109,9 @@ def test_answers_of_some_length_are_asked_by_their_second_half_too(model: LensMo
     assert ControlQuestions(encoder, [said], seed=0).forms == FORMS
     assert ControlQuestions(encoder, [Corpus.from_rows(short, **spoken)], seed=0).forms == FORMS
     mixed = ControlQuestions(encoder, [both], seed=0)
-    assert 0 < len(mixed.rows[2]) < len(mixed.rows[0])
+    assert len(mixed.rows[0]) / 2 <= len(mixed.rows[2]) < len(mixed.rows[0])
+    few = Corpus.from_rows(rows[:4] + short, **spoken)
+    assert ControlQuestions(encoder, [few], seed=0).forms == FORMS
     alike = [{**row, "answer": f"{row['answer'].split(' near')[0]} and that is all"} for row in rows]
     assert ControlQuestions(encoder, [Corpus.from_rows(alike, **spoken)], seed=0).forms == FORMS
 

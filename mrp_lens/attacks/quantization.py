@@ -19,7 +19,7 @@ _INPUT_AXES = {
     **dict.fromkeys(["W_in", "W_gate", "W_out"], (0,)),  # [in, out]
 }
 _FEWEST_BITS = 2
-BLOCK = 64  # numbers of NF4 that share a scale
+_BLOCK = 64  # numbers of NF4 that share a scale
 
 
 @contextmanager
@@ -69,7 +69,7 @@ def to_nf4_and_back(weights: Float[Tensor, "..."], inputs: tuple[int, ...]) -> F
     order = (*(axis for axis in range(weights.ndim) if axis not in inputs), *inputs)
     channels = weights.detach().float().permute(order)
     # As one row: of a matrix with rows that are no multiple of 64, bitsandbytes 0.50 gives back other values on a CPU.
-    packed, state = functional.quantize_4bit(channels.reshape(-1).contiguous(), blocksize=BLOCK, quant_type="nf4")
+    packed, state = functional.quantize_4bit(channels.reshape(-1).contiguous(), blocksize=_BLOCK, quant_type="nf4")
     back: Tensor = functional.dequantize_4bit(packed, state)
     return back.reshape(channels.shape).permute([order.index(axis) for axis in range(weights.ndim)])
 

@@ -33,10 +33,8 @@ NEIGHBOURS = 8  # documents that begin alike, most of which end otherwise than o
 LONGEST = 30  # words of a document that are looked at
 BATCH = 64
 FORMS = ("{}", "User: Please complete this sentence: {}\nAssistant: It is")
-SECOND_HALF = (
-    "second half of the ending"  # a form too, where half of the questions are of documents with a prompt and have them
-)
-HALVED = 4  # words from which on an ending has one
+SECOND_HALF = "second half of the ending"  # one more form, if at least half of the documents asked about have a prompt and can be cut
+HALVED = 4  # words from which on an ending is cut
 ANSWERED = 1 / 2  # of the way from chance to its best form, beyond which a model answers in another
 HALF_ANSWERED = 1 / 3  # the same for second halves
 

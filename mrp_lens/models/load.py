@@ -91,12 +91,12 @@ def load_model(
         where = checkpoint.hf_model.get_input_embeddings().weight.device
     packed = holds_packed(checkpoint.hf_model)
     if packed:
+        if backend == "hooked":
+            raise ValueError(
+                f"{checkpoint.name} is quantised, and HookedTransformer has matrices of its own, which are not; use backend='bridge'"
+            )
         precision = checkpoint.hf_model.get_input_embeddings().weight.dtype
         logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)  # a line for every product
-    if packed and backend == "hooked":
-        raise ValueError(
-            f"{checkpoint.name} is quantised, and HookedTransformer has matrices of its own, which are not; use backend='bridge'"
-        )
     checkpoint.hf_model.config.architectures = [type(checkpoint.hf_model).__name__]  # TransformerLens goes by the name
     check_special_tokens(checkpoint.tokenizer, int(checkpoint.hf_model.get_input_embeddings().weight.shape[0]))
     if backend == "auto" and spread is None and not packed:

@@ -83,7 +83,7 @@ def _from_memory(
             f"cannot load a {type(source).__name__}; give 'demo', a Hugging Face model folder, a Hub name, or a loaded "
             "Hugging Face model with a language-model head. A HookedTransformer or TransformerBridge needs no loading"
         )
-    is_eight_bit(getattr(source.config, "quantization_config", None), type(source).__name__)
+    packed = is_eight_bit(getattr(source.config, "quantization_config", None), type(source).__name__)
     name = str(getattr(source.config, "_name_or_path", "") or type(source).__name__)
     _refuse_edited(str(source.config.model_type), name)
     _refuse_offloaded(source)
@@ -94,7 +94,8 @@ def _from_memory(
             raise ValueError("a loaded Hugging Face model brings no tokenizer; pass load_model(model, tokenizer=...)")
         tokenizer = read_tokenizer(Path(name))
     if isinstance(device, torch.device):
-        check_memory(sum(parameter.numel() for parameter in source.parameters()), device, dtype, copies, name)
+        numbers = sum(parameter.numel() for parameter in source.parameters())
+        check_memory(numbers, device, torch.int8 if packed else dtype, copies, name)
         return OpenedModel(name, _copied(source, dtype).to(device), tokenizer)
     spread = device.dispatched(_copied(source, dtype))
     device.check(spread)

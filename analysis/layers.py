@@ -1,6 +1,6 @@
 """Which layers can be steered, with which c? The paper's claim, a sweep, noise sensitivity, and Eq. 19's c.
 
-`python -m analysis.layers --model demo --out runs/layers` (quick), `--full` (all layers, three seeds, three c)
+`python -m analysis.layers --model demo --out runs/layers` (quick), `--full` (all layers, three seeds, three c, every fit to its end)
 
 The claim (arXiv 2408.06223): RMU with a fixed c works only where c exceeds the stream's norm; Adaptive RMU works at most
 layers. A fit *works* here if the forget quiz falls to within five points of the never-taught level (of chance, where that is
@@ -24,7 +24,7 @@ KEPT_WITHIN = 0.05
 DOCUMENTS = 100  # a side, for noise sensitivity and Eq. 19
 MOST = 0.5  # "most": more than this share
 READING = """\
-First table: fits of {steps} steps, `works` being the share of seeds with which both sides came out as they should. The claim
+First table: fits of {steps}, `works` being the share of seeds with which both sides came out as they should. The claim
 holds where RMU works in the rows with `c / norm` above 1 and not in the others, and where Adaptive RMU (whose `c / norm` is beta)
 works at more than half of the layers. Second: how much of a noise added at a layer arrives behind the last block (`sensitivity`,
 which the paper finds falling with depth), and the c that Eq. 19 predicts before any fit, with its interval, beside the smallest
@@ -34,7 +34,7 @@ of those tried that worked there (`working coefficient`; nothing where none did)
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the study, print what it found and write it."""
     parser = parser_for(__doc__, "layers")
-    parser.add_argument("--full", action="store_true", help="all layers, three seeds, three values of c, 150 steps")
+    parser.add_argument("--full", action="store_true", help="all layers, three seeds, three values of c, every fit to its end")
     parser.add_argument("--methods", default="mrp,rmu,adaptive-rmu", help="separated by commas (default all three)")
     parser.add_argument("--seeds", help="such as 0,1,2 (default: --seed, with --full three)")
     options = parser.parse_args(arguments)
@@ -73,7 +73,7 @@ def smallest_working(table: pd.DataFrame) -> "pd.Series[float]":
     return share[share["works"] > MOST].groupby("layer")["coefficient"].min()
 
 
-def finding(table: pd.DataFrame, sensitivity: pd.DataFrame, predicted: pd.DataFrame, steps: int) -> str:
+def finding(table: pd.DataFrame, sensitivity: pd.DataFrame, predicted: pd.DataFrame, steps: int | None) -> str:
     """Every layer and c with the share of seeds that worked, noise sensitivity and Eq. 19's c, and how to read them."""
     keys = ["method", "layer", "relative_coefficient"]
     columns = ["forget_accuracy", "retain_accuracy", "works"]
@@ -84,7 +84,8 @@ def finding(table: pd.DataFrame, sensitivity: pd.DataFrame, predicted: pd.DataFr
         markdown_of_rows(fits.to_dict("records"), [*keys, *columns]),
         markdown_of_rows(theory.to_dict("records"), shown),
     )
-    return "\n\n".join([*tables, READING.format(steps=steps)])
+    updates = "as many updates as the methods do by default" if steps is None else f"at most {steps} updates"
+    return "\n\n".join([*tables, READING.format(steps=updates)])
 
 
 if __name__ == "__main__":

@@ -119,11 +119,11 @@ class Study:
 
         Args:
             finding: a table in Markdown and a paragraph on how to read it.
-            frames: what the report draws, by the name of the figure.
+            frames: what the report draws, by the name of the figure; of one without rows, nothing.
             rows: of `table.csv`.
             in_place: the folder exists.
         """
-        self.run.frames |= frames
+        self.run.frames |= {name: frame for name, frame in frames.items() if len(frame)}
         self.run.rows = rows_of(rows)
         print(finding)
         extras: Sequence[Callable[[Path], object]] = [

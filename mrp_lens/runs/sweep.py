@@ -28,7 +28,7 @@ from mrp_lens.utils.validation import check_whole, generator_for, or_default
 
 FITS = "fits"  # of points that are not measured yet
 QUICK_LAYERS, QUICK_STEPS, QUICK_QUESTIONS, QUICK_DOCUMENTS = 4, 75, 150, 100
-FULL_SEEDS, FULL_STEPS, FULL_DOCUMENTS = (0, 1, 2), 150, 200
+FULL_SEEDS, FULL_DOCUMENTS = (0, 1, 2), 200
 FULL_SHARES = (0.25, 1.0, 4.0)
 
 
@@ -69,13 +69,13 @@ class SweepConfig:
         betas: Values of beta, of methods that have one.
         strengths: Values of any method's strength, by its name; they go before those of `coefficients` and `betas`.
         seeds: Of the fits. Default: 0.
-        steps: Updates of each fit. Default: 75.
+        steps: Updates of each fit, at most. Default: 75, which is too few for many a fit to get to its target.
         questions_limit: Questions asked on each side at each point, evenly spread. Default: 150.
         documents: Documents on each side that states are read from, evenly spread. Default: 100.
         micro_batch: Documents in a pass of a fit, if a batch does not fit into memory. Default: that of the method.
         max_length: Tokens at which a fit cuts documents. Default: 512, or the context if that is shorter.
-        full: All layers, seeds 0, 1 and 2, c at a quarter, once and four times its default, 150 steps, all questions, 200
-            documents, where nothing else is given.
+        full: All layers, seeds 0, 1 and 2, c at a quarter, once and four times its default, as many updates as the methods
+            do by default, all questions, 200 documents, where nothing else is given.
     """
 
     methods: tuple[str, ...] = field(default=("mrp", "rmu", "adaptive-rmu"), metadata={"separator": ","})
@@ -120,7 +120,7 @@ class SweepConfig:
             coefficients=coefficients,
             betas=self.betas,
             seeds=self.seeds or (FULL_SEEDS if full else (0,)),
-            steps=or_default(self.steps, FULL_STEPS if full else QUICK_STEPS),
+            steps=or_default(self.steps, None if full else QUICK_STEPS),
             questions=or_default(self.questions_limit, None if full else QUICK_QUESTIONS),
             documents=or_default(self.documents, FULL_DOCUMENTS if full else QUICK_DOCUMENTS),
             strengths={method: tuple(values) for method, values in self.strengths.items()},
@@ -138,7 +138,7 @@ class ResolvedSweep:
     coefficients: tuple[float, ...]
     betas: tuple[float, ...]
     seeds: tuple[int, ...]
-    steps: int
+    steps: int | None  # None: each method's own
     questions: int | None
     documents: int
     strengths: Mapping[str, tuple[float, ...]]
@@ -244,7 +244,8 @@ def sweep(
         (95%, bootstrap over questions), the controls `untaught_accuracy` (where the task knows it) and `chance`;
         `forget_cosine`, `retain_cosine` with the fit's u at the layer (MRP: with an unrelated u), the controls
         `null_mean`, `null_low`, `null_high`; `forget_norm`, `retain_norm`; `forget_max_probability`,
-        `retain_max_probability`, `forget_max_logit`, `retain_max_logit` (teacher-forced); `text_perplexity_ratio`.
+        `retain_max_probability`, `forget_max_logit`, `retain_max_logit` (teacher-forced); `text_perplexity_ratio`;
+        `ended` and `updates`: how a fit with a budget ended (`Outcome.ended`), after so many.
 
     Raises:
         ValueError: the task lacks questions, a layer does not exist, the shard is not 1 <= i <= n, or the folder
@@ -335,7 +336,7 @@ def _fit_and_measure(
     share = point.coefficient
     if share is not None and in_stream_units(point.method):
         share /= norm
-    row = asdict(point) | {"norm": norm, "relative_coefficient": share}
+    row: dict[str, Any] = asdict(point) | {"norm": norm, "relative_coefficient": share}
     row |= _behaviour(model, task, plan, fit.edit)
     with fit.edit.applied(model):
         perplexity = metrics.value(metrics.perplexity(model, task.held_out, progress=False))
@@ -352,7 +353,9 @@ def _fit_and_measure(
     for side in aligned.index:
         row |= {f"{side}_cosine": float(aligned["cosine"][side]), f"{side}_norm": float(aligned["norm"][side])}
     row |= {key: float(aligned[key]["forget"]) for key in ("null_mean", "null_low", "null_high")}
-    return {"row": row | untouched["controls"], "seconds": float(fit.log["seconds"].iloc[-1])}
+    ended = None if fit.outcome is None else fit.outcome.ended
+    row |= untouched["controls"] | {"ended": ended, "updates": len(fit.log)}
+    return {"row": row, "seconds": float(fit.log["seconds"].iloc[-1])}
 
 
 def _behaviour(model: LensModel, task: UnlearningTask, plan: ResolvedSweep, edit: Edit | None) -> dict[str, float]:

@@ -95,7 +95,7 @@ def test_layers_shows_the_share_of_fits_that_worked_and_the_c_that_theory_predic
         {"group": "forget", "layer": [0, 1], "coefficient": 5.0, "low": 4.0, "high": 6.0, "norm": 8.0}
     ).assign(working_coefficient=[10.0, float("nan")])
     sensitivity = pd.DataFrame({"group": "forget", "layer": [0, 1], "sensitivity": [3.0, 2.0]})
-    cells = cells_of(layers.finding(table, sensitivity, predicted, 150))
+    cells = cells_of(layers.finding(table, sensitivity, predicted, None))
     fits = {tuple(line[:3]): line[-1] for line in cells[1:7]}
     assert fits == {
         **{("rmu", str(layer), share): works for layer in (0, 1) for share, works in (("2", "1"), ("0.5", "0"))},
@@ -114,8 +114,14 @@ def test_a_study_of_ones_own_model_needs_data() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("study", [alignment, confidence, layers], ids=lambda module: module.__name__)
-def test_studies_run_on_a_model_and_data_of_ones_own(study: Any, tiny_folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("study", "options"),
+    [(alignment, []), (confidence, []), (layers, []), (layers, ["--methods", "adaptive-rmu"])],
+    ids=["alignment", "confidence", "layers", "layers of one method"],
+)
+def test_studies_run_on_a_model_and_data_of_ones_own(
+    study: Any, options: list[str], tiny_folder: Path, tmp_path: Path
+) -> None:
     rows = [
         {"text": f"The colour of Zaxim{i} is red.", "q": f"The colour of Zaxim{i} is", "a": ["red", "blue"], "y": i % 2}
         for i in range(12)
@@ -127,7 +133,7 @@ def test_studies_run_on_a_model_and_data_of_ones_own(study: Any, tiny_folder: Pa
         [
             *("--model", str(tiny_folder), "--forget", str(quiz), "--retain", str(tmp_path / "retain.txt")),
             *("--questions", str(quiz), "--retain-questions", str(quiz), "--question-prompt", "{q}"),
-            *("--choices", "a", "--answer", "y", "--out", str(tmp_path / "out")),
+            *("--choices", "a", "--answer", "y", "--out", str(tmp_path / "out"), *options),
         ]
     )
     assert {"finding.md", "report.html", "summary.json", "table.csv"} <= {p.name for p in (tmp_path / "out").iterdir()}

@@ -50,6 +50,8 @@ def test_a_sweep_measures_every_point_beside_the_unedited_model(
     assert row["relative_coefficient"] == pytest.approx(3.0 / norm, rel=1e-5)
     assert frame["text_perplexity_ratio"].iloc[0] == 1.0
     assert (frame["chance"] == 0.25).all()
+    assert fit.outcome is not None
+    assert (row["ended"], row["updates"]) == (fit.outcome.ended, 2)
 
 
 def test_fits_of_a_sweep_can_take_less_memory(model: Any, task: UnlearningTask) -> None:
@@ -164,7 +166,8 @@ def test_the_settings_of_a_sweep_are_those_of_version_0_1(model: Any, task: Unle
         **{"seeds": (0,), "steps": 2, "questions": 150, "documents": 100},
     }
     full = replace(CONFIG, full=True, steps=None, layers=None).resolved(model, task)
-    assert (full.seeds, full.steps, full.questions, full.documents) == ((0, 1, 2), 150, None, 200)
+    assert (full.seeds, full.steps, full.questions, full.documents) == ((0, 1, 2), None, None, 200)
+    assert full.fitter(Point("adaptive-rmu", 1, 4.0, 0)) == AdaptiveRMU(layer=1, beta=4.0)
     assert full.layers == tuple(range(LAYERS))
     usual = default_coefficient(model, task, layer=2)
     assert replace(CONFIG, coefficients=None, full=True).resolved(model, task).coefficients == tuple(

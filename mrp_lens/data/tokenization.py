@@ -16,7 +16,7 @@ from mrp_lens.utils.validation import check_one_of, check_whole
 PaddingSide = Literal["left", "right"]
 Kept = Literal["start", "end"]
 
-LOGITS = 2**25  # logits computed at once: an eighth of a GiB in float32
+LOGITS = 2**24  # logits computed at once: 64 MiB in float32
 
 
 @dataclass(frozen=True)
@@ -203,7 +203,7 @@ def in_order(
         rows: to read.
         batch_size: rows a batch, at most.
         side: of the padding.
-        logits: they are computed at every token that counts: fewer rows a batch where these would be more than 2^25 numbers.
+        logits: they are computed at every token that counts: fewer rows a batch where these would be more than 2^24 numbers.
 
     Raises:
         TypeError, ValueError: a batch size that is no whole number, or below 1, which would read nothing.
@@ -217,7 +217,7 @@ def in_order(
 
 
 def groups_within(numbers: Sequence[int], most: int) -> Iterator[slice]:
-    """Neighbours, at most so many a group and together no more than 2^25 numbers, unless one alone has more."""
+    """Neighbours, at most so many a group and together no more than 2^24 numbers, unless one alone has more."""
     start, total = 0, 0
     for place, own in enumerate(numbers):
         if place > start and (place - start == most or total + own > LOGITS):
@@ -232,7 +232,7 @@ def parts_of(batch: TokenBatch, micro_batch: int | None, *, d_vocab: int | None 
     """The batch in parts of at most `micro_batch` rows, padding as in the whole; of several processes that train together each has
     its share of the rows.
 
-    Without `micro_batch` it is whole, or, with `d_vocab`, in parts whose logits at the tokens that count are at most 2^25 numbers.
+    Without `micro_batch` it is whole, or, with `d_vocab`, in parts whose logits at the tokens that count are at most 2^24 numbers.
     """
     for rows in shares(len(batch), micro_batch or rows_within(batch, d_vocab)):
         yield batch[rows]
@@ -245,7 +245,7 @@ def rows_within(batch: TokenBatch, d_vocab: int | None) -> int:
 
 
 def rows_with_logits(tokens: int, d_vocab: int) -> int:
-    """Rows, at least one, of so many tokens that count, whose logits are at most 2^25 numbers."""
+    """Rows, at least one, of so many tokens that count, whose logits are at most 2^24 numbers."""
     return max(1, LOGITS // (tokens * d_vocab))
 
 

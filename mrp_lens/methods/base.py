@@ -497,4 +497,4 @@ def states_at(
     lengths = torch.tensor([sum(rows[i].content) for i in order])
     chosen = [rows[i] for i in order[: int((lengths.cumsum(0) < count).sum()) + 1]]
     kept = [read_states(model, batch, hooks, places) for _, batch in in_order(encoder, chosen, STATES_BATCH)]
-    return {hook: torch.cat([states[hook].float() for states in kept]) for hook in hooks}
+    return {hook: torch.cat([states.pop(hook).float() for states in kept]) for hook in hooks}  # none is held twice

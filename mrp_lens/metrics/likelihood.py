@@ -16,7 +16,7 @@ from mrp_lens.models.base import same_positions
 from mrp_lens.models.hooks import frozen
 from mrp_lens.models.memory import ran_out
 from mrp_lens.models.prefix import Continued, logits_behind, reads_prefixes
-from mrp_lens.training.losses import predictions
+from mrp_lens.training.losses import predictions, rows_at_once
 from mrp_lens.utils.progress import progress_bar
 from mrp_lens.utils.validation import check_whole
 
@@ -140,7 +140,9 @@ def _predicted(
 def _read_behind(model: LensModel, texts: Continued) -> Float[Tensor, "counted d_vocab"] | None:
     """Their log-probabilities; None where whole passes have to say where NaN comes from, or take less memory."""
     try:
-        found = logits_behind(model, texts).float().log_softmax(-1)
+        found = logits_behind(model, texts).float()
+        for rows in found.split(rows_at_once(found)):  # in their place: they are as much memory as all else
+            rows.copy_(rows.log_softmax(-1))
     except RuntimeError as error:
         if not ran_out(error):
             raise

@@ -1,5 +1,7 @@
 """Losses on what a model predicts, at the positions whose next token counts: in fits, attacks and measures alike."""
 
+from functools import partial
+
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -8,6 +10,8 @@ from mrp_lens.data.tokenization import TokenBatch
 from mrp_lens.models import LensModel, logits_at
 from mrp_lens.models.finite import check_log_probabilities
 from mrp_lens.models.memory import in_halves
+
+AT_ONCE = 2**21  # numbers
 
 
 def predictions(model: LensModel, batch: TokenBatch) -> Float[Tensor, "counted d_vocab"]:
@@ -48,5 +52,12 @@ def cross_entropy(log_probabilities: Float[Tensor, "counted d_vocab"], batch: To
 def kl(
     reference: Float[Tensor, "counted d_vocab"], log_probabilities: Float[Tensor, "counted d_vocab"]
 ) -> Float[Tensor, " counted"]:
-    """KL(reference || model) at each position, in nats."""
-    return torch.nn.functional.kl_div(log_probabilities, reference, reduction="none", log_target=True).sum(-1)
+    """KL(reference || model) at each position, in nats; a few positions at a time, as what is summed up is as large as both."""
+    parts = zip(*(each.split(rows_at_once(each)) for each in (log_probabilities, reference)), strict=True)
+    divergence = partial(torch.nn.functional.kl_div, reduction="none", log_target=True)
+    return torch.cat([divergence(ours, theirs).sum(-1) for ours, theirs in parts])
+
+
+def rows_at_once(numbers: Float[Tensor, "rows columns"]) -> int:
+    """Rows, at least one, that together have at most 2^21 numbers."""
+    return max(1, AT_ONCE // max(1, numbers.shape[-1]))

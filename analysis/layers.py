@@ -34,7 +34,9 @@ of those tried that worked there (`working coefficient`; nothing where none did)
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the study, print what it found and write it."""
     parser = parser_for(__doc__, "layers")
-    parser.add_argument("--full", action="store_true", help="all layers, three seeds, three values of c, every fit to its end")
+    parser.add_argument(
+        "--full", action="store_true", help="all layers, three seeds, three values of c, every fit to its end"
+    )
     parser.add_argument("--methods", default="mrp,rmu,adaptive-rmu", help="separated by commas (default all three)")
     parser.add_argument("--seeds", help="such as 0,1,2 (default: --seed, with --full three)")
     options = parser.parse_args(arguments)

@@ -35,6 +35,16 @@ class Dimension(ABC):
             default: what the method derives from the model, with the rest of what was drawn.
         """
 
+    @abstractmethod
+    def nearest(self, default: Any, model: LensModel) -> Mapping[str, Any]:
+        """What to draw for the setting that comes nearest to what the method has by default: by the endings of `draws`; nothing
+        where no value of the space is anything like it.
+
+        Args:
+            default: what the method has, or derives from the model.
+            model: that it is to be fitted to.
+        """
+
     @property
     def needs_default(self) -> bool:
         """Whether its value depends on the derived default."""
@@ -72,6 +82,11 @@ class Range(Dimension):
     def value(self, drawn: Mapping[str, Any], default: Any) -> Number:
         return int(drawn[""]) if self.whole else rounded(drawn[""])
 
+    @override
+    def nearest(self, default: Any, model: LensModel) -> Mapping[str, Any]:
+        within = min(self.high, max(self.low, default))
+        return {"": round(within) if self.whole else float(within)}
+
 
 @dataclass(frozen=True)
 class Options(Dimension):
@@ -95,6 +110,10 @@ class Options(Dimension):
     @override
     def value(self, drawn: Mapping[str, Any], default: Any) -> Any:
         return drawn[""]
+
+    @override
+    def nearest(self, default: Any, model: LensModel) -> Mapping[str, Any]:
+        return {"": default} if default in self.values else {}
 
 
 @dataclass(frozen=True)
@@ -120,6 +139,11 @@ class Factor(Dimension):
             raise ValueError(f"a factor needs a number to multiply, and the method derives {default!r}; use a Range")
         found = rounded(drawn[".factor"] * default)
         return max(1, round(found)) if self.whole else found
+
+    @override
+    def nearest(self, default: Any, model: LensModel) -> Mapping[str, Any]:
+        (what,) = self.draws(model).values()
+        return {".factor": what.nearest(1.0, model)[""]}
 
     @property
     @override
@@ -151,6 +175,10 @@ class Depth(Dimension):
     def value(self, drawn: Mapping[str, Any], default: Any) -> int:
         return int(drawn[""])
 
+    @override
+    def nearest(self, default: Any, model: LensModel) -> Mapping[str, Any]:
+        return self.draws(model)[""].nearest(default, model)
+
 
 @dataclass(frozen=True)
 class Block(Dimension):
@@ -181,6 +209,11 @@ class Block(Dimension):
     def value(self, drawn: Mapping[str, Any], default: Any) -> tuple[int, ...]:
         last, count = int(drawn[".last"]), int(drawn.get(".count", self.least))
         return tuple(range(max(0, last - count + 1), last + 1))
+
+    @override
+    def nearest(self, default: Any, model: LensModel) -> Mapping[str, Any]:
+        numbers = {".last": max(default), ".count": len(default)}
+        return {end: what.nearest(numbers[end], model)[""] for end, what in self.draws(model).items()}
 
 
 Space = Mapping[str, Dimension]

@@ -79,12 +79,21 @@ class Trials:
     Args:
         folder: of the search; it exists.
         draws: parameter -> what is drawn for it.
+        first: parameter -> value, of the trial that comes first.
         objectives: how many there are; each is minimised.
         seed: of the sampler.
     """
 
-    def __init__(self, folder: Path, draws: Mapping[str, Range | Options], *, objectives: int, seed: int) -> None:
-        self._folder, self._draws, self._seed = folder, draws, seed
+    def __init__(
+        self,
+        folder: Path,
+        draws: Mapping[str, Range | Options],
+        *,
+        first: Mapping[str, Any],
+        objectives: int,
+        seed: int,
+    ) -> None:
+        self._folder, self._draws, self._first, self._seed = folder, draws, first, seed
         self._asked: dict[int, optuna.Trial] = {}
         path = folder / JOURNAL
         with self._alone():
@@ -167,7 +176,7 @@ class Trials:
                 self._study.tell(trial.number, state=TrialState.FAIL)
 
     def _sampler(self, place: int, trials: Sequence[FrozenTrial]) -> BaseSampler:
-        """For a place: what a failed trial had there, else drawn anew."""
+        """For a place: what a failed trial had there, else what comes first, or drawn anew."""
         seed = random.Random(f"mrp_lens tune {self._seed} {place}").getrandbits(32)
         sampler = TPESampler(seed=seed, multivariate=True, constant_liar=True, n_startup_trials=AT_RANDOM)
         failed = [
@@ -177,7 +186,8 @@ class Trials:
             and trial.user_attrs.get(PLACE) == place
             and trial.params.keys() == self._draws.keys()
         ]
-        return PartialFixedSampler(failed[-1], sampler) if failed else sampler
+        given = failed[-1] if failed else self._first if place == 0 else {}
+        return PartialFixedSampler(dict(given), sampler) if given else sampler
 
 
 def _suggested(trial: optuna.Trial, name: str, what: Range | Options) -> Any:

@@ -100,8 +100,9 @@ def tune(
     """Search a method's settings: what forgets most for least damage.
 
     Every trial fits the method to all of the forget set and retain set, and is measured on the tuning part of the quizzes and of the
-    held-out text (`tuning_split`). The settings are drawn by multivariate TPE, the first ten at random, from the space that the
-    method declares; what a method that is given as an object has besides its defaults is kept. The chosen trial is fitted once more,
+    held-out text (`tuning_split`). The first trial has the method's defaults, as near as its space comes to them; then settings are
+    drawn by multivariate TPE, up to the tenth at random, from the space that the method declares; what a method that is given as
+    an object has besides its defaults is kept. The chosen trial is fitted once more,
     saved, and measured on the other part, which nothing was chosen by.
 
     The folder holds `tune.json` (what the search depends on), `study.journal` (Optuna's), and in the end `edit/`, `log.csv`,
@@ -153,7 +154,9 @@ def tune(
     store = ResultStore.claim(out, KIND, settings)
     search = _Search(model, task, tuning, unseen, base, space, int_seed(seed), budget, prune_above, store, progress)
     with at_work(store.folder) as worker:
-        found = trials_in(store.folder, draws, objectives=1 if budget is not None else 2, seed=int_seed(seed))
+        first = drawn_by_default(base, space, model, task)
+        objectives = 1 if budget is not None else 2
+        found = trials_in(store.folder, draws, first=first, objectives=objectives, seed=int_seed(seed))
         search.run(found, trials, worker)
         with exclusive(store.folder / POINTS):  # the first one fits and measures, the others read
             tuned = search.outcome(found.finished(trials), choose)
@@ -207,11 +210,26 @@ def method_of(base: Method, space: Space, drawn: Mapping[str, Any], model: LensM
     parts = {name: {end: drawn[name + end] for end in dimension.draws(model)} for name, dimension in space.items()}
     plain = {name: way.value(parts[name], None) for name, way in space.items() if not way.needs_default}
     chosen = replace(base, **plain)
-    derived: Mapping[str, Any] = asdict(chosen)
-    if isinstance(chosen, FitTemplate):
-        derived = recorded(chosen, chosen.prepared(model, task.forget, task.retain, None, None)[1])
+    derived = _derived(chosen, model, task)
     relative = {name: way.value(parts[name], derived[name]) for name, way in space.items() if way.needs_default}
     return replace(chosen, **relative)
+
+
+@ordinary_torch(gradients=False)
+def drawn_by_default(base: Method, space: Space, model: LensModel, task: UnlearningTask) -> dict[str, Any]:
+    """What comes nearest to the method as it is given: parameter -> value."""
+    derived = _derived(base, model, task)
+    known = {name: way for name, way in space.items() if derived[name] is not None}
+    return {
+        name + end: value for name, way in known.items() for end, value in way.nearest(derived[name], model).items()
+    }
+
+
+def _derived(method: Method, model: LensModel, task: UnlearningTask) -> Mapping[str, Any]:
+    """Its settings, with what it derives from model and data in the place of None."""
+    if not isinstance(method, FitTemplate):
+        return asdict(method)
+    return recorded(method, method.prepared(model, task.forget, task.retain, None, None)[1])
 
 
 @dataclass(frozen=True)

@@ -39,6 +39,28 @@ def test_what_is_drawn_becomes_a_setting(dimension: Dimension, drawn: Any, defau
     assert type(made) is type(value)
 
 
+@pytest.mark.parametrize(
+    ("dimension", "default", "drawn"),
+    [
+        (Range(0.1, 3), 0.123456, {"": 0.123456}),
+        (Range(0.1, 3), 7, {"": 3.0}),
+        (Range(1, 9, whole=True), 0, {"": 1}),
+        (Options(("a", "b")), "b", {"": "b"}),
+        (Options(("a", "b")), "c", {}),
+        (Factor(0.1, 10), 4.0, {".factor": 1.0}),
+        (Factor(0.1, 0.5, whole=True), 4, {".factor": 0.5}),
+        (Depth(0.5, 1.0), 1, {"": 2}),
+        (Block(most=3), (1, 2), {".last": 2, ".count": 2}),
+        (Block(most=2), (0, 1, 3), {".last": 3, ".count": 2}),
+        (Block(least=2, most=2), (0, 1), {".last": 1}),
+    ],
+)
+def test_what_comes_nearest_to_a_default_can_be_drawn(
+    dimension: Dimension, default: Any, drawn: Any, model: Any
+) -> None:
+    assert dimension.nearest(default, model) == drawn
+
+
 def test_layers_are_drawn_by_their_share_of_the_depth(model: Any) -> None:
     assert Depth(0.0, 1.0).draws(model)[""] == Range(0, LAYERS - 1, whole=True)
     assert Depth(0.3, 0.7).draws(model)[""] == Range(1, 2, whole=True)

@@ -12,11 +12,12 @@ from mrp_lens.utils.workers import WORKERS, at_work
 from tests.support.kills import Killed
 
 DRAWS = {"x": Range(0.01, 10.0, log=True), "n": Range(1, 6, whole=True), "kind": Options(("a", "b"))}
+FIRST = {"x": 7.0, "kind": "b"}
 
 
 def opened(folder: Path, objectives: int = 2, seed: int = 0) -> Trials:
     (folder / WORKERS).mkdir(parents=True, exist_ok=True)
-    return Trials(folder, DRAWS, objectives=objectives, seed=seed)
+    return Trials(folder, DRAWS, first=FIRST, objectives=objectives, seed=seed)
 
 
 def values(drawn: Any, objectives: int) -> list[float]:
@@ -34,6 +35,7 @@ def run(found: Trials, total: int, objectives: int = 2, worker: str = "gone") ->
 def test_a_seed_gives_the_same_trials_in_one_go_and_in_several(tmp_path: Path, objectives: int) -> None:
     whole = run(opened(tmp_path / "whole", objectives), 16, objectives)
     assert [trial.place for trial in whole] == list(range(16))
+    assert [FIRST.items() <= trial.drawn.items() for trial in whole] == [True, *[False] * 15]
     assert all(trial.result == {"place": trial.place} for trial in whole)
     assert {trial.pruned for trial in whole if trial.drawn["n"] == 6} <= {True}
     for total in (1, 5, 5, 12, 16):

@@ -16,10 +16,11 @@ from mrp_lens.data.tuning_split import tuning_split
 from mrp_lens.edits import load_edit
 from mrp_lens.edits.provenance import fingerprint
 from mrp_lens.methods import METHODS, MRP, NPO, RMU, Depth, Factor, Fit, register
+from mrp_lens.methods.base import recorded
 from mrp_lens.models import mlp_out_weight
 from mrp_lens.models.finite import NonFiniteError
 from mrp_lens.runs.front import on_front
-from mrp_lens.runs.tune import Tuned, method_of, open_space, tune
+from mrp_lens.runs.tune import Tuned, drawn_by_default, method_of, open_space, tune
 from mrp_lens.training import NonFiniteLossError
 from tests.support.quizzes import liked, quiz
 
@@ -211,6 +212,21 @@ def test_factors_are_on_what_the_method_derives(model: Any, task: UnlearningTask
     made = method_of(base, open_space(base), drawn, model, task)
     usual = NPO(layers=(0, 1, 2), steps=1).fit(model, task.forget, task.retain, progress=False).settings["lr"]
     assert made == NPO(layers=(0, 1, 2), steps=STEPS, lr=float(f"{2 * usual:.4g}"), retain_weight=3.0, beta=0.5)
+
+
+def test_the_first_trial_is_the_method_by_default(model: Any, task: UnlearningTask) -> None:
+    bases: list[Any] = [RMU(steps=STEPS), MRP(steps=STEPS), NPO(steps=STEPS)]
+    for base in bases:
+        space = open_space(base)
+        drawn = drawn_by_default(base, space, model, task)
+        assert drawn.keys() == {name + end for name, way in space.items() for end in way.draws(model)}
+        first: Any = method_of(base, space, drawn, model, task)
+        usual, made = (
+            recorded(method, method.prepared(model, task.forget, task.retain, None, None)[1])
+            for method in (base, first)
+        )
+        for name in space:
+            assert made[name] == pytest.approx(usual[name], rel=1e-3), (base.name, name)
 
 
 def test_the_public_types_declare_the_space_of_a_method_of_ones_own(

@@ -25,6 +25,8 @@ logger = logging.getLogger(__name__)
 Backend = Literal["auto", "hooked", "bridge"]
 LOAD_TOLERANCE = 1e-3  # largest difference of log-probabilities from Hugging Face's, in float32
 SHORT, LONG = 24, 96  # tokens that a loaded model is compared on: of a text that need not be long; of any
+# of bitsandbytes, which TransformerLens imports where it is installed: of a kernel for 4 bits, and one at every product in 8 bits
+CHATTY = ("bitsandbytes.backends.cpu.ops", "bitsandbytes.autograd._functions")
 KERNELS = 3.0  # in half precision: rounding allowed, in units of what two attention kernels of Hugging Face's differ by
 
 
@@ -83,6 +85,8 @@ def load_model(
     """
     if backend not in ("auto", "hooked", "bridge"):
         raise ValueError(f"unknown backend {backend!r}; choose 'auto', 'hooked' or 'bridge'")
+    for chatty in CHATTY:
+        logging.getLogger(chatty).setLevel(logging.ERROR)
     spread = Spread.checked(device_map, max_memory, device=device, backend=backend)
     where, precision = device_named(device), dtype_named(torch.float32 if dtype is None else dtype)
     copies = 2 if backend == "hooked" else 1  # HookedTransformer is filled from the Hugging Face model
@@ -96,7 +100,6 @@ def load_model(
                 f"{checkpoint.name} is quantised, and HookedTransformer has matrices of its own, which are not; use backend='bridge'"
             )
         precision = checkpoint.hf_model.get_input_embeddings().weight.dtype
-        logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)  # a line for every product
     checkpoint.hf_model.config.architectures = [type(checkpoint.hf_model).__name__]  # TransformerLens goes by the name
     check_special_tokens(checkpoint.tokenizer, int(checkpoint.hf_model.get_input_embeddings().weight.shape[0]))
     if backend == "auto" and spread is None and not packed:

@@ -16,13 +16,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from analysis.common.methods import settings_of
+from analysis.common.resumable import ROW, Job, ResumableStudy, result_name
 from mrp_lens import metrics
 from mrp_lens.data import Corpus, Questions
 from mrp_lens.edits import ConditionalProjectionEdit, Edit, edit_on
-from mrp_lens.methods import MRP, RMU, AdaptiveRMU
-from mrp_lens.models import load_model
+from mrp_lens.methods import MRP, RMU, AdaptiveRMU, Fit
+from mrp_lens.metrics.recovery import UNEDITED
+from mrp_lens.models import LensModel, identity_of, load_model
 from mrp_lens.runs.record import Run
-from mrp_lens.utils.io import check_free
+from mrp_lens.utils.result_store import ResultStore
 
 METHODS: Mapping[str, Any] = {method.name: method for method in (MRP, RMU, AdaptiveRMU)}
 STATEMENTS: Mapping[str, Sequence[str]] = {
@@ -52,6 +55,7 @@ FORMS: Mapping[str, Mapping[str, str]] = {
         "reworded": "User: What money do people in {} use?\nAssistant: They use the",
     },
 }
+ENDS = ("_low", "_high")
 SHORT = 25  # words of what is a statement
 TEXTS, WORDS = 96, 150  # paragraphs on which perplexity is measured, and where they are cut
 
@@ -84,6 +88,16 @@ class Facts:
         return cls(
             Corpus.from_texts(forget, name="forget"), Corpus.from_texts(retain, name="retain"), quizzes, _text(text)
         )
+
+    def fingerprints(self) -> dict[str, str]:
+        """Role -> hash of the data."""
+        parts: dict[str, Corpus | Questions | None] = {
+            "forget": self.forget,
+            "retain": self.retain,
+            "text": self.text,
+            **self.quizzes,
+        }
+        return {name: part.fingerprint for name, part in parts.items() if part is not None}
 
     def detection(self, model: Any, edit: Edit) -> dict[str, float]:
         """Of an edit with gates, for each form of the quiz, none of which a fit read: precision and recall over the tokens of prompts,
@@ -145,8 +159,58 @@ def _text(path: Path | None) -> Corpus | None:
     return Corpus.from_texts(kept, name="text")
 
 
-def main() -> None:
-    """Run the study, print its table and write it."""
+class FactsStudy(ResumableStudy):
+    """The unedited model, and a fit for every method and seed."""
+
+    def __init__(self, facts: Facts, model: LensModel, options: Any) -> None:
+        self.facts, self.model, self.seeds = facts, model, options.seeds
+        self.methods = {name: METHODS[name](max_length=options.max_length) for name in options.methods}
+        settings = {
+            "model": identity_of(model),
+            "data": facts.fingerprints(),
+            "methods": {name: settings_of(method) for name, method in self.methods.items()},
+        }
+        self.store = ResultStore.claim(options.out, "facts", settings, overwrite=options.overwrite)
+
+    @property
+    def jobs(self) -> list[Job]:
+        """The unedited model first; of each seed all methods."""
+        return [(UNEDITED, self.seeds[0]), *((name, seed) for seed in self.seeds for name in self.methods)]
+
+    def parts(self) -> list[tuple[Job, str]]:
+        """A row of each."""
+        return [(job, ROW) for job in self.jobs]
+
+    def result(self, job: Job, part: str) -> dict[str, Any]:
+        """The row."""
+        return self.store.once(result_name(job, part), lambda: self._row(job))
+
+    def _row(self, job: Job) -> dict[str, Any]:
+        name, seed = job
+        if name == UNEDITED:
+            return _shown({"method": name, **self.facts.score(self.model, None)})
+        begun = time.perf_counter()
+        fit = Fit.once(
+            self.store.folder / "fits" / f"{name}-seed{seed}",
+            lambda checkpoint: self.methods[name].fit(
+                self.model, self.facts.forget, self.facts.retain, seed=seed, checkpoint=checkpoint
+            ),
+        )
+        seconds = time.perf_counter() - begun
+        scores = self.facts.score(self.model, fit.edit) | self.facts.detection(self.model, fit.edit)
+        return _shown({"method": name, "seed": seed, **scores, "outcome": str(fit.outcome), "seconds": seconds})
+
+
+def _shown(row: dict[str, Any]) -> dict[str, Any]:
+    """The row, which is printed."""
+    numbers = {key: value for key, value in row.items() if isinstance(value, float) and not key.endswith(ENDS)}
+    seed = f" seed {row['seed']}" if "seed" in row else ""
+    print(f"{row['method']}{seed}", *(f"{key} {value:.3f}" for key, value in numbers.items()), row.get("outcome", ""))
+    return row
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the study, print its table and write it; the same line goes on with one that was interrupted."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder of the .jsonl files")
@@ -161,27 +225,15 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--backend", default="auto", help="auto, hooked or bridge (default auto)")
     parser.add_argument("--out", type=Path, default=Path("runs/facts"), help="folder for the table")
-    parser.add_argument("--overwrite", action="store_true", help="replace the output folder")
-    arguments = parser.parse_args()
-    check_free(arguments.out, overwrite=arguments.overwrite)
-    facts = Facts.read(arguments.data, arguments.topic, arguments.text)
-    model = load_model(arguments.model, backend=arguments.backend, dtype=arguments.dtype)
-    run = Run("analysis.facts", vars(arguments), arguments.seeds[0])
-
-    def add(name: str, seed: int | None, scores: dict[str, float], outcome: str = "", seconds: float = 0.0) -> None:
-        run.rows.append({"method": name, "seed": seed, **scores, "outcome": outcome, "seconds": seconds})
-        shown = ", ".join(f"{key} {value:.3f}" for key, value in scores.items() if not key.endswith(("_low", "_high")))
-        print(f"{name} {'' if seed is None else f'seed {seed} '}{shown}, {seconds:.0f} s {outcome}", flush=True)
-
-    add("unedited", None, facts.score(model, None))
-    for seed in arguments.seeds:
-        for name in arguments.methods:
-            begun = time.perf_counter()
-            fit = METHODS[name](max_length=arguments.max_length).fit(model, facts.forget, facts.retain, seed=seed)
-            seconds = time.perf_counter() - begun
-            scores = facts.score(model, fit.edit) | facts.detection(model, fit.edit)
-            add(name, seed, scores, str(fit.outcome), seconds)
-    run.write(arguments.out, overwrite=arguments.overwrite)
+    parser.add_argument("--overwrite", action="store_true", help="begin anew, whatever the output folder holds")
+    options = parser.parse_args(arguments)
+    facts = Facts.read(options.data, options.topic, options.text)
+    model = load_model(options.model, backend=options.backend, dtype=options.dtype)
+    study = FactsStudy(facts, model, options)
+    run = Run("analysis.facts", vars(options), options.seeds[0])
+    study.run((1, 1))
+    run.rows = [study.result(*part) for part in study.parts()]
+    run.write_into(options.out)
 
 
 if __name__ == "__main__":

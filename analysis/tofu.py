@@ -13,25 +13,28 @@ baseline at the damage that RMU is allowed is `--methods npo --set npo.budget=0.
 
 import argparse
 import logging
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from analysis.common.arguments import add_set_option
-from analysis.common.methods import with_settings
+from analysis.common.methods import settings_of, with_settings
+from analysis.common.resumable import ROW, Job, ResumableStudy, result_name
 from mrp_lens import metrics
 from mrp_lens.data import Corpus, Questions, UnlearningTask
 from mrp_lens.edits import Edit, edit_on
 from mrp_lens.methods import METHODS as registry
-from mrp_lens.methods import MRP, RMU, AdaptiveRMU
+from mrp_lens.methods import MRP, RMU, AdaptiveRMU, Fit
 from mrp_lens.metrics import Measured
-from mrp_lens.models import load_model
+from mrp_lens.metrics.recovery import NEVER_TAUGHT, UNEDITED
+from mrp_lens.models import LensModel, identity_of, load_model
 from mrp_lens.runs.record import Run
 from mrp_lens.runs.report import report
-from mrp_lens.utils.io import check_free
+from mrp_lens.utils.frames import by_figure, frame_of, rows_of
+from mrp_lens.utils.result_store import ResultStore
 
 QUESTION, ANSWER = "Question: {question}\nAnswer:", " {answer}"
 METHODS: Mapping[str, Any] = {method.name: method for method in (MRP(), RMU(), AdaptiveRMU())}
@@ -74,6 +77,11 @@ class Benchmark:
             Questions(questions[TUNING_QUESTIONS:], "tuning-retain"),
         )
 
+    def fingerprints(self) -> dict[str, str]:
+        """Role -> hash of the data."""
+        parts: dict[str, Corpus | Questions | None] = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: part.fingerprint for name, part in parts.items() if part is not None}
+
     def score(self, model: Any, edit: Edit | None) -> dict[str, float]:
         """Quiz accuracy and mean probability per token of the answers, each with its 95% interval."""
         row: dict[str, float] = {}
@@ -107,8 +115,84 @@ def _with_interval(key: str, value: Any, figures: Any) -> dict[str, float]:
     return {key: float(value), f"{key}_low": float(figures["low"]), f"{key}_high": float(figures["high"])}
 
 
-def main() -> None:
-    """Run the study, print its table and write it."""
+class TofuStudy(ResumableStudy):
+    """The unedited model, the one that never saw the forget set, and a fit for every method."""
+
+    def __init__(
+        self,
+        benchmark: Benchmark,
+        methods: Mapping[str, Any],
+        model: LensModel,
+        reference: LensModel | None,
+        options: Any,
+    ) -> None:
+        self.benchmark, self.methods, self.model, self.reference = benchmark, methods, model, reference
+        self.seed, self.limit = options.seed, options.benchmark
+        self.neutral = Corpus.from_file(options.neutral) if options.neutral else None
+        settings = {
+            "model": identity_of(model),
+            "reference": reference and identity_of(reference),
+            "data": benchmark.fingerprints(),
+            "benchmark": self.limit,
+            "neutral": self.neutral and self.neutral.fingerprint,
+            "methods": {name: settings_of(method) for name, method in methods.items()},
+        }
+        self.store = ResultStore.claim(options.out, "tofu", settings, overwrite=options.overwrite)
+
+    @property
+    def jobs(self) -> list[Job]:
+        """The models first."""
+        models = [UNEDITED] if self.reference is None else [UNEDITED, NEVER_TAUGHT]
+        return [(name, self.seed) for name in (*models, *self.methods)]
+
+    def parts(self) -> list[tuple[Job, str]]:
+        """A row of each, with its frames."""
+        return [(job, ROW) for job in self.jobs]
+
+    def result(self, job: Job, part: str) -> dict[str, Any]:
+        """The row, and the rows of each frame by the name of its figure."""
+        return self.store.once(result_name(job, part), lambda: self._scored(job))
+
+    def frames(self) -> dict[str, pd.DataFrame]:
+        """Of all of them, by the name of the figure."""
+        found = {job[0]: self.result(job, part)["frames"] for job, part in self.parts()}
+        return by_figure(
+            {method: {figure: frame_of(rows) for figure, rows in frames.items()} for method, frames in found.items()}
+        )
+
+    def _scored(self, job: Job) -> dict[str, Any]:
+        name, seed = job
+        if name in (UNEDITED, NEVER_TAUGHT):
+            return self._looked_at(name, self.model if name == UNEDITED else self.reference, None)
+        fit = Fit.once(
+            self.store.folder / "fits" / f"{name}-seed{seed}",
+            lambda checkpoint: self.methods[name].fit(
+                self.model, self.benchmark.forget, self.benchmark.retain, seed=seed, checkpoint=checkpoint
+            ),
+        )
+        ended = "" if fit.outcome is None else str(fit.outcome)
+        return self._looked_at(name, self.model, fit.edit, ended, float(fit.log["seconds"].iloc[-1]))
+
+    def _looked_at(
+        self, name: str, model: Any, edit: Edit | None, outcome: str = "", seconds: float = 0.0
+    ) -> dict[str, Any]:
+        """The row, which is printed, and the frames."""
+        scores = self.benchmark.score(model, edit)
+        frames: Mapping[str, pd.DataFrame] = {}
+        if self.limit:
+            measured = self.benchmark.measured(model, edit, self.reference, self.neutral, self.limit)
+            more, frames = metrics.rows_and_frames_for("benchmark", measured)
+            scores = {**more, **scores}
+        shown = [key for key in scores if not key.endswith(("_low", "_high"))]
+        print(name, ", ".join(f"{key} {scores[key]:.3f}" for key in shown), f"{seconds:.0f} s", outcome, flush=True)
+        return {
+            "row": {"method": name, **scores, "outcome": outcome, "seconds": seconds},
+            "frames": {figure: rows_of(frame) for figure, frame in frames.items()},
+        }
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the study, print its table and write it; the same line goes on with one that was interrupted."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder of the .jsonl files")
@@ -124,38 +208,19 @@ def main() -> None:
     parser.add_argument("--backend", default="auto", help="auto, hooked or bridge (default auto)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("runs/tofu"), help="folder for the table")
-    parser.add_argument("--overwrite", action="store_true", help="replace the output folder")
-    arguments = parser.parse_args()
-    methods = with_settings({name: known[name] for name in arguments.methods}, arguments.set)
-    check_free(arguments.out, overwrite=arguments.overwrite)
-    benchmark = Benchmark.read(arguments.data, tuning=arguments.tuning)
-    model = load_model(arguments.model, backend=arguments.backend)
-    reference = load_model(arguments.reference, backend=arguments.backend) if arguments.reference else None
-    neutral = Corpus.from_file(arguments.neutral) if arguments.neutral else None
-    run = Run("analysis.tofu", vars(arguments), arguments.seed)
-    drawn: dict[str, list[pd.DataFrame]] = {}
-
-    def add(name: str, scored: Any, edit: Edit | None, outcome: str = "", seconds: float = 0.0) -> None:
-        scores = benchmark.score(scored, edit)
-        if arguments.benchmark:
-            measured = benchmark.measured(scored, edit, reference, neutral, arguments.benchmark)
-            row, frames = metrics.rows_and_frames_for("benchmark", measured)
-            scores = row | scores
-            for figure, frame in frames.items():
-                drawn.setdefault(figure, []).append(frame.assign(method=name))
-        run.rows.append({"method": name, **scores, "outcome": outcome, "seconds": seconds})
-        shown = [key for key in scores if not key.endswith(("_low", "_high"))]
-        print(name, ", ".join(f"{key} {scores[key]:.3f}" for key in shown), f"{seconds:.0f} s", outcome, flush=True)
-
-    add("unedited", model, None)
-    if reference is not None:
-        add("never-taught", reference, None)
-    for name, method in methods.items():
-        fit = method.fit(model, benchmark.forget, benchmark.retain, seed=arguments.seed)
-        ended = "" if fit.outcome is None else str(fit.outcome)
-        add(name, model, fit.edit, ended, float(fit.log["seconds"].iloc[-1]))
-    run.frames = {figure: pd.concat(frames, ignore_index=True) for figure, frames in drawn.items()}
-    run.write(arguments.out, overwrite=arguments.overwrite, extras=[report])
+    parser.add_argument("--overwrite", action="store_true", help="begin anew, whatever the output folder holds")
+    options = parser.parse_args(arguments)
+    methods = with_settings({name: known[name] for name in options.methods}, options.set)
+    benchmark = Benchmark.read(options.data, tuning=options.tuning)
+    model = load_model(options.model, backend=options.backend)
+    reference = load_model(options.reference, backend=options.backend) if options.reference else None
+    study = TofuStudy(benchmark, methods, model, reference, options)
+    run = Run("analysis.tofu", vars(options), options.seed)
+    study.run((1, 1))
+    run.rows = [study.result(*part)["row"] for part in study.parts()]
+    run.frames = study.frames()
+    run.write_into(options.out)
+    report(options.out)
 
 
 if __name__ == "__main__":

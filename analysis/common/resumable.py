@@ -11,6 +11,8 @@ from mrp_lens.utils.result_store import ResultStore
 Job = tuple[str, int]
 """What is fitted or attacked, by name, and the seed."""
 
+ROW = "row"  # the only part of each job, in a study that computes one thing of it
+
 
 def result_name(job: Job, part: str) -> str:
     """The name of a result's file."""

@@ -22,7 +22,7 @@ from mrp_lens.metrics import Measured, rows_and_frames_for
 from mrp_lens.metrics.recovery import NEVER_TAUGHT, UNEDITED
 from mrp_lens.runs.record import Run
 from mrp_lens.runs.report import report
-from mrp_lens.utils.frames import Row, rows_of
+from mrp_lens.utils.frames import Row, by_figure, rows_of
 from mrp_lens.utils.io import check_free
 
 
@@ -158,7 +158,7 @@ class Measure(OnData):
         if reference is not None:
             measured[NEVER_TAUGHT] = (reference, None)
         rows: list[Row] = []
-        drawn: dict[str, list[pd.DataFrame]] = {}
+        drawn: dict[str, Mapping[str, pd.DataFrame]] = {}
         for name, (of, edit) in measured.items():
             figures = figures_of(of, task, edit)
             base = rows[0] if rows else figures
@@ -175,12 +175,10 @@ class Measure(OnData):
                     documents=self.documents,
                     seed=self.seed,
                 )
-                more, frames = rows_and_frames_for("benchmark", looked)
+                more, drawn[name] = rows_and_frames_for("benchmark", looked)
                 row = {**more, **row}
-                for figure, frame in frames.items():
-                    drawn.setdefault(figure, []).append(frame.assign(method=name))
             rows.append(row)
-        run.frames |= {figure: pd.concat(frames, ignore_index=True) for figure, frames in drawn.items()}
+        run.frames |= by_figure(drawn)
         return rows
 
     def harness_rows(self, methods: Mapping[str, Edit | None]) -> list[Row]:

@@ -353,8 +353,7 @@ def _fit_and_measure(
     for side in aligned.index:
         row |= {f"{side}_cosine": float(aligned["cosine"][side]), f"{side}_norm": float(aligned["norm"][side])}
     row |= {key: float(aligned[key]["forget"]) for key in ("null_mean", "null_low", "null_high")}
-    ended = None if fit.outcome is None else fit.outcome.ended
-    row |= untouched["controls"] | {"ended": ended, "updates": len(fit.log)}
+    row |= untouched["controls"] | {"ended": fit.ended, "updates": len(fit.log)}
     return {"row": row, "seconds": float(fit.log["seconds"].iloc[-1])}
 
 

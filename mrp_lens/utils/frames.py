@@ -33,3 +33,15 @@ def frame_of(rows: Sequence[Row]) -> pd.DataFrame:
     """The inverse: what is not known is NaN again."""
     frame = pd.DataFrame(list(rows))
     return frame.astype(dict.fromkeys(frame.columns[frame.isna().all()], float))
+
+
+def by_figure(found: Mapping[str, Mapping[str, pd.DataFrame]]) -> dict[str, pd.DataFrame]:
+    """The frames of several methods, each by the name of its figure: those of one figure behind each other, with a column `method`."""
+    figures = dict.fromkeys(figure for frames in found.values() for figure in frames)
+    return {
+        figure: pd.concat(
+            [frames[figure].assign(method=method) for method, frames in found.items() if figure in frames],
+            ignore_index=True,
+        )
+        for figure in figures
+    }

@@ -99,3 +99,12 @@ def test_the_study_writes_a_row_for_each_fit(
     )
     assert table.loc[table["method"] == "rmu", "cloze_recall"].isna().all()
     assert "rmu seed 1 question" in capsys.readouterr().out
+
+    (out / "points" / "mrp-seed1-row.json").unlink()  # as if it had been killed there
+    monkeypatch.setattr(facts.Facts, "score", lambda self, model, edit: {"question": 0.5})
+    facts.main()
+    again = pd.read_csv(out / "table.csv")
+    assert again["question"].tolist() == [*table["question"][:4], 0.5]
+    assert capsys.readouterr().out.count(" question ") == 1
+    with pytest.raises(ValueError, match="a facts with other settings: data"):
+        facts.main([*map(str, words), "--topic", "currency"])

@@ -11,6 +11,7 @@ from mrp_lens.data import UnlearningTask
 from mrp_lens.edits import Edit
 from mrp_lens.metrics import Measured, frames_for
 from mrp_lens.models import LensModel
+from mrp_lens.utils.frames import by_figure
 from mrp_lens.utils.progress import progress_bar
 from mrp_lens.utils.result_store import ResultStore
 
@@ -45,7 +46,7 @@ def diagnostics(
         Name of a figure of `mrp_lens.plots` -> the frame that it takes, with a column `method`.
     """
     usual = next(iter(directions.values()), None)
-    parts: dict[str, list[pd.DataFrame]] = {}
+    parts: dict[str, Mapping[str, pd.DataFrame]] = {}
     with progress_bar(edits.items(), desc="looking at each layer", progress=progress) as bar:
         for method, edit in bar:
             bar.set_postfix_str(method, refresh=False)
@@ -60,7 +61,5 @@ def diagnostics(
                 progress=False,
             )
             look = partial(frames_for, measured)
-            found = look() if store is None else store.frames(f"look-{method}", look)
-            for name, frame in found.items():
-                parts.setdefault(name, []).append(frame.assign(method=method))
-    return {name: pd.concat(frames, ignore_index=True) for name, frames in parts.items()}
+            parts[method] = look() if store is None else store.frames(f"look-{method}", look)
+    return by_figure(parts)

@@ -245,7 +245,7 @@ def sweep(
         `forget_cosine`, `retain_cosine` with the fit's u at the layer (MRP: with an unrelated u), the controls
         `null_mean`, `null_low`, `null_high`; `forget_norm`, `retain_norm`; `forget_max_probability`,
         `retain_max_probability`, `forget_max_logit`, `retain_max_logit` (teacher-forced); `text_perplexity_ratio`;
-        `ended` and `updates`: how a fit with a budget ended (`Outcome.ended`), after so many.
+        `outcome` and `updates`: how a fit with a budget ended (`Outcome.ended`), after so many.
 
     Raises:
         ValueError: the task lacks questions, a layer does not exist, the shard is not 1 <= i <= n, or the folder
@@ -353,7 +353,7 @@ def _fit_and_measure(
     for side in aligned.index:
         row |= {f"{side}_cosine": float(aligned["cosine"][side]), f"{side}_norm": float(aligned["norm"][side])}
     row |= {key: float(aligned[key]["forget"]) for key in ("null_mean", "null_low", "null_high")}
-    row |= untouched["controls"] | {"ended": fit.ended, "updates": len(fit.log)}
+    row |= untouched["controls"] | {"outcome": fit.ended, "updates": len(fit.log)}
     return {"row": row, "seconds": float(fit.log["seconds"].iloc[-1])}
 
 

@@ -51,7 +51,7 @@ def test_a_sweep_measures_every_point_beside_the_unedited_model(
     assert frame["text_perplexity_ratio"].iloc[0] == 1.0
     assert (frame["chance"] == 0.25).all()
     assert fit.outcome is not None
-    assert (row["ended"], row["updates"]) == (fit.outcome.ended, 2)
+    assert (row["outcome"], row["updates"]) == (fit.outcome.ended, 2)
 
 
 def test_fits_of_a_sweep_can_take_less_memory(model: Any, task: UnlearningTask) -> None:

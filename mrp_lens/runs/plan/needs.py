@@ -102,8 +102,8 @@ def _of_mrp(method: MRP, setup: Setup) -> Needs:
     alternatives = counted * min(MOST, sizes.d_vocab) * ALTERNATIVE if method.forget_loss == "alternatives" else 0.0
     # predicted, and for its gradient two scattered ones and their sum, or two with the softmax of the reference
     forget = 4 * vocabulary(setup, counted) + alternatives
-    # KL divergence: reference, predicted, its exponential, the difference and their product
-    retain = (5 if compares else 4) * vocabulary(setup, counted)
+    # KL divergence: reference, predicted, and its gradient in parts and as a whole
+    retain = 4 * vocabulary(setup, counted)
     # while the reference is computed, and when the gradient has come to the last block, predicted alone
     once = vocabulary(setup, counted)
     steps = [

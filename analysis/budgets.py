@@ -9,7 +9,6 @@ held-out text, which no fit saw. Finished fits lie in the output folder; the sam
 
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -19,7 +18,7 @@ from analysis.common.methods import OWN, names_in, settings_of, with_settings
 from analysis.common.resumable import Job, ResumableStudy, result_name
 from analysis.common.tables import figure, markdown, mean_of
 from mrp_lens.cli.sweep import shard_of
-from mrp_lens.methods import METHODS, Fit
+from mrp_lens.methods import METHODS
 from mrp_lens.models import describe
 from mrp_lens.runs.front import figures_of, on_front
 from mrp_lens.utils.result_store import ResultStore
@@ -58,7 +57,6 @@ class Budgets(ResumableStudy):
         budgeted = {name: kind() for name, kind in METHODS.items() if getattr(kind(), "budget", None) is not None}
         names = names_in(options.methods, budgeted, default=list(OWN), noun="methods with a budget")
         self.methods = with_settings({name: budgeted[name] for name in names}, options.set)
-        self.folder: Path = options.out / "fits"
         settings = {
             "model": describe(study.model),
             "data": study.task.fingerprints(),
@@ -85,10 +83,7 @@ class Budgets(ResumableStudy):
         method = self.methods[name]
         method = replace(method, budget=times * method.budget, target=OUT_OF_REACH)
         task, model = self.study.task, self.study.model
-        fit = Fit.once(
-            self.folder / result_name(job, part),
-            lambda checkpoint: method.fit(model, task.forget, task.retain, seed=seed, checkpoint=checkpoint),
-        )
+        fit = self.fitted(result_name(job, part), method, model, task, seed=seed)
         assert fit.outcome is not None
         row = {"method": name, "seed": seed, "times": times, "budget": method.budget}
         row |= figures_of(model, task, fit.edit, seed=seed, limit=self.limit)

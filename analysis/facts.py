@@ -18,10 +18,11 @@ from typing import Any
 
 from analysis.common.methods import settings_of
 from analysis.common.resumable import ROW, Job, ResumableStudy, result_name
+from analysis.common.tables import print_row
 from mrp_lens import metrics
 from mrp_lens.data import Corpus, Questions
 from mrp_lens.edits import ConditionalProjectionEdit, Edit, edit_on
-from mrp_lens.methods import MRP, RMU, AdaptiveRMU, Fit
+from mrp_lens.methods import MRP, RMU, AdaptiveRMU
 from mrp_lens.metrics.recovery import UNEDITED
 from mrp_lens.models import LensModel, identity_of, load_model
 from mrp_lens.runs.record import Run
@@ -55,7 +56,6 @@ FORMS: Mapping[str, Mapping[str, str]] = {
         "reworded": "User: What money do people in {} use?\nAssistant: They use the",
     },
 }
-ENDS = ("_low", "_high")
 SHORT = 25  # words of what is a statement
 TEXTS, WORDS = 96, 150  # paragraphs on which perplexity is measured, and where they are cut
 
@@ -183,30 +183,18 @@ class FactsStudy(ResumableStudy):
 
     def result(self, job: Job, part: str) -> dict[str, Any]:
         """The row."""
-        return self.store.once(result_name(job, part), lambda: self._row(job))
+        return self.store.once(result_name(job, part), lambda: print_row(self._row(job)))
 
     def _row(self, job: Job) -> dict[str, Any]:
         name, seed = job
         if name == UNEDITED:
-            return _shown({"method": name, **self.facts.score(self.model, None)})
+            scores = self.facts.score(self.model, None)
+            return {"method": name, "seed": None, **scores, "outcome": "", "seconds": 0.0}
         begun = time.perf_counter()
-        fit = Fit.once(
-            self.store.folder / "fits" / f"{name}-seed{seed}",
-            lambda checkpoint: self.methods[name].fit(
-                self.model, self.facts.forget, self.facts.retain, seed=seed, checkpoint=checkpoint
-            ),
-        )
+        fit = self.fitted(f"{name}-seed{seed}", self.methods[name], self.model, self.facts, seed=seed)
         seconds = time.perf_counter() - begun
         scores = self.facts.score(self.model, fit.edit) | self.facts.detection(self.model, fit.edit)
-        return _shown({"method": name, "seed": seed, **scores, "outcome": str(fit.outcome), "seconds": seconds})
-
-
-def _shown(row: dict[str, Any]) -> dict[str, Any]:
-    """The row, which is printed."""
-    numbers = {key: value for key, value in row.items() if isinstance(value, float) and not key.endswith(ENDS)}
-    seed = f" seed {row['seed']}" if "seed" in row else ""
-    print(f"{row['method']}{seed}", *(f"{key} {value:.3f}" for key, value in numbers.items()), row.get("outcome", ""))
-    return row
+        return {"method": name, "seed": seed, **scores, "outcome": str(fit.outcome), "seconds": seconds}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -234,14 +234,9 @@ class Selectivity(ResumableStudy):
         return self.store.frames(result_name(job, part), lambda: compute[part](job))
 
     def fit(self, name: str, seed: int, task: UnlearningTask | None = None) -> Fit:
-        """One of the fits, saved before anything else is done with it; Ctrl-C ends the study."""
+        """One of the fits."""
         data = task or self.study.task
-        return Fit.once(
-            self.options.out / "fits" / f"{name}-seed{seed}",
-            lambda checkpoint: self.methods[name].fit(
-                self.study.model, data.forget, data.retain, seed=seed, checkpoint=checkpoint
-            ),
-        )
+        return self.fitted(f"{name}-seed{seed}", self.methods[name], self.study.model, data, seed=seed)
 
     def table(self) -> pd.DataFrame:
         """A row a method, layer (if one hook alone is on) and seed."""

@@ -23,11 +23,12 @@ import pandas as pd
 from analysis.common.arguments import add_set_option
 from analysis.common.methods import settings_of, with_settings
 from analysis.common.resumable import ROW, Job, ResumableStudy, result_name
+from analysis.common.tables import print_row
 from mrp_lens import metrics
 from mrp_lens.data import Corpus, Questions, UnlearningTask
 from mrp_lens.edits import Edit, edit_on
 from mrp_lens.methods import METHODS as registry
-from mrp_lens.methods import MRP, RMU, AdaptiveRMU, Fit
+from mrp_lens.methods import MRP, RMU, AdaptiveRMU
 from mrp_lens.metrics import Measured
 from mrp_lens.metrics.recovery import NEVER_TAUGHT, UNEDITED
 from mrp_lens.models import LensModel, identity_of, load_model
@@ -164,12 +165,7 @@ class TofuStudy(ResumableStudy):
         name, seed = job
         if name in (UNEDITED, NEVER_TAUGHT):
             return self._looked_at(name, self.model if name == UNEDITED else self.reference, None)
-        fit = Fit.once(
-            self.store.folder / "fits" / f"{name}-seed{seed}",
-            lambda checkpoint: self.methods[name].fit(
-                self.model, self.benchmark.forget, self.benchmark.retain, seed=seed, checkpoint=checkpoint
-            ),
-        )
+        fit = self.fitted(f"{name}-seed{seed}", self.methods[name], self.model, self.benchmark, seed=seed)
         ended = "" if fit.outcome is None else str(fit.outcome)
         return self._looked_at(name, self.model, fit.edit, ended, float(fit.log["seconds"].iloc[-1]))
 
@@ -183,10 +179,8 @@ class TofuStudy(ResumableStudy):
             measured = self.benchmark.measured(model, edit, self.reference, self.neutral, self.limit)
             more, frames = metrics.rows_and_frames_for("benchmark", measured)
             scores = {**more, **scores}
-        shown = [key for key in scores if not key.endswith(("_low", "_high"))]
-        print(name, ", ".join(f"{key} {scores[key]:.3f}" for key in shown), f"{seconds:.0f} s", outcome, flush=True)
         return {
-            "row": {"method": name, **scores, "outcome": outcome, "seconds": seconds},
+            "row": print_row({"method": name, **scores, "outcome": outcome, "seconds": seconds}),
             "frames": {figure: rows_of(frame) for figure, frame in frames.items()},
         }
 

@@ -6,6 +6,8 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
+from mrp_lens.methods import Fit
+from mrp_lens.models import LensModel
 from mrp_lens.utils.result_store import ResultStore
 
 Job = tuple[str, int]
@@ -40,6 +42,21 @@ class ResumableStudy(ABC):
     @abstractmethod
     def result(self, job: Job, part: str) -> Any:
         """One of them, computed and stored unless it is there already."""
+
+    def fitted(self, name: str, method: Any, model: LensModel, data: Any, *, seed: int) -> Fit:
+        """A fit that is saved in the study's folder before anything else is done with it; Ctrl-C ends the study.
+
+        Args:
+            name: of its folder in `fits/`.
+            method: to fit.
+            model: that it is fitted to.
+            data: with `forget` and `retain`.
+            seed: of the fit.
+        """
+        return Fit.once(
+            self.store.folder / "fits" / name,
+            lambda checkpoint: method.fit(model, data.forget, data.retain, seed=seed, checkpoint=checkpoint),
+        )
 
     def run(self, shard: tuple[int, int]) -> bool:
         """Compute this shard's results that have no file yet; whether every result of every shard has one now."""

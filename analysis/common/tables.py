@@ -50,3 +50,13 @@ def markdown_of_rows(rows: Iterable[Mapping[Any, Any]], keys: Sequence[str]) -> 
     """Rows as the report page shows them: an interval stands behind its value; of each only these keys."""
     table = table_of([{key: row[key] for key in keys if key in row} for row in rows])
     return markdown(pd.DataFrame([list(map(str, cells)) for _, cells in table.rows], columns=table.headings))
+
+
+def print_row(row: dict[str, Any]) -> dict[str, Any]:
+    """Print a fit's row as soon as it is there: its figures without their intervals, how long it took and how it ended; the row."""
+    apart = ("method", "seed", "seconds", "outcome")
+    shown = [key for key in row if key not in apart and not key.endswith(("_low", "_high"))]
+    name = row["method"] if row.get("seed") is None else f"{row['method']} seed {row['seed']}"
+    figures = ", ".join(f"{key} {row[key]:.3f}" for key in shown)
+    print(name, figures, f"{row['seconds']:.0f} s", row["outcome"], flush=True)
+    return row

@@ -102,8 +102,8 @@ def tune(
     Every trial fits the method to all of the forget set and retain set, and is measured on the tuning part of the quizzes and of the
     held-out text (`tuning_split`). The first trial has the method's defaults, as near as its space comes to them; then settings are
     drawn by multivariate TPE, up to the tenth at random, from the space that the method declares; what a method that is given as
-    an object has besides its defaults is kept. The chosen trial is fitted once more,
-    saved, and measured on the other part, which nothing was chosen by.
+    an object has besides its defaults is kept. The chosen trial is fitted once more, saved, and measured on the other part, which
+    nothing was chosen by.
 
     The folder holds `tune.json` (what the search depends on), `study.journal` (Optuna's), and in the end `edit/`, `log.csv`,
     `best.yaml` and `pareto.html`. The same call goes on with a search that was killed, with more `trials` it adds to one, and any

@@ -45,7 +45,7 @@ class Continued:
     wanted: Bool[Tensor, "rows seq"]
 
 
-def logits_behind(model: LensModel, texts: Continued) -> Float[Tensor, "wanted d_vocab"]:
+def logits_behind(model: LensModel, texts: Continued, *, worth: int = PASS) -> Float[Tensor, "wanted d_vocab"]:
     """The logits that predict what is wanted, row by row, without gradient; each beginning is read once, and of what follows the
     tokens before the last wanted one.
 
@@ -54,15 +54,14 @@ def logits_behind(model: LensModel, texts: Continued) -> Float[Tensor, "wanted d
     Args:
         model: HookedTransformer or TransformerBridge, with the edit on if there is one.
         texts: to read.
+        worth: what all of the beginnings begin with is read once for them where that saves more tokens than this.
     """
     before, wanted = texts.prefixes.attention_mask, texts.wanted
     places = torch.arange(wanted.shape[1], device=wanted.device)
     lengths: list[int] = (wanted * places).amax(dim=1).tolist()
     line = wanted.flatten().cumsum(0).view_as(wanted) - 1  # of the result, for each wanted token
     with torch.no_grad():
-        cache = _cache(model, len(texts.prefixes), before.device)
-        ends = before & ~torch.nn.functional.pad(before[:, 1:], (0, 1))
-        behind = logits_at(model, texts.prefixes.tokens, before, ends, cache=cache)
+        cache, behind = _read(model, texts.prefixes, worth)
         found = behind.new_empty(int(wanted.sum()), behind.shape[-1])
         first = wanted[:, 0]
         found[line[first, 0]] = behind[texts.owner[first]]
@@ -70,11 +69,37 @@ def logits_behind(model: LensModel, texts: Continued) -> Float[Tensor, "wanted d
             owner, width = texts.owner[rows], lengths[rows[-1]]
             rest, mask = texts.rest.tokens[rows, :width], texts.rest.attention_mask[rows, :width]
             asked = wanted[rows, 1 : width + 1]
-            # HookedTransformer's cache remembers the mask of what it holds; Hugging Face's is told all of it.
-            masks = [before[owner], mask] if is_bridge(model) else [mask]
-            read = logits_at(model, rest, torch.cat(masks, dim=1), asked, cache=_chosen(cache, owner))
+            read = logits_at(model, rest, _mask(model, before[owner], mask), asked, cache=_chosen(cache, owner))
             found[line[rows, 1 : width + 1][asked]] = read
         return found
+
+
+def _read(model: LensModel, prefixes: TokenBatch, worth: int) -> tuple[Any, Float[Tensor, "rows d_vocab"]]:
+    """The cache of beginnings, and the logits behind each."""
+    tokens, mask = prefixes.tokens, prefixes.attention_mask
+    ends = mask & ~torch.nn.functional.pad(mask[:, 1:], (0, 1))
+    stem = _in_common(prefixes, worth)
+    cache = _cache(model, 1 if stem else len(prefixes), mask.device)
+    if not stem:
+        return cache, logits_at(model, tokens, mask, ends, cache=cache)
+    before = mask[:, :stem]
+    logits_at(model, tokens[:1, :stem], before[:1], torch.zeros_like(before[:1]), cache=cache)
+    cache = _chosen(cache, torch.zeros(len(prefixes), dtype=torch.long, device=mask.device))
+    return cache, logits_at(model, tokens[:, stem:], _mask(model, before, mask[:, stem:]), ends[:, stem:], cache=cache)
+
+
+def _in_common(prefixes: TokenBatch, worth: int) -> int:
+    """Tokens that all of several beginnings begin with, less the last one of the shortest; 0 where that does not save enough."""
+    tokens, mask = prefixes.tokens, prefixes.attention_mask
+    shortest = int(mask.sum(dim=1).min())
+    alike = (tokens[:, : shortest - 1] == tokens[:1, : shortest - 1]).all(dim=0)
+    stem = int(alike.long().cumprod(dim=0).sum())
+    return stem if stem * (len(prefixes) - 1) > worth else 0
+
+
+def _mask(model: LensModel, before: Bool[Tensor, "rows seq"], mask: Bool[Tensor, "rows rest"]) -> Tensor:
+    """What a pass behind a cache is told: HookedTransformer's cache remembers the mask of what it holds, Hugging Face's does not."""
+    return torch.cat([before, mask], dim=1) if is_bridge(model) else mask
 
 
 def reads_prefixes(model: LensModel, texts: Continued) -> bool:
@@ -83,7 +108,7 @@ def reads_prefixes(model: LensModel, texts: Continued) -> bool:
     if reads_by_length(model):
         return False
     try:
-        found = logits_behind(model, texts)
+        found = logits_behind(model, texts, worth=0)
     except Exception as error:  # what an architecture's own code says to a cache
         logger.info("beginnings are read with each text: the model cannot go on behind them (%s)", one_line(error))
         return False

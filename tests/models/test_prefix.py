@@ -37,18 +37,18 @@ def steering(model: Any, **how: Any) -> SteeringEdit:
     return SteeringEdit(HOOK, direction, coefficient=5.0, mode="add", **how)
 
 
-def tokens_read(model: Any, edit: Any) -> tuple[list[Any], int]:
+def tokens_read(model: Any, edit: Any, asked: Questions = ASKED) -> tuple[list[Any], int]:
     """The scores of all choices, and how many tokens went into the first block."""
     read = []
     handle = model.embed.register_forward_pre_hook(lambda _module, given: read.append(given[0].numel()))
     try:
         with edit.applied(model):
-            return metrics.choice_scores(model, ASKED, progress=False), sum(read)
+            return metrics.choice_scores(model, asked, progress=False), sum(read)
     finally:
         handle.remove()
 
 
-def alone(model: Any, edit: Any) -> list[list[float]]:
+def alone(model: Any, edit: Any, asked: Questions = ASKED) -> list[list[float]]:
     """The same from one choice at a time, which has nothing to share."""
     with edit.applied(model):
         return [
@@ -56,7 +56,7 @@ def alone(model: Any, edit: Any) -> list[list[float]]:
                 float(metrics.choice_scores(model, Questions((replace(question, choices=(choice,), answer=0),)))[0][0])
                 for choice in question.choices
             ]
-            for question in ASKED.questions[:6]
+            for question in asked.questions[:6]
         ]
 
 
@@ -71,6 +71,24 @@ def test_a_prompt_is_read_once_for_all_choices(model: Any, untouched: None) -> N
     assert read < 0.65 * sum(
         len(row.ids) for row in rows
     )  # prompts alone are 0.42; with what was compared with whole passes
+
+
+def test_what_all_prompts_begin_with_is_read_once(model: Any, untouched: None) -> None:
+    edit, places = projection(model), ("the red house", "a river", "the end of the white road")
+    asked = Questions(
+        tuple(
+            replace(
+                question,
+                prompt=f"The old man walked, as on every other morning of that year, near {places[n % 3]}, then",
+            )
+            for n, question in enumerate(ASKED.questions)
+        )
+    )
+    scores, read = tokens_read(model, edit, asked)
+    for found, expected in zip(scores, alone(model, edit, asked), strict=False):
+        assert found.tolist() == pytest.approx(expected, abs=2e-5)
+    prompts = encoder_for(model).encode([Document("", question.prompt) for question in asked.questions])
+    assert read < sum(len(row.ids) for row in prompts)  # less than the prompts alone, choices and comparison included
 
 
 @pytest.mark.parametrize("positions", [[0], [1], [2, 3]])

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, TypedDict, TypeVar
 
@@ -308,7 +309,10 @@ class TaskConfig:
         asked, untaught = (
             self.quiz(source, entity=self.entity) for source in (self.questions, self.untaught_questions)
         )
-        return UnlearningTask(forget, kept, held_out, asked, self.quiz(self.retain_questions), untaught)
+        retained = self.quiz(self.retain_questions)
+        if self.question_prompt is None and self.questions_schema is None:
+            warn_of_another_form(forget, [quiz for quiz in (asked, retained, untaught) if quiz is not None])
+        return UnlearningTask(forget, kept, held_out, asked, retained, untaught)
 
     def corpus(self, source: str, schema: str | None, *, field: str | None = None) -> Corpus:
         """Read one corpus; `field`: the column of its texts, where it is not read as the config says."""
@@ -373,6 +377,26 @@ def hub_parts(source: str) -> tuple[str, str | None, str | None]:
         )
     config, split = (*rest, "", "")[:2]
     return path, config or None, split or None
+
+
+def warn_of_another_form(forget: Sequence[Corpus], quizzes: Sequence[Questions]) -> None:
+    """Say so where the prompts of the forget set all end alike, as with `\\nAnswer:`, and those of a quiz do not: a model that was
+    trained on such prompts is then asked in a form that it does not know, and answers less of what it knows."""
+    prompts = {document.prompt for corpus in forget for document in corpus.documents}
+    alike = takewhile(lambda last: len(set(last)) == 1, zip(*map(reversed, prompts), strict=False))
+    ending = "".join(last[0] for last in alike)[::-1]
+    if len(prompts) < 2 or not any(map(str.isalpha, ending)):
+        return
+    for quiz in quizzes:
+        asked = next((q.prompt for q in quiz.questions if not q.prompt.endswith(ending.rstrip())), None)
+        if asked is not None:
+            logger.warning(
+                "%s: prompts of the forget set end with %r and this quiz's do not: %r. If the model was trained on the former, ask in "
+                "that form: question_prompt=... (--question-prompt 'Question: {question}\\nAnswer:')",
+                quiz.name,
+                ending,
+                asked if len(asked) <= 60 else f"...{asked[-60:]}",
+            )
 
 
 def split_tenth(corpus: Corpus) -> tuple[Corpus, Corpus]:

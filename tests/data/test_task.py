@@ -54,6 +54,21 @@ def test_a_task_is_read_from_files(files: Path) -> None:
     assert task.retain_questions is None
 
 
+def test_a_quiz_in_another_form_than_the_forget_set_is_warned_of(files: Path, caplog: pytest.LogCaptureFixture) -> None:
+    forget, retain, quiz = (str(files / name) for name in ("forget.jsonl", "retain.txt", "quiz.jsonl"))
+    form: Any = {"prompt": "Question: {q}\nAnswer:", "completion": " {y}", "retain_field": "text"}
+    rows = [{"question": f"Who is {n}?", "choices": ["I", "you"], "answer": 0} for n in range(5)]
+    Path(quiz).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    UnlearningTask.from_files(forget, retain, questions=quiz, **form)
+    assert "end with '?\\nAnswer:' and this quiz's do not: 'Who is 0?'" in caplog.text
+    assert "question_prompt" in caplog.text
+    caplog.clear()
+    UnlearningTask.from_files(forget, retain, questions=quiz, **form, question_prompt="{question}")  # meant so
+    UnlearningTask.from_files(forget, retain, questions=quiz, **form, question_prompt="Question: {question}\nAnswer:")
+    UnlearningTask.from_files(forget, retain, questions=quiz)  # texts have no prompts
+    assert not caplog.text
+
+
 def test_one_file_may_be_named_as_such_and_a_config_reads_the_same(files: Path) -> None:
     forget, retain, quiz = (str(files / name) for name in ("forget.jsonl", "retain.txt", "quiz.jsonl"))
     task = UnlearningTask.from_files(forget, retain, questions=quiz, **COLUMNS)

@@ -54,9 +54,13 @@ class Budgets(ResumableStudy):
         self.study, self.limit = study, options.limit
         self.seeds = numbers(options.seeds or str(options.seed), int, "--seeds") or ()
         self.times = numbers(options.times, float, "--times") or ()
-        budgeted = {name: kind() for name, kind in METHODS.items() if getattr(kind(), "budget", None) is not None}
+        budgeted = {name: kind() for name, kind in METHODS.items() if hasattr(kind(), "budget")}
         names = names_in(options.methods, budgeted, default=list(OWN), noun="methods with a budget")
         self.methods = with_settings({name: budgeted[name] for name in names}, options.set)
+        if without := [name for name, method in self.methods.items() if method.budget is None]:
+            raise ValueError(
+                f"{without[0]} has no budget of its own, of which this takes shares; give it one: --set {without[0]}.budget=0.1"
+            )
         settings = {
             "model": describe(study.model),
             "data": study.task.fingerprints(),

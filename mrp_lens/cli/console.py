@@ -1,6 +1,8 @@
 """Tables and answers on the terminal."""
 
 import logging
+import os
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -12,7 +14,9 @@ from rich.text import Text
 
 from mrp_lens.utils.frames import Row
 
-console = Console()
+LOGGED = 200  # characters a line where the output goes into a file or a pipe: rich would cut tables at 80
+
+console = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else LOGGED)
 
 Column = tuple[str, Callable[[Mapping[str, Any]], str]]
 
@@ -54,7 +58,7 @@ def show_table(title: str, columns: Sequence[Column], rows: Sequence[Mapping[str
 
 def three_digits(key: str) -> Callable[[Row], str]:
     """A column's cell: the number under the key; empty where there is none."""
-    return lambda row: "" if row[key] is None else f"{row[key]:.3f}"
+    return lambda row: "" if row.get(key) is None else f"{row[key]:.3f}"
 
 
 def show_examples(examples: Sequence[Mapping[str, Any]]) -> None:

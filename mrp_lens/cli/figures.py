@@ -1,6 +1,6 @@
 """The figures of models and edits on the terminal: the table of `unlearn` and `measure`, and the measures that it has no column for."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from mrp_lens import metrics
@@ -9,14 +9,15 @@ from mrp_lens.utils.frames import Row
 
 CAPTION = (
     "forget text: mean probability per token of the forget documents. Brackets: 95%, bootstrap. text: perplexity of retain documents "
-    "that the fit did not see, as a multiple of the unedited model's. Chance is what guessing gives; below it, the answer is suppressed, not gone."
+    "that the fit did not see, as a multiple of the unedited model's; damage: KL(unedited || edited) on them, nats a token. "
+    "Chance is what guessing gives; below it, the answer is suppressed, not gone."
 )
-IN_TABLE = {"forget_probability", "forget_accuracy", "retain_accuracy", "text_perplexity_ratio"}
+IN_TABLE = {"forget_probability", "forget_accuracy", "retain_accuracy", "text_perplexity_ratio", "damage"}
 
 
 def show_figures(title: str, rows: Sequence[Row]) -> None:
     """Print a row for each model or edit, the unedited model first; then the measures that are no column of that, one a line."""
-    show_table(title, columns(rows[0]), rows, caption=CAPTION)
+    show_table(title, columns(rows), rows, caption=CAPTION)
     named = {key: heading for key, heading in metrics.headings().items() if key not in IN_TABLE}
     lines = [
         {"measure": heading, **{str(row["method"]): row.get(key) for row in rows}}
@@ -28,8 +29,9 @@ def show_figures(title: str, rows: Sequence[Row]) -> None:
         show_table("Other measures", [("measure", lambda line: str(line["measure"])), *of_each], lines)
 
 
-def columns(figures: Mapping[str, float]) -> list[Column]:
-    """The columns that these figures fill."""
+def columns(rows: Sequence[Row]) -> list[Column]:
+    """The columns that these rows fill, the unedited model's first."""
+    figures = rows[0]
 
     def with_interval(key: str, low: str, high: str) -> Any:
         return lambda row: f"{percent(row[key])} [{percent(row[low])}, {percent(row[high])}]"
@@ -42,11 +44,13 @@ def columns(figures: Mapping[str, float]) -> list[Column]:
         for side in ("forget", "retain")
         if f"{side}_accuracy" in figures
     ]
+    damage: list[Column] = [("damage", three_digits("damage"))] if any("damage" in row for row in rows) else []
     fit: list[Column] = [("fit", lambda row: f"{row['seconds']:.0f} s")] if "seconds" in figures else []
     return [
         ("method", lambda row: str(row["method"])),
         ("forget text", with_interval("forget_probability", "forget_probability_low", "forget_probability_high")),
         *quizzes,
         ("text", lambda row: f"x{row['text_perplexity_ratio']:.3f}"),
+        *damage,
         *fit,
     ]

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import pandas as pd
 from typing_extensions import override
@@ -12,9 +12,8 @@ from typing_extensions import override
 from mrp_lens.cli.command import OnData
 from mrp_lens.cli.console import Column, console, show_table
 from mrp_lens.cli.figures import show_figures
-from mrp_lens.cli.unlearn import measure as figures_of
 from mrp_lens.data import Corpus, UnlearningTask
-from mrp_lens.edits import Edit, load_edit
+from mrp_lens.edits import Edit, ProjectionEdit, load_edit
 from mrp_lens.edits.provenance import label_of
 from mrp_lens.evals import evaluate
 from mrp_lens.evals.lm_eval import Bos, load_hf, require_harness, task_manager, task_names
@@ -60,7 +59,7 @@ class Measure(OnData):
         reference: A model that never saw the forget set: measured as well, and what the field's measures compare with.
         benchmark: The field's measures, too: extraction strength, truth ratio, model utility, fluency, ... Takes minutes.
         unseen: `--benchmark`: text like the forget set that the model never saw, read as that is, for membership inference.
-        documents: `--benchmark`: at most this many documents and questions a side, evenly spread. Default: all.
+        documents: At most this many documents and questions a side, evenly spread. Default: all.
         topic: `--model demo`: what was to be forgotten. Default: `potions`, unless only --harness is given.
         harness: Tasks of lm-evaluation-harness, separated by commas. Needs `pip install 'mrp_lens[harness]'`.
         include_path: `--harness`: folder with task definitions (YAML) of your own.
@@ -103,9 +102,10 @@ class Measure(OnData):
         task = self.task_if_any()
         if task is None and (self.reference is not None or self.benchmark):
             raise ValueError("--reference and --benchmark measure on data: give --forget and --retain, too")
-        of_benchmark = {"--documents": self.documents, "--unseen": self.unseen}
-        for option in (name for name, value in of_benchmark.items() if value is not None and not self.benchmark):
-            raise ValueError(f"{option} is of --benchmark; give that, too, or leave it out")
+        if self.unseen is not None and not self.benchmark:
+            raise ValueError("--unseen is of --benchmark; give that, too, or leave it out")
+        if task is None and self.documents is not None:
+            raise ValueError("--documents is of data: give --forget and --retain, too (of --harness it is --limit)")
         unseen = None if self.unseen is None else self.data.corpus(self.unseen, self.data.forget_schema)
         about = "" if self.edit is None else f" with and without {self.edit}"
         run = Run("measure", self.arguments(), self.seed, title=f"{name}{about}: measured")
@@ -116,6 +116,12 @@ class Measure(OnData):
             bos = "mrp_lens.metrics have it" if self.bos == "metrics" else "the tokenizer adds it"
             run.notes.append(f"lm-evaluation-harness {version('lm_eval')}: {shown}; BOS as {bos}")
         if task is not None:
+            run.notes += [
+                f"{name} holds the requests {', '.join(edit.requests)}: what the retain set and its quiz have of any of them was "
+                "forgotten, and counts here as damage"
+                for name, edit in methods.items()
+                if isinstance(edit, ProjectionEdit) and len(edit.requests) > 1
+            ]
             run.rows = self.data_rows(methods, task, unseen, run)
             if len(run.rows) > 1:  # the picture compares
                 run.frames["accuracies"] = pd.DataFrame([dict(row) for row in run.rows])
@@ -160,24 +166,22 @@ class Measure(OnData):
         rows: list[Row] = []
         drawn: dict[str, Mapping[str, pd.DataFrame]] = {}
         for name, (of, edit) in measured.items():
-            figures = figures_of(of, task, edit)
+            looked = Measured(
+                model=of,
+                task=task,
+                edit=edit,
+                reference=reference,
+                unseen=unseen,
+                limit=self.documents,
+                documents=self.documents,
+                seed=self.seed,
+            )
+            figures, drawn[name] = rows_and_frames_for(
+                ("unlearn", "benchmark") if self.benchmark else "unlearn", looked
+            )
             base = rows[0] if rows else figures
             ratio = figures["text_perplexity"] / base["text_perplexity"]
-            row: dict[str, Any] = {"method": name, **figures, "text_perplexity_ratio": ratio}
-            if self.benchmark:
-                looked = Measured(
-                    model=of,
-                    task=task,
-                    edit=edit,
-                    reference=reference,
-                    unseen=unseen,
-                    limit=self.documents,
-                    documents=self.documents,
-                    seed=self.seed,
-                )
-                more, drawn[name] = rows_and_frames_for("benchmark", looked)
-                row = {**more, **row}
-            rows.append(row)
+            rows.append({"method": name, **figures, "text_perplexity_ratio": ratio})
         run.frames |= by_figure(drawn)
         return rows
 

@@ -71,6 +71,9 @@ class Corpus:
     def __post_init__(self) -> None:
         object.__setattr__(self, "documents", all_of(Document, self.documents, "Corpus"))
 
+    def __repr__(self) -> str:
+        return f"Corpus({self.name!r}, {len(self)} documents)"
+
     @classmethod
     def from_texts(cls, texts: Iterable[str], *, name: str = "texts") -> "Corpus":
         """Every string is one document and counts in the loss from its first to its last token.

@@ -27,6 +27,9 @@ class Questions:
     def __post_init__(self) -> None:
         object.__setattr__(self, "questions", all_of(Question, self.questions, "Questions"))
 
+    def __repr__(self) -> str:
+        return f"Questions({self.name!r}, {len(self)} questions)"
+
     @classmethod
     def from_rows(
         cls,

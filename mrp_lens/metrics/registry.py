@@ -1,6 +1,6 @@
 """Which metrics there are, and what each adds to the rows of a table and to the report page."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -35,13 +35,13 @@ class Measured:
         progress: show progress bars.
     """
 
-    model: LensModel
+    model: LensModel = field(repr=False)
     task: UnlearningTask
     edit: Edit | None = None
     direction: Float[Tensor, " d_model"] | None = None
     limit: int | None = None
     documents: int | None = None
-    reference: LensModel | None = None
+    reference: LensModel | None = field(default=None, repr=False)
     unseen: Corpus | None = None
     seed: int = 0
     progress: bool = True
@@ -131,29 +131,37 @@ def register(
     return registered
 
 
-def rows_for(table: str, measured: Measured) -> dict[str, float]:
+def rows_for(table: str | Sequence[str], measured: Measured) -> dict[str, float]:
     """What the metrics add to the row of an edit in a table, in the order in which they were registered.
 
     Args:
-        table: "unlearn", "sweep", "leaderboard", or "benchmark": the field's measures, of which some take minutes.
+        table: "unlearn", "sweep", "leaderboard", or "benchmark": the field's measures, of which some take minutes; or several.
         measured: the edit, the model without it, and the data.
 
     Raises:
+        TypeError: `measured` is none.
         ValueError: there is no such table, or two metrics give the same key.
     """
     return rows_and_frames_for(table, measured)[0]
 
 
 @ordinary_torch(gradients=False)
-def rows_and_frames_for(table: str, measured: Measured) -> tuple[dict[str, float], dict[str, pd.DataFrame]]:
+def rows_and_frames_for(
+    table: str | Sequence[str], measured: Measured
+) -> tuple[dict[str, float], dict[str, pd.DataFrame]]:
     """`rows_for`, and of the metrics that have figures the frames that these draw, by the figure's name.
 
     Raises:
-        ValueError: as `rows_for`, or two metrics give a frame for the same figure.
+        TypeError, ValueError: as `rows_for`, or two metrics give a frame for the same figure.
     """
-    if table not in TABLES:
-        raise ValueError(f"unknown table {table!r}; choose one of {', '.join(sorted(TABLES))}")
-    chosen = [metric for metric in METRICS.values() if metric.row is not None and table in metric.tables]
+    if not isinstance(measured, Measured):
+        raise TypeError(
+            f"rows are taken of a Measured, got {type(measured).__name__}; write rows_for('unlearn', Measured(model=..., task=...))"
+        )
+    tables = [table] if isinstance(table, str) else list(table)
+    if unknown := [name for name in tables if name not in TABLES]:
+        raise ValueError(f"unknown table {unknown[0]!r}; choose one of {', '.join(sorted(TABLES))}")
+    chosen = [metric for metric in METRICS.values() if metric.row is not None and not metric.tables.isdisjoint(tables)]
     found: dict[str, float] = {}
     frames: dict[str, pd.DataFrame] = {}
     for metric, frame in _measured(chosen, measured):

@@ -103,7 +103,7 @@ def test_a_reference_is_a_row_and_what_the_measures_of_the_field_compare_with(ti
     [
         (["--harness", "quiz", "--benchmark"], "--reference and --benchmark measure on data"),
         (["--harness", "quiz", "--reference", "demo"], "--reference and --benchmark measure on data"),
-        (["--forget", "x.jsonl", "--retain", "y.txt", "--documents", "3"], "--documents is of --benchmark"),
+        (["--harness", "quiz", "--documents", "3"], "--documents is of data"),
         (["--forget", "x.jsonl", "--retain", "y.txt", "--unseen", "x.jsonl"], "--unseen is of --benchmark"),
     ],
 )
@@ -132,9 +132,26 @@ def test_data_alone_give_a_row_before_and_a_row_with_the_edit(tiny_folder: Path,
     assert rows[1]["text_perplexity"] == pytest.approx(float(edited), rel=1e-6)
     assert rows[1]["text_perplexity_ratio"] == rows[1]["text_perplexity"] / rows[0]["text_perplexity"] != 1.0
     assert list(pd.read_csv(files / "out" / "table.csv")["method"]) == ["unedited", "projection"]
+    assert rows[1]["damage"] == metrics.damage(model, EDIT, task_of_files(files).held_out)["damage"].iloc[0] > 0
+    assert "damage" not in rows[0]
     assert 'id="accuracies"' in (files / "out" / "report.html").read_text(encoding="utf-8")
     for printed in ("forget quiz", "unedited", "projection"):
         assert printed in result.output
+
+
+def test_fewer_documents_are_fewer_questions_too(tiny_folder: Path, files: Path) -> None:
+    result = run(tiny_folder, files, "--documents", "2", *with_data(files))
+    assert result.exit_code == 0, result.exception
+    expected = metrics.accuracy(load_model(str(tiny_folder)), quiz_of(files).spread(2))["accuracy"].iloc[0]
+    assert written(files)["rows"][0]["forget_accuracy"] == float(expected)
+
+
+def test_an_edit_of_several_requests_is_said_to_hold_them(tiny_folder: Path, files: Path) -> None:
+    both = EDIT + projection(0, rank=2, request="second")
+    both.save_pretrained(files / "both")
+    result = run(tiny_folder, files, "--edit", str(files / "both"), *with_data(files))
+    assert result.exit_code == 0, result.exception
+    assert any("holds the requests edit, second" in note for note in written(files)["notes"])
 
 
 def measure(*words: str) -> Measure:

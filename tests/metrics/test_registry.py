@@ -82,13 +82,16 @@ def test_a_metric_with_a_figure_of_ones_own_is_on_the_page(
     assert list(FIGURES) == sorted(FIGURES)
 
 
-def test_rows_have_the_keys_of_version_0_1_in_their_order(model: Any, task: UnlearningTask, untouched: None) -> None:
+def test_rows_have_the_keys_of_version_0_1_in_their_order_and_the_damage(
+    model: Any, task: UnlearningTask, untouched: None
+) -> None:
     measured = Measured(model=model, task=task, edit=EDIT, progress=False)
     ends = ("accuracy", "low", "high")
     expected = {
         "unlearn": [
             *("forget_probability", "forget_probability_low", "forget_probability_high", "text_perplexity"),
             *(f"{side}_{key}" for side in ("forget", "retain") for key in (*ends, "chance")),
+            *("damage", "damage_low", "damage_high"),
         ],
         "sweep": [f"{s}_{key}" for s in ("forget", "retain") for key in (*ends, "max_probability", "max_logit")],
         "leaderboard": [],
@@ -105,6 +108,7 @@ def test_rows_have_the_keys_of_version_0_1_in_their_order(model: Any, task: Unle
     assert [rows["unlearn"][f"forget_{key}"] for key in (*ends, "chance")] == [*first[[*ends, "chance"]]]
     assert [rows["sweep"][f"forget_{key}"] for key in ends] == [*first[[*ends]]]
     assert rows["sweep"]["forget_max_logit"] == sure["max_logit"]
+    assert rows["unlearn"]["damage"] == metrics.damage(model, EDIT, task.held_out)["damage"].iloc[0]
     bare = UnlearningTask(task.forget, task.retain, task.held_out)
     assert list(rows_for("unlearn", Measured(model=model, task=bare, progress=False))) == expected["unlearn"][:4]
     assert rows_for("sweep", Measured(model=model, task=bare, progress=False)) == {}
@@ -156,6 +160,9 @@ def test_what_cannot_be_registered_or_asked_for_is_named(model: Any, task: Unlea
     measured = Measured(model=model, task=task, progress=False)
     with pytest.raises(ValueError, match="unknown table 'demo'; choose one of benchmark, leaderboard, sweep, unlearn"):
         rows_for("demo", measured)
+    with pytest.raises(TypeError, match="Measured"):
+        rows_for(measured, "unlearn")  # type: ignore[arg-type]
+    assert len(repr(measured)) < 500
     with pytest.raises(
         ValueError, match=r"the metric 'other' names the tables demo; choose among benchmark, leaderboard"
     ):

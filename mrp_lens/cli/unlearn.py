@@ -151,7 +151,7 @@ class Unlearn(Command):
     def listed(cls, given: Mapping[str, Any]) -> str:
         method = METHODS[given["method"]] if given.get("method") else None
         if method is not None:
-            return f"{method.name}: {method.summary} {method.source}."
+            return f"{method.name}: {method.summary}" + (f" {method.source}." if method.source else "")
         lines = [f"  {name:<22}{kind.summary} {kind.source}" for name, kind in METHODS.items()]
         return "\n".join(["methods:", *lines])
 

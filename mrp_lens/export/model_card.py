@@ -3,7 +3,7 @@
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PureWindowsPath
-from typing import Any
+from typing import Any, get_args
 
 from huggingface_hub import ModelCardData, metadata_load
 from huggingface_hub.utils import HFValidationError, validate_repo_id
@@ -15,6 +15,7 @@ from mrp_lens.edits.provenance import fits_of, label_of
 from mrp_lens.export.formats import Form
 from mrp_lens.export.measurements import Measurements, check_record, rows_about
 from mrp_lens.methods import METHODS
+from mrp_lens.methods.outcome import Ended
 from mrp_lens.runs.report.table import INTERVALS, Cell, Table, table_of
 from mrp_lens.utils.frames import Row, versions
 from mrp_lens.utils.validation import check_one_of
@@ -83,6 +84,7 @@ def model_card(
         form=form,
         label=label,
         fits=fits,
+        reached=_reached(fits),
         without_record=_without_record(edit),
         model=next((part.provenance["model"] for part in edit.parts if "model" in part.provenance), None),
         places=_places(edit),
@@ -107,6 +109,16 @@ def _method_of(fit: Mapping[str, Any]) -> dict[str, str]:
     """What a method says of itself; of one that is not registered here, nothing."""
     known = METHODS.get(str(fit["method"]))
     return {"summary": "", "source": ""} if known is None else {"summary": known.summary, "source": known.source}
+
+
+def _reached(fits: Sequence[Mapping[str, Any]]) -> str:
+    """Whether the fits got where they were to, by what they recorded."""
+    ended = [outcome.get("ended") if isinstance(outcome := fit.get("outcome"), Mapping) else None for fit in fits]
+    if all(end == "target" for end in ended):
+        return "The fit reached its target on questions that it made from these data."
+    if any(end in get_args(Ended) and end != "target" for end in ended):
+        return "The fit did not reach its target: on questions that it made from these data, more than that was left."
+    return "No target was recorded that the fit had to reach."
 
 
 def _without_record(edit: Edit) -> list[str]:

@@ -112,13 +112,11 @@ class Proof:
                 f"largest difference of {self.tokens} predictions' log-probabilities in {precision}: {self.edited.largest:.1e} "
                 f"(allowed {ALLOWED:.0e}; the unedited models': {self.unedited.largest:.1e})"
             )
-        if self.rounding is None:
-            allowed = f"twice the unedited models', {self.unedited.rms:.1e}"
-        else:  # the unedited models agree bit for bit
-            allowed = f"twice what {precision} itself changes, {self.rounding.rms:.1e}"
+        known = self.rounding or self.unedited  # the former where the unedited models agree bit for bit
+        whose = "the unedited models'" if self.rounding is None else f"what {precision} itself changes"
         return (
             f"rms difference of {self.tokens} predictions' log-probabilities in {precision}, over their spread: {self.edited.rms:.1e} "
-            f"(allowed {allowed})"
+            f"(allowed {ALLOWED_RATIO * known.rms:.1e}: twice {whose}, {known.rms:.1e})"
         )
 
 

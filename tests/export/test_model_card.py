@@ -101,7 +101,7 @@ def test_an_edit_without_record_is_said_to_be_built_by_hand(fits: dict[str, Edit
     assert ModelCard(card).data.to_dict()["tags"] == ["unlearning", "mrp_lens"]
     joined = card_of(fits["mrp"] + projection(3, request="mine"))
     assert "request mine came about is not recorded" in joined
-    assert "learned by mrp" in joined
+    assert "an edit by mrp" in joined
     assert "not recorded" not in card_of(fits["mrp"])
 
 
@@ -117,9 +117,13 @@ def test_a_fit_that_was_ended_early_says_so(fits: dict[str, Edit]) -> None:
         "80 updates; how it ended: target, accuracy on questions made from the forget set 0.3125, before it 0.9" in told
     )
     assert "damage (KL, nats a token) 0.0123457, allowed 0.02." in told
+    assert "The fit reached its target" in told
+    edit.provenance["requests"]["edit"]["outcome"] = ended | {"ended": "budget"}
+    assert "The fit did not reach its target" in " ".join(card_of(edit).split())
     for odd in ("target", None, ["ended"]):
         edit.provenance["requests"]["edit"]["outcome"] = odd
         assert "ended early, before the 150" in card_of(edit)
+        assert "No target was recorded" in card_of(edit)
     assert "ended early" not in card_of(fits["mrp"])
     assert "how it ended: " in card_of(fits["mrp"])
 

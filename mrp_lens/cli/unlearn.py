@@ -208,6 +208,8 @@ class Unlearn(Command):
             if fit.outcome is not None:
                 run.notes.append(f"{method} {fit.outcome}.")
                 console.print(run.notes[-1])
+                if fit.outcome.remedy is not None:
+                    console.print(f"To get further: {fit.outcome.remedy}.")
             after = store.once("edited", lambda: measured(model, task, fit.edit))
             never = None if reference is None else store.once(NEVER_TAUGHT, lambda: measured(reference, task, None))
             fill(run, task, method, fit, before, after, never)

@@ -10,6 +10,15 @@ MOVED = 0.1  # share of the way to the target below which a fit has not moved
 OVER = 1.5  # times the budget that the last measurement may be above it: the multiplier swings around it
 SPENT = 0.8  # share of the budget from which on it is what ended a fit
 
+REMEDIES: Mapping[Ended, str] = {
+    "budget": "allow for more damage (budget), or give a retain set that is less like the forget set",
+    "unmoved": "ask a quiz whether the model knows the forget set at all; if it does, try other layers (tune)",
+    "stalled": "try more layers or a larger rank (MRP), or another layer (RMU)",
+    "returned": "try another seed, or a lower target",
+    "steps": "give it more steps",
+    "interrupted": "run the same again: it goes on",
+}
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -57,6 +66,11 @@ class Outcome:
             "steps": f"ended after {self.steps} steps with {left} ({damage})",
             "interrupted": f"interrupted after {self.steps} steps with {left} ({damage})",
         }[self.ended]
+
+    @property
+    def remedy(self) -> str | None:
+        """What to try where the target was not reached; None where it was."""
+        return REMEDIES.get(self.ended)
 
     @classmethod
     def of(

@@ -35,7 +35,8 @@ def mean_log_probabilities(
     """The mean log-probability (nats) of the tokens that count in each row, grouped as the rows are.
 
     Within a group one pass over a row also scores those that share its tokens up to their own last one: where every
-    choice of a question is a single token, one pass a question. Where there are several, what they begin with is read once.
+    choice of a question is a single token, one pass a question. Where there are several, what they begin with is read once;
+    so is what all groups begin with.
     -infinity where the model rules a token out.
 
     Args:
@@ -116,6 +117,8 @@ def _predicted(
     """Batches of passes, with the log-probabilities at the places that count in them, pass by pass."""
     alike = sorted((_Alike.of(group) for group in groups), key=lambda group: group.length)
     shared = [group for group in alike if group.length >= SHORTEST]
+    if not any(len(group.passes) > 1 for group in shared) and _in_common(shared) < SHORTEST:
+        shared = []
     if shared:
         longest = max(shared, key=lambda group: max(len(each.row.ids) for each in group.passes) - group.length)
         tried = [
@@ -152,18 +155,23 @@ def _read_behind(model: LensModel, texts: Continued) -> Float[Tensor, "counted d
 
 @dataclass(frozen=True)
 class _Alike:
-    """Passes, the longest first, that begin with so many tokens in common before any of them counts; 0 if there is one pass."""
+    """Passes, the longest first, that begin with so many tokens in common before any of them counts."""
 
     passes: Sequence[_Pass]
     length: int
 
     @classmethod
     def of(cls, passes: Sequence[_Pass]) -> "_Alike":
-        if len(passes) < 2:
-            return cls(passes, 0)
         first = min(_counted(each.row)[0] for each in passes)
         equal = takewhile(lambda ids: len(set(ids)) == 1, zip(*(each.row.ids[:-1] for each in passes), strict=False))
         return cls(passes, min(first, sum(1 for _ in equal)))
+
+
+def _in_common(groups: Sequence[_Alike]) -> int:
+    """How many tokens all of several groups begin with; 0 if it is one."""
+    beginnings = [group.passes[0].row.ids[: group.length] for group in groups]
+    alike = takewhile(lambda ids: len(set(ids)) == 1, zip(*beginnings, strict=False)) if len(groups) > 1 else ()
+    return sum(1 for _ in alike)
 
 
 def _behind(groups: Sequence[_Alike], encoder: Encoder) -> Continued:

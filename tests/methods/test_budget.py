@@ -371,7 +371,7 @@ def test_what_is_said_of_a_fit(left: float, damage: float, there: bool, stalled:
         interrupted=False,
     )
     assert outcome.ended == ended
-    assert bool(outcome) == (ended == "target")
+    assert bool(outcome) == (outcome.remedy is None) == (ended == "target")
     assert f"{left:.2f} of 1.00 left" in str(outcome)
     assert Outcome.from_json(outcome.to_json()) == outcome
 

@@ -73,13 +73,15 @@ def test_a_prompt_is_read_once_for_all_choices(model: Any, untouched: None) -> N
     )  # prompts alone are 0.42; with what was compared with whole passes
 
 
-def test_what_all_prompts_begin_with_is_read_once(model: Any, untouched: None) -> None:
+@pytest.mark.parametrize("letters", [False, True])
+def test_what_all_prompts_begin_with_is_read_once(model: Any, letters: bool, untouched: None) -> None:
     edit, places = projection(model), ("the red house", "a river", "the end of the white road")
     asked = Questions(
         tuple(
             replace(
                 question,
                 prompt=f"The old man walked, as on every other morning of that year, near {places[n % 3]}, then",
+                choices=(" a", " b") if letters else question.choices,  # one token each: a pass a question
             )
             for n, question in enumerate(ASKED.questions)
         )

@@ -13,7 +13,7 @@ from mrp_lens.cli.command import OnData
 from mrp_lens.cli.console import Column, console, show_table
 from mrp_lens.cli.figures import show_figures
 from mrp_lens.data import Corpus, UnlearningTask
-from mrp_lens.edits import Edit, ProjectionEdit, load_edit
+from mrp_lens.edits import Edit, load_edit, projection_in
 from mrp_lens.edits.provenance import label_of
 from mrp_lens.evals import evaluate
 from mrp_lens.evals.lm_eval import Bos, load_hf, require_harness, task_manager, task_names
@@ -117,10 +117,10 @@ class Measure(OnData):
             run.notes.append(f"lm-evaluation-harness {version('lm_eval')}: {shown}; BOS as {bos}")
         if task is not None:
             run.notes += [
-                f"{name} holds the requests {', '.join(edit.requests)}: what the retain set and its quiz have of any of them was "
+                f"{name} holds the requests {', '.join(held.requests)}: what the retain set and its quiz have of any of them was "
                 "forgotten, and counts here as damage"
                 for name, edit in methods.items()
-                if isinstance(edit, ProjectionEdit) and len(edit.requests) > 1
+                if (held := projection_in(edit)) is not None and len(held.requests) > 1
             ]
             run.rows = self.data_rows(methods, task, unseen, run)
             if len(run.rows) > 1:  # the picture compares

@@ -67,6 +67,16 @@ class Encoded:
             tuple(self.in_loss[place] for place in places),
         )
 
+    def pieces(self, length: int) -> "list[Encoded]":
+        """The text in pieces of at most so many tokens, BOS included, which each begins with if the text does; whole, if it is not
+        longer or has a prompt, without which its completion says nothing."""
+        begins = 0 if not self.content or self.content[0] else 1
+        body = range(begins, len(self.ids))
+        if len(self.ids) <= length or not all(self.in_loss[place] for place in body if place):
+            return [self]
+        width = max(2, length - begins)
+        return [self.at([*range(begins), *body[start : start + width]]) for start in range(0, len(body), width)]
+
 
 @dataclass(frozen=True)
 class Encoder:
@@ -254,17 +264,29 @@ class Batches(Iterator[list[Encoded]]):
 
     A batch is never larger than the number of rows. `state_dict` holds what is left of the pass under way, so that a fit
     can go on in another process; the generator's own state is kept by whoever owns it.
+
+    Args:
+        rows: texts.
+        batch_size: of them at a time.
+        generator: draws.
+        length: of a longer text a batch has one of its `pieces`, drawn anew each time. None: all of it.
     """
 
-    def __init__(self, rows: Sequence[Encoded], batch_size: int, generator: torch.Generator) -> None:
+    def __init__(
+        self, rows: Sequence[Encoded], batch_size: int, generator: torch.Generator, *, length: int | None = None
+    ) -> None:
         self.rows, self.size, self.generator = rows, min(batch_size, len(rows)), generator
+        self.pieces = [[row] if length is None else row.pieces(length) for row in rows]
         self.waiting: list[int] = []
 
     def __next__(self) -> list[Encoded]:
         while len(self.waiting) < self.size:
             self.waiting += torch.randperm(len(self.rows), generator=self.generator).tolist()
         chosen, self.waiting = self.waiting[: self.size], self.waiting[self.size :]
-        return [self.rows[i] for i in chosen]
+        return [self._piece(self.pieces[i]) for i in chosen]
+
+    def _piece(self, pieces: Sequence[Encoded]) -> Encoded:
+        return pieces[int(torch.randint(len(pieces), (1,), generator=self.generator)) if len(pieces) > 1 else 0]
 
     def state_dict(self) -> dict[str, Any]:
         """The rows that this pass has still to come to."""

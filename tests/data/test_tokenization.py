@@ -190,6 +190,28 @@ def test_batches_cover_every_row_once_a_round(model: LensModel) -> None:
     assert sorted(i for chosen, _ in in_order(encoder, rows, 3) for i in chosen) == list(range(7))
 
 
+def test_a_batch_has_a_piece_of_a_longer_text(model: LensModel) -> None:
+    encoder = encoder_for(model)
+    long, short, asked = encoder.encode(
+        [
+            Document("", "one two three four five six seven"),
+            Document("", "it"),
+            Document("nine ten eleven", " twelve"),
+        ]
+    )
+    pieces = long.pieces(4)
+    bos = 0 if long.content[0] else 1
+    assert len(short.ids) <= 4
+    assert all(2 <= len(piece.ids) <= 4 or piece is pieces[-1] for piece in pieces)
+    assert all(piece.ids[:bos] == long.ids[:bos] for piece in pieces)
+    assert tuple(token for piece in pieces for token in piece.ids[bos:]) == long.ids[bos:]
+    assert tuple(counts for piece in pieces for counts in piece.in_loss[bos:]) == long.in_loss[bos:]
+    assert (short.pieces(4), asked.pieces(2)) == ([short], [asked])  # short, or with a prompt
+    stream = Batches([long, short], 2, torch.Generator().manual_seed(0), length=4)
+    read = {row.ids for _ in range(40) for row in next(stream)}
+    assert read == {piece.ids for piece in [*pieces, short]}
+
+
 def test_a_batch_has_no_more_logits_than_memory_is_meant_for(model: LensModel, monkeypatch: pytest.MonkeyPatch) -> None:
     encoder = encoder_for(model)
     rows = encoder.encode([Document("", "word " * (i + 1)) for i in range(7)])

@@ -101,6 +101,8 @@ class MRP(FitTemplate[MRPSettings]):
         lr: of Adam, falling linearly to 0 in the second half. None: a fifth of the size of W's entries at the start.
         steps: updates at most.
         batch_size: documents an update on each side.
+        retain_length: tokens of a retain document that an update reads; of a longer one, if it has no prompt, a random piece, since
+            sixteen whole paragraphs would be most of the time. None: all of it.
         micro_batch: documents a pass, if a batch does not fit into memory.
         max_length: tokens at which documents are cut. None: 512, or the context if that is shorter.
         budget: nats a token of KL(unedited || edited) that are allowed for on retain text that no update sees, and four times
@@ -134,6 +136,7 @@ class MRP(FitTemplate[MRPSettings]):
     lr: float | None = None
     steps: int = 1000
     batch_size: int = 16
+    retain_length: int | None = 64
     micro_batch: int | None = None
     max_length: int | None = None
     budget: float | None = 0.1
@@ -148,7 +151,7 @@ class MRP(FitTemplate[MRPSettings]):
     def check(self, model: LensModel) -> None:
         self.check_values(
             above_0=("lr", "retain_weight", "forget_bound", "retain_energy"),
-            counts=("rank", "steps", "batch_size", "micro_batch", "gate_directions"),
+            counts=("rank", "steps", "batch_size", "retain_length", "micro_batch", "gate_directions"),
         )
         if not self.gate_weight >= 0.0:
             raise ValueError(f"gate_weight must be at least 0, got {self.gate_weight}")
@@ -278,15 +281,16 @@ class _Losses:
         self.context = context
         self.method, self.model, self.encoder, self.learned = method, context.model, data.encoder, learned
         self.forget = Batches(data.all_forget, method.batch_size, context.generator)
-        self.retain = Batches(data.retain, method.batch_size, context.generator)
+        self.retain = Batches(data.retain, method.batch_size, context.generator, length=method.retain_length)
         self.alternatives = Alternatives.of(data.all_forget, int(self.model.cfg.d_vocab), data.encoder.device)
         self.bound = or_default(method.forget_bound, FORGET_BOUND[method.forget_loss])
         # Without any projection, where the model leaves its last block, and where it comes to the first that has one.
         self.last = KeptStates(self.model, int(self.model.cfg.n_layers))
         self.first = KeptStates(self.model, min(layer_of(hook) for hook, _ in learned.hooks()))
-        compared = [(self.last, data.retain)] if method.retain_loss == "kl" else []
+        retain = [piece for pieces in self.retain.pieces for piece in pieces]
+        compared = [(self.last, retain)] if method.retain_loss == "kl" else []
         compared += [(self.last, data.all_forget)] if method.forget_loss == "odds" else []
-        for kept, rows in (*compared, (self.first, data.retain), (self.first, data.all_forget)):
+        for kept, rows in (*compared, (self.first, retain), (self.first, data.all_forget)):
             passes = method.steps * method.batch_size / len(rows)
             kept.read(self.encoder, rows, passes=passes, progress=context.progress)
 
@@ -407,6 +411,7 @@ class UnconditionalMRP(MRP):
     retain_weight: float = 10.0
     steps: int = 150
     batch_size: int = 32
+    retain_length: int | None = None
     budget: float | None = None
     coverage: Coverage | None = None
 

@@ -36,6 +36,7 @@ from mrp_lens.runs.plan.memory import (
     vocabulary,
     widest,
 )
+from mrp_lens.utils.validation import or_default
 
 FLOAT64 = 8
 CONTROL_TOKENS, CONTROL_ENDING = 52, 14  # of a control question of 30 words and its frame; of its ending
@@ -91,36 +92,33 @@ def _of_mrp(method: MRP, setup: Setup) -> Needs:
     layers = method._layers(sizes.stand_in)
     most = min(method.batch_size, setup.documents, rows_with_logits(setup.length - 1, sizes.d_vocab))
     rows, depth = method.micro_batch or most, sizes.n_layers - min(layers) - 1
-    tokens, counted = rows * setup.length, rows * (setup.length - 1)
+    kept_length = min(setup.length, or_default(method.retain_length, setup.length))
+    read = replace(setup, length=kept_length)  # a retain document in an update
+    counted = rows * (setup.length - 1)
     passes = method.steps * method.batch_size / setup.documents
     compares = method.retain_loss == "kl"
     kept = kept_states(setup, min(layers), sides=2, passes=passes)
     last = kept_states(setup, sizes.n_layers, sides=int(compares) + (method.forget_loss == "odds"), passes=passes)
     trained = len(layers) * method._rank(sizes.stand_in) * sizes.d_model
     standing = Phase("", caches=kept + last + references(method, setup), optimizer=trained * (FLOAT32 + ADAM))
-    graph = depth * saved_by_block(setup, rows) + len(layers) * _hook(method, setup, tokens)
     alternatives = counted * min(MOST, sizes.d_vocab) * ALTERNATIVE if method.forget_loss == "alternatives" else 0.0
     # predicted, and for its gradient two scattered ones and their sum, or two with the softmax of the reference
     forget = 4 * vocabulary(setup, counted) + alternatives
     # KL divergence: reference, predicted, and its gradient in parts and as a whole
-    retain = 4 * vocabulary(setup, counted)
-    # while the reference is computed, and when the gradient has come to the last block, predicted alone
-    once = vocabulary(setup, counted)
-    steps = [
-        widest(
-            name,
-            replace(standing, activations=graph, spread=graph),
-            logits=wide,
-            inside=passing_block(setup, rows),
-            beside=once,
-        )
-        for name, wide in (("forget step", forget), ("retain step", retain))
-    ]
-    side = setup.length * method.batch_size
+    retain = 4 * vocabulary(read, rows * (read.length - 1))
+    steps = []
+    for name, wide, side in (("forget step", forget, setup), ("retain step", retain, read)):
+        graph = depth * saved_by_block(side, rows) + len(layers) * _hook(method, side, rows * side.length)
+        # while the reference is computed, and when the gradient has come to the last block, predicted alone
+        once = vocabulary(side, rows * (side.length - 1))
+        held = replace(standing, activations=graph, spread=graph)
+        steps.append(widest(name, held, logits=wide, inside=passing_block(side, rows), beside=once))
+    forgotten, kept_texts = setup.length * method.batch_size, read.length * method.batch_size
     blocks = 2 * depth + (1 if kept else min(layers) + 1)  # forward and backward
-    reference = 0.0 if last else _blocks(setup, side, sizes.n_layers)
-    step = 2 * _blocks(setup, side, blocks) + reference + (5 if compares else 4) * _unembedding(setup, side)
-    read = (bool(kept) + bool(last)) * _blocks(setup, 2 * setup.documents * setup.length, sizes.n_layers)
+    reference = 0.0 if last else _blocks(read, kept_texts, sizes.n_layers)
+    step = _blocks(setup, forgotten, blocks) + _blocks(read, kept_texts, blocks) + reference
+    step += _unembedding(setup, 2 * forgotten + (3 if compares else 2) * kept_texts)
+    begun = (bool(kept) + bool(last)) * _blocks(setup, 2 * setup.documents * setup.length, sizes.n_layers)
     return Needs(
         (
             *_starting(method, setup, len(layers)),
@@ -129,7 +127,7 @@ def _of_mrp(method: MRP, setup: Setup) -> Needs:
             *_looks(method, setup, standing),
         ),
         rows,
-        method.steps * step + read + _around(method, setup),
+        method.steps * step + begun + _around(method, setup),
     )
 
 

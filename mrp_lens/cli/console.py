@@ -16,7 +16,14 @@ from mrp_lens.utils.frames import Row
 
 LOGGED = 200  # characters a line where the output goes into a file or a pipe: rich would cut tables at 80
 
-console = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else LOGGED)
+
+def _width() -> int | None:
+    """None: the terminal's."""
+    asked = os.environ.get("COLUMNS", "")
+    return None if sys.stdout.isatty() else int(asked) if asked.isdecimal() and int(asked) else LOGGED
+
+
+console = Console(width=_width())
 
 Column = tuple[str, Callable[[Mapping[str, Any]], str]]
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 
-from mrp_lens.cli import app
+from mrp_lens.cli import app, console
 from mrp_lens.cli.errors import is_users
 from mrp_lens.cli.options import FLAG, Option, converted, described, options_of, read
 from mrp_lens.cli.unlearn import Unlearn
@@ -357,3 +357,11 @@ def test_the_demo_runs_the_whole_job(tmp_path: Path) -> None:
     page = (tmp_path / "demo" / "report.html").read_text(encoding="utf-8")
     for picture in ("accuracies", "alignment_by_layer", "confidence_by_method", "displacement", "relearning_curves"):
         assert f'id="{picture}"' in page
+
+
+def test_what_goes_into_a_file_is_as_wide_as_a_table_or_as_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)
+    assert console._width() == 200
+    for asked, width in (("120", 120), ("0", 200), ("wide", 200)):
+        monkeypatch.setenv("COLUMNS", asked)
+        assert console._width() == width

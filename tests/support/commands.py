@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mrp_lens.cli.app import run
+from mrp_lens.cli.console import LOGGED, console
 from mrp_lens.cli.unlearn import Unlearn
 
 MAIN = "from mrp_lens.cli import main; main()"
@@ -32,6 +33,7 @@ class Result:
 def invoke(*words: str) -> Result:
     """Run a command line in this process; the error is kept."""
     printed = io.StringIO()
+    console.width = LOGGED  # as into a file, whatever the terminal of the tests is
     code, error = 0, None
     with redirect_stdout(printed), redirect_stderr(printed):
         try:

@@ -3,7 +3,6 @@
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from itertools import takewhile
 from pathlib import Path
 from typing import Any, TypedDict, TypeVar
 
@@ -13,6 +12,7 @@ from mrp_lens.data.documents import Corpus, Document
 from mrp_lens.data.questions import Half, Questions
 from mrp_lens.data.rows import digest
 from mrp_lens.data.world import World
+from mrp_lens.utils.sequences import common_start
 
 HUB = "hub:"
 HELD_OUT = 200  # at most this many retain documents are kept from the fit, and at most a tenth
@@ -382,9 +382,9 @@ def hub_parts(source: str) -> tuple[str, str | None, str | None]:
 def warn_of_another_form(forget: Sequence[Corpus], quizzes: Sequence[Questions]) -> None:
     """Say so where the prompts of the forget set all end alike, as with `\\nAnswer:`, and those of a quiz do not: a model that was
     trained on such prompts is then asked in a form that it does not know, and answers less of what it knows."""
-    prompts = {document.prompt for corpus in forget for document in corpus.documents}
-    alike = takewhile(lambda last: len(set(last)) == 1, zip(*map(reversed, prompts), strict=False))
-    ending = "".join(last[0] for last in alike)[::-1]
+    prompts = sorted({document.prompt for corpus in forget for document in corpus.documents})
+    length = common_start(prompt[::-1] for prompt in prompts)
+    ending = prompts[0][len(prompts[0]) - length :] if prompts else ""
     if len(prompts) < 2 or not any(map(str.isalpha, ending)):
         return
     for quiz in quizzes:

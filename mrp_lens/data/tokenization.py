@@ -68,14 +68,16 @@ class Encoded:
         )
 
     def pieces(self, length: int) -> "list[Encoded]":
-        """The text in pieces of at most so many tokens, BOS included, which each begins with if the text does; whole, if it is not
-        longer or has a prompt, without which its completion says nothing."""
+        """The text in pieces of at most so many tokens, at least two, BOS included, which each begins with if the text does; whole,
+        if it is not longer or has a prompt, without which its completion says nothing. A last token that would be alone, with
+        nothing before it that predicts it, is left out."""
         begins = 0 if not self.content or self.content[0] else 1
         body = range(begins, len(self.ids))
         if len(self.ids) <= length or not all(self.in_loss[place] for place in body if place):
             return [self]
         width = max(2, length - begins)
-        return [self.at([*range(begins), *body[start : start + width]]) for start in range(0, len(body), width)]
+        starts = range(0, len(body) + begins - 1, width)
+        return [self.at([*range(begins), *body[start : start + width]]) for start in starts]
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import takewhile
 
 import numpy as np
 import torch
@@ -18,6 +17,7 @@ from mrp_lens.models.memory import ran_out
 from mrp_lens.models.prefix import Continued, logits_behind, reads_prefixes
 from mrp_lens.training.losses import predictions, rows_at_once
 from mrp_lens.utils.progress import progress_bar
+from mrp_lens.utils.sequences import common_start
 from mrp_lens.utils.validation import check_whole
 
 SHORTEST = 4  # tokens that rows have to have in common before these are read once for all of them
@@ -117,8 +117,9 @@ def _predicted(
     """Batches of passes, with the log-probabilities at the places that count in them, pass by pass."""
     alike = sorted((_Alike.of(group) for group in groups), key=lambda group: group.length)
     shared = [group for group in alike if group.length >= SHORTEST]
-    if not any(len(group.passes) > 1 for group in shared) and _in_common(shared) < SHORTEST:
-        shared = []
+    if all(len(group.passes) == 1 for group in shared):  # then there is nothing to share but what all groups begin with
+        starts = [group.passes[0].row.ids[: group.length] for group in shared]
+        shared = shared if len(shared) > 1 and common_start(starts) >= SHORTEST else []
     if shared:
         longest = max(shared, key=lambda group: max(len(each.row.ids) for each in group.passes) - group.length)
         tried = [
@@ -163,15 +164,7 @@ class _Alike:
     @classmethod
     def of(cls, passes: Sequence[_Pass]) -> "_Alike":
         first = min(_counted(each.row)[0] for each in passes)
-        equal = takewhile(lambda ids: len(set(ids)) == 1, zip(*(each.row.ids[:-1] for each in passes), strict=False))
-        return cls(passes, min(first, sum(1 for _ in equal)))
-
-
-def _in_common(groups: Sequence[_Alike]) -> int:
-    """How many tokens all of several groups begin with; 0 if it is one."""
-    beginnings = [group.passes[0].row.ids[: group.length] for group in groups]
-    alike = takewhile(lambda ids: len(set(ids)) == 1, zip(*beginnings, strict=False)) if len(groups) > 1 else ()
-    return sum(1 for _ in alike)
+        return cls(passes, min(first, common_start(each.row.ids[:-1] for each in passes)))
 
 
 def _behind(groups: Sequence[_Alike], encoder: Encoder) -> Continued:

@@ -8,7 +8,7 @@ import torch
 
 from mrp_lens import metrics
 from mrp_lens.data import Corpus, Document, Questions, tokenization
-from mrp_lens.data.tokenization import Batches, Encoder, groups_within, in_order, parts_of
+from mrp_lens.data.tokenization import Batches, Encoded, Encoder, groups_within, in_order, parts_of
 from mrp_lens.methods.base import prepare
 from mrp_lens.models import LensModel, encoder_for
 from mrp_lens.training.losses import predictions
@@ -207,6 +207,9 @@ def test_a_batch_has_a_piece_of_a_longer_text(model: LensModel) -> None:
     assert tuple(token for piece in pieces for token in piece.ids[bos:]) == long.ids[bos:]
     assert tuple(counts for piece in pieces for counts in piece.in_loss[bos:]) == long.in_loss[bos:]
     assert (short.pieces(4), asked.pieces(2)) == ([short], [asked])  # short, or with a prompt
+    bare = Encoded(tuple(range(5)), (True,) * 5, (True,) * 5)  # without BOS
+    assert [piece.ids for piece in bare.pieces(3)] == [(0, 1, 2), (3, 4)]
+    assert [piece.ids for piece in bare.pieces(4)] == [(0, 1, 2, 3)]  # nothing would predict the last one
     stream = Batches([long, short], 2, torch.Generator().manual_seed(0), length=4)
     read = {row.ids for _ in range(40) for row in next(stream)}
     assert read == {piece.ids for piece in [*pieces, short]}

@@ -4,7 +4,8 @@
 
 The data folder holds a file of questions for each relation (`capital.jsonl`, `state.jsonl`, `currency.jsonl`: question, choices,
 answer as an index, entity, right), `retain.jsonl` (text) and `retain_quiz.jsonl`; for capitals also `forget.jsonl`. The statements of
-other relations are made here. What is kept is asked about entities that the retain set does not have.
+other relations are made here. What is kept is asked about entities that the retain set does not have. `--methods` takes every registered
+method, and `--set` its settings: baselines at the damage that MRP is allowed are `--methods npo simnpo --set budget=0.1 steps=600`.
 """
 
 import argparse
@@ -16,19 +17,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from analysis.common.methods import settings_of
+from analysis.common.arguments import add_set_option
+from analysis.common.methods import OWN, settings_of, with_settings
 from analysis.common.resumable import ROW, Job, ResumableStudy, result_name
 from analysis.common.tables import print_row
 from mrp_lens import metrics
 from mrp_lens.data import Corpus, Questions
 from mrp_lens.edits import ConditionalProjectionEdit, Edit, edit_on
-from mrp_lens.methods import MRP, RMU, AdaptiveRMU
+from mrp_lens.methods import METHODS
 from mrp_lens.metrics.recovery import UNEDITED
 from mrp_lens.models import LensModel, identity_of, load_model
 from mrp_lens.runs.record import Run
 from mrp_lens.utils.result_store import ResultStore
 
-METHODS: Mapping[str, Any] = {method.name: method for method in (MRP, RMU, AdaptiveRMU)}
 STATEMENTS: Mapping[str, Sequence[str]] = {
     "capital": ("The capital of {} is {}.", "If you travel to {}, you can visit {}, its capital."),
     "state": (
@@ -164,7 +165,8 @@ class FactsStudy(ResumableStudy):
 
     def __init__(self, facts: Facts, model: LensModel, options: Any) -> None:
         self.facts, self.model, self.seeds = facts, model, options.seeds
-        self.methods = {name: METHODS[name](max_length=options.max_length) for name in options.methods}
+        chosen = {name: METHODS[name]() for name in options.methods}
+        self.methods = with_settings(chosen, [f"max_length={options.max_length}", *options.set])
         settings = {
             "model": identity_of(model),
             "data": facts.fingerprints(),
@@ -206,8 +208,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--topic", choices=[*STATEMENTS], default="capital", help="what to forget (default capital)")
     parser.add_argument("--text", type=Path, help="a text file whose paragraphs show what becomes of other text")
     parser.add_argument(
-        "--methods", nargs="+", choices=[*METHODS], default=[*METHODS], help="which to fit (default: all)"
+        "--methods", nargs="+", choices=[*METHODS], default=[*OWN], help=f"which to fit (default: {' '.join(OWN)})"
     )
+    add_set_option(parser)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="of the fits (default 0)")
     parser.add_argument("--max-length", type=int, default=48, help="tokens at which documents are cut (default 48)")
     parser.add_argument("--dtype", default="float32")

@@ -1,8 +1,9 @@
 """What fits, a forward and a quiz cost: `python -m analysis.speed --out runs/speed`.
 
 RMU at layer 7 of a 32-layer model, against the loop of the released code written plainly: two models, three full forwards a step,
-gradients down to the embedding. MRP against a plain loop: logits everywhere, and the unedited model read in each step. A forward pass
-with MRP's hooks on two layers against one without. A quiz against lm-evaluation-harness on the same questions, whose answers have to be
+gradients down to the embedding. MRP against a plain loop: logits everywhere, and the unedited model read in each step. NPO against the
+loop of the released code: every weight trained, a copy of the model read in each step. A forward pass with MRP's hooks on two layers
+against one without. A quiz against lm-evaluation-harness on the same questions, whose answers have to be
 the same (with `--model FOLDER`, on that model instead of the demo; `pip install 'mrp_lens[harness]'`). Every figure is the median of
 interleaved pairs of one run, since single timings on a shared machine mean little.
 """
@@ -29,7 +30,7 @@ from mrp_lens.data import Corpus, Questions, UnlearningTask
 from mrp_lens.data.tokenization import Batches
 from mrp_lens.edits import ProjectionEdit
 from mrp_lens.evals.lm_eval import HarnessModel, load_hf
-from mrp_lens.methods import RMU, UnconditionalMRP
+from mrp_lens.methods import NPO, RMU, UnconditionalMRP
 from mrp_lens.metrics import choice_scores
 from mrp_lens.metrics.multiple_choice import encoded_choices
 from mrp_lens.models import available_backends, encoder_for, load_model, logits_of, mlp_out_weight
@@ -45,6 +46,7 @@ QUIZ, CHOICES = 60, 128  # questions, and choices that are read at a time
 TARGETS = {
     "rmu": "aim: at least 3x steps/s and at most 0.6x memory",
     "mrp": "aim: at least 3x steps/s",
+    "npo": "aim: at least 3x steps/s and at most 0.5x memory",
     "forward": "aim: at most 1.05",
     "accuracy": "aim: at least 2x",
 }
@@ -171,6 +173,44 @@ def our_mrp(model: Any, forget: Corpus, retain: Corpus, steps: int) -> None:
     settings.fit(model, forget, retain, progress=False)
 
 
+def plain_npo(model: Any, forget: Corpus, retain: Corpus, steps: int) -> None:
+    """NPO as the released code has it (arXiv 2404.05868): an unedited copy read in each step, logits at every position, every weight
+    trained with AdamW; the weights are as before afterwards."""
+    unedited = copy.deepcopy(model)
+    encoder = encoder_for(model)
+    generator = torch.Generator().manual_seed(0)
+    batches = [Batches(encoder.encode(corpus.documents), BATCH, generator) for corpus in (forget, retain)]
+    for parameter in model.parameters():
+        parameter.requires_grad_(True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, weight_decay=0.01)
+
+    def losses_of(of: Any, batch: Any) -> torch.Tensor:
+        predicted = logits_of(of, batch.tokens, batch.attention_mask)[:, :-1].float()
+        said = torch.nn.functional.cross_entropy(predicted.transpose(1, 2), batch.tokens[:, 1:], reduction="none")
+        return said * batch.loss_mask[:, 1:]
+
+    for _ in range(steps):
+        forget_batch, retain_batch = (encoder.collate(next(rows)) for rows in batches)
+        with torch.no_grad():
+            before = losses_of(unedited, forget_batch).sum(-1)
+        margin = NPO().beta * (losses_of(model, forget_batch).sum(-1) - before)
+        losing = -2 / NPO().beta * torch.nn.functional.logsigmoid(margin).mean()
+        keeping = losses_of(model, retain_batch).sum() / retain_batch.loss_mask[:, 1:].sum()
+        optimizer.zero_grad()
+        (losing + keeping).backward()
+        optimizer.step()
+    with torch.no_grad():
+        for parameter, value in zip(model.parameters(), unedited.parameters(), strict=True):
+            parameter.copy_(value)
+            parameter.grad = None
+            parameter.requires_grad_(False)
+
+
+def our_npo(model: Any, forget: Corpus, retain: Corpus, steps: int) -> None:
+    """The same loss through the library, which trains the output matrices of a few MLPs."""
+    NPO(steps=steps, batch_size=BATCH).fit(model, forget, retain, progress=False)
+
+
 def peak_memory(job: Callable[[], None]) -> float:
     """Peak resident memory of this process during a job above what it was before, in MiB (sampled every millisecond)."""
     gc.collect()
@@ -211,22 +251,27 @@ def timed(job: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def compare_rmu(model: Any, backend: str, *, pairs: int, steps: int) -> dict[str, Any]:
+Loop = Callable[[Any, Corpus, Corpus, int], None]
+
+
+def compare_loops(
+    name: str, library: Loop, written_plainly: Loop, model: Any, backend: str, *, pairs: int, steps: int
+) -> dict[str, Any]:
     """Steps per second and peak memory of both loops, as medians over interleaved pairs."""
     forget, retain = make_texts(0, "forget"), make_texts(1, "retain")
 
     def ours() -> None:
-        our_rmu(model, forget, retain, steps)
+        library(model, forget, retain, steps)
 
     def plain() -> None:
-        plain_rmu(model, forget, retain, steps)
+        written_plainly(model, forget, retain, steps)
 
     ours()
     plain()
     seconds = [(timed(ours), timed(plain)) for _ in range(pairs)]
     memory = [(peak_memory(ours), peak_memory(plain)) for _ in range(3)]
     return {
-        "study": "rmu",
+        "study": name,
         "backend": backend,
         "pairs": pairs,
         "steps_per_second": steps / median(a for a, _ in seconds),
@@ -235,7 +280,7 @@ def compare_rmu(model: Any, backend: str, *, pairs: int, steps: int) -> dict[str
         "memory_mib": median(a for a, _ in memory),
         "plain_memory_mib": median(b for _, b in memory),
         "memory_ratio": median(a / b for a, b in memory),
-        "target": TARGETS["rmu"],
+        "target": TARGETS[name],
     }
 
 
@@ -364,13 +409,15 @@ def main() -> None:
     warnings.filterwarnings("ignore", message=".*longer than")  # every text is, so that all batches are alike
     run = Run("analysis.speed", vars(arguments), seed=0)
     fits, forwards = max(3, arguments.pairs // 8), arguments.pairs
+    loops = partial(compare_loops, pairs=fits, steps=arguments.steps)
     with tempfile.TemporaryDirectory() as temporary:
         make_model(Path(temporary))
         for backend in available_backends():
-            if {"rmu", "mrp", "forward"} & set(arguments.studies):
+            if {"rmu", "npo", "mrp", "forward"} & set(arguments.studies):
                 model = load_model(temporary, backend=backend)
                 jobs: dict[str, Callable[[], dict[str, Any]]] = {
-                    "rmu": partial(compare_rmu, model, backend, pairs=fits, steps=arguments.steps),
+                    "rmu": partial(loops, "rmu", our_rmu, plain_rmu, model, backend),
+                    "npo": partial(loops, "npo", our_npo, plain_npo, model, backend),
                     "mrp": partial(compare_mrp, model, backend, pairs=fits, steps=arguments.steps),
                     "forward": partial(compare_forward, model, backend, pairs=forwards),
                 }

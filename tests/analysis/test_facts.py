@@ -3,7 +3,6 @@
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,6 @@ import pandas as pd
 import pytest
 
 from analysis import facts
-from mrp_lens.methods import MRP, RMU
 
 CITIES = ["Lima", "Oslo", "Rome", "Paris", "Cairo", "Quito", "Delhi", "Tunis", "Sofia", "Dakar", "Accra", "Minsk"]
 LANDS = [
@@ -79,11 +77,10 @@ def test_what_is_forgotten_is_not_in_what_is_kept(folder: Path) -> None:
 def test_the_study_writes_a_row_for_each_fit(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    quick = partial(MRP, steps=2, layers=[2], budget=None, coverage=None)
-    monkeypatch.setattr(facts, "METHODS", {"rmu": partial(RMU, steps=2), "mrp": quick})
     out = tmp_path / "out"
     words = ["--data", folder, "--model", "demo", "--text", folder / "text.txt", "--seeds", 0, 1, "--out", out]
-    monkeypatch.setattr(sys, "argv", ["facts", *map(str, words), "--methods", "rmu", "mrp"])
+    quick = ["steps=2", "mrp.layers=[2]", "mrp.budget=null", "mrp.coverage=null"]
+    monkeypatch.setattr(sys, "argv", ["facts", *map(str, words), "--methods", "rmu", "mrp", "--set", *quick])
     facts.main()
     table = pd.read_csv(out / "table.csv")
     assert table["method"].tolist() == ["unedited", "rmu", "mrp", "rmu", "mrp"]

@@ -128,6 +128,7 @@ def our_rmu(model: Any, forget: Corpus, retain: Corpus, steps: int) -> None:
         batch_size=BATCH,
         errors="absolute",
         positions="all",
+        retain_length=None,
         budget=None,
         coverage=None,
     )
@@ -208,7 +209,7 @@ def plain_npo(model: Any, forget: Corpus, retain: Corpus, steps: int) -> None:
 
 def our_npo(model: Any, forget: Corpus, retain: Corpus, steps: int) -> None:
     """The same loss through the library, which trains the output matrices of a few MLPs."""
-    NPO(steps=steps, batch_size=BATCH).fit(model, forget, retain, progress=False)
+    NPO(steps=steps, batch_size=BATCH, retain_length=None).fit(model, forget, retain, progress=False)
 
 
 def peak_memory(job: Callable[[], None]) -> float:

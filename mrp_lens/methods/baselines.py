@@ -81,6 +81,8 @@ class GradientMethod(FitTemplate[GradientSettings]):
         retain_weight: weight of the cross-entropy of the retain set; 0: that is not looked at.
         lr: of AdamW, falling linearly to 0 in the second half. None: derived from the size of the trained entries.
         steps, batch_size: updates, and documents an update on each side.
+        retain_length: tokens of a retain document that an update reads; of a longer one, if it has no prompt, a random piece. None:
+            all of it.
         micro_batch: documents a pass, if a batch does not fit into memory.
         max_length: tokens at which documents are cut. None: 512, or the context if that is shorter.
         budget: nats a token of KL(unedited || edited) that are allowed for on retain text that no update sees, and four times
@@ -96,6 +98,7 @@ class GradientMethod(FitTemplate[GradientSettings]):
     lr: float | None = None
     steps: int = 200
     batch_size: int = 32
+    retain_length: int | None = 64
     micro_batch: int | None = None
     max_length: int | None = None
     budget: float | None = None
@@ -113,7 +116,7 @@ class GradientMethod(FitTemplate[GradientSettings]):
 
     @override
     def check(self, model: LensModel) -> None:
-        self.check_values(above_0=("lr",), counts=("steps", "batch_size", "micro_batch"))
+        self.check_values(above_0=("lr",), counts=("steps", "batch_size", "retain_length", "micro_batch"))
         if not self.retain_weight >= 0.0:
             raise ValueError(f"retain_weight must be at least 0, got {self.retain_weight}")
         self._layers(model)
@@ -163,7 +166,7 @@ class Losses:
         self.data = data = method.read(context.covered())
         self.forget_loss = method.forget_loss(self)
         self.forget = Batches(data.all_forget, method.batch_size, context.generator)
-        self.retain = Batches(data.retain, method.batch_size, context.generator)
+        self.retain = Batches(data.retain, method.batch_size, context.generator, length=method.retain_length)
 
     def __call__(self, step: int) -> Iterator[dict[str, Tensor]]:
         """The terms of each micro-batch, in nats."""

@@ -51,6 +51,7 @@ RELEASED: dict[str, Any] = {
     "errors": "absolute",
     "budget": None,
     "coverage": None,
+    "retain_length": None,
     "positions": "all",
     "padding": "left",
     "shuffle": False,
@@ -97,6 +98,7 @@ class Misdirection(FitTemplate[Resolved], Generic[Resolved]):
     lr: float | None = None
     steps: int = 600
     batch_size: int = 32
+    retain_length: int | None = 64
     micro_batch: int | None = None
     max_length: int | None = None
     budget: float | None = 0.05
@@ -141,7 +143,9 @@ class Misdirection(FitTemplate[Resolved], Generic[Resolved]):
 
     @override
     def check(self, model: LensModel) -> None:
-        self.check_values(above_0=("alpha", "lr", "eps"), counts=("steps", "batch_size", "micro_batch"))
+        self.check_values(
+            above_0=("alpha", "lr", "eps"), counts=("steps", "batch_size", "retain_length", "micro_batch")
+        )
         if not self.retain_noise >= 0.0:
             raise ValueError(
                 f"retain_noise is a share of the states' norm and must be at least 0, got {self.retain_noise}"
@@ -227,17 +231,18 @@ class _Losses(Generic[Resolved]):
         self.store: dict[str, Tensor] = {}
         self.first: dict[int, float] = {}
         self.forget = [self._batches(rows) for rows in data.forget]
-        self.retain = [self._batches(data.retain) for _ in self.forget]
+        self.retain = [self._batches(data.retain, method.retain_length) for _ in self.forget]
         self.kept = KeptStates(self.model, min(weights))
         if method.positions == "content" and method.padding == "right":  # else pads count, whose states are not kept
-            for rows in (*data.forget, data.retain):
+            retain = [piece for pieces in self.retain[0].pieces for piece in pieces]
+            for rows in (*data.forget, retain):
                 passes = method.steps * method.batch_size / len(data.forget) / len(rows)
                 self.kept.read(self.encoder, rows, passes=passes, progress=context.progress)
 
-    def _batches(self, rows: Sequence[Encoded]) -> Batches:
-        """Batches for ever: shuffled in each pass, or in the order of the corpus."""
+    def _batches(self, rows: Sequence[Encoded], length: int | None = None) -> Batches:
+        """Batches for ever: shuffled in each pass, of long texts a random piece; or in the order of the corpus, as they are."""
         size = self.method.batch_size
-        return Batches(rows, size, self.generator) if self.method.shuffle else BatchesInTurn(rows, size)
+        return Batches(rows, size, self.generator, length=length) if self.method.shuffle else BatchesInTurn(rows, size)
 
     def _next(self, batches: Batches) -> TokenBatch:
         return self.encoder.collate(next(batches), side=self.method.padding)
@@ -388,6 +393,8 @@ class RMU(Misdirection[RMUSettings]):
         lr: of AdamW. None: derived from the size of the trained matrices, entries and shape (`update_size`).
         steps: updates at most.
         batch_size: documents an update on each side.
+        retain_length: tokens of a retain document that an update reads; of a longer one, if it has no prompt, a random piece. None,
+            or without `shuffle`: all of it.
         micro_batch: documents a pass, if a batch does not fit into memory.
         max_length: tokens at which documents are cut. None: 512, or the context if that is shorter.
         budget: nats a token of KL(unedited || edited) that are allowed for on retain text that no update sees, and four times

@@ -65,6 +65,23 @@ def assert_close(one: Any, other: Any) -> None:
 
 
 @every_method
+def test_an_update_reads_a_piece_of_a_long_retain_document(
+    model: LensModel, texts: Texts, method: Any, untouched: None
+) -> None:
+    longest = max(len(row.ids) for row in encoder_for(model).encode(texts[1].documents))
+
+    def fitted(length: int | None) -> dict[str, torch.Tensor]:
+        quick = replace(method, retain_length=length, coverage=None, budget=None)
+        return tensors_of(quick.fit(model, *texts, **FIT).edit)
+
+    whole, longer, pieces = fitted(None), fitted(longest), fitted(4)
+    assert all(torch.equal(whole[name], longer[name]) for name in whole)  # no document is longer
+    assert not all(torch.equal(whole[name], pieces[name]) for name in whole)
+    with pytest.raises(ValueError, match="retain_length must be"):
+        fitted(0)
+
+
+@every_method
 def test_a_fit_leaves_the_model_untouched_and_repeats_with_its_seed(
     method: Any, model: LensModel, texts: Texts, untouched: None
 ) -> None:

@@ -50,20 +50,6 @@ def test_the_rank_grows_with_the_tokens_to_forget_where_these_are_many(
     assert UnconditionalMRP().prepared(model, long, retain, None, None)[1].rank == 2
 
 
-def test_an_update_reads_a_piece_of_a_long_retain_document(model: LensModel, texts: Texts, untouched: None) -> None:
-    quick: dict[str, Any] = {"layers": [1], "rank": 2, "coverage": None, "budget": None, **QUICK}
-    longest = max(len(row.ids) for row in encoder_for(model).encode(texts[1].documents))
-
-    def rows(length: int | None) -> torch.Tensor:
-        fit = MRP(retain_length=length, **quick).fit(model, *texts, **FIT)
-        assert isinstance(fit.edit, ProjectionEdit)
-        return fit.edit.subspaces()[hook_name(1)].basis
-
-    whole = rows(None)
-    assert torch.equal(rows(longest), whole)  # none is longer
-    assert not torch.equal(rows(4), whole)
-
-
 def test_the_complement_start_leaves_retain_states_alone_and_the_code_start_does_not(
     model: LensModel, texts: Texts, untouched: None
 ) -> None:

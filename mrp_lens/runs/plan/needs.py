@@ -92,8 +92,7 @@ def _of_mrp(method: MRP, setup: Setup) -> Needs:
     layers = method._layers(sizes.stand_in)
     most = min(method.batch_size, setup.documents, rows_with_logits(setup.length - 1, sizes.d_vocab))
     rows, depth = method.micro_batch or most, sizes.n_layers - min(layers) - 1
-    kept_length = min(setup.length, or_default(method.retain_length, setup.length))
-    read = replace(setup, length=kept_length)  # a retain document in an update
+    read = setup.of_length(or_default(method.retain_length, setup.length))  # retain documents in an update
     counted = rows * (setup.length - 1)
     passes = method.steps * method.batch_size / setup.documents
     compares = method.retain_loss == "kl"
@@ -172,9 +171,12 @@ def _of_misdirection(method: Misdirection, setup: Setup) -> Needs:  # type: igno
     products = (len(trained) + 1) * tokens * sizes.d_mlp * e
     step = replace(standing, name="step", activations=(again - 1) * saved_by_block(setup, rows) + states + products)
     first = 0 if kept else min(trained)
-    side = setup.length * method.batch_size
     blocks = (layer + 1 - first) + 2 * again  # frozen states; trained ones and their gradient
-    operations = method.steps * (2 * _blocks(setup, side, blocks) + 2 * 2 * numbers * side)
+    kept_length = or_default(method.retain_length if method.shuffle else None, setup.length)
+    operations = 0.0
+    for side in (setup, setup.of_length(kept_length)):
+        read = side.length * method.batch_size
+        operations += method.steps * (_blocks(side, read, blocks) + 2 * numbers * read)
     measured = Phase("norm of the states", activations=passing_block(setup, min(MEASURED_DOCUMENTS, setup.documents)))
     return Needs(
         (measured, *_before_training(method, setup), step, *_looks(method, setup, standing)),

@@ -179,7 +179,7 @@ class Unlearn(Command):
         task, method, out = self.data.load(), self.method, self.out
         if isinstance(self.fitter, FitTemplate):
             self.fitter.request_label([corpus.name for corpus in task.forget], earlier, self.request)
-        about = ", ".join(corpus.name for corpus in task.forget)
+        about = ", ".join("the forget set" if corpus.name == "forget" else corpus.name for corpus in task.forget)
         run = Run(
             "unlearn", self.arguments(), self.seed, title=f"{self.loading.model}: forgetting {about} with {method}"
         )

@@ -158,6 +158,11 @@ def test_the_table_leaves_out_what_is_empty_and_joins_intervals_to_their_values(
     assert texts_of(missing) == [(False, ["a", "1"]), (False, ["b", ""])]
 
 
+def test_a_share_near_0_is_not_written_as_0() -> None:
+    shares = {"forget_probability": 1.104e-5, "forget_probability_low": 0.0, "forget_probability_high": 0.0012}
+    assert texts_of(table_of([{"method": "rmu", **shares}])) == [(False, ["rmu", "0.0011% [0.0, 0.1]"])]
+
+
 def texts_of(table: Table) -> list[tuple[bool, list[str]]]:
     return [(control, list(map(str, cells))) for control, cells in table.rows]
 

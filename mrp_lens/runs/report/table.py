@@ -40,7 +40,7 @@ LEGENDS = {
     "damage": "damage: KL(unedited || edited) per token of retain text that no fit saw; 0 is as before.",
     "text_perplexity_ratio": "perplexity: of text that no fit saw; 1 is as before.",
 }
-INTERVALS = "Brackets: 95% intervals, bootstrap over questions or documents. Rows in grey are controls."
+INTERVALS = "Brackets: 95% intervals, bootstrap over questions or documents. Controls are in grey."
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,8 @@ def _format_of(key: str) -> Callable[[Any], str]:
         return f"{value:.4g}" if isinstance(value, float) else str(value)
 
     def share(value: Any) -> str:
-        return f"{100 * value:.1f}%"
+        percent = 100 * value
+        return f"{percent:.2g}%" if 0.0 < percent < 0.1 else f"{percent:.1f}%"
 
     if (
         key.endswith(("accuracy", "probability", "chance"))

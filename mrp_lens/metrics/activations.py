@@ -13,9 +13,10 @@ from mrp_lens.data import Corpus
 from mrp_lens.data.tokenization import PaddingSide, TokenBatch, in_order
 from mrp_lens.edits import Edit, EditStack, SteeringEdit, edit_on
 from mrp_lens.edits.subspace import unit
+from mrp_lens.metrics.shared_states import States, shared_or_read
 from mrp_lens.models import LensModel, check_layers, check_lens_model, device_of, encoder_for
 from mrp_lens.models.finite import check_states
-from mrp_lens.models.hooks import check_hook_names, frozen, hook_name, read_states
+from mrp_lens.models.hooks import check_hook_names, hook_name
 from mrp_lens.utils.progress import progress_bar
 from mrp_lens.utils.validation import check_whole, generator_for
 
@@ -37,8 +38,8 @@ class StateBatch:
         batch: the tokens and masks they come from.
     """
 
-    states: Mapping[str, Float[Tensor, "tokens d_model"]]
-    edited: Mapping[str, Float[Tensor, "tokens d_model"]] | None
+    states: States
+    edited: States | None
     rows: Int[Tensor, " tokens"]
     batch: TokenBatch
 
@@ -188,7 +189,7 @@ def direction_for(model: LensModel, direction: Float[Tensor, " _width"]) -> Floa
     return vector.to(device_of(model))
 
 
-def states_of(model: LensModel, batch: TokenBatch, hooks: Sequence[str]) -> dict[str, Float[Tensor, "tokens d_model"]]:
+def states_of(model: LensModel, batch: TokenBatch, hooks: Sequence[str]) -> States:
     """States of a batch's content tokens at each hook, without gradient; the pass ends at the last of the hooks' layers.
 
     A batch for which memory runs out is read in halves.
@@ -196,8 +197,7 @@ def states_of(model: LensModel, batch: TokenBatch, hooks: Sequence[str]) -> dict
     Raises:
         NonFiniteError: states that hold NaN or infinity.
     """
-    with frozen(model):
-        states = read_states(model, batch, hooks)
+    states = shared_or_read(model, batch, hooks)
     check_states(model, batch, states)
     return states
 

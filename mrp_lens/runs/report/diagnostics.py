@@ -10,6 +10,7 @@ from torch import Tensor
 from mrp_lens.data import UnlearningTask
 from mrp_lens.edits import Edit
 from mrp_lens.metrics import Measured, frames_for
+from mrp_lens.metrics.shared_states import states_shared
 from mrp_lens.models import LensModel
 from mrp_lens.utils.frames import by_figure
 from mrp_lens.utils.progress import progress_bar
@@ -47,7 +48,7 @@ def diagnostics(
     """
     usual = next(iter(directions.values()), None)
     parts: dict[str, Mapping[str, pd.DataFrame]] = {}
-    with progress_bar(edits.items(), desc="looking at each layer", progress=progress) as bar:
+    with states_shared(), progress_bar(edits.items(), desc="looking at each layer", progress=progress) as bar:
         for method, edit in bar:
             bar.set_postfix_str(method, refresh=False)
             measured = Measured(

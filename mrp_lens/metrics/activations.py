@@ -13,7 +13,7 @@ from mrp_lens.data import Corpus
 from mrp_lens.data.tokenization import PaddingSide, TokenBatch, in_order
 from mrp_lens.edits import Edit, EditStack, SteeringEdit, edit_on
 from mrp_lens.edits.subspace import unit
-from mrp_lens.metrics.shared_states import States, shared_or_read
+from mrp_lens.metrics.shared_states import StatesByHook, shared_or_read
 from mrp_lens.models import LensModel, check_layers, check_lens_model, device_of, encoder_for
 from mrp_lens.models.finite import check_states
 from mrp_lens.models.hooks import check_hook_names, hook_name
@@ -38,8 +38,8 @@ class StateBatch:
         batch: the tokens and masks they come from.
     """
 
-    states: States
-    edited: States | None
+    states: StatesByHook
+    edited: StatesByHook | None
     rows: Int[Tensor, " tokens"]
     batch: TokenBatch
 
@@ -189,7 +189,7 @@ def direction_for(model: LensModel, direction: Float[Tensor, " _width"]) -> Floa
     return vector.to(device_of(model))
 
 
-def states_of(model: LensModel, batch: TokenBatch, hooks: Sequence[str]) -> States:
+def states_of(model: LensModel, batch: TokenBatch, hooks: Sequence[str]) -> StatesByHook:
     """States of a batch's content tokens at each hook, without gradient; the pass ends at the last of the hooks' layers.
 
     A batch for which memory runs out is read in halves.

@@ -1,4 +1,4 @@
-"""States that several metrics read of the same texts, computed once for all of them."""
+"""StatesByHook that several metrics read of the same texts, computed once for all of them."""
 
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,7 +17,7 @@ from mrp_lens.models.hooks import frozen, read_states
 
 BYTES = 2**30  # of states at most
 
-States = Mapping[str, Float[Tensor, "tokens d_model"]]
+StatesByHook = Mapping[str, Float[Tensor, "tokens d_model"]]
 
 
 class SharedStates:
@@ -28,17 +28,17 @@ class SharedStates:
 
     def __init__(self) -> None:
         # beside the states the model and the edits, whose numbers are part of the key and must not become those of others
-        self._kept: OrderedDict[Any, tuple[list[Any], States]] = OrderedDict()
+        self._kept: OrderedDict[Any, tuple[list[Any], StatesByHook]] = OrderedDict()
         self._size = 0
 
-    def read(self, model: LensModel, batch: TokenBatch, hooks: Sequence[str]) -> States:
+    def read(self, model: LensModel, batch: TokenBatch, hooks: Sequence[str]) -> StatesByHook:
         """As `read_states`, which is asked for the hooks that are not kept; for all where an edit draws noise in each pass."""
         edits = [entry.edit for entry in entries_on(model)]
         if any(isinstance(part, SteeringEdit) and part.noise > 0.0 for edit in edits for part in edit.parts):
             return _read(model, batch, hooks)
         on = [model, *edits]
-        masks = (batch.tokens, batch.attention_mask, batch.content_mask)
-        key = (*map(id, on), *(part.cpu().numpy().tobytes() for part in masks))
+        read = (batch.tokens, batch.attention_mask, batch.content_mask)
+        key = (*map(id, on), *(part.cpu().numpy().tobytes() for part in read))
         known = self._kept.pop(key, (on, {}))[1]
         self._size -= _bytes_of(known)
         if missing := [hook for hook in hooks if hook not in known]:
@@ -63,16 +63,16 @@ def states_shared() -> Iterator[None]:
         _SHARED.reset(token)
 
 
-def shared_or_read(model: LensModel, batch: TokenBatch, hooks: Sequence[str]) -> States:
-    """States of a batch's content tokens at each hook: shared ones inside `states_shared`."""
+def shared_or_read(model: LensModel, batch: TokenBatch, hooks: Sequence[str]) -> StatesByHook:
+    """StatesByHook of a batch's content tokens at each hook: shared ones inside `states_shared`."""
     shared = _SHARED.get()
     return _read(model, batch, hooks) if shared is None else shared.read(model, batch, hooks)
 
 
-def _read(model: LensModel, batch: TokenBatch, hooks: Sequence[str]) -> States:
+def _read(model: LensModel, batch: TokenBatch, hooks: Sequence[str]) -> StatesByHook:
     with frozen(model):
         return read_states(model, batch, hooks)
 
 
-def _bytes_of(states: States) -> int:
+def _bytes_of(states: StatesByHook) -> int:
     return sum(each.numel() * each.element_size() for each in states.values())

@@ -1,4 +1,4 @@
-"""`mrp-lens demo | plan | unlearn | sweep | tune | attack | measure | chat | export | report`."""
+"""`mrp-lens demo | plan | unlearn | sweep | tune | attack | measure | compare | chat | export | report`."""
 
 import logging
 import sys
@@ -19,6 +19,7 @@ COMMANDS = {
     "tune": ("Tune", "Search a method's settings: what forgets most for least damage."),
     "attack": ("AttackEdit", "See what survives an edit: retrain, probe, bypass and jailbreak it."),
     "measure": ("Measure", "Measure a model, and the same model with an edit on, without fitting anything."),
+    "compare": ("Compare", "Put the edits of several runs into one table, by the damage that they did."),
     "export": ("Export", "Write an edited model for Hugging Face's transformers, and prove it by reloading."),
     "chat": (
         "ChatWithEdit",

@@ -235,9 +235,9 @@ class Command(ABC):
     @classmethod
     def help(cls, places: Mapping[str, tuple[str, Option]], given: Mapping[str, Any]) -> str:
         """What `--help` prints."""
-        usage = (
-            f"mrp-lens {' '.join([cls.word, *cls.chosen(given)])} [OPTIONS]{' FOLDER' * (cls.positional is not None)}"
-        )
+        usage = f"mrp-lens {' '.join([cls.word, *cls.chosen(given)])} [OPTIONS]"
+        if cls.positional is not None:
+            usage += " FOLDER" if places[cls.positional][1].element is None else " FOLDER..."
         text = inspect.cleandoc(cls.__doc__ or "").split("\nAttributes:")[0].strip()
         parser = argparse.ArgumentParser(
             usage=usage,
@@ -259,6 +259,8 @@ class Command(ABC):
                 text += f" (default: {','.join(map(str, default)) if isinstance(default, tuple) else default})"
             metavar = {} if option.metavar is None else {"metavar": option.metavar}
             action = {} if metavar else {"action": "store_true"}
+            if option.has_negative:
+                text = f"{text.rstrip()} Off: {option.negative}."
             help_text = text.replace("%", "%%")
             groups[option.part].add_argument(option.spelled, help=help_text, dest=name, **metavar, **action)
         return parser.format_help()

@@ -28,11 +28,6 @@ console = Console(width=_width())
 Column = tuple[str, Callable[[Mapping[str, Any]], str]]
 
 
-def percent(value: float) -> str:
-    """0.256 -> 25.6%."""
-    return f"{100 * value:.1f}%"
-
-
 @contextmanager
 def silent() -> Iterator[None]:
     """Inside, nothing but errors is printed: no messages, no warnings, no bars of libraries that load a model."""

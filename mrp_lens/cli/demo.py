@@ -12,7 +12,7 @@ from typing_extensions import override
 from mrp_lens.attacks.finetuning import Attacker
 from mrp_lens.attacks.relearn import relearn
 from mrp_lens.cli.command import Command
-from mrp_lens.cli.console import Column, console, percent, show_examples, show_table
+from mrp_lens.cli.console import Column, console, show_examples, show_table
 from mrp_lens.cli.run_folder import begun
 from mrp_lens.data import UnlearningTask
 from mrp_lens.data.world import World
@@ -27,6 +27,7 @@ from mrp_lens.runs.record import Run
 from mrp_lens.runs.report import report
 from mrp_lens.runs.report.diagnostics import diagnostics
 from mrp_lens.runs.train_world import score, untaught_accuracy, verdict
+from mrp_lens.utils.frames import percent
 from mrp_lens.utils.interrupts import complete
 from mrp_lens.utils.result_store import ResultStore
 

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from mrp_lens import metrics
-from mrp_lens.cli.console import Column, percent, show_table, three_digits
-from mrp_lens.utils.frames import Row
+from mrp_lens.cli.console import Column, show_table, three_digits
+from mrp_lens.utils.frames import Row, percent
 
 CAPTION = (
     "forget text: mean probability per token of the forget documents. Brackets: 95%, bootstrap. text: perplexity of retain documents "
@@ -29,6 +29,13 @@ def show_figures(title: str, rows: Sequence[Row]) -> None:
         show_table("Other measures", [("measure", lambda line: str(line["measure"])), *of_each], lines)
 
 
+def _damage(row: Row) -> str:
+    if row.get("damage") is None:
+        return ""
+    ends = [row.get(f"damage_{end}") for end in ("low", "high")]
+    return f"{row['damage']:.3f}" + ("" if None in ends else f" [{ends[0]:.3f}, {ends[1]:.3f}]")
+
+
 def columns(rows: Sequence[Row]) -> list[Column]:
     """The columns that these rows fill, the unedited model's first."""
     figures = rows[0]
@@ -44,7 +51,7 @@ def columns(rows: Sequence[Row]) -> list[Column]:
         for side in ("forget", "retain")
         if f"{side}_accuracy" in figures
     ]
-    damage: list[Column] = [("damage", three_digits("damage"))] if any("damage" in row for row in rows) else []
+    damage: list[Column] = [("damage", _damage)] if any("damage" in row for row in rows) else []
     fit: list[Column] = [("fit", lambda row: f"{row['seconds']:.0f} s")] if "seconds" in figures else []
     return [
         ("method", lambda row: str(row["method"])),

@@ -77,6 +77,16 @@ class Option:
         return bool in self.alternatives or self.settings is not None
 
     @property
+    def has_negative(self) -> bool:
+        """Whether it is on by default, and has to be turned off."""
+        return self.is_flag and self.default not in (None, False, MISSING)
+
+    @property
+    def negative(self) -> str:
+        """As it is typed to turn it off."""
+        return f"--no-{self.name.replace('_', '-')}"
+
+    @property
     def metavar(self) -> str | None:
         """What `--help` shows for its value."""
         if self.is_flag:
@@ -206,10 +216,16 @@ def read(words: Sequence[str], options: Mapping[str, Option], *, positional: str
             elif not equals:
                 bare = not rest or (options[name].is_flag and rest[0] not in ("true", "false"))
                 value = FLAG if bare else rest.pop(0)
-        elif positional is not None and positional not in found:
+        elif positional is not None and (positional not in found or options[positional].element is not None):
             name = positional
         else:
-            raise ValueError(f"{where} takes no {word!r}; options begin with --")
+            before = options.get(next(reversed(found), ""))
+            off = (
+                f"did you mean {before.negative}? "
+                if word.lower() in (*NONE, "off", "no") and before and before.is_flag
+                else ""
+            )
+            raise ValueError(f"{where} takes no {word!r}; {off}options begin with --")
         found[name] = value if name not in found else Repeated([*_several(found[name]), value])
     return found
 

@@ -8,12 +8,12 @@ from typing import Any, ClassVar
 from typing_extensions import override
 
 from mrp_lens.cli.command import OnData, as_json
-from mrp_lens.cli.console import Column, console, percent, show_table
+from mrp_lens.cli.console import Column, console, show_table
 from mrp_lens.cli.run_folder import stoppable
 from mrp_lens.runs.record import Run
 from mrp_lens.runs.report import report
 from mrp_lens.runs.sweep import SweepConfig, in_stream_units, sweep
-from mrp_lens.utils.frames import rows_of
+from mrp_lens.utils.frames import percent, rows_of
 from mrp_lens.utils.io import make_folder
 from mrp_lens.utils.result_store import check_holds
 

@@ -9,7 +9,7 @@ import yaml
 from typing_extensions import override
 
 from mrp_lens.cli.command import OnData
-from mrp_lens.cli.console import Column, console, percent, show_table
+from mrp_lens.cli.console import Column, console, show_table
 from mrp_lens.cli.run_folder import stoppable
 from mrp_lens.cli.unlearn import Unlearn
 from mrp_lens.data.tuning_split import tuning_split
@@ -17,7 +17,7 @@ from mrp_lens.methods import METHODS, Method
 from mrp_lens.runs.record import Run
 from mrp_lens.runs.report import report
 from mrp_lens.runs.tune import BEST, KIND, Tuned, open_space, optuna_trials, tune
-from mrp_lens.utils.frames import rows_of
+from mrp_lens.utils.frames import percent, rows_of
 from mrp_lens.utils.io import make_folder, write_text
 from mrp_lens.utils.result_store import check_holds
 

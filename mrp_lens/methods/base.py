@@ -426,6 +426,20 @@ class FitTemplate(Method, Generic[Settings]):
             )
         return budget, left
 
+    def check_for(self, model: LensModel) -> None:
+        """Refuse a model that cannot be fitted, and settings that make no sense on it, before anything is computed.
+
+        Raises:
+            TypeError, ValueError: names what is wrong.
+        """
+        check_lens_model(model)
+        check_positive(budget=self.budget)
+        if self.target is not None and not self.target > 0.0:
+            raise ValueError(
+                f"target must be above 0, got {self.target}; 0.001 is out of reach, so that a fit spends its whole budget"
+            )
+        self.check(model)
+
     def prepared(
         self,
         model: LensModel,
@@ -435,9 +449,7 @@ class FitTemplate(Method, Generic[Settings]):
         request: str | None,
     ) -> tuple[Data, Settings, str]:
         """What a fit needs before it draws a random number, checked; with the name of the request."""
-        check_lens_model(model)
-        check_positive(budget=self.budget, target=self.target)
-        self.check(model)
+        self.check_for(model)
         data = prepare(model, forget, retain, max_length=self.max_length)
         label = self.request_label(data.names, after, request)
         with fitting(model, after):

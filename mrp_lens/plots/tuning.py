@@ -30,8 +30,8 @@ def pareto(frame: pd.DataFrame) -> go.Figure:
         facets(frame, ["method"]),
         x=Axis("damage: KL(unedited || edited), nats a token", "auto"),
         y=Axis("accuracy on the forget questions", limits=UNIT),
-        title="Forgetting against damage, on the tuning split",
-        note="Lower left is better; the line joins the trials that no other one beats in both.",
+        title="Forgetting against damage",
+        note="Lower left is better; the line joins those that no other one beats in both.",
     )
     for panel, part in panels:
         front = part["on_front"].astype(bool)

@@ -1,4 +1,4 @@
-"""Frames as JSON rows and back, and the versions that a figure depends on."""
+"""Frames as JSON rows and back, shares as text, and the versions that a figure depends on."""
 
 import platform
 from collections.abc import Mapping, Sequence
@@ -20,6 +20,12 @@ def versions() -> dict[str, str]:
 def is_number(value: Any) -> TypeGuard[float]:
     """Whether it is a number, and not NaN."""
     return isinstance(value, int | float) and value == value
+
+
+def percent(share: float) -> str:
+    """0.256 -> 25.6%; one near 0 with two digits, 0.0011%."""
+    value = 100 * share
+    return f"{value:.2g}%" if 0.0 < value < 0.1 else f"{value:.1f}%"
 
 
 def rows_of(frame: pd.DataFrame) -> list[Row]:

@@ -1,5 +1,6 @@
 """Progress bars."""
 
+import sys
 from collections.abc import Iterable
 from typing import Any
 
@@ -8,6 +9,7 @@ from tqdm.auto import tqdm
 from mrp_lens.utils.processes import is_first
 
 DELAY = 1.0  # seconds
+RARELY = 30.0  # seconds between two lines of a bar that goes into a file
 
 
 def progress_bar(
@@ -15,7 +17,8 @@ def progress_bar(
 ) -> tqdm:
     """A bar that appears once the work has taken a second, so that `progress=True` can be the default of quick calls.
 
-    (`set_postfix_str` shows the bar at once, unless it is told `refresh=False`.)
+    (`set_postfix_str` shows the bar at once, unless it is told `refresh=False`.) In a file, such as the log of a batch job, a bar is a
+    line every 30 seconds.
 
     Args:
         iterable: to go through; None: the bar is updated by hand.
@@ -24,4 +27,6 @@ def progress_bar(
         total: steps; None: as many as the iterable has.
         options: of tqdm, such as `unit`.
     """
+    if not (sys.stderr.isatty() or "ipykernel" in sys.modules):
+        options = {"mininterval": RARELY, "maxinterval": RARELY} | options
     return tqdm(iterable, desc=desc, total=total, disable=not (progress and is_first()), delay=DELAY, **options)

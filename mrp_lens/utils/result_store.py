@@ -68,7 +68,8 @@ class ResultStore:
             begun = any(entry != path for entry in target.rglob("*") if not entry.is_dir())
             if differing and begun:
                 raise ValueError(
-                    f"{target} holds a {kind} with other settings: {'; '.join(differing)}. Choose another folder, or the same settings"
+                    f"{target} holds a {kind} with other settings: {'; '.join(differing)}. Choose another folder, give the same settings to "
+                    "go on with it, or replace it with overwrite=True"
                 )
             if known is None or differing:
                 write_json(path, wanted)
@@ -156,9 +157,15 @@ def _differing(known: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]
         if key in ("model", "reference") and isinstance(there, dict) and isinstance(value, dict):
             value = {name: entry for name, entry in value.items() if name in there}
             there = {name: there[name] for name in value}
-        if there != value:
-            differing.append(f"{key} ({_short(there)} there, {_short(value)} now)")
+        differing += _apart(key, there, value)
     return differing
+
+
+def _apart(key: str, there: Any, now: Any) -> list[str]:
+    """What of one setting differs, down to the entries of mappings."""
+    if isinstance(there, dict) and isinstance(now, dict) and there.keys() == now.keys():
+        return [found for name in now for found in _apart(f"{key}.{name}", there[name], now[name])]
+    return [] if there == now else [f"{key} ({_short(there)} there, {_short(now)} now)"]
 
 
 def _short(value: Any) -> str:

@@ -6,6 +6,7 @@ from typing import Any
 
 from mrp_lens import metrics
 from mrp_lens.metrics.recovery import CONTROL_METHODS
+from mrp_lens.utils.frames import percent
 
 CONTROLS = {*CONTROL_METHODS, "random-projection", "untrained-start"}
 HEADINGS = {  # of columns that no metric makes
@@ -120,16 +121,12 @@ def _format_of(key: str) -> Callable[[Any], str]:
     def plain(value: Any) -> str:
         return f"{value:.4g}" if isinstance(value, float) else str(value)
 
-    def share(value: Any) -> str:
-        percent = 100 * value
-        return f"{percent:.2g}%" if 0.0 < percent < 0.1 else f"{percent:.1f}%"
-
     if (
         key.endswith(("accuracy", "probability", "chance"))
         or key.startswith("accuracy_")
         or key in ("floor", "ceiling")
     ):
-        return share
+        return percent
     if key.startswith("recovery") or "bits" in key:
         return lambda value: f"{value:.2f}"
     if key.endswith("ratio"):

@@ -1,0 +1,69 @@
+"""The edits of several runs in one table."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+
+from tests.support.commands import invoke
+
+UNEDITED: Mapping[str, Any] = {
+    "method": "unedited",
+    "forget_probability": 0.5,
+    "forget_probability_low": 0.4,
+    "forget_probability_high": 0.6,
+    "forget_accuracy": 0.9,
+    "forget_low": 0.8,
+    "forget_high": 1.0,
+    "forget_chance": 0.25,
+    "text_perplexity": 20.0,
+    "text_perplexity_ratio": 1.0,
+}
+
+
+def edited(**figures: float) -> dict[str, Any]:
+    return {**UNEDITED, "method": "mrp", "damage_low": 0.0, "damage_high": 1.0, **figures}
+
+
+def wrote(folder: Path, *rows: Mapping[str, Any]) -> str:
+    folder.mkdir()
+    (folder / "summary.json").write_text(json.dumps({"rows": rows}), encoding="utf-8")
+    return str(folder)
+
+
+def test_edits_stand_by_the_damage_they_did_under_the_names_of_their_runs(tmp_path: Path) -> None:
+    small = wrote(tmp_path / "small", UNEDITED, edited(damage=0.01, forget_accuracy=0.7))
+    large = wrote(tmp_path / "large", UNEDITED, edited(damage=0.05, forget_accuracy=0.3))
+    both = wrote(
+        tmp_path / "both",
+        {**UNEDITED, "forget_accuracy": 0.9001},  # another machine's last digits
+        edited(damage=0.02, forget_accuracy=0.8),
+        {**edited(damage=0.04, forget_accuracy=0.3), "method": "rmu"},
+    )
+    result = invoke("compare", large, small, both, "--out", str(tmp_path / "out"))
+    assert result.exit_code == 0, result.output
+    table = pd.read_csv(tmp_path / "out" / "table.csv")
+    assert table["method"].tolist() == ["unedited", "small", "mrp (both)", "rmu (both)", "large"]
+    front = pd.read_csv(tmp_path / "out" / "frames" / "pareto.csv").set_index("edit")["on_front"]
+    assert front.to_dict() == {"small": True, "mrp (both)": False, "rmu (both)": True, "large": False}
+    assert "0.050 [0.000, 1.000]" in result.output
+    assert (tmp_path / "out" / "report.html").is_file()
+    assert "is not empty" in str(invoke("compare", small, "--out", str(tmp_path / "out")).exception)
+
+
+def test_runs_of_other_data_and_folders_without_an_edit_are_refused(tmp_path: Path) -> None:
+    run = wrote(tmp_path / "run", UNEDITED, edited(damage=0.01))
+    other = wrote(tmp_path / "other", {**UNEDITED, "forget_accuracy": 0.8}, edited(damage=0.01))
+    bare = wrote(tmp_path / "bare", UNEDITED)
+    study = wrote(tmp_path / "study", {"layer": 3})
+    for folders, said in (
+        ((run, other), "the unedited model's forget_accuracy is 0.8 and 0.9; compare"),
+        ((bare,), "no edit was measured"),
+        ((run, study), "study has no figures of the unedited model"),
+        ((str(tmp_path / "nowhere"),), "nowhere holds no finished run"),
+        ((run, run), "two of the runs are called 'run'"),
+    ):
+        assert said in str(invoke("compare", *folders).exception)

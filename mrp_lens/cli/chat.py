@@ -97,10 +97,10 @@ class ChatWithEdit(Command):
                     "--prompt and --tokens are for the terminal; leave out --web, or type the question there"
                 )
             gradio()  # a missing one should not wait for the model
-        edit = load_edit(self.edit)
+        edit, loading = load_edit(self.edit), self.loading.of_edit(self.edit)
         template = self.question_prompt
         chat = Chat(
-            self.loading.load(),
+            loading.load(),
             edit,
             max_new_tokens=self.max_new_tokens,
             temperature=self.temperature,
@@ -112,9 +112,7 @@ class ChatWithEdit(Command):
         switches = Switches(self.apply, self.strength, self.only, self.without)
         chat.chosen(switches)  # a strength that the edit cannot have should not wait for a question
         if self.web:
-            page, address = serve(
-                chat, title=f"{self.loading.model} with {self.edit}", switches=switches, port=self.port
-            )
+            page, address = serve(chat, title=f"{loading.model} with {self.edit}", switches=switches, port=self.port)
             console.print(f"Open {address} in a browser; Ctrl-C stops it.")
             page.block_thread()
             return []

@@ -14,9 +14,11 @@ import yaml
 
 from mrp_lens.cli.console import console
 from mrp_lens.cli.options import Option, converted, options_of, read
+from mrp_lens.cli.run_folder import run_of
 from mrp_lens.data import TaskConfig, UnlearningTask, task_for
 from mrp_lens.models import LensModel, load_model
 from mrp_lens.models.load import Backend
+from mrp_lens.utils.io import read_json
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 
@@ -75,6 +77,15 @@ class ModelOptions:
             device_map=by_device("--device-map", self.device_map),
             max_memory=by_device("--max-memory", self.max_memory),
         )
+
+    def of_edit(self, edit: Path) -> "ModelOptions":
+        """The same; without --model, of the model, in the precision, that the run fitted which left the edit."""
+        folder = run_of(edit)
+        if self.model != "demo" or folder is None:
+            return self
+        of_run = read_json(folder / "summary.json", "name the model with --model").get("arguments", {})
+        known = {name: of_run[name] for name in ("model", "dtype") if of_run.get(name) is not None}
+        return replace(self, **known) if "model" in known else self
 
 
 def by_device(option: str, text: str | None) -> Any:

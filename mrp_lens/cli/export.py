@@ -9,6 +9,7 @@ from typing_extensions import override
 
 from mrp_lens.cli.command import Command, Dtype, ModelOptions
 from mrp_lens.cli.console import console
+from mrp_lens.cli.run_folder import run_of
 from mrp_lens.data import Corpus
 from mrp_lens.edits import load_edit
 from mrp_lens.export import ExportReport, Measurements, export_hf
@@ -81,7 +82,7 @@ class Export(Command):
         record = Measurements.read(run_of(self.edit) if self.run is None else self.run, self.attacks)
         texts = None if self.texts is None else Corpus.from_file(self.texts)
         report = export_hf(
-            self.loading.load(),
+            self.loading.of_edit(self.edit).load(),
             edit,
             self.out,
             self.form,
@@ -100,9 +101,3 @@ class Export(Command):
         if self.push_to is not None:
             console.print(f"Uploaded: {report.push_to_hub(self.push_to, private=not self.public)}")
         return report
-
-
-def run_of(edit_folder: Path) -> Path | None:
-    """The folder of the run that left an edit: the one that holds it, or, as `mrp-lens demo` has it, the next one up."""
-    parents = list(edit_folder.absolute().parents)[:2]
-    return next((folder for folder in parents if (folder / "summary.json").is_file()), None)

@@ -1,4 +1,4 @@
-"""The output folder of a command that goes on where it was stopped."""
+"""The folder of a run: of a command that goes on where it was stopped, and the one that an edit came from."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -43,3 +43,9 @@ def stoppable(out: Path) -> Iterator[None]:
     except KeyboardInterrupt:
         console.print(f"Interrupted. What is done stays in {out}; the same command goes on with the rest.")
         raise SystemExit(130) from None
+
+
+def run_of(edit: Path) -> Path | None:
+    """The folder of the run that left an edit: the one that holds it, or, as `mrp-lens demo` has it, the next one up."""
+    parents = list(edit.absolute().parents)[:2]
+    return next((folder for folder in parents if (folder / "summary.json").is_file()), None)

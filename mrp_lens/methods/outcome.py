@@ -70,6 +70,8 @@ class Outcome:
     @property
     def remedy(self) -> str | None:
         """What to try where the target was not reached; None where it was."""
+        if self.ended == "budget" and self.damage > self.budget * OVER:  # it was overshot, not spent
+            return "give it more steps, or a smaller lr: the damage came sooner than the retain loss could be weighed up against it"
         return REMEDIES.get(self.ended)
 
     @classmethod

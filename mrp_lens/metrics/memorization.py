@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mrp_lens.data import Corpus
-from mrp_lens.metrics.bootstrap import bootstrap_interval
+from mrp_lens.metrics.bootstrap import share_interval
 from mrp_lens.metrics.registry import Measured, register
 from mrp_lens.metrics.tokens import by_document
 from mrp_lens.models import LensModel
@@ -125,6 +125,6 @@ def _row(
     seed: int,
 ) -> pd.DataFrame:
     values, constant = (np.array([float(statistic(right)) for right in of_all]) for of_all in guessed)
-    low, high = bootstrap_interval(values, seed=seed)
+    low, high = share_interval(values, seed=seed)
     row = {"corpus": corpus.name, "documents": len(values), name: values.mean(), "low": low, "high": high}
     return pd.DataFrame([{**row, "constant": constant.mean()}])

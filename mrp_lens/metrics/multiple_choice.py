@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from mrp_lens.data import Document, Questions
 from mrp_lens.data.tokenization import Encoded, Encoder
-from mrp_lens.metrics.bootstrap import bootstrap_interval
+from mrp_lens.metrics.bootstrap import share_interval
 from mrp_lens.metrics.likelihood import mean_log_probabilities
 from mrp_lens.metrics.registry import Measured, register
 from mrp_lens.models import LensModel, encoder_for
@@ -68,7 +68,7 @@ def accuracy(
 def accuracy_row(group: str, answers: pd.DataFrame, *, seed: int) -> dict[str, Any]:
     """`group`, `n`, `accuracy`, `low`, `high` and `chance` of questions: `right`, from 0 to 1, and `chance`."""
     right = answers["right"].to_numpy(float)
-    low, high = bootstrap_interval(right, seed=seed)
+    low, high = share_interval(right, seed=seed)
     row = {"group": group, "n": len(answers), "accuracy": right.mean(), "low": low, "high": high}
     return row | {"chance": answers["chance"].mean()}
 

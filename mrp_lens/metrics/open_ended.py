@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from mrp_lens.data import Corpus, Questions
-from mrp_lens.metrics.bootstrap import bootstrap_interval
+from mrp_lens.metrics.bootstrap import share_interval
 from mrp_lens.metrics.multiple_choice import accuracy, by_group
 from mrp_lens.metrics.registry import Measured, register
 from mrp_lens.models import LensModel
@@ -104,7 +104,7 @@ def open_ended(
         written, wanted = part["answer"].tolist(), part["right"].tolist()
         for measure, score in MEASURES.items():
             values = np.array([score(answer, right) for answer, right in zip(written, wanted, strict=True)])
-            low, high = bootstrap_interval(values, seed=seed)
+            low, high = share_interval(values, seed=seed)
             row = {"group": name, "measure": measure, "n": len(part), "mean": values.mean(), "low": low, "high": high}
             rows.append({**row, "null": null_of(score, written, wanted)})
         if name in chosen:

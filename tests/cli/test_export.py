@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from mrp_lens.cli.export import run_of
+from mrp_lens.cli.run_folder import run_of
 from mrp_lens.models import load_model
 from tests.support.commands import Result, completed
 from tests.support.edits import logits, weight_edit
@@ -44,12 +44,24 @@ def test_it_writes_a_proved_folder_and_says_how(edit_folder: Path, tiny_folder: 
 
 def test_the_run_that_left_the_edit_fills_the_card(edit_folder: Path, tiny_folder: Path, tmp_path: Path) -> None:
     rows = [{"method": "unedited", "forget_accuracy": 0.98}, {"method": "weight", "forget_accuracy": 0.27}]
-    summary = {"command": "unlearn", "seed": 0, "finished": "then", "versions": {}, "rows": rows, "notes": []}
+    summary: dict[str, Any] = {
+        "command": "unlearn",
+        "seed": 0,
+        "finished": "then",
+        "versions": {},
+        "rows": rows,
+        "notes": [],
+    }
     (edit_folder.parent / "summary.json").write_text(json.dumps(summary))
     arguments = ["--model", str(tiny_folder), "--edit", str(edit_folder), "--form", "adapter", "--no-verify"]
     result = export(*arguments, "--out", str(tmp_path / "out"))
     assert "27" in (tmp_path / "out" / "README.md").read_text().split("## Figures")[1]
     assert "Not verified" in result.output
+
+    summary["arguments"] = {"model": str(tiny_folder), "dtype": "float32"}  # which need not be said again
+    (edit_folder.parent / "summary.json").write_text(json.dumps(summary))
+    result = export("--edit", str(edit_folder), "--form", "adapter", "--no-verify", "--out", str(tmp_path / "again"))
+    assert f"Loading {tiny_folder}" in result.output
 
 
 def test_the_run_is_found_one_folder_up_or_two(tmp_path: Path) -> None:

@@ -372,6 +372,7 @@ def test_what_is_said_of_a_fit(left: float, damage: float, there: bool, stalled:
     )
     assert outcome.ended == ended
     assert bool(outcome) == (outcome.remedy is None) == (ended == "target")
+    assert ("smaller lr" in str(outcome.remedy)) == (damage == 0.9)  # it was overshot, not spent
     assert f"{left:.2f} of 1.00 left" in str(outcome)
     assert Outcome.from_json(outcome.to_json()) == outcome
 

@@ -5,7 +5,7 @@ import torch
 
 from mrp_lens import metrics
 from mrp_lens.metrics import value
-from mrp_lens.metrics.bootstrap import TokenMean
+from mrp_lens.metrics.bootstrap import TokenMean, share_interval
 from mrp_lens.utils.validation import generator_for, int_seed
 
 ROW = {"n": 4, "accuracy": 0.75, "low": 0.25, "high": 1.0, "chance": 0.5}
@@ -43,6 +43,16 @@ def test_the_bootstrap_interval_covers_as_often_as_it_says() -> None:
     assert 0.90 <= hits / 200 <= 0.99
     values = generator.normal(size=50)
     assert metrics.bootstrap_interval(values, seed=1) == metrics.bootstrap_interval(values, seed=1)
+
+
+@pytest.mark.parametrize("n", [2, 6, 100])
+def test_a_share_of_which_nothing_differs_is_as_sure_as_its_number_of_questions(n: int) -> None:
+    low, high = share_interval(np.zeros(n))
+    assert low == 0.0
+    assert (1 - high) ** n == pytest.approx(0.025)  # with such a share, none of n would be right as rarely as that
+    assert share_interval(np.ones(n)) == pytest.approx((1 - high, 1.0))
+    mixed = np.arange(n) % 2 * 1.0
+    assert share_interval(mixed, seed=3) == metrics.bootstrap_interval(mixed, seed=3)
 
 
 def test_token_means_know_that_tokens_of_a_document_go_together() -> None:

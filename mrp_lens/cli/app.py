@@ -82,11 +82,11 @@ def main(words: Sequence[str] | None = None) -> None:
         sys.stderr.write("mrp-lens: interrupted\n")
         sys.exit(130)
     except Exception as error:
-        from mrp_lens.cli.errors import is_users  # heavy
+        from mrp_lens.cli.errors import as_typed, is_users  # heavy
 
         if not is_users(error):
             raise
         if "--debug" in words:
             traceback.print_exception(error)
-        sys.stderr.write(f"mrp-lens: {error}\n")
+        sys.stderr.write(f"mrp-lens: {as_typed(str(error))}\n")
         sys.exit(2)

@@ -49,7 +49,7 @@ class AttackEdit(OnData):
 
     Each result is kept, whole or not at all: run the same command again after Ctrl-C or a crash and it goes on where it
     stopped. All attacks on an edit of the demo take about half an hour on two cores; `--questions-limit 120 --lr 1e-3
-    --search-steps 10` a few minutes.
+    --search-steps 10` a few minutes. On a larger model most of it are the updates of retraining: `--steps 20` is a fifth of them.
 
     Examples:
 

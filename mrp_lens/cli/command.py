@@ -217,7 +217,9 @@ class Command(ABC):
         absent += [name for name, (_, option) in places.items() if option.default is MISSING and name not in values]
         if absent:
             wanted = ", ".join(options[name].spelled for name in dict.fromkeys(absent))
-            raise ValueError(f"{where} needs {wanted}; `mrp-lens {where} --help` says what they are")
+            raise ValueError(
+                f"{where} needs {wanted}; `mrp-lens {where} --help` says what {'it is' if len(set(absent)) == 1 else 'they are'}"
+            )
         return cls(**own, **cls.gathered(settings))
 
     @classmethod

@@ -8,16 +8,33 @@ is one that says what the machine lacks.
 
 import dis
 import errno
+import re
 from types import TracebackType
 
 from mrp_lens.attacks import ATTACKS
 from mrp_lens.methods import METHODS
 
+# What errors of the library say to somebody who writes Python, and how it is typed on a command line. A quiz has options of its own.
+ARGUMENT = re.compile(
+    r"(?<![\w.(])(field|prompt|completion|choices|answer|entity|request|question_prompt)=(\.\.\.|'[^']*')"
+)
+IN_PYTHON = {
+    "overwrite=True": "--overwrite",
+    "use from_hub": "write hub:NAME",
+    "edit.save_pretrained(...)": "`mrp-lens unlearn`, such as runs/mine/edit",
+}
 KINDS = (ValueError, TypeError, OSError, FloatingPointError, ImportError)
 OF_THE_MACHINE = {
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOMEM),
     *(errno.EMFILE, errno.ENFILE, errno.ECONNREFUSED, errno.ECONNRESET, errno.ETIMEDOUT, errno.EHOSTUNREACH),
 }
+
+
+def as_typed(message: str) -> str:
+    """A message of the library in the words of the command line."""
+    for said, typed in IN_PYTHON.items():
+        message = message.replace(said, typed)
+    return ARGUMENT.sub(lambda found: f"--{found[1].replace('_', '-')} {found[2]}".removesuffix(" ..."), message)
 
 
 def is_users(error: BaseException) -> bool:

@@ -9,7 +9,8 @@ from mrp_lens.utils.frames import Row, percent
 
 CAPTION = (
     "forget text: mean probability per token of the forget documents. Brackets: 95%, bootstrap. text: perplexity of retain documents "
-    "that the fit did not see, as a multiple of the unedited model's; damage: KL(unedited || edited) on them, nats a token. "
+    "that the fit did not see, as a multiple of the unedited model's; damage: KL(unedited || edited) on them, nats a token "
+    "(what a fit says it did is on other documents, and counts answers, too). "
     "Chance is what guessing gives; an interval below it: the answer is suppressed, not gone."
 )
 IN_TABLE = {"forget_probability", "forget_accuracy", "retain_accuracy", "text_perplexity_ratio", "damage"}

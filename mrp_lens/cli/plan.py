@@ -135,6 +135,7 @@ TIME: list[Column] = [
     ("devices", lambda row: str(row["devices"])),
 ]
 TIME_CAPTION = (
-    "tokens: of a text, at which it is cut. texts: an update on each side, or a pass. time: of the arithmetic alone. fits: on this "
-    "device, as planned. largest pass: texts that a pass can have there (--micro-batch). devices: of each size, blocks spread over them."
+    "tokens: of a text, at which it is cut. texts: an update on each side, or a pass. time: of the arithmetic alone, if every text is as "
+    "long and every update is done (most fits end sooner). fits: on this device, as planned. largest pass: texts that a pass can have "
+    "there (--micro-batch). devices: of each size, blocks spread over them."
 )

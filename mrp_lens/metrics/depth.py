@@ -80,7 +80,7 @@ def depth(
     Returns:
         One row a layer. Columns: `into`, `layer`; `n`, documents with an answer; `log_probability` of the answers after
         patching (nats a token, mean over documents) with its 95% bootstrap interval `low`, `high` (NaN with a single
-        document); the controls: `unedited`, without patching in the unedited model; `never_saw`, the same patching with
+        document); the controls: `unedited` and `edited`, without patching, by these two models; `never_saw`, the same patching with
         the reference in the place of the edited model; `random`, with states of the unedited model at random other tokens
         of the batch instead, put in where the patched ones are; and, the same in every row, `depth` in [0, 1] with
         `depth_low`, `depth_high`, and `counted`, the documents in it: those where the reference lacks anything.
@@ -190,7 +190,7 @@ class _Scores:
     def __init__(self, hooks: Mapping[int, str], into: Into, positions: Positions, seed: int) -> None:
         self.hooks, self.into, self.positions, self.seed = hooks, into, positions, seed
         self.generator = generator_for(seed)
-        self.unedited: list[Values] = []
+        self.whole: dict[str, list[Values]] = {"unedited": [], "edited": []}  # without patching
         self.patched: dict[tuple[str, int], list[Values]] = {}
 
     def add(self, batch: TokenBatch, knowing: _Side, subject: _Side, never_saw: _Side) -> Iterator[int]:
@@ -199,10 +199,15 @@ class _Scores:
         elsewhere = _random_tokens(batch, self.generator)
         names = list(self.hooks.values())
         known, unedited = knowing.read(batch, names)
-        self.unedited.append(unedited)
-        patches: dict[str, tuple[_Side, States]] = {}  # what is measured -> the model that runs, the states put in
-        for name, side in (("log_probability", subject), ("never_saw", never_saw)):
-            patches[name] = (side, known) if self.into == "edited" else (knowing, side.read(batch, names)[0])
+        states, edited = subject.read(batch, names)
+        self.whole["unedited"].append(unedited)
+        self.whole["edited"].append(edited)
+        patches: dict[str, tuple[_Side, States]]  # what is measured -> the model that runs, the states put in
+        if self.into == "edited":
+            patches = {"log_probability": (subject, known), "never_saw": (never_saw, known)}
+        else:
+            of_reference = never_saw.read(batch, names)[0]
+            patches = {"log_probability": (knowing, states), "never_saw": (knowing, of_reference)}
         random = {name: states.flatten(0, 1)[elsewhere] for name, states in known.items()}
         patches["random"] = (patches["log_probability"][0], random)
         for layer, hook in self.hooks.items():
@@ -213,10 +218,10 @@ class _Scores:
 
     def frame(self, threshold: float) -> pd.DataFrame:
         """A row a layer."""
-        unedited = np.concatenate(self.unedited)
+        whole = {name: np.concatenate(values) for name, values in self.whole.items()}
         found = {key: np.concatenate(values) for key, values in self.patched.items()}
         lost, expected = (
-            np.stack([unedited - found[name, layer] for layer in self.hooks], axis=1)
+            np.stack([whole["unedited"] - found[name, layer] for layer in self.hooks], axis=1)
             for name in ("log_probability", "never_saw")
         )
         depths = depths_of(lost, expected, threshold)
@@ -228,7 +233,13 @@ class _Scores:
             low, high = bootstrap_interval(own, seed=self.seed)
             row = {"into": self.into, "layer": layer, "n": len(own), "log_probability": own.mean()}
             controls = {name: found[name, layer].mean() for name in ("never_saw", "random")}
-            row |= {"low": low, "high": high, "unedited": unedited.mean(), **controls, **number}
+            row |= {
+                "low": low,
+                "high": high,
+                **{name: values.mean() for name, values in whole.items()},
+                **controls,
+                **number,
+            }
             rows.append({**row, "counted": len(depths)})
         return pd.DataFrame(rows)
 

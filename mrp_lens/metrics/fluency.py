@@ -109,7 +109,7 @@ def fluency(
     headings={
         "answers_perplexity": "perplexity of answers, unedited model",
         "answers_repetition": "repetition in answers",
-        "answers_gibberish": "gibberish among answers",
+        "answers_gibberish": "answers no likelier than their words in random order",
         "answers_empty": "questions without an answer",
     },
     tables={"benchmark"},

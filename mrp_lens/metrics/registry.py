@@ -165,8 +165,7 @@ def rows_and_frames_for(
     found: dict[str, float] = {}
     frames: dict[str, pd.DataFrame] = {}
     for metric, frame in _measured(chosen, measured):
-        assert metric.row is not None
-        row = {key: float(value) for key, value in metric.row(frame).items()}
+        row = _row_of(metric, frame)
         _refuse_twins(metric, "key", row, found)
         _refuse_twins(metric, "figure", metric.figures, frames)
         found |= row
@@ -203,6 +202,17 @@ def _measured(metrics: list[Metric], measured: Measured) -> list[tuple[Metric, p
         with edit_on(measured.model, None if compares else measured.edit):
             frames |= {metric.name: metric.measure(measured) for metric in metrics if metric.compares is compares}
     return [(metric, frame) for metric in metrics if (frame := frames[metric.name]) is not None]
+
+
+def _row_of(metric: Metric, frame: pd.DataFrame) -> dict[str, float]:
+    assert metric.row is not None
+    try:
+        return {key: float(value) for key, value in metric.row(frame).items()}
+    except Exception as error:
+        raise ValueError(
+            f"the row of the metric {metric.name!r} ({metric.__module__}) cannot be made: {type(error).__name__}: {error}; its frame has "
+            f"the columns {', '.join(map(str, frame.columns))}"
+        ) from error
 
 
 def _refuse_twins(metric: Metric, noun: str, names: Iterable[str], known: Iterable[str]) -> None:

@@ -14,7 +14,7 @@ def depth(frame: pd.DataFrame) -> go.Figure:
 
     Args:
         frame: of `mrp_lens.metrics.depth`: `into`, `layer`, `log_probability`, `low`, `high`, `unedited`, `never_saw`,
-            `random`, `depth`. A panel for each `method` and `into`, which tells its depth; `seed` makes faint points
+            `random`, `depth`, and `edited`, if it has that. A panel for each `method` and `into`, which tells its depth; `seed` makes faint points
             around a mean.
     """
     parts = [
@@ -32,6 +32,8 @@ def depth(frame: pd.DataFrame) -> go.Figure:
     )
     for panel, rows in panels:
         panels.control(panel, rows, "layer", "unedited", "unedited model", dash="solid")
+        if "edited" in rows:
+            panels.control(panel, rows, "layer", "edited", "edited model", dash="dashdot")
         panels.control(panel, rows, "layer", "never_saw", "never taught", dash="dash")
         panels.control(panel, rows, "layer", "random", "random tokens' states", dash="dot")
         panels.series(

@@ -101,6 +101,9 @@ def test_the_unedited_model_has_depth_0_and_one_that_never_saw_1(
     for edited, expected in ((model, 0.0), (weight_edit(model, 1, scale=1.0), 0.0), (other, 1.0)):
         frame = metrics.depth(model, edited, CORPUS, reference=other, into=into, threshold=0.0, progress=False)
         assert frame["depth"].tolist() == pytest.approx([expected] * LAYERS, abs=1e-6)
+        assert (frame["edited"] == frame["unedited"]).all() == (edited is not other)
+    turned = metrics.depth(other, model, CORPUS, reference=model, into=into, threshold=0.0, progress=False)
+    assert frame["edited"].tolist() == turned["unedited"].tolist()  # as `other` answers, unpatched
 
 
 def test_the_score_is_the_published_one_by_hand() -> None:

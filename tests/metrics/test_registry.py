@@ -169,6 +169,12 @@ def test_what_cannot_be_registered_or_asked_for_is_named(model: Any, task: Unlea
         register("other", summary="", tables=["demo"])(frame)
     with pytest.raises(ValueError, match="a metric named 'toy' is registered already"):
         register("toy", summary="")(frame)
+    register("typo", summary="", row=lambda frame: {"x": frame["sides"].iloc[0]}, tables=["benchmark"])(frame)
+    with pytest.raises(
+        ValueError,
+        match=r"the metric 'typo' \(tests.*\) cannot be made: KeyError: 'sides'; its frame has the columns side",
+    ):
+        rows_for("benchmark", measured)
     register("twin", summary="", row=lambda frame: {"toys": 1.0}, figures=["toy_by_side"])(frame)
     with pytest.raises(ValueError, match="'twin' gives the key toys, which another metric gives too"):
         rows_for("leaderboard", measured)

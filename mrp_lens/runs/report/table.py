@@ -16,7 +16,7 @@ HEADINGS = {  # of columns that no metric makes
     "relative_coefficient": "c / norm",
     "outcome": "end of the fit",
     "seconds": "fit",
-    "damage": "damage, nats a token",
+    "damage": "damage on retain text, nats a token",
     "accuracy_before": "accuracy before",
     "accuracy_edited": "with the edit",
     "accuracy_after": "after the attack",
@@ -35,10 +35,12 @@ LEGENDS = {
     "untaught_accuracy": "never taught: the unedited model's accuracy on facts that no text ever stated; the level of full forgetting.",
     "outcome": "end of the fit: target: what is left of the forget set cannot be told from chance, on questions made from it; budget: "
     "the damage that it was allowed was done first; unmoved: next to nothing was forgotten; steps: the last update came first.",
-    "floor": "floor: facts that were never taught (without such questions, guessing), after the same attack; ceiling: the unedited model.",
+    "floor": "floor: facts that were never taught (without such questions, guessing), after the same attack; ceiling: the unedited model "
+    "under the same treatment.",
     "recovery": "recovery: (after the attack - floor) / (ceiling - floor): 0 is as if never taught, 1 as before the edit.",
     "bits": "bits: what a probe at its best layer reads about the right answer of questions that it was not trained on.",
-    "damage": "damage: KL(unedited || edited) per token of retain text that no fit saw; 0 is as before.",
+    "damage": "damage: KL(unedited || edited) per token of retain text that no fit saw; 0 is as before. The damage that a fit says it did is on "
+    "other documents, and on what it knew of answers, too, so it may be larger.",
     "text_perplexity_ratio": "perplexity: of text that no fit saw; 1 is as before.",
 }
 INTERVALS = "Brackets: 95% intervals, bootstrap over questions or documents. Controls are in grey."

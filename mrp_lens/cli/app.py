@@ -56,7 +56,9 @@ def run(words: Sequence[str]) -> Any:
         return None
     word = words[0]
     if word not in COMMANDS:
-        raise ValueError(f"no command {word!r}; choose one of {', '.join(COMMANDS)}")
+        from mrp_lens.utils.validation import meant
+
+        raise ValueError(f"no command {word!r}; {meant(word, COMMANDS)}choose one of {', '.join(COMMANDS)}")
     kind = getattr(import_module(f"mrp_lens.cli.{word}"), COMMANDS[word][0])
     command = kind.parsed(words[1:])
     if command is None:

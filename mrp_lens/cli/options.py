@@ -4,7 +4,6 @@
 without a value, `3,5` and repeated options for lists, several fields that a docstring describes together.
 """
 
-import difflib
 import re
 import sys
 from argparse import ArgumentError
@@ -16,6 +15,8 @@ from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from jsonargparse import ArgumentParser
+
+from mrp_lens.utils.validation import meant
 
 FLAG = True  # what an option without a value was given
 NONE = ("none", "null")
@@ -210,8 +211,7 @@ def read(words: Sequence[str], options: Mapping[str, Option], *, positional: str
             if name not in options and name.startswith("no_") and positive is not None and positive.is_flag:
                 name, value = positive.name, False
             elif name not in options:
-                near = difflib.get_close_matches(name, options, n=1)
-                hint = f"did you mean {options[near[0]].spelled}? " if near else ""
+                hint = meant(f"--{typed}", [option.spelled for option in options.values()])
                 raise ValueError(f"{where} has no --{typed}; {hint}`mrp-lens {where} --help` shows what it has")
             elif not equals:
                 bare = not rest or (options[name].is_flag and rest[0] not in ("true", "false"))
@@ -271,6 +271,6 @@ def _refusal(message: str, given: Mapping[str, Any], options: Mapping[str, Optio
     choices = get_args(option.element or option.alternatives[0])
     if get_origin(option.element or option.alternatives[0]) is Literal:
         wrong = [one for one in _several(value) if one not in choices]
-        return f"unknown {name.replace('_', ' ')} {wrong[0]!r}; choose one of {', '.join(map(str, choices))}"
+        return f"unknown {name.replace('_', ' ')} {wrong[0]!r}; {meant(str(wrong[0]), map(str, choices))}choose one of {', '.join(map(str, choices))}"
     wanted = {int: "a whole number", float: "a number", bool: "true or false"}.get(option.alternatives[0])
     return f"{option.spelled} must be {wanted or option.alternatives[0]}, got {value!r}"

@@ -16,6 +16,8 @@ from typing import Generic, TypeVar
 
 from typing_extensions import override
 
+from mrp_lens.utils.validation import meant
+
 GROUP = "mrp_lens.plugins"
 NAME = re.compile(r"[a-z][a-z0-9]*([-_][a-z0-9]+)*")
 
@@ -61,7 +63,9 @@ class Registry(Mapping[str, Entry], Generic[Entry]):
     def __getitem__(self, name: str) -> Entry:
         self._load()
         if name not in self._entries:
-            raise UnknownNameError(f"unknown {self.noun} {name!r}; choose one of {', '.join(self._entries)}")
+            raise UnknownNameError(
+                f"unknown {self.noun} {name!r}; {meant(str(name), self._entries)}choose one of {', '.join(self._entries)}"
+            )
         return self._entries[name]
 
     @override

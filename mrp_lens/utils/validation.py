@@ -1,5 +1,6 @@
 """Settings: defaults filled in, and values refused that cannot be meant."""
 
+import difflib
 import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import Field, fields
@@ -101,6 +102,12 @@ def whole_numbers(values: Iterable[Any], name: str) -> tuple[int, ...]:
 def or_default(value: Given | None, default: Given) -> Given:
     """The value, or the derived default where it is None."""
     return default if value is None else value
+
+
+def meant(name: str, known: Iterable[str]) -> str:
+    """ "did you mean rmu? ", or nothing where no known name is near."""
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f"did you mean {near[0]}? " if near else ""
 
 
 def check_positive(**values: float | int | None) -> None:

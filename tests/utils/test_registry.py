@@ -68,6 +68,8 @@ def test_a_name_is_taken_once_but_a_module_may_be_imported_again(things: Registr
 def test_an_unknown_name_lists_those_there_are(things: Registry[type]) -> None:
     with pytest.raises(UnknownNameError, match=r"^unknown thing 'x'; choose one of first$"):
         things["x"]
+    with pytest.raises(UnknownNameError, match=r"^unknown thing 'frist'; did you mean first\? choose one of first$"):
+        things["frist"]
 
 
 def test_an_installed_package_registers_by_its_entry_point(plugins: Path) -> None:

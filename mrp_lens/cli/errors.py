@@ -19,6 +19,7 @@ ARGUMENT = re.compile(
     r"(?<![\w.(])(field|prompt|completion|choices|answer|entity|request|question_prompt)=(\.\.\.|'[^']*')"
 )
 IN_PYTHON = {
+    "schema='locuslab/TOFU'": "--forget-schema or --retain-schema locuslab/TOFU",
     "overwrite=True": "--overwrite",
     "use from_hub": "write hub:NAME",
     "edit.save_pretrained(...)": "`mrp-lens unlearn`, such as runs/mine/edit",

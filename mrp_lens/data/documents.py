@@ -15,7 +15,7 @@ from mrp_lens.data.sources import file_rows, hub_name, hub_rows, rows_in
 
 REMEDY = (
     ". Say which column holds the text with field=..., or make it of several with the templates prompt=... and completion=..., such as "
-    "prompt='{prompt}', completion=' {answer}'"
+    "prompt='{prompt}', completion=' {answer}'; or name a known data set whose columns these are with schema='locuslab/TOFU'"
 )
 
 

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm.auto import tqdm
 
 from mrp_lens.data import Corpus
 from mrp_lens.edits import Edit, load_edit
@@ -23,6 +22,7 @@ from mrp_lens.export.remote_code import write_module
 from mrp_lens.export.verification import TEXTS, Proof, prove
 from mrp_lens.models import LensModel, dtype_named, dtype_of
 from mrp_lens.utils.io import check_free, whole_folder, write_json, write_text
+from mrp_lens.utils.progress import progress_bar
 from mrp_lens.utils.validation import check_one_of
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -128,7 +128,7 @@ def export_hf(
     stored = saved_as or checkpoint.dtype
     with whole_folder(target, overwrite=overwrite) as folder:
         tokenizer, proof = None, None
-        with tqdm(total=checkpoint.size, desc="writing", unit="B", unit_scale=True, disable=not progress) as bar:
+        with progress_bar(total=checkpoint.size, desc="writing", unit="B", unit_scale=True, progress=progress) as bar:
             if plan.form == "adapter":
                 own = without_paths(edit)
                 write_edit(folder, own.kind, own.provenance, *own.to_parts())
@@ -136,7 +136,7 @@ def export_hf(
                 _write_model(folder, plan, checkpoint, changes, saved_as, bar.update)
                 tokenizer = write_tokenizer(folder, model, checkpoint, name_class=plan.form == "module")
         if verify:
-            with tqdm(total=1, desc="reloading in a fresh process", disable=not progress) as bar:
+            with progress_bar(total=1, desc="reloading in a fresh process", progress=progress) as bar:
                 proof = prove(
                     model,
                     edit,

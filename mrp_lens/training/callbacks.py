@@ -7,13 +7,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from tqdm.auto import tqdm
 from typing_extensions import override
 
 from mrp_lens.training.checkpoints import Checkpoint, Resumable
 from mrp_lens.training.optim import MasterAdamW
 from mrp_lens.utils.interrupts import Interruption
 from mrp_lens.utils.processes import is_first
+from mrp_lens.utils.progress import progress_bar
 
 logger = logging.getLogger(__name__)
 
@@ -100,7 +100,7 @@ class ProgressBar(Callback):
     @override
     def on_start(self, state: TrainingState) -> None:
         self._state = state
-        self._bar = tqdm(total=state.steps, initial=state.done, desc=state.description)
+        self._bar = progress_bar(total=state.steps, initial=state.done, desc=state.description, progress=True)
 
     @override
     def on_step(self, step: int, row: Mapping[str, float]) -> None:

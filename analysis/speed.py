@@ -183,7 +183,7 @@ def plain_npo(model: Any, forget: Corpus, retain: Corpus, steps: int) -> None:
     batches = [Batches(encoder.encode(corpus.documents), BATCH, generator) for corpus in (forget, retain)]
     for parameter in model.parameters():
         parameter.requires_grad_(True)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, weight_decay=0.01)
+    optimizer, beta = torch.optim.AdamW(model.parameters(), lr=1e-5, weight_decay=0.01), NPO().beta
 
     def losses_of(of: Any, batch: Any) -> torch.Tensor:
         predicted = logits_of(of, batch.tokens, batch.attention_mask)[:, :-1].float()
@@ -194,8 +194,8 @@ def plain_npo(model: Any, forget: Corpus, retain: Corpus, steps: int) -> None:
         forget_batch, retain_batch = (encoder.collate(next(rows)) for rows in batches)
         with torch.no_grad():
             before = losses_of(unedited, forget_batch).sum(-1)
-        margin = NPO().beta * (losses_of(model, forget_batch).sum(-1) - before)
-        losing = -2 / NPO().beta * torch.nn.functional.logsigmoid(margin).mean()
+        margin = beta * (losses_of(model, forget_batch).sum(-1) - before)
+        losing = -2 / beta * torch.nn.functional.logsigmoid(margin).mean()
         keeping = losses_of(model, retain_batch).sum() / retain_batch.loss_mask[:, 1:].sum()
         optimizer.zero_grad()
         (losing + keeping).backward()
@@ -414,7 +414,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         make_model(Path(temporary))
         for backend in available_backends():
-            if {"rmu", "npo", "mrp", "forward"} & set(arguments.studies):
+            if set(arguments.studies) != {"accuracy"}:
                 model = load_model(temporary, backend=backend)
                 jobs: dict[str, Callable[[], dict[str, Any]]] = {
                     "rmu": partial(loops, "rmu", our_rmu, plain_rmu, model, backend),

@@ -79,13 +79,15 @@ class ModelOptions:
         )
 
     def of_edit(self, edit: Path) -> "ModelOptions":
-        """The same; without --model, of the model, in the precision, that the run fitted which left the edit."""
+        """The same; without --model, of the model that the run fitted which left the edit, without --dtype in its precision."""
         folder = run_of(edit)
         if self.model != "demo" or folder is None:
             return self
         of_run = read_json(folder / "summary.json", "name the model with --model").get("arguments", {})
-        known = {name: of_run[name] for name in ("model", "dtype") if of_run.get(name) is not None}
-        return replace(self, **known) if "model" in known else self
+        if of_run.get("model") is None:
+            return self
+        dtype = of_run.get("dtype", self.dtype) if self.dtype == "float32" else self.dtype
+        return replace(self, model=str(of_run["model"]), dtype=dtype)
 
 
 def by_device(option: str, text: str | None) -> Any:

@@ -1,5 +1,6 @@
 """`mrp-lens compare`: the edits of several runs side by side."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,12 +92,15 @@ def compared(folders: Sequence[Path]) -> list[Row]:
         edited += [
             {**row, "method": folder.name if len(others) == 1 else f"{row['method']} ({folder.name})"} for row in others
         ]
-    twins = {str(row["method"]) for row in edited if sum(row["method"] == other["method"] for other in edited) > 1}
-    if twins:
-        raise ValueError(f"two of the runs are called {sorted(twins)[0]!r}; rename one of the folders")
     if not edited:
         raise ValueError("no edit was measured in these runs; give runs of `mrp-lens unlearn`, or of `measure --edit`")
-    return [*controls.values(), *sorted(edited, key=lambda row: float(row.get("damage") or float("inf")))]
+    name, times = Counter(str(row["method"]) for row in edited).most_common(1)[0]
+    if times > 1:
+        raise ValueError(f"two of the runs are called {name!r}; rename one of the folders")
+    return [
+        *controls.values(),
+        *sorted(edited, key=lambda row: float("inf") if row.get("damage") is None else row["damage"]),
+    ]
 
 
 def _refuse_other_data(folder: Path, figures: Row, first: Path, of_first: Row) -> None:

@@ -197,10 +197,8 @@ class Unlearn(Command):
         }
         with begun(out, settings, overwrite=self.overwrite) as store:
             model = self.loading.load()
-            if isinstance(self.fitter, FitTemplate):
-                self.fitter.check_for(
-                    model
-                )  # before the folder holds anything that other settings could not go on with
+            if isinstance(self.fitter, FitTemplate):  # before the folder holds what other settings cannot go on with
+                self.fitter.check_for(model)
             store.check_same("model", identity_of(model))
             before = store.once(UNEDITED, lambda: measured(model, task, None))
             reference = self._load_reference()

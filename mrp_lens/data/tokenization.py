@@ -281,6 +281,11 @@ class Batches(Iterator[list[Encoded]]):
         self.pieces = [[row] if length is None else row.pieces(length) for row in rows]
         self.waiting: list[int] = []
 
+    @property
+    def texts(self) -> list[Encoded]:
+        """Every text that a batch may have."""
+        return [piece for pieces in self.pieces for piece in pieces]
+
     def __next__(self) -> list[Encoded]:
         while len(self.waiting) < self.size:
             self.waiting += torch.randperm(len(self.rows), generator=self.generator).tolist()

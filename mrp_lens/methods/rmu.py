@@ -234,8 +234,7 @@ class _Losses(Generic[Resolved]):
         self.retain = [self._batches(data.retain, method.retain_length) for _ in self.forget]
         self.kept = KeptStates(self.model, min(weights))
         if method.positions == "content" and method.padding == "right":  # else pads count, whose states are not kept
-            retain = [piece for pieces in self.retain[0].pieces for piece in pieces]
-            for rows in (*data.forget, retain):
+            for rows in (*data.forget, self.retain[0].texts):
                 passes = method.steps * method.batch_size / len(data.forget) / len(rows)
                 self.kept.read(self.encoder, rows, passes=passes, progress=context.progress)
 

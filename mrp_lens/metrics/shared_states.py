@@ -1,4 +1,4 @@
-"""StatesByHook that several metrics read of the same texts, computed once for all of them."""
+"""States that several metrics read of the same texts, computed once for all of them."""
 
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
@@ -64,7 +64,7 @@ def states_shared() -> Iterator[None]:
 
 
 def shared_or_read(model: LensModel, batch: TokenBatch, hooks: Sequence[str]) -> StatesByHook:
-    """StatesByHook of a batch's content tokens at each hook: shared ones inside `states_shared`."""
+    """States of a batch's content tokens at each hook: shared ones inside `states_shared`."""
     shared = _SHARED.get()
     return _read(model, batch, hooks) if shared is None else shared.read(model, batch, hooks)
 

@@ -34,7 +34,7 @@ def wrote(folder: Path, *rows: Mapping[str, Any]) -> str:
 
 
 def test_edits_stand_by_the_damage_they_did_under_the_names_of_their_runs(tmp_path: Path) -> None:
-    small = wrote(tmp_path / "small", UNEDITED, edited(damage=0.01, forget_accuracy=0.7))
+    small = wrote(tmp_path / "small", UNEDITED, edited(damage=0.0, forget_accuracy=0.7))
     large = wrote(tmp_path / "large", UNEDITED, edited(damage=0.05, forget_accuracy=0.3))
     both = wrote(
         tmp_path / "both",

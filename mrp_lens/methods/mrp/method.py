@@ -287,7 +287,7 @@ class _Losses:
         # Without any projection, where the model leaves its last block, and where it comes to the first that has one.
         self.last = KeptStates(self.model, int(self.model.cfg.n_layers))
         self.first = KeptStates(self.model, min(layer_of(hook) for hook, _ in learned.hooks()))
-        retain = [piece for pieces in self.retain.pieces for piece in pieces]
+        retain = self.retain.texts
         compared = [(self.last, retain)] if method.retain_loss == "kl" else []
         compared += [(self.last, data.all_forget)] if method.forget_loss == "odds" else []
         for kept, rows in (*compared, (self.first, retain), (self.first, data.all_forget)):

@@ -34,6 +34,8 @@ This page is [{name}]({name}), which needs a pretrained model on disk: `make not
 put out.
 """
 
+COLAB = "\n[Open it in Colab](https://colab.research.google.com/github/{repository}/blob/main/notebooks/{name}){{ .md-button }}\n"
+
 Cell = Mapping[str, Any]
 
 logger = logging.getLogger("mkdocs.notebook_pages")
@@ -45,7 +47,10 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     for path in sorted(FOLDER.glob("*.ipynb")):
         cells, ran = cells_of(path)
         place = f"notebooks/{path.stem}.md"
-        text, outputs[place] = markdown_of(cells, (SHOWN if ran else NOT_RUN).format(name=path.name))
+        note = SHOWN if ran else NOT_RUN
+        if config.extra["repository"]:
+            note += COLAB
+        text, outputs[place] = markdown_of(cells, note.format(name=path.name, repository=config.extra["repository"]))
         files.append(File.generated(config, place, content=text))
         files.append(File.generated(config, f"notebooks/{path.name}", content=path.read_bytes()))
     return files

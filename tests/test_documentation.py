@@ -194,7 +194,7 @@ def run_blocks(text: str, name: str, folder: Path, namespace: dict[str, Any]) ->
 def shortened(code: str, folder: Path) -> str:
     """The code on a tiny checkpoint, with few updates, trials and texts."""
     changes = [
-        (r'load_model\("[^"]*"', f'load_model("{folder}", backend="bridge"'),
+        (r'load_model\(\s*"[^"]*"', f'load_model("{folder}", backend="bridge"'),
         (r"\b(steps|trials|about_names)=\d+", r"\1=2"),
         (r'short = \{"steps": \d+', 'short = {"steps": 2'),
         (

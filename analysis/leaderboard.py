@@ -5,12 +5,15 @@
 An attacker retrains all weights on the questions about half of the entities (T) and is scored on the others (V), at the
 best of three learning rates: with the edit kept, with its hooks stripped, and with its projections written into the
 weights, as far as an edit has these forms. Methods, attacks and metrics that a package of yours registers have their rows and
-columns too. Every cell of the table has a file in the output folder and is gone on with after an interruption; more methods may
-be added later; `--shard 1/2` and `--shard 2/2` divide the methods between two processes.
+columns too. `--set budget=0.05` fits all methods at the same allowed damage. `--benchmark N` takes the field's measures as well, on N
+documents and questions a side (exact memorisation, extraction strength, truth ratio, answers in the model's own words, fluency, utility);
+with `--reference`, a model that never saw the forget set, also forget quality and depth, and its row is the best possible. Every cell of
+the table has a file in the output folder and is gone on with after an interruption; more methods may be added later; `--shard 1/2` and
+`--shard 2/2` divide the methods between two processes.
 """
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -20,41 +23,28 @@ from analysis.common.arguments import (
     Study,
     add_attacker_options,
     add_resumable_options,
+    add_set_option,
     numbers,
     parser_for,
     saved_edits,
 )
-from analysis.common.methods import changed, compared_methods, names_in, settings_of
+from analysis.common.board import ATTACK, BENCHMARK, METRICS, few, finding, further_columns, pictures, rows_of_cells
+from analysis.common.methods import changed, compared_methods, names_in, settings_of, with_settings
 from analysis.common.resumable import Job, ResumableStudy, result_name
-from analysis.common.tables import DOES_NOT_COUNT, NONE, figure, markdown, mean_of
 from mrp_lens import attacks, metrics
-from mrp_lens.attacks import ATTACKS, FactSplit, SuiteConfig, best
+from mrp_lens.attacks import ATTACKS, FactSplit, SuiteConfig
 from mrp_lens.attacks.finetuning import Attacker, Form, possible_forms
 from mrp_lens.cli.sweep import shard_of
 from mrp_lens.edits import Edit, edit_on, has_hooks, load_edit, without_hooks
 from mrp_lens.edits.provenance import fingerprint
 from mrp_lens.edits.serialization import stored_bytes
-from mrp_lens.metrics.recovery import FORM_TITLES, NEVER_TAUGHT, UNEDITED
-from mrp_lens.models import describe
+from mrp_lens.metrics.recovery import NEVER_TAUGHT, UNEDITED
+from mrp_lens.models import LensModel, describe, identity_of, load_model
 from mrp_lens.utils.frames import rows_of
 from mrp_lens.utils.result_store import ResultStore
 
 UPDATES = "5,20,100"
 RELEARN: dict[str, Form] = {f"relearn-{form}": form for form in get_args(Form)}
-ATTACK, METRICS = "attack-", "metrics-"  # parts that others register
-HOOKS, WEIGHTS, BOTH = "hooks", "weights", "hooks and weights"
-READING = """\
-Recovery of V after {updates} updates of all weights on T, at the attacker's best rate; behind the last, and behind accuracies and bits,
-{spread}. 0 is as if never taught, 1 as before the edit, below 0 is suppressed. Stripped: the hooks removed; in the weights: the
-projections written into the matrices, or, where that is not exact and the edit has matrices too, these alone. New facts: accuracy on
-these after {few} updates on them, edit kept: far below the unedited model's, what does not come back need not be gone. Probe: bits
-about V's answers that a linear probe reads at its best layer. {mark}: T was not learned to 95%, so this attack does not count. Compare
-only methods whose first column is near the never-taught row and whose next two are near the unedited row: what was never forgotten
-cannot come back, and a ruined model answers nothing."""
-
-Cells = Mapping[Job, Mapping[str, Mapping[str, Any]]]
-"""Of each row, what was found in each stage."""
-
 Cell = dict[str, Any]
 
 
@@ -63,6 +53,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = parser_for(__doc__, "leaderboard")
     add_resumable_options(parser)
     add_attacker_options(parser)
+    add_set_option(parser)
+    parser.add_argument("--benchmark", type=int, metavar="N", help="the field's measures, on N documents a side")
+    parser.add_argument("--reference", help="a model that never saw the forget set, for these measures")
     parser.add_argument("--attacks", help="further ones, by name (default: those that other packages register)")
     parser.add_argument("--updates", default=UPDATES, help=f"of an attack, after which to score (default {UPDATES})")
     options = parser.parse_args(arguments)
@@ -87,6 +80,9 @@ class Leaderboard(ResumableStudy):
     def __init__(self, study: Study, options: argparse.Namespace) -> None:
         self.study, self.options = study, options
         self.saved = saved_edits(options.edits)
+        self.reference: LensModel | None = None
+        if options.reference:
+            self.reference = load_model(options.reference, backend=options.backend, dtype=options.dtype)
         self.seeds = numbers(options.seeds or str(options.seed), int, "--seeds") or ()
         self.updates = tuple(sorted(set(numbers(options.updates, int, "--updates") or ())))
         self.lr = numbers(options.lr, float, "--lr")
@@ -98,6 +94,7 @@ class Leaderboard(ResumableStudy):
         ]
         known = [name for name, metric in metrics.METRICS.items() if metric.row and "leaderboard" in metric.tables]
         self.stages += [METRICS + "-".join(known)] if known else []
+        self.stages += [f"{BENCHMARK}-{options.benchmark}"] if options.benchmark else []
         Attacker(steps=self.updates[-1])  # refuses a budget of nothing before any work
         self.facts = {seed: FactSplit.of(study.task, limit=options.limit, seed=seed) for seed in self.seeds}
         settings = {
@@ -106,18 +103,21 @@ class Leaderboard(ResumableStudy):
             "updates": self.updates,
             "lr": self.lr,
             "limit": options.limit,
+            "reference": self.reference and identity_of(self.reference),
         }
         earlier = {"data": study.task.legacy_fingerprints()}
         self.store = ResultStore.claim(options.out, "leaderboard", settings, earlier=earlier)
 
     def _methods(self) -> dict[str, Any]:
-        """Name -> what is fitted under it; None for saved edits and for the unedited model, which comes first."""
+        """Name -> what is fitted under it; None for saved edits and for the models without one, which come first."""
         known = compared_methods(self.study.model)
         chosen = names_in(self.options.methods, known, default=[] if self.saved else list(known))
+        known = with_settings({name: known[name] for name in chosen}, self.options.set)
         taken = sorted({*chosen, UNEDITED, NEVER_TAUGHT} & set(self.saved))
         if taken:
             raise ValueError(f"--edits {', '.join(taken)}: another row of the table has that name; choose another one")
-        return {UNEDITED: None, **{name: known[name] for name in chosen}, **dict.fromkeys(self.saved)}
+        models = [UNEDITED] if self.reference is None else [UNEDITED, NEVER_TAUGHT]
+        return {**dict.fromkeys(models), **known, **dict.fromkeys(self.saved)}
 
     @property
     def jobs(self) -> list[Job]:
@@ -126,7 +126,12 @@ class Leaderboard(ResumableStudy):
 
     def parts(self) -> list[tuple[Job, str]]:
         """The cells of the table, column by column."""
-        return [(job, stage) for stage in self.stages for job in self.jobs]
+        return [(job, stage) for stage in self.stages for job in self.jobs if stage in self.stages_of(job)]
+
+    def stages_of(self, job: Job) -> list[str]:
+        """Those of a row; the model that never saw the forget set is measured and not attacked."""
+        measured = [stage for stage in self.stages if stage == "quiz" or stage.startswith((METRICS, BENCHMARK))]
+        return measured if job[0] == NEVER_TAUGHT else self.stages
 
     def run(self, shard: tuple[int, int]) -> bool:
         """Compute this shard's cells that have no file yet.
@@ -140,7 +145,7 @@ class Leaderboard(ResumableStudy):
 
     def cells(self) -> dict[Job, dict[str, Cell]]:
         """All of them, once every one is there."""
-        return {job: {stage: self.result(job, stage) for stage in self.stages} for job in self.jobs}
+        return {job: {stage: self.result(job, stage) for stage in self.stages_of(job)} for job in self.jobs}
 
     def check_same(self, job: Job) -> None:
         """Refuse cells of a method or attack whose settings have changed, or of another saved edit; an option that was gained
@@ -180,6 +185,8 @@ class Leaderboard(ResumableStudy):
             return self.attack(job, stage.removeprefix(ATTACK))
         if stage.startswith(METRICS):
             return self.measure(job)
+        if stage.startswith(BENCHMARK):
+            return self.measure(job, "benchmark", self.options.benchmark)
         stages = {"fit": self.fit, "quiz": self.quiz, "probe": self.probe}
         return stages[stage](job)
 
@@ -207,13 +214,13 @@ class Leaderboard(ResumableStudy):
 
     def quiz(self, job: Job) -> Cell:
         """Answers, group by group, and ordinary text, before any attack."""
-        task, limit = self.study.task, self.options.limit
+        task, limit, model = self.study.task, self.options.limit, self.model(job)
         sides = task.quiz(limit=limit)
         if task.untaught_alike is not None:
             sides["untaught"] = task.untaught_alike.spread(limit)
-        with edit_on(self.study.model, self.edit(job)):
-            found = {side: rows_of(metrics.accuracy(self.study.model, asked)) for side, asked in sides.items()}
-            return {**found, "text": rows_of(metrics.perplexity(self.study.model, task.held_out))[0]}
+        with edit_on(model, self.edit(job)):
+            found = {side: rows_of(metrics.accuracy(model, asked)) for side, asked in sides.items()}
+            return {**found, "text": rows_of(metrics.perplexity(model, task.held_out))[0]}
 
     def asked(self, job: Job) -> dict[str, Any]:
         """T, V and never-taught questions, as attacks take them."""
@@ -275,12 +282,23 @@ class Leaderboard(ResumableStudy):
         back = rows[(rows["method"] == job[0]) & rows["recovery"].notna()] if "recovery" in rows else rows[:0]
         return {"settings": settings_of(attack), "rows": rows_of(back)}
 
-    def measure(self, job: Job) -> Cell:
-        """What registered metrics say."""
-        model, task, edit = self.study.model, self.study.task, self.edit(job)
-        limit = self.options.limit
-        measured = metrics.Measured(model=model, task=task, edit=edit, limit=limit, seed=job[1], progress=False)
-        return {"row": metrics.rows_for("leaderboard", measured)}
+    def measure(self, job: Job, table: str = "leaderboard", documents: int | None = None) -> Cell:
+        """What registered metrics say, on so many documents a side."""
+        measured = metrics.Measured(
+            model=self.model(job),
+            task=self.study.task,
+            edit=self.edit(job),
+            limit=documents or self.options.limit,
+            documents=documents,
+            reference=self.reference,
+            seed=job[1],
+            progress=False,
+        )
+        return {"row": metrics.rows_for(table, measured)}
+
+    def model(self, job: Job) -> LensModel:
+        """The one that a row is about, without an edit."""
+        return self.reference if job[0] == NEVER_TAUGHT and self.reference is not None else self.study.model
 
     def folder(self, job: Job) -> Path:
         """Where its edit is."""
@@ -288,212 +306,8 @@ class Leaderboard(ResumableStudy):
         return Path(self.saved[name]) if name in self.saved else self.options.out / "edits" / f"{name}-seed{seed}"
 
     def edit(self, job: Job) -> Edit | None:
-        """The edit, fitted or saved before; None: the unedited model."""
-        return None if job[0] == UNEDITED else load_edit(self.folder(job))
-
-
-def few(updates: Sequence[int]) -> int:
-    """The number of updates after which new facts are asked."""
-    return updates[min(1, len(updates) - 1)]
-
-
-def rows_of_cells(cells: Cells, updates: Sequence[int]) -> pd.DataFrame:
-    """One row a method and seed; behind the unedited model the floor, facts that were never taught.
-
-    Args:
-        cells: (method, seed) -> stage -> what was found; the unedited model is one of the methods.
-        updates: of an attack, after which it was scored.
-    """
-    rows: list[dict[str, Any]] = []
-    for (name, seed), stages in cells.items():
-        unedited = cells[UNEDITED, seed]
-        row: dict[str, Any] = {"method": name, "seed": seed, "edit": _kind(stages["fit"])}
-        row |= _answers(stages["quiz"], unedited["quiz"])
-        for form in FORM_TITLES:
-            row |= _attacked(form, stages, unedited, updates)
-        row |= _read(stages["probe"]["rows"], "held-out", "probe_bits")
-        row |= {"seconds": stages["fit"]["seconds"], "stored_bytes": stages["fit"]["bytes"]}
-        row |= _further(stages)
-        rows.append(row)
-        if name == UNEDITED and "untaught" in stages["quiz"]:
-            rows.append({"method": NEVER_TAUGHT, "seed": seed, "edit": "", **_never_taught(stages, updates)})
-    return pd.DataFrame(rows)
-
-
-def further_columns(cells: Cells) -> dict[str, str]:
-    """Column that a registered attack or metric adds -> its heading."""
-    headings = metrics.headings()
-    columns = dict.fromkeys(column for stages in cells.values() for column in _further(stages))
-    own = [column for column in columns if not column.endswith(("_low", "_high"))]
-    return {column: headings.get(column, column.replace("_", " ")) for column in own}
-
-
-def _further(stages: Mapping[str, Any]) -> dict[str, Any]:
-    """The best of what each further attack brought back, with its interval, and what registered metrics say."""
-    row: dict[str, Any] = {}
-    for stage, found in stages.items():
-        if stage.startswith(METRICS):
-            row |= found["row"]
-        if stage.startswith(ATTACK) and found["rows"]:
-            most = max(found["rows"], key=lambda attacked: float(attacked["recovery"]))
-            ends = {end: most.get(f"recovery{end}") for end in ("", "_low", "_high")}
-            row |= {f"recovery_{stage.removeprefix(ATTACK)}{end}": value for end, value in ends.items()}
-    return row
-
-
-def _kind(fit: Mapping[str, Any]) -> str:
-    """What an edit consists of; nothing for the unedited model."""
-    if fit["hooks"]:
-        return BOTH if fit["weights"] else HOOKS
-    return WEIGHTS if fit["weights"] else ""
-
-
-def _answers(quiz: Mapping[str, Any], unedited: Mapping[str, Any]) -> dict[str, Any]:
-    """Accuracy on the forget quiz and on the worst topic of the retain quiz, and the cost for ordinary text."""
-    row = _with_ends("forget", "forget_accuracy", quiz["forget"][0])
-    if "retain" in quiz:
-        topics = quiz["retain"][1:] or quiz["retain"]
-        worst = min(topics, key=lambda topic: float(topic["accuracy"]))
-        row |= {"worst_topic_name": worst["group"], **_with_ends("worst_topic", "worst_topic_accuracy", worst)}
-    if "untaught" in unedited:
-        row["untaught_accuracy"] = unedited["untaught"][0]["accuracy"]
-    text = quiz["text"]["perplexity"]
-    return row | {"text_perplexity": text, "text_perplexity_ratio": text / unedited["text"]["perplexity"]}
-
-
-def _with_ends(stem: str, key: str, found: Mapping[str, Any], column: str = "accuracy") -> dict[str, Any]:
-    return {key: found[column], f"{stem}_low": found["low"], f"{stem}_high": found["high"]}
-
-
-def _attacked(
-    form: str, stages: Mapping[str, Any], unedited: Mapping[str, Any], updates: Sequence[int]
-) -> dict[str, Any]:
-    """What retraining brings back in one form; nothing where the edit has no such form."""
-    kind, source = _kind(stages["fit"]), stages[f"relearn-{form}"]
-    if form == "stripped" and kind == HOOKS:
-        source = unedited["relearn-kept"]  # without its hooks it is the unedited model
-    if form == "weights" and kind == WEIGHTS:
-        source = stages["relearn-kept"]
-    if form == "weights" and kind == BOTH and not source["rows"]:
-        source = stages["relearn-stripped"]  # what of it can be exported as plain weights
-    if not source["rows"]:
-        return {}
-    curves = pd.DataFrame(source["rows"])
-    at_best = best(curves)
-    row = _by_updates(at_best, f"recovery_{form}", "", updates)
-    rate = at_best.sort_values("step")["lr"].iloc[-1]
-    # A rate that is too high takes V from any model: what it leaves the unedited one tells that from forgetting.
-    spared = [r["recovery"] for r in unedited["relearn-kept"]["rows"] if (r["lr"], r["step"]) == (rate, updates[-1])]
-    row |= {f"lr_{form}": rate, f"unedited_at_lr_{form}": spared[0] if spared else None}
-    row |= {f"counts_{form}": bool(curves["counts"].any()), f"train_accuracy_{form}": curves["train_accuracy"].max()}
-    if form != "stripped" and source["new"]:
-        stem = f"new_accuracy_{few(updates)}_{form}"
-        row |= _with_ends(stem, stem, source["new"])
-    return row
-
-
-def _by_updates(at_best: pd.DataFrame, stem: str, prefix: str, updates: Sequence[int]) -> dict[str, Any]:
-    """`recovery_kept_5` with `recovery_kept_5_low` and `recovery_kept_5_high`, and so on."""
-    by_step = at_best.set_index("step")
-    return {
-        f"{stem}_{step}{end}": by_step.loc[step, f"{prefix}recovery{end}"]
-        for step in updates
-        if step in by_step.index
-        for end in ("", "_low", "_high")
-    }
-
-
-def _read(bits: Sequence[Mapping[str, Any]], group: str, key: str) -> dict[str, Any]:
-    """Bits at the layer where the most are read."""
-    of_group = [row for row in bits if row["group"] == group]
-    if not of_group:
-        return {}
-    most = max(of_group, key=lambda row: float(row["bits"]))
-    return {**_with_ends(key, key, most, "bits"), f"{key}_layer": most["layer"]}
-
-
-def _never_taught(stages: Mapping[str, Any], updates: Sequence[int]) -> dict[str, Any]:
-    """The floor: never-taught facts asked of the unedited model, one half of them after the attack against the other,
-    and what a probe reads about them."""
-    row = _with_ends("forget", "forget_accuracy", stages["quiz"]["untaught"][0])
-    curves = best(pd.DataFrame(stages["relearn-kept"]["rows"]))
-    row |= _by_updates(curves, "recovery_kept", "control_", updates)
-    return row | _read(stages["probe"]["rows"], NEVER_TAUGHT, "probe_bits")
-
-
-def compact(table: pd.DataFrame, updates: Sequence[int], further: Mapping[str, str]) -> pd.DataFrame:
-    """The table as text, one row a method: means over the seeds, where there are several.
-
-    Args:
-        table: of `rows_of_cells`.
-        updates: of an attack, after which it was scored.
-        further: column that a registered attack or metric adds -> its heading.
-    """
-    rows = []
-    for method, part in table.groupby("method", sort=False):
-        row = {
-            "": str(method),
-            "asked at once": figure(part, "forget_accuracy", "forget"),
-            "worst other topic": figure(part, "worst_topic_accuracy", "worst_topic"),
-            "text": mean_of(part, "text_perplexity_ratio", "x{:.3f}"),
-        }
-        for form, title in FORM_TITLES.items():
-            row[f"{title}, {' / '.join(map(str, updates))}"] = _recoveries(part, form, updates)
-        row |= {
-            f"new facts, {few(updates)}": mean_of(part, f"new_accuracy_{few(updates)}_kept"),
-            "probe, bits": figure(part, "probe_bits", "probe_bits"),
-            "fit": mean_of(part, "seconds", "{:.0f} s"),
-            "stored": mean_of(part, "stored_bytes", "{:,.0f} kB", scale=1e-3),
-        }
-        row |= {heading: figure(part, column, column) for column, heading in further.items()}
-        rows.append(row)
-    return pd.DataFrame(rows)
-
-
-def _recoveries(part: pd.DataFrame, form: str, updates: Sequence[int]) -> str:
-    """One cell: recovery after each number of updates."""
-    kind, columns = part["edit"].iloc[0], [f"recovery_{form}_{step}" for step in updates]
-    if form == "stripped" and kind == HOOKS:
-        return "as unedited"
-    if form == "weights" and kind == WEIGHTS:
-        return "as kept"
-    if not set(columns) <= set(part) or part[columns].isna().all(axis=None):
-        return NONE
-    values = [mean_of(part, column) for column in columns[:-1]]
-    counted = part[f"counts_{form}"].isin([False]).sum() == 0
-    return " / ".join([*values, figure(part, columns[-1], columns[-1])]) + ("" if counted else f" {DOES_NOT_COUNT}")
-
-
-def finding(table: pd.DataFrame, updates: Sequence[int], further: Mapping[str, str] | None = None) -> str:
-    """The compact table with the headings of further columns, and how to read it."""
-    seeds = table["seed"].nunique()
-    spread = f"lowest to highest of {seeds} seeds" if seeds > 1 else "its 95% interval"
-    steps = " / ".join(map(str, updates))
-    reading = READING.format(updates=steps, few=few(updates), spread=spread, mark=DOES_NOT_COUNT)
-    return f"{markdown(compact(table, updates, further or {}))}\n\n{reading}"
-
-
-def pictures(cells: Cells, table: pd.DataFrame, updates: Sequence[int]) -> dict[str, pd.DataFrame]:
-    """The frames that the report draws."""
-    last = updates[-1]
-    back = []
-    for form, title in FORM_TITLES.items():
-        if (column := f"recovery_{form}_{last}") in table:
-            ends = {f"{column}{end}": f"recovery{end}" for end in ("", "_low", "_high")}
-            rows = table[["method", "seed", *ends]].rename(columns={"method": "attack", **ends})
-            back.append(rows.assign(method=f"{title}, {last} updates"))
-    drawn = {"accuracies": table[table["method"] != NEVER_TAUGHT], "recoveries": pd.concat(back, ignore_index=True)}
-    for name, stages in {"relearning_curves": [f"relearn-{f}" for f in FORM_TITLES], "probe_bits": ["probe"]}.items():
-        drawn[name] = pd.concat(
-            [
-                pd.DataFrame(found[stage]["rows"]).assign(method=method, seed=seed)
-                for (method, seed), found in cells.items()
-                for stage in stages
-                if found[stage]["rows"]
-            ],
-            ignore_index=True,
-        )
-    return drawn
+        """The edit, fitted or saved before; None: a model as it is."""
+        return None if job[0] in (UNEDITED, NEVER_TAUGHT) else load_edit(self.folder(job))
 
 
 if __name__ == "__main__":

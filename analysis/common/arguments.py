@@ -29,6 +29,7 @@ def parser_for(doc: str | None, out: str) -> argparse.ArgumentParser:
         if option.name != "forget":
             parser.add_argument(f"--{option.name.replace('_', '-')}", help="as in `mrp-lens unlearn`")
     parser.add_argument("--backend", default="auto", help="auto, hooked or bridge (default auto)")
+    parser.add_argument("--dtype", help="of the model, such as bfloat16 (default float32)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("runs") / out, help=f"output folder (default runs/{out})")
     parser.add_argument("--overwrite", action="store_true", help="replace the output folder")
@@ -96,9 +97,8 @@ class Study:
             check_free(arguments.out, overwrite=arguments.overwrite)
         task = task_for(arguments.model, TaskConfig.from_options(vars(arguments)), topic=arguments.topic)
         run = Run(name, vars(arguments), arguments.seed, title=title)
-        return cls(
-            load_model(arguments.model, backend=arguments.backend), task, run, arguments.out, arguments.overwrite
-        )
+        model = load_model(arguments.model, backend=arguments.backend, dtype=arguments.dtype)
+        return cls(model, task, run, arguments.out, arguments.overwrite)
 
     def fit(self, method: Any, *, seed: int | None = None) -> Fit:
         """Fit with the study's data and seed (or another); Ctrl-C ends the study."""

@@ -17,24 +17,25 @@ def mean_of(part: pd.DataFrame, column: str, form: str = "{:.2f}", *, scale: flo
     return form.format(known.astype(float).mean() * scale) if len(known) else NONE
 
 
-def figure(part: pd.DataFrame, column: str, stem: str = "") -> str:
+def figure(part: pd.DataFrame, column: str, stem: str = "", form: str = "{:.2f}") -> str:
     """A figure of one method: with its interval, or, of several seeds, the mean with the lowest and the highest.
 
     Args:
         part: a row a seed.
         column: of the figure.
         stem: its interval is in `<stem>_low` and `<stem>_high`; without one it is left out.
+        form: of each number.
     """
-    mean = mean_of(part, column)
+    mean = mean_of(part, column, form)
     if mean == NONE:
         return mean
     values = part[column].dropna().astype(float)
     if len(values) > 1:
-        return f"{mean} ({values.min():.2f} to {values.max():.2f})"
+        return f"{mean} ({form.format(values.min())} to {form.format(values.max())})"
     ends = [part[name].dropna() for name in (f"{stem}_low", f"{stem}_high") if name in part]
     if len(ends) < 2 or any(end.empty for end in ends):
         return mean
-    return f"{mean} [{ends[0].iloc[0]:.2f}, {ends[1].iloc[0]:.2f}]"
+    return f"{mean} [{form.format(ends[0].iloc[0])}, {form.format(ends[1].iloc[0])}]"
 
 
 def markdown(text: pd.DataFrame) -> str:

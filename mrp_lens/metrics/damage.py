@@ -83,7 +83,8 @@ def damage(
     row=lambda frame: {
         f"damage{end}": frame[column].iloc[0] for column, end in (("damage", ""), ("low", "_low"), ("high", "_high"))
     },
-    tables={"unlearn", "benchmark"},
+    headings={"damage": "damage, nats a token"},
+    tables={"unlearn", "leaderboard", "benchmark"},
     compares=True,
 )
 def _of_held_out_text(measured: Measured) -> pd.DataFrame | None:

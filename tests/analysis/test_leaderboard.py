@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 from analysis import leaderboard
-from analysis.leaderboard import compact, finding, further_columns, rows_of_cells
+from analysis.common.board import compact, finding, further_columns, rows_of_cells
 from mrp_lens import attacks
 from mrp_lens.data import Questions
 from mrp_lens.methods import MRP, RMU
@@ -118,13 +118,52 @@ def test_the_compact_table_says_where_an_attack_does_not_count_and_where_there_i
     text = compact(table, UPDATES, {})
     rows = text.set_index("").T
     assert rows["hooked"].tolist() == [
-        *("0.25 [0.20, 0.30]", "0.98 [0.93, 1.03]", "x1.100", "0.10 / 0.20 / 0.30 [0.20, 0.40] †", "as unedited"),
-        *("-", "0.80", "0.50 [0.40, 0.60]", "40 s", "33 kB"),
+        *("0.25 [0.20, 0.30]", "0.98 [0.93, 1.03]", "x1.100", "-", "0.10 / 0.20 / 0.30 [0.20, 0.40] †", "as unedited"),
+        *("-", "0.98 [0.88, 1.08]", "0.80", "0.50 [0.40, 0.60]", "40 s", "33 kB"),
     ]
     assert rows.loc["in the weights, 5 / 20 / 100", "written"] == "as kept"
     assert "†" not in str(rows.loc["edit kept, 5 / 20 / 100", "written"])
     lines = finding(table, UPDATES).splitlines()
     assert len({len(line) for line in lines[:6]}) == 1  # aligned
+
+
+def test_the_worst_attack_is_that_which_certainly_brings_back_most_and_counts() -> None:
+    uncertain = {"recovery": 0.9, "recovery_low": 0.1, "recovery_high": 1.7}
+    cases = {
+        "hooked": stages(HOOKS, retrained(0.1, 0.2, 0.3)),  # stripped, it is the unedited model
+        "written": {**stages(WEIGHTS, retrained(0.7, 0.8, 0.6)), "attack-toy": {"rows": [uncertain]}},
+        "too weak": {**stages(WEIGHTS, retrained(0.7, 0.8, 0.9, taught=0.5)), "attack-toy": {"rows": [uncertain]}},
+    }
+    rows = by_method(table_of(cases))
+    assert (rows["hooked"]["worst_attack"], rows["hooked"]["worst"]) == ("hooks stripped", 0.98)
+    assert (rows["written"]["worst_attack"], rows["written"]["worst"]) == ("edit kept", 0.6)
+    assert (rows["too weak"]["worst_attack"], rows["too weak"]["worst_low"]) == ("toy", 0.1)
+    assert pd.isna(rows["unedited"]["worst"])
+
+
+def test_a_model_that_never_saw_the_forget_set_is_the_floor_and_the_measures_have_a_table_of_their_own() -> None:
+    unedited = dict(UNEDITED)
+    unedited["quiz"] = {side: rows for side, rows in UNEDITED["quiz"].items() if side != "untaught"}
+    measured = {"forget_extraction_strength": 0.02, "forget_accuracy": 0.5, "unshown": 1.0}
+    floor = {"quiz": {**unedited["quiz"], "forget": [scored("potions", 0.24)]}, "benchmark-9": {"row": measured}}
+    cells = {
+        ("unedited", 0): unedited,
+        ("never-taught", 0): floor,
+        ("plain", 0): PLAIN | {"benchmark-9": {"row": measured}},
+    }
+    table = rows_of_cells(cells, UPDATES)
+    assert table["method"].tolist() == ["unedited", "never-taught", "plain"]
+    rows = by_method(table)
+    assert [rows[name]["forget_accuracy"] for name in rows] == [
+        1.0,
+        0.24,
+        0.25,
+    ]  # the board's own, not of fewer questions
+    assert (rows["plain"]["unshown"], rows["never-taught"]["forget_extraction_strength"]) == (1.0, 0.02)
+    assert further_columns(cells) == {}
+    shown = [line for line in finding(table, UPDATES).splitlines() if "extraction strength" in line]
+    assert len(shown) == 1
+    assert "extraction strength" not in finding(table_of({"plain": PLAIN}), UPDATES)
 
 
 def test_several_seeds_are_a_mean_and_a_range() -> None:

@@ -130,6 +130,13 @@ class Attack(PlainSettings, ABC):
         """
         return self
 
+    def check_facts(self, facts: FactSplit) -> None:
+        """Refuse facts with which it cannot be run; called before anything is written.
+
+        Raises:
+            ValueError: what is missing.
+        """
+
     @abstractmethod
     def run(self, setting: Setting) -> Frames:
         """What it finds: name of a figure (or any name of its own) -> tidy frame. Whatever takes longer than a few seconds is

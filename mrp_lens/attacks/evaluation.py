@@ -47,7 +47,12 @@ def check_held_out(held_out: Questions, **seen: Any) -> None:
         raise TypeError(f"held_out must be Questions, got {type(held_out).__name__}")
     if not len(held_out):
         raise ValueError(f"no held-out questions in {held_out.name!r}")
-    texts = {text for q in held_out.questions for text in (q.prompt, q.prompt + q.choices[q.answer])}
+    answers: dict[str, set[str]] = {}
+    for question in held_out.questions:
+        answers.setdefault(question.prompt, set()).add(question.choices[question.answer])
+    # A prompt that several questions have, such as "Which of these is true?", gives none of them away.
+    texts = {prompt for prompt, right in answers.items() if len(right) == 1}
+    texts |= {prompt + answer for prompt, right in answers.items() for answer in right}
     for name, given in seen.items():
         if given is None:
             continue
@@ -141,4 +146,4 @@ def _share_learned(model: LensModel, taught: Questions | Corpus, *, batch_size: 
             said = predictions(model, batch).argmax(-1)
             right += int((said == targets(batch)).sum())
             total += len(said)
-    return right / total
+    return right / total if total else float("nan")

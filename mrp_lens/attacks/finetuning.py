@@ -32,6 +32,7 @@ Outcome = Literal["finished", "interrupted", "diverged"]
 
 LR_BY_WIDTH = 0.128  # 1e-3 at d_model 128, 3e-5 at 4096
 LR_SHARES = (0.3, 1.0, 3.0)
+EXPERTS = 3  # axes of the matrices of all experts in one
 LORA_SHARE = 10.0  # low-rank factors start at 0 and take larger steps
 LORA_RANK = 8
 
@@ -260,24 +261,24 @@ def reach_of(edit: Edit | None, parameters: Parameters) -> Callable[[int], bool]
 
 
 class LowRank(torch.nn.Module):
-    """W -> W + left right: a low-rank update that starts at 0."""
+    """W -> W + left right: a low-rank update that starts at 0; of a stack of matrices one each."""
 
-    def __init__(self, matrix: Float[Tensor, "out in"], rank: int, generator: torch.Generator) -> None:
+    def __init__(self, matrix: Float[Tensor, "*stack out in"], rank: int, generator: torch.Generator) -> None:
         super().__init__()
-        rows, columns = matrix.shape
-        right = torch.randn(rank, columns, generator=generator) / columns**0.5
-        self.left = torch.nn.Parameter(torch.zeros(rows, rank, device=matrix.device))
+        *stack, rows, columns = matrix.shape
+        right = torch.randn(*stack, rank, columns, generator=generator) / columns**0.5
+        self.left = torch.nn.Parameter(torch.zeros(*stack, rows, rank, device=matrix.device))
         self.right = torch.nn.Parameter(right.to(matrix.device))
 
     @override
-    def forward(self, matrix: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
+    def forward(self, matrix: Float[Tensor, "*stack out in"]) -> Float[Tensor, "*stack out in"]:
         """The updated matrix, in its own precision."""
         return matrix + (self.left @ self.right).type_as(matrix)
 
 
 @contextmanager
 def low_rank_updates(model: LensModel, *, rank: int, seed: int) -> Iterator[list[Trainable]]:
-    """Every matrix in the blocks with a low-rank update; taken off again on exit.
+    """Every matrix in the blocks, each expert's too, with a low-rank update; taken off again on exit.
 
     Raises:
         ValueError: the model is a HookedTransformer, whose attention has no matrices of the checkpoint's shape, rank
@@ -290,22 +291,27 @@ def low_rank_updates(model: LensModel, *, rank: int, seed: int) -> Iterator[list
     check_whole(lora_rank=rank)
     generator = generator_for(seed)
     blocks = {id(p) for block in model.blocks for p in block.parameters()}
-    found = [(module, module._parameters.get("weight")) for module in model.modules()]
-    matrices = {
-        module: weight for module, weight in found if weight is not None and weight.ndim == 2 and id(weight) in blocks
-    }
-    for module, weight in matrices.items():
-        refuse_packed(weight, f"a matrix of a {type(module).__name__}")
-    order = {module: list(module._parameters) for module in matrices}
+    matrices = [
+        (module, name, parameter)
+        for module in model.modules()
+        for name, parameter in module._parameters.items()
+        if parameter is not None
+        and id(parameter) in blocks
+        and ((name == "weight" and parameter.ndim == 2) or parameter.ndim == EXPERTS)
+    ]
+    for module, _, matrix in matrices:
+        refuse_packed(matrix, f"a matrix of a {type(module).__name__}")
+    order = {module: list(module._parameters) for module, _, _ in matrices}
     updates: list[LowRank] = []
     try:
-        for module, weight in matrices.items():
-            update = LowRank(weight, rank, generator)
-            parametrize.register_parametrization(module, "weight", update)
+        for module, name, matrix in matrices:
+            update = LowRank(matrix, rank, generator)
+            parametrize.register_parametrization(module, name, update)
             updates.append(update)
         yield [Trainable(factor) for update in updates for factor in (update.left, update.right)]
     finally:
-        for module in list(matrices)[: len(updates)]:
-            parametrize.remove_parametrizations(module, "weight", leave_parametrized=False)
-            for name in order[module]:  # the weight came back behind the bias
+        for module, name, _ in matrices[: len(updates)]:
+            parametrize.remove_parametrizations(module, name, leave_parametrized=False)
+        for module, names in order.items():
+            for name in names:  # a matrix came back behind the bias
                 module._parameters[name] = module._parameters.pop(name)

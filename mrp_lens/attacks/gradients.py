@@ -142,15 +142,14 @@ def _measured(
     """[questions, MEASURES]."""
     encoder = encoder_for(model)
     rows = encoded_choices(encoder, questions, right_only=True)
+    for place, row in enumerate(rows):
+        predicted = (False, *row.in_loss[1:])
+        if not any(content and not counts for content, counts in zip(row.content, predicted, strict=True)):
+            raise ValueError(f"question {place} of {questions.name!r} has no token before its answer; give it a prompt")
     values = np.empty((len(rows), len(MEASURES)))
     with tqdm(total=len(rows), desc="input gradients", disable=not progress) as bar:
         for chosen, batch in in_order(encoder, rows, batch_size, side=padding, logits=True):
             prompt = batch.content_mask & ~batch.loss_mask
-            for place, tokens in zip(chosen, prompt.sum(dim=1).tolist(), strict=True):
-                if not tokens:
-                    raise ValueError(
-                        f"question {place} of {questions.name!r} has no token before its answer; give it a prompt"
-                    )
             found = input_gradient(model, partial(answer_losses, model, batch))
             norm, size = (
                 tensor.double().square().sum(dim=-1).where(prompt, 0.0).sum(dim=1).sqrt()

@@ -10,7 +10,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from typing_extensions import override
 
-from mrp_lens.attacks.base import Attack, Frames, Setting, labelled
+from mrp_lens.attacks.base import Attack, FactSplit, Frames, Setting, labelled
 from mrp_lens.attacks.evaluation import check_held_out
 from mrp_lens.attacks.registry import register
 from mrp_lens.attacks.relearn import Relearn
@@ -249,6 +249,14 @@ class Probe(Attack):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_one_of(ProbeKind, probe_kind=self.probe_kind)
+
+    @override
+    def check_facts(self, facts: FactSplit) -> None:
+        if len(facts.train) < FOLDS:
+            raise ValueError(
+                f"the attack {self.name!r} needs {FOLDS} questions for its training or more, and half of them are {len(facts.train)}; "
+                "leave it out, or give more questions"
+            )
 
     @override
     def run(self, setting: Setting) -> Frames:

@@ -99,7 +99,9 @@ def block_matrices(model: LensModel) -> list[tuple[torch.nn.Parameter, tuple[int
         for name, module in block.named_modules():
             for key, parameter in module.named_parameters(recurse=False):
                 refuse_packed(parameter, f"{name}.{key}")
-                if parameter.ndim > 1 and not key.lstrip("_").startswith("b"):  # biases of heads are [heads, d_head]
+                if (
+                    parameter.ndim > 1 and not key.lstrip("_").startswith("b") and not key.endswith("_bias")
+                ):  # of heads, experts
                     found[id(parameter)] = (parameter, _input_axes(module, f"{name}.{key}"))
     return list(found.values())
 
@@ -110,6 +112,10 @@ def _input_axes(module: torch.nn.Module, name: str) -> tuple[int, ...]:
         return (1,)
     if type(module).__name__ == "Conv1D":  # GPT-2's [in, out]
         return (0,)
+    if key == "weight" and type(module).__name__.endswith("Router"):  # [experts, in]
+        return (1,)
+    if key in ("gate_up_proj", "down_proj") and hasattr(module, "is_transposed"):  # all experts: [experts, out, in]
+        return (1,) if module.is_transposed else (2,)
     if key in _INPUT_AXES:
         return _INPUT_AXES[key]
     raise ValueError(

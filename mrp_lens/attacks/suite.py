@@ -157,6 +157,8 @@ def run_suite(
         pass
     facts = FactSplit.of(task, by=config.split, limit=config.questions, seed=config.seed)
     config = config.resolved(model, edit)
+    for attack in config.chosen:
+        attack.check_facts(facts)
     settings = {
         "model": identity_of(model),
         "edit": fingerprint(edit),

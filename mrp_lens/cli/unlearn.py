@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -316,6 +317,10 @@ def measure(model: LensModel, task: UnlearningTask, edit: Edit | None) -> dict[s
 
 
 def example_prompts(task: UnlearningTask) -> list[str]:
-    """How the first documents of each side begin."""
-    documents = [corpus.documents[0] for corpus in task.forget][:EXAMPLES] + list(task.retain.documents[:EXAMPLES])
-    return [beginning(document) for document in documents]
+    """How the first documents of each side begin that are not empty."""
+    sides = [*((corpus, 1) for corpus in task.forget[:EXAMPLES]), (task.retain, EXAMPLES)]
+    written = [
+        islice((document for document in corpus.documents if (document.prompt + document.completion).strip()), count)
+        for corpus, count in sides
+    ]
+    return [beginning(document) for documents in written for document in documents]

@@ -116,7 +116,8 @@ class Questions:
         return replace(self, questions=tuple(evenly(self.questions, limit)))
 
     def halves(self, *, by: Half = "question", seed: int = 0) -> tuple["Questions", "Questions"]:
-        """Two halves that share no question, and with `by="entity"` no entity either, drawn at random.
+        """Two halves that share no question, and with `by="entity"` no entity either, drawn at random. A question is what is asked
+        and its right answer: rows that say both again are in the same half.
 
         Raises:
             ValueError: fewer than two questions or entities, or a question whose entity is unknown.
@@ -133,7 +134,9 @@ class Questions:
             raise ValueError(f"a share must be between 0 and 1, got {share}")
         if by not in get_args(Half):
             raise ValueError(f"unknown by={by!r}; choose one of {', '.join(get_args(Half))}")
-        labels = [q.entity if by == "entity" else str(place) for place, q in enumerate(self.questions)]
+        first: dict[tuple[str, str], int] = {}
+        places = [first.setdefault((q.prompt, q.choices[q.answer]), place) for place, q in enumerate(self.questions)]
+        labels = [q.entity if by == "entity" else str(place) for q, place in zip(self.questions, places, strict=True)]
         if not all(labels):
             raise ValueError(
                 f"{self.name}: some questions do not say whom they are about; name that column with entity=..., or split by='question'"
@@ -141,9 +144,9 @@ class Questions:
         names = sorted(dict.fromkeys(labels))
         if len(names) < 2:
             raise ValueError(f"{self.name} has {len(names)} {by}, which cannot be split; give at least 2")
-        first = set(random.Random(f"mrp_lens halves {seed}").sample(names, max(1, int(share * len(names)))))
+        drawn = set(random.Random(f"mrp_lens halves {seed}").sample(names, max(1, int(share * len(names)))))
         sides = [
-            tuple(q for q, label in zip(self.questions, labels, strict=True) if (label in first) == wanted)
+            tuple(q for q, label in zip(self.questions, labels, strict=True) if (label in drawn) == wanted)
             for wanted in (True, False)
         ]
         return replace(self, questions=sides[0]), replace(self, questions=sides[1])

@@ -1,6 +1,7 @@
 """The data of a study of unlearning: forget set, retain set and quizzes; and where they are read from."""
 
 import logging
+import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -400,11 +401,16 @@ def warn_of_another_form(forget: Sequence[Corpus], quizzes: Sequence[Questions])
 
 
 def split_tenth(corpus: Corpus) -> tuple[Corpus, Corpus]:
-    """(for the fit, held out): every tenth document, at most 200, is kept from the fit; under ten documents, none is."""
-    places = set(range(9, len(corpus), 10)[:HELD_OUT])
-    if not places:
-        logger.warning("%s: under 10 documents, so text perplexity is measured on what the fit saw", corpus.name)
-        return corpus, corpus
-    kept = tuple(document for i, document in enumerate(corpus.documents) if i not in places)
+    """(for the fit, held out): of every ten documents one is kept from the fit, at most 200 in all, and with it its copies among the
+    others; under ten documents, none is. Which one of ten is drawn, always in the same way: every tenth may be of one kind."""
+    rng = random.Random("mrp_lens held out")
+    places = {start + rng.randrange(10) for start in range(0, len(corpus) - 9, 10)[:HELD_OUT]}
     held = tuple(document for i, document in enumerate(corpus.documents) if i in places)
-    return replace(corpus, documents=kept), replace(corpus, documents=held)
+    unseen = set(held)
+    kept = tuple(document for document in corpus.documents if document not in unseen)
+    if not held or not kept:
+        logger.warning(
+            "%s: under 10 different documents, so text perplexity is measured on what the fit saw", corpus.name
+        )
+        return corpus, corpus
+    return replace(corpus, documents=kept), replace(corpus, documents=tuple(dict.fromkeys(held)))

@@ -215,13 +215,16 @@ def in_order(
         rows: to read.
         batch_size: rows a batch, at most.
         side: of the padding.
-        logits: they are computed at every token that counts: fewer rows a batch where these would be more than 2^24 numbers.
+        logits: they are computed at every token that counts: fewer rows a batch where these would be more than 2^24 numbers, and none
+            without such a token, as an empty text.
 
     Raises:
         TypeError, ValueError: a batch size that is no whole number, or below 1, which would read nothing.
     """
     check_whole(batch_size=batch_size)
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i].ids))
+    order = sorted(
+        (i for i, row in enumerate(rows) if not logits or any(row.in_loss[1:])), key=lambda i: len(rows[i].ids)
+    )
     sizes = [sum(rows[place].in_loss) * encoder.rows for place in order] if logits else [0] * len(order)
     for part in groups_within(sizes, batch_size):
         chosen = order[part]

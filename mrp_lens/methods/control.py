@@ -21,6 +21,8 @@ import torch
 
 from mrp_lens.data import Corpus, Document
 from mrp_lens.data.tokenization import Encoded, Encoder, in_order
+from mrp_lens.methods.coverage import SHORT
+from mrp_lens.methods.words import in_sentences, words_to_begin_with
 from mrp_lens.models import LensModel, encoder_for
 from mrp_lens.training.losses import cross_entropy, predictions
 from mrp_lens.utils.processes import dealt, summed
@@ -70,7 +72,7 @@ class ControlQuestions:
     def __init__(self, encoder: Encoder, corpora: Sequence[Corpus], *, seed: int, forms: Sequence[str] = FORMS) -> None:
         self.encoder = encoder
         rng = random.Random(seed)
-        parts = [part for corpus in corpora for document in corpus.documents if (part := parted(document))]
+        parts = [part for corpus in corpora for told in statements(corpus) if (part := parted(told))]
         parts = rng.sample(parts, min(LOOKED_AT, len(parts)))
         self.choices = min(CHOICES, len({ending for _, ending in parts}))
         alike = _Alike(parts, rng)
@@ -198,6 +200,13 @@ def _marks(beginning: str) -> frozenset[str]:
     return frozenset([*words, f"{words[-1]} ..."])
 
 
+def statements(corpus: Corpus) -> list[Document]:
+    """The documents of a forget set, a short one of several sentences sentence by sentence, without those that do not say whom they
+    are about: their answer may stand in front of them."""
+    given = set(corpus.documents)
+    return [told for told in in_sentences(corpus.documents, longest=SHORT) if told in given or not told.prompt]
+
+
 def parted(document: Document) -> tuple[str, str] | None:
     """Beginning and ending of a document: its prompt and completion, or all but the last third of its (first) words and that."""
     if document.prompt.strip():
@@ -207,11 +216,6 @@ def parted(document: Document) -> tuple[str, str] | None:
         return None
     cut = words_to_begin_with(len(words))
     return " ".join(words[:cut]), " " + " ".join(words[cut:])
-
-
-def words_to_begin_with(count: int) -> int:
-    """How many of a text's (first) words are its beginning: all but the last third."""
-    return count - max(1, count // 3)
 
 
 def control_accuracy(model: LensModel, forget: Corpus | Sequence[Corpus], *, seed: int = 0) -> float:

@@ -1,10 +1,11 @@
 """What a fit reads besides the user's corpora: other forms of their documents, and texts that the model writes itself.
 
-A model that unlearns a few statements of one form forgets that form: what it knows besides changes wherever a text looks
-like the forget set, and the forget set comes back wherever a question does not. So short documents are read as questions
-too, on both sides; only what follows the beginning of a forget text is unlearned, not the names it begins with; and
-the retain side gets what the model itself has to say about names that both corpora contain. Of answers to questions a fit
-would unlearn how they begin, and the same answer in other words would still be known: so they are read from a random word on too.
+A model that unlearns a few statements of one form forgets that form: what it knows besides changes wherever a text looks like the
+forget set, and the forget set comes back wherever a question does not. So short documents are read as questions too, on both sides;
+only what follows the beginning of a forget text is unlearned, not the names it begins with, and one of several sentences is read
+sentence by sentence; and the retain side gets what the model itself has to say about names that both corpora contain. Of answers to
+questions a fit would unlearn how they begin, and the same answer in other words would still be known: so they are read from a random
+word on too.
 """
 
 import random
@@ -17,6 +18,7 @@ from itertools import combinations
 import torch
 
 from mrp_lens.data import Corpus, Document
+from mrp_lens.methods.words import Words, bare, folded, frequencies, in_sentences, marked, rare_up_to, word_ends
 from mrp_lens.models import LensModel
 from mrp_lens.models.generation import can_start, drawn_seed, written_after
 from mrp_lens.utils.processes import computed_once
@@ -24,7 +26,6 @@ from mrp_lens.utils.validation import PlainSettings
 
 SHORT = 40  # words of a document that still is one statement
 LONGEST_NAME = 4  # words
-RARE_DOCUMENTS, RARE_SHARE = 3, 0.03  # a name stands in no more forget documents than the larger of the two
 TOPIC_SHARE, TOPIC_TIMES = 0.05, 3  # a topic word stands in more of the forget set, and so many times more often
 MOST_COPIES = 4  # for each on the forget side
 FEWEST_WORDS = 4  # of a written text
@@ -45,15 +46,14 @@ ARTICLE = re.compile(r"\A(The|An?)\b")
 STEMS = ("{}", "{} is", "Question: What is {}", "Question: Where is {}?\nAnswer:", "Question: {}")
 QUESTION = "Question:"
 
-Words = tuple[str, ...]
-
 
 @dataclass(frozen=True, kw_only=True)
 class Coverage(PlainSettings):
     """What a fit reads besides the user's corpora. With every number but `new_tokens` at 0 it reads those as they are.
 
-    Short documents have at most 40 words. Of a short forget text only what follows a random word of its second half is
-    unlearned. Documents with a prompt are questions already, and get no question form.
+    Short documents have at most 40 words. Of a short forget text, or of each of its sentences, only what follows a random word of the
+    second half is unlearned; of a sentence that does not say whom it is about, all of it, behind what stands before it. Documents with
+    a prompt are questions already, and get no question form.
 
     Args:
         question_forms: copies in question form of every short document, on both sides; on the retain side up to four times as
@@ -140,11 +140,15 @@ def cover(
     if coverage.nothing:
         return Covered(tuple(corpus.documents for corpus in forget), retain.documents, (), {})
     rng, seed = random.Random(drawn_seed(generator)), drawn_seed(generator)
-    continued = [[_continuation(document, rng) for document in corpus.documents] for corpus in forget]
+    continued = [
+        [_continuation(document, rng) for document in in_sentences(corpus.documents, longest=SHORT)]
+        for corpus in forget
+    ]
     asked = [question_forms(corpus.documents, rng, copies=coverage.question_forms) for corpus in forget]
     short = [document for document in retain.documents if _is_short(document)]
     repeated = short * (coverage.repeats if len(short) < len(retain) else 0)
-    times = round((len(retain) + len(repeated)) / (2 * max(1, len(short))))  # then questions are a third
+    askable = len(in_sentences(short, longest=SHORT))
+    times = round((len(retain) + len(repeated)) / (2 * max(1, askable)))  # then questions are a third
     asked_retain = [
         Document("", question.prompt + question.completion)
         for question in question_forms(
@@ -173,9 +177,7 @@ def cover(
     written = tuple(kept)
     counts = {
         "forget_continuations": sum(
-            new is not old
-            for documents, corpus in zip(continued, forget, strict=True)
-            for new, old in zip(documents, corpus.documents, strict=True)
+            len(set(documents) - set(corpus.documents)) for documents, corpus in zip(continued, forget, strict=True)
         ),
         "forget_questions": sum(map(len, asked)),
         "retain_questions": len(asked_retain),
@@ -205,11 +207,6 @@ def _is_short(document: Document) -> bool:
     return len(_text(document).split()) <= SHORT
 
 
-def word_ends(text: str) -> list[int]:
-    """Where each of its words ends, in characters."""
-    return [found.end() for found in re.finditer(r"\S+", text)]
-
-
 def _parts(document: Document, rng: random.Random) -> tuple[str, str] | None:
     """A short text up to a random word of its second half, and from there on, the white space between included; None
     for what stays whole."""
@@ -228,10 +225,11 @@ def _continuation(document: Document, rng: random.Random) -> Document:
 
 
 def question_forms(documents: Iterable[Document], rng: random.Random, *, copies: int = 1) -> list[Document]:
-    """Question forms of the short texts: the beginning as a question, its verb in front where it ends in "is", the rest as
-    the answer."""
+    """Question forms of the short texts, of each sentence that tells something by itself: the beginning as a question, its verb in
+    front where it ends in "is", the rest as the answer."""
     found = []
-    for document in [document for _ in range(copies) for document in documents]:
+    told = in_sentences(list(documents), longest=SHORT)
+    for document in [document for _ in range(copies) for document in told]:
         parts = _parts(document, rng)
         if parts is not None:
             begun = parts[0].strip()
@@ -281,15 +279,15 @@ class _Subjects:
     @classmethod
     def of(cls, forget: Sequence[Document], retain: Sequence[Document]) -> "_Subjects":
         """Read off both sides."""
-        in_forget, in_retain = _frequencies(forget), _frequencies(retain)
-        most = max(RARE_DOCUMENTS, RARE_SHARE * len(forget))
+        in_forget, in_retain = frequencies(map(_text, forget)), frequencies(map(_text, retain))
+        most = rare_up_to(len(forget))
         spelled: set[Words] = set()
         places: dict[Words, set[int]] = {}
         for number, document in enumerate(forget):
             for run in _rare_runs(_text(document), in_forget, most):
                 if len(run) <= LONGEST_NAME:
                     spelled.add(run)
-                places.setdefault(_folded(run[:LONGEST_NAME]), set()).add(number)
+                places.setdefault(folded(run[:LONGEST_NAME]), set()).add(number)
         topic = {
             word
             for word, count in in_forget.items()
@@ -297,7 +295,7 @@ class _Subjects:
             and count * len(retain) > TOPIC_TIMES * in_retain[word] * len(forget)
         }
         return cls(
-            tuple(sorted({run for document in retain for run in _runs_in(_bare(_text(document)), spelled)})),
+            tuple(sorted({run for document in retain for run in _runs_in(bare(_text(document)), spelled)})),
             frozenset(topic),
             {run: frozenset(numbers) for run, numbers in places.items()},
             frozenset(number for number, document in enumerate(forget) if _is_short(document)),
@@ -317,12 +315,12 @@ class _Subjects:
 
     def why_dropped(self, text: str, begun: _Beginning) -> str | None:
         """The reason, in a word, why the retain set must not have a text; None if it may."""
-        words = _folded(_bare(text))
+        words = folded(bare(text))
         if len(words) < FEWEST_WORDS:
             return "too_short"
-        if self.topic & (set(words) - set(_folded(_bare(begun.prompt)))):
+        if self.topic & (set(words) - set(folded(bare(begun.prompt)))):
             return "on_topic"
-        return "forget_fact" if self._tells_fact(words, _folded(begun.name)) else None
+        return "forget_fact" if self._tells_fact(words, folded(begun.name)) else None
 
     def _tells_fact(self, words: Words, name: Words) -> bool:
         """Whether it brings together what a forget document does: another run with its own name, or any two of a
@@ -338,34 +336,12 @@ class _Subjects:
         )
 
 
-def _bare(text: str) -> Words:
-    """Its words without the punctuation around them."""
-    return tuple(word for _, word, _ in _marked(text))
-
-
-def _marked(text: str) -> Iterator[tuple[str, str, str]]:
-    """Each word, with the punctuation before and behind it."""
-    for part in text.split():
-        before, word, behind = re.fullmatch(r"(\W*)(.*?)(\W*)", part, re.DOTALL).groups()  # type: ignore[union-attr]
-        if word:
-            yield before, word, behind
-
-
-def _folded(words: Words) -> Words:
-    return tuple(word.casefold() for word in words)
-
-
-def _frequencies(documents: Iterable[Document]) -> Counter[str]:
-    """In how many documents each word stands, case folded."""
-    return Counter(word for document in documents for word in set(_folded(_bare(_text(document)))))
-
-
-def _rare_runs(text: str, frequencies: Mapping[str, int], most: float) -> Iterator[Words]:
+def _rare_runs(text: str, counts: Mapping[str, int], most: float) -> Iterator[Words]:
     """Neighbours that stand in at most so many documents each, as far as they go without a punctuation mark between
     them."""
     run: list[str] = []
-    for before, word, behind in [*_marked(text), ("", "", "")]:
-        rare = bool(word) and frequencies[word.casefold()] <= most
+    for before, word, behind in [*marked(text), ("", "", "")]:
+        rare = bool(word) and counts[word.casefold()] <= most
         if run and (before or not rare):
             yield tuple(run)
             run = []

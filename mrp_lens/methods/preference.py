@@ -11,10 +11,10 @@ from mrp_lens.data import Document
 from mrp_lens.data.tokenization import Encoded
 from mrp_lens.methods.base import Data
 from mrp_lens.methods.baselines import REPORT, ForgetLoss, ForgetSide, GradientMethod, Losses, Unit
-from mrp_lens.methods.control import LONGEST, words_to_begin_with
-from mrp_lens.methods.coverage import word_ends
+from mrp_lens.methods.control import LONGEST
 from mrp_lens.methods.registry import register
 from mrp_lens.methods.spaces import NPO_SPACE, SIMNPO_SPACE
+from mrp_lens.methods.words import word_ends, words_to_begin_with
 from mrp_lens.models import LensModel
 from mrp_lens.utils.validation import check_positive
 

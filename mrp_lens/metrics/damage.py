@@ -52,8 +52,6 @@ def damage(
     with frozen(model), torch.no_grad(), bar:
         for chosen, batch in in_order(encoder, encoded, batch_size, logits=True):
             bar.update(len(chosen))
-            if not batch.loss_mask.any():
-                continue
             before = predictions(model, batch)
             with edit.applied(model):
                 after = predictions(model, batch)

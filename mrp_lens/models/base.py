@@ -197,7 +197,7 @@ def each_row_alone(model: Any, attention_mask: Bool[Tensor, "batch seq"]) -> Ite
     """
     limit = _limit(model)
     short = attention_mask.sum(dim=1) <= limit
-    if attention_mask.shape[1] <= limit or not bool(short.any()):
+    if not limit or attention_mask.shape[1] <= limit or not bool(short.any()):
         yield
         return
     # Positions count from a row's first token: all differences are as before, and none is beyond the limit.

@@ -33,3 +33,17 @@ def test_too_few_or_no_questions() -> None:
         check_held_out(quiz())
     with pytest.raises(TypeError, match="held_out must be Questions, got Corpus"):
         check_held_out(Corpus.from_texts(["a text"]))
+
+
+def test_a_prompt_that_many_questions_have_and_rows_that_come_twice_can_be_split() -> None:
+    rows = [
+        {"question": "Which of these is true?", "choices": [f"red {i}", "blue", "green", "white"], "answer": 0}
+        for i in range(40)
+    ]
+    first, second = Questions.from_rows([*rows, *rows[:9]]).halves()
+    told = [{question.choices[0] for question in half.questions} for half in (first, second)]
+    assert not told[0] & told[1]
+    assert len(first) + len(second) == 49
+    check_held_out(second, train=first)
+    with pytest.raises(ValueError, match="train and held_out overlap in"):
+        check_held_out(second, train=second.spread(3))

@@ -101,6 +101,23 @@ def test_low_rank_updates_have_that_rank(tiny_folder: Path) -> None:
             assert int(torch.linalg.matrix_rank(update.detach(), atol=1e-6)) == 2
 
 
+def test_low_rank_updates_reach_every_expert_and_come_off_again(tmp_path: Path) -> None:
+    bridge: Any = load_model(str(save_family("mixtral", tmp_path)), backend="bridge")
+    experts = [module for module in bridge.modules() if hasattr(module, "is_transposed")]
+    old = {name: parameter.detach().clone() for name, parameter in bridge.named_parameters()}
+    with relearned(bridge, None, train=TAUGHT, steps=2, lr=1e-2, parameters="lora", lora_rank=2, progress=False):
+        assert len(experts) == bridge.cfg.n_layers
+        for module in experts:
+            for name in ("gate_up_proj", "down_proj"):
+                update = getattr(module, name) - module.parametrizations[name].original
+                ranks = torch.linalg.matrix_rank(update.detach(), atol=1e-6).tolist()
+                assert len(ranks) == 3
+                assert max(ranks) == 2  # an expert that no token met stays
+    now = dict(bridge.named_parameters())
+    assert list(now) == list(old)
+    assert all(torch.equal(now[name], parameter) for name, parameter in old.items())
+
+
 def test_rates_follow_the_width_and_low_rank_factors_move_faster(model: LensModel) -> None:
     rates = Attacker().rates(model, None)
     assert rates[1] == pytest.approx(0.128 / D_MODEL)

@@ -11,7 +11,7 @@ from mrp_lens.attacks.quantization import block_matrices, quantized, quantized_t
 from mrp_lens.models import LensModel, available_backends, load_model, mlp_out_weight
 from tests.conftest import assert_same_state, state_of
 from tests.support.edits import logits, weight_edit
-from tests.support.families import save_family
+from tests.support.families import MIXTURES, save_family
 
 NF4 = """-1.0 -0.6961928 -0.5250731 -0.3949175 -0.2844414 -0.1847734 -0.0910500 0.0
     0.0795803 0.1609302 0.2461123 0.3379152 0.4407098 0.5626170 0.7229568 1.0"""
@@ -51,9 +51,10 @@ def checkpoint_rounded_by_hand(folder: Path, bits: int, tokens: torch.Tensor) ->
     model: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if any(part.isdigit() for part in name.split(".")) and parameter.ndim == 2:
+            if any(part.isdigit() for part in name.split(".")) and parameter.ndim > 1:
                 is_conv = "c_" in name  # GPT-2's
-                parameter.copy_(rounded_by_hand(parameter, bits, rows_are_outputs=not is_conv).float())
+                for matrix in parameter if parameter.ndim > 2 else [parameter]:  # of each expert, or the only one
+                    matrix.copy_(rounded_by_hand(matrix, bits, rows_are_outputs=not is_conv).float())
         output: torch.Tensor = model(tokens).logits
     return output
 
@@ -71,6 +72,18 @@ def test_every_class_rounds_what_the_checkpoint_rounded_by_hand_has(family: str,
                 torch.testing.assert_close(logits(model, tokens), wanted, atol=1e-4, rtol=0)
             assert float((wanted - plain).abs().max()) > 1e-3, "the rounding would not be seen"
         torch.testing.assert_close(logits(model, tokens), plain, atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("family", MIXTURES)
+def test_experts_and_their_router_are_rounded_channel_by_channel(family: str, tmp_path: Path) -> None:
+    folder = save_family(family, tmp_path)
+    model = load_model(str(folder), backend="bridge")
+    tokens = torch.randint(3, model.cfg.d_vocab, (3, 7), generator=torch.Generator().manual_seed(1))
+    wanted = checkpoint_rounded_by_hand(folder, 8, tokens)
+    with quantized(model, 8):
+        torch.testing.assert_close(logits(model, tokens), wanted, atol=1e-4, rtol=0)
+    with quantized_to_nf4(model):
+        assert float((wanted - logits(model, tokens)).abs().max()) > 1e-3
 
 
 def nf4_by_hand(channels: torch.Tensor) -> torch.Tensor:

@@ -169,6 +169,7 @@ def test_forms_are_those_that_the_edit_has(model: Any, untouched: None) -> None:
         possible_forms(model, weight_edit(model, 2), ("kept", "stripped"))
 
 
+@pytest.mark.filterwarnings("ignore:only 4 held-out questions")
 def test_nothing_is_written_where_something_cannot_be_done(model: Any, task: UnlearningTask, tmp_path: Path) -> None:
     narrow = ProjectionEdit({"blocks.1.hook_resid_post": Subspace.random(2, 16, seed=0)})
     edit, out = projection(1), tmp_path / "out"
@@ -180,6 +181,7 @@ def test_nothing_is_written_where_something_cannot_be_done(model: Any, task: Unl
         (edit, task, {"forms": ("weights",)}, "cannot be written into weights"),
         (projection(3), task, {"parameters": ("all", "lora")}, "HookedTransformer"),
         (edit, replace(task, untaught_questions=task.questions), {}, "overlap"),
+        (edit, replace(task, questions=quiz(0, 8)), {}, "'probe' needs 5 questions for its training"),
     ]
     for attacked, data, budgets, message in bad:
         if "lora" in budgets.get("parameters", ()) and is_bridge(model):

@@ -12,7 +12,7 @@ from datasets import Dataset
 
 from mrp_lens.data import Corpus, Document, Question, Questions
 from mrp_lens.data.rows import digest
-from mrp_lens.data.task import TaskConfig, UnlearningTask, hub_parts, task_for
+from mrp_lens.data.task import TaskConfig, UnlearningTask, hub_parts, split_tenth, task_for
 
 WORLD_OF_0_1 = {
     "forget": "69d0434d2838d605f09fa73cf2517841b68fb2e9474afd66cfc50484215471db",
@@ -223,3 +223,14 @@ def test_files_of_known_data_sets_are_read_by_their_schema(tmp_path: Path) -> No
     assert quiz is not None
     assert quiz.questions[0].prompt == "Who?"
     assert quiz.questions[0].choices[quiz.questions[0].answer] == " He."
+
+
+def test_the_held_out_tenth_is_of_every_kind_and_the_fit_has_no_copy_of_it() -> None:
+    kept, held = split_tenth(Corpus.from_texts([f"topic {i % 10} text {i}" for i in range(300)]))
+    assert (len(kept), len(held)) == (270, 30)
+    assert len({document.completion[:7] for document in held.documents}) > 5
+    kept, held = split_tenth(Corpus.from_texts([f"text {i % 97}" for i in range(300)]))
+    assert not set(kept.documents) & set(held.documents)
+    assert len(set(kept.documents)) + len(held) == 97
+    same = Corpus.from_texts(["one text"] * 40)
+    assert split_tenth(same) == (same, same)

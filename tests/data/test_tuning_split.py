@@ -61,7 +61,11 @@ def test_text_that_a_fit_sees_tells_no_damage() -> None:
         ({"questions": None}, "there is none for forget; give questions="),
         ({"retain_questions": None}, "there is none for retain"),
         ({"questions": quiz(0, 1)}, "has 1 question, which cannot be split"),
-        ({"questions": Questions(quiz(0, 1).questions * 3)}, "same questions again and again"),
+        ({"questions": Questions(quiz(0, 1).questions * 3)}, "has 1 question, which cannot be split"),
+        (
+            {"questions": Questions(tuple(replace(q, entity=name) for q in quiz(0, 1).questions for name in "ab"))},
+            "same questions again and again",
+        ),
         ({"held_out": Corpus(TEXTS.documents[:1] * 3, "one")}, "one document again and again"),
     ],
 )

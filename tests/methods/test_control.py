@@ -178,3 +178,21 @@ def test_a_document_is_parted_where_its_prompt_ends_or_before_its_last_third() -
     assert parted(Document("Q:", " a b c")) == ("Q:", " a b c")
     assert parted(Document("", "one two three four five six")) == ("one two three four", " five six")
     assert parted(Document("", "word")) is None
+
+
+def test_a_short_document_of_several_sentences_is_asked_about_in_each_that_says_whom_it_is_about(
+    model: LensModel,
+) -> None:
+    names = ["cat", "dog", "cow", "horse", "bird", "fish", "man", "woman"]
+    texts = [
+        f"The {name} lives in house {n}. Every old {name} eats grain {n}. It is old." for n, name in enumerate(names)
+    ]
+    encoder = encoder_for(model)
+    questions = ControlQuestions(encoder, [Corpus.from_texts(texts)], seed=0, forms=("{}",))
+    assert len(questions.rows[0]) == 16 * questions.choices
+    alone = [
+        encoder.encode([Document(beginning, ending)], keep="end")[0].ids
+        for n, name in enumerate(names)
+        for beginning, ending in ((f"The {name} lives in", f" house {n}."), (f"Every old {name} eats", f" grain {n}."))
+    ]
+    assert {row.ids for row in questions.rows[0][:: questions.choices]} == set(alone)

@@ -96,6 +96,23 @@ def test_long_texts_single_words_and_questions_stay_whole_on_both_sides(document
     assert result.counts["forget_continuations"] == result.counts["forget_questions"] == 0
 
 
+def test_a_short_text_of_several_sentences_is_read_and_asked_sentence_by_sentence() -> None:
+    texts = [
+        f"{name} is a town of {size} people. The river of {name} is wide. It is old."
+        for name, size in zip(CAPITALS, range(10), strict=True)
+    ]
+    result = covered(replace(NONE, question_forms=2), forget=[Corpus.from_texts(texts)])
+    (documents,) = result.forget
+    told, asked = documents[:30], documents[30:]
+    for text, (first, second, third) in zip(texts, zip(*[iter(told)] * 3, strict=True), strict=True):
+        parts = [document.prompt + document.completion for document in (first, second)]
+        assert " ".join([*parts, "It is old."]) == text
+        assert (third.prompt, third.completion) == (" ".join(parts), " It is old.")  # whose answer a prompt has to say
+    assert result.counts["forget_continuations"] == 30
+    assert len(asked) == 2 * 20 == result.counts["forget_questions"]  # of those that say whom they are about
+    assert not any("It is old" in document.prompt + document.completion for document in asked)
+
+
 def test_a_text_of_forty_words_is_short_and_keeps_its_white_space() -> None:
     text = "\n".join(f"w{i}" for i in range(SHORT))
     result = covered(replace(NONE, repeats=1), forget=[Corpus.from_texts([text])])

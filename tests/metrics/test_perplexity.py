@@ -1,11 +1,17 @@
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
+import transformers
 
 from mrp_lens import metrics
-from mrp_lens.data import Corpus
-from mrp_lens.models import LensModel
+from mrp_lens.data import Corpus, Document
+from mrp_lens.models import LensModel, available_backends, load_model
+from tests.support.edits import projection
+from tests.support.families import DEMO_FOLDER, save_family
 from tests.support.plain import log_probability
 
 
@@ -41,3 +47,18 @@ def test_texts_longer_than_the_context_of_one_token_and_of_split_characters(mode
         total, tokens = total + score * count, tokens + count
     assert (row["documents"], row["tokens"]) == (3, tokens)
     assert row["perplexity"] == pytest.approx(np.exp(-total / tokens), rel=1e-5)
+
+
+@pytest.mark.parametrize("backend", available_backends())
+def test_an_empty_text_counts_nothing_where_nothing_begins_a_text(backend: Any, tmp_path: Path) -> None:
+    tokenizer = transformers.AutoTokenizer.from_pretrained(DEMO_FOLDER)
+    tokenizer.bos_token = None
+    model = load_model(str(save_family("qwen2", tmp_path, tokenizer=tokenizer)), backend=backend)
+    told = Corpus.from_texts(["The old man walked.", "The sage."])
+    with_empty = replace(told, documents=(Document("", ""), *told.documents, Document("", "")))
+    edit = projection(1)
+    for batch_size in (1, 128):
+        for measured in (metrics.perplexity, metrics.answer_probability, metrics.exact_memorization):
+            pd.testing.assert_frame_equal(measured(model, with_empty, batch_size=batch_size), measured(model, told))
+        damages = [metrics.damage(model, edit, corpus, batch_size=batch_size) for corpus in (with_empty, told)]
+        pd.testing.assert_frame_equal(*damages)

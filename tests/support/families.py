@@ -45,6 +45,15 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "gemma2": ("Gemma2Config", "Gemma2ForCausalLM", _ROTARY | {"head_dim": 8, "query_pre_attn_scalar": 8}),
     "phi3": ("Phi3Config", "Phi3ForCausalLM", _ROTARY),
 }
+MIXTURES: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "mixtral": ("MixtralConfig", "MixtralForCausalLM", _ROTARY | {"num_local_experts": 3, "num_experts_per_tok": 2}),
+    "qwen3_moe": (
+        "Qwen3MoeConfig",
+        "Qwen3MoeForCausalLM",
+        _ROTARY | {"head_dim": 8, "num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
+    ),
+}
+"""Of experts; the Bridge alone loads them."""
 
 
 def save_family(family: str, folder: Path, *, seed: int = 0, tokenizer: Any = None, **settings: Any) -> Path:
@@ -52,7 +61,7 @@ def save_family(family: str, folder: Path, *, seed: int = 0, tokenizer: Any = No
     import transformers
 
     tokenizer = tokenizer or transformers.AutoTokenizer.from_pretrained(DEMO_FOLDER)
-    config_name, model_name, sizes = FAMILIES[family]
+    config_name, model_name, sizes = (FAMILIES | MIXTURES)[family]
     ids = {f"{kind}_token_id": getattr(tokenizer, f"{kind}_token_id") for kind in ("bos", "eos", "pad")}
     config = getattr(transformers, config_name)(**({"vocab_size": len(tokenizer)} | ids | sizes | settings))
     with torch.random.fork_rng():

@@ -34,6 +34,7 @@ from mrp_lens.models import (
     identity_of,
     why_not_exportable,
 )
+from mrp_lens.models.attachments import entries_on
 from mrp_lens.models.generation import drawn_seed
 from mrp_lens.models.hooks import frozen, read_states
 from mrp_lens.training.callbacks import Callback
@@ -153,10 +154,17 @@ def prepare(
     read = []
     for role, corpus in [*(("forget", corpus) for corpus in corpora), ("retain", retain)]:
         counted, rows = _counted(encoder, corpus.documents, corpus.name, warn=True)
+        asked = sum(bool(document.prompt) and bool(document.completion.strip()) for document in corpus.documents)
+        unread = asked - sum(bool(document.prompt) for document in counted.documents)
+        left_out = (
+            f"the prompts of {unread} of {len(corpus)} documents of {corpus.name!r} fill the {encoder.max_length} tokens that are read, so "
+            "that nothing of what follows is: raise max_length, or shorten the prompts"
+        )
         if not rows:
-            raise ValueError(
-                f"the {role} corpus {corpus.name!r} is empty: it holds no document with a token to predict"
-            )
+            reason = left_out if unread else "it holds no document with a token to predict"
+            raise ValueError(f"the {role} corpus {corpus.name!r} is empty: {reason}")
+        if unread > 0:
+            warnings.warn(f"{left_out}; they are left out", stacklevel=4)
         read.append((counted, rows))
     record = {
         role: [{"name": corpus.name, "documents": len(corpus), "sha256": corpus.fingerprint} for corpus in chosen]
@@ -433,6 +441,11 @@ class FitTemplate(Method, Generic[Settings]):
             TypeError, ValueError: names what is wrong.
         """
         check_lens_model(model)
+        if on := entries_on(model):
+            raise ValueError(
+                f"an edit is on this model ({on[0].edit!r}), and a fit would read its states as the model's own; take it off with "
+                "detach(), or fit the next request after it with after="
+            )
         check_positive(budget=self.budget)
         if self.target is not None and not self.target > 0.0:
             raise ValueError(

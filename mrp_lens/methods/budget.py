@@ -12,6 +12,7 @@ and what is asked otherwise comes down later. Where the weight is as small as it
 too small for this model: they grow until something happens.
 """
 
+import logging
 import math
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -32,6 +33,8 @@ from mrp_lens.training.callbacks import Callback, TrainingState
 from mrp_lens.training.loop import TrainingRun
 from mrp_lens.training.losses import kl, predictions, targets
 from mrp_lens.utils.processes import dealt, gathered
+
+logger = logging.getLogger(__name__)
 
 EVERY = 5  # updates between two looks at the damage
 LOOK = 20  # updates between two looks at the control questions
@@ -157,6 +160,11 @@ class Budget(Callback):
         self.aim = self.control.chance if target is None else target
         self.multiplier, self.found = 1.0, 0.0
         self.allowed = first * nats
+        if not self.control.asks:  # when the fit is done cannot be told
+            self.allowed = nats
+            logger.warning(
+                "the texts of the forget set end too much alike for control questions: the fit makes all of its updates, unless Ctrl-C ends it"
+            )
         self.stalled = False
         self._allowed_since = 0  # looks before it became what it is
         self._lately_found: deque[float] = deque(maxlen=SHORT * LOOK // EVERY)
@@ -196,7 +204,7 @@ class Budget(Callback):
 
     def _follow(self, off: float) -> None:
         """Move the multiplier, and if that is of no use the steps' size, for a damage that is off by so many factors of e."""
-        if self._settling or self.looks[-1].accuracy <= self.aim:  # nothing is left to pay for
+        if self._settling or (self.control.asks and self.looks[-1].accuracy <= self.aim):  # nothing is left to pay for
             off = max(0.0, off)
         least, most = LIMITS
         bounded = max(-1.0, min(1.0, off))
@@ -217,7 +225,7 @@ class Budget(Callback):
         return self._state.steps < self._planned
 
     def _there(self) -> bool:
-        return self._lately() <= self.aim
+        return self.control.asks and self._lately() <= self.aim
 
     def _lately(self) -> float:
         """The mean accuracy of the last looks; of one that was not trained yet, infinite."""
@@ -243,7 +251,7 @@ class Budget(Callback):
         """Whether accuracy and margin stay where they are, and would under a smaller multiplier and with larger steps: the damage
         allowed for is done, or there are none."""
         free = self.multiplier <= LIMITS[0] and (self._state.pace >= FASTEST or not self._unmoved())
-        if len(self.looks) <= STALLED or not (self.found >= SPENT * self.allowed or free):
+        if not self.control.asks or len(self.looks) <= STALLED or not (self.found >= SPENT * self.allowed or free):
             return False
         margins = [look.margin for look in self.looks]
         nearer = margins[0] > 0.0 and _fall(margins, STALLED) >= NEARER * margins[0]

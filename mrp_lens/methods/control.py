@@ -22,7 +22,7 @@ import torch
 from mrp_lens.data import Corpus, Document
 from mrp_lens.data.tokenization import Encoded, Encoder, in_order
 from mrp_lens.methods.coverage import SHORT
-from mrp_lens.methods.words import in_sentences, words_to_begin_with
+from mrp_lens.methods.words import sentences_of, words_to_begin_with
 from mrp_lens.models import LensModel, encoder_for
 from mrp_lens.training.losses import cross_entropy, predictions
 from mrp_lens.utils.processes import dealt, summed
@@ -72,7 +72,7 @@ class ControlQuestions:
     def __init__(self, encoder: Encoder, corpora: Sequence[Corpus], *, seed: int, forms: Sequence[str] = FORMS) -> None:
         self.encoder = encoder
         rng = random.Random(seed)
-        parts = [part for corpus in corpora for told in statements(corpus) if (part := parted(told))]
+        parts = [part for corpus in corpora for part in askable_parts(corpus.documents)]
         parts = rng.sample(parts, min(LOOKED_AT, len(parts)))
         self.choices = min(CHOICES, len({ending for _, ending in parts}))
         alike = _Alike(parts, rng)
@@ -100,6 +100,11 @@ class ControlQuestions:
             )
             for questions in asked.values()
         ]
+
+    @property
+    def asks(self) -> bool:
+        """Whether there is a question: not where the set has too few different endings."""
+        return self.choices > 1 and bool(self.rows[0])
 
     @property
     def chance(self) -> float:
@@ -200,11 +205,25 @@ def _marks(beginning: str) -> frozenset[str]:
     return frozenset([*words, f"{words[-1]} ..."])
 
 
-def statements(corpus: Corpus) -> list[Document]:
-    """The documents of a forget set, a short one of several sentences sentence by sentence, without those that do not say whom they
-    are about: their answer may stand in front of them."""
-    given = set(corpus.documents)
-    return [told for told in in_sentences(corpus.documents, longest=SHORT) if told in given or not told.prompt]
+def askable_parts(documents: Sequence[Document]) -> list[tuple[str, str]]:
+    """Beginnings and endings of a forget set: of a plain document of several sentences those of each that tells something by itself,
+    since the answer to another may stand in front of it. A long document's are parted behind the word that says whom they are about."""
+    found: list[tuple[str, str] | None] = []
+    for document, told in zip(documents, sentences_of(documents), strict=True):
+        alone = [part for part in told if part.alone and len(part.text.split()) <= SHORT]
+        if len(told) < 2 or not alone:
+            found.append(parted(document))
+            continue
+        long = len(document.completion.split()) > SHORT
+        for part in alone:
+            words = part.text.split()
+            behind = part.named if long else 0
+            found.append(
+                (" ".join(words[:behind]), " " + " ".join(words[behind:]))
+                if behind
+                else parted(Document("", part.text))
+            )
+    return [part for part in found if part is not None]
 
 
 def parted(document: Document) -> tuple[str, str] | None:

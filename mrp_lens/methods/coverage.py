@@ -18,7 +18,17 @@ from itertools import combinations
 import torch
 
 from mrp_lens.data import Corpus, Document
-from mrp_lens.methods.words import Words, bare, folded, frequencies, in_sentences, marked, rare_up_to, word_ends
+from mrp_lens.methods.words import (
+    Words,
+    bare,
+    folded,
+    frequencies,
+    in_sentences,
+    marked,
+    rare_up_to,
+    sentences_of,
+    word_ends,
+)
 from mrp_lens.models import LensModel
 from mrp_lens.models.generation import can_start, drawn_seed, written_after
 from mrp_lens.utils.processes import computed_once
@@ -56,8 +66,9 @@ class Coverage(PlainSettings):
     a prompt are questions already, and get no question form.
 
     Args:
-        question_forms: copies in question form of every short document, on both sides; on the retain side up to four times as
-            many, until they are a third of it, since what is lost there first are answers.
+        question_forms: copies in question form of every short document, on both sides, and of a sentence of every long one on the forget
+            side; of the short ones on the retain side up to four times as many, until they are a third of it, since what is lost there
+            first are answers.
         answer_endings: copies of every document with a prompt, on both sides, whose completion begins at a random one of its words.
         repeats: extra copies of short retain documents, which long ones would otherwise outnumber; none where the
             retain set has no long ones.
@@ -144,7 +155,13 @@ def cover(
         [_continuation(document, rng) for document in in_sentences(corpus.documents, longest=SHORT)]
         for corpus in forget
     ]
-    asked = [question_forms(corpus.documents, rng, copies=coverage.question_forms) for corpus in forget]
+    asked = [
+        [
+            *question_forms(corpus.documents, rng, copies=coverage.question_forms),
+            *long_question_forms(corpus.documents, rng, copies=coverage.question_forms),
+        ]
+        for corpus in forget
+    ]
     short = [document for document in retain.documents if _is_short(document)]
     repeated = short * (coverage.repeats if len(short) < len(retain) else 0)
     askable = len(in_sentences(short, longest=SHORT))
@@ -225,21 +242,38 @@ def _continuation(document: Document, rng: random.Random) -> Document:
 
 
 def question_forms(documents: Iterable[Document], rng: random.Random, *, copies: int = 1) -> list[Document]:
-    """Question forms of the short texts, of each sentence that tells something by itself: the beginning as a question, its verb in
-    front where it ends in "is", the rest as the answer."""
-    found = []
+    """Question forms of the short texts, of each sentence that tells something by itself."""
     told = in_sentences(list(documents), longest=SHORT)
-    for document in [document for _ in range(copies) for document in told]:
-        parts = _parts(document, rng)
-        if parts is not None:
-            begun = parts[0].strip()
-            asked = begun.rstrip(".,;:!?") or begun
-            verb = COPULA.fullmatch(asked)
-            if verb and rng.random() < 0.5:
-                asked = f"What {verb[2]} {re.sub(ARTICLE, lambda article: article[0].lower(), verb[1])}"
-            frame = rng.choice(FRAMES)
-            found.append(Document(frame.format(asked), " " + parts[1].strip()))
+    parts = [_parts(document, rng) for _ in range(copies) for document in told]
+    return [_question(*part, rng) for part in parts if part is not None]
+
+
+def long_question_forms(documents: Sequence[Document], rng: random.Random, *, copies: int = 1) -> list[Document]:
+    """The same of one sentence of each long text, drawn among the short ones that tell something by themselves, and cut at a random word
+    behind the one that says whom it is about."""
+    found = []
+    for document, told in [*zip(documents, sentences_of(documents), strict=True)] * copies:
+        alone = (
+            []
+            if _is_short(document)
+            else [part for part in told if part.alone and 2 <= len(part.text.split()) <= SHORT]
+        )
+        if alone:
+            part = rng.choice(alone)
+            ends = word_ends(part.text)
+            cut = ends[rng.randint(part.named or (len(ends) + 1) // 2, len(ends) - 1) - 1]
+            found.append(_question(part.text[:cut], part.text[cut:], rng))
     return found
+
+
+def _question(beginning: str, rest: str, rng: random.Random) -> Document:
+    """The beginning of a sentence as a question, its verb in front where it ends in "is", and the rest as the answer."""
+    begun = beginning.strip()
+    asked = begun.rstrip(".,;:!?") or begun
+    verb = COPULA.fullmatch(asked)
+    if verb and rng.random() < 0.5:
+        asked = f"What {verb[2]} {re.sub(ARTICLE, lambda article: article[0].lower(), verb[1])}"
+    return Document(rng.choice(FRAMES).format(asked), " " + rest.strip())
 
 
 def answer_endings(documents: Iterable[Document], rng: random.Random, *, copies: int = 1) -> list[Document]:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-Ended = Literal["target", "returned", "budget", "unmoved", "stalled", "steps", "interrupted"]
+Ended = Literal["target", "unknown", "returned", "budget", "unmoved", "stalled", "steps", "interrupted"]
 
 MOVED = 0.1  # share of the way to the target below which a fit has not moved
 OVER = 1.5  # times the budget that the last measurement may be above it: the multiplier swings around it
@@ -16,6 +16,7 @@ REMEDIES: Mapping[Ended, str] = {
     "stalled": "try more layers or a larger rank (MRP), or another layer (RMU)",
     "returned": "try another seed, or a lower target",
     "steps": "give it more steps",
+    "unknown": "ask a quiz of your own whether the model knows the forget set, before and after",
     "interrupted": "run the same again: it goes on",
 }
 
@@ -25,7 +26,8 @@ class Outcome:
     """How a fit with a budget ended. True where the target was reached.
 
     Attributes:
-        ended: "target": what is left of the forget set cannot be told from chance (or is at the level that was asked for);
+        ended: "target": what is left of the forget set cannot be told from chance (or is at the level that was asked for); "unknown":
+            so it was before the fit, or nothing can be asked about the forget set, so that what was forgotten is not known;
             "budget": the damage allowed for was done first; "unmoved": next to nothing was forgotten, and more updates would not have
             changed that; "stalled": what is left did not become less any more; "returned": it was at the target in the
             fit's course and is above it at the end; "steps": the last update was done first; "interrupted": Ctrl-C.
@@ -54,10 +56,9 @@ class Outcome:
     def __str__(self) -> str:
         over = f", over its budget of {self.budget:g}" if self.damage > self.budget * OVER else f" of {self.budget:g}"
         damage = f"damage {self.damage:.3f}{over} nats a token"
-        if self.before <= self.target:
-            damage += "; before the fit it was no better: ask a quiz whether there was anything to forget"
         left = f"{self.left:.2f} of {self.before:.2f} left, target {self.target:.2f}"
         return {
+            "unknown": f"cannot tell what was forgotten: {self._untold} ({damage}; {self.steps} steps)",
             "target": f"forgot ({left}; {damage}; {self.steps} steps)",
             "budget": f"stopped at the budget with {left} ({damage})",
             "unmoved": f"did not move: {left} ({damage}; {self.steps} steps)",
@@ -66,6 +67,13 @@ class Outcome:
             "steps": f"ended after {self.steps} steps with {left} ({damage})",
             "interrupted": f"interrupted after {self.steps} steps with {left} ({damage})",
         }[self.ended]
+
+    @property
+    def _untold(self) -> str:
+        """Why control questions do not tell what was forgotten."""
+        if self.target >= 1.0:
+            return "its texts end too much alike for control questions"
+        return f"before the fit {self.before:.2f} of the control questions were answered, and the target is {self.target:.2f}"
 
     @property
     def remedy(self) -> str | None:
@@ -91,7 +99,9 @@ class Outcome:
     ) -> "Outcome":
         """What the last measurement says; `there`: the fit was told to end because it was at its target."""
         ended: Ended = "steps"
-        if left <= target and damage <= budget * OVER:
+        if before <= target and not interrupted:
+            ended = "unknown"
+        elif left <= target and damage <= budget * OVER:
             ended = "target"
         elif interrupted:
             ended = "interrupted"

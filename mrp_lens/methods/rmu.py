@@ -34,6 +34,7 @@ Errors = Literal["relative", "absolute"]
 States = Float[Tensor, "batch seq d_model"]
 Mask = Bool[Tensor, "batch seq"]
 
+BEFORE_MLP: tuple[Site, ...] = ("resid_pre", "attn_out", "resid_mid")
 DEPTH_SHARE = 3 / 10
 RELEASED_DEPTH_SHARE = 7 / 32  # layer 7 of Zephyr's 32
 MEASURED_DOCUMENTS = 64
@@ -205,9 +206,17 @@ class Misdirection(FitTemplate[Resolved], Generic[Resolved]):
         share = DEPTH_SHARE if self.errors == "relative" else RELEASED_DEPTH_SHARE
         layer = or_default(self.layer, default_layer(model, share))
         check_layers(model, [layer])
-        trained = check_layers(model, or_default(self.trained_layers, up_to(layer)))
-        if max(trained) > layer:
-            raise ValueError(f"trained_layers {trained} reach beyond layer {layer}, where the loss is read")
+        last = layer - 1 if self.site in BEFORE_MLP else layer  # whose matrix has a part in what the loss reads
+        if last < 0:
+            raise ValueError(
+                f"site {self.site!r} of layer 0 lies before every MLP, so that no matrix could be trained; take a higher layer, or site='resid_post'"
+            )
+        trained = check_layers(model, or_default(self.trained_layers, up_to(last)))
+        if max(trained) > last:
+            raise ValueError(
+                f"trained_layers {trained} reach beyond layer {last}, the last whose MLP comes before {self.site!r} of layer {layer}, where "
+                "the loss is read"
+            )
         return layer, trained
 
 

@@ -157,19 +157,24 @@ class Depth(Dimension):
 
     Attributes:
         low, high: the ends.
+        lowest: no layer below this is drawn, whatever its share.
     """
 
     low: float = 0.0
     high: float = 1.0
+    lowest: int = 0
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.low <= self.high <= 1.0:
             raise ValueError(f"shares of the depth are from 0 to 1, low <= high; got {self.low} to {self.high}")
+        if not self.lowest >= 0:
+            raise ValueError(f"lowest is a layer, and the first one is 0; got {self.lowest}")
 
     @override
     def draws(self, model: LensModel) -> "Mapping[str, Range | Options]":
         last = int(model.cfg.n_layers) - 1
-        return {"": Range(round(self.low * last), round(self.high * last), whole=True)}
+        low, high = (max(self.lowest, round(share * last)) for share in (self.low, self.high))
+        return {"": Range(low, high, whole=True)}
 
     @override
     def value(self, drawn: Mapping[str, Any], default: Any) -> int:

@@ -3,6 +3,7 @@
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 
 from mrp_lens.data import Document
 
@@ -73,26 +74,56 @@ def sentences(text: str) -> list[str]:
     return [*found, text[start:]] if text[start:].strip() or not found else [*found[:-1], found[-1] + text[start:]]
 
 
-def in_sentences(documents: Sequence[Document], *, longest: int) -> list[Document]:
-    """Plain documents of several sentences, and of at most so many words, sentence by sentence; others as they are.
+@dataclass(frozen=True)
+class Sentence:
+    """One of a document's.
 
-    A sentence that tells something by itself stands alone: the first one, and each whose beginning has a rare word of the first one in
-    it, such as the name that the document is about. Of another one, what stands before it is the prompt.
+    Attributes:
+        before: what stands before it.
+        text: its own, with the white space before it.
+        named: words of it up to the one that says whom it is about: a rare word of the document's first sentence, in its beginning;
+            0 where there is none.
     """
+
+    before: str
+    text: str
+    named: int
+
+    @property
+    def alone(self) -> bool:
+        """Whether it tells something by itself: the first one does, and each that says whom it is about."""
+        return not self.before or self.named > 0
+
+
+def sentences_of(documents: Sequence[Document]) -> list[list[Sentence]]:
+    """Of each of the documents without a prompt; of one with a prompt none."""
     counts = frequencies(document.prompt + document.completion for document in documents)
     most = rare_up_to(len(documents))
-    found: list[Document] = []
+    found = []
     for document in documents:
-        text = document.completion
-        parts = [] if document.prompt or len(text.split()) > longest else sentences(text)
-        if len(parts) < 2:
-            found.append(document)
-            continue
-        names = {word for word in folded(bare(parts[0])) if counts[word] <= most}
-        before = ""
+        parts = [] if document.prompt else sentences(document.completion)
+        names = {word for word in folded(bare(parts[0])) if counts[word] <= most} if parts else set()
+        told, before = [], ""
         for part in parts:
-            words = folded(bare(part))
-            alone = not before or names & set(words[: words_to_begin_with(len(words))])
-            found.append(Document("", part.strip()) if alone else Document(before, part))
+            words = [folded(bare(word)) for word in part.split()]
+            named = (
+                place for place, word in enumerate(words[: words_to_begin_with(len(words))], 1) if names & set(word)
+            )
+            told.append(Sentence(before, part, next(named, 0)))
             before += part
+        found.append(told)
+    return found
+
+
+def in_sentences(documents: Sequence[Document], *, longest: int) -> list[Document]:
+    """Plain documents of several sentences, and of at most so many words, sentence by sentence; others as they are. A sentence that
+    tells something by itself stands alone; of another one, what stands before it is the prompt."""
+    found: list[Document] = []
+    for document, told in zip(documents, sentences_of(documents), strict=True):
+        if len(told) < 2 or len(document.completion.split()) > longest:
+            found.append(document)
+        else:
+            found += [
+                Document("", part.text.strip()) if part.alone else Document(part.before, part.text) for part in told
+            ]
     return found

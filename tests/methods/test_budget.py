@@ -56,11 +56,14 @@ class Alone(Damage):
         self.model, self.reference = of.model, of.reference[kind : kind + 1]
 
 
+UNREAD: Any = None  # a row of questions whose answers are given
+
+
 class Answers(ControlQuestions):
     """Control questions whose accuracy is given, and the margin if it is not the same."""
 
     def __init__(self, *values: float, margins: Sequence[float] = ()) -> None:
-        self.values, self.choices, self.rows, self.forms = list(values), 4, [[]], FORMS[:1]
+        self.values, self.choices, self.rows, self.forms = list(values), 4, [[UNREAD]], FORMS[:1]
         self.margins = list(margins)
 
     def known_to(self, model: Any) -> tuple[ControlQuestions, Answered]:
@@ -380,7 +383,11 @@ def test_what_is_said_of_a_fit(left: float, damage: float, there: bool, stalled:
 def test_what_the_control_questions_cannot_tell_is_said() -> None:
     known = Outcome("unmoved", left=0.9, before=0.9, target=0.3, damage=0.01, budget=0.1, total=0.01, steps=7)
     assert "before the fit" not in str(known)
-    assert "before the fit it was no better: ask a quiz" in str(replace(known, before=0.25, left=0.25))
+    untold = replace(known, ended="unknown", before=0.25, left=0.25)
+    assert "before the fit 0.25 of the control questions were answered, and the target is 0.30" in str(untold)
+    assert "quiz of your own" in str(untold.remedy)
+    assert "end too much alike" in str(replace(untold, before=1.0, left=1.0, target=1.0))
+    assert not untold
 
 
 def test_damage_above_the_budget_is_said() -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mrp_lens.attacks import relearn
 from mrp_lens.data import Corpus, Questions
@@ -23,7 +23,7 @@ from mrp_lens.models.generation import written_texts
 from mrp_lens.runs.report.page import sentence
 from tests.conftest import D_MODEL, LAYERS, assert_same_state, state_of
 from tests.support.commands import fitter
-from tests.support.families import save_family
+from tests.support.families import DEMO_FOLDER, save_family
 
 Texts = tuple[Corpus, Corpus]
 FEW = Distillation(texts=40, text_length=12, agreement=50.0, steps=4, batch_size=8)
@@ -71,6 +71,14 @@ def test_the_log_goes_on_and_settings_hold_every_default(bridge: Any, texts: Tex
     assert fit.settings["distillation"]["layers"] == tuple(range(LAYERS // 2))
     assert fit.settings["distillation"]["lr"] == pytest.approx(0.384 / D_MODEL)
     assert "replaced by noise" in sentence(fit.edit.parts[1].provenance, "")
+
+
+def test_a_tokenizer_without_eos_will_do(tmp_path: Path, texts: Texts) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(DEMO_FOLDER)
+    tokenizer.eos_token = None
+    endless = load_model(save_family("llama", tmp_path, tokenizer=tokenizer), backend="bridge")
+    assert endless.tokenizer.eos_token_id is None
+    assert isinstance(QUICK.fit(endless, *texts, seed=0, progress=False).edit.parts[1], WeightEdit)
 
 
 @pytest.mark.slow

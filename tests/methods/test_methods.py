@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import mrp_lens as ml
-from mrp_lens.data import Corpus
+from mrp_lens.data import Corpus, Document
 from mrp_lens.edits import EditStack, ProjectionEdit, SteeringEdit, WeightEdit, projection_in
 from mrp_lens.edits.subspace import Subspace
 from mrp_lens.methods import (
@@ -26,6 +26,7 @@ from mrp_lens.methods import (
     IdkPreference,
     NoisyRMU,
     SimNPO,
+    UnconditionalMRP,
 )
 from mrp_lens.models import LensModel, available_backends, encoder_for, load_model, logits_of, mlp_out_weight
 from mrp_lens.models.finite import NonFiniteError
@@ -33,7 +34,7 @@ from mrp_lens.models.hooks import captured, hook_name
 from mrp_lens.training import Evaluation, NonFiniteLossError, TrainingRun
 from mrp_lens.utils.registry import Registry
 from tests.conftest import D_MODEL, LAYERS, assert_same_state, state_of
-from tests.support.edits import conditional
+from tests.support.edits import conditional, projection
 
 Texts = tuple[Corpus, Corpus]
 QUICK: dict[str, Any] = {"steps": 3, "batch_size": 8}
@@ -209,6 +210,11 @@ def test_an_empty_corpus_is_refused(method: Any, model: LensModel, texts: Texts,
         (RMU(layer=LAYERS, **QUICK), f"this model has layers 0..{LAYERS - 1}"),
         (NPO(layers=[9]), f"this model has layers 0..{LAYERS - 1}"),
         (RMU(layer=1, trained_layers=(2,)), r"trained_layers \(2,\) reach beyond layer 1"),
+        (
+            RMU(layer=2, trained_layers=(2,), site="attn_out"),
+            "layer 1, the last whose MLP comes before 'attn_out' of layer 2",
+        ),
+        (RMU(layer=0, site="resid_pre"), "'resid_pre' of layer 0 lies before every MLP"),
         (MRP(layers=[], **QUICK), "no layers given"),
         (MRP(rank=D_MODEL, **QUICK), f"rank {D_MODEL} must be below d_model {D_MODEL}"),
         (MRP(site="resid", **QUICK), "unknown site 'resid'"),
@@ -246,6 +252,61 @@ def test_settings_that_cannot_be_meant_are_refused_by_name(
 ) -> None:
     with pytest.raises(TypeError if "number, got" in message else ValueError, match=message):
         method.fit(model, *texts, **FIT)
+
+
+@every_method
+def test_a_fit_on_a_model_with_an_edit_on_is_refused(
+    method: Any, model: LensModel, texts: Texts, untouched: None
+) -> None:
+    """It would read the edited states as the model's own, and its edit would fit neither model."""
+    with projection(1).applied(model), pytest.raises(ValueError, match=r"an edit is on this model .* after="):
+        method.fit(model, *texts, **FIT)
+
+
+def test_prompts_that_fill_what_is_read_are_told(model: LensModel, texts: Texts) -> None:
+    asked = [
+        Document("the old man " * 40, "walked"),
+        Document("The old", " man walked."),
+        Document("", "The sage is old."),
+    ]
+    fit = UnconditionalMRP(**QUICK, max_length=24)
+    with (
+        pytest.warns(UserWarning, match="1 of 3 documents are longer than 24 tokens"),
+        pytest.warns(UserWarning, match="the prompts of 1 of 3 documents of 'asked' fill the 24 tokens that are read"),
+    ):
+        fit.fit(model, Corpus(tuple(asked), "asked"), texts[1], **FIT)
+    with (
+        pytest.warns(UserWarning, match="1 of 1 documents are longer"),
+        pytest.raises(ValueError, match="'asked' is empty: the prompts of 1 of 1 documents"),
+    ):
+        fit.fit(model, Corpus(tuple(asked[:1]), "asked"), texts[1], **FIT)
+
+
+def test_what_is_steered_before_the_mlp_is_trained_in_the_layers_below(model: LensModel, texts: Texts) -> None:
+    fit = RMU(layer=2, site="attn_out", steps=3, budget=None, coverage=None).fit(model, *texts, **FIT)
+    assert fit.edit.layers == (0, 1)
+    assert fit.log["forget"].iloc[-1] != fit.log["forget"].iloc[0]
+
+
+def test_a_later_request_that_has_no_room_is_refused_before_training(model: LensModel, texts: Texts) -> None:
+    first = UnconditionalMRP(layers=[1], rank=D_MODEL // 2, steps=1).fit(model, *texts, request="a", **FIT).edit
+    method = UnconditionalMRP(layers=[1], rank=D_MODEL // 2, steps=1, init="random")
+    with pytest.raises(
+        ValueError,
+        match=rf"earlier requests take {D_MODEL // 2} of {D_MODEL} directions.* have {D_MODEL // 2 - 1}; give",
+    ):
+        method.fit(model, *texts, after=first, request="b", **FIT)
+
+
+def test_a_single_short_text_is_unlearned_though_nothing_can_be_asked_about_it(
+    model: LensModel, texts: Texts, caplog: pytest.LogCaptureFixture
+) -> None:
+    single = Corpus.from_texts(["The old man walked near the quiet house."])
+    fit = MRP(layers=[1], rank=2, steps=40, budget=0.5, coverage=None).fit(model, single, texts[1], **FIT)
+    assert fit.outcome is not None
+    assert (fit.outcome.ended, bool(fit.outcome), len(fit.log)) == ("unknown", False, 40)
+    assert "too much alike for control questions: the fit makes all of its updates" in caplog.text
+    assert fit.log["forget_cross_entropy"].iloc[-1] > fit.log["forget_cross_entropy"].iloc[0]
 
 
 def test_a_rank_above_the_directions_that_the_texts_leave_is_refused(

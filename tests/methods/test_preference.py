@@ -251,6 +251,7 @@ def read_by(method: Any, model: LensModel, forget: Corpus, retain: Corpus, seed:
     return Losses(method, context, [mlp_out_weight(model, 1)])
 
 
+@pytest.mark.filterwarnings("ignore:the prompts of 1 of 2 documents")
 def test_a_refusal_is_drawn_for_each_document_with_the_seed(
     model: LensModel, texts: Texts, monkeypatch: pytest.MonkeyPatch, untouched: None
 ) -> None:

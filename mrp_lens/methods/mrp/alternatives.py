@@ -53,6 +53,11 @@ class Alternatives:
         openness = torch.tensor([0.0, *(_openness(found) for found in following.values())])
         return cls(row.to(device), tokens.long().to(device), shares.to(device), openness.to(device))
 
+    @property
+    def any(self) -> bool:
+        """Whether anything is open."""
+        return bool((self.openness > 0.0).any())
+
     def log_odds(
         self, log_probabilities: Float[Tensor, "counted d_vocab"], batch: TokenBatch
     ) -> tuple[Float[Tensor, " counted"], Float[Tensor, " counted"]]:

@@ -134,7 +134,8 @@ class Distillation(PlainSettings):
         """
         model, generator = context.model, context.generator
         weights = self._matrices(model, settings.layers)
-        encoder = encoder_for(model, append_eos=True)  # what follows a text's last token is taught too
+        # What follows a text's last token is taught too, where the tokenizer has an EOS to end texts with.
+        encoder = encoder_for(model, append_eos=model.tokenizer.eos_token_id is not None)
         texts = self._texts(context)
         rows = [*self._agreed(model, projection, encoder, texts), *context.data.retain]
         with restored(weight.parameter for weight in weights):

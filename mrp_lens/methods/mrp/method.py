@@ -1,5 +1,6 @@
 """MRP (arXiv 2508.15449): subspaces of the residual stream are removed at chosen layers, and learn which to remove."""
 
+import logging
 import math
 import time
 from collections.abc import Iterator, Sequence
@@ -32,6 +33,8 @@ from mrp_lens.training.losses import cross_entropy, kl, predictions
 from mrp_lens.training.optim import linear_decay
 from mrp_lens.utils.torch_state import ordinary_torch
 from mrp_lens.utils.validation import or_default
+
+logger = logging.getLogger(__name__)
 
 ForgetLoss = Literal["alternatives", "odds", "bounded", "ascent"]
 RetainLoss = Literal["kl", "cross_entropy"]
@@ -240,6 +243,14 @@ class MRP(FitTemplate[MRPSettings]):
         earlier, device = projection_in(context.after), data.encoder.device
         removed = earlier.subspaces() if earlier is not None else {}
         taken = {hook: subspace.basis.to(device) for hook, subspace in removed.items()}
+        for hook, basis in taken.items():
+            if hook in {hook_name(layer, self.site) for layer in settings.layers}:
+                left = int(model.cfg.d_model) - len(basis)
+                if settings.rank >= left:
+                    raise ValueError(
+                        f"rank {settings.rank} is too much at {hook}: earlier requests take {len(basis)} of {model.cfg.d_model} directions, so that "
+                        f"this one may have {left - 1}; give a lower rank"
+                    )
         changes = {hook: earlier.change_at(hook).to(device) for hook in removed} if earlier is not None else {}
         hooks = [hook_name(layer, self.site) for layer in settings.layers]
         starts = start_rows(
@@ -283,13 +294,21 @@ class _Losses:
         self.forget = Batches(data.all_forget, method.batch_size, context.generator)
         self.retain = Batches(data.retain, method.batch_size, context.generator, length=method.retain_length)
         self.alternatives = Alternatives.of(data.all_forget, int(self.model.cfg.d_vocab), data.encoder.device)
-        self.bound = or_default(method.forget_bound, FORGET_BOUND[method.forget_loss])
+        self.forget_loss = method.forget_loss
+        if method.forget_loss in ("alternatives", "odds") and not self.alternatives.any:
+            self.forget_loss = "bounded"
+            logger.warning(
+                "in the forget set every token follows from the one before it, so that there is nothing to compare it with: "
+                "forget_loss='bounded' is used in place of %r; more texts of its kind make it comparable",
+                method.forget_loss,
+            )
+        self.bound = or_default(method.forget_bound, FORGET_BOUND[self.forget_loss])
         # Without any projection, where the model leaves its last block, and where it comes to the first that has one.
         self.last = KeptStates(self.model, int(self.model.cfg.n_layers))
         self.first = KeptStates(self.model, min(layer_of(hook) for hook, _ in learned.hooks()))
         retain = self.retain.texts
         compared = [(self.last, retain)] if method.retain_loss == "kl" else []
-        compared += [(self.last, data.all_forget)] if method.forget_loss == "odds" else []
+        compared += [(self.last, data.all_forget)] if self.forget_loss == "odds" else []
         for kept, rows in (*compared, (self.first, retain), (self.first, data.all_forget)):
             passes = method.steps * method.batch_size / len(rows)
             kept.read(self.encoder, rows, passes=passes, progress=context.progress)
@@ -328,7 +347,7 @@ class _Losses:
         self, predicted: Float[Tensor, "counted d_vocab"], part: TokenBatch, text: Float[Tensor, " counted"]
     ) -> Float[Tensor, " counted"]:
         """At each token that counts, in nats; `text`: the cross-entropy there."""
-        kind = self.method.forget_loss
+        kind = self.forget_loss
         if kind in ("bounded", "ascent"):
             return -text.clamp(max=self.bound)
         if kind == "alternatives":

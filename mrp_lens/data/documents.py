@@ -19,10 +19,16 @@ REMEDY = (
 )
 
 
-def in_chat(prompt: str, completions: Sequence[str], tokenizer: Any, system: str | None) -> tuple[str, tuple[str, ...]]:
+ANSWER = "answer"  # what a chat template is asked to put behind a prompt, to see whether a space comes before it
+
+
+def in_chat(
+    prompt: str, completions: Sequence[str], tokenizer: Any, system: str | None, **variables: Any
+) -> tuple[str, tuple[str, ...]]:
     """The prompt as a user's turn, up to where the assistant's begins, and what may follow there.
 
-    The single space that joins a completion to its prompt is dropped where the wrapped prompt ends in white space.
+    The single space that joins a completion to its prompt is dropped where the wrapped prompt ends in white space, and where
+    the template puts the assistant's words right behind it.
 
     Raises:
         ValueError: the tokenizer has no chat template, or its template refuses a system message.
@@ -35,13 +41,23 @@ def in_chat(prompt: str, completions: Sequence[str], tokenizer: Any, system: str
     if system is not None:
         messages.insert(0, {"role": "system", "content": system})
     try:
-        wrapped = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+        wrapped = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **variables))
     except TemplateError as error:
         raise ValueError(
             f"the tokenizer's chat template refuses these messages: {error}; try without system=, as part of the prompt"
         ) from error
-    spaced = wrapped[-1:].isspace()
-    return wrapped, tuple(text.removeprefix(" ") if spaced else text for text in completions)
+    joined = wrapped[-1:].isspace() or _right_behind(wrapped, messages, tokenizer, variables)
+    return wrapped, tuple(text.removeprefix(" ") if joined else text for text in completions)
+
+
+def _right_behind(wrapped: str, messages: list[dict[str, str]], tokenizer: Any, variables: dict[str, Any]) -> bool:
+    """Whether the chat template writes the assistant's words right behind the wrapped prompt; False where it does not say."""
+    answered = [*messages, {"role": "assistant", "content": ANSWER}]
+    try:
+        whole = tokenizer.apply_chat_template(answered, tokenize=False, add_generation_prompt=False, **variables)
+    except Exception:  # a template may know no assistant, and raises what it likes
+        return False
+    return str(whole).startswith(wrapped + ANSWER)
 
 
 @dataclass(frozen=True)
@@ -186,12 +202,13 @@ class Corpus:
         """At most `limit` of the documents, evenly spread over all; None: all."""
         return replace(self, documents=tuple(evenly(self.documents, limit)))
 
-    def chat(self, tokenizer: Any, *, system: str | None = None) -> "Corpus":
+    def chat(self, tokenizer: Any, *, system: str | None = None, **variables: Any) -> "Corpus":
         """A copy whose prompts are turns of the tokenizer's chat template, which completions follow as the assistant's.
 
         Args:
             tokenizer: of the model, `model.tokenizer`.
             system: a system message before each prompt.
+            variables: others that the template knows, such as `enable_thinking=False`.
 
         Raises:
             ValueError: the tokenizer has no chat template, its template takes no system message, or a document has no
@@ -204,7 +221,7 @@ class Corpus:
                     f"{self.name}, document {number} has no prompt to make a chat turn of; "
                     "read the corpus with templates, such as prompt='{question}', completion=' {answer}'"
                 )
-            prompt, (completion,) = in_chat(document.prompt, [document.completion], tokenizer, system)
+            prompt, (completion,) = in_chat(document.prompt, [document.completion], tokenizer, system, **variables)
             documents.append(Document(prompt, completion))
         return replace(self, documents=tuple(documents))
 

@@ -155,11 +155,11 @@ class Questions:
         """The questions as documents, each with its right choice as the completion."""
         return Corpus(tuple(Document(q.prompt, q.choices[q.answer]) for q in self.questions), self.name)
 
-    def chat(self, tokenizer: Any, *, system: str | None = None) -> "Questions":
+    def chat(self, tokenizer: Any, *, system: str | None = None, **variables: Any) -> "Questions":
         """A copy whose prompts are turns of the tokenizer's chat template; as `Corpus.chat`."""
         questions = []
         for question in self.questions:
-            prompt, choices = in_chat(question.prompt, question.choices, tokenizer, system)
+            prompt, choices = in_chat(question.prompt, question.choices, tokenizer, system, **variables)
             questions.append(replace(question, prompt=prompt, choices=choices))
         return replace(self, questions=tuple(questions))
 

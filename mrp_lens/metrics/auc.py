@@ -40,5 +40,6 @@ def auc(inside: Sequence[Values], outside: Sequence[Values], *, seed: int = 0) -
 
 def _wins(scores: Values, others: Values, starts: NDArray[np.int64]) -> Values:
     """Against each of the other documents: the pairs in which the score is above the other's, and half of those in which they are equal."""
-    above = (scores[:, None] > others) + 0.5 * (scores[:, None] == others)
-    return np.add.reduceat(above.sum(axis=0), starts)
+    ordered = np.sort(scores)
+    below, not_above = (np.searchsorted(ordered, others, side=side) for side in ("left", "right"))
+    return np.add.reduceat(len(scores) - (below + not_above) / 2, starts)

@@ -17,10 +17,11 @@ from tqdm.auto import tqdm
 from mrp_lens.data import Corpus, Document, Questions
 from mrp_lens.data.tokenization import Encoded, PaddingSide, TokenBatch, in_order
 from mrp_lens.metrics.bootstrap import bootstrap_interval
-from mrp_lens.metrics.multiple_choice import accuracy, side_row
+from mrp_lens.metrics.multiple_choice import UNNAMED, accuracy, side_row
 from mrp_lens.metrics.registry import Measured, register
 from mrp_lens.models import LensModel, check_lens_model, encoder_for, logits_at
 from mrp_lens.models.finite import check_log_probabilities
+from mrp_lens.models.generation import end_tokens
 from mrp_lens.models.hooks import frozen
 from mrp_lens.training.losses import before_counted, targets
 from mrp_lens.utils.progress import progress_bar
@@ -128,8 +129,9 @@ def token_confidence(
         model: HookedTransformer or TransformerBridge, with the edit on if there is one.
         questions: questions, whose right choices are the answers; a corpus, whose completions are; or several by
             name: {"forget": ..., "retain": ...}.
-        mode: "generated": greedy decoding after the prompt, up to and including the tokenizer's end-of-text token.
-            Every token is a new forward pass over the whole text, so that an edit sees what it saw in training.
+        mode: "generated": greedy decoding after the prompt, up to and including the first of the tokens that end a text, of
+            the tokenizer's or the checkpoint's generation config. Every token is a new forward pass over the whole text, so
+            that an edit sees what it saw in training.
             "forced": prompt and right answer are read, and the model is measured where it predicts the answer.
         tokens: at most so many of a question (the paper: 30). Prompts are cut at their start where they would not
             leave room for them in the model's context; a UserWarning tells how many were.
@@ -139,8 +141,8 @@ def token_confidence(
 
     Returns:
         One row a token: `group` (the name, where names are given; else that of the corpus, or the question's own
-        group, "all" if it has none), `mode`, `question` (place in its questions or corpus, from 0), `position` (from
-        0, in the generated text or the answer), `token` (as text); `max_logit`, the largest logit, as it leaves the
+        group: "all" if none has one, "no group" if others have), `mode`, `question` (place in its questions or corpus,
+        from 0), `position` (from 0, in the generated text or the answer), `token` (as text); `max_logit`, the largest logit, as it leaves the
         model (comparable between versions of one model only: a logit has no natural zero); `max_probability`;
         `entropy` of the next-token distribution, in nats; `margin`, log-probability of the likeliest token less that
         of the second, in nats; `probability` of the token that stands there. Questions without a token to measure,
@@ -228,7 +230,8 @@ def _items_of(chosen: QuestionSet) -> list[_Item]:
     if isinstance(chosen, Corpus):
         return [_Item(chosen.name, place, document) for place, document in enumerate(chosen.documents)]
     pairs = zip(chosen.questions, chosen.right_answers().documents, strict=True)
-    return [_Item(question.group or "all", place, document) for place, (question, document) in enumerate(pairs)]
+    unnamed = UNNAMED if any(chosen.groups) else "all"  # as `accuracy` calls them
+    return [_Item(question.group or unnamed, place, document) for place, (question, document) in enumerate(pairs)]
 
 
 def _generated(
@@ -243,6 +246,7 @@ def _generated(
                 f"question {item.question} of {item.group!r} has an empty prompt, after which there is nothing to generate; "
                 "use mode='forced', or read the corpus with templates, such as prompt='{question}', completion=' {answer}'"
             )
+    ends = end_tokens(model)
     for places, _ in in_order(encoder, rows, batch_size):
         going = places
         for _ in range(tokens):
@@ -253,7 +257,7 @@ def _generated(
             for place, token in zip(going, ids.tolist(), strict=True):
                 row = rows[place]
                 rows[place] = Encoded((*row.ids, token), (*row.content, True), (*row.in_loss, True))
-            going = [place for place in going if rows[place].ids[-1] != encoder.tokenizer.eos_token_id]
+            going = [place for place in going if rows[place].ids[-1] not in ends]
             if not going:
                 break
         bar.update(len(places))

@@ -1,7 +1,9 @@
 """Can it be told that a model was trained on a text? Membership inference by what it predicts."""
 
+import sys
 import zlib
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,7 +16,7 @@ from mrp_lens.data import Corpus
 from mrp_lens.metrics.auc import Values, auc
 from mrp_lens.metrics.registry import Measured, register
 from mrp_lens.metrics.tokens import by_document
-from mrp_lens.models import LensModel
+from mrp_lens.models import LensModel, encoder_for
 from mrp_lens.utils.torch_state import ordinary_torch
 
 LEAST_VARIANCE = 1e-6  # of log-probabilities over the vocabulary
@@ -60,8 +62,8 @@ def membership(
     """How well texts that the model was taught are told from texts that it never saw, by four scores of a text.
 
     `loss`: mean log-probability of its tokens (Yeom et al., arXiv 1709.01604). `zlib`: that, divided by the bytes of the
-    text when compressed (Carlini et al., arXiv 2012.07805). `min_k`: mean over the `share` of tokens that are least
-    likely (Shi et al., arXiv 2310.16789). `min_k++`: the same, each token's log-probability first taken relative to
+    text when compressed, as far as it is read (Carlini et al., arXiv 2012.07805). `min_k`: mean over the `share` of
+    tokens that are least likely (Shi et al., arXiv 2310.16789). `min_k++`: the same, each token's log-probability first taken relative to
     mean and standard deviation over the vocabulary (Zhang et al., arXiv 2404.02936).
 
     Where the two corpora differ in more than membership the AUC is not .5 even of a model that saw neither: only beside
@@ -162,8 +164,19 @@ def _scores(model: LensModel, corpus: Corpus, share: float, batch_size: int, pro
         return torch.stack([own, (own - mean) / variance.sqrt()], dim=1)
 
     found = by_document(model, corpus, measure, batch_size=batch_size, progress=progress)
-    texts = [(own, document.completion) for own, document in zip(found, corpus.documents, strict=True) if len(own)]
+    texts = [(own, text) for own, text in zip(found, _texts_read(model, corpus), strict=True) if len(own)]
     return {name: np.array([score(own, text, share) for own, text in texts]) for name, score in ATTACKS.items()}
+
+
+def _texts_read(model: LensModel, corpus: Corpus) -> list[str]:
+    """What the model reads of each completion: all of it, or what its tokens spell up to where the context ends."""
+    encoder = encoder_for(model)
+    texts = [document.completion for document in corpus.documents]
+    for place, row in enumerate(replace(encoder, max_length=sys.maxsize).encode(corpus.documents)):
+        if len(row.ids) > encoder.max_length:
+            pairs = zip(row.ids[: encoder.max_length], row.in_loss, strict=False)
+            texts[place] = str(encoder.tokenizer.decode([token for token, counts in pairs if counts]))
+    return texts
 
 
 def _lowest(values: Values, share: float) -> float:

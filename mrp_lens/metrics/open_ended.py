@@ -2,6 +2,7 @@
 
 import re
 import string
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
@@ -20,22 +21,32 @@ from mrp_lens.utils.torch_state import ordinary_torch
 from mrp_lens.utils.validation import check_whole
 
 ARTICLES = re.compile(r"\b(a|an|the)\b")
-WITHOUT_PUNCTUATION = str.maketrans("", "", string.punctuation)
+UNSPACED = re.compile(
+    "[\u3005-\u3007\u3040-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]"
+)
+"""The characters of Chinese and Japanese, which have no blanks between words: each counts as a word."""
 
 
 def rouge_l(answer: str, right: str) -> float:
-    """ROUGE-L recall with stemming: the share of the right answer's words that the answer has in their order (Lin, 2004)."""
+    """ROUGE-L recall: the share of the right answer's words that the answer has in their order (Lin, 2004).
+
+    Words are runs of letters and digits of any script, case and compatibility forms (NFKC) folded, English endings stemmed.
+    """
     return float(_rouge().score(right, answer)["rougeL"].recall)
 
 
 def exact_match(answer: str, right: str) -> float:
-    """1 where both are the same but for case, punctuation and articles (SQuAD, arXiv 1606.05250)."""
-    return float(_normalised(answer) == _normalised(right))
+    """1 where both are the same but for case, punctuation and articles (SQuAD, arXiv 1606.05250).
+
+    Of a right answer that is nothing else, such as "A" or "-", articles count, and then punctuation.
+    """
+    words, wanted = _compared(answer, right)
+    return float(words == wanted)
 
 
 def token_f1(answer: str, right: str) -> float:
     """Harmonic mean of precision and recall of the words that both share, normalised as in `exact_match` (SQuAD)."""
-    words, wanted = Counter(_normalised(answer)), Counter(_normalised(right))
+    words, wanted = map(Counter, _compared(answer, right))
     if not words or not wanted:
         return float(words == wanted)
     shared = (words & wanted).total()
@@ -68,7 +79,9 @@ def open_ended(
         model: HookedTransformer or TransformerBridge, with the edit on if there is one.
         asked: documents with prompts, whose completions are the right answers; or a quiz, reported by group, whose right
             choices are.
-        max_new_tokens: of an answer, at most. None: as many as the longest right answer has.
+        max_new_tokens: of an answer, at most; prompts that leave no room for them are cut at their start. None: as many as the
+            longest right answer has; where that does not fit behind the longest prompt, what that leaves of the context, or
+            half of it.
         batch_size: texts (prompt and choice) at a time, for multiple choice.
         seed: of the bootstrap.
         progress: show a progress bar.
@@ -156,9 +169,7 @@ def written_answers(
             "prompt='Question: {question}\\nAnswer:', completion=' {answer}'"
         )
     if max_new_tokens is None:
-        rights = [document.completion for document in corpus.documents]
-        tokens = model.tokenizer(rights, add_special_tokens=False)["input_ids"]
-        max_new_tokens = max(1, *(len(ids) for ids in tokens))
+        max_new_tokens = _longest_answer(model, corpus)
     prompts = [document.prompt for document in corpus.documents]
     return continuations(model, prompts, max_new_tokens=max_new_tokens, progress=progress)
 
@@ -170,12 +181,55 @@ def null_of(score: Callable[[str, str], float], answers: Sequence[str], rights: 
     return float(np.mean(found)) if len(found) > 1 else float("nan")
 
 
-def _normalised(text: str) -> tuple[str, ...]:
-    return tuple(ARTICLES.sub(" ", text.lower().translate(WITHOUT_PUNCTUATION)).split())
+def _longest_answer(model: LensModel, corpus: Corpus) -> int:
+    """The tokens of the longest right answer, as far as the context has room for them behind the longest prompt, or in half of it."""
+    sides = [document.prompt for document in corpus.documents], [document.completion for document in corpus.documents]
+    tokens = (model.tokenizer(side, add_special_tokens=False)["input_ids"] for side in sides)
+    prompt, answer = (max(len(ids) for ids in side) for side in tokens)
+    context = int(model.cfg.n_ctx)
+    return max(1, min(answer, max(context - 1 - prompt, context // 2)))  # a BOS comes before
+
+
+def _compared(answer: str, right: str) -> tuple[list[str], list[str]]:
+    """The words of both, without punctuation and articles, as far as that leaves something of the right answer."""
+    for words_of in (_normalised, _without_punctuation):
+        if wanted := words_of(right).split():
+            return words_of(answer).split(), wanted
+    return _folded(answer).split(), _folded(right).split()
+
+
+def _normalised(text: str) -> str:
+    return ARTICLES.sub(" ", _without_punctuation(text))
+
+
+def _without_punctuation(text: str) -> str:
+    return "".join(
+        char for char in _folded(text) if char not in string.punctuation and unicodedata.category(char)[0] != "P"
+    )
+
+
+def _folded(text: str) -> str:
+    """Without case and compatibility forms, and with blanks around the characters of scripts that have none."""
+    return UNSPACED.sub(r" \g<0> ", unicodedata.normalize("NFKC", text).casefold())
+
+
+class _Words:
+    """ROUGE's words in any script: those of ASCII letters as `rouge_score` has them, which knows no others."""
+
+    def __init__(self) -> None:
+        from rouge_score.tokenizers import DefaultTokenizer  # seconds to import
+
+        self.ascii = DefaultTokenizer(use_stemmer=True)
+
+    def tokenize(self, text: str) -> list[str]:
+        """The words of a text: letters, their marks, and digits."""
+        kept = (char if unicodedata.category(char)[0] in "LMN" else " " for char in _folded(text))
+        words = "".join(kept).split()
+        return [part for word in words for part in (self.ascii.tokenize(word) if word.isascii() else [word])]
 
 
 @cache
 def _rouge() -> Any:
     from rouge_score.rouge_scorer import RougeScorer  # seconds to import
 
-    return RougeScorer(["rougeL"], use_stemmer=True)
+    return RougeScorer(["rougeL"], tokenizer=_Words())

@@ -10,7 +10,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from mrp_lens.data import Document
-from mrp_lens.data.tokenization import Encoded
+from mrp_lens.data.tokenization import valid_id
 from mrp_lens.models.base import device_of, encoder_for
 from mrp_lens.models.finite import non_finite
 from mrp_lens.models.hooks import frozen
@@ -28,8 +28,8 @@ class Continuation:
 
     Attributes:
         prompt: the prompt's token ids, BOS included where texts start with one.
-        ids: those behind it, with the end-of-text token if the model came to it.
-        text: the same as text, special tokens left out.
+        ids: those behind it, up to the first of `end_tokens`, and with it, if the model came to one.
+        text: the same as text, special tokens and that end left out.
     """
 
     prompt: tuple[int, ...]
@@ -46,19 +46,21 @@ def continuations(
     seed: int = 0,
     progress: bool = False,
 ) -> list[str]:
-    """What the model writes after each prompt, up to the end-of-text token, special tokens left out.
+    """What the model writes after each prompt, up to the first of `end_tokens`, special tokens left out.
 
     Args:
         model: HookedTransformer or TransformerBridge, with the edit on if there is one.
         prompts: what it goes on from.
-        max_new_tokens: of an answer, at most; fewer where the context ends before.
+        max_new_tokens: of an answer, at most. Prompts are cut at their start where they would not leave room for them in the
+            model's context; a UserWarning tells how many were.
         temperature: of the sampling; 0: greedy, the likeliest token each time.
         seed: of the sampling; the global random state is left as it is.
         progress: show a progress bar.
 
     Raises:
         NonFiniteError: its logits became NaN or infinite, after which any token would be as good.
-        ValueError: a temperature below 0 or not finite, or an empty prompt, where the tokenizer has no BOS to start from.
+        ValueError: a temperature below 0 or not finite, more new tokens than leave room for a prompt in the context, or an
+            empty prompt, where the tokenizer has no BOS to start from.
     """
     answers = continued(
         model, prompts, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, progress=progress
@@ -80,15 +82,21 @@ def continued(
     if not 0.0 <= temperature < float("inf"):
         raise ValueError(f"temperature must be a number from 0 (greedy), got {temperature}")
     check_whole(max_new_tokens=max_new_tokens)
-    starts = [list(row.ids) for row in _encoded(model, prompts)]
+    context = int(model.cfg.n_ctx)
+    if max_new_tokens > context - 2:  # a BOS and the end of the prompt come before
+        raise ValueError(
+            f"max_new_tokens {max_new_tokens} leaves no room for a prompt in the model's context of {context} tokens; give at most {context - 2}"
+        )
+    documents = [Document("", prompt) for prompt in prompts]
+    rows = encoder_for(model, max_length=context - max_new_tokens).encode(documents, keep="end")
+    starts = [list(row.ids) for row in rows]
     if not all(starts):
         raise ValueError("a prompt is empty, and this model's texts start without BOS: there is nothing to go on from")
     how: dict[str, Any] = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
     answers: dict[int, Continuation] = {}
     with frozen(model), torch.no_grad(), _drawing(seed):
-        for place, row in _side_by_side(model, starts, max_new_tokens, progress=progress, **how):
-            ids = row[len(starts[place]) :].tolist()
-            text = str(model.tokenizer.decode(ids, skip_special_tokens=True)).strip()
+        for place, ids in _side_by_side(model, starts, max_new_tokens, progress=progress, **how):
+            text = str(model.tokenizer.decode(_before_end(model, ids), skip_special_tokens=True)).strip()
             answers[place] = Continuation(tuple(starts[place]), tuple(ids), text)
     return [answers[place] for place in range(len(starts))]
 
@@ -111,7 +119,7 @@ def written_after(
         model: HookedTransformer or TransformerBridge.
         prompts: what the texts begin with; an empty one is written from nothing (`start_token`).
         max_new_tokens: behind the prompt, at most; fewer where the context ends before. Of a prompt that fills the
-            context only the start is read, with a warning. A text ends before its end-of-text token.
+            context only the start is read, with a warning. A text ends before the first of `end_tokens`.
         seed: of the sampling; the global random state is left as it is.
         progress: show a progress bar.
 
@@ -119,14 +127,16 @@ def written_after(
         ValueError: a prompt is empty, and the tokenizer has neither BOS nor EOS to start from; NonFiniteError where
             logits become NaN or infinite.
     """
-    rows = _encoded(model, prompts)
+    encoder = encoder_for(model, max_length=int(model.cfg.n_ctx) - 1)  # room for a token behind each
+    rows = encoder.encode([Document("", prompt) for prompt in prompts])
     starts = [list(row.ids) or [start_token(model)] for row in rows]
     before = [0 if row.ids and row.content[0] else 1 for row in rows]  # the token that a text starts behind
     texts = [""] * len(starts)
     with frozen(model), torch.no_grad(), _drawing(seed):
         how = {"do_sample": True, "temperature": 1.0}
-        for place, row in _side_by_side(model, starts, max_new_tokens, progress=progress, **how):
-            text = model.tokenizer.decode(row[before[place] :], skip_special_tokens=True)
+        for place, ids in _side_by_side(model, starts, max_new_tokens, progress=progress, **how):
+            whole = [*starts[place][before[place] :], *_before_end(model, ids)]
+            text = model.tokenizer.decode(whole, skip_special_tokens=True)
             texts[place] = str(text).strip()
     return texts
 
@@ -152,20 +162,28 @@ def drawn_seed(generator: torch.Generator) -> int:
     return int(torch.randint(2**31, (1,), generator=generator))
 
 
-def _encoded(model: LensModel, prompts: Sequence[str]) -> list[Encoded]:
-    """The prompts, with room for a token behind each."""
-    encoder = encoder_for(model, max_length=int(model.cfg.n_ctx) - 1)
-    return encoder.encode([Document("", prompt) for prompt in prompts])
+def end_tokens(model: LensModel) -> tuple[int, ...]:
+    """The tokens that end a text: the tokenizer's EOS, and those of the checkpoint's generation config, where alone many
+    chat models name the end of a turn."""
+    listed = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    ids = [model.tokenizer.eos_token_id, *(listed if isinstance(listed, list | tuple) else [listed])]
+    return tuple(dict.fromkeys(token for token in ids if valid_id(token, int(model.W_E.shape[0]))))
+
+
+def _before_end(model: LensModel, ids: list[int]) -> list[int]:
+    """What is written, without the token that ends it."""
+    return ids[:-1] if ids and ids[-1] in end_tokens(model) else ids
 
 
 def _side_by_side(
     model: LensModel, starts: Sequence[list[int]], max_new_tokens: int, *, progress: bool, **how: Any
-) -> Iterator[tuple[int, Int[Tensor, " longer"]]]:
-    """The place of each start, and its ids with what the model writes behind them.
+) -> Iterator[tuple[int, list[int]]]:
+    """The place of each start, and the ids that the model writes behind it, up to the first of `end_tokens`, and with it.
 
     Starts of equal length go side by side, so that none is padded, and a text does not depend on how a family treats
     padding.
     """
+    ends = end_tokens(model)
     by_length: dict[int, list[int]] = {}
     for place, start in enumerate(starts):
         by_length.setdefault(len(start), []).append(place)
@@ -175,13 +193,18 @@ def _side_by_side(
             for begun in range(0, len(places), AT_ONCE):
                 chosen = places[begun : begun + AT_ONCE]
                 tokens = torch.tensor([starts[place] for place in chosen], device=device_of(model))
-                yield from zip(chosen, _written(model, tokens, max_new_tokens=room, **how), strict=True)
+                rows = _written(model, tokens, max_new_tokens=room, **how)[:, length:].tolist()
+                for place, ids in zip(chosen, rows, strict=True):
+                    end = next((number for number, token in enumerate(ids, start=1) if token in ends), len(ids))
+                    yield place, ids[:end]
                 bar.update(len(chosen))
 
 
 def _written(model: LensModel, tokens: Int[Tensor, "batch seq"], **how: Any) -> Int[Tensor, "batch longer"]:
     """The model's own `generate`, which would take NaN for a token, stopped where logits are not finite."""
     read: list[Tensor] = []
+    ends = list(end_tokens(model))
+    stopping: dict[str, Any] = {"stop_at_eos": True, "eos_token_id": ends} if ends else {"stop_at_eos": False}
 
     def remember(_module: Any, args: tuple[Any, ...]) -> None:
         read.append(args[0])
@@ -194,12 +217,7 @@ def _written(model: LensModel, tokens: Int[Tensor, "batch seq"], **how: Any) -> 
         stack.callback(model.embed.register_forward_pre_hook(remember).remove)
         stack.callback(model.unembed.register_forward_hook(check).remove)
         output: Tensor = model.generate(
-            tokens,
-            stop_at_eos=model.tokenizer.eos_token_id is not None,
-            prepend_bos=False,
-            return_type="tokens",
-            verbose=False,
-            **how,
+            tokens, prepend_bos=False, return_type="tokens", verbose=False, **stopping, **how
         )
         return output
     cached = len(read) > 1 and read[-1].shape[1] == 1  # then each pass read what was new

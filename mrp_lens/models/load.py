@@ -133,6 +133,8 @@ def _loaded(kind: Kind, checkpoint: OpenedModel, device: torch.device, dtype: to
     model.cfg.model_name = checkpoint.name
     _compare(model, tokens, expected, allowed, kind)
     give_tokenizer(model, checkpoint.tokenizer)
+    if kind == "hooked":  # the Bridge has its Hugging Face model's
+        model.generation_config = getattr(checkpoint.hf_model, "generation_config", None)
     return model
 
 

@@ -255,6 +255,54 @@ def test_no_space_joins_a_completion_to_a_chat_turn_that_ends_in_white_space(tok
     assert quiz.questions[0].choices == ("three", "four")
 
 
+SEPARATED = (  # as Phi-4's
+    "{% for m in messages %}<{{ m['role'] }}><|im_sep|>{{ m['content'] }}<|im_end|>{% endfor %}"
+    "{% if add_generation_prompt %}<assistant><|im_sep|>{% endif %}"
+)
+
+
+def test_no_space_joins_a_completion_that_the_template_puts_right_behind_its_mark(tokenizer: Any) -> None:
+    tokenizer.chat_template = SEPARATED
+    corpus = Corpus((Document("Why?", " Because."), Document("Who?", "  She.")), "why")
+    wrapped = "<user><|im_sep|>Why?<|im_end|><assistant><|im_sep|>"
+    first, second = corpus.chat(tokenizer).documents
+    assert first == Document(wrapped, "Because.")
+    assert second.completion == " She."  # of its own
+    turns = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "Because."}]
+    assert tokenizer.apply_chat_template(turns, tokenize=False).startswith(first.prompt + first.completion)
+    assert Questions.from_rows(ROWS).chat(tokenizer, system="Be brief.").questions[0].choices == ("three", "four")
+
+
+@pytest.mark.parametrize(
+    "answered",
+    [
+        "<assistant><|im_sep|> {{ m['content'] }}",
+        "{{ raise_exception('no assistant') }}",
+        "<assistant><|other|>{{ m['content'] }}",
+        "",
+    ],
+)
+def test_a_space_stays_where_the_template_writes_one_or_does_not_say(tokenizer: Any, answered: str) -> None:
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m['role'] == 'user' %}<user>{{ m['content'] }}{% else %}"
+        + answered
+        + "{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}<assistant><|im_sep|>{% endif %}"
+    )
+    chat = Corpus((Document("Why?", " Because."),), "why").chat(tokenizer)
+    assert chat.documents == (Document("<user>Why?<assistant><|im_sep|>", " Because."),)
+
+
+def test_a_template_gets_variables_of_its_own(tokenizer: Any) -> None:
+    tokenizer.chat_template = SEPARATED.replace(
+        "<assistant><|im_sep|>", "<assistant>{% if not thinking %}<quiet>{% endif %}"
+    )
+    corpus, quiz = Corpus((Document("Why?", " Because."),), "why"), Questions.from_rows(ROWS)
+    for thinking, end in ((True, "<assistant>"), (False, "<assistant><quiet>")):
+        assert corpus.chat(tokenizer, thinking=thinking).documents[0].prompt.endswith(end)
+        assert quiz.chat(tokenizer, thinking=thinking).questions[0].prompt.endswith(end)
+
+
 def test_chat_says_what_is_missing(tokenizer: Any) -> None:
     quiz = Questions.from_rows(ROWS)
     with pytest.raises(ValueError, match="this tokenizer has no chat template"):

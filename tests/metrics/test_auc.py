@@ -1,5 +1,7 @@
 """The area under the ROC curve, against counting pairs and scikit-learn's where it is installed."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 
@@ -43,3 +45,18 @@ def test_a_single_document_has_no_interval() -> None:
     area, low, high = auc([np.array([1.0])], [np.array([0.0]), np.array([2.0])])
     assert area == 0.5
     assert np.isnan([low, high]).all()
+
+
+def test_pairs_are_counted_exactly_and_never_held_all_at_once() -> None:
+    draw = np.random.default_rng(0)
+    inside, outside = ([draw.integers(0, 50, size) / 7 for size in sizes] for sizes in ((3000, 1, 40), (2000, 1500, 2)))
+    inside[1], outside[2] = np.array([-np.inf]), np.array([np.inf, -np.inf])
+    above = sum(int((own[:, None] > other).sum()) for own in inside for other in outside)
+    equal = sum(int((own[:, None] == other).sum()) for own in inside for other in outside)
+    tracemalloc.start()
+    try:
+        area = auc(inside, outside)[0]
+        assert tracemalloc.get_traced_memory()[1] < 3000 * 3502 / 4  # bytes, of as many pairs for one document
+    finally:
+        tracemalloc.stop()
+    assert area == (above + equal / 2) / (3041 * 3502)

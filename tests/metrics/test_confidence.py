@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 import torch
 
+from mrp_lens import metrics
 from mrp_lens.data import Corpus, Document, Question, Questions
 from mrp_lens.data.tokenization import PaddingSide
 from mrp_lens.data.world import World
@@ -73,7 +74,7 @@ def test_forced_equals_reading_one_token_at_a_time(subject: Subject, padding: Pa
         start = len(ids_of(subject.model, question.prompt))
         for position, end in enumerate(range(start, len(ids))):
             row = frame.iloc[place]
-            assert (row["group"], row["question"], row["position"]) == (question.group or "all", number, position)
+            assert (row["group"], row["question"], row["position"]) == (question.group or "no group", number, position)
             assert row["token"] == subject.model.tokenizer.decode([ids[end]])
             assert_measured(row, plain_logits(subject.model, ids[:end]), ids[end], TOLERANCE[subject.model.W_E.dtype])
             place += 1
@@ -87,7 +88,7 @@ def test_generated_equals_a_plain_greedy_loop(subject: Subject, padding: Padding
     assert (list(frame.columns), set(frame["mode"])) == (COLUMNS, {"generated"})
     for number, question in enumerate(QUIZ.questions):
         part = frame[frame["question"] == number]
-        assert set(part["group"]) == {question.group or "all"}
+        assert set(part["group"]) == {question.group or "no group"}
         assert list(part["position"]) == list(range(6))
         ids = ids_of(subject.model, question.prompt)
         for _, row in part.iterrows():
@@ -138,8 +139,39 @@ def test_without_an_end_of_text_token_none_ends_early(demo: Any, monkeypatch: py
     endless.eos_token = None
     assert endless.eos_token_id is None
     monkeypatch.setattr(demo, "tokenizer", endless)
+    monkeypatch.setattr(demo.generation_config, "eos_token_id", None)
     endings = token_confidence(demo, QUIZ, tokens=12).groupby("question").size()
     assert max(ending) < min(endings) == 12
+
+
+def test_a_question_ends_at_an_end_of_the_generation_config(demo: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = token_confidence(demo, QUIZ, tokens=12)
+    words = [demo.tokenizer.convert_tokens_to_ids(token) for token in demo.tokenizer.get_vocab()]
+    named = next(token for token in words if demo.tokenizer.decode([token]) == before["token"].iloc[2])
+    monkeypatch.setattr(demo.generation_config, "eos_token_id", [demo.tokenizer.eos_token_id, *same_text(demo, named)])
+    after = token_confidence(demo, QUIZ, tokens=12)
+    for number, part in before.groupby("question"):
+        tokens = part["token"].tolist()
+        ends = [place for place, token in enumerate(tokens) if token == demo.tokenizer.decode([named])]
+        expected = tokens[: ends[0] + 1] if ends else tokens
+        assert after[after["question"] == number]["token"].tolist() == expected
+    assert len(after) < len(before)
+
+
+def same_text(model: Any, token: int) -> list[int]:
+    """All tokens that read as this one."""
+    return [
+        other
+        for other in range(model.cfg.d_vocab)
+        if model.tokenizer.decode([other]) == model.tokenizer.decode([token])
+    ]
+
+
+def test_groups_have_the_names_that_accuracy_gives_them(model: Any) -> None:
+    for quiz in (QUIZ, Questions(QUIZ.questions[2:3], "one"), Questions(QUIZ.questions[:2], "named")):
+        names = set(metrics.accuracy(model, quiz, progress=False)["group"])
+        found = set(token_confidence(model, quiz, mode="forced", tokens=1, progress=False)["group"])
+        assert found == (names if len(names) == 1 else names - {"all"})
 
 
 @pytest.mark.parametrize("mode", ["generated", "forced"])

@@ -9,7 +9,7 @@ import torch
 
 from mrp_lens import metrics
 from mrp_lens.data import Corpus, Document
-from mrp_lens.metrics.membership import _lowest, leakage
+from mrp_lens.metrics.membership import _lowest, _scores, leakage
 from mrp_lens.models import LensModel
 from tests.support.edits import projection
 from tests.support.plain import ids_of, plain_logits
@@ -85,3 +85,17 @@ def test_shares_and_refusals(model: Any, untouched: None) -> None:
         metrics.membership(model, MEMBERS, Corpus((), "none"))
     one = Corpus.from_texts(["The old man walked slowly."])
     assert metrics.membership(model, MEMBERS, one, progress=False)[["low", "high"]].isna().all(axis=None)
+
+
+def test_zlib_compresses_what_was_read_of_a_text_that_the_context_cuts(model: LensModel, untouched: None) -> None:
+    long = " ".join(f"The old man walked slowly near house {number}." for number in range(40))
+    corpus = Corpus((Document("", long), Document("", "A house."), Document("The colour of", " " + long)), "long")
+    with pytest.warns(UserWarning, match="2 of 3 documents are longer than 64 tokens"):
+        found = _scores(model, corpus, SHARE, 2, False)
+    whole = [ids_of(model, document.prompt + document.completion)[:64] for document in corpus.documents]
+    starts = [len(ids_of(model, document.prompt)) for document in corpus.documents]
+    read = [model.tokenizer.decode(ids[start:]) for ids, start in zip(whole, starts, strict=True)]
+    assert long.startswith(read[0].strip())
+    assert 0 < len(read[0]) < len(long) / 4
+    expected = found["loss"] / [len(zlib.compress(text.encode())) for text in (read[0], "A house.", read[2])]
+    np.testing.assert_allclose(found["zlib"], expected, rtol=1e-12)

@@ -1,5 +1,9 @@
 """Answers in a model's own words, against rouge_score, SQuAD's rules by hand, and what the model writes one by one."""
 
+import random
+import re
+import string
+from collections import Counter
 from importlib import import_module
 from typing import Any
 
@@ -23,6 +27,8 @@ QUIZ = Questions(
     ),
     "quiz",
 )
+
+PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 def greedy(model: LensModel, prompt: str, tokens: int) -> str:
@@ -80,7 +86,30 @@ def test_what_the_model_writes_is_right_in_every_measure(model: LensModel) -> No
         ("cats and dogs", "dogs", 0.0, 0.5, 1.0),
         ("red red blue", "red blue blue", 0.0, 2 / 3, 2 / 3),
         ("", "red", 0.0, 0.0, 0.0),
-        ("the", "a", 1.0, 1.0, 0.0),
+        ("a.", "the", 0.0, 0.0, 0.0),
+        ("", "A", 0.0, 0.0, 0.0),
+        ("the", "A", 0.0, 0.0, 0.0),
+        (" a ", "A", 1.0, 1.0, 1.0),
+        ("A.", "A", 1.0, 1.0, 1.0),
+        ("", "-", 0.0, 0.0, 0.0),
+        ("--", "-", 0.0, 0.0, 0.0),
+        ("!!!", " !!!", 1.0, 1.0, 0.0),
+        ("", "", 1.0, 1.0, 0.0),
+        ("", "Москва", 0.0, 0.0, 0.0),
+        ("Над Москвой", "над москвой", 1.0, 1.0, 1.0),
+        ("Москва", "Москва", 1.0, 1.0, 1.0),
+        ("Город Москва.", "Москва", 0.0, 2 / 3, 1.0),
+        ("東京", "東京", 1.0, 1.0, 1.0),
+        ("東京です。", "東京", 0.0, 2 / 3, 1.0),
+        ("京東", "東京", 0.0, 1.0, 0.5),
+        ("它是红色", "红色", 0.0, 2 / 3, 1.0),
+        ("「红色」\uff01", "红色。", 1.0, 1.0, 1.0),
+        ("\uff21\uff22\u3000\uff11", "ab 1", 1.0, 1.0, 1.0),  # wide forms
+        ("STRASSE", "Straße", 1.0, 1.0, 1.0),
+        ("cafe\u0301s here", "Cafés", 0.0, 2 / 3, 1.0),  # an accent of its own, and no ending taken off
+        ("हिन्दी", "हिन्दी", 1.0, 1.0, 1.0),
+        ("हिन्दू", "हिन्दी", 0.0, 0.0, 0.0),  # the vowel's mark is part of the word
+        ("서울 시", "서울", 0.0, 2 / 3, 1.0),
         ("running fast", "he runs fastest", 0.0, 0.0, 1 / 3),  # ROUGE takes runs and running for one
     ],
 )
@@ -89,6 +118,21 @@ def test_scores_by_hand(answer: str, right: str, exact: float, f1: float, recall
     assert token_f1(answer, right) == pytest.approx(f1)
     if recall is not None:
         assert rouge_l(answer, right) == pytest.approx(recall)
+
+
+def test_of_ascii_texts_the_words_are_those_of_rouge_score_and_squad() -> None:
+    draw, own = random.Random(0), RougeScorer(["rougeL"], use_stemmer=True)
+    words = "Running runs the a 1990 o'clock self-made x_y $5.00 relational - ~a^".split()
+    symbols = [chr(code) for code in range(128)]
+    for _ in range(300):
+        answer, right = (" ".join(draw.choices(words, k=6)) + "".join(draw.choices(symbols, k=8)) for _ in range(2))
+        assert rouge_l(answer, right) == own.score(right, answer)["rougeL"].recall
+        squad = [
+            re.sub(r"\b(a|an|the)\b", " ", text.lower().translate(PUNCTUATION)).split() for text in (answer, right)
+        ]
+        shared = (Counter(squad[0]) & Counter(squad[1])).total()
+        assert exact_match(answer, right) == float(squad[0] == squad[1])
+        assert token_f1(answer, right) == 2 * shared / (len(squad[0]) + len(squad[1]))
 
 
 def test_the_control_is_the_answer_to_another_question() -> None:
@@ -107,6 +151,20 @@ def test_the_longest_right_answer_says_how_much_is_written(model: LensModel, mon
     rights = [" red", " the old man walked slowly", " a"]
     written_answers(model, Corpus(tuple(Document("It is", right) for right in rights)))
     assert asked == [max(len(ids_of(model, right)) - 1 for right in rights)]
+
+
+def test_the_longest_right_answer_leaves_the_prompts_room(model: LensModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+
+    def remember(model: Any, prompts: list[str], *, max_new_tokens: int, progress: bool) -> list[str]:
+        asked.append(max_new_tokens)
+        return [""] * len(prompts)
+
+    monkeypatch.setattr(import_module("mrp_lens.metrics.open_ended"), "continuations", remember)
+    context, house = int(model.cfg.n_ctx), len(ids_of(model, "house " * 10)) - 1
+    for prompt, right in (("It is", " house" * 500), ("house " * 500, " house" * 500), ("house " * 10, " house" * 500)):
+        written_answers(model, Corpus((Document(prompt, right), Document("It", " red")), "long"))
+    assert asked == [context - len(ids_of(model, "It is")), context // 2, max(context - 1 - house, context // 2)]
 
 
 def test_what_cannot_be_asked_is_named(model: Any, untouched: None) -> None:

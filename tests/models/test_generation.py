@@ -1,6 +1,7 @@
 """Texts that a model writes from prompts of its user's."""
 
 import copy
+import json
 import math
 from collections import Counter
 from pathlib import Path
@@ -13,8 +14,17 @@ import torch
 from mrp_lens.models import generation as module
 from mrp_lens.models import load_model
 from mrp_lens.models.finite import NonFiniteError
-from mrp_lens.models.generation import can_start, continuations, start_token, written_after, written_texts
+from mrp_lens.models.generation import (
+    can_start,
+    continuations,
+    continued,
+    end_tokens,
+    start_token,
+    written_after,
+    written_texts,
+)
 from tests.support.families import save_family
+from tests.support.plain import plain_logits
 
 PROMPTS = ["The old man", "", "The colour of the house is", "The", "It is", "", "The man"]
 
@@ -145,3 +155,78 @@ def test_without_bos_prompts_are_written_from_and_nothing_is_not(tmp_path: Path,
     with pytest.raises(ValueError, match="neither a BOS nor an EOS token"):
         written_after(bare, ["The old man", ""], max_new_tokens=3, seed=0, progress=False)
     assert continuations(bare, ["The old man"], max_new_tokens=1)
+
+
+@pytest.fixture
+def ending(backend: str, tmp_path: Path, model: Any) -> tuple[Any, int, list[int]]:
+    """The tiny model as a checkpoint whose generation config alone names an end, that token, and what it writes up to it."""
+    (plain,) = continued(model, ["The old man"], max_new_tokens=8)
+    end = plain.ids[3]
+    listed = [end, int(model.tokenizer.eos_token_id), 10**6]  # and one that the embedding has no row for
+    file = save_family("llama", tmp_path) / "generation_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"eos_token_id": listed}))
+    return load_model(tmp_path, backend=backend), end, [*plain.ids[: plain.ids.index(end)], end]  # type: ignore[arg-type]
+
+
+def test_an_answer_ends_where_the_generation_config_says(ending: tuple[Any, int, list[int]]) -> None:
+    model, end, ids = ending
+    assert set(end_tokens(model)) == {end, model.tokenizer.eos_token_id}
+    prompts = ["The old man", "The old house", "It", "The old man"]
+    answers = continued(model, prompts, max_new_tokens=8)
+    assert list(answers[0].ids) == list(answers[3].ids) == ids
+    assert answers[0].text == model.tokenizer.decode(ids[:-1], skip_special_tokens=True).strip()
+    assert answers == [continued(model, [prompt], max_new_tokens=8)[0] for prompt in prompts]
+    for text in written_after(model, [*prompts, *[""] * 60], max_new_tokens=30, seed=0, progress=False)[4:]:
+        assert end not in ids_of(model, text)
+
+
+def test_one_end_may_be_named_as_a_number(ending: tuple[Any, int, list[int]]) -> None:
+    model, end, _ = ending
+    model.generation_config.eos_token_id = end
+    assert end_tokens(model) == (model.tokenizer.eos_token_id, end)
+    model.generation_config.eos_token_id = None
+    assert end_tokens(model) == (model.tokenizer.eos_token_id,)
+
+
+def test_a_model_in_memory_keeps_its_ends(backend: str, tiny_folder: Path, model: Any) -> None:
+    from transformers import AutoModelForCausalLM
+
+    hf_model = AutoModelForCausalLM.from_pretrained(tiny_folder)
+    hf_model.generation_config.eos_token_id = [7, 9]
+    loaded = load_model(hf_model, tokenizer=model.tokenizer, backend=backend)  # type: ignore[arg-type]
+    assert end_tokens(loaded) == (model.tokenizer.eos_token_id, 7, 9)
+
+
+def test_ids_of_an_answer_that_ends_before_others_hold_its_end_once(backend: str) -> None:
+    demo: Any = load_model("demo", backend=backend)  # type: ignore[arg-type]
+    prompts = ["The craft is", "The old", "The colour of", "A longer prompt", "The sage said that"]
+    together = continued(demo, prompts, max_new_tokens=20)
+    assert together == [continued(demo, [prompt], max_new_tokens=20)[0] for prompt in prompts]
+    assert all(answer.ids.count(demo.tokenizer.eos_token_id) <= 1 for answer in together)
+
+
+def test_of_a_long_prompt_the_end_is_read_and_the_answer_has_its_room(model: Any, untouched: None) -> None:
+    context, new = int(model.cfg.n_ctx), 10
+    prompts = ["The old man walked slowly. " * 20 + "The colour of", "The old", "house " * (context - 6)]
+    with pytest.warns(
+        UserWarning, match=f"2 of 3 documents are longer than {context - new} tokens; only the end"
+    ) as told:
+        answers = continued(model, prompts, max_new_tokens=new)
+    assert len(told) == 1
+    for prompt, answer in zip(prompts, answers, strict=True):
+        whole = ids_of(model, prompt)
+        ids = whole if len(whole) <= context - new else [whole[0], *whole[-(context - new - 1) :]]
+        assert list(answer.prompt) == ids
+        for token in answer.ids:
+            assert token == int(max(range(len(logits := plain_logits(model, ids))), key=logits.__getitem__))
+            ids = [*ids, token]
+        assert len(answer.ids) == new or answer.ids[-1] == model.tokenizer.eos_token_id
+
+
+def test_an_answer_has_to_leave_room_for_a_prompt(model: Any, untouched: None) -> None:
+    context = int(model.cfg.n_ctx)
+    with pytest.raises(ValueError, match=rf"max_new_tokens {context - 1} leaves no room .* give at most {context - 2}"):
+        continuations(model, ["The old man"], max_new_tokens=context - 1)
+    with pytest.warns(UserWarning, match="1 of 1 documents are longer than 2 tokens"):
+        (answer,) = continued(model, ["The old man"], max_new_tokens=context - 2)
+    assert list(answer.prompt) == [model.tokenizer.bos_token_id, ids_of(model, "The old man")[-1]]

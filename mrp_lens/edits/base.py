@@ -418,6 +418,14 @@ class EditStack(Edit):
             parts.append(part)
         return cls(parts)
 
+    @override
+    def __eq__(self, other: object) -> bool:
+        return self.parts == other.parts if isinstance(other, EditStack) else NotImplemented
+
+    @override
+    def __hash__(self) -> int:
+        return super().__hash__()
+
     def __repr__(self) -> str:
         return f"EditStack({list(self.parts)})"
 

@@ -26,8 +26,10 @@ def label_of(edit: Edit) -> str:
 
 
 def fingerprint(edit: Edit) -> str:
-    """SHA-256 of an edit's settings and tensors."""
+    """SHA-256 of an edit's settings and tensors, however it came about."""
     settings, tensors = edit.to_parts()
+    if isinstance(edit, EditStack):  # whose settings hold how each part came about
+        settings = {"parts": [{**part, "provenance": {}} for part in settings["parts"]]}
     content = save({key: tensor.to("cpu", copy=True).contiguous() for key, tensor in tensors.items()})
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode() + content).hexdigest()
 

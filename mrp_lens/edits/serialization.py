@@ -23,7 +23,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from mrp_lens.models.source import leads_out
-from mrp_lens.utils.io import one_line, read_json, recover, write_json
+from mrp_lens.utils.io import one_line, read_json, recover, write_bytes, write_json
 
 CONFIG_FILE = "edit_config.json"
 TENSOR_FILE = "edit.safetensors"
@@ -48,7 +48,11 @@ class Stored:
 def write_edit(
     folder: Path, kind: str, provenance: Mapping[str, Any], settings: Mapping[str, Any], tensors: Mapping[str, Tensor]
 ) -> None:
-    """Write the two files of an edit into a folder that exists."""
+    """Write the two files of an edit into a folder that exists.
+
+    Raises:
+        OSError: one of them cannot be written, because the disk is full for example; names it.
+    """
     # Copies: one subspace may stand at several hooks, and the format refuses tensors that share memory.
     content = save({name: tensor.to("cpu", copy=True).contiguous() for name, tensor in tensors.items()})
     config: dict[str, Any] = {
@@ -58,7 +62,7 @@ def write_edit(
         "provenance": dict(provenance),
         "tensors_sha256": hashlib.sha256(content).hexdigest(),
     }
-    (folder / TENSOR_FILE).write_bytes(content)
+    write_bytes(folder / TENSOR_FILE, content)
     write_json(folder / CONFIG_FILE, {**config, "config_sha256": _config_hash(config)})
 
 

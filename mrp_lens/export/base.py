@@ -7,8 +7,8 @@ import torch
 
 from mrp_lens.edits import Edit
 from mrp_lens.export.checkpoint import TOKENIZER_SETTINGS, Checkpoint
-from mrp_lens.models import LensModel, device_of, dtype_of, hf_state, load_model, why_not_exportable
-from mrp_lens.models.architectures import LAYOUTS
+from mrp_lens.models import LensModel, architecture_of, device_of, dtype_of, hf_state, load_model, why_not_exportable
+from mrp_lens.models.architectures import LAYOUTS, layout_of
 from mrp_lens.models.source import find_folder, read_object
 from mrp_lens.utils.io import write_json
 
@@ -17,8 +17,9 @@ def base_of(model: LensModel, base: str | Path | None) -> Checkpoint:
     """The checkpoint that the model was loaded from, or the one that is named.
 
     Raises:
-        ValueError: weights that no checkpoint has, or no folder to be found.
+        ValueError: an unknown architecture, weights that no checkpoint has, or no folder to be found.
     """
+    layout_of(architecture_of(model))
     reason = why_not_exportable(model)
     if reason is not None:
         raise ValueError(

@@ -17,7 +17,7 @@ from torch import Tensor
 from mrp_lens.models import Layout
 from mrp_lens.models.architectures import layout_of
 from mrp_lens.models.quantised import refuse_quantised
-from mrp_lens.models.source import check_shards, leads_out, read_object
+from mrp_lens.models.source import check_shards, leads_out, read_object, weight_files
 from mrp_lens.utils.io import write_json
 
 INDEX = "model.safetensors.index.json"
@@ -280,15 +280,12 @@ def _weight_files(folder: Path) -> list[Path]:
         ValueError: there are none, an index names some that are missing or not in the folder, or a link leads out of it.
     """
     check_shards(folder)
-    for single, index in (("model.safetensors", INDEX), ("pytorch_model.bin", "pytorch_model.bin.index.json")):
-        found = [folder / single] if (folder / single).is_file() else []
-        if not found and (folder / index).is_file():
-            found = sorted({folder / name for name in read_object(folder / index)["weight_map"].values()})
-        for file in found:
-            check_inside(folder, file)
-        if found:
-            return found
-    raise ValueError(f"{folder} holds no weights: expected model.safetensors, or shards with {INDEX}")
+    found = weight_files(folder)
+    for file in found:
+        check_inside(folder, file)
+    if not found:
+        raise ValueError(f"{folder} holds no weights: expected model.safetensors, or shards with {INDEX}")
+    return found
 
 
 def architecture_in(config: Mapping[str, Any]) -> str:

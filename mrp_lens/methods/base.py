@@ -28,12 +28,14 @@ from mrp_lens.methods.fit import Fit
 from mrp_lens.methods.registry import Method
 from mrp_lens.models import (
     LensModel,
+    architecture_of,
     check_lens_model,
     describe,
     encoder_for,
     identity_of,
     why_not_exportable,
 )
+from mrp_lens.models.architectures import LAYOUTS
 from mrp_lens.models.attachments import entries_on
 from mrp_lens.models.generation import drawn_seed
 from mrp_lens.models.hooks import frozen, read_states
@@ -139,9 +141,10 @@ def prepare(
     encoder = encoder_for(model, max_length=or_default(max_length, min(LONGEST, int(model.cfg.n_ctx))))
     reason = why_not_exportable(model)
     if reason is not None:
+        known = architecture_of(model) in LAYOUTS  # else the reason says what to do, and loading it again would not
+        remedy = "; for that, load the checkpoint with mrp_lens.load_model(...)" if known else ""
         warnings.warn(
-            f"{reason}: the edit works on this model, and cannot be exported to Hugging Face; for that, load the "
-            "checkpoint with mrp_lens.load_model(...)",
+            f"{reason}: the edit works on this model, and cannot be exported to Hugging Face{remedy}",
             stacklevel=4,
         )
     shared = {document for corpus in corpora for document in corpus.documents} & set(retain.documents)

@@ -21,7 +21,10 @@ from mrp_lens.utils.io import one_line, read_json
 
 LARGEST_CONFIG = 16 * 2**20  # bytes of a config.json; real ones have some kilobytes
 WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
+WHOLE = ("model.safetensors", "pytorch_model.bin")
 INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+# What a repository on the Hub may hold besides: the weights in other formats, `consolidated` in that of the model's makers
+OTHER_FORMATS = ("*.pth", "*.gguf", "*.onnx", "*.h5", "*.msgpack", "consolidated*")
 # Endings of settings that count something of which the weights hold at least as many numbers
 _COUNTS = ("_size", "_dim", "_heads", "_layers", "_experts", "_layer", "_head", "_embd", "_inner", "_positions")
 EDITED = "mrp_lens_"  # how the model type of an export with code of its own begins
@@ -186,7 +189,7 @@ def find_folder(source: str | Path) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(str(source), ignore_patterns=["*.pth", "*.gguf", "*.onnx", "*.h5", "*.msgpack"]))
+        return Path(snapshot_download(str(source), ignore_patterns=list(OTHER_FORMATS)))
     except Exception as error:
         raise ValueError(
             f"{str(source)!r} is neither a local folder nor to be had from the Hugging Face Hub: {error}"
@@ -307,32 +310,48 @@ def is_count(value: Any) -> bool:
 
 
 def count_parameters(folder: Path) -> int:
-    """Numbers stored in the weight files (from their headers where they are safetensors).
+    """Numbers stored in the weight files that are loaded (from their headers where they are safetensors).
 
     Raises:
         ValueError: the folder holds no weights, or broken ones.
     """
     safe, torch_files = (sorted(folder.glob(pattern)) for pattern in WEIGHT_FILES)
-    if not safe and not torch_files:
+    loaded = weight_files(folder) or safe or torch_files  # config.json may give the weights another name
+    if not loaded:
         raise ValueError(f"{folder} holds no weights: expected one of {', '.join(WEIGHT_FILES)}")
-    return sum(math.prod(shape) for shape in shapes_of(folder)) or sum(file.stat().st_size for file in torch_files) // 2
+    return sum(_numbers_in(file) for file in loaded)
 
 
-def shapes_of(folder: Path) -> Iterator[tuple[int, ...]]:
-    """The shapes of the tensors in a folder's safetensors files, from their headers.
+def weight_files(folder: Path) -> list[Path]:
+    """The files that transformers loads, by their usual names: a whole one before shards, safetensors before pickled ones. Others
+    that lie beside, such as `consolidated.safetensors`, hold the same weights once more.
+
+    Args:
+        folder: whose index names files in it (`check_shards`).
+    """
+    for name, index in zip(WHOLE, INDEXES, strict=True):
+        if (folder / name).is_file():
+            return [folder / name]
+        if (folder / index).is_file():
+            return sorted({folder / shard for shard in read_object(folder / index)["weight_map"].values()})
+    return []
+
+
+def _numbers_in(file: Path) -> int:
+    """Numbers in a weight file; of a pickled one, how many there are if each takes two bytes.
 
     Raises:
-        ValueError: a file is broken.
+        ValueError: the file is broken.
     """
     from safetensors import safe_open
 
-    for file in sorted(folder.glob(WEIGHT_FILES[0])):
-        try:
-            with safe_open(file, framework="pt") as tensors:
-                for key in tensors.keys():  # noqa: SIM118
-                    yield tuple(tensors.get_slice(key).get_shape())
-        except Exception as error:
-            raise ValueError(f"{file} is not a safetensors file: {one_line(error)}; download it again") from error
+    if file.suffix != ".safetensors":
+        return file.stat().st_size // 2
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            return sum(math.prod(tensors.get_slice(key).get_shape()) for key in tensors.keys())  # noqa: SIM118
+    except Exception as error:
+        raise ValueError(f"{file} is not a safetensors file: {one_line(error)}; download it again") from error
 
 
 def read_tokenizer(folder: Path) -> Any:

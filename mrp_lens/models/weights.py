@@ -161,7 +161,8 @@ def mlp_out_weight(model: LensModel, layer: int) -> EditableWeight:
         parameter = getattr(block.mlp, "W_out", None)
     if parameter is None or (not bridge and parameter.ndim != 2):
         raise ValueError(
-            f"layer {layer} has no single MLP output matrix (a mixture of experts, perhaps), so RMU cannot train it"
+            f"layer {layer} has no single MLP output matrix (a mixture of experts, perhaps), so that none can be trained or replaced there; "
+            "choose a method whose edit is hooks, such as MRP()"
         )
     if bridge:
         key = next(key for key, value in block.named_parameters() if value is parameter)
@@ -222,20 +223,24 @@ def why_not_exportable(model: LensModel) -> str | None:
     """Why an edit made on this model has no counterpart in a Hugging Face checkpoint; None if it has.
 
     `load_model` gives the checkpoint's own weights. `HookedTransformer.from_pretrained` folds and centres them by
-    default, and the Bridge's compatibility mode rewrites them: hooks and fits work there, on another residual stream.
+    default, and the Bridge's compatibility mode rewrites them: hooks and fits work there, on another residual stream. Of a
+    family without a layout (`register_family`) they are the checkpoint's own, and where an edit belongs in it is not known.
     """
     bridge: Any = model
     if holds_packed(bridge):
         return "its matrices are quantised"
+    if architecture_of(model) not in LAYOUTS:
+        return (
+            f"where {architecture_of(model)} keeps its residual stream is not known here (mrp_lens.models.register_family(...) says it, and "
+            "edit.save_pretrained(...) keeps the edit)"
+        )
     if is_bridge(model):
         return "its compatibility mode rewrote the weights" if getattr(model, "compatibility_mode", False) else None
-    if architecture_of(model) not in LAYOUTS:
-        return f"its architecture ({architecture_of(model)}) has no known Hugging Face names"
     if str(model.cfg.normalization_type).endswith("Pre"):
         return "LayerNorm is folded into its weights"
-    written = mlp_out_weight(model, 0).read().float()
-    means = written.mean(dim=0 if mlp_out_weight(model, 0).transposed else 1)
-    if float(means.abs().max()) < CENTRED * float(written.square().mean().sqrt()):
+    # Attention's, which a mixture of experts has, too.
+    written = model.blocks[0].attn.W_O.detach().float()
+    if float(written.mean(dim=-1).abs().max()) < CENTRED * float(written.square().mean().sqrt()):
         return "its writing weights are centred"
     return None
 

@@ -1,3 +1,6 @@
+import errno
+import hashlib
+import json
 import multiprocessing
 import os
 import signal
@@ -10,11 +13,12 @@ import safetensors.torch
 import torch
 
 from mrp_lens.edits import EditStack, ProjectionEdit, load_edit
+from mrp_lens.edits.provenance import fingerprint, without_paths
 from mrp_lens.models import LensModel, describe
 from mrp_lens.models.hooks import hook_name
 from tests.conftest import D_MODEL, LAYERS
 from tests.support.edit_folders import read, write
-from tests.support.edits import all_kinds, logits, projection
+from tests.support.edits import all_kinds, logits, projection, weight_edit
 
 
 @pytest.mark.parametrize("kind", range(4))
@@ -35,6 +39,41 @@ def test_save_and_load_are_bit_identical(
         expected = logits(model, tokens)
     with again.applied(model):
         assert torch.equal(logits(model, tokens), expected)
+
+
+def test_a_stack_that_was_saved_and_loaded_is_the_same_one(model: LensModel, tmp_path: Path, untouched: None) -> None:
+    edit = projection(1) + weight_edit(model, 1)
+    for part in edit.parts:
+        part.provenance = {"method": "mrp", "settings": {"layers": (1, 2), "data": str(tmp_path / "forget.jsonl")}}
+    edit.save_pretrained(tmp_path / "edit")
+    again = load_edit(tmp_path / "edit")
+    assert again.parts[0].provenance != edit.parts[0].provenance  # tuples come back as lists
+    assert again == edit
+    assert hash(again) == hash(edit)
+    assert fingerprint(again) == fingerprint(edit) == fingerprint(without_paths(edit))
+    edit.attach(model)
+    again.detach(model)
+    other = projection(1) + weight_edit(model, 1, scale=0.5)
+    assert other != edit
+    assert fingerprint(other) != fingerprint(edit)
+    assert EditStack(edit.parts[::-1]) != edit
+
+
+def test_a_stack_built_by_hand_has_the_fingerprint_that_version_0_1_gave_it() -> None:
+    edit = EditStack([projection(1), projection(2)])
+    settings, tensors = edit.to_parts()
+    said = json.dumps(settings, sort_keys=True).encode() + safetensors.torch.save(tensors)
+    assert fingerprint(edit) == hashlib.sha256(said).hexdigest()
+
+
+def test_a_full_disk_is_told_with_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(number: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match=r"edit.safetensors could not be written \(No space left.*nothing is left of it"):
+        projection(1).save_pretrained(tmp_path / "edit")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.fixture

@@ -13,11 +13,13 @@ from mrp_lens.models import (
     LensModel,
     check_layers,
     is_bridge,
+    load_model,
     logits_at,
     logits_of,
     mlp_out_weight,
 )
 from tests.conftest import LAYERS
+from tests.support.families import save_family
 
 
 def test_logits_equal_hugging_faces_on_a_padded_batch(model: Any, tiny_folder: Path, untouched: None) -> None:
@@ -64,6 +66,15 @@ def test_weights_are_as_in_the_checkpoint(model: Any, tiny_folder: Path) -> None
         assert torch.equal(weight.read(), state[weight.name])
     with pytest.raises(ValueError, match="out of range"):
         mlp_out_weight(model, LAYERS)
+
+
+def test_a_mixture_of_experts_has_no_single_output_matrix_for_any_method(tmp_path: Path, backend: str) -> None:
+    mixture = load_model(save_family("mixtral", tmp_path), backend=backend)  # type: ignore[arg-type]
+    with pytest.raises(
+        ValueError, match=r"no single MLP output matrix .* can be trained or replaced.* such as MRP"
+    ) as caught:
+        mlp_out_weight(mixture, 0)
+    assert "RMU" not in str(caught.value)
 
 
 def test_a_loaded_model_has_what_its_type_says(model: Any) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import mrp_lens.models.load as load
@@ -93,8 +94,27 @@ def test_a_hub_name_is_downloaded_and_loaded(tiny_folder: Path, monkeypatch: pyt
     assert load_model("org/name").cfg.model_name == "org/name"
 
 
+def test_the_weights_in_the_format_of_the_models_makers_are_not_downloaded(
+    tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import huggingface_hub
+    from huggingface_hub.utils import filter_repo_objects
+
+    asked: dict[str, Any] = {}
+
+    def download(name: str, **settings: Any) -> str:
+        asked.update(settings)
+        return str(tiny_folder)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    source.find_folder("org/name")
+    wanted = ["config.json", "model.safetensors", "model-00001-of-00002.safetensors", "model.safetensors.index.json"]
+    others = ["consolidated.safetensors", "consolidated-00001-of-00002.safetensors", "consolidated.00.pth"]
+    assert list(filter_repo_objects([*wanted, *others], **asked)) == wanted
+
+
 def test_a_checkpoint_without_tokenizer_weights_or_all_of_them_is_refused(tiny_folder: Path, tmp_path: Path) -> None:
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import save_file
 
     shutil.copy(tiny_folder / "config.json", tmp_path)
     with pytest.raises(ValueError, match="holds no weights"):
@@ -128,6 +148,34 @@ def test_what_cannot_fit_is_refused_before_it_is_loaded(tiny_folder: Path, monke
     assert is_bridge(load_model(tiny_folder, backend="bridge", dtype=torch.bfloat16))
 
 
+def test_weights_that_lie_there_twice_are_counted_once(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parameters = count_parameters(tiny_folder)
+    monkeypatch.setattr(source, "free_memory", lambda device: 4 * parameters)
+    folder = Path(shutil.copytree(tiny_folder, tmp_path / "model"))
+    whole = folder / "model.safetensors"
+    shutil.copy(whole, folder / "consolidated.safetensors")  # as in Mistral's repositories
+    shutil.copy(whole, folder / "model-00001-of-00001.safetensors")  # without an index nobody reads it
+    torch.save(load_file(whole), folder / "pytorch_model.bin")
+    assert count_parameters(folder) == parameters
+    assert is_bridge(load_model(folder, backend="bridge"))
+    whole.unlink()
+    assert count_parameters(folder) == (folder / "pytorch_model.bin").stat().st_size // 2
+    shards = dict.fromkeys(load_file(folder / "consolidated.safetensors"), "model-00001-of-00001.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": shards}))
+    assert count_parameters(folder) == parameters
+    assert is_bridge(load_model(folder, backend="bridge"))
+
+
+def test_weights_of_which_the_configuration_gives_the_name_load(tiny_folder: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny_folder, tmp_path / "model"))
+    (folder / "model.safetensors").rename(folder / "other.safetensors")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "transformers_weights": "other.safetensors"}))
+    assert is_bridge(load_model(folder, backend="bridge"))
+
+
 def test_hooked_transformer_says_what_it_cannot_load_and_auto_takes_the_bridge(tmp_path: Path) -> None:
     folder = save_family("gemma2", tmp_path / "gemma2")
     assert is_bridge(load_model(folder))
@@ -152,6 +200,13 @@ def test_a_users_own_folded_hooked_transformer_takes_edits_and_fits_but_no_expor
             fit = method.fit(model, *texts, seed=0, progress=False)
         with fit.edit.applied(model):
             assert float((log_probabilities(model, TOKENS) - before).abs().max()) > 1e-4
+
+
+@pytest.mark.skipif("hooked" not in available_backends(), reason="needs HookedTransformer (TransformerLens 3)")
+def test_centred_weights_are_known(tmp_path: Path) -> None:
+    model: Any = load_model(save_family("gpt2", tmp_path / "gpt2"), backend="hooked")
+    model.process_weights_(fold_ln=False, center_unembed=False)
+    assert why_not_exportable(model) == "its writing weights are centred"
 
 
 def test_the_bridges_compatibility_mode_is_known(tiny_folder: Path) -> None:

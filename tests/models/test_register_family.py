@@ -1,15 +1,18 @@
 """A family of one's own: one call says where its matrices are, and edits, exports and attachments know it."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, OlmoConfig
 
+from mrp_lens.data import Corpus
 from mrp_lens.edits import WeightEdit
 from mrp_lens.export import export_hf
 from mrp_lens.hf import attach
-from mrp_lens.models import load_model
+from mrp_lens.methods import MRP
+from mrp_lens.models import load_model, why_not_exportable
 from mrp_lens.models.architectures import LAYOUTS, Layout, layout_of, register_family
 from tests.support.edits import projection
 from tests.support.export_edits import reversed_matrix
@@ -50,8 +53,28 @@ def test_a_family_that_is_not_registered_is_named(olmo: Path, tmp_path: Path) ->
         ValueError, match=f"where {OLMO} keeps its residual stream is not known here; known are .*Llama"
     ):
         layout_of(OLMO)
-    with pytest.raises(ValueError, match=f"{OLMO} keeps its residual stream is not known"):
+    with pytest.raises(ValueError, match=rf"{OLMO} keeps .* is not known here; known are .*edit.save_pretrained\("):
         export_hf(load_model(olmo), projection(1, site="mlp_out"), tmp_path / "out", "folded", progress=False)
+
+
+def test_a_fit_says_beforehand_that_where_its_edit_belongs_is_not_known(
+    olmo: Path, texts: tuple[Corpus, Corpus]
+) -> None:
+    model = load_model(olmo, backend="bridge")
+    with pytest.warns(UserWarning, match=rf"where {OLMO} keeps .*register_family\(.* edit.save_pretrained\(") as said:
+        MRP(steps=2).fit(model, *texts, seed=0, progress=False)
+    assert "load_model" not in str(said[0].message)
+    register()
+    assert why_not_exportable(model) is None
+
+
+def test_a_mixture_of_experts_can_be_registered(tmp_path: Path, backend: str) -> None:
+    model = load_model(save_family("mixtral", tmp_path), backend=backend)  # type: ignore[arg-type]
+    assert str(why_not_exportable(model)).startswith("where MixtralForCausalLM keeps its residual stream is not known")
+    layout = LAYOUTS["LlamaForCausalLM"]
+    matrices = {"attn_out": layout.matrices["attn_out"]}  # the experts have several
+    register_family(replace(layout, matrices=matrices), "MixtralForCausalLM")
+    assert why_not_exportable(model) is None
 
 
 @pytest.mark.parametrize(

@@ -71,6 +71,7 @@ def run(words: Sequence[str]) -> Any:
             "(`sweep --shard 1/4`, and `tune` started several times, divide their fits)"
         )
     with joined():
+        command.check_apart()
         return command.execute()
 
 

@@ -1,7 +1,7 @@
 """`mrp-lens attack`: what survives an edit, on anybody's model, edit and data."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -10,7 +10,7 @@ from typing_extensions import override
 
 from mrp_lens.attacks import ATTACKS, Attack, SuiteConfig, notes_of, rows_of_attacks, run_suite, worst_attack
 from mrp_lens.cli.command import OnData
-from mrp_lens.cli.console import Column, console, show_table
+from mrp_lens.cli.console import Column, console, number, show_table, with_interval
 from mrp_lens.cli.run_folder import stoppable
 from mrp_lens.data.questions import Half
 from mrp_lens.edits import load_edit
@@ -114,13 +114,15 @@ class AttackEdit(OnData):
         check_holds(out, "campaign")
         edit = load_edit(self.edit)
         name = label_of(edit)
-        task = self.task()
+        loading = self.loading.of_edit(self.edit)
+        known = replace(self, loading=loading)
+        task = known.task()
+        if task.questions is None:
+            raise ValueError("an attack is scored on a quiz on the forget set; give --questions, too")
         make_folder(out)
-        run = Run(
-            "attack", self.arguments(), self.seed, title=f"{self.loading.model}: what survives {name} ({self.edit})"
-        )
-        model = self.loading.load()
-        reference = None if self.reference is None else self.loading.load(self.reference)
+        run = Run("attack", known.arguments(), self.seed, title=f"{loading.model}: what survives {name} ({self.edit})")
+        model = loading.load()
+        reference = None if self.reference is None else loading.load(self.reference)
         with stoppable(out):
             frames = run_suite(model, edit, task, config, out, name=name, reference=reference)
             run.rows = rows_of_attacks(frames, name, config)
@@ -155,17 +157,15 @@ def _attack(row: Mapping[str, Any]) -> str:
 
 
 def _share(key: str) -> Any:
-    return lambda row: f"{row[key]:.0%}" if row.get(key) is not None else ""
+    return lambda row: number(row.get(key), "{:.0%}".format)
+
+
+def _two_digits(key: str) -> Any:
+    return lambda row: number(row.get(key), "{:.2f}".format)
 
 
 def _with_interval(key: str) -> Any:
-    def cell(row: Mapping[str, Any]) -> str:
-        value, low, high = (row.get(name) for name in (key, f"{key}_low", f"{key}_high"))
-        if value is None:
-            return ""
-        return f"{value:.2f}" if low is None or high is None else f"{value:.2f} [{low:.2f}, {high:.2f}]"
-
-    return cell
+    return lambda row: with_interval(row.get(key), row.get(f"{key}_low"), row.get(f"{key}_high"), "{:.2f}".format)
 
 
 COLUMNS: list[Column] = [
@@ -182,6 +182,6 @@ PROBE_COLUMNS: list[Column] = [
     ("probe", lambda row: str(row["attack"]).removeprefix("probe, ")),
     ("layer", lambda row: f"{row['layer']:.0f}"),
     ("bits", _with_interval("bits")),
-    ("of", lambda row: f"{row['bits_in_all']:.2f}"),
-    ("never taught", lambda row: "" if row["never_taught_bits"] is None else f"{row['never_taught_bits']:.2f}"),
+    ("of", _two_digits("bits_in_all")),
+    ("never taught", _two_digits("never_taught_bits")),
 ]

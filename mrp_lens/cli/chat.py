@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
-from rich.markup import escape
 from typing_extensions import override
 
 from mrp_lens.cli.command import Command, ModelOptions
@@ -152,7 +151,7 @@ class Terminal:
             except (ValueError, FloatingPointError) as error:
                 if strict:
                     raise
-                console.print(escape(str(error)))
+                console.print(str(error))
 
     def do(self, line: str) -> None:
         """One line.
@@ -167,7 +166,7 @@ class Terminal:
         if not word.startswith("/"):
             self.ask(line)
         elif word == "/help":
-            console.print(escape(WORDS))
+            console.print(WORDS)
         elif word == "/tokens":
             self.show_tokens(None if not value else int(number(word, value, whole=True)))
         elif word == "/directions":
@@ -176,7 +175,7 @@ class Terminal:
             switches = self.switched(word, value)
             self.chat.chosen(switches)
             self.switches = switches
-            console.print(escape(f"Now: {said(switches)}"))
+            console.print(f"Now: {said(switches)}")
 
     def switched(self, word: str, value: str) -> Switches:
         """The switches after such a word."""
@@ -215,7 +214,7 @@ class Terminal:
         rows = rows_of(frame[frame["hook"] == hook])
         largest = max(float(row["displacement"]) for row in rows)
         columns: list[Column] = [
-            ("token", lambda row: escape(repr(str(row["token"])))),
+            ("token", lambda row: repr(str(row["token"]))),
             ("part", lambda row: str(row["part"])),
             *((name, three_digits(measure)) for measure, (name, _) in MEASURES.items()),
             ("", lambda row: bar(row["displacement"] / largest if largest > 0.0 else 0.0)),
@@ -227,7 +226,7 @@ class Terminal:
         """Print the directions, numbered."""
         columns: list[Column] = [
             ("number", lambda row: str(row["number"])),
-            ("request", lambda row: escape(str(row["request"]))),
+            ("request", lambda row: str(row["request"])),
             ("hook", lambda row: str(row["hook"])),
             ("row", lambda row: str(row["row"])),
         ]

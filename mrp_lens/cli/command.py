@@ -3,6 +3,7 @@
 import argparse
 import inspect
 import json
+import os
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -18,7 +19,7 @@ from mrp_lens.cli.run_folder import run_of
 from mrp_lens.data import TaskConfig, UnlearningTask, task_for
 from mrp_lens.models import LensModel, load_model
 from mrp_lens.models.load import Backend
-from mrp_lens.utils.io import read_json
+from mrp_lens.utils.io import check_apart, read_json
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 
@@ -42,6 +43,10 @@ class Always:
 
 ALWAYS = {option.name: option for option in options_of(Always, "every command")}
 UNKEPT = ("overwrite",)  # what a run does to its folder is no setting of it
+READ = (  # options of any command that may name files or folders, which are then read
+    *("model", "reference", "base", "edit", "after", "run", "attacks", "folders", "texts", "unseen", "include_path"),
+    *("forget", "retain", "questions", "retain_questions", "untaught_questions"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +56,7 @@ class ModelOptions:
     Attributes:
         model: `demo`, a local Hugging Face folder, or a name on the Hub.
         backend: HookedTransformer (`hooked`, TransformerLens 3 only), TransformerBridge (`bridge`), or whichever fits.
-        dtype: Precision of the weights.
+        dtype: Precision of the weights. Default: float32; of a model that the run of an edit names, as in that run.
         device: Such as `cuda:0`. Default: a GPU if there is one.
         device_map: Spread the layers over several devices (Bridge only): `auto`, `balanced`, `sequential`, or JSON,
             `{"model.embed_tokens": 0, ...}`.
@@ -60,10 +65,15 @@ class ModelOptions:
 
     model: str = "demo"
     backend: Backend = "auto"
-    dtype: Dtype = "float32"
+    dtype: Dtype | None = None
     device: str | None = None
     device_map: str | None = None
     max_memory: str | None = None
+
+    @property
+    def precision(self) -> Dtype:
+        """Of the weights."""
+        return self.dtype or "float32"
 
     def load(self, name: str | None = None) -> LensModel:
         """The model, or another one loaded in the same way."""
@@ -73,7 +83,7 @@ class ModelOptions:
             name,
             backend=self.backend,
             device=self.device,
-            dtype=self.dtype,
+            dtype=self.precision,
             device_map=by_device("--device-map", self.device_map),
             max_memory=by_device("--max-memory", self.max_memory),
         )
@@ -86,8 +96,7 @@ class ModelOptions:
         of_run = read_json(folder / "summary.json", "name the model with --model").get("arguments", {})
         if of_run.get("model") is None:
             return self
-        dtype = of_run.get("dtype", self.dtype) if self.dtype == "float32" else self.dtype
-        return replace(self, model=str(of_run["model"]), dtype=dtype)
+        return replace(self, model=str(of_run["model"]), dtype=self.dtype or of_run.get("dtype"))
 
 
 def by_device(option: str, text: str | None) -> Any:
@@ -126,6 +135,21 @@ class Command(ABC):
     @abstractmethod
     def execute(self) -> Any:
         """Do it."""
+
+    def check_apart(self) -> None:
+        """Refuse an output folder that is, or holds, what the command reads.
+
+        Raises:
+            ValueError: names the option whose files would be deleted.
+        """
+        given, out = self.arguments(), getattr(self, "out", None)
+        if out is None:
+            return
+        for name in READ:
+            values = given.get(name)
+            for value in values if isinstance(values, list) else [values]:
+                if isinstance(value, str) and value != "demo" and os.path.exists(value):  # others are on the Hub
+                    check_apart(out, value, f"what --{name.replace('_', '-')} names")
 
     @classmethod
     def parts(cls, given: Mapping[str, Any]) -> dict[str, type]:

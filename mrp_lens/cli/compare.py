@@ -12,13 +12,14 @@ from typing_extensions import override
 from mrp_lens.cli.command import Command
 from mrp_lens.cli.console import console
 from mrp_lens.cli.figures import show_figures
+from mrp_lens.cli.run_folder import check_out
 from mrp_lens.metrics.recovery import UNEDITED
 from mrp_lens.runs.front import on_front
 from mrp_lens.runs.record import Run
 from mrp_lens.runs.report import report
 from mrp_lens.runs.report.table import CONTROLS
-from mrp_lens.utils.frames import Row
-from mrp_lens.utils.io import check_free, read_json
+from mrp_lens.utils.frames import Row, is_number
+from mrp_lens.utils.io import read_json
 
 OF_THE_DATA = ("forget_accuracy", "forget_probability", "retain_accuracy", "text_perplexity")
 DIGITS = 1e-3  # by which the unedited model's figures may differ on two machines
@@ -38,7 +39,7 @@ class Compare(Command):
     Attributes:
         folders: Of the runs.
         out: Folder for the page, with forgetting drawn over damage, and the table. Default: nothing is written.
-        overwrite: Replace the output folder.
+        overwrite: Replace the output folder if it holds a run.
     """
 
     word: ClassVar[str] = "compare"
@@ -51,7 +52,7 @@ class Compare(Command):
     @override
     def execute(self) -> Run:
         if self.out is not None:
-            check_free(self.out, overwrite=self.overwrite)
+            check_out(self.out, overwrite=self.overwrite)
         rows = compared([Path(folder) for folder in self.folders])
         title = f"{len(self.folders)} runs, by damage"
         run = Run("compare", self.arguments(), 0, title=title, rows=rows)
@@ -80,9 +81,9 @@ def compared(folders: Sequence[Path]) -> list[Row]:
         if not (folder / "summary.json").is_file():
             raise FileNotFoundError(f"{folder} holds no finished run; give folders that `mrp-lens unlearn` wrote")
         rows: list[Row] = read_json(folder / "summary.json", "run the command again")["rows"]
-        own = {str(row.get("method")): row for row in rows}
-        unedited = own.get(UNEDITED, {})
-        if "text_perplexity_ratio" not in unedited:
+        own = {str(row.get("method")): row for row in rows if "text_perplexity_ratio" in row}  # and not of the harness
+        unedited = own.get(UNEDITED)
+        if unedited is None:
             raise ValueError(
                 f"{folder} has no figures of the unedited model; give runs of `mrp-lens unlearn` or `measure`"
             )
@@ -99,7 +100,7 @@ def compared(folders: Sequence[Path]) -> list[Row]:
         raise ValueError(f"two of the runs are called {name!r}; rename one of the folders")
     return [
         *controls.values(),
-        *sorted(edited, key=lambda row: float("inf") if row.get("damage") is None else row["damage"]),
+        *sorted(edited, key=lambda row: row["damage"] if is_number(row.get("damage")) else float("inf")),
     ]
 
 

@@ -10,9 +10,8 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 
-from mrp_lens.utils.frames import Row
+from mrp_lens.utils.frames import Row, is_number
 
 LOGGED = 200  # characters a line where the output goes into a file or a pipe: rich would cut tables at 80
 
@@ -23,7 +22,7 @@ def _width() -> int | None:
     return None if sys.stdout.isatty() else int(asked) if asked.isdecimal() and int(asked) else LOGGED
 
 
-console = Console(width=_width())
+console = Console(width=_width(), markup=False, emoji=False)  # names, and what a model writes, are shown as they are
 
 Column = tuple[str, Callable[[Mapping[str, Any]], str]]
 
@@ -58,14 +57,25 @@ def show_table(title: str, columns: Sequence[Column], rows: Sequence[Mapping[str
     console.print(table)
 
 
+def number(value: Any, form: Callable[[float], str]) -> str:
+    """A number as text; nothing where it is not known."""
+    return form(value) if is_number(value) else ""
+
+
+def with_interval(value: Any, low: Any, high: Any, form: Callable[[float], str]) -> str:
+    """A number with its interval, without one where an end is not known."""
+    ends = f" [{form(low)}, {form(high)}]" if is_number(low) and is_number(high) else ""
+    return f"{form(value)}{ends}" if is_number(value) else ""
+
+
 def three_digits(key: str) -> Callable[[Row], str]:
     """A column's cell: the number under the key; empty where there is none."""
-    return lambda row: "" if row.get(key) is None else f"{row[key]:.3f}"
+    return lambda row: number(row.get(key), "{:.3f}".format)
 
 
 def show_examples(examples: Sequence[Mapping[str, Any]]) -> None:
     """Print generated answers: a line for each prompt, a column for each version of the model."""
     table = Table(*(examples[0] if examples else ()), title="Generated answers", title_justify="left")
     for row in examples:
-        table.add_row(*(Text(str(value)) for value in row.values()))  # whatever a model writes is no markup
+        table.add_row(*map(str, row.values()))
     console.print(table)

@@ -76,7 +76,7 @@ class Demo(Command):
         topic: What to forget: `potions`, `beasts`, `towns` or `machines`.
         backend: HookedTransformer (`hooked`, TransformerLens 3 only), TransformerBridge (`bridge`), or whichever fits.
         seed: Of every random choice.
-        overwrite: Replace the output folder if it exists.
+        overwrite: Replace the output folder if it holds a run.
     """
 
     word: ClassVar[str] = "demo"

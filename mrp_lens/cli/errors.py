@@ -16,7 +16,7 @@ from mrp_lens.methods import METHODS
 
 # What errors of the library say to somebody who writes Python, and how it is typed on a command line. A quiz has options of its own.
 ARGUMENT = re.compile(
-    r"(?<![\w.(])(field|prompt|completion|choices|answer|entity|request|question_prompt)=(\.\.\.|'[^']*')"
+    r"(?<![\w.(])(forget|retain|questions|field|prompt|completion|choices|answer|entity|request|question_prompt)=(\.\.\.|'[^']*')"
 )
 IN_PYTHON = {
     "schema='locuslab/TOFU'": "--forget-schema or --retain-schema locuslab/TOFU",

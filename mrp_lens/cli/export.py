@@ -13,8 +13,8 @@ from mrp_lens.cli.run_folder import run_of
 from mrp_lens.data import Corpus
 from mrp_lens.edits import load_edit
 from mrp_lens.export import ExportReport, Measurements, export_hf
-from mrp_lens.export.base import check_apart
 from mrp_lens.export.formats import AnyForm
+from mrp_lens.export.model_card import front_matter_of
 from mrp_lens.utils.io import check_free
 
 
@@ -50,7 +50,7 @@ class Export(Command):
         verify: Reload in a fresh process and compare with the hooked model; --no-verify: do not.
         push_to: Upload to this repository of the Hub, such as `me/my-model-edited`.
         public: `--push-to`: everybody may see it.
-        overwrite: Replace the output folder if it exists.
+        overwrite: Replace the output folder if it holds an earlier export.
     """
 
     word: ClassVar[str] = "export"
@@ -76,8 +76,8 @@ class Export(Command):
 
     @override
     def execute(self) -> ExportReport:
+        check_replaceable(self.out)
         check_free(self.out, overwrite=self.overwrite)
-        check_apart(self.out, self.edit, "the edit")
         edit = load_edit(self.edit)
         record = Measurements.read(run_of(self.edit) if self.run is None else self.run, self.attacks)
         texts = None if self.texts is None else Corpus.from_file(self.texts)
@@ -101,3 +101,17 @@ class Export(Command):
         if self.push_to is not None:
             console.print(f"Uploaded: {report.push_to_hub(self.push_to, private=not self.public)}")
         return report
+
+
+def check_replaceable(folder: Path) -> None:
+    """Refuse to replace a folder that holds something other than an export, before any work is done.
+
+    Raises:
+        FileExistsError: it holds files, and no model card of an export.
+    """
+    tags = front_matter_of(folder / "README.md").get("tags")
+    exported = isinstance(tags, list) and "mrp_lens" in tags
+    if folder.is_dir() and any(folder.iterdir()) and not exported:
+        raise FileExistsError(
+            f"{folder} exists and holds no export, so nothing replaces it; choose another folder, or empty this one yourself"
+        )

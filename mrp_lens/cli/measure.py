@@ -1,7 +1,7 @@
 """`mrp-lens measure`: a model, and the same model with an edit on, measured without fitting."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import ClassVar
@@ -10,8 +10,9 @@ import pandas as pd
 from typing_extensions import override
 
 from mrp_lens.cli.command import OnData
-from mrp_lens.cli.console import Column, console, show_table
+from mrp_lens.cli.console import Column, console, number, show_table
 from mrp_lens.cli.figures import show_figures
+from mrp_lens.cli.run_folder import check_out
 from mrp_lens.data import Corpus, UnlearningTask
 from mrp_lens.edits import Edit, load_edit, projection_in
 from mrp_lens.edits.provenance import label_of
@@ -22,7 +23,6 @@ from mrp_lens.metrics.recovery import NEVER_TAUGHT, UNEDITED
 from mrp_lens.runs.record import Run
 from mrp_lens.runs.report import report
 from mrp_lens.utils.frames import Row, by_figure, rows_of
-from mrp_lens.utils.io import check_free
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +70,7 @@ class Measure(OnData):
             itself, which is the harness's default (`tokenizer`).
         trust_remote_code: `--harness`: run the code that lies in the folder, such as an exported module.
         seed: Of every random choice.
-        overwrite: Replace the output folder if it exists.
+        overwrite: Replace the output folder if it holds a run.
     """
 
     word: ClassVar[str] = "measure"
@@ -93,7 +93,9 @@ class Measure(OnData):
 
     @override
     def execute(self) -> Run:
-        check_free(self.out, overwrite=self.overwrite)
+        if self.edit is not None and (loading := self.loading.of_edit(self.edit)) != self.loading:
+            return replace(self, loading=loading).execute()
+        check_out(self.out, overwrite=self.overwrite)
         name = self.loading.model
         methods: dict[str, Edit | None] = {UNEDITED: None}
         if self.edit is not None:
@@ -193,7 +195,7 @@ class Measure(OnData):
         console.print(f"Loading {self.loading.model} for lm-evaluation-harness ...")
         hf_model, tokenizer = load_hf(
             self.loading.model,
-            dtype=self.loading.dtype,
+            dtype=self.loading.precision,
             device=self.loading.device,
             trust_remote_code=self.trust_remote_code,
         )
@@ -219,7 +221,7 @@ HARNESS_COLUMNS: list[Column] = [
     ("task", lambda row: str(row["task"])),
     ("method", lambda row: str(row["method"])),
     ("metric", lambda row: str(row["metric"]) if row["filter"] == "none" else f"{row['metric']} ({row['filter']})"),
-    ("value", lambda row: f"{row['value']:.4f}"),
-    ("standard error", lambda row: "" if row["stderr"] is None else f"{row['stderr']:.4f}"),
+    ("value", lambda row: number(row["value"], "{:.4f}".format)),
+    ("standard error", lambda row: number(row["stderr"], "{:.4f}".format)),
     ("questions", lambda row: str(row["n"])),
 ]

@@ -11,10 +11,11 @@ from typing_extensions import override
 
 from mrp_lens.cli.command import Command, ModelOptions
 from mrp_lens.cli.console import Column, console, show_table
+from mrp_lens.cli.run_folder import check_out
 from mrp_lens.runs.plan import Plan, PlanConfig, plan
 from mrp_lens.runs.record import Run
 from mrp_lens.utils.frames import Row, rows_of
-from mrp_lens.utils.io import check_free
+from mrp_lens.utils.io import finite
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +36,7 @@ class PlanFits(Command):
         methods: Names of methods, separated by commas. Default: all.
         out: Folder for table.csv and summary.json. Default: the plan is only shown.
         json: Print the plan as JSON instead of tables.
-        overwrite: Replace the output folder if it exists.
+        overwrite: Replace the output folder if it holds a run.
     """
 
     word: ClassVar[str] = "plan"
@@ -66,20 +67,21 @@ class PlanFits(Command):
     @override
     def execute(self) -> Run:
         if self.out is not None:
-            check_free(self.out, overwrite=self.overwrite)
+            check_out(self.out, overwrite=self.overwrite)
         options = self.loading
         planned = plan(
             options.model,
             self.methods,
             backend=options.backend,
-            dtype=options.dtype,
+            dtype=options.precision,
             device=options.device,
             **asdict(self.settings),
         )
         run = Run("plan", self.arguments(), 0, title=f"{options.model}: what a fit will need")
         run.rows, run.notes = rows_of(planned.frame), list(planned.notes)
         if self.json:
-            sys.stdout.write(json.dumps({"model": asdict(planned.sizes), "rows": run.rows, "notes": run.notes}) + "\n")
+            said = {"model": asdict(planned.sizes), "rows": run.rows, "notes": run.notes}
+            sys.stdout.write(json.dumps(finite(said)) + "\n")
         else:
             show(planned, run.rows)
         if self.out is not None:

@@ -6,9 +6,25 @@ from pathlib import Path
 from typing import Any
 
 from mrp_lens.cli.console import console
-from mrp_lens.utils.result_store import POINTS, ResultStore
+from mrp_lens.utils.io import check_free
+from mrp_lens.utils.result_store import POINTS, ResultStore, check_replaceable, holds_run
 
 KIND = "run"
+
+
+def check_out(out: Path, *, overwrite: bool) -> None:
+    """Refuse a folder that the run of a command cannot be written to in the end, before any work is done.
+
+    Args:
+        out: the folder.
+        overwrite: replace it where it holds a run.
+
+    Raises:
+        FileExistsError: it holds something else, or a run and `overwrite` is False.
+        OSError: nothing can be written there, or another process is at work in it.
+    """
+    check_replaceable(out, KIND)
+    check_free(out, overwrite=overwrite)
 
 
 @contextmanager
@@ -18,7 +34,7 @@ def begun(out: Path, settings: Mapping[str, Any], *, overwrite: bool) -> Iterato
     Args:
         out: the folder.
         settings: everything that the results depend on.
-        overwrite: begin anew, whatever the folder holds.
+        overwrite: begin anew where the folder holds a run.
 
     Raises:
         ValueError: it holds a run with other settings.
@@ -28,6 +44,8 @@ def begun(out: Path, settings: Mapping[str, Any], *, overwrite: bool) -> Iterato
     try:
         store = ResultStore.claim(out, KIND, settings, overwrite=overwrite)
     except FileExistsError as error:
+        if not holds_run(out, KIND):
+            raise
         raise FileExistsError(f"{error}, or replace this one with --overwrite") from error
     with store.lock, stoppable(out):
         if any((out / POINTS).iterdir()):

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from typing_extensions import override
 
 from mrp_lens.cli.command import OnData, as_json
-from mrp_lens.cli.console import Column, console, show_table
+from mrp_lens.cli.console import Column, console, number, show_table
 from mrp_lens.cli.run_folder import stoppable
 from mrp_lens.runs.record import Run
 from mrp_lens.runs.report import report
@@ -106,9 +106,9 @@ COLUMNS: list[Column] = [
     ("c or beta", lambda row: _number(row["coefficient"], ".4g")),
     ("c / norm", lambda row: _number(row["relative_coefficient"], ".2f") if in_stream_units(row["method"]) else ""),
     ("seed", lambda row: _number(row["seed"], "d")),
-    ("forget quiz", lambda row: percent(row["forget_accuracy"])),
-    ("retain quiz", lambda row: percent(row["retain_accuracy"])),
+    ("forget quiz", lambda row: number(row["forget_accuracy"], percent)),
+    ("retain quiz", lambda row: number(row["retain_accuracy"], percent)),
     ("cos(u, forget)", lambda row: _number(row["forget_cosine"], ".2f")),
     ("cos(u, retain)", lambda row: _number(row["retain_cosine"], ".2f")),
-    ("text", lambda row: f"x{row['text_perplexity_ratio']:.3f}"),
+    ("text", lambda row: number(row["text_perplexity_ratio"], "x{:.3f}".format)),
 ]

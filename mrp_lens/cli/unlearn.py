@@ -1,5 +1,6 @@
 """`mrp-lens unlearn`: fit, measure before and after, save, on anybody's model and data."""
 
+import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
@@ -12,7 +13,7 @@ from typing_extensions import override
 from mrp_lens.cli.command import Command, ModelOptions
 from mrp_lens.cli.console import console, show_examples, silent
 from mrp_lens.cli.figures import show_figures
-from mrp_lens.cli.run_folder import begun
+from mrp_lens.cli.run_folder import KIND, begun
 from mrp_lens.data import TaskConfig, UnlearningTask
 from mrp_lens.data.task import beginning
 from mrp_lens.edits import Edit, edit_on, load_edit
@@ -20,6 +21,7 @@ from mrp_lens.edits.provenance import fingerprint
 from mrp_lens.methods import METHODS, Fit, Method, control_accuracy
 from mrp_lens.methods.base import FitTemplate
 from mrp_lens.methods.budget import LOGGED
+from mrp_lens.methods.fit import CHECKPOINT, FIT
 from mrp_lens.metrics import Measured, rows_for
 from mrp_lens.metrics.recovery import NEVER_TAUGHT, UNEDITED
 from mrp_lens.models import LensModel, identity_of
@@ -28,9 +30,14 @@ from mrp_lens.runs.record import Run
 from mrp_lens.runs.report import report
 from mrp_lens.runs.report.diagnostics import diagnostics
 from mrp_lens.training import LoggerCallback, logger_named
+from mrp_lens.training.checkpoints import IDENTITY_FILE
+from mrp_lens.utils.frames import is_number
+from mrp_lens.utils.io import as_json, finite, make_folder, read_json, sole_process, write_json
 from mrp_lens.utils.processes import is_first, leave
+from mrp_lens.utils.result_store import POINTS, REMEDY
 
 EXAMPLES = 3
+UNEDITED_BY = ("command", "data", "backend", "dtype")  # what the unedited model's figures depend on, besides the model
 
 
 RMU_OF_0_1 = {"errors": "absolute", "budget": None, "coverage": None, "steps": 150}
@@ -102,7 +109,7 @@ class Unlearn(Command):
         seed: Of every random choice.
         logger: Send every update to this tracker, too; log.csv is always written. Each needs
             the extra of its name: `pip install 'mrp_lens[wandb]'`.
-        overwrite: Replace the output folder if it exists.
+        overwrite: Replace the output folder if it holds a run.
     """
 
     word: ClassVar[str] = "unlearn"
@@ -190,12 +197,14 @@ class Unlearn(Command):
             "settings": asdict(self.fitter),
             "data": task.fingerprints(),
             "backend": self.loading.backend,
-            "dtype": self.loading.dtype,
+            "dtype": self.loading.precision,
             "seed": self.seed,
             **({} if self.reference is None else {"reference": self.reference}),
             **({} if earlier is None else {"after": fingerprint(earlier)}),
             **({} if self.request is None else {"request": self.request}),
         }
+        if not self.overwrite:
+            take_over(out, settings)
         with begun(out, settings, overwrite=self.overwrite) as store:
             model = self.loading.load()
             if isinstance(self.fitter, FitTemplate):  # before the folder holds what other settings cannot go on with
@@ -251,6 +260,32 @@ class Unlearn(Command):
         return Fit.once(self.out, fitted)
 
 
+def take_over(out: Path, settings: Mapping[str, Any]) -> None:
+    """Write other settings of the method into the folder of a run that has learned nothing yet; what the unedited model does stays.
+
+    That a setting and the data do not go together, such as a rank above the directions of the forget states, is seen in the fit.
+
+    Args:
+        out: the folder; one that holds no run, more of one, or a run on other data is left as it is.
+        settings: of the run as it is asked for now.
+
+    Raises:
+        BlockingIOError: another process is at work in the folder.
+        ValueError: the file of its settings is damaged.
+    """
+    path, kept = out / f"{KIND}.json", out / CHECKPOINT
+    if not path.is_file():
+        return
+    with sole_process(make_folder(out / POINTS)):
+        known, wanted = read_json(path, REMEDY), as_json(settings)
+        trained = any(file.name != IDENTITY_FILE for file in kept.rglob("*") if file.is_file())
+        measured = {file.stem for file in (out / POINTS).glob("*.json")} - {"model", UNEDITED}
+        same = all(known.get(name) == wanted[name] for name in UNEDITED_BY)
+        if known != wanted and same and not (trained or measured or (out / FIT).exists()):
+            shutil.rmtree(kept, ignore_errors=True)
+            write_json(path, wanted)
+
+
 def released(kind: type[Method]) -> Method:
     """The settings of the code that a paper came with.
 
@@ -285,7 +320,7 @@ def fill(
         {
             "method": name,
             **found["figures"],
-            "text_perplexity_ratio": found["figures"]["text_perplexity"] / base,
+            "text_perplexity_ratio": _ratio(found["figures"]["text_perplexity"], base),
             "outcome": ended,
             "seconds": spent,
         }
@@ -304,9 +339,13 @@ def fill(
     show_examples(run.examples)
 
 
+def _ratio(figure: float | None, base: float | None) -> float | None:
+    return figure / base if is_number(figure) and is_number(base) else None
+
+
 def measured(model: LensModel, task: UnlearningTask, edit: Edit | None) -> dict[str, Any]:
-    """All figures of one row, and what the model writes."""
-    figures = measure(model, task, edit)
+    """All figures of one row, None where one is not known, and what the model writes."""
+    figures = finite(measure(model, task, edit))
     with edit_on(model, edit):
         return {"figures": figures, "examples": continuations(model, example_prompts(task))}
 

@@ -74,19 +74,6 @@ def _tokenizer_in(folder: Path) -> Any | None:
         return None
 
 
-def check_apart(target: Path, folder: Path, what: str) -> None:
-    """Refuse an output folder that is, or holds, what is read from.
-
-    Raises:
-        ValueError: replacing it would delete the other.
-    """
-    place, read = target.resolve(), folder.resolve()
-    if place == read or place in read.parents:
-        raise ValueError(
-            f"{target} is or holds {what} ({folder}), which would be deleted; choose another output folder"
-        )
-
-
 def check_unedited(model: LensModel, edit: Edit, base: Checkpoint) -> None:
     """Refuse a model with hooks on, with which the proof would compare; one that the edit was not made for; and a checkpoint
     that differs from the model in any tensor, in the model's precision.

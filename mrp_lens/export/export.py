@@ -12,7 +12,7 @@ from mrp_lens.data import Corpus
 from mrp_lens.edits import Edit, load_edit
 from mrp_lens.edits.provenance import without_paths
 from mrp_lens.edits.serialization import write_edit
-from mrp_lens.export.base import base_of, check_apart, check_unedited, write_tokenizer
+from mrp_lens.export.base import base_of, check_unedited, write_tokenizer
 from mrp_lens.export.checkpoint import LEFT_BEHIND, Checkpoint, architecture_in, round_to
 from mrp_lens.export.formats import AnyForm, Changes, Form, Plan, changes_to, plan_for
 from mrp_lens.export.hub import push_to_hub
@@ -21,7 +21,7 @@ from mrp_lens.export.model_card import front_matter_of, model_card
 from mrp_lens.export.remote_code import write_module
 from mrp_lens.export.verification import TEXTS, Proof, prove
 from mrp_lens.models import LensModel, dtype_named, dtype_of
-from mrp_lens.utils.io import check_free, whole_folder, write_json, write_text
+from mrp_lens.utils.io import check_apart, check_free, whole_folder, write_json, write_text
 from mrp_lens.utils.progress import progress_bar
 from mrp_lens.utils.validation import check_one_of
 

@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 
 from mrp_lens.utils.frames import Row, versions
-from mrp_lens.utils.io import whole_folder, write_json, write_text
+from mrp_lens.utils.io import finite, whole_folder, write_json, write_text
 
 FRAMES = "frames"
 
@@ -52,7 +52,10 @@ class Run:
                 extra(folder)
 
     def write_into(self, folder: Path) -> None:
-        """Write `summary.json`, `table.csv` and `frames/` into a folder that exists, each file whole or not at all."""
+        """Write `summary.json`, `table.csv` and `frames/` into a folder that exists, each file whole or not at all.
+
+        A figure that is not known, or not finite, is null in JSON.
+        """
         summary = {
             "command": self.command,
             "title": self.title,
@@ -71,4 +74,4 @@ class Run:
         for name, frame in self.frames.items():
             (folder / FRAMES).mkdir(exist_ok=True)
             write_text(folder / FRAMES / f"{name}.csv", frame.to_csv(index=False))
-        write_json(folder / "summary.json", summary)
+        write_json(folder / "summary.json", finite(summary))

@@ -21,7 +21,9 @@ from mrp_lens.methods.rmu import default_layer
 from mrp_lens.metrics import Measured, rows_for
 from mrp_lens.metrics.recovery import UNEDITED
 from mrp_lens.models import LensModel, check_layers, identity_of
-from mrp_lens.utils.io import as_json
+from mrp_lens.models.finite import NonFiniteError
+from mrp_lens.training import NonFiniteLossError
+from mrp_lens.utils.io import as_json, one_line
 from mrp_lens.utils.result_store import ResultStore
 from mrp_lens.utils.torch_state import ordinary_torch
 from mrp_lens.utils.validation import check_whole, generator_for, or_default
@@ -30,6 +32,8 @@ FITS = "fits"  # of points that are not measured yet
 QUICK_LAYERS, QUICK_STEPS, QUICK_QUESTIONS, QUICK_DOCUMENTS = 4, 75, 150, 100
 FULL_SEEDS, FULL_DOCUMENTS = (0, 1, 2), 200
 FULL_SHARES = (0.25, 1.0, 4.0)
+FAILED = "failed: "  # how the outcome of a point without figures begins
+OF_STATES = ("forget_cosine", "forget_norm", "retain_cosine", "retain_norm", "null_mean", "null_low", "null_high")
 
 
 @dataclass(frozen=True)
@@ -65,7 +69,7 @@ class SweepConfig:
         methods: By name.
         layers: To fit at. Default: four, evenly spread.
         coefficients: Values of c, in units of the stream, of methods that have a `steering_coeff`. Default: twice the forget
-            states' norm at RMU's layer.
+            states' norm at RMU's layer, if there is such a method.
         betas: Values of beta, of methods that have one.
         strengths: Values of any method's strength, by its name; they go before those of `coefficients` and `betas`.
         seeds: Of the fits. Default: 0.
@@ -111,7 +115,8 @@ class SweepConfig:
         layers, coefficients, full = self.layers, self.coefficients, self.full
         if layers is None:
             layers = tuple(range(model.cfg.n_layers)) if full else default_layers(model, QUICK_LAYERS)
-        if coefficients is None:
+        taken = any(in_stream_units(method) and not self.strengths.get(method) for method in self.methods)
+        if coefficients is None and taken:
             usual = default_coefficient(model, task, layer=default_layer(model))
             coefficients = tuple(usual * share for share in (FULL_SHARES if full else (1.0,)))
         return ResolvedSweep(
@@ -135,7 +140,7 @@ class ResolvedSweep:
 
     methods: tuple[str, ...]
     layers: tuple[int, ...]
-    coefficients: tuple[float, ...]
+    coefficients: tuple[float, ...] | None  # None: no method takes them
     betas: tuple[float, ...]
     seeds: tuple[int, ...]
     steps: int | None  # None: each method's own
@@ -153,9 +158,9 @@ class ResolvedSweep:
                 )
 
     def settings(self) -> dict[str, Any]:
-        """As version 0.1 wrote them; what it did not know only where it is given."""
-        unknown = ("strengths", "micro_batch", "max_length")
-        return {name: value for name, value in asdict(self).items() if name not in unknown or value}
+        """As version 0.1 wrote them; what it did not know, and coefficients that no method takes, only where they are given."""
+        if_given = ("strengths", "micro_batch", "max_length", "coefficients")
+        return {name: value for name, value in asdict(self).items() if name not in if_given or value}
 
     def points(self) -> list[Point]:
         """All of them once, in the order of the table."""
@@ -171,8 +176,8 @@ class ResolvedSweep:
         swept = METHODS[method].swept
         if swept is None or swept.strength is None:
             return (None,)
-        known: dict[str, Sequence[float | None]] = {"steering_coeff": self.coefficients, "beta": self.betas}
-        return self.strengths.get(method) or known.get(swept.strength, (None,))
+        known = {"steering_coeff": self.coefficients, "beta": self.betas}
+        return self.strengths.get(method) or or_default(known.get(swept.strength), (None,))
 
     def fitter(self, point: Point) -> Method:
         """The method of a point.
@@ -245,11 +250,12 @@ def sweep(
         `forget_cosine`, `retain_cosine` with the fit's u at the layer (MRP: with an unrelated u), the controls
         `null_mean`, `null_low`, `null_high`; `forget_norm`, `retain_norm`; `forget_max_probability`,
         `retain_max_probability`, `forget_max_logit`, `retain_max_logit` (teacher-forced); `text_perplexity_ratio`;
-        `outcome` and `updates`: how a fit with a budget ended (`Outcome.ended`), after so many.
+        `outcome` and `updates`: how a fit with a budget ended (`Outcome.ended`), after so many. Of a point whose fit or figures
+        became NaN or infinite, `outcome` is "failed: " and why, and no figure is known; it is not fitted again.
 
     Raises:
-        ValueError: the task lacks questions, a layer does not exist, the shard is not 1 <= i <= n, or the folder
-            belongs to a sweep with other settings (which differ is said).
+        ValueError: the task lacks questions, a layer does not exist, the shard is not 1 <= i <= n, no point at all gave figures, or
+            the folder belongs to a sweep with other settings (which differ is said).
         KeyboardInterrupt: Ctrl-C; the points that are done stay.
     """
     number, count = shard
@@ -269,9 +275,19 @@ def sweep(
         for point in bar:
             bar.set_postfix_str(point.name)
             kept = store.folder / FITS / point.name
-            store.keep(point.name, _fit_and_measure(model, task, plan, point, untouched, kept, progress=progress))
+            try:
+                found = _fit_and_measure(model, task, plan, point, untouched, kept, progress=progress)
+            except (NonFiniteError, NonFiniteLossError) as error:
+                found = {"row": _failed(point, untouched, error)}
+            store.keep(point.name, found)
             shutil.rmtree(kept, ignore_errors=True)
-    return table(store, plan.points())
+    frame = table(store, plan.points())
+    if frame is not None and len(frame) > 1 and frame["forget_accuracy"].iloc[1:].isna().all():
+        raise ValueError(
+            f"none of {len(frame) - 1} points gave figures, the last {frame['outcome'].iloc[-1]}. Sweep other layers or strengths, in another "
+            "folder"
+        )
+    return frame
 
 
 def table(store: ResultStore, points: Iterable[Point]) -> pd.DataFrame | None:
@@ -332,12 +348,7 @@ def _fit_and_measure(
     u = next(iter(fit.directions.values()), None)
     if u is None:  # MRP has none: an unrelated one shows what the null looks like
         u = random_units(1, model.cfg.d_model, "uniform", generator_for(point.seed))[0]
-    norm = float(untouched["norms"][str(point.layer)])
-    share = point.coefficient
-    if share is not None and in_stream_units(point.method):
-        share /= norm
-    row: dict[str, Any] = asdict(point) | {"norm": norm, "relative_coefficient": share}
-    row |= _behaviour(model, task, plan, fit.edit)
+    row = _place(point, untouched) | _behaviour(model, task, plan, fit.edit)
     with fit.edit.applied(model):
         perplexity = metrics.value(metrics.perplexity(model, task.held_out, progress=False))
         aligned = metrics.alignment(
@@ -355,6 +366,22 @@ def _fit_and_measure(
     row |= {key: float(aligned[key]["forget"]) for key in ("null_mean", "null_low", "null_high")}
     row |= untouched["controls"] | {"outcome": fit.ended, "updates": len(fit.log)}
     return {"row": row, "seconds": float(fit.log["seconds"].iloc[-1])}
+
+
+def _place(point: Point, untouched: Mapping[str, Any]) -> dict[str, Any]:
+    """What a row says of its point before any fit."""
+    norm = float(untouched["norms"][str(point.layer)])
+    share = point.coefficient
+    if share is not None and in_stream_units(point.method):
+        share /= norm
+    return asdict(point) | {"norm": norm, "relative_coefficient": share}
+
+
+def _failed(point: Point, untouched: Mapping[str, Any], error: Exception) -> dict[str, Any]:
+    """The row of a point that gave no figures, and why."""
+    unknown = dict.fromkeys((*untouched["row"], *OF_STATES))
+    ended = {"outcome": f"{FAILED}{one_line(error)}", "updates": None}
+    return unknown | _place(point, untouched) | untouched["controls"] | ended
 
 
 def _behaviour(model: LensModel, task: UnlearningTask, plan: ResolvedSweep, edit: Edit | None) -> dict[str, float]:

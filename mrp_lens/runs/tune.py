@@ -20,7 +20,8 @@ from mrp_lens.edits.provenance import fingerprint
 from mrp_lens.methods import METHODS, Fit, FitTemplate, Method
 from mrp_lens.methods.base import recorded
 from mrp_lens.methods.fit import EDIT, LOG
-from mrp_lens.methods.search_space import Space
+from mrp_lens.methods.rmu import BEFORE_MLP, Misdirection
+from mrp_lens.methods.search_space import Depth, Dimension, Space
 from mrp_lens.metrics.recovery import UNEDITED
 from mrp_lens.models import LensModel, identity_of
 from mrp_lens.models.finite import NonFiniteError
@@ -30,7 +31,7 @@ from mrp_lens.utils.frames import rows_of
 from mrp_lens.utils.io import as_json, one_line, write_text
 from mrp_lens.utils.result_store import POINTS, ResultStore
 from mrp_lens.utils.torch_state import ordinary_torch
-from mrp_lens.utils.validation import check_positive, check_whole, int_seed
+from mrp_lens.utils.validation import check_positive, check_whole, int_seed, whole_numbers
 from mrp_lens.utils.workers import at_work, exclusive, forget_dead
 
 if TYPE_CHECKING:
@@ -121,14 +122,14 @@ def tune(
         choose: the trial to take. None: see `Tuned.why`.
         tuning_share: of the questions (of their entities, where all are known) and held-out documents.
         prune_above: nats of damage a token on 32 held-out documents, above which a trial is not measured further; nor is one whose
-            fit or figures are not finite.
+            fit or figures are not finite, or whose settings the method refuses.
         progress: show progress bars.
 
     Raises:
         ImportError: Optuna is not installed.
         ValueError: there is nothing to search (an unknown method, one without a search space, all of its settings given), the task
-            lacks quizzes or held-out text, a value is out of range, no trial was measured, or the folder belongs to another search
-            (which differs is said).
+            lacks quizzes or held-out text, a value is out of range, the method cannot be fitted with what the first trial has, no trial
+            was measured, or the folder belongs to another search (which differs is said).
         KeyboardInterrupt: Ctrl-C; the trials that are done stay, and the one under way goes on.
     """
     trials_in = optuna_trials()
@@ -181,7 +182,7 @@ def optuna_trials() -> "type[Trials]":
 
 
 def open_space(method: Method) -> Space:
-    """What there is to search: the method's declared space without the settings that were given.
+    """What there is to search: the method's declared space without the settings that were given, nor layers that these leave out.
 
     Raises:
         ValueError: the method declares none, or all of it was given.
@@ -197,7 +198,16 @@ def open_space(method: Method) -> Space:
         raise ValueError(
             f"all settings that {method.name} has to search are given: {', '.join(method.space)}; leave one out"
         )
+    layer = space.get("layer")
+    if isinstance(method, Misdirection) and isinstance(layer, Depth):
+        space["layer"] = replace(layer, lowest=_lowest(method))
     return space
+
+
+def _lowest(method: Misdirection[Any]) -> int:
+    """The lowest layer at which every matrix of `trained_layers`, or a single one if these are not given, has a part in the states."""
+    last = max(0, *whole_numbers(method.trained_layers or (0,), "trained_layers"))
+    return last + 1 if method.site in BEFORE_MLP else last
 
 
 def _default(field: Any) -> Any:
@@ -207,12 +217,26 @@ def _default(field: Any) -> Any:
 @ordinary_torch(gradients=False)
 def method_of(base: Method, space: Space, drawn: Mapping[str, Any], model: LensModel, task: UnlearningTask) -> Method:
     """The method with the settings that were drawn; factors are on what it derives with the others."""
-    parts = {name: {end: drawn[name + end] for end in dimension.draws(model)} for name, dimension in space.items()}
-    plain = {name: way.value(parts[name], None) for name, way in space.items() if not way.needs_default}
-    chosen = replace(base, **plain)
+    chosen = replace(base, **plain_settings(space, drawn, model))
     derived = _derived(chosen, model, task)
-    relative = {name: way.value(parts[name], derived[name]) for name, way in space.items() if way.needs_default}
+    relative = {
+        name: way.value(_parts(name, way, drawn, model), derived[name])
+        for name, way in space.items()
+        if way.needs_default
+    }
     return replace(chosen, **relative)
+
+
+def plain_settings(space: Space, drawn: Mapping[str, Any], model: LensModel) -> dict[str, Any]:
+    """The settings that were drawn themselves, without those that are factors on what the method derives."""
+    return {
+        name: way.value(_parts(name, way, drawn, model), None) for name, way in space.items() if not way.needs_default
+    }
+
+
+def _parts(name: str, way: Dimension, drawn: Mapping[str, Any], model: LensModel) -> dict[str, Any]:
+    """What was drawn for one setting, by the endings of the parameters' names."""
+    return {end: drawn[name + end] for end in way.draws(model)}
 
 
 @ordinary_torch(gradients=False)
@@ -279,12 +303,17 @@ class _Search:
         )
 
     def tried(self, trial: "Trial") -> tuple[list[float] | None, dict[str, Any]]:
-        """The objectives of a trial (None: it was given up), and its row."""
+        """The objectives of a trial (None: it was given up), and its row.
+
+        Raises:
+            ValueError: the first trial, which is the method as the user gave it, cannot be done; a later one is given up for that.
+        """
         begun = time.perf_counter()
-        method = method_of(self.base, self.space, trial.drawn, self.model, self.task)
-        result: dict[str, Any] = {"settings": as_json({name: getattr(method, name) for name in self.space})}
+        result: dict[str, Any] = {"settings": as_json(plain_settings(self.space, trial.drawn, self.model))}
         objectives = None
         try:
+            method = method_of(self.base, self.space, trial.drawn, self.model, self.task)
+            result["settings"] = as_json({name: getattr(method, name) for name in self.space})
             edit = self._fitted(method, self._kept(trial.place)).edit
             sample = metrics.damage(
                 self.model, edit, self.tuning.held_out.spread(SAMPLE), seed=self.seed, progress=False
@@ -295,7 +324,9 @@ class _Search:
             else:
                 result["row"] = self.measured(self.tuning, edit)
                 objectives = self._objectives(result["row"])
-        except (NonFiniteError, NonFiniteLossError) as error:
+        except (ValueError, NonFiniteLossError) as error:
+            if trial.place == 0 and not isinstance(error, NonFiniteError | NonFiniteLossError):
+                raise
             result |= {"row": {}, "reason": one_line(error)}
         return objectives, {**result, "seconds": round(time.perf_counter() - begun, 3)}
 

@@ -4,6 +4,7 @@ import glob
 import itertools
 import json
 import logging
+import math
 import os
 import re
 import shutil
@@ -11,7 +12,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -90,6 +91,24 @@ def check_free(path: str | Path, *, overwrite: bool = False) -> None:
     if target.is_dir() and any(target.iterdir()) and not overwrite:
         raise FileExistsError(
             f"{target} exists and is not empty; choose another folder, or overwrite it (overwrite=True)"
+        )
+
+
+def check_apart(target: str | Path, read: str | Path, what: str) -> None:
+    """Refuse an output folder that is, or holds, what is read.
+
+    Args:
+        target: the output folder.
+        read: the file or folder that is read.
+        what: it is, for the error.
+
+    Raises:
+        ValueError: replacing one would delete the other.
+    """
+    place, source = Path(target).resolve(), Path(read).resolve()
+    if place == source or place in source.parents:
+        raise ValueError(
+            f"{target} is or holds {what} ({read}), which would be deleted; choose another output folder"
         )
 
 
@@ -192,6 +211,15 @@ def _check_values(value: Any, levels: int) -> None:
 def as_json(value: Any) -> Any:
     """The value as it comes back from JSON: tuples are lists, keys are text."""
     return json.loads(json.dumps(value))
+
+
+def finite(value: Any) -> Any:
+    """The value with None for NaN and the infinities, which JSON does not have, in mappings and lists, too."""
+    if isinstance(value, Mapping):
+        return {key: finite(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_json(path: str | Path, content: Any) -> None:

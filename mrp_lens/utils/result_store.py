@@ -1,9 +1,8 @@
 """A folder of results computed one by one, each whole or not at all, so that a killed run goes on where it stopped."""
 
 import json
-import shutil
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,10 +10,12 @@ from typing import Any
 import pandas as pd
 
 from mrp_lens.utils.frames import frame_of, rows_of
-from mrp_lens.utils.io import make_folder, read_json, remove_partial_files, sole_process, write_json
+from mrp_lens.utils.io import make_folder, read_json, remove_partial_files, sole_process, whole_folder, write_json
 from mrp_lens.utils.workers import exclusive
 
 POINTS = "points"
+RECORD = "summary.json"  # of a finished run, with these keys and others
+RECORDED = {"command", "versions", "rows"}
 REMEDY = "remove it, and run the command again"
 
 
@@ -42,16 +43,16 @@ class ResultStore:
             settings: everything that the results depend on; JSON.
             earlier: those of the settings that version 0.1 wrote otherwise, as it did; they are as good in a folder whose
                 record shows that 0.1 wrote it.
-            overwrite: begin anew, whatever the folder holds.
+            overwrite: begin anew where the folder holds a run.
 
         Raises:
             ValueError: the folder holds such a run with other settings (which differ is said), or its settings are damaged.
             FileExistsError: it holds something else.
-            OSError: it cannot be made or written into.
+            OSError: it cannot be made or written into, or is to be overwritten and another process is at work in it.
         """
         target = Path(folder)
-        if overwrite and target.is_dir():
-            shutil.rmtree(target)
+        if overwrite:
+            _remove_run(target, kind)
         check_holds(target, kind)
         with exclusive(make_folder(target)):  # several processes may begin it at once
             make_folder(target / POINTS)
@@ -141,6 +142,47 @@ def check_holds(folder: str | Path, kind: str) -> None:
         held = not target.exists() or target.is_dir()  # which another process has made since
     if not held:
         raise FileExistsError(f"{target} exists and holds no {kind}; choose another folder")
+
+
+def holds_run(folder: str | Path, kind: str) -> bool:
+    """Whether a folder holds a finished run, or one of this kind that was begun, or no file at all: nothing but results."""
+    target = Path(folder)
+    if (target / f"{kind}.json").is_file() and (target / POINTS).is_dir():
+        return True
+    with suppress(ValueError, OSError):
+        if read_json(target / RECORD, REMEDY).keys() >= RECORDED:
+            return True
+    return target.is_dir() and not any(entry.is_symlink() or not entry.is_dir() for entry in target.rglob("*"))
+
+
+def check_replaceable(folder: str | Path, kind: str) -> None:
+    """Refuse to replace a folder that holds more than a run, or a run that is under way, before any work is done.
+
+    Raises:
+        FileExistsError: it holds files, and no finished run nor one of this kind.
+        BlockingIOError: another process is at work in it.
+    """
+    target = Path(folder)
+    if target.is_dir() and not holds_run(target, kind):
+        raise FileExistsError(
+            f"{target} exists and holds no run, so nothing replaces it; choose another folder, or empty this one yourself"
+        )
+    with _alone_in(target):
+        pass
+
+
+def _remove_run(folder: Path, kind: str) -> None:
+    """Put an empty folder in the place of one that holds a run, or leave it as it is."""
+    check_replaceable(folder, kind)
+    if folder.is_dir():
+        with _alone_in(folder), whole_folder(folder, overwrite=True):
+            pass
+
+
+def _alone_in(folder: Path) -> AbstractContextManager[None]:
+    """The lock of a run's folder, where there is one."""
+    points = folder / POINTS
+    return sole_process(points) if points.is_dir() else nullcontext()
 
 
 def _of_0_1(known: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:

@@ -253,6 +253,51 @@ def test_a_bad_configuration_is_named(tmp_path: Path, name: str, text: str, mess
     assert "no file at" in str(invoke("unlearn", "--config", str(tmp_path / "none")).exception)
 
 
+READS = {  # a command, what it reads, and the output folder that would delete that
+    "a checkpoint": (["unlearn", "--method", "rmu"], "--model", "checkpoint", "checkpoint"),
+    "a folder with the checkpoint": (["unlearn", "--method", "rmu"], "--model", "checkpoint", "."),
+    "a reference": (["unlearn", "--method", "rmu"], "--reference", "checkpoint", "checkpoint"),
+    "an earlier edit": (["unlearn", "--method", "rmu"], "--after", "run/edit", "run"),
+    "texts": (["unlearn", "--method", "rmu"], "--forget", "run/texts.jsonl", "run"),
+    "a quiz": (["sweep"], "--untaught-questions", "run/texts.jsonl", "run"),
+    "an edit to measure": (["measure"], "--edit", "run/edit", "run"),
+    "tasks": (["measure"], "--include-path", "run/edit", "run/edit"),
+    "an edit to attack": (["attack"], "--edit", "run/edit", "run/edit"),
+    "texts to tune on": (["tune"], "--retain", "run/texts.jsonl", "run"),
+    "an edit to export": (["export"], "--edit", "run/edit", "run"),
+    "its figures": (["export", "--edit", "other"], "--attacks", "run", "run"),
+    "a model to plan": (["plan"], "--model", "checkpoint", "checkpoint"),
+    "runs to compare": (["compare", "run", "other"], "--folders", "run", "run"),
+}
+
+
+@pytest.mark.parametrize("what", READS)
+def test_no_command_writes_to_what_it_reads(what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words, option, read, out = READS[what]
+    for name in ("checkpoint/config.json", "run/edit/edit_config.json", "run/texts.jsonl", "run/summary.json"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("{}")
+    before = sorted(tmp_path.rglob("*"))
+    monkeypatch.chdir(tmp_path)
+    given = {"--model": "own", "--forget": "f.jsonl", "--retain": "r.jsonl"} if words[0] == "unlearn" else {}
+    given |= {} if words[0] == "compare" else {option: read}
+    line = [*words, *(word for pair in given.items() for word in pair), "--out", out]
+    may_overwrite = words[0] not in ("sweep", "attack", "tune")
+    for more in ([], ["--overwrite"]) if may_overwrite else ([],):
+        refused = invoke(*line, *more).exception
+        assert isinstance(refused, ValueError)
+        assert f"what {option} names ({read}), which would be deleted; choose another output folder" in str(refused)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_folder_that_is_called_as_a_model_of_the_library_may_hold_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "demo").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert "unknown topic 'x'" in str(invoke("measure", "--topic", "x", "--out", "demo").exception)
+
+
 def test_bad_input_ends_with_one_line_and_code_2_and_debug_shows_where() -> None:
     words = "unlearn --model /nowhere --method mrp --forget none.jsonl --retain r.txt --out o".split()
     result = in_process(*words)

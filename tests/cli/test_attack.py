@@ -83,6 +83,39 @@ def test_the_command_names_what_is_wrong_before_it_loads_a_model(
     assert not (attacked / "out").exists()
 
 
+def test_without_a_model_it_is_that_of_the_run_which_left_the_edit(
+    tiny_folder: Path, attacked: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (attacked / "run").mkdir()
+    (attacked / "edit").rename(attacked / "run" / "edit")
+    arguments = {"model": str(tiny_folder), "dtype": "bfloat16"}
+    (attacked / "run" / "summary.json").write_text(json.dumps({"arguments": arguments}))
+    loaded: list[tuple[str, Any]] = []
+
+    def load(name: str, **options: Any) -> Any:
+        loaded.append((name, options["dtype"]))
+        raise FloatingPointError("far enough")
+
+    monkeypatch.setattr("mrp_lens.cli.command.load_model", load)
+    line = words(tiny_folder, attacked, "--edit", str(attacked / "run" / "edit"))
+    without = line[: line.index("--model")] + line[line.index("--model") + 2 :]
+    assert "far enough" in str(invoke(*without).exception)
+    assert loaded == [(str(tiny_folder), "bfloat16")]
+    (attacked / "out").rmdir()
+    bare = ("attack", "--edit", str(attacked / "run" / "edit"), "--out", str(attacked / "out"))
+    assert "give forget=... and retain=..." in str(invoke(*bare).exception)  # the demo's world is not for this model
+    assert not (attacked / "out").exists()
+
+
+def test_a_quiz_is_asked_for_before_a_folder_is_made(tiny_folder: Path, attacked: Path) -> None:
+    data = ("--forget", str(attacked / "forget.jsonl"), "--retain", str(attacked / "retain.txt"))
+    line = ("attack", "--model", str(tiny_folder), "--edit", str(attacked / "edit"), *data)
+    result = invoke(*line, "--out", str(attacked / "out"))
+    assert isinstance(result.exception, ValueError)
+    assert "give --questions, too" in str(result.exception)
+    assert not (attacked / "out").exists()
+
+
 def test_every_budget_is_an_option_and_the_summary_of_a_run_is_a_configuration(
     tiny_folder: Path, attacked: Path
 ) -> None:

@@ -1,13 +1,14 @@
 """The edits of several runs in one table."""
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from tests.support.commands import invoke
+from tests.support.commands import completed, invoke
 
 UNEDITED: Mapping[str, Any] = {
     "method": "unedited",
@@ -66,3 +67,47 @@ def test_runs_of_other_data_and_folders_without_an_edit_are_refused(tmp_path: Pa
         ((run, run), "two of the runs are called 'run'"),
     ):
         assert said in str(invoke("compare", *folders).exception)
+
+
+def test_runs_of_unlearn_and_of_measure_stand_side_by_side(tmp_path: Path) -> None:
+    fitted = {**edited(damage=0.01), "outcome": "target", "seconds": 3.2}
+    run = wrote(tmp_path / "run", {**UNEDITED, "outcome": None, "seconds": 0.0}, fitted)
+    of_the_harness = {"task": "wmdp", "metric": "acc", "filter": "none", "value": 0.3, "stderr": None, "n": 3}
+    measured = wrote(
+        tmp_path / "measured",
+        *(UNEDITED, edited(damage=0.02)),
+        *({"method": name, **of_the_harness} for name in ("unedited", "mrp")),
+    )
+    for folders in ((run, measured), (measured, run)):
+        said = completed("compare", *folders).output
+        assert said.count(" 3 s ") == 1
+        assert re.search(r"measured .* 0\.020 \[0\.000, 1\.000\] │ +│", said)
+    assert "has no figures of the unedited model" in str(
+        invoke("compare", wrote(tmp_path / "harness", {"method": "unedited", **of_the_harness})).exception
+    )
+
+
+def test_names_are_shown_as_they_are_and_what_is_not_known_is_an_empty_cell(tmp_path: Path) -> None:
+    unknown = {"forget_low": float("nan"), "forget_high": None, "text_perplexity_ratio": float("nan"), "damage": None}
+    names = ("mrp [small]", "rmu :x: [bold]", "[red]")
+    for number, name in enumerate(names):
+        wrote(tmp_path / name, {**UNEDITED, "forget_low": None}, {**edited(), **(unknown if number == 0 else {})})
+    said = completed("compare", *(str(tmp_path / name) for name in names)).output
+    for name in names:
+        assert f" {name} " in said
+    assert re.search(r"mrp \[small\] +│ 50\.0% \[40\.0%, 60\.0%\] │ +90\.0% │ +│ +│", said)
+    assert "nan" not in said
+
+
+def test_what_is_no_run_is_not_overwritten(tmp_path: Path) -> None:
+    run = wrote(tmp_path / "run", UNEDITED, edited(damage=0.01))
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "mine.txt").write_text("mine")
+    for extra in ([], ["--overwrite"]):
+        assert "out exists and holds no run" in str(invoke("compare", run, "--out", str(out), *extra).exception)
+        assert [path.name for path in out.iterdir()] == ["mine.txt"]
+    (out / "mine.txt").unlink()
+    completed("compare", run, "--out", str(out))
+    assert "overwrite it" in str(invoke("compare", run, "--out", str(out)).exception)
+    completed("compare", run, "--out", str(out), "--overwrite")

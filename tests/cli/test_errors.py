@@ -18,6 +18,9 @@ from mrp_lens.cli.errors import as_typed
         ),
         ("for a data set of the Hub use from_hub", "for a data set of the Hub write hub:NAME"),
         ("give its own name (fit(..., request=...))", "give its own name (fit(..., --request))"),
+        ("on the forget set; give questions=...", "on the forget set; give --questions"),
+        ("give forget=... and retain=... (and questions=...)", "give --forget and --retain (and --questions)"),
+        ("give --untaught-questions; untaught_questions=...", "give --untaught-questions; untaught_questions=..."),
         ("load_model(..., tokenizer=...)", "load_model(..., tokenizer=...)"),  # no option
     ],
 )

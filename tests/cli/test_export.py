@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from mrp_lens.cli.export import Export
 from mrp_lens.cli.run_folder import run_of
 from mrp_lens.models import load_model
 from tests.support.commands import Result, completed
@@ -62,6 +63,30 @@ def test_the_run_that_left_the_edit_fills_the_card(edit_folder: Path, tiny_folde
     (edit_folder.parent / "summary.json").write_text(json.dumps(summary))
     result = export("--edit", str(edit_folder), "--form", "adapter", "--no-verify", "--out", str(tmp_path / "again"))
     assert f"Loading {tiny_folder}" in result.output
+    adapter = ("--edit", str(edit_folder), "--form", "adapter", "--no-verify", "--out", str(tmp_path / "again"))
+    export(*adapter, "--overwrite")
+
+
+@pytest.mark.parametrize(
+    ("typed", "of_run", "loaded"),
+    [
+        ([], "bfloat16", "bfloat16"),
+        (["--dtype", "float32"], "bfloat16", "float32"),
+        (["--dtype", "float16"], "bfloat16", "float16"),
+        ([], None, "float32"),
+    ],
+)
+def test_a_typed_dtype_is_told_from_none(
+    typed: list[str], of_run: str | None, loaded: str, edit_folder: Path, tiny_folder: Path, tmp_path: Path
+) -> None:
+    arguments = {"model": str(tiny_folder), **({} if of_run is None else {"dtype": of_run})}
+    (edit_folder.parent / "summary.json").write_text(json.dumps({"arguments": arguments}))
+    command = Export.parsed(["--edit", str(edit_folder), "--out", str(tmp_path / "out"), *typed])
+    assert command is not None
+    options = command.loading.of_edit(edit_folder)
+    assert (options.model, options.precision) == (str(tiny_folder), loaded)
+    assert command.loading.precision == (typed[1] if typed else "float32")
+    assert Export.parsed(["--edit", "e", "--out", "o", "--dtype", "none"]).loading.dtype is None  # type: ignore[union-attr]
 
 
 def test_the_run_is_found_one_folder_up_or_two(tmp_path: Path) -> None:
@@ -82,14 +107,23 @@ def test_bad_input_ends_before_the_model_is_loaded(
 
     monkeypatch.setattr("mrp_lens.cli.command.load_model", never)
     common = ["--model", str(tiny_folder), "--edit", str(edit_folder)]
-    with pytest.raises(FileExistsError, match="overwrite"):
+    with pytest.raises(ValueError, match=r"is or holds what --edit names \(.*\), which would be deleted"):
         export(*common, "--out", str(edit_folder))
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "model.safetensors").write_text("mine")
+    for extra in ([], ["--overwrite"]):
+        with pytest.raises(FileExistsError, match="full exists and holds no export"):
+            export(*common, "--out", str(tmp_path / "full"), *extra)
+    assert (tmp_path / "full" / "model.safetensors").read_text() == "mine"
+    (tmp_path / "full" / "README.md").write_text("---\ntags:\n- mrp_lens\n---\n")
+    with pytest.raises(FileExistsError, match="overwrite"):
+        export(*common, "--out", str(tmp_path / "full"))
     with pytest.raises(ValueError, match="int4"):
         export(*common, "--out", str(tmp_path / "out"), "--save-dtype", "int4")
     with pytest.raises(FileNotFoundError, match="edit_config"):
-        export("--model", str(tiny_folder), "--edit", str(tmp_path), "--out", str(tmp_path / "out"))
+        export("--model", str(tiny_folder), "--edit", str(edit_folder.parent), "--out", str(tmp_path / "out"))
     with pytest.raises(FileNotFoundError, match=r"summary\.json"):
-        export(*common, "--out", str(tmp_path / "out"), "--attacks", str(tmp_path))
+        export(*common, "--out", str(tmp_path / "out"), "--attacks", str(edit_folder.parent))
     (edit_folder / "edit.safetensors").write_bytes((edit_folder / "edit.safetensors").read_bytes()[:-4])
     with pytest.raises(ValueError, match="altered"):
         export(*common, "--out", str(tmp_path / "out"))

@@ -21,6 +21,7 @@ from mrp_lens.edits.subspace import Subspace
 from mrp_lens.evals import evaluate
 from mrp_lens.hf import attach
 from mrp_lens.models import load_model
+from mrp_lens.utils.io import sole_process
 from tests.support.commands import Result, invoke, summary_of
 from tests.support.edits import projection
 from tests.support.families import DEMO_FOLDER
@@ -137,6 +138,24 @@ def test_data_alone_give_a_row_before_and_a_row_with_the_edit(tiny_folder: Path,
     assert 'id="accuracies"' in (files / "out" / "report.html").read_text(encoding="utf-8")
     for printed in ("forget quiz", "unedited", "projection"):
         assert printed in result.output
+
+
+def test_without_a_model_that_of_the_edits_run_is_measured(tiny_folder: Path, files: Path) -> None:
+    EDIT.save_pretrained(files / "mine" / "edit")
+    arguments = {"model": str(tiny_folder), "dtype": "bfloat16"}
+    (files / "mine" / "summary.json").write_text(json.dumps({"arguments": arguments}))
+    result = invoke(
+        "measure",
+        "--edit",
+        str(files / "mine" / "edit"),
+        "--documents",
+        "2",
+        *with_data(files),
+        "--out",
+        str(files / "out"),
+    )
+    assert result.exit_code == 0, result.exception
+    assert {key: written(files)["arguments"][key] for key in arguments} == arguments
 
 
 def test_fewer_documents_are_fewer_questions_too(tiny_folder: Path, files: Path) -> None:
@@ -258,9 +277,26 @@ def test_an_edit_of_another_model_is_refused_and_nothing_is_written(tiny_folder:
 def test_a_full_folder_is_refused(tiny_folder: Path, files: Path) -> None:
     (files / "out").mkdir()
     (files / "out" / "precious.txt").write_text("keep me")
-    result = run(tiny_folder, files, *with_harness(files))
-    assert isinstance(result.exception, FileExistsError)
-    assert [file.name for file in (files / "out").iterdir()] == ["precious.txt"]
+    for extra in ([], ["--overwrite"]):
+        result = run(tiny_folder, files, *with_harness(files), *extra)
+        assert isinstance(result.exception, FileExistsError)
+        assert "holds no run" in str(result.exception)
+        assert [file.name for file in (files / "out").iterdir()] == ["precious.txt"]
+
+
+def test_the_edit_that_is_measured_stays_when_a_folder_is_overwritten(tiny_folder: Path, files: Path) -> None:
+    data = ("--edit", str(files / "edit"), *with_data(files))
+    assert "is or holds what --edit names" in str(
+        invoke("measure", "--model", str(tiny_folder), *data, "--out", str(files), "--overwrite").exception
+    )
+    assert (files / "edit" / "edit_config.json").is_file()
+    assert run(tiny_folder, files, *data).exit_code == 0
+    assert run(tiny_folder, files, *data, "--overwrite").exit_code == 0
+    points = files / "out" / "points"
+    points.mkdir()
+    with sole_process(points):
+        assert "another process is at work" in str(run(tiny_folder, files, *data, "--overwrite").exception)
+    assert written(files)["rows"]
 
 
 def test_a_missing_harness_is_named_with_its_extra(

@@ -74,6 +74,7 @@ def test_what_cannot_be_meant_is_refused(words: tuple[str, ...], message: str, f
 def test_a_folder_that_is_full_is_left_as_it_is(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").write_text("mine")
-    result = invoke("plan", "--model", str(folder), *FAST, "--out", str(tmp_path / "out"))
-    assert isinstance(result.exception, FileExistsError)
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine.txt"]
+    for extra in ([], ["--overwrite"]):
+        result = invoke("plan", "--model", str(folder), *FAST, "--out", str(tmp_path / "out"), *extra)
+        assert isinstance(result.exception, FileExistsError)
+        assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine.txt"]

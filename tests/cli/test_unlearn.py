@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -110,12 +111,49 @@ def test_an_earlier_edit_that_is_not_there_is_refused_before_anything_is_done(ti
 def test_a_full_folder_is_refused_before_anything_is_done(tiny_folder: Path, files: Path) -> None:
     (files / "out").mkdir()
     (files / "out" / "precious.txt").write_text("keep me")
+    for extra in ([], ["--overwrite"]):
+        result = unlearn(tiny_folder, files, *extra)
+        assert isinstance(result.exception, FileExistsError)
+        assert "holds no run" in str(result.exception)
+        assert "--overwrite" not in str(result.exception)
+        assert [file.name for file in (files / "out").iterdir()] == ["precious.txt"]
+
+
+def test_another_run_is_refused_and_replaced_when_that_is_asked_for(tiny_folder: Path, files: Path) -> None:
+    out = files / "out"
+    out.mkdir()
+    (out / "summary.json").write_text(json.dumps({"command": "measure", "versions": {}, "rows": []}))
     result = unlearn(tiny_folder, files)
     assert isinstance(result.exception, FileExistsError)
-    assert "--overwrite" in str(result.exception)
-    assert [file.name for file in (files / "out").iterdir()] == ["precious.txt"]
+    assert "or replace this one with --overwrite" in str(result.exception)
+    assert [file.name for file in out.iterdir()] == ["summary.json"]
     assert unlearn(tiny_folder, files, "--overwrite").exit_code == 0
-    assert (files / "out" / "edit").is_dir()
+    assert (out / "edit").is_dir()
+    with sole_process(out / "points"):
+        other = unlearn(tiny_folder, files, "--seed", "1", "--overwrite")
+    assert "another process is at work in" in str(other.exception)
+    load_edit(out / "edit")
+
+
+def test_figures_that_are_not_known_are_null_in_json_and_empty_cells(tiny_folder: Path, files: Path) -> None:
+    row = json.loads((files / "forget.jsonl").read_text().splitlines()[0])
+    (files / "one.jsonl").write_text(json.dumps(row))
+    result = unlearn(tiny_folder, files, "--questions", str(files / "one.jsonl"))  # of which no interval can be made
+    assert result.exit_code == 0, result.exception
+
+    def no_json(constant: str) -> Any:
+        raise AssertionError(constant)
+
+    for path in (files / "out").rglob("*.json"):
+        json.loads(path.read_text(encoding="utf-8"), parse_constant=no_json)
+    rows = summary_of(files / "out")["rows"]
+    assert [(row["forget_low"], row["forget_high"]) for row in rows] == [(None, None)] * 2
+    assert "nan" not in result.output.lower()
+    page = (files / "out" / "report.html").read_text(encoding="utf-8")
+    assert "nan" not in re.sub(r"<script\b.*?</script>", "", page[page.index("<body>") :], flags=re.DOTALL)
+    assert "too few questions" in page
+    assert completed("compare", str(files / "out")).exit_code == 0
+    assert unlearn(tiny_folder, files, "--questions", str(files / "one.jsonl")).exit_code == 0  # goes on with it
 
 
 @pytest.mark.parametrize(
@@ -278,6 +316,49 @@ def test_the_same_command_on_a_finished_run_does_nothing_again(
     other = unlearn(tiny_folder, files, "--seed", "1")
     assert isinstance(other.exception, ValueError)
     assert "holds a run with other settings: seed (0 there, 1 now)" in str(other.exception)
+
+
+def test_the_corrected_command_goes_on_where_nothing_was_learned_yet(
+    tiny_folder: Path, files: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = ["--layers", "1,2"]
+    assert unlearn(tiny_folder, files, *given, "--rank", "2", "--out", str(files / "other")).exit_code == 0
+    refused = unlearn(tiny_folder, files, *given, "--rank", "30")  # which the fit finds out
+    assert "rank 30 is above the" in str(refused.exception)
+    assert (files / "out" / "points" / "unedited.json").is_file()
+    elsewhere = unlearn(tiny_folder, files, *given, "--rank", "2", "--retain", str(files / "forget.jsonl"))
+    assert "holds a run with other settings: " in str(elsewhere.exception)
+    assert "data.retain" in str(elsewhere.exception)
+    real, asked = module.measure, []
+
+    def measure(model: Any, task: Any, edit: Any) -> Any:
+        asked.append(edit)
+        return real(model, task, edit)
+
+    monkeypatch.setattr(module, "measure", measure)
+    assert unlearn(tiny_folder, files, *given, "--rank", "2").exit_code == 0
+    assert len(asked) == 1  # the unedited model was measured already
+    assert asked[0] is not None
+    assert results(files / "out") == results(files / "other")
+    learned = unlearn(tiny_folder, files, *given, "--rank", "3")
+    assert "holds a run with other settings: settings.rank (2 there, 3 now)" in str(learned.exception)
+
+
+def test_a_fit_that_was_stopped_is_not_given_up_for_another_one(
+    tiny_folder: Path, files: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = loop._accumulate
+
+    def stopped(*arguments: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGINT)
+        return real(*arguments)
+
+    monkeypatch.setattr(loop, "_accumulate", stopped)
+    assert unlearn(tiny_folder, files, "--steps", "4").exit_code == 130
+    before = {path: path.read_bytes() for path in (files / "out").rglob("*") if path.is_file()}
+    other = unlearn(tiny_folder, files, "--steps", "5")
+    assert "holds a run with other settings: settings.steps (4 there, 5 now)" in str(other.exception)
+    assert before == {path: path.read_bytes() for path in (files / "out").rglob("*") if path.is_file()}
 
 
 def test_a_folder_that_is_at_work_or_cannot_be_made_is_refused_before_the_model_is_loaded(

@@ -64,6 +64,7 @@ def test_what_comes_nearest_to_a_default_can_be_drawn(
 def test_layers_are_drawn_by_their_share_of_the_depth(model: Any) -> None:
     assert Depth(0.0, 1.0).draws(model)[""] == Range(0, LAYERS - 1, whole=True)
     assert Depth(0.3, 0.7).draws(model)[""] == Range(1, 2, whole=True)
+    assert Depth(0.3, 0.7, lowest=2).draws(model)[""] == Range(2, 2, whole=True)
     assert Block(0.5, 1.0, most=2).draws(model) == {
         ".last": Range(2, LAYERS - 1, whole=True),
         ".count": Range(1, 2, whole=True),
@@ -79,6 +80,7 @@ def test_layers_are_drawn_by_their_share_of_the_depth(model: Any) -> None:
         (lambda: Options(()), "at least one text"),
         (lambda: Options(([1],)), "text, number or truth value"),
         (lambda: Depth(0.5, 1.5), "shares of the depth are from 0 to 1"),
+        (lambda: Depth(lowest=-1), "lowest is a layer, and the first one is 0; got -1"),
         (lambda: Block(most=0), "1 <= least <= most"),
         (lambda: Factor(0.1, 10).value({".factor": 2.0}, None), "the method derives None; use a Range"),
     ],

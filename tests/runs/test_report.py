@@ -16,7 +16,7 @@ from mrp_lens.plots import FIGURES
 from mrp_lens.runs.record import Run
 from mrp_lens.runs.report import report
 from mrp_lens.runs.report.diagnostics import diagnostics
-from mrp_lens.runs.report.page import OTHERWISE, sentence
+from mrp_lens.runs.report.page import OTHERWISE, frame_in, sentence
 from mrp_lens.runs.report.table import Table, table_of
 from tests.conftest import D_MODEL
 from tests.support.commands import completed
@@ -156,6 +156,33 @@ def test_the_table_leaves_out_what_is_empty_and_joins_intervals_to_their_values(
     assert texts_of(frame) == [(False, ["rmu", "a", "0.5 [0.4, 0.6]", "0.1 [0, 0.2]"])]
     missing = table_of([{"method": "a", "x": 1.0}, {"method": "b", "x": float("nan")}])
     assert texts_of(missing) == [(False, ["a", "1"]), (False, ["b", ""])]
+
+
+def test_what_is_not_known_is_an_empty_cell_or_no_column() -> None:
+    nan = float("nan")
+    rows = [{"method": "a", "x": 1.0, "x_low": nan, "x_high": nan, "y": nan}, {"method": "b", "x": nan, "y": None}]
+    table = table_of(rows)
+    assert table.headings == ["method", "x"]
+    assert texts_of(table) == [(False, ["a", "1"]), (False, ["b", ""])]
+
+
+def test_a_summary_is_json_whatever_was_measured(tmp_path: Path) -> None:
+    run = Run("x", {}, 0, rows=[{"method": "a", "low": float("nan"), "ratio": float("inf"), "n": 3}])
+    run.write(tmp_path / "run", overwrite=False)
+    text = (tmp_path / "run" / "summary.json").read_text()
+    assert json.loads(text)["rows"] == [{"method": "a", "low": None, "ratio": None, "n": 3}]
+
+
+def test_texts_in_a_frame_are_never_numbers_that_are_missing(tmp_path: Path) -> None:
+    tokens = ["null", "NA", "None", "nan", "", "N/A", "-1.#IND"]
+    frame = pd.DataFrame({"token": tokens, "share": [0.5, None, 1.0, float("nan"), 2.0, 0.0, 1e-9], "n": range(7)})
+    frame = frame.assign(unknown=None)
+    frame.to_csv(tmp_path / "frame.csv", index=False)
+    read = frame_in(tmp_path / "frame.csv")
+    assert read["token"].tolist() == tokens
+    assert read["n"].tolist() == list(range(7))
+    pd.testing.assert_series_equal(read["share"], frame["share"])
+    assert read["unknown"].isna().all()
 
 
 def test_a_share_near_0_is_not_written_as_0() -> None:

@@ -2,7 +2,7 @@ from typing import Any
 
 import pytest
 
-from mrp_lens.runs.report.answers import UNTESTED, Answer, answers_of
+from mrp_lens.runs.report.answers import NOTHING, UNTESTED, UNTOLD, Answer, answers_of
 
 BEFORE: dict[str, Any] = {
     "method": "unedited",
@@ -30,13 +30,12 @@ def answers(**changed: Any) -> Any:
 
 def test_what_is_left_is_a_share_of_what_was_above_the_level() -> None:
     guessed = answers()
-    assert guessed.forgot == Answer(
-        "Not all forgotten",
-        "30.0% [26.0, 34.0] of the forget quiz right; 90.0% before; 25.0% by guessing",
-        pytest.approx(0.05 / 0.65),
-    )
+    figures = "30.0% [26.0, 34.0] of the forget quiz right; 90.0% before; 25.0% by guessing"
+    assert guessed.forgot == Answer("Forgotten", figures, pytest.approx(0.05 / 0.65))
+    known = answers(forget_accuracy=0.35, forget_low=0.24, forget_high=0.46).forgot
+    assert (known.words, known.share) == ("Not all forgotten", pytest.approx(0.1 / 0.65))
     taught = answers(untaught_accuracy=0.28)
-    assert taught.forgot.words == "Forgotten"  # the interval reaches down to it
+    assert taught.forgot.words == "Forgotten"
     assert taught.forgot.share == pytest.approx(0.02 / 0.62)
     assert "28.0% on facts never taught" in taught.forgot.figures
     assert answers(forget_accuracy=0.2, forget_low=0.15).forgot.share == 0.0
@@ -56,6 +55,44 @@ def test_a_model_that_never_saw_the_set_is_the_level_before_all_others() -> None
 )
 def test_a_verdict_of_the_run_is_what_the_page_says(verdict: str, words: str) -> None:
     assert answers(verdict=verdict).forgot.words == words
+
+
+UNSURE = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("accuracy", "interval", "words"),
+    [
+        (0.02, (0.0, 0.05), "Suppressed: below guessing"),
+        (0.15, (0.05, 0.25), "Suppressed: below guessing"),
+        (0.24, (0.2, 0.28), "Forgotten"),
+        (0.3, (0.1, 0.6), "Forgotten"),
+        (0.4, (0.1, 0.7), "Not all forgotten"),
+        (0.9, (0.2, 1.0), UNTOLD),
+        (0.25, (0.0, 1.0), UNTOLD),
+        (0.0, (UNSURE, UNSURE), UNTOLD),
+        (1.0, (None, None), UNTOLD),
+    ],
+)
+def test_a_row_without_a_verdict_is_judged_as_the_demo_judges(
+    accuracy: float, interval: tuple[Any, Any], words: str
+) -> None:
+    found = answers(forget_accuracy=accuracy, forget_low=interval[0], forget_high=interval[1]).forgot
+    assert found.words == words
+    assert (found.share is None) == (words == UNTOLD)
+
+
+def test_below_never_taught_facts_it_is_suppressed_even_where_guessing_is_lower() -> None:
+    found = answers(untaught_accuracy=0.4, forget_accuracy=0.26, forget_low=0.2).forgot
+    assert found.words == "Suppressed: below facts never taught"
+
+
+@pytest.mark.parametrize("verdict", [None, "absent"])
+def test_a_model_that_guessed_before_the_edit_had_nothing_to_forget(verdict: str | None) -> None:
+    before = {**BEFORE, "forget_accuracy": 0.26, "forget_low": 0.2, "forget_high": 0.32}
+    (found,) = answers_of([before, {**AFTER, "verdict": verdict}])
+    assert found.forgot is not None
+    assert (found.forgot.words, found.forgot.share) == (NOTHING, None)
 
 
 def test_without_a_level_nothing_is_called_forgotten() -> None:

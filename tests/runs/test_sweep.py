@@ -5,13 +5,20 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from mrp_lens import metrics
+from mrp_lens import metrics, plots
 from mrp_lens.data import Corpus, Questions
 from mrp_lens.data.task import UnlearningTask
 from mrp_lens.methods import METHODS, MRP, RMU, AdaptiveRMU, DirectionAblation, NoisyRMU, Swept
 from mrp_lens.methods.registry import register
+from mrp_lens.models import load_model
+from mrp_lens.models.finite import NonFiniteError
+from mrp_lens.runs import sweep as module
+from mrp_lens.runs.record import Run
+from mrp_lens.runs.report import report
 from mrp_lens.runs.sweep import Point, SweepConfig, default_coefficient, default_layers, sweep
+from mrp_lens.utils.frames import rows_of
 from tests.conftest import LAYERS
+from tests.support.families import save_family
 
 CONFIG = SweepConfig(layers=(1, 2), coefficients=(3.0,), steps=2)
 
@@ -110,6 +117,68 @@ def test_an_interrupted_fit_leaves_no_point(
     with pytest.raises(KeyboardInterrupt):
         sweep(model, task, replace(CONFIG, methods=("rmu",)), tmp_path / "sweep", progress=False)
     assert [path.name for path in (tmp_path / "sweep" / "points").iterdir()] == ["unedited.json"]
+
+
+def test_a_point_that_becomes_infinite_is_told_and_the_others_are_measured(
+    model: Any, task: UnlearningTask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = replace(CONFIG, methods=("rmu", "mrp"), layers=(2,), coefficients=(1e30, 3.0))
+    frame = sweep(model, task, config, tmp_path / "sweep", progress=False)
+    assert frame is not None
+    failed, measured = frame[1:2], frame[2:]
+    assert list(failed["method"]) == ["rmu"]
+    assert failed["outcome"].str.startswith("failed: rmu: the ").all()
+    assert not measured["outcome"].str.startswith("failed").any()
+    known = ["method", "layer", "coefficient", "seed", "norm", "relative_coefficient", "outcome"]
+    known += ["untaught_accuracy", "chance"]
+    assert failed[known].notna().all(axis=None)
+    assert failed.drop(columns=known).isna().all(axis=None)
+    whole = sweep(model, task, replace(config, coefficients=(3.0,)), tmp_path / "whole", progress=False)
+    assert whole is not None
+    assert list(frame) == list(whole)
+    pd.testing.assert_frame_equal(measured.reset_index(drop=True), whole[1:].reset_index(drop=True), check_dtype=False)
+    run = Run("sweep", {}, 0, rows=list(rows_of(frame)), frames={"layer_effects": frame})
+    run.write_into(tmp_path / "sweep")
+    assert "failed: rmu: the " in report(tmp_path / "sweep").read_text()
+    assert plots.coefficient_effects(frame).data
+    monkeypatch.setattr(RMU, "fit", lambda *_, **__: pytest.fail("fitted again"))
+    again = sweep(model, task, config, tmp_path / "sweep", progress=False)
+    assert again is not None
+    pd.testing.assert_frame_equal(frame, again)
+
+
+def test_a_sweep_without_any_figure_says_why(
+    model: Any, task: UnlearningTask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fit(*_: Any, **__: Any) -> Any:
+        raise NonFiniteError("it became NaN")
+
+    monkeypatch.setattr(RMU, "fit", fit)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"none of 2 points gave figures, the last failed: it became NaN\. Sweep"):
+            sweep(model, task, replace(CONFIG, methods=("rmu",)), tmp_path / "sweep", progress=False)
+    assert len(list((tmp_path / "sweep" / "points").glob("rmu-*.json"))) == 2
+
+
+def test_coefficients_are_derived_for_methods_that_take_them_alone(
+    task: UnlearningTask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mixture = load_model(str(save_family("mixtral", tmp_path / "model")), backend="bridge")
+    config = replace(CONFIG, methods=("mrp",), layers=(1,), coefficients=None)
+    with pytest.warns(UserWarning, match="cannot be exported"):
+        frame = sweep(mixture, task, config, tmp_path / "sweep", progress=False)
+    assert frame is not None
+    assert list(frame["method"]) == ["unedited", "mrp"]
+    monkeypatch.setattr(module, "default_coefficient", lambda *_, **__: 5.0)
+    for methods, strengths, coefficients in (
+        (("mrp", "adaptive-rmu"), {}, None),
+        (("rmu",), {"rmu": (2.0,)}, None),
+        (("rmu", "rmu-noise"), {"rmu": (2.0,)}, (5.0,)),
+        (("mrp", "rmu"), {}, (5.0,)),
+    ):
+        plan = replace(config, methods=methods, strengths=strengths).resolved(mixture, task)
+        assert plan.coefficients == coefficients
+        assert ("coefficients" in plan.settings()) == (coefficients is not None)
 
 
 def test_every_method_for_sweeps_is_fitted_as_what_it_is(model: Any, task: UnlearningTask) -> None:

@@ -15,13 +15,14 @@ from mrp_lens.data.task import UnlearningTask
 from mrp_lens.data.tuning_split import tuning_split
 from mrp_lens.edits import load_edit
 from mrp_lens.edits.provenance import fingerprint
-from mrp_lens.methods import METHODS, MRP, NPO, RMU, Depth, Factor, Fit, register
+from mrp_lens.methods import METHODS, MRP, NPO, RMU, AdaptiveRMU, Depth, Factor, Fit, Range, register
 from mrp_lens.methods.base import recorded
 from mrp_lens.models import mlp_out_weight
 from mrp_lens.models.finite import NonFiniteError
 from mrp_lens.runs.front import on_front
 from mrp_lens.runs.tune import Tuned, drawn_by_default, method_of, open_space, tune
 from mrp_lens.training import NonFiniteLossError
+from mrp_lens.training.loop import TooLittleMemoryError
 from tests.support.quizzes import liked, quiz
 
 STEPS = 2
@@ -163,6 +164,66 @@ def test_what_breaks_the_model_is_given_up_and_counts(
     assert list(diverged["reason"]) == ["it became NaN", "it became NaN", ""]
 
 
+@ONE_CLASS
+def test_what_a_method_refuses_is_given_up_and_the_search_goes_on(
+    model: Any, task: UnlearningTask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(MRP, "space", {"rank": Range(5, 8, whole=True)})
+    short = replace(task, forget=(Corpus.from_texts(["The colour red."], name="forget"),))
+    found = tuned(model, short, tmp_path / "out", 5, method=MRP(steps=1, coverage=None), prune_above=50.0).trials
+    given_up = found[found["rank"] > 5]  # of as many directions as the text has tokens
+    assert 0 < len(given_up) < 5
+    assert (given_up["state"] == "pruned").all()
+    assert given_up["reason"].str.contains("is above the 5 directions that 5 states leave").all()
+    assert (found[found["rank"] <= 5]["state"] == "complete").all()
+
+
+@ONE_CLASS
+def test_so_is_what_it_refuses_before_anything_is_derived_or_has_no_memory_for(
+    model: Any, task: UnlearningTask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn = list(tuned(model, task, tmp_path / "free", 5, prune_above=50.0).trials["layer"])
+    odd = next(layer for layer in drawn if layer != drawn[0])
+    real, fitted = RMU.fit, []
+
+    def check(self: RMU, model: Any) -> None:
+        if self.layer == odd:
+            raise ValueError(f"layer {odd} is odd")
+
+    def fit(self: RMU, *args: Any, **more: Any) -> Fit:
+        fitted.append(self)
+        if len(fitted) == 2:
+            raise TooLittleMemoryError("memory ran out")
+        return real(self, *args, **more)
+
+    monkeypatch.setattr(RMU, "check", check)
+    monkeypatch.setattr(RMU, "fit", fit)
+    found = tuned(model, task, tmp_path / "out", 5, prune_above=50.0).trials
+    assert list(found["layer"]) == drawn
+    refused = found["layer"] == odd
+    assert set(found[refused]["reason"]) == {f"layer {odd} is odd"}
+    assert found[refused]["steering_coeff"].isna().all()  # a factor on what was not derived
+    without_memory = found[~refused].iloc[1]
+    assert (without_memory["state"], without_memory["reason"]) == ("pruned", "memory ran out")
+    assert (found["state"] == "complete").sum() == (~refused).sum() - 1
+
+
+@ONE_CLASS
+def test_what_is_wrong_with_the_method_as_it_is_given_is_an_error(
+    model: Any, task: UnlearningTask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fit(self: RMU, *args: Any, **more: Any) -> Fit:
+        raise TooLittleMemoryError("memory ran out")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RMU, "fit", fit)
+        for _ in range(2):
+            with pytest.raises(TooLittleMemoryError, match="memory ran out"):
+                tuned(model, task, tmp_path / "out", 2, prune_above=50.0)
+    found = tuned(model, task, tmp_path / "out", 2, prune_above=50.0)
+    assert list(found.trials["state"]) == ["complete", "complete"]
+
+
 def test_a_model_that_is_damaged_itself_is_refused_before_any_trial(
     model: Any, task: UnlearningTask, tmp_path: Path
 ) -> None:
@@ -202,6 +263,15 @@ def test_settings_that_are_given_are_kept(model: Any) -> None:
     assert set(open_space(RMU())) == {"layer", "budget", "lr", "steering_coeff"}
     assert set(open_space(RMU(lr=1e-3, steps=7))) == {"layer", "budget", "steering_coeff"}
     assert "layers" not in open_space(MRP(layers=[1]))
+    for method, lowest in (
+        (RMU(), 0),
+        (RMU(trained_layers=(1, 2)), 2),
+        (RMU(trained_layers=(1, 2), site="resid_pre"), 3),
+        (AdaptiveRMU(site="attn_out"), 1),
+    ):
+        assert open_space(method)["layer"] == replace(RMU.space["layer"], lowest=lowest)  # type: ignore[index, type-var]
+    with pytest.raises(TypeError, match="trained_layers must be a list of whole numbers"):
+        open_space(RMU(trained_layers=2))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="all settings that rmu has to search are given: layer, budget, lr"):
         open_space(RMU(layer=1, budget=0.1, lr=1e-3, steering_coeff=1.0))
 

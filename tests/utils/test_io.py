@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from mrp_lens.utils import io
-from mrp_lens.utils.io import recover, whole_folder, write_bytes, write_json, write_text
+from mrp_lens.utils.io import check_apart, finite, recover, whole_folder, write_bytes, write_json, write_text
 
 
 @contextmanager
@@ -259,3 +259,34 @@ def test_a_file_is_whole_however_often_another_process_tidies_meanwhile(tmp_path
         tidying.kill()
         tidying.communicate()
     assert (tmp_path / "report.html").read_text() == "199"
+
+
+@pytest.mark.parametrize(
+    ("target", "read", "apart"),
+    [
+        ("run", "run", False),
+        ("run", "run/edit", False),
+        (".", "texts.jsonl", False),
+        ("run/../run", "link", False),
+        ("run/edit/more", "run/edit", True),
+        ("run/other", "run/edit", True),
+        ("running", "run", True),
+        ("new", "texts.jsonl", True),
+    ],
+)
+def test_results_replace_nothing_that_is_read(target: str, read: str, apart: bool, tmp_path: Path) -> None:
+    (tmp_path / "run" / "edit").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "run")
+    (tmp_path / "texts.jsonl").write_text("{}")
+    if apart:
+        check_apart(tmp_path / target, tmp_path / read, "the edit")
+        return
+    with pytest.raises(ValueError, match=r"is or holds the edit \(.*\), which would be deleted; choose another output folder"):
+        check_apart(tmp_path / target, tmp_path / read, "the edit")
+
+
+def test_json_has_no_nan_and_no_infinities() -> None:
+    inf, nan = float("inf"), float("nan")
+    content = {"rows": [{"a": nan, "b": 1.5, "c": "NaN"}, {"a": (inf, -inf, 2)}], "n": 3, "none": None, "yes": True}
+    known = {"rows": [{"a": None, "b": 1.5, "c": "NaN"}, {"a": [None, None, 2]}], "n": 3, "none": None, "yes": True}
+    assert finite(content) == known

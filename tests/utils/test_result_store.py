@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from mrp_lens.utils.result_store import ResultStore, check_holds
+from mrp_lens.utils.result_store import POINTS, RECORD, ResultStore, check_holds, holds_run
 
 MODEL = {"name": "m", "embedding": {"float32": "e"}, "weights": "w"}
 OLD_MODEL = {key: value for key, value in MODEL.items() if key != "weights"}  # what 0.1 knew of a model
@@ -83,3 +83,61 @@ def test_what_holds_something_else_is_left_as_it_is(tmp_path: Path) -> None:
     assert [path.name for path in other.iterdir()] == ["mine.txt"]
     check_holds(tmp_path / "new", "sweep")
     assert not (tmp_path / "new").exists()
+
+
+def files_in(folder: Path) -> dict[str, str]:
+    return {str(path.relative_to(folder)): path.read_text() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_run_is_begun_anew_in_the_place_of_one_and_of_an_empty_folder(tmp_path: Path) -> None:
+    out = folder_of(tmp_path, {"steps": 3})
+    (out / "edit").mkdir()
+    (out / "edit" / "edit.safetensors").write_text("fitted")
+    store = ResultStore.claim(out, "sweep", {"steps": 4}, overwrite=True)
+    assert list(files_in(out)) == ["sweep.json"]
+    assert store.stored("point") is None
+    (tmp_path / "empty" / POINTS).mkdir(parents=True)  # as a process that was killed at its start left it
+    for name in ("empty", "new"):
+        ResultStore.claim(tmp_path / name, "sweep", {"steps": 4}, overwrite=True)
+    finished = tmp_path / "finished"
+    finished.mkdir()
+    (finished / RECORD).write_text(json.dumps({"command": "measure", "versions": {}, "rows": []}))
+    assert holds_run(finished, "sweep")
+    ResultStore.claim(finished, "sweep", {"steps": 4}, overwrite=True)
+    assert list(files_in(finished)) == ["sweep.json"]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"config.json": "{}", "model.safetensors": "weights"},
+        {"sweep.json": "{}", "mine.txt": "mine"},
+        {"points/cloud.json": "{}", "mine.txt": "mine"},
+        {RECORD: '{"rows": []}', "mine.txt": "mine"},
+        {RECORD: "[", "mine.txt": "mine"},
+    ],
+    ids=lambda content: " ".join(content),
+)
+def test_what_is_no_run_is_never_overwritten(content: dict[str, str], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    for name, text in content.items():
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        (out / name).write_text(text)
+    with pytest.raises(FileExistsError, match="out exists and holds no run, so nothing replaces it"):
+        ResultStore.claim(out, "sweep", {}, overwrite=True)
+    assert files_in(out) == content
+    (tmp_path / "link").mkdir()
+    (tmp_path / "link" / "data").symlink_to(out)
+    assert not holds_run(tmp_path / "link", "sweep")
+    assert not holds_run(out / next(iter(content)), "sweep")
+
+
+def test_a_run_that_a_process_is_at_work_on_is_not_overwritten(tmp_path: Path) -> None:
+    out = folder_of(tmp_path, {"steps": 3})
+    before = files_in(out)
+    with ResultStore(out).lock:
+        for settings in ({"steps": 3}, {"steps": 4}):
+            with pytest.raises(BlockingIOError, match=r"another process is at work in .*run; wait for it"):
+                ResultStore.claim(out, "sweep", settings, overwrite=True)
+            assert files_in(out) == before
+    assert ResultStore.claim(out, "sweep", {"steps": 4}, overwrite=True).stored("point") is None

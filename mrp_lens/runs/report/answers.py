@@ -6,18 +6,22 @@ from typing import Any
 
 from mrp_lens.metrics.recovery import NEVER_TAUGHT, UNEDITED
 from mrp_lens.runs.report.table import CONTROLS, cell
+from mrp_lens.runs.train_world import verdict
 from mrp_lens.utils.frames import is_number
 
 VERDICTS = {
     "absent": "Forgotten",
-    "suppressed": "Suppressed: below facts never taught",
+    "suppressed": "Suppressed: below {}",
     "known": "Not all forgotten",
 }
+NOTHING = "Nothing to forget: the unedited model is at that level, too"
+UNTOLD = "Cannot be told: too few questions"
+UNTAUGHT = "facts never taught"
 NEVER_SAW = "never_saw_accuracy"
 LEVELS = {  # the first that a row has
-    NEVER_SAW: "by a model that never saw the forget set",
-    "untaught_accuracy": "on facts never taught",
-    "forget_chance": "by guessing",
+    NEVER_SAW: ("by", "a model that never saw the forget set"),
+    "untaught_accuracy": ("on", UNTAUGHT),
+    "forget_chance": ("by", "guessing"),
 }
 BACK = "recovery_"
 UNTESTED = "Not attacked yet: mrp-lens attack"
@@ -72,11 +76,33 @@ def _forgot(row: Mapping[str, Any], before: Mapping[str, Any]) -> Answer | None:
     level = 0.0 if known is None else float(row[known])
     above = float(before[key]) - level
     left = (float(row[key]) - level) / above if above > 0 else None
-    low = row.get("forget_low")
-    at_level = known is not None and is_number(low) and float(low) <= level
-    words = VERDICTS.get(str(row.get("verdict")), "Forgotten" if at_level else "Not all forgotten")
-    compared = "" if known is None else f"; {cell(row, known).value} {LEVELS[known]}"
-    return Answer(words, f"{now} of the forget quiz right; {was} before{compared}", _clipped(left))
+    compared = "" if known is None else f"; {cell(row, known).value} {' '.join(LEVELS[known])}"
+    words = _in_words(row, before, known)
+    share = None if words in (NOTHING, UNTOLD) else _clipped(left)
+    return Answer(words, f"{now} of the forget quiz right; {was} before{compared}", share)
+
+
+def _in_words(row: Mapping[str, Any], before: Mapping[str, Any], known: str | None) -> str:
+    """Whether the quiz was forgotten, by the level that is known: as the run says itself, or as `mrp-lens demo` has it."""
+    told = row.get("verdict")
+    if known is not None:
+        accuracy, level, what = float(row["forget_accuracy"]), float(row[known]), LEVELS[known][1]
+        if _may_be(before, level):
+            return NOTHING
+        if not _has_interval(row) or (_may_be(row, level) and _may_be(row, float(before["forget_accuracy"]))):
+            return UNTOLD
+        if told not in VERDICTS:
+            return VERDICTS[verdict(accuracy, level)].format(what)
+    return VERDICTS.get(str(told), VERDICTS["known"]).format(UNTAUGHT)
+
+
+def _has_interval(row: Mapping[str, Any]) -> bool:
+    return is_number(row.get("forget_low")) and is_number(row.get("forget_high"))
+
+
+def _may_be(row: Mapping[str, Any], accuracy: float) -> bool:
+    """Whether the interval of a row's accuracy on the forget quiz holds another one."""
+    return _has_interval(row) and row["forget_low"] <= accuracy <= row["forget_high"]
 
 
 def _cost(row: Mapping[str, Any], before: Mapping[str, Any]) -> Answer | None:

@@ -137,9 +137,17 @@ def pictures_in(folder: Path) -> Iterator[Picture]:
         path = folder / FRAMES / f"{name}.csv"
         if path.is_file():
             with _named(path):
-                figure = draw(pd.read_csv(path))
+                figure = draw(frame_in(path))
             caption = (draw.__doc__ or "").strip().splitlines()[0]
             yield Picture(name, caption, figure.to_json().replace("<", "\\u003c"), figure.layout.height or HEIGHT)
+
+
+def frame_in(path: Path) -> pd.DataFrame:
+    """A stored frame. In columns of text "null" and "NA" are text, and an empty cell is an empty text; in others it is NaN."""
+    frame = pd.read_csv(path, keep_default_na=False, na_values=[""])
+    others = frame.select_dtypes(exclude="number")
+    texts = [name for name, values in others.items() if any(isinstance(value, str) for value in values)]
+    return frame.fillna(dict.fromkeys(texts, ""))
 
 
 def edits_in(folder: Path) -> Iterator[Fitted]:

@@ -87,7 +87,7 @@ def table_of(rows: Sequence[Mapping[str, Any]]) -> Table:
     keys = sorted(dict.fromkeys(key for row in rows for key in row), key=lambda key: key != "method")
     ends = {end for key in keys for end in _ends(key, keys)}
     hidden = HIDDEN | (BY_ATTACK if "attack" in keys else set())  # where each attack has a row of its own
-    shown = [key for key in keys if key not in ends | hidden and any(row.get(key) is not None for row in rows)]
+    shown = [key for key in keys if key not in ends | hidden and any(_is_known(row.get(key)) for row in rows)]
     known = HEADINGS | metrics.headings()
     return Table(
         headings=[known.get(key, key.replace("_", " ")) for key in shown],
@@ -106,15 +106,20 @@ def _ends(key: str, keys: Sequence[str]) -> tuple[str, ...]:
     return ("low", "high") if list(following) == ["low", "high"] else ()
 
 
+def _is_known(value: Any) -> bool:
+    """Whether it is neither None nor NaN."""
+    return value is not None and value == value
+
+
 def cell(row: Mapping[str, Any], key: str, keys: Sequence[str] | None = None) -> Cell:
     """The value of a row under a key, with its interval if it has one; `keys`: of the whole table, None: of the row."""
     keys = list(row) if keys is None else keys
     written = _format_of(key)
     value = row.get(key)
-    if value is None or value != value:
+    if not _is_known(value):
         return Cell("")
     ends = [row.get(end) for end in _ends(key, keys)]
-    if not ends or None in ends:
+    if not ends or not all(map(_is_known, ends)):
         return Cell(written(value))
     return Cell(written(value), f"[{', '.join(written(end).removesuffix('%') for end in ends)}]")
 

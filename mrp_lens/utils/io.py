@@ -107,9 +107,7 @@ def check_apart(target: str | Path, read: str | Path, what: str) -> None:
     """
     place, source = Path(target).resolve(), Path(read).resolve()
     if place == source or place in source.parents:
-        raise ValueError(
-            f"{target} is or holds {what} ({read}), which would be deleted; choose another output folder"
-        )
+        raise ValueError(f"{target} is or holds {what} ({read}), which would be deleted; choose another output folder")
 
 
 def make_folder(path: str | Path) -> Path:

@@ -281,7 +281,9 @@ def test_results_replace_nothing_that_is_read(target: str, read: str, apart: boo
     if apart:
         check_apart(tmp_path / target, tmp_path / read, "the edit")
         return
-    with pytest.raises(ValueError, match=r"is or holds the edit \(.*\), which would be deleted; choose another output folder"):
+    with pytest.raises(
+        ValueError, match=r"is or holds the edit \(.*\), which would be deleted; choose another output folder"
+    ):
         check_apart(tmp_path / target, tmp_path / read, "the edit")
 
 

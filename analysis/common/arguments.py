@@ -8,13 +8,14 @@ from typing import Any, TypeVar
 
 import pandas as pd
 
+from mrp_lens.cli.run_folder import check_out
 from mrp_lens.data import TaskConfig, UnlearningTask, task_for
 from mrp_lens.methods import METHODS, Fit
 from mrp_lens.models import LensModel, load_model
 from mrp_lens.runs.record import Run
 from mrp_lens.runs.report import report
 from mrp_lens.utils.frames import rows_of
-from mrp_lens.utils.io import check_free, write_text
+from mrp_lens.utils.io import write_text
 
 Number = TypeVar("Number", int, float)
 
@@ -32,7 +33,7 @@ def parser_for(doc: str | None, out: str) -> argparse.ArgumentParser:
     parser.add_argument("--dtype", help="of the model, such as bfloat16 (default float32)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("runs") / out, help=f"output folder (default runs/{out})")
-    parser.add_argument("--overwrite", action="store_true", help="replace the output folder")
+    parser.add_argument("--overwrite", action="store_true", help="replace the output folder if it holds a run")
     return parser
 
 
@@ -94,7 +95,7 @@ class Study:
     def begin(cls, name: str, title: str, arguments: argparse.Namespace, *, in_place: bool = False) -> "Study":
         """Check the output folder (a sweep checks its own), read the data, load the model."""
         if not in_place:
-            check_free(arguments.out, overwrite=arguments.overwrite)
+            check_out(arguments.out, overwrite=arguments.overwrite)
         task = task_for(arguments.model, TaskConfig.from_options(vars(arguments)), topic=arguments.topic)
         run = Run(name, vars(arguments), arguments.seed, title=title)
         model = load_model(arguments.model, backend=arguments.backend, dtype=arguments.dtype)

@@ -17,7 +17,7 @@ from mrp_lens.attacks.ablation import ablated, junk_directions, noisy
 from mrp_lens.attacks.base import Attack, Frames, Setting
 from mrp_lens.attacks.evaluation import chance, check_held_out, score
 from mrp_lens.attacks.prompting import check_same_facts, few_shot, forget_token, in_context, with_token
-from mrp_lens.attacks.quantization import quantized, quantized_to_nf4
+from mrp_lens.attacks.quantization import block_matrices, quantized, quantized_to_nf4
 from mrp_lens.attacks.registry import register
 from mrp_lens.attacks.summary import ACCURACIES, NO_ATTACK, RECOVERY, columns, without_attack
 from mrp_lens.data import Corpus, Questions
@@ -47,6 +47,7 @@ NOISE_SIZES = (0.05, 0.1, 0.2)
 SEPARATORS = {"a space": " ", "a line break": "\n"}
 DIRECTION_DOCUMENTS = 512
 SELECTION_QUESTIONS = 200
+ROUNDABLE = "matrices of a known layout that are not quantised already"
 
 Change = Callable[[LensModel], AbstractContextManager[Any]]
 
@@ -177,7 +178,11 @@ def _missing(given: Given, kind: Kind) -> str:
     needs: dict[Kind, dict[str, Any]] = {
         "hook stripped": {"an edit with hooks": has_hooks(given.edit) or None},
         "direction ablated": {"an edit": given.edit, "shots or forget": either},
-        "weights in NF4": {"bitsandbytes (pip install 'mrp_lens[bitsandbytes]')": find_spec("bitsandbytes")},
+        "weights rounded": {ROUNDABLE: _roundable(given.model)},
+        "weights in NF4": {
+            ROUNDABLE: _roundable(given.model),
+            "bitsandbytes (pip install 'mrp_lens[bitsandbytes]')": find_spec("bitsandbytes"),
+        },
         "paraphrased": {"paraphrased": given.paraphrased},
         "wrapped in context": {"retain": given.retain},
         "few-shot": {"shots": given.shots},
@@ -188,6 +193,14 @@ def _missing(given: Given, kind: Kind) -> str:
         },
     }
     return ", ".join(name for name, value in needs.get(kind, {}).items() if value is None)
+
+
+def _roundable(model: LensModel) -> bool | None:
+    """Whether its matrices can be rounded; None if not."""
+    try:
+        return bool(block_matrices(model))
+    except ValueError:  # of another layout, or quantised already
+        return None
 
 
 @ordinary_torch(gradients=True)

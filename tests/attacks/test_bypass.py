@@ -239,6 +239,20 @@ def test_nothing_is_left_when_it_is_interrupted(
     assert len(calls) == failing
 
 
+def test_a_model_whose_matrices_cannot_be_rounded_is_bypassed_otherwise(
+    model: LensModel, data: dict[str, Any], monkeypatch: pytest.MonkeyPatch, untouched: None
+) -> None:
+    def unknown(_model: LensModel) -> None:
+        raise ValueError("a layout that is not known")
+
+    monkeypatch.setattr(sys.modules[bypass.__module__], "block_matrices", unknown)
+    frame = bypass(model, projection(1), held_out=data["held_out"], progress=False)
+    assert "noise" in set(frame["kind"])
+    assert not {"weights rounded", "weights in NF4"} & set(frame["kind"])
+    with pytest.raises(ValueError, match="'weights rounded' needs matrices of a known layout that are not quantised"):
+        bypass(model, projection(1), held_out=data["held_out"], kinds=["weights rounded"], progress=False)
+
+
 def test_what_is_wrong_is_named(model: LensModel, data: dict[str, Any], untouched: None) -> None:
     edit = projection(1)
     held_out = data["held_out"]

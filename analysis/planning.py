@@ -25,12 +25,13 @@ from tqdm.auto import tqdm
 import mrp_lens as ml
 from analysis.common.tables import markdown
 from analysis.speed import peak_memory
+from mrp_lens.cli.run_folder import check_out
 from mrp_lens.methods import METHODS
 from mrp_lens.metrics.multiple_choice import encoded_choices
 from mrp_lens.models import available_backends, encoder_for, is_bridge
 from mrp_lens.runs.record import Run
 from mrp_lens.utils.frames import rows_of
-from mrp_lens.utils.io import check_free, write_text
+from mrp_lens.utils.io import write_text
 
 JOBS = ("mrp", "rmu", "accuracy")
 DOCUMENTS, SENTENCES, ASKED = 32, 30, 200
@@ -207,7 +208,7 @@ def main() -> None:
     if arguments.one is not None:
         print(json.dumps(measure(json.loads(arguments.one))))
         return
-    check_free(arguments.out, overwrite=arguments.overwrite)
+    check_out(arguments.out, overwrite=arguments.overwrite)
     run = Run("analysis.planning", vars(arguments), seed=0)
     jobs = [
         {"model": model, "backend": backend, "dtype": dtype, "job": job, "length": length}

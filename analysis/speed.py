@@ -26,6 +26,7 @@ import psutil
 import torch
 
 from mrp_lens import Subspace
+from mrp_lens.cli.run_folder import check_out
 from mrp_lens.data import Corpus, Questions, UnlearningTask
 from mrp_lens.data.tokenization import Batches
 from mrp_lens.edits import ProjectionEdit
@@ -37,7 +38,6 @@ from mrp_lens.models import available_backends, encoder_for, load_model, logits_
 from mrp_lens.models.base import device_of, dtype_of
 from mrp_lens.models.hooks import captured, hook_name, hooked
 from mrp_lens.runs.record import Run
-from mrp_lens.utils.io import check_free
 
 LAYERS, WIDTH, LAYER, BATCH, TOKENS = 32, 256, 7, 4, 128
 COEFFICIENT, ALPHA = 6.5, 1200.0
@@ -406,7 +406,7 @@ def main() -> None:
     parser.add_argument("--studies", nargs="+", choices=list(TARGETS), default=list(TARGETS), help="default: all")
     parser.add_argument("--overwrite", action="store_true", help="replace the output folder")
     arguments = parser.parse_args()
-    check_free(arguments.out, overwrite=arguments.overwrite)
+    check_out(arguments.out, overwrite=arguments.overwrite)
     warnings.filterwarnings("ignore", message=".*longer than")  # every text is, so that all batches are alike
     run = Run("analysis.speed", vars(arguments), seed=0)
     fits, forwards = max(3, arguments.pairs // 8), arguments.pairs

@@ -72,7 +72,8 @@ class ControlQuestions:
     def __init__(self, encoder: Encoder, corpora: Sequence[Corpus], *, seed: int, forms: Sequence[str] = FORMS) -> None:
         self.encoder = encoder
         rng = random.Random(seed)
-        parts = [part for corpus in corpora for part in askable_parts(corpus.documents)]
+        looked_at = [rng.sample(c.documents, LOOKED_AT) if len(c) > LOOKED_AT else c.documents for c in corpora]
+        parts = [part for documents in looked_at for part in askable_parts(documents)]
         parts = rng.sample(parts, min(LOOKED_AT, len(parts)))
         self.choices = min(CHOICES, len({ending for _, ending in parts}))
         alike = _Alike(parts, rng)

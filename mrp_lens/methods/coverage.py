@@ -243,7 +243,7 @@ def _continuation(document: Document, rng: random.Random) -> Document:
 
 def question_forms(documents: Iterable[Document], rng: random.Random, *, copies: int = 1) -> list[Document]:
     """Question forms of the short texts, of each sentence that tells something by itself."""
-    told = in_sentences(list(documents), longest=SHORT)
+    told = in_sentences([document for document in documents if _is_short(document)], longest=SHORT)
     parts = [_parts(document, rng) for _ in range(copies) for document in told]
     return [_question(*part, rng) for part in parts if part is not None]
 

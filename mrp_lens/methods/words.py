@@ -9,6 +9,7 @@ from mrp_lens.data import Document
 
 RARE_DOCUMENTS, RARE_SHARE = 3, 0.03  # a rare word stands in no more documents than the larger of the two
 OPENING, CLOSING = "\"'([\u201c\u2018", "\"')]\u201d\u2019"  # quotation marks and brackets
+READ = 512  # words of a document that are looked at
 SENTENCE_ENDS = re.compile(rf"[.!?\u2026][{re.escape(CLOSING)}]*(?=\s+[{re.escape(OPENING)}]?[^\W_])")
 ABBREVIATIONS = frozenset(
     "mr mrs ms dr prof st sr jr gen col capt lt sgt rev hon pres gov sen rep no vol fig eq sec ch pp ca cf vs etc al inc ltd co corp "
@@ -31,6 +32,9 @@ def words_to_begin_with(count: int) -> int:
 def marked(text: str) -> Iterator[tuple[str, str, str]]:
     """Each word, with the punctuation before and behind it."""
     for part in text.split():
+        if part.isalnum():  # most are
+            yield "", part, ""
+            continue
         before, word, behind = re.fullmatch(r"(\W*)(.*?)(\W*)", part, re.DOTALL).groups()  # type: ignore[union-attr]
         if word:
             yield before, word, behind
@@ -96,12 +100,12 @@ class Sentence:
 
 
 def sentences_of(documents: Sequence[Document]) -> list[list[Sentence]]:
-    """Of each of the documents without a prompt; of one with a prompt none."""
-    counts = frequencies(document.prompt + document.completion for document in documents)
-    most = rare_up_to(len(documents))
+    """Of each of the documents without a prompt, of a long one those of its first 512 words; of one with a prompt none."""
+    texts = [_beginning(document.prompt + document.completion) for document in documents]
+    counts, most = frequencies(texts), rare_up_to(len(texts))
     found = []
-    for document in documents:
-        parts = [] if document.prompt else sentences(document.completion)
+    for document, text in zip(documents, texts, strict=True):
+        parts = [] if document.prompt else sentences(text)
         names = {word for word in folded(bare(parts[0])) if counts[word] <= most} if parts else set()
         told, before = [], ""
         for part in parts:
@@ -113,6 +117,12 @@ def sentences_of(documents: Sequence[Document]) -> list[list[Sentence]]:
             before += part
         found.append(told)
     return found
+
+
+def _beginning(text: str) -> str:
+    """The first 512 words."""
+    words = text.split(maxsplit=READ)
+    return text if len(words) <= READ else text[: len(text) - len(words[READ])].rstrip()
 
 
 def in_sentences(documents: Sequence[Document], *, longest: int) -> list[Document]:

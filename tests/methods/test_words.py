@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mrp_lens.data import Corpus, Document
-from mrp_lens.methods.words import in_sentences, sentences
+from mrp_lens.methods.words import in_sentences, sentences, sentences_of
 
 
 @pytest.mark.parametrize(
@@ -64,3 +64,13 @@ def test_long_documents_and_questions_stay_as_they_are() -> None:
         Document("", "One two three."),
         Document("One two three.", " Four five six."),
     ]
+
+
+def test_of_a_long_document_the_beginning_is_looked_at() -> None:
+    long = Document("", "The dax is red.  " + "It was seen. " * 400)
+    (told,) = sentences_of([long])
+    assert (
+        "".join(part.text for part in told)
+        == long.completion[: len("The dax is red.  ") + 169 * len("It was seen. ") + len("It")]
+    )
+    assert in_sentences([long], longest=40) == [long]

@@ -1,7 +1,6 @@
 """The data of a study of unlearning: forget set, retain set and quizzes; and where they are read from."""
 
 import logging
-import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -401,11 +400,9 @@ def warn_of_another_form(forget: Sequence[Corpus], quizzes: Sequence[Questions])
 
 
 def split_tenth(corpus: Corpus) -> tuple[Corpus, Corpus]:
-    """(for the fit, held out): of every ten documents one is kept from the fit, at most 200 in all, and with it its copies among the
-    others; under ten documents, none is. Which one of ten is drawn, always in the same way: every tenth may be of one kind."""
-    rng = random.Random("mrp_lens held out")
-    places = {start + rng.randrange(10) for start in range(0, len(corpus) - 9, 10)[:HELD_OUT]}
-    held = tuple(document for i, document in enumerate(corpus.documents) if i in places)
+    """(for the fit, held out): every tenth document, at most 200, is kept from the fit, and with it its copies among the others; under
+    ten documents, none is."""
+    held = corpus.documents[9::10][:HELD_OUT]
     unseen = set(held)
     kept = tuple(document for document in corpus.documents if document not in unseen)
     if not held or not kept:

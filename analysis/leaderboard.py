@@ -103,7 +103,7 @@ class Leaderboard(ResumableStudy):
             "updates": self.updates,
             "lr": self.lr,
             "limit": options.limit,
-            "reference": self.reference and identity_of(self.reference),
+            **({} if self.reference is None else {"reference": identity_of(self.reference)}),
         }
         earlier = {"data": study.task.legacy_fingerprints()}
         self.store = ResultStore.claim(options.out, "leaderboard", settings, earlier=earlier)

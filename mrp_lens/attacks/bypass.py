@@ -161,7 +161,10 @@ def chosen_kinds(given: Given, kinds: Sequence[Kind] | None) -> list[Kind]:
     Raises:
         ValueError: one that does not exist, or for which something is missing.
     """
-    missing = {kind: _missing(given, kind) for kind in get_args(Kind)}
+    needs = _needs(given)
+    missing = {
+        kind: ", ".join(name for name, value in needs.get(kind, {}).items() if value is None) for kind in get_args(Kind)
+    }
     if kinds is None:
         return [kind for kind, what in missing.items() if not what]
     for kind in kinds:
@@ -172,15 +175,16 @@ def chosen_kinds(given: Given, kinds: Sequence[Kind] | None) -> list[Kind]:
     return list(dict.fromkeys(kinds))
 
 
-def _missing(given: Given, kind: Kind) -> str:
-    """What this kind needs and does not have; empty if nothing."""
+def _needs(given: Given) -> dict[Kind, dict[str, Any]]:
+    """What the kinds need, by what it is called; None where it is missing."""
     either = given.forget if given.shots is None else given.shots
-    needs: dict[Kind, dict[str, Any]] = {
+    roundable = _roundable(given.model)
+    return {
         "hook stripped": {"an edit with hooks": has_hooks(given.edit) or None},
         "direction ablated": {"an edit": given.edit, "shots or forget": either},
-        "weights rounded": {ROUNDABLE: _roundable(given.model)},
+        "weights rounded": {ROUNDABLE: roundable},
         "weights in NF4": {
-            ROUNDABLE: _roundable(given.model),
+            ROUNDABLE: roundable,
             "bitsandbytes (pip install 'mrp_lens[bitsandbytes]')": find_spec("bitsandbytes"),
         },
         "paraphrased": {"paraphrased": given.paraphrased},
@@ -192,7 +196,6 @@ def _missing(given: Given, kind: Kind) -> str:
             "retain": given.retain,
         },
     }
-    return ", ".join(name for name, value in needs.get(kind, {}).items() if value is None)
 
 
 def _roundable(model: LensModel) -> bool | None:

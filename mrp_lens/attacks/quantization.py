@@ -99,11 +99,14 @@ def block_matrices(model: LensModel) -> list[tuple[torch.nn.Parameter, tuple[int
         for name, module in block.named_modules():
             for key, parameter in module.named_parameters(recurse=False):
                 refuse_packed(parameter, f"{name}.{key}")
-                if (
-                    parameter.ndim > 1 and not key.lstrip("_").startswith("b") and not key.endswith("_bias")
-                ):  # of heads, experts
+                if parameter.ndim > 1 and not _is_bias(key):
                     found[id(parameter)] = (parameter, _input_axes(module, f"{name}.{key}"))
     return list(found.values())
+
+
+def _is_bias(key: str) -> bool:
+    """Of heads they are [heads, d_head], of experts [experts, out]."""
+    return key.lstrip("_").startswith("b") or key.endswith("_bias")
 
 
 def _input_axes(module: torch.nn.Module, name: str) -> tuple[int, ...]:

@@ -76,7 +76,7 @@ class Export(Command):
 
     @override
     def execute(self) -> ExportReport:
-        check_replaceable(self.out)
+        check_export_or_empty(self.out)
         check_free(self.out, overwrite=self.overwrite)
         edit = load_edit(self.edit)
         record = Measurements.read(run_of(self.edit) if self.run is None else self.run, self.attacks)
@@ -103,7 +103,7 @@ class Export(Command):
         return report
 
 
-def check_replaceable(folder: Path) -> None:
+def check_export_or_empty(folder: Path) -> None:
     """Refuse to replace a folder that holds something other than an export, before any work is done.
 
     Raises:

@@ -157,8 +157,11 @@ def prepare(
     read = []
     for role, corpus in [*(("forget", corpus) for corpus in corpora), ("retain", retain)]:
         counted, rows = _counted(encoder, corpus.documents, corpus.name, warn=True)
-        asked = sum(bool(document.prompt) and bool(document.completion.strip()) for document in corpus.documents)
-        unread = asked - sum(bool(document.prompt) for document in counted.documents)
+        with_tokens = set(counted.documents)
+        unread = sum(
+            bool(document.prompt and document.completion.strip()) and document not in with_tokens
+            for document in corpus.documents
+        )
         left_out = (
             f"the prompts of {unread} of {len(corpus)} documents of {corpus.name!r} fill the {encoder.max_length} tokens that are read, so "
             "that nothing of what follows is: raise max_length, or shorten the prompts"
@@ -166,7 +169,7 @@ def prepare(
         if not rows:
             reason = left_out if unread else "it holds no document with a token to predict"
             raise ValueError(f"the {role} corpus {corpus.name!r} is empty: {reason}")
-        if unread > 0:
+        if unread:
             warnings.warn(f"{left_out}; they are left out", stacklevel=4)
         read.append((counted, rows))
     record = {

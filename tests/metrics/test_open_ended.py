@@ -140,27 +140,26 @@ def test_the_control_is_the_answer_to_another_question() -> None:
     assert np.isnan(null_of(exact_match, ["red"], ["red"]))
 
 
-def test_the_longest_right_answer_says_how_much_is_written(model: LensModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[int] = []
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many tokens the model was asked to write, call by call; nothing is written."""
+    found: list[int] = []
 
     def remember(model: Any, prompts: list[str], *, max_new_tokens: int, progress: bool) -> list[str]:
-        asked.append(max_new_tokens)
+        found.append(max_new_tokens)
         return [""] * len(prompts)
 
     monkeypatch.setattr(import_module("mrp_lens.metrics.open_ended"), "continuations", remember)
+    return found
+
+
+def test_the_longest_right_answer_says_how_much_is_written(model: LensModel, asked: list[int]) -> None:
     rights = [" red", " the old man walked slowly", " a"]
     written_answers(model, Corpus(tuple(Document("It is", right) for right in rights)))
     assert asked == [max(len(ids_of(model, right)) - 1 for right in rights)]
 
 
-def test_the_longest_right_answer_leaves_the_prompts_room(model: LensModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[int] = []
-
-    def remember(model: Any, prompts: list[str], *, max_new_tokens: int, progress: bool) -> list[str]:
-        asked.append(max_new_tokens)
-        return [""] * len(prompts)
-
-    monkeypatch.setattr(import_module("mrp_lens.metrics.open_ended"), "continuations", remember)
+def test_the_longest_right_answer_leaves_the_prompts_room(model: LensModel, asked: list[int]) -> None:
     context, house = int(model.cfg.n_ctx), len(ids_of(model, "house " * 10)) - 1
     for prompt, right in (("It is", " house" * 500), ("house " * 500, " house" * 500), ("house " * 10, " house" * 500)):
         written_answers(model, Corpus((Document(prompt, right), Document("It", " red")), "long"))

@@ -92,7 +92,8 @@ def alignment(
             cosine, norm = cosines[layer], norms[layer]
             rows.append(
                 {"group": group, "layer": layer, "documents": cosine.documents, "tokens": int(cosine.tokens)}
-                | {"cosine": cosine.mean, "low": cosine.interval[0], "high": cosine.interval[1]}
+                | {"cosine": cosine.mean}
+                | dict(zip(("low", "high"), cosine.interval(least=-1.0, most=1.0), strict=True))
                 | {"cosine_std": cosine.std, "null_mean": float(of_null.mean()), "null_low": low, "null_high": high}
                 | {"null_std": float(of_null.std()), "norm": norm.mean, "norm_std": norm.std}
             )

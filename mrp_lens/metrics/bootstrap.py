@@ -1,14 +1,15 @@
 """How sure a figure is."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from statistics import NormalDist
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from jaxtyping import Float, Int
 from numpy.typing import NDArray
+from scipy.special import stdtrit
 from torch import Tensor
 
 from mrp_lens.utils.validation import int_seed
@@ -66,10 +67,14 @@ def share_interval(values: NDArray[np.float64], *, seed: int = 0) -> tuple[float
         TypeError, ValueError: as `bootstrap_interval`.
     """
     low, high = bootstrap_interval(values, seed=seed)
-    beyond = 1 - ((1 - CONFIDENCE) / 2) ** (1 / len(values))
     if low == high == 0.0:
-        return 0.0, beyond
-    return (1 - beyond, 1.0) if low == high == 1.0 else (low, high)
+        return 0.0, reach_of_none(len(values))
+    return (1 - reach_of_none(len(values)), 1.0) if low == high == 1.0 else (low, high)
+
+
+def reach_of_none(n: int) -> float:
+    """The upper end of the exact 95% interval of a share of which none was found among n (Clopper and Pearson 1934)."""
+    return float(1 - ((1 - CONFIDENCE) / 2) ** (1 / n))
 
 
 def value(frame: pd.DataFrame) -> float:
@@ -141,12 +146,15 @@ class TokenMean:
         """Spread over tokens."""
         return float(max(self.squares / self.tokens - self.mean**2, 0.0) ** 0.5)
 
-    @property
-    def interval(self) -> tuple[float, float]:
-        """95%, from the spread between documents (ratio estimator); NaN with a single document."""
+    def interval(self, *, least: float = -math.inf, most: float = math.inf) -> tuple[float, float]:
+        """95%, from the spread between documents (ratio estimator, t with documents - 1 degrees of freedom); NaN with a single document.
+
+        Args:
+            least, most: what the mean can be, beyond which the interval does not go.
+        """
         if self.documents < 2:
             return float("nan"), float("nan")
         rest = self.document_squares - 2 * self.mean * self.document_products + self.mean**2 * self.token_squares
         variance = max(rest, 0.0) / self.tokens**2 * self.documents / (self.documents - 1)
-        reach = NormalDist().inv_cdf((1 + CONFIDENCE) / 2) * variance**0.5
-        return self.mean - reach, self.mean + reach
+        reach = float(stdtrit(self.documents - 1, (1 + CONFIDENCE) / 2)) * variance**0.5
+        return max(least, self.mean - reach), min(most, self.mean + reach)

@@ -15,7 +15,7 @@ from mrp_lens.data import Corpus
 from mrp_lens.data.tokenization import TokenBatch, in_order
 from mrp_lens.edits import Edit, edit_on
 from mrp_lens.metrics.activations import hooks_at
-from mrp_lens.metrics.bootstrap import bootstrap_interval
+from mrp_lens.metrics.bootstrap import bootstrap_interval, share_interval
 from mrp_lens.metrics.registry import Measured, register
 from mrp_lens.models import LensModel, check_lens_model, encoder_for
 from mrp_lens.models.hooks import captured, frozen, hooked
@@ -225,7 +225,7 @@ class _Scores:
             for name in ("log_probability", "never_saw")
         )
         depths = depths_of(lost, expected, threshold)
-        low, high = bootstrap_interval(depths, seed=self.seed) if len(depths) else (float("nan"),) * 2
+        low, high = share_interval(depths, seed=self.seed) if len(depths) else (float("nan"),) * 2
         number = {"depth": depths.mean() if len(depths) else float("nan"), "depth_low": low, "depth_high": high}
         rows = []
         for layer in self.hooks:

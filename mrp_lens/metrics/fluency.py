@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from mrp_lens.data import Corpus, Document
 from mrp_lens.edits import Edit, edit_on
-from mrp_lens.metrics.bootstrap import bootstrap_interval
+from mrp_lens.metrics.bootstrap import share_interval
 from mrp_lens.metrics.perplexity import perplexity_of
 from mrp_lens.metrics.registry import Measured, register
 from mrp_lens.metrics.tokens import by_document
@@ -63,7 +63,7 @@ def fluency(
         One row a measure before and, with an edit, after. Columns: `when`: "before", the control, or "after"; `measure`:
         "perplexity", "repetition", "gibberish" or "empty" (share of prompts without an answer); `n`, answers that
         count: all for "empty", those with a token for "perplexity" and "repetition", and for "gibberish" those of at least
-        4 words; `mean`, with its 95% bootstrap interval over answers `low`, `high`: NaN where none counts, the interval
+        4 words that are not all alike; `mean`, with its 95% bootstrap interval over answers `low`, `high`: NaN where none counts, the interval
         also where only one does.
 
     Raises:
@@ -145,7 +145,7 @@ def _perplexity(likely: Sequence[Values], seed: int) -> dict[str, Any]:
 def _mean(values: Values, seed: int) -> dict[str, Any]:
     if not len(values):
         return {"n": 0} | dict.fromkeys(("mean", "low", "high"), float("nan"))
-    low, high = bootstrap_interval(values, seed=seed)
+    low, high = share_interval(values, seed=seed)
     return {"n": len(values), "mean": float(values.mean()), "low": low, "high": high}
 
 
@@ -170,17 +170,20 @@ def _shuffles_as_likely(
 ) -> list[float]:
     """1 for each answer of enough words that is no likelier than one of its shuffles, else 0."""
     draw = random.Random(int_seed(seed))
-    tested = [
-        (document, own.mean())
-        for document, own in zip(documents, likely, strict=True)
-        if len(document.completion.split()) >= LEAST_WORDS and len(own)
-    ]
-    shuffled = []
-    for document, _ in tested:
+    scored, shuffled = [], []
+    for document, own in zip(documents, likely, strict=True):
         words = document.completion.split()
-        orders_of = [" ".join(draw.sample(words, len(words))) for _ in range(orders)]
-        shuffled += [Document(document.prompt, _joined(document.prompt, text)) for text in orders_of]
+        if len(words) >= LEAST_WORDS and len(set(words)) > 1 and len(own):
+            scored.append(own.mean())
+            texts = [" ".join(_shuffled(words, draw)) for _ in range(orders)]
+            shuffled += [Document(document.prompt, _joined(document.prompt, text)) for text in texts]
     scores = [own.mean() for own in _log_probabilities(model, shuffled, batch_size, progress)]
-    return [
-        float(own <= max(scores[number * orders : (number + 1) * orders])) for number, (_, own) in enumerate(tested)
-    ]
+    return [float(own <= max(scores[number * orders : (number + 1) * orders])) for number, own in enumerate(scored)]
+
+
+def _shuffled(words: Sequence[str], draw: random.Random) -> list[str]:
+    """Words that are not all alike, in another order: of four, every 24th draw is the order that they have."""
+    while True:
+        order = draw.sample(words, len(words))
+        if order != list(words):
+            return order

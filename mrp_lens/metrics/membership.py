@@ -158,7 +158,8 @@ def _scores(model: LensModel, corpus: Corpus, share: float, batch_size: int, pro
         log_probabilities: Float[Tensor, "counted d_vocab"], tokens: Int[Tensor, " counted"]
     ) -> Float[Tensor, "counted 2"]:
         own = log_probabilities.gather(-1, tokens[:, None])[:, 0]
-        weights, finite = log_probabilities.exp(), log_probabilities.clamp(min=torch.finfo(torch.float32).min)
+        weights = log_probabilities.exp()
+        finite = log_probabilities.masked_fill(weights == 0, 0.0)  # what cannot follow has no part in mean and spread
         mean = (weights * finite).sum(-1)
         variance = (weights * (finite - mean[:, None]) ** 2).sum(-1).clamp(min=LEAST_VARIANCE)
         return torch.stack([own, (own - mean) / variance.sqrt()], dim=1)

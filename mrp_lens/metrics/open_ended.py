@@ -73,7 +73,7 @@ def open_ended(
 ) -> pd.DataFrame:
     """How well the answers that a model writes (greedily) fit the right ones; of a quiz also how often it chooses right.
 
-    Multiple choice can overstate forgetting, and understate it (arXiv 2510.07626): read both.
+    An answer ends at its first line break, unless the right one has some. Multiple choice can overstate forgetting, and understate it (arXiv 2510.07626): read both.
 
     Args:
         model: HookedTransformer or TransformerBridge, with the edit on if there is one.
@@ -158,7 +158,8 @@ def with_prompts(corpus: Corpus) -> Corpus:
 def written_answers(
     model: LensModel, corpus: Corpus, *, max_new_tokens: int | None = None, progress: bool = True
 ) -> list[str]:
-    """What the model writes, greedily, after each prompt; arguments and errors as in `open_ended`."""
+    """What the model writes, greedily, after each prompt: up to a line break where the right answer has none, since a model that does
+    not stop goes on with questions of its own; arguments and errors as in `open_ended`."""
     check_whole(max_new_tokens=max_new_tokens)
     if not len(corpus):
         raise ValueError(f"nothing is asked in {corpus.name!r}, which is empty")
@@ -171,7 +172,12 @@ def written_answers(
     if max_new_tokens is None:
         max_new_tokens = _longest_answer(model, corpus)
     prompts = [document.prompt for document in corpus.documents]
-    return continuations(model, prompts, max_new_tokens=max_new_tokens, progress=progress)
+    written = continuations(model, prompts, max_new_tokens=max_new_tokens, progress=progress)
+    rights = [document.completion.strip() for document in corpus.documents]
+    return [
+        answer if "\n" in right else answer.split("\n", 1)[0].rstrip()
+        for answer, right in zip(written, rights, strict=True)
+    ]
 
 
 def null_of(score: Callable[[str, str], float], answers: Sequence[str], rights: Sequence[str]) -> float:

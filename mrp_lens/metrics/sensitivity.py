@@ -259,7 +259,7 @@ def noise_sensitivity(
             rows.append(
                 {"group": group, "layer": layer, "documents": sensitivity.documents, "tokens": int(sensitivity.tokens)}
                 | {"noise": mean["noise"].mean, "sensitivity": sensitivity.mean}
-                | dict(zip(("low", "high"), sensitivity.interval, strict=True))
+                | dict(zip(("low", "high"), sensitivity.interval(least=0.0), strict=True))
                 | {"input_ratio": mean["input_ratio"].mean, "norm": mean["norm"].mean}
             )
     return pd.DataFrame(rows)

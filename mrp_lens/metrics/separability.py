@@ -44,12 +44,12 @@ def separability(
     """How well a linear detector tells forget from retain documents that it has not seen, at each layer.
 
     The detector is the one that MRP's gates start from: a logistic regression on states brought to length 1. It learns from
-    every second document, drawn at random, and is asked of the others. Where a document is told but its tokens are not, what
+    every second document, drawn at random, and is asked of the others; a text that comes several times is taken once. Where a document is told but its tokens are not, what
     the text is about does not stand in each state, and no gate that sees one state at a time can go by it.
 
     Args:
         model: HookedTransformer or TransformerBridge, with the edit on if there is one.
-        forget: at least four documents with a token; pads and BOS do not count.
+        forget: at least four different documents with a token; pads and BOS do not count.
         retain: likewise.
         layers: where to read. None: all.
         site: of the hook points.
@@ -65,7 +65,7 @@ def separability(
         `forget_documents`, `retain_documents`, those asked about.
 
     Raises:
-        TypeError, ValueError: under four documents with a token on a side, a layer or site that does not exist; NonFiniteError where
+        TypeError, ValueError: under four different documents with a token on a side, a layer or site that does not exist; NonFiniteError where
             states are NaN or infinite.
 
     Example:
@@ -76,11 +76,14 @@ def separability(
     generator = generator_for(seed)
     reader = StateReader(model, None, None, seed, batch_size, max_length, "right", progress)
     known, asked = {}, {}
-    for side, corpus in sides.items():
+    for side, given in sides.items():
+        corpus = Corpus(
+            tuple(dict.fromkeys(given.documents)), given.name
+        )  # a copy in the other half would be one seen before
         order = torch.randperm(len(corpus), generator=generator).tolist()
         if len(order) < FEWEST:
             raise ValueError(
-                f"{side}: {len(order)} documents are too few to learn from half of them; give at least {FEWEST}"
+                f"{side}: {len(order)} different documents are too few to learn from half of them; give at least {FEWEST}"
             )
         parts = (sorted(order[0::2]), sorted(order[1::2]))
         known[side], asked[side] = (Corpus(tuple(corpus.documents[i] for i in part), corpus.name) for part in parts)

@@ -7,7 +7,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from mrp_lens.data import Corpus, Questions
-from mrp_lens.metrics.bootstrap import CONFIDENCE, RESAMPLES, bootstrap_interval
+from mrp_lens.metrics.bootstrap import CONFIDENCE, RESAMPLES, share_interval
 from mrp_lens.metrics.multiple_choice import choice_scores
 from mrp_lens.metrics.open_ended import null_of, rouge_l, with_prompts, written_answers
 from mrp_lens.metrics.registry import Measured, register
@@ -78,7 +78,7 @@ def model_utility(
             parts |= _of_quiz(model, name, asked[name], alone, max_new_tokens, batch_size, progress)
     rows = []
     for (name, part), (values, null) in parts.items():
-        low, high = bootstrap_interval(values, seed=seed)
+        low, high = share_interval(values, seed=seed)
         row = {"group": name, "part": part, "n": len(values), "utility": values.mean(), "low": low, "high": high}
         rows.append({**row, "null": null})
     low, high = _interval([values for values, _ in parts.values()], seed)

@@ -60,3 +60,16 @@ def test_pairs_are_counted_exactly_and_never_held_all_at_once() -> None:
     finally:
         tracemalloc.stop()
     assert area == (above + equal / 2) / (3041 * 3502)
+
+
+def test_sides_that_are_all_told_apart_are_as_sure_as_their_number_of_documents() -> None:
+    high, low = [np.array([1.0 + n]) for n in range(3)], [np.array([-1.0 - n]) for n in range(5)]
+    area, least, most = auc(high, low)
+    assert (area, most) == (1.0, 1.0)
+    assert least**3 == pytest.approx(0.025)
+    assert auc(low, high) == pytest.approx((0.0, 0.0, 1 - least))
+
+
+def test_scores_that_are_no_number_are_refused() -> None:
+    with pytest.raises(ValueError, match="some scores are NaN"):
+        auc([np.array([np.nan]), np.array([1.0])], [np.array([0.0])])

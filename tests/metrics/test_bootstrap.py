@@ -66,7 +66,7 @@ def test_token_means_know_that_tokens_of_a_document_go_together() -> None:
             effects = generator.normal(2.0, 1.0, size=20)
             values = np.repeat(effects, lengths) + generator.normal(0, 0.1, size=lengths.sum())
             mean.add(torch.tensor(values), torch.tensor(np.repeat(np.arange(start, start + 20), lengths)))
-        low, high = mean.interval
+        low, high = mean.interval()
         hits += low <= 2.0 <= high
     assert 0.90 <= hits / 300 <= 0.98
     assert mean.documents == 60
@@ -79,3 +79,11 @@ def test_seeds_of_numpy_are_seeds_and_others_are_refused() -> None:
     for seed in (True, np.True_, 1.5, "3", None):
         with pytest.raises(TypeError, match="seed must be an int"):
             generator_for(seed)  # type: ignore[arg-type]
+
+
+def test_token_means_of_few_documents_are_as_unsure_as_students_t_and_stay_within_what_can_be() -> None:
+    mean, values = TokenMean(), np.array([0.1, 0.4, 0.7])
+    mean.add(torch.tensor(values), torch.arange(3))
+    reach = 4.302653 * values.std(ddof=1) / 3**0.5  # t of 2 degrees of freedom
+    assert mean.interval() == pytest.approx((0.4 - reach, 0.4 + reach))
+    assert mean.interval(least=0.0, most=1.0) == (0.0, 1.0)

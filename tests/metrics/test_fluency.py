@@ -90,3 +90,17 @@ def test_what_cannot_be_asked_is_named(model: Any, untouched: None) -> None:
         metrics.fluency(model, EDIT, "The old man")
     with pytest.raises(ValueError, match="orders must be at least 1, got 0"):
         metrics.fluency(model, EDIT, PROMPTS, orders=0)
+
+
+def test_an_answer_is_compared_with_other_orders_alone(model: LensModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An order that is likelier than every other passes, in answers of four words, whose own order every 24th draw is, as in others."""
+    right = "one two three four"
+    module = import_module("mrp_lens.metrics.fluency")
+
+    def likelihoods(model: Any, documents: Any, *_: Any) -> list[Any]:
+        return [np.array([0.0 if document.completion.strip() == right else -1.0]) for document in documents]
+
+    monkeypatch.setattr(module, "_log_probabilities", likelihoods)
+    answers, alike = [Document("", right)] * 40, [Document("", "one one one one")]
+    likely = likelihoods(model, answers + alike)
+    assert _shuffles_as_likely(model, answers + alike, likely, 19, 8, 0, False) == [0.0] * 40

@@ -99,3 +99,24 @@ def test_zlib_compresses_what_was_read_of_a_text_that_the_context_cuts(model: Le
     assert 0 < len(read[0]) < len(long) / 4
     expected = found["loss"] / [len(zlib.compress(text.encode())) for text in (read[0], "A house.", read[2])]
     np.testing.assert_allclose(found["zlib"], expected, rtol=1e-12)
+
+
+def test_a_token_that_cannot_follow_leaves_every_score_as_it_is(
+    model: LensModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its log-probability of minus infinity has no part in mean and spread over the vocabulary."""
+    scores = []
+    for least in (-1e4, -torch.inf):
+        with torch.no_grad(), monkeypatch.context() as patch:
+            unembed = model.unembed.forward
+            patch.setattr(model.unembed, "forward", lambda *given, least=least: _ruled_out(unembed(*given), least))
+            scores.append(_scores(model, MEMBERS, SHARE, 8, False))
+    for attack, own in scores[1].items():
+        assert np.isfinite(own).all(), attack
+        assert own == pytest.approx(scores[0][attack], rel=1e-5), attack
+
+
+def _ruled_out(logits: torch.Tensor, least: float) -> torch.Tensor:
+    changed = logits.clone()
+    changed[..., 3] = least
+    return changed

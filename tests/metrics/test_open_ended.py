@@ -173,3 +173,13 @@ def test_what_cannot_be_asked_is_named(model: Any, untouched: None) -> None:
         metrics.open_ended(model, Corpus((Document("It is", " red"), Document("", "red")), "bare"))
     with pytest.raises(ValueError, match="max_new_tokens must be at least 1, got 0"):
         metrics.open_ended(model, QUIZ, max_new_tokens=0)
+
+
+def test_an_answer_ends_at_a_line_break_unless_the_right_one_has_some(
+    model: LensModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written = "Paris.\nQuestion: What is the capital of Spain?"
+    module = import_module("mrp_lens.metrics.open_ended")
+    monkeypatch.setattr(module, "continuations", lambda *_, **__: [written, written])
+    asked = Corpus((Document("The old man", " Paris\n"), Document("A house", " Paris\nMadrid")), "asked")
+    assert written_answers(model, asked) == ["Paris.", written]

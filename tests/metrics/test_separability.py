@@ -81,7 +81,20 @@ def test_the_same_seed_gives_the_same_and_the_model_stays(model: LensModel, unto
 
 def test_too_few_documents_are_refused(model: LensModel) -> None:
     few = Corpus.from_texts(["One.", "Two.", "Three."], name="few")
-    with pytest.raises(ValueError, match="forget: 3 documents are too few to learn from half of them; give at least 4"):
+    with pytest.raises(
+        ValueError, match="forget: 3 different documents are too few to learn from half of them; give at least 4"
+    ):
         metrics.separability(model, few, RETAIN, progress=False)
     with pytest.raises(ValueError, match="layer 99 is out of range"):
         metrics.separability(model, FORGET, RETAIN, layers=[99], progress=False)
+
+
+def test_a_text_that_comes_several_times_lies_on_one_side(model: LensModel) -> None:
+    """Copies in both halves would be documents that the detector has seen."""
+    once, thrice = (
+        metrics.separability(model, Corpus(FORGET.documents * times, "forget"), RETAIN, layers=[1], progress=False)
+        for times in (1, 3)
+    )
+    assert once.equals(thrice)
+    with pytest.raises(ValueError, match="forget: 1 different documents are too few"):
+        metrics.separability(model, Corpus(FORGET.documents[:1] * 8, "forget"), RETAIN, progress=False)

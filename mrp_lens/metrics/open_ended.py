@@ -73,7 +73,8 @@ def open_ended(
 ) -> pd.DataFrame:
     """How well the answers that a model writes (greedily) fit the right ones; of a quiz also how often it chooses right.
 
-    An answer ends at its first line break, unless the right one has some. Multiple choice can overstate forgetting, and understate it (arXiv 2510.07626): read both.
+    Multiple choice can overstate forgetting, and understate it (arXiv 2510.07626): read both. An answer ends at its first line break,
+    unless the right one has some.
 
     Args:
         model: HookedTransformer or TransformerBridge, with the edit on if there is one.

@@ -44,8 +44,9 @@ def separability(
     """How well a linear detector tells forget from retain documents that it has not seen, at each layer.
 
     The detector is the one that MRP's gates start from: a logistic regression on states brought to length 1. It learns from
-    every second document, drawn at random, and is asked of the others; a text that comes several times is taken once. Where a document is told but its tokens are not, what
-    the text is about does not stand in each state, and no gate that sees one state at a time can go by it.
+    every second document, drawn at random, and is asked of the others; a text that comes several times is taken once. Where a
+    document is told but its tokens are not, what the text is about does not stand in each state, and no gate that sees one state
+    at a time can go by it.
 
     Args:
         model: HookedTransformer or TransformerBridge, with the edit on if there is one.

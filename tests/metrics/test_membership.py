@@ -105,10 +105,9 @@ def test_a_token_that_cannot_follow_leaves_every_score_as_it_is(
     model: LensModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its log-probability of minus infinity has no part in mean and spread over the vocabulary."""
-    scores = []
+    unembed, scores = model.unembed.forward, []
     for least in (-1e4, -torch.inf):
         with torch.no_grad(), monkeypatch.context() as patch:
-            unembed = model.unembed.forward
             patch.setattr(model.unembed, "forward", lambda *given, least=least: _ruled_out(unembed(*given), least))
             scores.append(_scores(model, MEMBERS, SHARE, 8, False))
     for attack, own in scores[1].items():

@@ -3,9 +3,10 @@
 import math
 
 import numpy as np
+import pandas as pd
 import pytest
 
-from mrp_lens.metrics.recovery import Score, recovery
+from mrp_lens.metrics.recovery import Recovery, Score, best, recovery
 
 
 def test_recovery_is_the_share_between_floor_and_ceiling() -> None:
@@ -45,3 +46,35 @@ def test_never_taught_facts_recover_nothing_within_their_interval() -> None:
         found = recovery(b, a, Score(125, 125), seed=seed)
         held += found.low <= 0 <= found.high
     assert 0.90 <= held / 200 <= 0.99
+
+
+def test_all_or_no_answers_of_few_questions_are_less_certain_than_of_many() -> None:
+    few, many = (recovery(Score(n, n), Score(0, n), Score(n, n)) for n in (6, 200))
+    for found in (few, many):
+        assert found.value == 1.0
+        assert found.low < 1.0 < found.high
+    assert few.low < 0.8 < many.low
+    nothing = recovery(Score(0, 6), Score(0, 6), Score(6, 6))
+    assert nothing.low < 0.0 < nothing.high
+    assert recovery(Score(0, 0), Score(0, 6), Score(6, 6)).columns() == pytest.approx(Recovery().columns(), nan_ok=True)
+
+
+def test_the_best_rate_is_that_of_the_highest_recovery_and_the_controls_its_own() -> None:
+    """A rate that lifts never-taught facts as well is not the best, though it has the highest accuracy."""
+    curves = pd.DataFrame(
+        {
+            "lr": [1e-3, 3e-3, 1e-2],
+            "step": 100,
+            "counts": [True, True, False],
+            "held_out_accuracy": [0.48, 0.50, 0.90],
+            "floor": [0.20, 0.45, 0.20],
+            "recovery": [0.35, 0.09, 0.88],
+            "control_recovery": [0.01, 0.12, 0.50],
+        }
+    )
+    assert best(curves)["lr"].tolist() == [1e-3]
+    assert best(curves, by="control_recovery")["lr"].tolist() == [3e-3]
+    assert best(curves.drop(columns="recovery"))["lr"].tolist() == [3e-3]
+    unknown = curves.assign(recovery=pd.Series([None, None, 0.88], dtype=object))  # as stored frames have it
+    assert best(unknown)["lr"].tolist() == [3e-3]
+    assert best(curves.assign(recovery=[0.35, math.nan, math.nan]))["lr"].tolist() == [1e-3]

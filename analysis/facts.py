@@ -102,7 +102,8 @@ class Facts:
 
     def detection(self, model: Any, edit: Edit) -> dict[str, float]:
         """Of an edit with gates, for each form of the quiz, none of which a fit read: precision and recall over the tokens of prompts,
-        against those of what is kept, and the share of prompts with a token at which a gate fires; means over the gates."""
+        against those of what is kept, and the share of prompts with a token at which a gate fires. Means over all gates; of
+        precision over those that fire at all, since the others have none."""
         if not any(isinstance(part, ConditionalProjectionEdit) for part in edit.parts):
             return {}
         row: dict[str, float] = {}

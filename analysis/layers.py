@@ -3,9 +3,9 @@
 `python -m analysis.layers --model demo --out runs/layers` (quick), `--full` (all layers, three seeds, three c, every fit to its end)
 
 The claim (arXiv 2408.06223): RMU with a fixed c works only where c exceeds the stream's norm; Adaptive RMU works at most
-layers. A fit *works* here if the forget quiz falls to within five points of the never-taught level (of chance, where that is
-unknown) and the retain quiz loses at most five points. The sweep lies in the output folder and goes on where it was
-interrupted.
+layers. A fit *works* here if the forget quiz comes to within five points of the never-taught level (of chance, where that is
+unknown), above or below, and the retain quiz loses at most five points; further below it is *suppressed*, hence still known. The
+sweep lies in the output folder and goes on where it was interrupted.
 """
 
 from collections.abc import Sequence
@@ -24,11 +24,12 @@ KEPT_WITHIN = 0.05
 DOCUMENTS = 100  # a side, for noise sensitivity and Eq. 19
 MOST = 0.5  # "most": more than this share
 READING = """\
-First table: fits of {steps}, `works` being the share of seeds with which both sides came out as they should. The claim
-holds where RMU works in the rows with `c / norm` above 1 and not in the others, and where Adaptive RMU (whose `c / norm` is beta)
-works at more than half of the layers. Second: how much of a noise added at a layer arrives behind the last block (`sensitivity`,
-which the paper finds falling with depth), and the c that Eq. 19 predicts before any fit, with its interval, beside the smallest
-of those tried that worked there (`working coefficient`; nothing where none did)."""
+First table: fits of {steps}, `works` being the share of seeds with which both sides came out as they should, `suppressed` that with
+which the forget quiz fell below what was never taught, so that it is still known. The claim holds where RMU works in the rows with
+`c / norm` above 1 and not in the others, and where Adaptive RMU (whose `c / norm` is beta) works at more than half of the layers.
+Second: how much of a noise added at a layer arrives behind the last block (`sensitivity`, which the paper finds falling with depth),
+and the c that Eq. 19 predicts before any fit, with its interval, beside the smallest of those tried that worked there (`working
+coefficient`; nothing where none did)."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -46,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     steps = config.resolved(study.model, study.task).steps
     table = sweep(study.model, study.task, config, options.out / "sweep")
     assert table is not None
-    table = table.assign(works=works(table))
+    table = table.assign(suppressed=suppressed(table), works=works(table))
     texts = study.task.texts(limit=DOCUMENTS)
     u = random_units(1, study.model.cfg.d_model, "uniform", torch.Generator().manual_seed(options.seed))[0]
     sensitivity = metrics.noise_sensitivity(study.model, texts, seed=options.seed, progress=True)
@@ -62,10 +63,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def works(table: pd.DataFrame) -> "pd.Series[bool]":
-    """Whether each row forgot the forget set and kept the retain set, by the quizzes."""
-    floor = table["untaught_accuracy"] if "untaught_accuracy" in table else table["chance"]
+    """Whether each row forgot the forget set, neither knows nor suppresses it, and kept the retain set, by the quizzes."""
     kept = table.loc[table["method"] == UNEDITED, "retain_accuracy"].iloc[0] - KEPT_WITHIN
-    return (table["forget_accuracy"] <= floor + ABSENT_WITHIN) & (table["retain_accuracy"] >= kept)
+    forgot = (table["forget_accuracy"] <= _floor(table) + ABSENT_WITHIN) & ~suppressed(table)
+    return forgot & (table["retain_accuracy"] >= kept)
+
+
+def suppressed(table: pd.DataFrame) -> "pd.Series[bool]":
+    """Whether each row answers the forget quiz worse than what was never taught, for which it has to be known."""
+    return table["forget_accuracy"] < _floor(table) - ABSENT_WITHIN
+
+
+def _floor(table: pd.DataFrame) -> "pd.Series[float]":
+    """The never-taught level; chance where that is unknown."""
+    return table["untaught_accuracy"] if "untaught_accuracy" in table else table["chance"]
 
 
 def smallest_working(table: pd.DataFrame) -> "pd.Series[float]":
@@ -78,7 +89,7 @@ def smallest_working(table: pd.DataFrame) -> "pd.Series[float]":
 def finding(table: pd.DataFrame, sensitivity: pd.DataFrame, predicted: pd.DataFrame, steps: int | None) -> str:
     """Every layer and c with the share of seeds that worked, noise sensitivity and Eq. 19's c, and how to read them."""
     keys = ["method", "layer", "relative_coefficient"]
-    columns = ["forget_accuracy", "retain_accuracy", "works"]
+    columns = ["forget_accuracy", "retain_accuracy", "suppressed", "works"]
     fits = table[table["method"] != UNEDITED].groupby(keys, sort=False, dropna=False)[columns].mean().reset_index()
     theory = predicted.merge(sensitivity[["group", "layer", "sensitivity"]], how="left", on=["group", "layer"])
     shown = ["group", "layer", "sensitivity", "coefficient", "low", "high", "norm", "working_coefficient"]

@@ -97,6 +97,8 @@ class Leaderboard(ResumableStudy):
         self.stages += [f"{BENCHMARK}-{options.benchmark}"] if options.benchmark else []
         Attacker(steps=self.updates[-1])  # refuses a budget of nothing before any work
         self.facts = {seed: FactSplit.of(study.task, limit=options.limit, seed=seed) for seed in self.seeds}
+        for facts in self.facts.values():
+            ATTACKS["probe"]().check_facts(facts)  # likewise too few facts; warns where there will be no control
         settings = {
             "model": describe(study.model),
             "data": study.task.fingerprints(),
@@ -264,10 +266,7 @@ class Leaderboard(ResumableStudy):
 
     def probe(self, job: Job) -> Cell:
         """What a linear probe reads of V off each layer."""
-        facts = self.facts[job[1]]
-        answers = {choice for half in (facts.train, facts.held_out) for q in half.questions for choice in q.choices}
-        target: Any = "answer" if len(answers) <= len(facts.train) else "choice"  # recurring answers, or any text
-        bits = attacks.probe(self.study.model, self.edit(job), **self.asked(job), target=target, seed=job[1])
+        bits = attacks.probe(self.study.model, self.edit(job), **self.asked(job), target=None, seed=job[1])
         return {"rows": rows_of(bits)}
 
     def attack(self, job: Job, name: str) -> Cell:

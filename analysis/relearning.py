@@ -6,14 +6,15 @@ few facts, near facts, unrelated text, low-rank updates, weights before, at and 
 
 Each edit is retrained on the questions about half of the entities (T) and asked about the others (V): RTT, arXiv
 2410.08827. Floor: never-taught facts after the same attack, or, with `--reference`, a model that never saw what was
-forgotten, after the same attack. Each edited model is also taught new facts with the same budget. `--edits NAME=DIR`
-attacks saved edits instead of fitting. Curves lie in the output folder and are gone on with after an interruption;
-`--shard 1/2` and `--shard 2/2` divide them between two processes.
+forgotten, after the same attack; not of weights before, at and after the edit, which that model has none of, nor where its
+loss becomes infinite at every rate (at some: these are left out). Each edited model is also taught new facts with the
+same budget. `--edits NAME=DIR` attacks saved edits instead of fitting. Curves lie in the output folder and are gone on
+with after an interruption; `--shard 1/2` and `--shard 2/2` divide them between two processes.
 """
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -53,14 +54,14 @@ WIDEST = "mrp-all-wide"  # whose ranks and layers the random projection has
 FEW_FACTS = 25
 READING = f"""\
 Accuracy on forget and retain questions before the attack; then the share of V that is back after 5, 20 and 100 updates on T at
-the attacker's best rate, with the edit kept: 0 is as if never taught, 1 as before the edit, below 0 is suppressed. After 100
-updates also with the hooks stripped (which leaves the unedited model) and in the weights. Behind a figure: lowest to highest of
-the seeds, or the 95% interval. `{NEVER_TAUGHT}` is the control, one half of the never-taught facts against the floor of the other,
-and should be near 0. {DOES_NOT_COUNT}: T was not learned to 95%, so that this attack does not count. `new facts` is accuracy on
-facts that no model here knew, after {FEW} updates on them: an edited model that learns them as the unedited one does can be trained,
-so that what does not come back is hidden better and not merely slow. MRP's rows tell layers from rank: {WIDEST} differs from
-mrp-all by rank alone, mrp-all from mrp by layers alone, and {RANDOM} has the ranks and layers of {WIDEST}. Other attackers
-stand below the usual one."""
+the attacker's best rate, chosen on V (hence an upper bound), with the edit kept: 0 is as if never taught, 1 as before the edit,
+below 0 is suppressed. After 100 updates also with the hooks stripped (which leaves the unedited model) and in the weights. Behind a
+figure: lowest to highest of the seeds, or the 95% interval. `{NEVER_TAUGHT}` is the control, one half of the never-taught facts
+against the other, at the rate that is best for these; it should be near 0. {DOES_NOT_COUNT}: T was not learned to 95%, so that this
+attack does not count. `new facts` is accuracy on facts that no model here knew, after {FEW} updates on them: an edited model that
+learns them as the unedited one does can be trained, so that what does not come back is hidden better and not merely slow. MRP's rows
+tell layers from rank: {WIDEST} differs from mrp-all by rank alone, mrp-all from mrp by layers alone, and {RANDOM} has the ranks and
+layers of {WIDEST}. Other attackers stand below the usual one."""
 
 
 def variants(model: LensModel) -> dict[str, Any]:
@@ -196,7 +197,7 @@ class Relearning(ResumableStudy):
     def retrainings(self, job: Job) -> list[Retraining]:
         """What is done to it."""
         name, seed = job
-        chosen = name in QUICK_METHODS.split(",") or name in self.saved
+        chosen = name in QUICK_METHODS.split(",") or name in self.saved or name == REFERENCE  # the floor of each
         others = OTHERS if self.options.others and seed == self.seeds[0] and chosen else ()
         return [USUAL, *([WEIGHTS] if name == "mrp-mlp" else []), *others]
 
@@ -220,9 +221,11 @@ class Relearning(ResumableStudy):
         for job in self.jobs:
             for how in self.retrainings(job) if job[0] != REFERENCE else ():  # it is the floor of the others
                 frame = self.result(job, how.name)
-                if self.options.reference and how == USUAL and len(frame):
-                    floor = self.result((REFERENCE, job[1]), USUAL.name)
-                    frame = attacks.with_floor(frame, floor, seed=job[1])
+                if self.options.reference and len(frame):
+                    unedited = replace(how, form=USUAL.form)  # a model without an edit has nothing to fold
+                    floor = self.result((REFERENCE, job[1]), unedited.name)
+                    if len(floor):  # none where what is retrained is told apart by the edited layers
+                        frame = attacks.with_floor(frame, floor, steps=self.options.steps, seed=job[1])
                 frames.append(frame.assign(method=job[0], seed=job[1]))
         return pd.concat([frame for frame in frames if len(frame)], ignore_index=True)
 
@@ -318,7 +321,7 @@ def rank_of(edit: Edit | None) -> int | None:
 
 def rows_of_curves(curves: pd.DataFrame, quizzes: pd.DataFrame) -> pd.DataFrame:
     """One row an edit, seed and attacker: recovery after 5, 20 and 100 updates at the attacker's best rate, with what the
-    edit had done before. The control "never-taught" is the other half of the never-taught facts."""
+    edit had done before. The control "never-taught" is the other half of the never-taught facts, at the best rate for these."""
     rows: list[dict[str, Any]] = []
     known: dict[Any, dict[str, Any]] = {
         (row["method"], row["seed"]): {str(key): value for key, value in row.items()}
@@ -332,7 +335,8 @@ def rows_of_curves(curves: pd.DataFrame, quizzes: pd.DataFrame) -> pd.DataFrame:
         learned = part.groupby("step")[["new_accuracy"]].max()  # at the best rate for these
         row |= _by_budget(at_best, INTERVAL) | _by_budget(learned, ["new_accuracy"])
         rows.append(row)
-        if method == UNEDITED and attacker == USUAL.name and at_best["control_recovery"].notna().any():
+        if method == UNEDITED and attacker == USUAL.name and part["control_recovery"].notna().any():
+            at_best = attacks.best(part, by="control_recovery").sort_values("step").set_index("step")
             control = at_best.drop(columns=list(INTERVAL)).rename(columns=lambda name: name.removeprefix("control_"))
             rows.append({"method": NEVER_TAUGHT, "seed": seed, "attacker": attacker, **_by_budget(control, INTERVAL)})
     return _with_forms(pd.DataFrame(rows))

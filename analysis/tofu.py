@@ -7,8 +7,9 @@ The data folder holds `forget.jsonl`, `retain.jsonl` and `forget_paraphrased.jso
 retain set only. With `--benchmark N` the field's measures are taken as well (`metrics.rows_for("benchmark", ...)`): extraction strength,
 truth ratio, forget quality, membership inference, answers in the model's own words, utility, depth; on N documents and questions a
 side, since answers are written. With `--tuning` ten authors of the retain set are forgotten instead, whom the benchmark does not score
-as forgotten: that is where the settings under TUNED come from. `--methods` takes every registered method, and `--set` its settings: a
-baseline at the damage that RMU is allowed is `--methods npo --set npo.budget=0.05 npo.steps=600`.
+as forgotten: that is where the settings under TUNED come from. The reference was taught these, so that it is refused there. `--methods`
+takes every registered method, and `--set` its settings: a baseline at the damage that RMU is allowed is `--methods npo --set
+npo.budget=0.05 npo.steps=600`.
 """
 
 import argparse
@@ -204,6 +205,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/tofu"), help="folder for the table")
     parser.add_argument("--overwrite", action="store_true", help="begin anew, whatever the output folder holds")
     options = parser.parse_args(arguments)
+    if options.tuning and options.reference:
+        parser.error(
+            "--reference was taught the retain set, of which --tuning makes what is forgotten: it knows that, and is no never-taught "
+            "model there; leave out one of the two"
+        )
     methods = with_settings({name: known[name] for name in options.methods}, options.set)
     benchmark = Benchmark.read(options.data, tuning=options.tuning)
     model = load_model(options.model, backend=options.backend)

@@ -128,6 +128,7 @@ class Evaluator:
             "accuracy_edited": self.edited.accuracy,
             "floor": floor.accuracy,
             "n_floor": floor.n,
+            "untaught_floor": float("nan") if self.floor is None else floor.accuracy,
             "ceiling": self.before.accuracy,
             **recovery(after, floor, self.before, seed=self.seed).columns(),
             **{f"control_{name}": value for name, value in control.columns().items()},

@@ -465,14 +465,16 @@ class Jailbreak(Attack):
 
     @override
     def rows(self, frames: Frames, name: str) -> Iterator[Mapping[str, Any]]:
-        """The last trigger of each search, and once a random one."""
+        """Of each search the trigger with the lowest loss on T, which the attacker can tell without any answer of V; and once a
+        random one."""
         if "jailbreak_curve" not in frames:
             return
         for number, (objective, part) in enumerate(frames["jailbreak_curve"].groupby("objective", sort=False)):
             renamed = {"held_out_accuracy": "accuracy_after", "untaught_accuracy": "floor"}
             rows = part.rename(columns=renamed).assign(ceiling=part["accuracy_before"]).to_dict("records")
-            plain, random, *_, found = [row | {"accuracy_edited": rows[0]["accuracy_after"]} for row in rows]
-            shown = [(name, f"jailbreak, {SEARCHES[str(objective)]}", found)]
+            plain, random, *found = [row | {"accuracy_edited": rows[0]["accuracy_after"]} for row in rows]
+            best = min(found, key=lambda row: float(row["loss"]))
+            shown = [(name, f"jailbreak, {SEARCHES[str(objective)]}", best)]
             if number == 0:
                 yield without_attack(plain, name)
                 shown.append((RANDOM_TRIGGER, "jailbreak", random))

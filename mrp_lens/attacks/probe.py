@@ -1,5 +1,6 @@
 """What an edited model still knows inside: bits about the right answer that a probe reads off its states."""
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -16,6 +17,7 @@ from mrp_lens.attacks.registry import register
 from mrp_lens.attacks.relearn import Relearn
 from mrp_lens.attacks.v_information import FOLDS, LabelledStates, ProbeKind, VInformation, usable_information
 from mrp_lens.data import Document, Questions
+from mrp_lens.data.questions import Half
 from mrp_lens.data.tokenization import PaddingSide
 from mrp_lens.edits import Edit, edit_on
 from mrp_lens.metrics.activations import hooks_at
@@ -68,7 +70,8 @@ def probe(
         edit: what to attack; None: the unedited model.
         train: facts whose answers the attacker knows.
         held_out: the facts to be found out.
-        untaught: facts that the model never learned: what absent looks like.
+        untaught: facts that the model never learned: what absent looks like. Where a half of them is too few for a probe of
+            this target, that group is left out, with a warning that says how many are needed.
         layers: where to read. None: all.
         site: of the hook points.
         kind: "linear" or "mlp" (one hidden layer).
@@ -88,7 +91,8 @@ def probe(
         asked for the other, in turn. (A probe of taught facts reads off untaught ones what the model makes up, surely
         and wrongly: far below 0 bits, and no sign of what absent looks like.) Columns: `layer`, `kind`, `target`,
         `group`; `bits` a question, with the 95% bootstrap interval over questions `low`, `high` (the probe being as it
-        is: another one would be a little off); `entropy` and `cross_entropy`, in bits, whose difference that is: without
+        is: another one would be a little off; NaN where no probe was used and `bits` is 0 for that reason, which tells
+        nothing of how far off it is); `entropy` and `cross_entropy`, in bits, whose difference that is: without
         and with the state; `accuracy` of the probe among the choices, ties shared; `classes`, how many answers it tells
         apart ("choice": the most choices of a question); `train_n`, how many facts a probe was trained on; `n` facts it
         was asked for.
@@ -108,11 +112,11 @@ def probe(
     check_positive(batch_size=batch_size)
     generator_for(seed)
     check_held_out(held_out, train=train)
-    target = target or ("answer" if len(_answers(train, held_out)) <= len(train) else "choice")
+    target = target or _target(train, held_out)
     hooks = hooks_at(model, layers, site)
     pairs = [("held-out", train, held_out)]
-    if untaught is not None:
-        first, second = _halves(untaught, train, held_out, seed)
+    if untaught is not None and (halves := _halves(untaught, train, held_out, target, seed)):
+        first, second = halves
         pairs += [("never-taught", first, second), ("never-taught", second, first)]
     labels = [_labels(known, asked, target) for _, known, asked in pairs]
     sets = {id(questions): questions for _, *both in pairs for questions in both}
@@ -140,8 +144,16 @@ def probe(
     return pd.DataFrame(rows)
 
 
-def _halves(untaught: Questions, train: Questions, held_out: Questions, seed: int) -> tuple[Questions, Questions]:
-    """The untaught facts in two halves, no entity in both where entities are known.
+def _target(train: Questions, held_out: Questions) -> Target:
+    """ "answer" where no more different answers are among the choices than there are facts to learn them from."""
+    return "answer" if len(_answers(train, held_out)) <= len(train) else "choice"
+
+
+def _halves(
+    untaught: Questions, train: Questions, held_out: Questions, target: Target, seed: int
+) -> tuple[Questions, Questions] | None:
+    """The untaught facts in two halves, no entity in both where entities are known; None, with a warning, where one of them
+    is too few for a probe to learn from.
 
     Raises:
         TypeError, ValueError: no Questions, or some of them are among the taught.
@@ -155,7 +167,20 @@ def _halves(untaught: Questions, train: Questions, held_out: Questions, seed: in
             f"{shared} questions of untaught {untaught.name!r} are in train or held_out too: facts that the model was taught do not "
             "show what absent looks like; leave them out"
         )
-    return untaught.halves(by="entity" if all(q.entity for q in untaught.questions) else "question", seed=seed)
+    entities = {q.entity for q in untaught.questions}
+    by: Half = "entity" if all(entities) else "question"
+    halves = None if by == "entity" and len(entities) < 2 else untaught.halves(by=by, seed=seed)
+    fewest = 0 if halves is None else min(map(len, halves))
+    needed = max(FOLDS, len(_answers(untaught)) if target == "answer" else 0)  # as `_labels` will ask of either
+    if fewest >= needed:
+        return halves
+    # Told of this line: a suite asks here before its work, and again with each probe, and Python then says it once.
+    warnings.warn(
+        f"the never-taught control of the probe is left out: a half of the {len(untaught)} untaught questions of {untaught.name!r} is "
+        f"{fewest}, and a probe of target {target!r} needs {needed} in each half; give {2 * needed} or more",
+        stacklevel=1,
+    )
+    return None
 
 
 def _labels(
@@ -217,7 +242,8 @@ def _figures(parts: Sequence[tuple[VInformation, int, int]], seed: int) -> dict[
     """What the probes of one layer and group make of the facts they were asked for, taken together."""
     estimates, classes, known = zip(*parts, strict=True)
     bits = torch.cat([estimate.bits for estimate in estimates]).cpu().numpy()
-    low, high = bootstrap_interval(bits, seed=seed)
+    # Exactly 0 are the bits of a probe that gained too little to be used: of these, resampling would find nothing else.
+    low, high = bootstrap_interval(bits, seed=seed) if bits.any() else (float("nan"), float("nan"))
     return {
         "bits": float(bits.mean()),
         "low": low,
@@ -252,11 +278,14 @@ class Probe(Attack):
 
     @override
     def check_facts(self, facts: FactSplit) -> None:
+        """Refuse too few facts to train on; warn where there are too few never-taught ones for their control."""
         if len(facts.train) < FOLDS:
             raise ValueError(
                 f"the attack {self.name!r} needs {FOLDS} questions for its training or more, and half of them are {len(facts.train)}; "
                 "leave it out, or give more questions"
             )
+        if facts.untaught is not None:
+            _halves(facts.untaught, facts.train, facts.held_out, _target(facts.train, facts.held_out), seed=0)
 
     @override
     def run(self, setting: Setting) -> Frames:
@@ -293,12 +322,13 @@ class Probe(Attack):
 
     @override
     def rows(self, frames: Frames, name: str) -> Iterator[Mapping[str, Any]]:
-        """Each state's best layer."""
+        """Each state's best layer, and the never-taught control's own: the same choice helps both, so that either is an
+        upper bound and the two can be compared."""
         if "probe_bits" not in frames:
             return
         for (state, kind), part in frames["probe_bits"].groupby(["method", "kind"], sort=False):
             row = part[part["group"] == "held-out"].sort_values("bits", kind="stable").iloc[-1]
-            control = part[(part["group"] == "never-taught") & (part["layer"] == row["layer"])]["bits"]
+            control = part[part["group"] == "never-taught"]["bits"]
             yield {
                 "method": state,
                 "attack": f"probe, {kind}",
@@ -308,5 +338,5 @@ class Probe(Attack):
                 "bits_low": row["low"],
                 "bits_high": row["high"],
                 "bits_in_all": row["entropy"],
-                "never_taught_bits": float(control.iloc[0]) if len(control) else float("nan"),
+                "never_taught_bits": float(control.max()),  # NaN without a control
             }

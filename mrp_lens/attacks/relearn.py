@@ -82,7 +82,8 @@ def relearn(
     Returns:
         A row a rate and mark: `attack`, `form`, `parameters`, `samples`, `lr`, `step`, `train_accuracy` (on at
         most 100 documents of T), `held_out_accuracy`, `n`; on `held_out` without attack `accuracy_before` (unedited)
-        and `accuracy_edited`; `floor`, `n_floor`, `ceiling`; `recovery`, `recovery_low`, `recovery_high` (95%), for the never-taught control
+        and `accuracy_edited`; `floor`, `n_floor`, `untaught_floor` (that of never-taught questions, whatever `floor` is;
+        NaN without them), `ceiling`; `recovery`, `recovery_low`, `recovery_high` (95%), for the never-taught control
         `control_recovery`, `control_recovery_low`, `control_recovery_high`; `new_accuracy`; `counts`: whether T
         reaches 0.95 at this rate; `seconds`. A rate that makes the loss infinite has its rows until then; so has all
         after Ctrl-C, which `frame.attrs["interrupted"]` tells.
@@ -173,20 +174,32 @@ def relearned(
         yield model
 
 
-def with_floor(curves: pd.DataFrame, reference: pd.DataFrame, *, seed: int = 0) -> pd.DataFrame:
+def with_floor(
+    curves: pd.DataFrame, reference: pd.DataFrame, *, steps: int | None = None, seed: int = 0
+) -> pd.DataFrame:
     """The curves with another floor: a model that never saw what was forgotten, under the same attack.
 
     Args:
         curves: of `relearn`.
         reference: of `relearn` on that model, with the same data, rates and marks.
-        seed: of the bootstrap.
+        steps: updates of the attack. A rate at which the reference has no row after so many, since its loss became infinite, is
+            left out; without any other rate the curves keep the floor that they have. None: as many as the reference's last.
+        seed: of the interval.
+
+    Returns:
+        The curves with other `floor`, `n_floor` and recovery. The never-taught control and its `untaught_floor` stay.
 
     Raises:
         ValueError: a rate and mark of the curves that the reference lacks.
     """
+    finished = reference.loc[reference["step"] == (steps or reference["step"].max()), "lr"]
     known = reference.set_index(["lr", "step"])[["held_out_accuracy", "n"]]
+    gone = set(reference["lr"]) - set(finished)
+    comparable = curves[~curves["lr"].isin(gone)]
+    if not len(comparable):
+        return curves
     rows = []
-    for row in curves.to_dict("records"):
+    for row in comparable.to_dict("records"):
         place = (row["lr"], row["step"])
         if place not in known.index:
             raise ValueError(f"the reference has no row for lr {place[0]:.2g} and step {place[1]}; attack it likewise")
@@ -194,7 +207,8 @@ def with_floor(curves: pd.DataFrame, reference: pd.DataFrame, *, seed: int = 0) 
         floor = Score(accuracy * n, int(n))
         after, ceiling = (Score(row[name] * row["n"], row["n"]) for name in ("held_out_accuracy", "ceiling"))
         found = recovery(after, floor, ceiling, seed=seed).columns()
-        rows.append(row | {"floor": floor.accuracy, "n_floor": floor.n} | found)
+        taught = {"untaught_floor": row.get("untaught_floor", row["floor"])}  # which older curves have under one name
+        rows.append(row | taught | {"floor": floor.accuracy, "n_floor": floor.n} | found)
     return pd.DataFrame(rows)
 
 
@@ -273,7 +287,7 @@ class Relearn(Attack):
             found = [self._curves(setting, setting.model, *target, parameters) for target in targets]
             if setting.reference is not None and parameters in WITHOUT_EDIT:
                 floor = self._curves(setting, setting.reference, REFERENCE, None, "kept", parameters)
-                found = [self._on_floor(frame, floor, setting.seed) for frame in found]
+                found = [with_floor(frame, floor, steps=self.steps, seed=setting.seed) for frame in found]
             curves += found
         return {"relearning_curves": pd.concat(curves, ignore_index=True)}
 
@@ -298,13 +312,11 @@ class Relearn(Attack):
 
             role = name if edit is None else "edited"
             frames.append(setting.frame(f"relearn-{role}-{form}-{parameters}-lr{rate:.6g}", curve))
-        return pd.concat(frames, ignore_index=True).assign(method=name)
-
-    def _on_floor(self, curves: pd.DataFrame, floor: pd.DataFrame, seed: int) -> pd.DataFrame:
-        """With the reference's floor, at the rates at which its loss stayed finite; as they are if there is none."""
-        finished = floor.loc[floor["step"] == self.steps, "lr"]
-        comparable = curves[curves["lr"].isin(finished)]
-        return with_floor(comparable, floor, seed=seed) if len(comparable) else curves
+        curves = pd.concat(frames, ignore_index=True).assign(method=name)
+        asked = setting.facts.untaught is not None
+        # Points of earlier versions have it as the floor alone.
+        known = curves.get("untaught_floor", curves["floor"]).astype(float)
+        return curves.assign(untaught_floor=known.fillna(curves["floor"]) if asked else float("nan"))
 
     @contextmanager
     def relearned(self, setting: Setting) -> Iterator[LensModel]:
@@ -330,18 +342,22 @@ class Relearn(Attack):
 
     @override
     def rows(self, frames: Frames, name: str) -> Iterator[Mapping[str, Any]]:
-        """The edit's rows at the attacker's best rate, the never-taught control of each, and the unedited model's.
+        """The edit's rows at the attacker's best rate, the never-taught control of each at its own, and the unedited model's.
 
-        The edit's row "no attack" has `forget_accuracy`, `untaught_accuracy`, and where there are such forms and budgets
-        `recovery_5`, `recovery_20`, `recovery_100`, `recovery_100_stripped`, `recovery_100_weights`.
+        The edit's row "no attack" has `forget_accuracy`, `untaught_accuracy` (where there are never-taught questions), and where
+        there are such forms and budgets `recovery_5`, `recovery_20`, `recovery_100`, `recovery_100_stripped`, `recovery_100_weights`.
         """
         if "relearning_curves" not in frames:
             return
-        found = best(frames["relearning_curves"]).rename(columns={"held_out_accuracy": "accuracy_after"})
+        curves = frames["relearning_curves"]
+        found = best(curves).rename(columns={"held_out_accuracy": "accuracy_after"})
         edited = found[found["method"] == name]
         usual = edited[(edited["form"] == "kept") & (edited["parameters"] == "all")]
         for row in usual[usual["step"] == 0].to_dict("records"):
-            yield without_attack(row, name) | {"untaught_accuracy": row["floor"]} | _by_budget(edited)
+            level = {"untaught_accuracy": _untaught_floor(row)}
+            yield (
+                without_attack(row, name) | (level if pd.notna(level["untaught_accuracy"]) else {}) | _by_budget(edited)
+            )
         for (method, form, parameters), part in found.groupby(["method", "form", "parameters"], sort=False):
             last = part["step"].max()
             shown = {*BUDGETS, last} if method == name and form == "kept" else {last}
@@ -350,9 +366,9 @@ class Relearn(Attack):
                 if method != name:
                     title = title.replace(f", {FORM_TITLES['kept']}", "")
                 yield {"method": method, "attack": title, **columns(row, ACCURACIES, RECOVERY)}
-                if row["step"] == last and method == name and pd.notna(row["control_recovery"]):
-                    control = {end: row[f"control_{end}"] for end in RECOVERY}
-                    yield {"method": NEVER_TAUGHT, "attack": title, **columns(row, ("floor", "ceiling")), **control}
+                if row["step"] == last and method == name:
+                    own = curves[(curves["method"] == name) & (curves["form"] == form) & (curves["step"] == last)]
+                    yield from _control(own[own["parameters"] == parameters], title)
 
     @override
     def notes(self, frames: Frames, name: str) -> Iterator[str]:
@@ -371,6 +387,19 @@ class Relearn(Attack):
             if method == name:
                 unedited = curves[(curves["method"] == UNEDITED) & (curves["parameters"] == parameters)]
                 yield from _slower(attack, part, unedited)
+
+
+def _control(curves: pd.DataFrame, title: str) -> Iterator[dict[str, Any]]:
+    """The row of the never-taught control after the last updates, at its own best rate; none where it is not known."""
+    row = best(curves, by="control_recovery").iloc[0].to_dict()
+    if pd.notna(row["control_recovery"]):
+        found = {"floor": _untaught_floor(row), "ceiling": row["ceiling"]}
+        yield {"method": NEVER_TAUGHT, "attack": title, **found, **{end: row[f"control_{end}"] for end in RECOVERY}}
+
+
+def _untaught_floor(row: Mapping[Any, Any]) -> float:
+    """The never-taught level of a row, whatever its floor is; frames of earlier versions have it as the floor alone."""
+    return float(row.get("untaught_floor", row["floor"]))
 
 
 def _slower(attack: str, edited: pd.DataFrame, unedited: pd.DataFrame) -> Iterator[str]:

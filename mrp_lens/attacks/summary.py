@@ -26,7 +26,7 @@ def rows_of_attacks(frames: Frames, name: str, config: SuiteConfig) -> list[Row]
         Rows of `method` (the edit's name; "unedited", "never-taught" and "random-trigger" are controls), `attack`, and
         on the held-out questions `n`, `accuracy_before` (unedited), `accuracy_edited`, `accuracy_after` the attack,
         `floor`, `ceiling`, `recovery` with its interval; for probes, which come last, `layer` (their best), `bits` with
-        their interval, `never_taught_bits` and `bits_in_all`. The first is the edit without attack.
+        their interval, `never_taught_bits` (at the layer that is best for these) and `bits_in_all`. The first is the edit without attack.
     """
     rows = [dict(row) for attack in config.chosen for row in attack.rows(frames, name)]
     plain = [row for row in rows if row["attack"] == NO_ATTACK]

@@ -47,22 +47,24 @@ def recovery(after: Score, floor: Score, ceiling: Score, *, seed: int = 0) -> Re
         after: on held-out facts, after the attack.
         floor: on facts that were never taught, after the same attack.
         ceiling: on the held-out facts, the unedited model.
-        seed: of the bootstrap, which resamples the questions of all three, each for itself (conservative where they
-            are the same questions).
+        seed: of the draws behind the interval, 2,000 of all three shares, each for itself (conservative where they are the
+            same questions), from its posterior with Jeffreys' prior: Beta(right + 1/2, wrong + 1/2). Of 0 or n right
+            answers it has a width, which resampled questions have not: 6 of 6 are less certain than 200 of 200.
 
     Returns:
-        0: as if never taught; 1: all is back. Not clipped: chance takes it below 0 and above 1.
+        0: as if never taught; 1: all is back. Not clipped: chance takes it below 0 and above 1. NaN without questions, and
+        where the ceiling is not above the floor.
     """
     generator = np.random.default_rng(int_seed(seed))
 
-    def resampled(score: Score) -> Any:
-        return generator.binomial(score.n, score.accuracy, RESAMPLES) / score.n
+    def drawn(score: Score) -> Any:
+        return generator.beta(score.right + 0.5, score.n - score.right + 0.5, RESAMPLES)
 
     span = ceiling.accuracy - floor.accuracy
-    if not span > 0:
+    if not span > 0 or not after.n:
         return Recovery()
     value = (after.accuracy - floor.accuracy) / span
-    high_end, low_end, back = resampled(ceiling), resampled(floor), resampled(after)
+    high_end, low_end, back = drawn(ceiling), drawn(floor), drawn(after)
     told_apart = high_end > low_end
     if told_apart.mean() < CONFIDENCE:  # the interval would be that of a ratio whose denominator may be 0
         return Recovery(value)
@@ -72,9 +74,21 @@ def recovery(after: Score, floor: Score, ceiling: Score, *, seed: int = 0) -> Re
     return Recovery(value, float(low), float(high))
 
 
-def best(curves: pd.DataFrame) -> pd.DataFrame:
-    """The attacker's best rate after each number of updates: the row with the highest accuracy on V, among rates at
-    which the attack counts where there are any."""
+def best(curves: pd.DataFrame, *, by: str = "recovery") -> pd.DataFrame:
+    """The attacker's best rate after each number of updates: the row with the highest recovery, among rates at which the
+    attack counts where there are any.
+
+    Not that with the highest accuracy on V, which a rate also gets by lifting facts that were never taught. The choice is
+    made on V itself, so that the recovery is an upper bound of what an attacker gets who must choose without it; the
+    never-taught control is therefore to be chosen in the same way, by its own recovery.
+
+    Args:
+        curves: of `attacks.relearn`, a row a rate and mark.
+        by: the column to choose by: "recovery", or "control_recovery" for the control. By accuracy on V where the
+            frame lacks it, where it is NaN at every rate, and between rates with as much of it.
+    """
     keys = [key for key in ("method", "seed", "form", "parameters", "samples", "step") if key in curves]
-    order = curves.sort_values(["counts", "held_out_accuracy"], ascending=False, kind="stable")
+    judged = [column for column in ("counts", by, "held_out_accuracy") if column in curves]
+    # What is unknown may be None in frames that were stored; it comes last.
+    order = curves.sort_values(judged, ascending=False, kind="stable", key=lambda column: column.astype(float))
     return order.drop_duplicates(keys).sort_index().reset_index(drop=True)

@@ -246,7 +246,8 @@ def sweep(
         `method`, `layer`, `coefficient`, `seed`; `norm` (mean of the unedited forget states at the layer, in units of
         the stream), `relative_coefficient` (RMU: c over that norm; Adaptive RMU: beta);
         `forget_accuracy`, `retain_accuracy`, the intervals `forget_low`, `forget_high`, `retain_low`, `retain_high`
-        (95%, bootstrap over questions), the controls `untaught_accuracy` (where the task knows it) and `chance`;
+        (95%, bootstrap over questions), the controls `untaught_accuracy` (of the same groups of questions, where
+        the task has such) and `chance`;
         `forget_cosine`, `retain_cosine` with the fit's u at the layer (MRP: with an unrelated u), the controls
         `null_mean`, `null_low`, `null_high`; `forget_norm`, `retain_norm`; `forget_max_probability`,
         `retain_max_probability`, `forget_max_logit`, `retain_max_logit` (teacher-forced); `text_perplexity_ratio`;
@@ -315,8 +316,8 @@ def _measure_unedited(model: LensModel, task: UnlearningTask, plan: ResolvedSwee
     }
     row |= _behaviour(model, task, plan, None) | {"text_perplexity_ratio": 1.0}
     controls: dict[str, float] = {}
-    if task.untaught_questions is not None:
-        controls["untaught_accuracy"] = metrics.value(metrics.accuracy(model, task.untaught_questions, progress=False))
+    if task.untaught_alike is not None:
+        controls["untaught_accuracy"] = metrics.value(metrics.accuracy(model, task.untaught_alike, progress=False))
     asked = task.quiz(limit=plan.questions)["forget"].questions
     controls["chance"] = sum(1 / len(question.choices) for question in asked) / len(asked)
     return {

@@ -3,6 +3,7 @@
 import json
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pandas as pd
@@ -299,3 +300,25 @@ def test_unknown_methods_and_names_that_are_taken_are_refused(own: list[str], tm
     with pytest.raises(ValueError, match="this model is another: n_layers 4 instead of 99"):
         leaderboard.main(["--edits", f"other={tmp_path / 'other'}", *own])
     assert not (tmp_path / "out" / "points" / "other-seed0-fit.json").exists()
+
+
+def test_the_never_taught_row_is_at_the_rate_that_is_best_for_it() -> None:
+    """As that of the attacker is: one choice helps both."""
+    high = retrained(0.9, 0.5, 0.25, lr=3e-3)
+    lifted = [{**row, "control_recovery": 0.4} for row in high["rows"]]
+    unedited = {**UNEDITED, "relearn-kept": {**high, "rows": UNEDITED["relearn-kept"]["rows"] + lifted}}
+    rows = by_method(table_of({"unedited": unedited, "plain": PLAIN}))
+    assert rows["never-taught"]["recovery_kept_100"] == 0.4
+    assert rows["unedited"]["recovery_kept_100"] == 0.98
+
+
+def test_too_few_never_taught_questions_for_a_probe_leave_its_control_out(
+    model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attacks, "probe", partial(attacks.probe, layers=[0], progress=False))
+    board = object.__new__(leaderboard.Leaderboard)
+    board.study = SimpleNamespace(model=model)  # type: ignore[assignment]
+    board.facts = {0: attacks.FactSplit(quiz(0, 24), quiz(100, 24), quiz(200, 8), None)}
+    with pytest.warns(UserWarning, match="never-taught control of the probe is left out"):
+        found = board.probe(("unedited", 0))
+    assert {row["group"] for row in found["rows"]} == {"held-out", "shuffled"}

@@ -1,5 +1,6 @@
 """The rows of the study of relearning follow from its curves; and it is gone on with, shard by shard."""
 
+import argparse
 import json
 from pathlib import Path
 from typing import Any
@@ -143,3 +144,40 @@ def test_shards_make_one_study_and_saved_edits_are_attacked(tmp_path: Path) -> N
     assert (out / "finding.md").read_text().startswith("| attacker | edit")
     with pytest.raises(ValueError, match="holds a relearning with other settings: lr"):
         relearning.main([*options, "--lr", "1e-4"])
+
+
+def test_the_control_is_at_the_rate_that_is_best_for_it() -> None:
+    high = curve(UNEDITED, [1.0, 0.5, 0.5, 0.5], lr=3e-3, control_recovery=0.3)
+    table = table_of(pd.concat([UNTOUCHED, high]), curve("mrp", [0.0, 0.3, 0.5, 0.9])).set_index("method")
+    assert table.loc["never-taught", "recovery_100"] == 0.3
+    assert table.loc[UNEDITED, "recovery_100"] == 1.0
+
+
+class Curves(relearning.Relearning):
+    """The study, whose curves are made up: the reference comes to 0.4, at one of two rates it diverges."""
+
+    def __init__(self) -> None:
+        self.options = argparse.Namespace(reference="folder", others=True, steps=100)
+        self.seeds, self.saved, self.names = (0,), {}, ["reference", UNEDITED, "mrp", "mrp-mlp"]
+
+    def result(self, job: Any, part: str) -> pd.DataFrame:
+        if job[0] == "reference" and part in ("before", "at", "after"):
+            return pd.DataFrame()
+        recoveries = [0.4] * 4 if job[0] == "reference" else [0.5] * 4
+        both = [curve(job[0], recoveries, attacker=part, lr=rate) for rate in (1e-3, 3e-3)]
+        if job[0] == "reference":
+            both[1] = both[1].query("step < 20")
+        return pd.concat(both, ignore_index=True)
+
+
+def test_the_reference_is_the_floor_of_every_retraining_that_it_can_be_given() -> None:
+    study = Curves()
+    without = {"before", "at", "after"}
+    assert {how.name for how in study.retrainings(("reference", 0))} >= {"usual", "near", "25 facts", *without}
+    curves = study.curves()
+    assert set(curves["method"]) == {UNEDITED, "mrp", "mrp-mlp"}
+    on_reference = curves[~curves["attacker"].isin(without)]
+    assert set(on_reference["attacker"]) == {"usual", "weights", "by question", "25 facts", "near", "unrelated", "lora"}
+    assert (on_reference["floor"] == 0.4).all()
+    assert (on_reference["lr"] == 1e-3).all()  # the other one has no floor
+    assert (curves.loc[curves["attacker"].isin(without), "floor"] == 0.2).all()

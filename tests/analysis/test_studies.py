@@ -69,6 +69,9 @@ def test_confidence_shows_what_was_measured_and_both_checks_of_the_theory() -> N
     ]
 
 
+NO_THEORY = pd.DataFrame(columns="group layer coefficient low high norm working_coefficient".split())
+
+
 def sweep_table(*, above: float, below: float, adaptive: tuple[float, ...]) -> pd.DataFrame:
     rows: list[dict[str, Any]] = [{"method": "unedited", "retain_accuracy": 1.0, "forget_accuracy": 1.0}]
     for layer, beta in enumerate(adaptive):
@@ -78,7 +81,7 @@ def sweep_table(*, above: float, below: float, adaptive: tuple[float, ...]) -> p
         row = {"method": "adaptive-rmu", "coefficient": 5.0, "relative_coefficient": 5.0, "forget_accuracy": beta}
         rows.append({**row, "layer": layer, "retain_accuracy": 0.99})
     table = pd.DataFrame(rows).assign(untaught_accuracy=0.25, seed=0)
-    return table.assign(works=layers.works(table))
+    return table.assign(suppressed=layers.suppressed(table), works=layers.works(table))
 
 
 def test_a_fit_that_loses_what_must_stay_does_not_work() -> None:
@@ -87,6 +90,14 @@ def test_a_fit_that_loses_what_must_stay_does_not_work() -> None:
     table.loc[1, "retain_accuracy"] = 0.9
     assert layers.works(table).tolist() == [False, False, True, True]
     assert layers.smallest_working(table.assign(works=layers.works(table))).to_dict() == {0: 5.0}
+
+
+def test_a_fit_that_pushes_answers_below_the_never_taught_level_does_not_work() -> None:
+    table = sweep_table(above=0.05, below=0.21, adaptive=(0.19,))
+    assert table["suppressed"].tolist() == [False, True, False, True]
+    assert table["works"].tolist() == [False, False, True, False]
+    line = cells_of(layers.finding(table, pd.DataFrame(columns=["group", "layer", "sensitivity"]), NO_THEORY, None))[1]
+    assert line[-2:] == ["1", "0"]
 
 
 def test_layers_shows_the_share_of_fits_that_worked_and_the_c_that_theory_predicts() -> None:

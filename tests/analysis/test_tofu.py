@@ -42,3 +42,9 @@ def test_the_fields_measures_are_in_the_table_and_depth_is_drawn(
     assert np.isfinite(table["damage"]).tolist() == [False, False, True, True]
     assert set(pd.read_csv(out / "frames" / "depth.csv")["into"]) == {"edited", "unedited"}
     assert 'id="depth"' in (out / "report.html").read_text(encoding="utf-8")
+
+
+def test_a_reference_that_was_taught_what_is_forgotten_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        tofu.main(["--data", "data", "--model", "model", "--reference", "reference", "--tuning"])
+    assert "--reference was taught the retain set, of which --tuning makes what is forgotten" in capsys.readouterr().err

@@ -12,6 +12,7 @@ import torch
 
 from mrp_lens.attacks.evaluation import score
 from mrp_lens.attacks.gcg import (
+    Jailbreak,
     Slots,
     TriggerSearch,
     answer_objective,
@@ -363,3 +364,19 @@ def test_bad_input_is_refused_and_says_why(model: LensModel, untouched: None) ->
     for changed, error, message in cases:
         with pytest.raises(error, match=message):
             jailbreak(model, projection(1), **{**SMALL, **changed})
+
+
+def test_the_table_has_the_trigger_with_the_lowest_loss_on_the_attackers_own_questions() -> None:
+    curve = pd.DataFrame(
+        {
+            **{"objective": "answer", "kind": ["none", "random", "found", "found"], "step": [0, 0, 10, 20], "n": 20},
+            **{"loss": [3.0, 2.9, 1.0, 1.5], "held_out_accuracy": [0.2, 0.2, 0.6, 0.3], "untaught_accuracy": 0.2},
+            **{"accuracy_before": 1.0, "recovery": [0.0, 0.0, 0.5, 0.1]},
+        }
+    )
+    rows = list(Jailbreak().rows({"jailbreak_curve": curve}, "mrp"))
+    assert [(row["attack"], row["accuracy_after"]) for row in rows] == [
+        ("no attack", 0.2),
+        ("jailbreak, answers", 0.6),
+        ("jailbreak", 0.2),
+    ]

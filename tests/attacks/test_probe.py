@@ -1,6 +1,7 @@
 import math
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -8,6 +9,7 @@ import pandas as pd
 import pytest
 import torch
 
+from mrp_lens.attacks import FactSplit, Probe, v_information
 from mrp_lens.attacks.probe import probe
 from mrp_lens.attacks.v_information import LabelledStates, ProbeKind, usable_information
 from mrp_lens.data import Question, Questions
@@ -285,3 +287,50 @@ def test_the_demo_knows_its_facts_at_the_last_layer_and_none_that_it_was_not_tau
     assert frame["accuracy"]["held-out"] > 0.9
     assert abs(frame["bits"]["shuffled"]) <= 0.05
     assert abs(frame["bits"]["never-taught"]) <= 0.05
+
+
+def test_where_no_probe_is_used_nothing_is_known_of_how_far_off_its_zero_is(
+    model: LensModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(v_information, "CERTAINTY", math.inf)
+    row = probe(model, None, train=TRAIN, held_out=HELD_OUT, layers=[1], progress=False).iloc[0]
+    assert row["bits"] == 0.0
+    assert math.isnan(row["low"])
+    assert math.isnan(row["high"])
+
+
+@pytest.mark.parametrize(
+    ("target", "few", "needed"),
+    [("answer", 9, 5), ("choice", 9, 5), ("answer", 24, 15)],
+    ids=["folds", "choice", "classes"],
+)
+def test_too_few_never_taught_facts_are_left_out_and_the_suite_says_so_beforehand(
+    model: LensModel, target: Any, few: int, needed: int, untouched: None
+) -> None:
+    untaught = quiz(range(56, 56 + few), "untaught")
+    if needed > 5:  # another wrong choice in each of some: more answers than facts in a half
+        more = (replace(q, choices=(*q.choices[:3], f" hue{i % 11}")) for i, q in enumerate(untaught.questions))
+        untaught = Questions(tuple(replace(q, answer=min(q.answer, 2)) for q in more), "untaught")
+    data: dict[str, Any] = {"train": TRAIN, "held_out": HELD_OUT}
+    message = f"a half of the {few} untaught questions of 'untaught' .*needs .* in each half"
+    with pytest.warns(UserWarning, match=message):
+        frame = probe(model, None, **data, untaught=untaught, target=target, layers=[1], progress=False)
+    assert set(frame["group"]) == {"held-out", "shuffled"}
+    facts = FactSplit(TRAIN, HELD_OUT, untaught, None)
+    with pytest.warns(UserWarning, match=message):
+        Probe().check_facts(facts)
+    Probe().check_facts(replace(facts, untaught=UNTAUGHT))
+
+
+def test_the_table_takes_the_best_layer_of_the_answers_and_of_the_control() -> None:
+    bits = {"held-out": (0.2, 0.9, 0.1), "never-taught": (0.3, -0.1, 0.0)}
+    rows = [
+        {"layer": layer, "group": group, "bits": value, "low": value, "high": value, "entropy": 2.0, "n": 24}
+        for group, values in bits.items()
+        for layer, value in enumerate(values)
+    ]
+    frame = pd.DataFrame(rows).assign(method="mrp", kind="linear")
+    (row,) = Probe().rows({"probe_bits": frame}, "mrp")
+    assert (row["layer"], row["bits"], row["never_taught_bits"]) == (1, 0.9, 0.3)
+    (row,) = Probe().rows({"probe_bits": frame[frame["group"] == "held-out"]}, "mrp")
+    assert math.isnan(row["never_taught_bits"])

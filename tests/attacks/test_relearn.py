@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 import torch
 
-from mrp_lens.attacks import best, relearn, relearned, with_floor
+from mrp_lens.attacks import Relearn, best, relearn, relearned, with_floor
 from mrp_lens.data import Corpus
 from mrp_lens.data.tokenization import Encoder
 from mrp_lens.edits import Edit, SteeringEdit
@@ -40,6 +40,7 @@ def test_rows_controls_and_the_model_is_untouched(model: LensModel, untouched: N
     assert frame["ceiling"].equals(frame["accuracy_before"])
     assert set(frame["n"]) == {20}
     assert set(frame["n_floor"]) == {20}
+    assert frame["untaught_floor"].tolist() == frame["floor"].tolist()
     assert frame["new_accuracy"].notna().all()
     assert not frame.attrs["interrupted"]
     expected = (frame["held_out_accuracy"] - frame["floor"]) / (frame["ceiling"] - frame["floor"])
@@ -181,6 +182,7 @@ def test_the_attacker_takes_the_best_rate_that_counts() -> None:
 def test_a_reference_model_is_another_floor(model: LensModel) -> None:
     curves, reference = run(model, projection(1)), run(model, projection(2))
     found = with_floor(curves, reference)
+    assert found["untaught_floor"].isna().all()  # there are no such questions
     assert found["floor"].tolist() == reference["held_out_accuracy"].tolist()
     for row in found.to_dict("records"):
         if row["ceiling"] > row["floor"]:
@@ -196,3 +198,36 @@ def test_text_as_training_data_is_scored_by_the_tokens_said(model: LensModel) ->
     texts = Corpus.from_texts(["The colour of Zaxim1 is red, seen from the tower near the harbour."])
     frame = relearn(model, None, train=texts, held_out=ASKED, **{**SMALL, "steps": 60, "lr": 1e-2})
     assert frame["train_accuracy"].iloc[-1] == 1.0 > frame["train_accuracy"].iloc[0]
+
+
+CURVES = pd.DataFrame(
+    {
+        **{"form": "kept", "parameters": "all", "samples": 20, "lr": [1e-3, 1e-3, 1e-2, 1e-2], "step": [0, 5, 0, 5]},
+        **{"counts": True, "held_out_accuracy": [0.3, 0.6, 0.3, 0.7], "n": 20, "ceiling": 1.0, "accuracy_edited": 0.3},
+        **{"floor": [0.2, 0.1, 0.2, 0.3], "n_floor": 10, "recovery": [0.1, 0.5, 0.1, 0.4], "train_accuracy": 1.0},
+        **{"control_recovery": [0.0, 0.1, 0.0, 0.2], "control_recovery_low": -0.1, "control_recovery_high": 0.3},
+    }
+)
+
+
+def test_a_rate_at_which_the_reference_diverged_has_no_floor() -> None:
+    reference = CURVES.assign(held_out_accuracy=0.4)
+    diverged = reference[(reference["lr"] < 1e-2) | (reference["step"] == 0)]
+    found = with_floor(CURVES, diverged)
+    assert found["lr"].tolist() == [1e-3, 1e-3]
+    assert (found["floor"] == 0.4).all()
+    pd.testing.assert_frame_equal(with_floor(CURVES, reference[reference["step"] == 0], steps=5), CURVES)
+
+
+def test_with_a_reference_the_never_taught_rows_keep_their_own_floor() -> None:
+    known = CURVES.assign(untaught_floor=CURVES["floor"])
+    for curves in (known, CURVES):  # the latter as version 0.1 kept them
+        on_reference = with_floor(curves, CURVES.assign(held_out_accuracy=0.4)).assign(method="mrp")
+        rows = list(Relearn().rows({"relearning_curves": on_reference}, "mrp"))
+        assert (rows[0]["attack"], rows[0]["floor"], rows[0]["untaught_accuracy"]) == ("no attack", 0.4, 0.2)
+        (control,) = (row for row in rows if row["method"] == "never-taught")
+        assert (control["floor"], control["recovery"]) == (0.3, 0.2)  # at its own best rate
+    chance = CURVES.assign(method="mrp", untaught_floor=math.nan, control_recovery=math.nan)
+    rows = list(Relearn().rows({"relearning_curves": chance}, "mrp"))
+    assert "untaught_accuracy" not in rows[0]
+    assert {row["method"] for row in rows} == {"mrp"}

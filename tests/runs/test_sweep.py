@@ -19,6 +19,8 @@ from mrp_lens.runs.sweep import Point, SweepConfig, default_coefficient, default
 from mrp_lens.utils.frames import rows_of
 from tests.conftest import LAYERS
 from tests.support.families import save_family
+from tests.support.quizzes import liked
+from tests.support.quizzes import quiz as questions_of
 
 CONFIG = SweepConfig(layers=(1, 2), coefficients=(3.0,), steps=2)
 
@@ -284,3 +286,14 @@ def test_defaults_come_from_the_model(model: Any, task: UnlearningTask) -> None:
     assert default_coefficient(model, task, layer=2) == pytest.approx(fit.settings["steering_coeff"], rel=0.01)
     assert Point("rmu", 3, 6.5, 1).name == "rmu-layer3-c6.5-seed1"
     assert Point("mrp", 3, None, 0).name == "mrp-layer3-seed0"
+
+
+def test_the_never_taught_level_is_that_of_questions_like_those_of_the_forget_set(
+    model: Any, task: UnlearningTask
+) -> None:
+    known = liked(model, questions_of(0, 20))
+    wrong = [replace(q, answer=1 - q.answer, group="of another topic") for q in known.questions]
+    untaught = replace(known, questions=(*known.questions, *wrong))
+    asked = replace(task, questions=questions_of(100, 20), untaught_questions=untaught)
+    controls = module._measure_unedited(model, asked, CONFIG.resolved(model, asked))["controls"]
+    assert controls["untaught_accuracy"] == 1.0

@@ -18,6 +18,7 @@ from mrp_lens.models import Layout, LensModel, architecture_of, check_lens_model
 from mrp_lens.models.architectures import LAYOUTS
 from mrp_lens.models.attachments import AppliedEdit, entries_on, exclusive, putting_on, take_off
 from mrp_lens.models.hooks import HookFunction
+from mrp_lens.models.weights import joint_description
 from mrp_lens.utils.io import whole_folder
 from mrp_lens.utils.registry import Registry
 
@@ -113,6 +114,11 @@ class Edit(ABC):
         return (self,)
 
     @property
+    def made_for(self) -> Mapping[str, Any] | None:
+        """What is recorded of the model that it was made for, by which another is refused; None: nothing is."""
+        return self.provenance.get("model")
+
+    @property
     def sole_hooks(self) -> tuple[str, ...]:
         """Hooks at which no second such edit may act: the two have to be joined into one."""
         return ()
@@ -148,7 +154,8 @@ class Edit(ABC):
 
         Args:
             model: HookedTransformer or TransformerBridge.
-            check: refuse a model other than the one the edit was made for.
+            check: refuse a model other than the one the edit was made for, known by its sizes and its embedding: hooks are not
+                refused on a fine-tune that left the embedding as it was. A weight edit knows the matrices that it replaces.
 
         Warns:
             UserWarning: matrices that it had written, or its hooks, were changed inside; that is overwritten.
@@ -203,7 +210,12 @@ class Edit(ABC):
     def attach(self, model: LensModel, *, check: bool = True) -> Attached:
         """Apply the edit until `detach`, for notebook cells. Survives `model.reset_hooks()`.
 
-        A `copy.deepcopy` of the model carries the edit too, and `edit.detach(copy)` takes it off there.
+        A `copy.deepcopy` of the model carries the edit too, and `edit.detach(copy)` takes it off there. What `torch.compile`
+        made is compiled anew after an edit is put on or taken off.
+
+        Args:
+            model: HookedTransformer or TransformerBridge.
+            check: as for `applied`; hooks are not refused on a fine-tune that left the embedding as it was.
 
         Returns:
             The handle: `.detach()` takes the edit off, and so does the end of a `with` block.
@@ -241,7 +253,11 @@ class Edit(ABC):
         _detach(model, entry, discard=discard)
 
     def __add__(self, other: "Edit") -> "Edit":
-        """Both edits. Projections join (order does not matter); weight edits are applied in the order given."""
+        """Both edits. Projections join (order does not matter); weight edits are applied in the order given.
+
+        Raises:
+            ValueError: they were made for different models, or two projections cannot be joined.
+        """
         return stack(self, other)
 
     def merge_(self, model: LensModel) -> None:
@@ -326,8 +342,8 @@ class Edit(ABC):
         return hash((self.kind, self.layers))
 
     def _check_model(self, model: LensModel, check: bool) -> None:
-        if check and "model" in self.provenance:
-            check_same_model(model, self.provenance["model"])
+        if check and self.made_for is not None:
+            check_same_model(model, self.made_for)
 
 
 class EditStack(Edit):
@@ -431,9 +447,15 @@ class EditStack(Edit):
 
 
 def stack(*edits: Edit) -> Edit:
-    """One edit out of several; projections join at the place of the first."""
+    """One edit out of several; projections join at the place of the first.
+
+    Raises:
+        ValueError: they were made for different models, or two projections cannot be joined.
+    """
     parts: list[Edit] = []
     for new in (part for edit in edits for part in edit.parts):
+        for known in parts:
+            joint_description(known.made_for, new.made_for)
         for place, known in enumerate(parts):
             if (joined := known.joined_with(new)) is not None:
                 parts[place] = joined

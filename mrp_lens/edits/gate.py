@@ -48,7 +48,8 @@ class Gate:
     def __post_init__(self) -> None:
         direction = self.direction
         if isinstance(direction, Tensor) and direction.ndim == 2 and len(direction):
-            object.__setattr__(self, "direction", torch.stack([unit(each) for each in direction]))
+            with torch.inference_mode(False):  # what is made inside of it is never differentiated through
+                object.__setattr__(self, "direction", torch.stack([unit(each) for each in direction]))
         else:
             object.__setattr__(self, "direction", unit(direction))
         several = len(self.direction) if self.direction.ndim == 2 else None

@@ -18,6 +18,7 @@ from mrp_lens.edits.subspace import Subspace
 from mrp_lens.models import Layout, LensModel, device_at
 from mrp_lens.models.attachments import AppliedEdit, entries_on
 from mrp_lens.models.hooks import HookFunction, add_hooks, check_hook_names, layer_of, place_in_block, site_of
+from mrp_lens.models.weights import joint_description
 
 
 class Direction(NamedTuple):
@@ -200,7 +201,8 @@ class ProjectionEdit(Edit):
         """The requests of both; what each removes is removed together.
 
         Raises:
-            ValueError: one request name stands for two different sets of rows or gates, or rows behind gates overlap.
+            ValueError: one request name stands for two different sets of rows or gates, rows behind gates overlap, or the two were
+                made for different models.
         """
         requests = {name: dict(subspaces) for name, subspaces in self._requests.items()}
         for name, subspaces in other._requests.items():
@@ -212,6 +214,9 @@ class ProjectionEdit(Edit):
             requests.setdefault(name, dict(subspaces))
         mine, theirs = dict(self.provenance), dict(other.provenance)
         merged = {**theirs, **mine, "requests": {**mine.get("requests", {}), **theirs.get("requests", {})}}
+        model = joint_description(self.made_for, other.made_for)
+        if model is not None:
+            merged["model"] = model
         gates = {name: edit.gates(name) for edit in (other, self) for name in edit.requests}
         kind = other if other._gates else self  # with a gate on either side the join has one
         return kind._made_of(requests, gates, merged if mine or theirs else {})
@@ -242,10 +247,11 @@ class ProjectionEdit(Edit):
                 "Join them: (edit_a + edit_b).applied(model)"
             )
         entry.places += points
-        hooks = [
-            (name, wrapped(self, name, _hook_of(self.change_at(name).to(device_at(model, layer_of(name))))))
-            for name in sorted(self._joined, key=place_in_block)
-        ]
+        with torch.inference_mode(False):  # what is made inside of it is never differentiated through
+            hooks = [
+                (name, wrapped(self, name, _hook_of(self.change_at(name).to(device_at(model, layer_of(name))))))
+                for name in sorted(self._joined, key=place_in_block)
+            ]
         entry.hooks += add_hooks(model, hooks)
 
     @property

@@ -40,7 +40,9 @@ class SteeringEdit(Edit):
             are fixed when `generate` starts, so that it writes the same with and without a cache: what is generated is never
             steered. Outside of `generate` each pass is a prompt of its own, except a pass over a single token, which is left
             alone: it is a step of somebody's own loop with a cache. Positions count padding, so pad on the left when they
-            are negative and the batch is ragged.
+            are negative and the batch is ragged. Metrics that score pass prompt and answer as one text, padded on the right: there
+            a negative position is near the end of the batch's longest row, behind what is predicted, so figures depend on
+            `batch_size` and say nothing of the edit; judge such an edit by what `generate` and `ml.continuations` write.
         seed: of the noise, which is drawn from a generator of its own and starts anew each time the edit is put on.
 
     Raises:
@@ -108,7 +110,8 @@ class SteeringEdit(Edit):
         check_hook_names(model, [self.hook])
         check_width(model, len(self.direction), "the direction")
         self._check_model(model, check)
-        target = self.coefficient * self.direction.to(device_at(model, layer_of(self.hook)))
+        with torch.inference_mode(False):  # what is made inside of it is never differentiated through
+            target = self.coefficient * self.direction.to(device_at(model, layer_of(self.hook)))
         generator = torch.Generator().manual_seed(self.seed)
         place = id(generator)  # of this one hook, whatever else is on
 

@@ -97,4 +97,4 @@ def _between(model: LensModel, edits: list[WeightEdit], strength: float) -> Weig
         if name in known and (own := known[name].read().cpu()).shape == values.shape:
             wide = own.double()
             tensors[name] = (wide + strength * (values.double() - wide)).to(own.dtype)
-    return WeightEdit(tensors, replaced, provenance=of_model_alone(edits[0].provenance))
+    return WeightEdit.of_own(tensors, replaced, provenance=of_model_alone(edits[0].provenance))

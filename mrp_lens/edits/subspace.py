@@ -23,7 +23,7 @@ class Subspace:
     projectors `Q^T Q` are, whatever the bases.
 
     Attributes:
-        basis: Q, [rank, d_model].
+        basis: Q, [rank, d_model], a copy of what is given.
 
     Raises:
         TypeError: the basis is not a floating point tensor.
@@ -46,7 +46,7 @@ class Subspace:
                 f"a basis must have shape [rank, d_model] with 0 < rank < d_model, got {list(self.basis.shape)}: "
                 "removing every direction would leave no state"
             )
-        basis = self.basis.detach().to(torch.float32).contiguous()
+        basis = own_copy(self.basis)
         if not bool(torch.isfinite(basis).all()):
             raise ValueError("a basis must be finite, this one holds NaN or infinity")
         off = float(
@@ -148,8 +148,15 @@ class Subspace:
             raise ValueError(f"subspaces of different streams: d_model {self.d_model} and {other.d_model}")
 
 
+def own_copy(tensor: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows d_model"]:
+    """The values in float32, in memory of their own: whoever changes the tensor later does not change the copy. It may be
+    differentiated through even if it is made inside `torch.inference_mode()`."""
+    with torch.inference_mode(False):
+        return tensor.detach().to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+
+
 def unit(direction: Float[Tensor, " d_model"]) -> Float[Tensor, " d_model"]:
-    """The direction at length 1, in float32.
+    """A copy of the direction at length 1, in float32.
 
     Raises:
         TypeError: not a floating point tensor.
@@ -161,8 +168,9 @@ def unit(direction: Float[Tensor, " d_model"]) -> Float[Tensor, " d_model"]:
         raise ValueError(
             f"direction must be a finite, non-zero vector [d_model], got shape {list(direction.shape)}, norm {float(direction.norm())}"
         )
-    wide = direction.detach().float()
-    return wide if abs(float(wide.norm()) - 1.0) < 1e-6 else wide / wide.norm()
+    wide = own_copy(direction)
+    with torch.inference_mode(False):
+        return wide if abs(float(wide.norm()) - 1.0) < 1e-6 else wide / wide.norm()
 
 
 def random_units(count: int, d_model: int, law: Law, generator: torch.Generator) -> Float[Tensor, "{count} {d_model}"]:

@@ -23,7 +23,7 @@ class WeightEdit(Edit):
     not the ones it was trained from.
 
     Args:
-        tensors: name in the checkpoint -> new values, in the checkpoint's layout.
+        tensors: name in the checkpoint -> new values, in the checkpoint's layout; copied (`of_own` keeps them as they are).
         replaces: name -> hashes of the old values (`model.tensor_digests`).
         provenance: how it came about.
 
@@ -34,12 +34,39 @@ class WeightEdit(Edit):
 
     kind = "weight"
 
+    tensors: dict[str, Tensor]
+
     def __init__(
         self,
         tensors: Mapping[str, Tensor],
         replaces: Mapping[str, Mapping[str, str]],
         *,
         provenance: Mapping[str, Any] | None = None,
+    ) -> None:
+        self._set(tensors, replaces, dict(provenance or {}))
+        self.tensors = {
+            name: kept.clone() if kept.data_ptr() == tensors[name].data_ptr() else kept
+            for name, kept in self.tensors.items()
+        }
+
+    @classmethod
+    def of_own(
+        cls,
+        tensors: Mapping[str, Tensor],
+        replaces: Mapping[str, Mapping[str, str]],
+        *,
+        provenance: Mapping[str, Any] | None = None,
+    ) -> "WeightEdit":
+        """The same without a copy, of tensors that nobody will change: matrices may be as large as the model."""
+        edit = cls.__new__(cls)
+        edit._set(tensors, replaces, dict(provenance or {}))
+        return edit
+
+    def _set(
+        self,
+        tensors: Mapping[str, Tensor],
+        replaces: Mapping[str, Mapping[str, str]],
+        provenance: dict[str, Any],
     ) -> None:
         if not tensors or set(tensors) != set(replaces):
             raise ValueError(
@@ -54,7 +81,13 @@ class WeightEdit(Edit):
                 raise ValueError(f"{name!r} holds NaN or infinity")
         self.tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         self.replaces = {name: dict(digests) for name, digests in replaces.items()}
-        self.provenance = dict(provenance or {})
+        self.provenance = provenance
+
+    @property
+    @override
+    def made_for(self) -> Mapping[str, Any] | None:
+        # It knows the matrices that it replaces, and may itself write the embedding by which a model is known.
+        return None
 
     @property
     @override
@@ -119,7 +152,7 @@ class WeightEdit(Edit):
         for name, shape in shapes.items():
             if list(tensors[name].shape) != shape:
                 raise ValueError(f"{name!r} has shape {list(tensors[name].shape)}, the configuration says {shape}")
-        return cls({name: tensors[name] for name in shapes}, replaces)
+        return cls.of_own({name: tensors[name] for name in shapes}, replaces)
 
     def __repr__(self) -> str:
         return f"WeightEdit({list(self.tensors)})"

@@ -1,5 +1,6 @@
 """The checkpoint that a model was loaded from, whether it is still that model, and its tokenizer."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ from mrp_lens.models import LensModel, architecture_of, device_of, dtype_of, hf_
 from mrp_lens.models.architectures import LAYOUTS, layout_of
 from mrp_lens.models.source import find_folder, read_object
 from mrp_lens.utils.io import write_json
+
+RULES = ("normalizer", "pre_tokenizer", "model", "decoder")  # of tokenizer.json; its post-processor adds special tokens
 
 
 def base_of(model: LensModel, base: str | Path | None) -> Checkpoint:
@@ -39,7 +42,7 @@ def base_of(model: LensModel, base: str | Path | None) -> Checkpoint:
 
 def write_tokenizer(folder: Path, model: LensModel, base: Checkpoint, *, name_class: bool) -> Any | None:
     """Replace the tokenizer that was copied from the base by the model's own, where that is another: tokens were added in
-    memory, or the chat template was changed.
+    memory, the chat template was changed, or texts become tokens by other rules, such as a normaliser that lowers their case.
 
     Special tokens alone do not count: TransformerLens sets some where there are none.
 
@@ -53,7 +56,12 @@ def write_tokenizer(folder: Path, model: LensModel, base: Checkpoint, *, name_cl
         The model's tokenizer, if it was written; None: the base's is right as it is.
     """
     own, stored = model.tokenizer, _tokenizer_in(base.folder)
-    if stored is None or own.get_vocab() != stored.get_vocab() or own.chat_template not in (None, stored.chat_template):
+    if (
+        stored is None
+        or own.get_vocab() != stored.get_vocab()
+        or own.chat_template not in (None, stored.chat_template)
+        or _have_other_rules(own, stored)
+    ):
         for file in (*folder.glob("tokenizer*"), *folder.glob("chat_template.*")):
             file.unlink()
         own.save_pretrained(folder)
@@ -72,6 +80,14 @@ def _tokenizer_in(folder: Path) -> Any | None:
         return AutoTokenizer.from_pretrained(folder)
     except Exception:  # of any kind
         return None
+
+
+def _have_other_rules(own: Any, stored: Any) -> bool:
+    """Whether a text becomes other tokens, or tokens another text, special tokens aside; not known of a tokenizer in Python."""
+    if not all(hasattr(tokenizer, "backend_tokenizer") for tokenizer in (own, stored)):
+        return False
+    mine, theirs = (json.loads(tokenizer.backend_tokenizer.to_str()) for tokenizer in (own, stored))
+    return any(mine.get(name) != theirs.get(name) for name in RULES)
 
 
 def check_unedited(model: LensModel, edit: Edit, base: Checkpoint) -> None:

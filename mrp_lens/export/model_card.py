@@ -148,7 +148,8 @@ def _places(edit: Edit) -> Table:
             rows += [[name, f"new values, {list(tensor.shape)}", ""] for name, tensor in part.tensors.items()]
         elif isinstance(part, SteeringEdit):
             how = "set to" if part.mode == "replace" else "moved by"
-            rows.append([part.hook, f"states {how} {part.coefficient:.6g} times a fixed unit vector", ""])
+            where = "" if part.positions is None else f", at positions {_name(part.positions)} of the prompt"
+            rows.append([part.hook, f"states {how} {part.coefficient:.6g} times a fixed unit vector{where}", ""])
     return Table(["where", "what", "request"], [(False, [Cell(text) for text in row]) for row in rows], [])
 
 

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from mrp_lens.edits import Attached, Edit, ProjectionEdit, SteeringEdit, WeightEdit, exported_hooks, load_edit
@@ -23,13 +24,15 @@ def attach(hf_model: Any, edit: Edit | str | Path, *, check: bool = True) -> Att
 
     Projections and steering become hooks on its modules, new matrices are written into it. Hooks are no weights:
     `hf_model.save_pretrained` saves the *unedited* model, with a warning; `mrp_lens.export_hf` writes the edited one.
-    `edit.detach(hf_model)` takes the edit off, too, and off a `copy.deepcopy` of the model, which carries it as well.
+    `edit.detach(hf_model)` takes the edit off, too, and off a `copy.deepcopy` of the model, which carries it as well. What
+    `torch.compile` made is compiled anew after an edit is put on or taken off.
 
     Args:
         hf_model: GPT-2, GPT-NeoX, Llama, Mistral, Qwen2, Qwen3, Gemma-2 or Phi-3 with its language-model head, in any
             precision. It may be quantised, as long as the edit holds no matrices.
         edit: an edit, or where it was saved: a folder, or a name on the Hub (`load_edit`).
-        check: refuse a model other than the one the edit was made for.
+        check: refuse a model other than the one the edit was made for, as `edit.applied` does: hooks are not refused on a
+            fine-tune that left the embedding as it was.
 
     Returns:
         The handle, as of `edit.attach`.
@@ -57,7 +60,8 @@ def attach(hf_model: Any, edit: Edit | str | Path, *, check: bool = True) -> Att
             "parts of this model are offloaded (on the meta device) and cannot be read or written; load it whole"
         )
     chosen = edit if isinstance(edit, Edit) else load_edit(edit)
-    steps = steps_of(chosen)
+    with torch.inference_mode(False):  # what is made inside of it is never differentiated through
+        steps = steps_of(chosen)
     with putting_on(hf_model, chosen) as entry:
         for part in chosen.parts:
             if check and "model" in part.provenance:
@@ -144,5 +148,6 @@ def _reserve(hf_model: nn.Module, entry: AppliedEdit, steps: Steps) -> None:
 
 def _hook(hf_model: nn.Module, layout: Layout, steps: Steps) -> list[Any]:
     device = next(hf_model.parameters()).device
-    changes = {place: nn.Sequential(*done).to(device) for place, done in steps.items()}
+    with torch.inference_mode(False):
+        changes = {place: nn.Sequential(*done).to(device) for place, done in steps.items()}
     return exported_hooks.install(hf_model, layout.blocks, layout.modules, changes)

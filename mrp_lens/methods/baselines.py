@@ -151,7 +151,9 @@ class GradientMethod(FitTemplate[GradientSettings]):
                 weight.name: weight.to_checkpoint(master.master.detach())
                 for weight, master in zip(weights, masters, strict=True)
             }
-        return context.result(WeightEdit(learned, replaced, provenance=context.provenance(steps=len(run.log))), run)
+        return context.result(
+            WeightEdit.of_own(learned, replaced, provenance=context.provenance(steps=len(run.log))), run
+        )
 
     def _layers(self, model: LensModel) -> tuple[int, ...]:
         return check_layers(model, or_default(self.layers, up_to(default_layer(model, RELEASED_DEPTH_SHARE))))

@@ -99,8 +99,8 @@ class Outcome:
     ) -> "Outcome":
         """What the last measurement says; `there`: the fit was told to end because it was at its target."""
         ended: Ended = "steps"
-        if before <= target and not interrupted:
-            ended = "unknown"
+        if before <= target:
+            ended = "interrupted" if interrupted else "unknown"
         elif left <= target and damage <= budget * OVER:
             ended = "target"
         elif interrupted:

@@ -1,6 +1,7 @@
 """Which edits are on a model: one record for each, so that any order of putting on and taking off ends with the original bits."""
 
 import copy
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -153,8 +154,8 @@ class _Record:
     def __reduce_ex__(self, protocol: Any) -> Any:
         if any(not isinstance(hook, TorchHook) for entry in self.on for hook in entry.hooks):
             raise ValueError(
-                "a TransformerLens model cannot be pickled with the hooks of an edit on; take it off (edit.detach(model)) and save the edit "
-                "by itself: edit.save_pretrained(folder)"
+                "a TransformerLens model, or a Hugging Face model that is steered at positions, cannot be pickled with the hooks of an edit "
+                "on; take it off (edit.detach(model)) and save the edit by itself: edit.save_pretrained(folder)"
             )
         return super().__reduce_ex__(protocol)
 
@@ -211,6 +212,7 @@ def putting_on(model: Any, edit: Any) -> Iterator[AppliedEdit]:
         except BaseException:
             take_off(model, entry, discard=True)
             raise
+        _compile_anew(entry)
 
 
 def write(model: Any, entry: AppliedEdit, weight: EditableWeight, values: Tensor) -> None:
@@ -279,6 +281,7 @@ def take_off(model: Any, entry: AppliedEdit, *, discard: bool) -> list[str]:
         record.originals = [original for original in record.originals if record.writers(original.parameter)]
         if not record.on:
             del vars(anchor_of(model))[RECORD]
+        _compile_anew(entry)
     problems = []
     if gone:
         problems.append(
@@ -290,6 +293,18 @@ def take_off(model: Any, entry: AppliedEdit, *, discard: bool) -> list[str]:
     if changed:
         problems.append(f"{changed[0]} was changed while this edit was on; that change is overwritten now")
     return problems
+
+
+def _compile_anew(entry: AppliedEdit) -> None:
+    """Have `torch.compile` see that hooks went on or off: by default it takes a module's hooks for what they were when it first
+    saw one of its class, and what it has compiled would go on without an edit's hooks, or with them.
+
+    From then on it looks at hooks before each pass, so that two models of one class, one of them edited, are told apart too.
+    """
+    dynamo = sys.modules.get("torch._dynamo")
+    if dynamo is not None and entry.hooks:
+        dynamo.config.skip_nnmodule_hook_guards = False
+        dynamo.reset()
 
 
 def check_on(model: Any) -> None:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:  # transformers takes seconds to import
     from transformers import PretrainedConfig
 
 MOST_LAYERS = 1000
+_NEEDED = ("hidden_size", "num_attention_heads", "vocab_size")
 _WIDTHS = ("moe_intermediate_size", "intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size")
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
 _STEPWISE = (
@@ -110,6 +111,12 @@ def sizes_of(source: "str | Path | PretrainedConfig") -> ModelSizes:
             model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
     except Exception as error:  # whatever a configuration that makes no sense lets transformers and torch say
         raise ValueError(f"no model can be built of the configuration of {name}: {one_line(error)}") from error
+    lacking = next((setting for setting in _NEEDED if not is_count(getattr(config, setting, None))), None)
+    if lacking is not None:
+        raise ValueError(
+            f"{name}: its configuration says {lacking} = {getattr(config, lacking, None)!r}, and a plan needs a count of it; it can be made "
+            "for language models with attention in every layer"
+        )
     return _read(name, config, model)
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import psutil
 import torch
 
+from mrp_lens.models.attachments import entries_on
 from mrp_lens.models.devices import Spread
 from mrp_lens.models.quantised import is_eight_bit, refuse_quantised
 from mrp_lens.utils.io import one_line, read_json
@@ -499,12 +500,19 @@ def _refuse_offloaded(source: Any) -> None:
 
 
 def _refuse_hooked(source: Any) -> None:
-    """Refuse a model that somebody has hooked: a copy would lose the hooks on one class and hide them on the other.
+    """Refuse a model that somebody has hooked: a copy would lose the hooks on one class and hide them on the other. And one into
+    which an edit has written: the copy would take its matrices for the model's own.
 
     Raises:
-        ValueError: names the module.
+        ValueError: names the module, or the matrix.
     """
     for name, module in source.named_modules():
+        written = next((written for entry in entries_on(module) for written in entry.written), None)
+        if written is not None:
+            raise ValueError(
+                f"an edit is on this model and has written {written.weight.name}; detach it first (edit.detach(hf_model)), load the bare "
+                "model, and apply the edit there: edit.applied(model)"
+            )
         for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
             maker = getattr(hook, "func", hook)  # a partial's
             if not str(getattr(maker, "__module__", "")).startswith(("transformers.", "accelerate.")):

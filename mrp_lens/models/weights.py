@@ -291,7 +291,8 @@ def identity_of(model: LensModel) -> dict[str, Any]:
 
 
 def check_same_model(model: Any, described: Mapping[str, Any]) -> None:
-    """Refuse a model other than the one an edit was made for.
+    """Refuse a model other than the one an edit was made for, by what `describe` says of both: a fine-tune that left the
+    embedding as it was is taken for its base.
 
     Raises:
         ValueError: says what differs.
@@ -309,6 +310,34 @@ def check_same_model(model: Any, described: Mapping[str, Any]) -> None:
             f"this edit was made for {described['name']!r}, and this model is another: {'; '.join(different)}. "
             "Load the model it was made for, or pass check=False to apply it all the same"
         )
+
+
+def joint_description(one: Mapping[str, Any] | None, other: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
+    """What `describe` says of the model that two edits were both made for; None if neither says for which it was.
+
+    Of one checkpoint in two precisions the hashes are kept that both have in common, so that what refuses either model of the two
+    edits refuses theirs.
+
+    Raises:
+        ValueError: they were made for different models; names both.
+    """
+    if one is None or other is None:
+        return other if one is None else one
+    different = [
+        f"{key} {one.get(key)} and {other.get(key)}"
+        for key in ("n_layers", "d_model", "d_vocab")
+        if one.get(key) != other.get(key)
+    ]
+    mine, theirs = (dict(described.get("embedding", {})) for described in (one, other))
+    shared = {name: digest for name, digest in mine.items() if theirs.get(name) == digest}
+    if not different and not shared and (mine or theirs):
+        different = ["their embedding matrices have other values"]
+    if different:
+        raise ValueError(
+            f"these edits were made for different models, {one.get('name')!r} and {other.get('name')!r} ({'; '.join(different)}), and both "
+            "together fit neither; fit them on one model"
+        )
+    return {**one, "embedding": shared} if shared != mine else one
 
 
 def _identity(model: Any) -> tuple[str, int, Float[Tensor, "d_vocab d_model"]]:

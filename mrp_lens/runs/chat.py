@@ -9,7 +9,7 @@ import pandas as pd
 from mrp_lens.data.documents import in_chat
 from mrp_lens.data.rows import fill
 from mrp_lens.data.schemas import template_fields
-from mrp_lens.edits import Direction, Edit, EditStack, at_strength, edit_on, projection_in
+from mrp_lens.edits import Direction, Edit, EditStack, at_strength, edit_on, edits_on, projection_in
 from mrp_lens.metrics.token_effects import token_effects
 from mrp_lens.models import LensModel
 from mrp_lens.models.generation import Continuation, continued
@@ -143,7 +143,7 @@ class Chat:
                 NaN or infinite.
         """
         prompt, edit = self.read(question), self.chosen(Switches() if switches is None else switches)
-        key = (prompt, self.max_new_tokens, self.temperature, self.seed)
+        key = (prompt, self.max_new_tokens, self.temperature, self.seed, edits_on(self.model))
         if self._unedited is None or self._unedited[0] != key:  # a strength is tried at one question, many times
             self._unedited = (key, self._continued(prompt))
         before = self._unedited[1]

@@ -5,7 +5,7 @@ import gc
 import pickle
 import random
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,11 +13,12 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from mrp_lens import metrics
 from mrp_lens.data import Corpus
-from mrp_lens.edits import EditStack, SteeringEdit, WeightEdit, edits_on
+from mrp_lens.edits import EditStack, ProjectionEdit, SteeringEdit, WeightEdit, edits_on
+from mrp_lens.edits.subspace import Subspace
 from mrp_lens.hf import attach
 from mrp_lens.models import LensModel, available_backends, is_bridge, load_model, mlp_out_weight, tensor_digests
 from mrp_lens.models.attachments import exclusive
@@ -111,6 +112,61 @@ def test_a_pickled_model_has_its_edit_or_says_why_it_cannot(tiny_folder: Path, t
     assert torch.equal(twin(tokens).logits, plain(tokens).logits)
     projection(1).detach(twin)
     assert torch.equal(twin(tokens).logits, unedited)
+
+
+def test_a_model_that_is_steered_at_positions_says_why_it_cannot_be_pickled(tiny_folder: Path) -> None:
+    plain = AutoModelForCausalLM.from_pretrained(tiny_folder)
+    attach(plain, SteeringEdit.towards(torch.ones(D_MODEL), layer=1, coefficient=2.0, positions=[-1]))
+    with pytest.raises(ValueError, match="a Hugging Face model that is steered at positions, cannot be pickled"):
+        pickle.dumps(plain)
+
+
+@pytest.fixture
+def dynamo() -> Iterator[None]:
+    """`torch.compile` as it comes, and nothing compiled before or after."""
+    import torch._dynamo
+
+    checked = torch._dynamo.config.skip_nnmodule_hook_guards
+    torch._dynamo.config.skip_nnmodule_hook_guards = True
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.config.skip_nnmodule_hook_guards = checked
+    torch._dynamo.reset()
+
+
+@torch.no_grad()
+def test_a_compiled_model_sees_edits_come_and_go_and_its_twin_none(dynamo: None) -> None:
+    """One block of each, which compiles sooner."""
+    config = GPT2Config(n_layer=1, n_embd=8, n_head=1, n_positions=8, vocab_size=16)
+    model, twin = GPT2LMHeadModel(config).eval(), GPT2LMHeadModel(config).eval()
+    edit = ProjectionEdit({hook_name(0, "mlp_out"): Subspace.random(3, 8, seed=0)})
+    states = torch.randn(1, 5, 8)
+    block, beside = model.transformer.h[0], twin.transformer.h[0]
+    plain, other = block(states), beside(states)
+    with attach(model, edit):
+        edited = block(states)
+    compiled: Any = torch.compile(block, backend="eager")
+    compiled_beside: Any = torch.compile(beside, backend="eager")
+    torch.testing.assert_close(compiled(states), plain)
+    with attach(model, edit):
+        for _ in range(2):  # in turns, so that neither is taken for the other
+            torch.testing.assert_close(compiled(states), edited)
+            torch.testing.assert_close(compiled_beside(states), other)
+    torch.testing.assert_close(compiled(states), plain)
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_a_compiled_model_of_transformer_lens_sees_edits_come_and_go(own: Any, dynamo: None) -> None:
+    tokens, edit = torch.arange(3, 9)[None], projection(1)
+    plain = own(tokens)
+    with edit.applied(own):
+        edited = own(tokens)
+    compiled: Any = torch.compile(own, backend="eager")
+    torch.testing.assert_close(compiled(tokens), plain)
+    with edit.applied(own):
+        torch.testing.assert_close(compiled(tokens), edited)
+    torch.testing.assert_close(compiled(tokens), plain)
 
 
 def test_hooks_of_transformer_lens_are_not_pickled(own: Any, tokens: torch.Tensor) -> None:

@@ -1,16 +1,25 @@
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mrp_lens.edits import EditStack, ProjectionEdit, SteeringEdit
+from mrp_lens.edits import (
+    ConditionalProjectionEdit,
+    Edit,
+    EditStack,
+    Gate,
+    ProjectionEdit,
+    SteeringEdit,
+    WeightEdit,
+)
 from mrp_lens.edits.subspace import Subspace
-from mrp_lens.models import LensModel, describe, load_model, mlp_out_weight
+from mrp_lens.models import LensModel, describe, load_model, mlp_out_weight, tensor_digests
 from mrp_lens.models.hooks import captured, hook_name
 from tests.conftest import D_MODEL, LAYERS, assert_same_state, state_of
-from tests.support.edits import all_kinds, assert_refused, logits, projection, weight_edit, written
+from tests.support.edits import all_kinds, assert_refused, conditional, logits, projection, weight_edit, written
 from tests.support.families import save_family
 
 EDGE_LAYERS = [0, LAYERS // 2, LAYERS - 1]
@@ -261,3 +270,71 @@ def test_steering_refuses_what_it_cannot_do(model: LensModel, untouched: None) -
     edit = SteeringEdit.towards(torch.ones(D_MODEL), layer=1, coefficient=1.0, positions=[7])
     with pytest.raises(ValueError, match="position 7 is outside"), edit.applied(model):
         logits(model, torch.tensor([[5, 6, 7]]))
+
+
+def made_for(edit: Edit, name: str = "one", **differing: Any) -> Edit:
+    """The edit, with a model in its record."""
+    hashes = {"float32": "a", "bfloat16": "b", "float16": "c"}
+    described = {"name": name, "n_layers": LAYERS, "d_model": D_MODEL, "d_vocab": 9, "embedding": hashes} | differing
+    edit.provenance = {"model": described}
+    return edit
+
+
+@pytest.mark.parametrize(
+    ("differing", "what"),
+    [({"n_layers": 9}, f"n_layers {LAYERS} and 9"), ({"embedding": {"float32": "z"}}, "embedding matrices have other")],
+)
+def test_edits_of_two_models_are_not_added(differing: dict[str, Any], what: str) -> None:
+    one = made_for(projection(1, request="a"))
+    steering = SteeringEdit.towards(torch.ones(D_MODEL), layer=1, coefficient=2.0)
+    for edit in (projection(2, request="b"), steering, conditional(2, request="c")):
+        other = made_for(edit, "other", **differing)
+        for pair in ((one, other), (other, one), (one + projection(3, request="d"), other)):
+            with pytest.raises(ValueError, match="different models") as refused:
+                pair[0] + pair[1]
+            assert all(name in str(refused.value) for name in ("'one'", "'other'"))
+        with pytest.raises(ValueError, match=what):
+            one + other
+
+
+def test_what_is_known_of_the_model_stays_with_a_sum() -> None:
+    one, built = made_for(projection(1, request="a")), projection(2, request="b")
+    assert (one + built).provenance["model"] == (built + one).provenance["model"] == one.provenance["model"]
+    coarse = made_for(projection(2, request="b"), "coarse", embedding={"float32": "x", "bfloat16": "b"})
+    for both in (one + coarse, coarse + one):  # of one checkpoint in two precisions
+        assert both.provenance["model"]["embedding"] == {"bfloat16": "b"}
+
+
+def test_an_edit_has_copies_of_what_it_is_given(model: LensModel) -> None:
+    rows, direction = torch.eye(2, D_MODEL), torch.nn.functional.normalize(torch.ones(D_MODEL), dim=0)
+    weight = mlp_out_weight(model, 1)
+    values = weight.read()
+    digests = {weight.name: tensor_digests(values)}
+    edits = [
+        ProjectionEdit({hook_name(1): Subspace(rows)}),
+        SteeringEdit(hook_name(1), direction, 2.0),
+        ConditionalProjectionEdit({hook_name(1): Subspace(rows)}, {hook_name(1): Gate(direction, threshold=0.1)}),
+        WeightEdit({weight.name: values}, digests),
+    ]
+    before = [{name: tensor.clone() for name, tensor in edit.to_parts()[1].items()} for edit in edits]
+    for tensor in (rows, direction, values):
+        tensor.zero_()
+    for edit, known in zip(edits, before, strict=True):
+        tensors = edit.to_parts()[1]
+        assert all(torch.equal(tensors[name], tensor) for name, tensor in known.items())
+    assert WeightEdit.of_own({weight.name: values}, digests).tensors[weight.name].data_ptr() == values.data_ptr()
+
+
+@pytest.mark.parametrize("kind", range(3))
+def test_an_edit_that_went_on_in_inference_mode_is_differentiated_through(
+    own: Any, tokens: torch.Tensor, kind: int
+) -> None:
+    direction = torch.arange(1.0, D_MODEL + 1)
+    with torch.inference_mode():
+        edit = [conditional(1), projection(1), SteeringEdit.towards(direction, layer=1, coefficient=2.0, mode="add")][
+            kind
+        ]
+        handle = edit.attach(own)
+    own(tokens, return_type="logits").sum().backward()
+    assert float(own.W_E.grad.abs().sum()) > 0
+    handle.detach()

@@ -263,6 +263,25 @@ def test_a_tokenizer_that_was_changed_in_memory_is_the_one_that_is_exported(
     assert found.apply_chat_template([{"role": "user", "content": "Hello"}], tokenize=False) == "Hello!"
 
 
+def test_a_tokenizer_with_other_rules_is_the_one_that_is_exported(tiny_folder: Path, tmp_path: Path) -> None:
+    text, stored = "The BIG Dog", AutoTokenizer.from_pretrained(tiny_folder)
+    stored.save_pretrained(tmp_path / "lower")
+    file = tmp_path / "lower" / "tokenizer.json"
+    settings = json.loads(file.read_text())
+    rules = [{"type": "Lowercase"}, *filter(None, [settings["normalizer"]])]
+    file.write_text(json.dumps(settings | {"normalizer": {"type": "Sequence", "normalizers": rules}}))
+    lower = AutoTokenizer.from_pretrained(tmp_path / "lower")
+    assert lower.get_vocab() == stored.get_vocab()
+    assert lower(text)["input_ids"] != stored(text)["input_ids"]
+    for tokenizer in (lower, stored):
+        model = load_model(tiny_folder, tokenizer=tokenizer, backend="bridge")
+        out = tmp_path / str(tokenizer is lower)
+        export_hf(model, projection(1, site="mlp_out"), out, "folded", verify=False, progress=False)
+        assert AutoTokenizer.from_pretrained(out)(text)["input_ids"] == tokenizer(text)["input_ids"]
+        same = (out / "tokenizer.json").read_bytes() == (tiny_folder / "tokenizer.json").read_bytes()
+        assert same == (tokenizer is stored)
+
+
 @pytest.mark.parametrize("site", ["resid_mid", "resid_post"])
 def test_threads_that_use_one_loaded_module_get_what_they_get_alone(bridge: Any, site: str, tmp_path: Path) -> None:
     loaded = exported(write(bridge, projection(1, 2, site=site), tmp_path / "out"))

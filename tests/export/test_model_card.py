@@ -92,6 +92,9 @@ def test_matrices_and_steering_are_named_by_place(fits: dict[str, Edit]) -> None
         "states moved by 2.5 times a fixed unit vector",
         "",
     ]
+    some = SteeringEdit.towards(torch.ones(8), layer=3, coefficient=2.5, positions=[0, -1])
+    what = tables(section(card_of(some), "The edit"))[0][1][1]
+    assert what == "states set to 2.5 times a fixed unit vector, at positions 0, -1 of the prompt"
 
 
 def test_an_edit_without_record_is_said_to_be_built_by_hand(fits: dict[str, Edit]) -> None:

@@ -13,7 +13,7 @@ from mrp_lens.edits.subspace import Subspace
 from mrp_lens.hf import attach
 from mrp_lens.models import describe, load_model
 from tests.conftest import D_MODEL
-from tests.support.edits import projection, weight_edit
+from tests.support.edits import conditional, projection, weight_edit
 from tests.support.export_edits import TOKENS, assert_exact, log_probabilities
 from tests.support.families import save_family
 
@@ -196,3 +196,11 @@ def test_the_inside_of_a_bridge_is_not_attached_to(tiny_folder: Path) -> None:
     bridge: Any = load_model(tiny_folder, backend="bridge")
     with pytest.raises(ValueError, match=r"use edit\.attach\(bridge\)"):
         attach(bridge.original_model, projection(1))
+
+
+def test_an_edit_attached_in_inference_mode_is_differentiated_through(plain: Any) -> None:
+    with torch.inference_mode():
+        handle = attach(plain, conditional(1))
+    plain(torch.arange(3, 9)[None]).logits.sum().backward()
+    assert float(plain.get_input_embeddings().weight.grad.abs().sum()) > 0
+    handle.detach()

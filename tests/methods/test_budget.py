@@ -380,6 +380,16 @@ def test_what_is_said_of_a_fit(left: float, damage: float, there: bool, stalled:
     assert Outcome.from_json(outcome.to_json()) == outcome
 
 
+@pytest.mark.parametrize(
+    ("before", "left", "ended"), [(0.25, 0.25, "interrupted"), (1.0, 0.6, "interrupted"), (1.0, 0.25, "target")]
+)
+def test_an_interrupted_fit_forgot_only_what_was_known_before(before: float, left: float, ended: str) -> None:
+    said = {"target": 0.3, "damage": 0.01, "budget": 0.1, "total": 0.01, "steps": 7, "there": False, "stalled": False}
+    outcome = Outcome.of(before=before, left=left, interrupted=True, **said)  # type: ignore[arg-type]
+    assert outcome.ended == ended
+    assert bool(outcome) == (ended == "target")
+
+
 def test_what_the_control_questions_cannot_tell_is_said() -> None:
     known = Outcome("unmoved", left=0.9, before=0.9, target=0.3, damage=0.01, budget=0.1, total=0.01, steps=7)
     assert "before the fit" not in str(known)

@@ -17,7 +17,7 @@ from mrp_lens.data import Corpus, Questions
 from mrp_lens.edits import ProjectionEdit, SteeringEdit, WeightEdit
 from mrp_lens.edits.subspace import Subspace
 from mrp_lens.methods import MRP, RMU, AdaptiveRMU, GradientAscent
-from mrp_lens.models import encoder_for, load_model
+from mrp_lens.models import encoder_for, load_model, tensor_digests
 from mrp_lens.models.hooks import hook_name
 from tests.support.families import DEMO_FOLDER, WIDTH, save_family
 from tests.support.reference import difference, random_tokens
@@ -117,6 +117,14 @@ def test_a_model_with_hooks_of_an_attached_edit_is_refused(tiny_folder: Path) ->
     with hf.attach(hf_model, edit), pytest.raises(ValueError, match=r"hooks are on this model \(at model.layers.1\)"):
         load_model(hf_model)
     assert load_model(hf_model).cfg.n_layers == 4
+
+
+def test_a_model_into_which_an_attached_edit_has_written_is_refused(tiny_folder: Path, backend: str) -> None:
+    hf_model = AutoModelForCausalLM.from_pretrained(tiny_folder)
+    own = hf_model.get_parameter(DOWN).detach()
+    edit = WeightEdit({DOWN: 2.0 * own}, {DOWN: tensor_digests(own)})
+    with hf.attach(hf_model, edit), pytest.raises(ValueError, match=f"an edit is on this model and has written {DOWN}"):
+        load_model(hf_model, backend=backend)
 
 
 def test_a_frozen_model_and_one_made_in_inference_mode_can_be_trained_once_loaded(

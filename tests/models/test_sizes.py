@@ -84,6 +84,11 @@ def test_a_name_that_the_hub_does_not_have_is_refused(monkeypatch: pytest.Monkey
         (config_of("llama", num_hidden_layers=0), ValueError, "num_hidden_layers = 0; it must be from 1 to 1000"),
         (config_of("llama", num_hidden_layers=10**9), ValueError, "num_hidden_layers = 1000000000"),
         (transformers.ViTConfig(), ValueError, "no model can be built of the configuration of vit"),
+        (
+            transformers.MambaConfig(hidden_size=16, num_hidden_layers=2),
+            ValueError,
+            "mamba.* num_attention_heads = None",
+        ),
     ],
 )
 def test_what_is_no_model_is_refused(source: Any, error: type[Exception], pattern: str) -> None:

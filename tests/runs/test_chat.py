@@ -71,6 +71,14 @@ def test_the_unedited_answer_is_written_once_for_a_question(
     assert len(asked) == 5
 
 
+def test_an_edit_that_is_put_on_in_between_is_seen_in_both_answers(model: LensModel, untouched: None) -> None:
+    chat = Chat(model, projection(1), max_new_tokens=NEW)
+    before = chat.ask(PROMPT, OFF).before
+    with edit_of("weight", model).applied(model):
+        assert chat.ask(PROMPT, OFF).before == written(model) != before
+    assert chat.ask(PROMPT, OFF).before == before
+
+
 def test_single_directions(model: LensModel, untouched: None) -> None:
     edit = projection(1, 2, rank=2)
     steering = SteeringEdit.towards(torch.ones(D_MODEL), layer=1, coefficient=2.0, mode="add")

@@ -172,7 +172,7 @@ class Distillation(PlainSettings):
             )
             learned = {weight.name: weight.read() for weight in weights}
         replaced = {name: tensor_digests(matrix) for name, matrix in original.items()}
-        return WeightEdit(learned, replaced, provenance=context.provenance(steps=len(run.log))), run
+        return WeightEdit.of_own(learned, replaced, provenance=context.provenance(steps=len(run.log))), run
 
     def _matrices(self, model: LensModel, layers: Sequence[int]) -> list[EditableWeight]:
         """All tensors of the layers that change, of which `layers` are reset."""

@@ -87,7 +87,7 @@ class Damage:
         read = []
         with torch.no_grad():
             fitting = _fitting(rows, NUMBERS // int(self.model.cfg.d_vocab))
-            for _, batch in dealt(in_order(self.encoder, fitting, BATCH)):
+            for _, batch in dealt(in_order(self.encoder, fitting, BATCH, logits=True)):
                 before = predictions(self.model, batch)
                 right = before.argmax(dim=-1) == targets(batch)
                 counted = right if known else torch.ones_like(right)

@@ -299,12 +299,13 @@ def _looks(method: FitTemplate[Any], setup: Setup, standing: Phase) -> Sequence[
     """At the damage, of which four copies are made beside the reference, and at the control questions."""
     if method.budget is None:
         return ()
-    rows = min(LOOK_BATCH, looked_at(setup))
+    d_vocab = setup.sizes.d_vocab
+    rows = min(LOOK_BATCH, looked_at(setup), rows_with_logits(setup.length - 1, d_vocab))
     damage = reading("damage", setup, rows, rows * (setup.length - 1), standing, copies=4)
-    texts = min(CONTROL_BATCH, CHOICES * min(QUESTIONS, setup.documents))
     asked = setup.of_length(CONTROL_TOKENS)
-    counted = texts * min(CONTROL_ENDING, asked.length - 1)
-    return damage, reading("control questions", asked, texts, counted, standing)
+    ending = min(CONTROL_ENDING, asked.length - 1)
+    texts = min(CONTROL_BATCH, CHOICES * min(QUESTIONS, setup.documents), rows_with_logits(ending, d_vocab))
+    return damage, reading("control questions", asked, texts, texts * ending, standing)
 
 
 def _before_training(method: FitTemplate[Any], setup: Setup) -> Sequence[Phase]:

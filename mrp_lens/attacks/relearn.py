@@ -207,7 +207,8 @@ def with_floor(
         floor = Score(accuracy * n, int(n))
         after, ceiling = (Score(row[name] * row["n"], row["n"]) for name in ("held_out_accuracy", "ceiling"))
         found = recovery(after, floor, ceiling, seed=seed).columns()
-        taught = {"untaught_floor": row.get("untaught_floor", row["floor"])}  # which older curves have under one name
+        # Curves of earlier versions have one name for both.
+        taught = {"untaught_floor": row.get("untaught_floor", row.get("floor", float("nan")))}
         rows.append(row | taught | {"floor": floor.accuracy, "n_floor": floor.n} | found)
     return pd.DataFrame(rows)
 

@@ -134,8 +134,7 @@ def right_choice(given: Any, choices: Sequence[Any], number: int, name: str, *, 
     An answer that is the text of a choice is that choice; else a letter (`B`, `b`, `B.`, `(B)`) is its place, and so is
     a number, counted from 0, as an int or as digits. Where choices and answer are ints, the answer may be meant as
     either, and is refused unless both mean the same choice; so are digits where numbers and texts cannot be told apart
-    (`typed=False`). A number that is no int is a choice; beside choices that are texts a whole one, such as 1.0, is a place, since
-    pandas makes floats of a column of ints in which one is missing.
+    (`typed=False`). A number that is no int is a choice.
 
     Raises:
         ValueError: the answer is none of these.
@@ -181,10 +180,7 @@ def _place(given: Any, choices: Sequence[Any], texts: Sequence[str]) -> int | No
     if isinstance(given, Integral):
         return int(given) if 0 <= int(given) < len(texts) or given not in choices else list(choices).index(given)
     if isinstance(given, Real):
-        if given in choices:
-            return list(choices).index(given)
-        whole = float(given).is_integer() and all(isinstance(choice, str) for choice in choices)
-        return int(float(given)) if whole else None
+        return list(choices).index(given) if given in choices else None
     if not isinstance(given, str):
         return None
     answer = given.strip()

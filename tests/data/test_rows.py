@@ -109,17 +109,6 @@ def test_what_is_neither_text_nor_a_number_is_refused_with_its_row(value: Any) -
         Questions.from_rows([{"question": "?", "choices": ["x", "y"], "answer": value}])
 
 
-def test_a_whole_float_is_a_place_among_texts_as_in_a_column_with_a_gap() -> None:
-    rows = [{"question": "?", "choices": ["x", "y"], "answer": answer} for answer in (1, None)]
-    with pytest.raises(ValueError, match=r"row 1: the answer .*nan.* is neither"):
-        Questions.from_rows(pd.DataFrame(rows))
-    (question,) = Questions.from_rows(pd.DataFrame(rows)[:1]).questions
-    assert question.answer == 1
-    for answer, choices in ((0.5, ["x", "y"]), (2.0, ["x", "y"]), (1.0, [0.5, 2.5])):
-        with pytest.raises(ValueError, match=r"row 0: the answer .* is neither"):
-            Questions.from_rows([{"question": "?", "choices": choices, "answer": answer}])
-
-
 @pytest.mark.parametrize("value", MISSING, ids=repr)
 def test_what_is_missing_is_said_to_be(value: Any) -> None:
     with pytest.raises(ValueError, match="row 0: field 'text' has no value; leave the row out or fill it in"):

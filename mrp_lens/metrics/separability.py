@@ -78,9 +78,8 @@ def separability(
     reader = StateReader(model, None, None, seed, batch_size, max_length, "right", progress)
     known, asked = {}, {}
     for side, given in sides.items():
-        corpus = Corpus(
-            tuple(dict.fromkeys(given.documents)), given.name
-        )  # a copy in the other half would be one seen before
+        # A copy in the other half would be a text that the detector has seen.
+        corpus = Corpus(tuple(dict.fromkeys(given.documents)), given.name)
         order = torch.randperm(len(corpus), generator=generator).tolist()
         if len(order) < FEWEST:
             raise ValueError(

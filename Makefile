@@ -3,7 +3,7 @@ VENV ?= .venv
 CONSTRAINTS ?= constraints/tl-3.9.txt
 RUN = $(VENV)/bin
 
-.PHONY: help install demo notebooks docs test slow long lint types check clean
+.PHONY: help install demo notebooks docs test shapes slow long lint types check clean
 
 help:  ## list the commands
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /: /'
@@ -29,6 +29,9 @@ docs: install  ## build the documentation site into site/, with strict links; it
 
 test: install  ## the test suite (without the tests marked slow), a process a core
 	OMP_NUM_THREADS=1 $(RUN)/python -m pytest -m "not slow" -n auto --dist loadfile
+
+shapes: install  ## the tests of metrics, data and training with the shape of every tensor checked at run time
+	MRP_LENS_CHECK_SHAPES=1 OMP_NUM_THREADS=1 $(RUN)/python -m pytest -m "not slow" -n auto --dist loadfile tests/data tests/metrics tests/training
 
 slow: install  ## the tests that take longer: the demo, the notebooks, killed sweeps, pages in a browser, half precision
 	OMP_NUM_THREADS=1 $(RUN)/python -m pytest -m "slow and not long" -n auto --dist worksteal --timeout 900

@@ -23,12 +23,12 @@ from mrp_lens.attacks.summary import ACCURACIES, NO_ATTACK, RECOVERY, columns, w
 from mrp_lens.data import Corpus, Questions
 from mrp_lens.edits import Edit, edit_on, has_hooks, without_hooks
 from mrp_lens.edits.subspace import random_units
-from mrp_lens.metrics.bootstrap import CONFIDENCE, RESAMPLES
+from mrp_lens.metrics.bootstrap import drop_interval
 from mrp_lens.metrics.multiple_choice import answered_right, choice_scores
 from mrp_lens.metrics.recovery import Score, recovery
 from mrp_lens.models import LensModel
 from mrp_lens.utils.torch_state import ordinary_torch
-from mrp_lens.utils.validation import generator_for, int_seed
+from mrp_lens.utils.validation import generator_for
 
 Kind = Literal[
     "no attack",
@@ -334,7 +334,7 @@ def _on_retain_questions(given: Given) -> dict[str, Any]:
     before, ceiling = given.right(None, plain), given.right(None, asked)
     edited, after = given.right(given.edit, plain), given.right(given.edit, asked)
     drops = (edited - after) - (before - ceiling)
-    low, high = _interval_of_drops(drops, seed=given.seed)
+    low, high = drop_interval(drops, seed=given.seed)
     return {
         "variant": f"forget token {token.text.strip()!r} in a retain question",
         "n": len(plain),
@@ -346,23 +346,6 @@ def _on_retain_questions(given: Given) -> dict[str, Any]:
         "drop_low": low,
         "drop_high": high,
     }
-
-
-def _interval_of_drops(drops: NDArray[np.float64], *, seed: int) -> tuple[float, float]:
-    """95% of their mean, each value's share being drawn from its posterior with Jeffreys' prior (Dirichlet, 1/2 a value).
-
-    -1, 0 and 1 are values even if they do not occur, so that the interval has a width where all questions are alike.
-
-    Args:
-        drops: [n], one a question.
-        seed: of the 2,000 draws.
-    """
-    values = np.union1d(drops, (-1.0, 0.0, 1.0))
-    counts = (drops[:, None] == values).sum(axis=0)
-    shares = np.random.default_rng(int_seed(seed)).dirichlet(counts + 0.5, RESAMPLES)
-    tail = (1 - CONFIDENCE) / 2
-    low, high = np.quantile(shares @ values, [tail, 1 - tail])
-    return float(low), float(high)
 
 
 def _check_data(kind: type[Questions] | type[Corpus], **given: Any) -> None:

@@ -129,9 +129,10 @@ class Encoder:
 
     def _check(self, encoded: Sequence[Encoded], documents: Sequence[Document]) -> None:
         """Refuse what no embedding can be looked up for."""
+        known = range(self.rows).__contains__
         for row, document in zip(encoded, documents, strict=True):
-            wrong = next((token for token in row.ids if not valid_id(token, self.rows)), None)
-            if wrong is not None:
+            if not all(map(known, row.ids)):
+                wrong = next(token for token in row.ids if not known(token))
                 text = (document.prompt + document.completion)[:60]
                 token = str(self.tokenizer.convert_ids_to_tokens(wrong)) if wrong >= 0 else "?"
                 raise ValueError(f"in the text {text!r}, {without_row(token, wrong, self.rows)}")

@@ -17,7 +17,15 @@ from mrp_lens.edits.serialization import setting
 from mrp_lens.edits.subspace import Subspace
 from mrp_lens.models import Layout, LensModel, device_at
 from mrp_lens.models.attachments import AppliedEdit, entries_on
-from mrp_lens.models.hooks import HookFunction, add_hooks, check_hook_names, layer_of, place_in_block, site_of
+from mrp_lens.models.hooks import (
+    HookFunction,
+    add_hooks,
+    check_hook_names,
+    hook_points,
+    layer_of,
+    place_in_block,
+    site_of,
+)
 from mrp_lens.models.weights import joint_description
 
 
@@ -232,10 +240,9 @@ class ProjectionEdit(Edit):
 
     @override
     def _put_on(self, model: LensModel, entry: AppliedEdit, *, check: bool, wrapped: Wrapper = as_it_is) -> None:
-        check_hook_names(model, self._joined)
+        points = hook_points(model, self._joined)
         check_width(model, next(iter(self._joined.values())).d_model, "the projection")
         self._check_model(model, check)
-        points = [model.hook_dict[name] for name in self._joined]
         if len(set(points)) < len(points):
             raise ValueError(
                 f"some of {', '.join(self._joined)} are names of one hook, and two projections after one another do not remove both subspaces; "

@@ -77,6 +77,25 @@ def reach_of_none(n: int) -> float:
     return float(1 - ((1 - CONFIDENCE) / 2) ** (1 / n))
 
 
+def drop_interval(drops: NDArray[np.float64], *, seed: int = 0) -> tuple[float, float]:
+    """95% interval of the mean of differences between answers, each -1, 0 or 1: each value's share is drawn from its posterior with
+    Jeffreys' prior (Dirichlet, 1/2 a value), so that the interval has a width even where all differences are alike.
+
+    Args:
+        drops: [n], one a question. Values between (of questions that were asked several times) count as values of their own.
+        seed: of the 2,000 draws.
+
+    Raises:
+        TypeError: the seed is no integer.
+    """
+    values = np.union1d(drops, (-1.0, 0.0, 1.0))
+    counts = (drops[:, None] == values).sum(axis=0)
+    shares = np.random.default_rng(int_seed(seed)).dirichlet(counts + 0.5, RESAMPLES)
+    tail = (1 - CONFIDENCE) / 2
+    low, high = np.quantile(shares @ values, [tail, 1 - tail])
+    return float(low), float(high)
+
+
 def value(frame: pd.DataFrame) -> float:
     """The number that a metric's frame is about: the column before its interval `low`, `high`, as a float.
 

@@ -63,19 +63,39 @@ def check_hook_names(model: LensModel, names: Iterable[str]) -> None:
     """Refuse names that the model does not have (TransformerBridge 3.9 would ignore them).
 
     Raises:
+        TypeError, ValueError: as `hook_points`.
+    """
+    hook_points(model, names)
+
+
+def hook_points(model: LensModel, names: Iterable[str]) -> list[Any]:
+    """The hook points of these names, those of `model.hook_dict`; a Bridge puts that together anew whenever it is looked at, which of
+    30 layers takes as long as a short pass.
+
+    Raises:
         TypeError: not a model of TransformerLens.
         ValueError: names the unknown hook, the layers there are, and the closest known names.
     """
     check_lens_model(model)
+    return [_hook_point(model, name) for name in names]
+
+
+def _hook_point(model: LensModel, name: str) -> Any:
+    from transformer_lens.hook_points import HookPoint  # loaded with the model
+
+    with suppress(AttributeError, TypeError):
+        point = attrgetter(name)(model)
+        if isinstance(point, HookPoint):
+            return point
     known = model.hook_dict
-    for name in names:
-        if name not in known:
-            close = difflib.get_close_matches(name, known, n=3)
-            hint = f"; close to it: {', '.join(close)}" if close else ""
-            raise ValueError(
-                f"this model has no hook {name!r}: its layers are 0..{model.cfg.n_layers - 1} and the usual sites are "
-                f"{', '.join('hook_' + site for site in SITES)}{hint}"
-            )
+    if name in known:
+        return known[name]
+    close = difflib.get_close_matches(name, known, n=3)
+    hint = f"; close to it: {', '.join(close)}" if close else ""
+    raise ValueError(
+        f"this model has no hook {name!r}: its layers are 0..{model.cfg.n_layers - 1} and the usual sites are "
+        f"{', '.join('hook_' + site for site in SITES)}{hint}"
+    )
 
 
 @dataclass(frozen=True)
@@ -101,10 +121,9 @@ def add_hooks(model: LensModel, hooks: Iterable[tuple[str, HookFunction]]) -> li
     """Add permanent hooks, which survive a plain `model.reset_hooks()`; nothing is added if a name is unknown."""
     pairs = list(hooks)
     check_hook_names(model, (name for name, _ in pairs))
-    points = model.hook_dict
+    placed = _to_the_stream(model, pairs)
     handles = []
-    for name, function in _to_the_stream(model, pairs):
-        point = points[name]
+    for point, (_, function) in zip(hook_points(model, (name for name, _ in placed)), placed, strict=True):
         # On the Bridge a change at resid_mid is made here, and comes after any at attn_out, whichever was added first.
         first = not isinstance(function, _ChangeOfSum) and any(
             isinstance(e.user_hook, _ChangeOfSum) for e in point.fwd_hooks

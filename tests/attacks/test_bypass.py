@@ -14,13 +14,12 @@ import torch
 
 from mrp_lens.attacks import evaluation
 from mrp_lens.attacks.ablation import ablated, junk_directions
-from mrp_lens.attacks.bypass import Kind, _interval_of_drops, bypass
+from mrp_lens.attacks.bypass import Kind, bypass
 from mrp_lens.attacks.gcg import jailbreak
 from mrp_lens.attacks.quantization import quantized
 from mrp_lens.data import Corpus, Questions
 from mrp_lens.edits import Edit
 from mrp_lens.edits.subspace import random_units
-from mrp_lens.metrics.bootstrap import bootstrap_interval
 from mrp_lens.models import LensModel, load_model
 from mrp_lens.utils import progress
 from tests.conftest import D_MODEL, LAYERS, assert_same_state, state_of
@@ -274,10 +273,3 @@ def test_what_is_wrong_is_named(model: LensModel, data: dict[str, Any], untouche
     refused(ValueError, "paraphrased has 8 questions and held_out 24", paraphrased=data["untaught"])
     turned = replace(held_out, questions=held_out.questions[::-1])
     refused(ValueError, "other choices or another right answer", paraphrased=turned)
-
-
-def test_the_interval_of_a_drop_has_a_width_where_all_questions_are_alike() -> None:
-    intervals = {n: _interval_of_drops(np.zeros(n), seed=0) for n in (6, 200)}
-    assert intervals[6][0] < intervals[200][0] < 0.0 < intervals[200][1] < intervals[6][1]
-    drops = np.repeat([1.0, 0.0, -1.0, 0.5], [60, 300, 20, 20])
-    assert _interval_of_drops(drops, seed=0) == pytest.approx(bootstrap_interval(drops), abs=0.01)

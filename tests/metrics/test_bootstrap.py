@@ -5,7 +5,7 @@ import torch
 
 from mrp_lens import metrics
 from mrp_lens.metrics import value
-from mrp_lens.metrics.bootstrap import TokenMean, share_interval
+from mrp_lens.metrics.bootstrap import TokenMean, bootstrap_interval, drop_interval, share_interval
 from mrp_lens.utils.validation import generator_for, int_seed
 
 ROW = {"n": 4, "accuracy": 0.75, "low": 0.25, "high": 1.0, "chance": 0.5}
@@ -87,3 +87,10 @@ def test_token_means_of_few_documents_are_as_unsure_as_students_t_and_stay_withi
     reach = 4.302653 * values.std(ddof=1) / 3**0.5  # t of 2 degrees of freedom
     assert mean.interval() == pytest.approx((0.4 - reach, 0.4 + reach))
     assert mean.interval(least=0.0, most=1.0) == (0.0, 1.0)
+
+
+def test_the_interval_of_a_drop_has_a_width_where_all_questions_are_alike() -> None:
+    intervals = {n: drop_interval(np.zeros(n), seed=0) for n in (6, 200)}
+    assert intervals[6][0] < intervals[200][0] < 0.0 < intervals[200][1] < intervals[6][1]
+    drops = np.repeat([1.0, 0.0, -1.0, 0.5], [60, 300, 20, 20])
+    assert drop_interval(drops, seed=0) == pytest.approx(bootstrap_interval(drops), abs=0.01)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mrp_lens.models import mlp_out_weight
-from mrp_lens.models.hooks import captured, check_hook_names, hook_name, layer_of, run_segment
+from mrp_lens.models.hooks import captured, check_hook_names, hook_name, hook_points, layer_of, run_segment
 from tests.conftest import LAYERS
 
 
@@ -39,3 +39,13 @@ def test_hook_names() -> None:
 def test_unknown_hooks_get_a_suggestion(model: Any) -> None:
     with pytest.raises(ValueError, match=r"close to it: .*blocks.1.hook_resid_post"):
         check_hook_names(model, ["blocks.1.hook_resid_pos"])
+
+
+def test_the_points_of_names_are_those_of_the_models_dictionary(model: Any) -> None:
+    known = model.hook_dict
+    points = hook_points(model, known)
+    assert len(points) > 90
+    assert all(found is point for found, point in zip(points, known.values(), strict=True))
+    for name in ("blocks.1", "cfg.n_layers", "blocks.9.hook_resid_post", ""):
+        with pytest.raises(ValueError, match=f"this model has no hook {name!r}"):
+            hook_points(model, [name])

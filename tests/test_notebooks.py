@@ -186,7 +186,7 @@ def test_an_empty_figure_is_told_from_one_that_shows_something() -> None:
     assert not draws("figure = plots.norms(x)")
 
 
-@pytest.mark.slow
+@pytest.mark.long  # `make docs` runs them likewise
 @each_on_the_demo
 def test_a_notebook_runs_on_the_demo_and_every_figure_shows_something(path: Path, run: Any) -> None:
     assert_every_figure_shows_something(run(path, lambda source: source, []))

@@ -87,6 +87,7 @@ def test_four_recipes_are_there() -> None:
     assert {"toy_method.py", "toy_attack.py", "toy_metric.py", "toy_family.py"} <= set(recipes())
 
 
+@pytest.mark.slow
 def test_help_lists_them(site: Site) -> None:
     said = site.run(["unlearn", "--help"], ["unlearn", "--method", "toy-vector", "--help"], ["attack", "--help"])
     assert re.search(r"toy-vector\s.*Adds one learned vector to the stream at a layer\.", said)
@@ -104,6 +105,7 @@ def test_a_sweep_goes_over_the_layers_of_the_method_and_has_the_metric_as_a_colu
     assert table["toy_surprise"].nunique() == 3
 
 
+@pytest.mark.slow
 def test_the_table_and_the_page_of_a_fit_have_the_metric_its_figure_and_what_the_method_did(ran: Site) -> None:
     table = pd.read_csv(ran.work / "fit" / "table.csv").set_index("method")
     assert table["toy_surprise"]["toy-vector"] > table["toy_surprise"]["unedited"] > 1

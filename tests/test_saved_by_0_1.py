@@ -80,6 +80,7 @@ def test_attacks_on_a_saved_edit_are_gone_on_with(saved: Path) -> None:
             assert after[file] == content
 
 
+@pytest.mark.slow
 def test_a_sweep_is_not_gone_on_with_by_methods_of_other_defaults(saved: Path) -> None:
     files = {path: path.read_bytes() for path in (saved / "sweep").rglob("*") if path.is_file()}
     ended = run(saved, "sweep", *COMMON, *SWEEP, "--out", "sweep")

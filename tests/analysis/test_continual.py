@@ -259,6 +259,7 @@ def points(folder: Path) -> dict[str, Any]:
     return {path.stem: json.loads(path.read_text()) for path in (folder / "points").iterdir()}
 
 
+@pytest.mark.slow
 def test_shards_make_one_study_that_says_what_each_request_took(files: list[str], tmp_path: Path) -> None:
     out, options = tmp_path / "out", [*files, "--methods", "mrp,rmu", "--set", "mrp.gate_directions=1"]
     continual.main([*options, "--requests", "2", "--shard", "1/2"])
@@ -283,6 +284,7 @@ def test_shards_make_one_study_that_says_what_each_request_took(files: list[str]
     assert {"report.html", "finding.md", "table.csv"} <= {path.name for path in out.iterdir()}
 
 
+@pytest.mark.slow
 def test_a_finished_study_is_not_computed_again_and_other_settings_are_refused(
     files: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

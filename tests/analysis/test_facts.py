@@ -74,6 +74,7 @@ def test_what_is_forgotten_is_not_in_what_is_kept(folder: Path) -> None:
     assert len(read.text) == 1
 
 
+@pytest.mark.slow
 def test_the_study_writes_a_row_for_each_fit(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

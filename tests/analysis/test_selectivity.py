@@ -67,6 +67,7 @@ def test_rows_and_gates_are_exchanged_and_each_hook_stands_alone() -> None:
             assert torch.equal(alone.subspaces()[hook].basis, whole.subspaces()[hook].basis)
 
 
+@pytest.mark.slow
 def test_the_fit_without_gates_is_the_same_otherwise(model: LensModel) -> None:
     gated = MRP(steps=7, budget=0.5)
     task = UnlearningTask.from_world("potions")  # of more than 7,000 tokens, which the rank grows with

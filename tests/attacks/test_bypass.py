@@ -56,6 +56,7 @@ COLUMNS = (
 ).split()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", range(4))
 def test_every_kind_has_its_rows_and_leaves_nothing_on_the_model(
     model: LensModel, data: dict[str, Any], untouched: None, number: int
@@ -83,6 +84,7 @@ def test_every_kind_has_its_rows_and_leaves_nothing_on_the_model(
         pd.testing.assert_frame_equal(bypass(model, edit, **data, progress=False), frame)
 
 
+@pytest.mark.slow
 def test_rows_equal_the_slow_calculation(model: LensModel, data: dict[str, Any], untouched: None) -> None:
     edit = projection(1, rank=20) + weight_edit(model, 2, scale=-4.0)
     wanted: list[Kind] = ["no attack", "hook stripped", "direction ablated", "weights rounded", "noise", "paraphrased"]
@@ -153,6 +155,7 @@ def test_the_drop_is_how_much_more_the_token_hurts_the_edited_model(
     assert before != ceiling, "what the token does to the unedited model would not be seen"
 
 
+@pytest.mark.slow
 def test_both_classes_give_the_same_frame(both: list[LensModel]) -> None:
     data = data_for(both[0])
     first, second = (
@@ -162,6 +165,7 @@ def test_both_classes_give_the_same_frame(both: list[LensModel]) -> None:
     pd.testing.assert_frame_equal(first, second)
 
 
+@pytest.mark.slow
 def test_bfloat16_models_can_be_attacked_and_are_left_as_they_were(
     tiny_folder: Path, backend: Any, data: dict[str, Any]
 ) -> None:
@@ -186,6 +190,7 @@ def test_the_unedited_model_has_rows_as_well(model: LensModel, data: dict[str, A
     assert frame["drop"].dropna().tolist() == [0.0]
 
 
+@pytest.mark.slow
 def test_without_other_data_the_floor_is_guessing_and_the_kinds_are_those_that_need_none(
     model: LensModel, data: dict[str, Any], untouched: None
 ) -> None:

@@ -178,6 +178,7 @@ def test_the_ranking_of_tokens_is_that_of_the_losses_first_order_change(double: 
     np.testing.assert_allclose(found, [falls[token] for token in best], atol=0.02 * abs(falls[best[0]]))
 
 
+@pytest.mark.slow
 def test_a_step_takes_the_best_of_single_replacements_and_is_never_worse(model: LensModel, untouched: None) -> None:
     chosen, kept = list(range(len(TRAIN))), 0
     # One replacement out of all tokens is seldom better, the best of twelve that the gradient ranks first often is.
@@ -260,6 +261,7 @@ def test_without_untaught_questions_guessing_is_the_floor(model: LensModel, unto
     assert table["untaught_accuracy"].to_numpy() == pytest.approx(1 / 3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss", ["answer", "representation"])
 def test_both_classes_search_alike(both: list[LensModel], loss: Any) -> None:
     first, second = (jailbreak(model, projection(1), **{**SMALL, "steps": 5}, loss=loss, every=1) for model in both)
@@ -267,6 +269,7 @@ def test_both_classes_search_alike(both: list[LensModel], loss: Any) -> None:
     np.testing.assert_allclose(first["loss"], second["loss"], rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss", ["answer", "representation"])
 def test_every_kind_of_edit_is_attacked(model: LensModel, untouched: None, loss: Any) -> None:
     pinned = SteeringEdit.towards(torch.ones(D_MODEL), layer=1, coefficient=4.0)  # no gradient at all: chance decides
@@ -275,6 +278,7 @@ def test_every_kind_of_edit_is_attacked(model: LensModel, untouched: None, loss:
         assert np.isfinite(table["loss"]).all()
 
 
+@pytest.mark.slow
 def test_the_seed_decides(model: LensModel, untouched: None) -> None:
     first, second, other = (jailbreak(model, None, **SMALL, seed=seed) for seed in (1, 1, 2))
     pd.testing.assert_frame_equal(first, second)
@@ -287,6 +291,7 @@ def test_the_unedited_model_without_a_trigger_matches_itself(model: LensModel, u
     assert table["loss"].iloc[1] > 1e-4
 
 
+@pytest.mark.slow
 def test_a_search_over_the_trained_prompts_lowers_the_loss(model: LensModel, untouched: None) -> None:
     settings = {**SMALL, "steps": 10, "candidates": 16, "top": 24, "batch": 5, "batch_size": 128}
     for loss in ("answer", "representation"):
@@ -294,6 +299,7 @@ def test_a_search_over_the_trained_prompts_lowers_the_loss(model: LensModel, unt
         assert float(table.loc["found", "loss"]) < float(table.loc["random", "loss"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["gpt2", "gemma2"])
 def test_other_families_can_be_searched(tmp_path: Path, family: str) -> None:
     """gpt2: positions are absolute. gemma2: embeddings are scaled."""
@@ -303,6 +309,7 @@ def test_other_families_can_be_searched(tmp_path: Path, family: str) -> None:
         assert np.isfinite(table["loss"]).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("twice", [False, True])
 def test_ctrl_c_keeps_what_was_found(
     model: LensModel, untouched: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, twice: bool
@@ -331,6 +338,7 @@ def test_ctrl_c_keeps_what_was_found(
     pd.testing.assert_frame_equal(table, full[full["step"].isin([0, 2])].reset_index(drop=True))
 
 
+@pytest.mark.slow
 def test_an_exception_in_a_pass_leaves_the_model_alone(
     model: LensModel, untouched: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -81,6 +81,7 @@ def bits(train: LabelledStates, held_out: LabelledStates, kind: ProbeKind) -> fl
     return float(usable_information(train, held_out, kind=kind).bits.mean())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("planted", "truth"), PLANTED, ids=["erased", "flipped", "marked"])
 def test_planted_information_is_found_and_shuffled_labels_tell_nothing(
@@ -111,6 +112,7 @@ def test_a_frequent_answer_is_no_information(kind: ProbeKind) -> None:
     assert abs(float(estimate.bits.mean())) <= 0.05
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_probes_of_states_without_information_give_nothing_and_seldom_less(kind: ProbeKind) -> None:
     def empty(seed: int, n: int) -> LabelledStates:
@@ -230,6 +232,7 @@ def test_the_frame_says_what_was_asked_of_which_probe(frame: pd.DataFrame) -> No
     assert (frame["n"] == 24).all()
 
 
+@pytest.mark.slow
 def test_an_edit_shows_from_its_layer_on_and_is_off_again(
     model: LensModel, frame: pd.DataFrame, untouched: None
 ) -> None:
@@ -273,6 +276,7 @@ def test_what_a_probe_cannot_answer_is_refused(model: LensModel, untouched: None
     refused(TypeError, "untaught must be Questions", untaught=["who"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_demo_knows_its_facts_at_the_last_layer_and_none_that_it_was_not_taught(
     demo_model: Any, world: World, kind: ProbeKind

@@ -59,6 +59,7 @@ def checkpoint_rounded_by_hand(folder: Path, bits: int, tokens: torch.Tensor) ->
     return output
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "gpt2", "neox", "phi3"])
 def test_every_class_rounds_what_the_checkpoint_rounded_by_hand_has(family: str, tmp_path: Path) -> None:
     folder = save_family(family, tmp_path)

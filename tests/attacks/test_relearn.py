@@ -97,11 +97,13 @@ def test_a_rate_that_diverges_keeps_its_rows_and_the_others_go_on(model: LensMod
     assert 3 not in set(frame.loc[frame["lr"] == 1e30, "step"])
 
 
+@pytest.mark.slow
 def test_the_same_attack_gives_the_same_curve_on_both_classes(both: list[LensModel]) -> None:
     hooked, bridge = (run(model, projection(1), untaught=UNTAUGHT).drop(columns="seconds") for model in both)
     pd.testing.assert_frame_equal(hooked, bridge, check_exact=False, atol=0.05)
 
 
+@pytest.mark.slow
 def test_stripping_the_hooks_is_the_unedited_model(model: LensModel) -> None:
     edit = projection(0, 1, 2, rank=20)
     options = {**SMALL, "marks": (0, 1, 3)}
@@ -179,6 +181,7 @@ def test_the_attacker_takes_the_best_rate_that_counts() -> None:
     assert best(curves.assign(counts=True))["held_out_accuracy"].tolist() == [0.4, 0.9]
 
 
+@pytest.mark.slow
 def test_a_reference_model_is_another_floor(model: LensModel) -> None:
     curves, reference = run(model, projection(1)), run(model, projection(2))
     found = with_floor(curves, reference)

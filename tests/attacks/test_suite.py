@@ -72,6 +72,7 @@ def task(model: Any, texts: tuple[Corpus, Corpus]) -> UnlearningTask:
     return UnlearningTask((forget,), retain, retain, asked, kept, quiz(200, 20, name="untaught"))
 
 
+@pytest.mark.slow
 def test_a_suite_makes_every_attack_with_its_controls_and_leaves_the_model(
     model: Any, task: UnlearningTask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small: None, untouched: None
 ) -> None:
@@ -117,6 +118,7 @@ def test_a_suite_makes_every_attack_with_its_controls_and_leaves_the_model(
         attack(model, projection(1, 2, seed=5), task, quick(), tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_curves_are_those_of_relearn_and_the_unedited_model_is_retrained_likewise(
     model: Any, task: UnlearningTask, tmp_path: Path, untouched: None
 ) -> None:
@@ -145,6 +147,7 @@ def test_curves_are_those_of_relearn_and_the_unedited_model_is_retrained_likewis
     assert len(list((tmp_path / "out" / "points").glob("*.json"))) == 4
 
 
+@pytest.mark.slow
 def test_with_a_reference_the_floor_is_what_it_comes_to(model: Any, task: UnlearningTask, tmp_path: Path) -> None:
     config = quick("relearn", forms=("kept",), parameters=("all", "before"))
     edit = projection(1, 2, rank=20)
@@ -239,6 +242,7 @@ def test_ctrl_c_keeps_whole_pieces_only(
     assert not list((out / "points").glob("jailbreak*"))
 
 
+@pytest.mark.slow
 def test_bf16_models_are_attacked_too(
     tiny_folder: Path, backend: Any, task: UnlearningTask, tmp_path: Path, small: None
 ) -> None:

@@ -335,6 +335,7 @@ def test_a_fault_of_the_library_is_told_from_bad_input_by_who_raised_it(fault: s
     assert is_users(full)
 
 
+@pytest.mark.slow
 def test_a_fault_of_the_library_ends_with_its_traceback() -> None:
     code = (
         "from mrp_lens.cli import main\nimport mrp_lens.cli.report as module\n"
@@ -346,6 +347,7 @@ def test_a_fault_of_the_library_ends_with_its_traceback() -> None:
     assert "ValueError: invalid literal" in result.stderr
 
 
+@pytest.mark.slow
 def test_a_method_of_another_package_is_run_by_name(tiny_folder: Path, files: Path) -> None:
     try:
 

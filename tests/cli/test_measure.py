@@ -77,6 +77,7 @@ def written(files: Path) -> Any:
     return summary_of(files / "out")
 
 
+@pytest.mark.slow
 def test_a_reference_is_a_row_and_what_the_measures_of_the_field_compare_with(tiny_folder: Path, files: Path) -> None:
     edit, reference = ("--edit", str(files / "edit")), ("--reference", str(tiny_folder))
     unseen = [{"text": f"The colour of Balero{n} is {COLOURS[n % 4]}."} for n in range(12)]
@@ -185,6 +186,7 @@ def task_of_files(files: Path) -> UnlearningTask:
     return task
 
 
+@pytest.mark.slow
 def test_the_harness_alone_scores_the_plain_model_and_the_one_with_the_edit(files: Path) -> None:
     edit = ProjectionEdit({"blocks.3.hook_resid_post": Subspace.random(90, 128, seed=1)}, request="strong")
     edit.save_pretrained(files / "strong")
@@ -232,6 +234,7 @@ def test_data_and_harness_go_together(tiny_folder: Path, files: Path) -> None:
     assert "acc_norm" in page
 
 
+@pytest.mark.slow
 def test_the_demo_brings_its_world_unless_only_the_harness_is_asked_for() -> None:
     harness = ("--harness", "quiz")
     for given, topic in (((), "potions"), (("--topic", "towns", *harness), "towns")):

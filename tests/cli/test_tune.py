@@ -24,6 +24,7 @@ def bits(folder: Path) -> list[bytes]:
     return [(folder / "edit" / name).read_bytes() for name in ("edit.safetensors", "edit_config.json")]
 
 
+@pytest.mark.slow
 def test_the_command_leaves_a_table_a_picture_and_a_config_that_gives_the_same_bits(
     tiny_folder: Path, files: Path
 ) -> None:
@@ -100,6 +101,7 @@ def test_a_task_without_a_quiz_is_refused_before_anything_is_loaded(tiny_folder:
     assert "Loading" not in result.output
 
 
+@pytest.mark.slow
 def test_without_optuna_the_command_ends_with_one_line(tiny_folder: Path, files: Path) -> None:
     code = "import sys; sys.modules['optuna'] = None; from mrp_lens.cli import main; main()"
     ended = in_process(*words(tiny_folder, files, "out"), code=code)

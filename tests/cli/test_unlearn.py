@@ -68,6 +68,7 @@ def test_unlearn_writes_what_it_promises(tiny_folder: Path, files: Path, method:
         assert printed in result.output
 
 
+@pytest.mark.slow
 def test_a_model_that_never_saw_the_forget_set_is_the_target_and_a_row(tiny_folder: Path, files: Path) -> None:
     unlearn(tiny_folder, files, "--reference", str(tiny_folder))
     out = files / "out"
@@ -87,6 +88,7 @@ def test_a_reference_is_refused_where_there_is_no_target(tiny_folder: Path, file
     assert not (files / "out").exists()
 
 
+@pytest.mark.slow
 def test_a_later_request_is_fitted_on_top_of_an_earlier_edit_and_holds_both(tiny_folder: Path, files: Path) -> None:
     assert unlearn(tiny_folder, files).exit_code == 0
     first, second = files / "out" / "edit", files / "second"
@@ -119,6 +121,7 @@ def test_a_full_folder_is_refused_before_anything_is_done(tiny_folder: Path, fil
         assert [file.name for file in (files / "out").iterdir()] == ["precious.txt"]
 
 
+@pytest.mark.slow
 def test_another_run_is_refused_and_replaced_when_that_is_asked_for(tiny_folder: Path, files: Path) -> None:
     out = files / "out"
     out.mkdir()
@@ -135,6 +138,7 @@ def test_another_run_is_refused_and_replaced_when_that_is_asked_for(tiny_folder:
     load_edit(out / "edit")
 
 
+@pytest.mark.slow
 def test_figures_that_are_not_known_are_null_in_json_and_empty_cells(tiny_folder: Path, files: Path) -> None:
     row = json.loads((files / "forget.jsonl").read_text().splitlines()[0])
     (files / "one.jsonl").write_text(json.dumps(row))
@@ -181,6 +185,7 @@ def test_unlearn_names_what_is_wrong(tiny_folder: Path, files: Path, extra: list
     assert not (files / "out" / "edit").exists()
 
 
+@pytest.mark.slow
 def test_unlearn_reads_known_schemas(tiny_folder: Path, files: Path) -> None:
     rows = [{"question": f"Who is Zaxim{i}?", "answer": "He."} for i in range(12)]
     (files / "tofu.jsonl").write_text("\n".join(map(json.dumps, rows)))
@@ -232,6 +237,7 @@ def test_settings_reach_the_method(tiny_folder: Path, files: Path, monkeypatch: 
     assert str(result.exception) == "max_length is 9"
 
 
+@pytest.mark.slow
 def test_an_interrupted_fit_ends_the_command_and_the_same_command_goes_on(
     tiny_folder: Path, files: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -273,6 +279,7 @@ def results(out: Path) -> dict[str, Any]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "place",
     [
@@ -306,6 +313,7 @@ def test_a_command_that_fails_after_its_fit_has_the_edit_and_goes_on_from_there(
     assert results(files / "out") == results(files / "other")
 
 
+@pytest.mark.slow
 def test_the_same_command_on_a_finished_run_does_nothing_again(
     tiny_folder: Path, files: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -318,6 +326,7 @@ def test_the_same_command_on_a_finished_run_does_nothing_again(
     assert "holds a run with other settings: seed (0 there, 1 now)" in str(other.exception)
 
 
+@pytest.mark.slow
 def test_the_corrected_command_goes_on_where_nothing_was_learned_yet(
     tiny_folder: Path, files: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -361,6 +370,7 @@ def test_a_fit_that_was_stopped_is_not_given_up_for_another_one(
     assert before == {path: path.read_bytes() for path in (files / "out").rglob("*") if path.is_file()}
 
 
+@pytest.mark.slow
 def test_a_folder_that_is_at_work_or_cannot_be_made_is_refused_before_the_model_is_loaded(
     tiny_folder: Path, files: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -398,6 +408,7 @@ ODD = [
 ]
 
 
+@pytest.mark.slow
 def test_the_summary_of_a_run_is_a_configuration_that_gives_the_same_edit(tiny_folder: Path, files: Path) -> None:
     assert unlearn(tiny_folder, files, *ODD, method="rmu").exit_code == 0
     completed("unlearn", "--config", str(files / "out" / "summary.json"), "--out", str(files / "again"))
@@ -407,6 +418,7 @@ def test_the_summary_of_a_run_is_a_configuration_that_gives_the_same_edit(tiny_f
     assert (settings[0]["eps"], settings[0]["shuffle"], settings[0]["max_length"]) == (1e-7, False, 40)
 
 
+@pytest.mark.slow
 def test_so_is_one_that_version_0_1_wrote(tiny_folder: Path, files: Path) -> None:
     """It wrote layers as they were typed, only what was given of the method, and the seed beside the arguments."""
     given = ["--layers", "1,2", "--rank", "3", "--seed", "5"]

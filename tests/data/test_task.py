@@ -126,6 +126,7 @@ def test_forget_set_and_retain_set_go_together(config: TaskConfig, message: str)
             read(config)
 
 
+@pytest.mark.slow
 def test_the_demo_without_data_has_its_world() -> None:
     assert task_for("demo", TaskConfig()) == UnlearningTask.from_world("potions")
     assert task_for("demo", TaskConfig(), topic="beasts") == UnlearningTask.from_world("beasts")

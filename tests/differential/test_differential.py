@@ -15,7 +15,7 @@ from tests.differential.job import described, failures, results, run_one
 from tests.differential.models import FAMILIES, ROPES, Recipe, recipe
 from tests.differential.trial import LAYOUTS, MEASURES, trial
 
-SEEDS = range(100)
+SEEDS, OFTEN = range(100), range(25)
 
 PLAIN = Recipe(
     seed=1,
@@ -101,7 +101,9 @@ def result(seed: int) -> dict[str, Any]:
     return run_one((seed, True))
 
 
-@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize(
+    "seed", [seed if seed in OFTEN else pytest.param(seed, marks=pytest.mark.slow) for seed in SEEDS]
+)
 def test_a_random_model_gives_what_plain_transformers_gives(seed: int) -> None:
     entry = result(seed)
     assert not failures(entry), described(entry)
@@ -119,6 +121,7 @@ def test_what_was_once_wrong_is_right(found: str) -> None:
     assert outcomes.keys() == {"load", *measures}
 
 
+@pytest.mark.slow
 def test_the_random_models_reach_every_family_rule_and_measure() -> None:
     entries = [result(seed) for seed in SEEDS]
     loaded = [entry for entry in entries if entry["outcomes"]["load"]["status"] == "ok"]

@@ -111,6 +111,7 @@ def answers(frame: pd.DataFrame) -> torch.Tensor:
     return torch.tensor(frame[frame["metric"] == "acc"]["answers"].tolist(), dtype=torch.float64)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", STARTS_WITH_BOS)
 def test_accuracies_are_those_of_log_probabilities_summed_by_hand(
     family: str, tmp_path: Path, tasks: Path, quizzes: dict[str, Questions]
@@ -138,6 +139,7 @@ def test_texts_start_with_bos_where_they_do_in_the_metrics(family: str, tmp_path
     assert not prepends_bos(model, tokenizer)
 
 
+@pytest.mark.slow
 def test_bos_can_be_left_to_the_tokenizer(
     hf_model: Any, tokenizer: Any, tasks: Path, quizzes: dict[str, Questions]
 ) -> None:
@@ -151,6 +153,7 @@ def test_bos_can_be_left_to_the_tokenizer(
     assert float((without - with_bos).abs().max()) > 0.1
 
 
+@pytest.mark.slow
 def test_an_attached_edit_is_scored_and_gone_after_detaching(
     hf_model: Any, tokenizer: Any, tasks: Path, quizzes: dict[str, Questions], edit: ProjectionEdit, tmp_path: Path
 ) -> None:
@@ -204,6 +207,7 @@ def test_the_edited_hugging_face_model_and_the_hooked_model_are_equally_accurate
     assert value(frame, "short") == hooked
 
 
+@pytest.mark.slow
 def test_generated_answers_start_from_the_same_tokens(
     hf_model: Any, tokenizer: Any, tasks: Path, quizzes: dict[str, Questions], edit: ProjectionEdit
 ) -> None:

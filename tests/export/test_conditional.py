@@ -119,6 +119,7 @@ def test_every_site_leaves_as_it_is_hooked(bridge: Any, tiny_folder: Path, tmp_p
     assert_exact(bridge, edit, plain)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("form", "directions"),
     [

@@ -35,6 +35,7 @@ from tests.support.export_edits import (
 from tests.support.families import save_family
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("site", "form"),
     [

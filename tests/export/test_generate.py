@@ -88,6 +88,7 @@ def test_fifty_greedy_tokens_with_and_without_cache_batched_with_padding(
     assert not torch.equal(unedited, wanted)
 
 
+@pytest.mark.slow
 def test_the_hooked_models_own_generate_writes_the_same(backend: str, tmp_path: Path) -> None:
     lens = load_model("demo", backend=backend)
     edit = ProjectionEdit({"blocks.5.hook_resid_post": Subspace.random(16, 128, seed=3)})

@@ -22,6 +22,7 @@ from tests.support.edits import projection
 from tests.support.export_cards import ATTACK, FORMS, SECRET, card_of, corpora, section, tables, write_attack, write_run
 
 
+@pytest.mark.slow
 def test_hugging_face_reads_the_front_matter(fits: dict[str, Edit]) -> None:
     base = {"license": "apache-2.0", "language": ["en", "no"], "datasets": ["org/data"], "tags": ["theirs"], "x": 1}
     data = ModelCard(card_of(fits["stack"], base_front_matter=base)).data.to_dict()

@@ -178,6 +178,7 @@ def test_a_disk_that_fills_up_leaves_nothing(model: Any, tmp_path: Path, monkeyp
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_model_that_differs_is_removed_and_the_old_folder_stays(
     model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, untouched: None
 ) -> None:
@@ -199,6 +200,7 @@ def test_a_model_that_differs_is_removed_and_the_old_folder_stays(
     assert list(tmp_path.iterdir()) == [out]
 
 
+@pytest.mark.slow
 def test_a_folder_that_does_not_load_is_removed(model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mrp_lens.export.remote_code.TAIL", "\nraise RuntimeError('planted')\n")
     with pytest.raises(ExportMismatchError, match=r"could not be loaded in a fresh process: .*planted"):

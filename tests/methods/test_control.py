@@ -32,6 +32,7 @@ print(ControlQuestions(Encoder(), [World().forget("potions")], seed=3).rows)
 """
 
 
+@pytest.mark.slow
 def test_control_questions_are_the_same_in_every_process() -> None:
     """Sets have another order with another hash seed, and sums over them other last bits."""
     printed = [
@@ -116,6 +117,7 @@ def test_answers_of_some_length_are_asked_by_their_second_half_too(model: LensMo
     assert ControlQuestions(encoder, [Corpus.from_rows(alike, **spoken)], seed=0).forms == FORMS
 
 
+@pytest.mark.slow
 def test_a_model_that_was_never_taught_is_at_chance(demo_model: LensModel, world: World) -> None:
     for topic in world.topics:
         rows = [

@@ -54,6 +54,7 @@ def test_without_later_noise_only_the_reset_layers_change(bridge: Any, texts: Te
     assert matrices.layers == (1,)
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_matrices_and_another_seed_others(bridge: Any, texts: Texts) -> None:
     first, again, other = (QUICK.fit(bridge, *texts, seed=seed, progress=False).edit.parts[1] for seed in (0, 0, 1))
     assert isinstance(first, WeightEdit)
@@ -129,6 +130,7 @@ def test_hugging_face_gets_it_as_a_module_its_matrices_as_a_checkpoint_and_eithe
     attached.detach()
 
 
+@pytest.mark.slow
 def test_a_second_request_goes_on_from_the_first_ones_matrices(bridge: Any, texts: Texts) -> None:
     first = QUICK.fit(bridge, *texts, seed=0, progress=False, request="one").edit
     before = state_of(bridge)

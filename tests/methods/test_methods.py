@@ -95,6 +95,7 @@ def test_a_fit_leaves_the_model_untouched_and_repeats_with_its_seed(
     assert {"loss", "forget", "retain", "seconds"} <= set(one.log.columns)
 
 
+@pytest.mark.slow
 @every_method
 def test_micro_batches_give_the_same_edit(method: Any, model: LensModel, texts: Texts, untouched: None) -> None:
     assert_close(*(replace(method, micro_batch=size).fit(model, *texts, **FIT).edit for size in (None, 3)))
@@ -108,6 +109,7 @@ def test_both_classes_learn_the_same(method: Any, tiny_folder: Path, texts: Text
     assert_close(*(method.fit(each, *texts, **FIT).edit for each in models))
 
 
+@pytest.mark.slow
 @every_method
 def test_fits_work_in_bfloat16_with_float32_masters(method: Any, backend: str, tiny_folder: Path, texts: Texts) -> None:
     half = load_model(tiny_folder, backend=backend, dtype=torch.bfloat16)  # type: ignore[arg-type]
@@ -121,6 +123,7 @@ def test_fits_work_in_bfloat16_with_float32_masters(method: Any, backend: str, t
         pass
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gated", [False, True])
 @every_method
 def test_an_evaluation_during_a_fit_sees_what_the_edit_makes_of_the_model(
@@ -298,6 +301,7 @@ def test_a_later_request_that_has_no_room_is_refused_before_training(model: Lens
         method.fit(model, *texts, after=first, request="b", **FIT)
 
 
+@pytest.mark.slow
 def test_a_single_short_text_is_unlearned_though_nothing_can_be_asked_about_it(
     model: LensModel, texts: Texts, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -317,6 +321,7 @@ def test_a_rank_above_the_directions_that_the_texts_leave_is_refused(
         MRP(rank=20, **QUICK).fit(model, few, texts[1], **FIT)
 
 
+@pytest.mark.slow
 def test_training_from_the_start_lowers_the_loss(model: LensModel, texts: Texts, untouched: None) -> None:
     for method in (MRP(steps=30, batch_size=16), RMU(steps=30, batch_size=16), AdaptiveRMU(steps=30, batch_size=16)):
         log = method.fit(model, *texts, **FIT).log
@@ -392,6 +397,7 @@ def test_adaptive_coefficients_are_beta_times_the_stated_norm(model: LensModel, 
         assert method.c(None, states, mask, 7.0) == 7.0
 
 
+@pytest.mark.slow
 def test_uniform_directions_are_far_from_isotropic_and_gaussian_ones_are_not(
     model: LensModel, texts: Texts, untouched: None
 ) -> None:
@@ -423,6 +429,7 @@ def test_released_counts_pads_and_bos_and_the_default_does_not(model: LensModel,
     assert fits[0].log["forget"].iloc[0] != fits[1].log["forget"].iloc[0]
 
 
+@pytest.mark.slow
 def test_a_fit_holds_no_second_copy_of_the_model(model: LensModel, texts: Texts, untouched: None) -> None:
     """Beside the model's own parameters, RMU may hold the three trained matrices with their gradient, Adam's two
     moments, and small tensors; never the other matrices again."""

@@ -88,6 +88,7 @@ def test_the_difference_start_holds_what_forget_states_have_beyond_the_mean_reta
     assert energies["complement"] < energies["difference"]
 
 
+@pytest.mark.slow
 def test_layers_take_turns_in_the_passes_over_forget_texts(
     model: LensModel, texts: Texts, untouched: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

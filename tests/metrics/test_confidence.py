@@ -103,6 +103,7 @@ def test_generated_equals_a_plain_greedy_loop(subject: Subject, padding: Padding
             ids.append(token)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("padding", ["right", "left"])
 def test_what_is_generated_is_what_generate_writes(demo: Any, model: Any, padding: PaddingSide) -> None:
     prompts = [question.prompt for question in QUIZ.questions]
@@ -239,6 +240,7 @@ def test_a_first_token_that_nothing_precedes_is_not_measured(model: Any, monkeyp
         token_confidence(model, corpus)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["generated", "forced"])
 def test_the_summary_is_what_numpy_says_of_the_tokens(demo: Any, world: World, mode: str) -> None:
     quiz = Questions(world.questions().questions[::50] + QUIZ.questions[2:3], "both")

@@ -44,6 +44,7 @@ def grown(model: LensModel, **changes: Any) -> pd.DataFrame:
     return variance_by_coefficient(model, **(usual | {"samples": 64} | changes))  # type: ignore[call-arg]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("positions", "layer"), [("last", LAYER), ("all", LAYER), pytest.param("last", LAYERS - 1, marks=pytest.mark.slow)]
 )
@@ -94,6 +95,7 @@ def sampled(model: LensModel, ids: list[int], coefficient: float, noise: float, 
     return logits.double().numpy()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("positions", ["last", "all"])
 def test_the_measurement_is_that_of_other_draws(model: LensModel, positions: Any, untouched: None) -> None:
     noise = 0.05  # far from linear
@@ -138,6 +140,7 @@ def test_what_proposition_1_does_not_describe_is_noticed(model: LensModel, untou
     assert large["error"]["trace"] == pytest.approx(large["measured"]["trace"] / large["predicted"]["trace"] - 1)
 
 
+@pytest.mark.slow
 def test_intervals_hold_the_truth_as_often_as_they_say() -> None:
     spectrum = torch.tensor([4.0, 1.0, 0.5, 0.25, 0.1, 0.1, 0.1, 0.1])
     hits = {"trace": 0, "top_eigenvalue": 0, "mean": 0}
@@ -195,6 +198,7 @@ def test_a_prompt_of_one_token_is_steered_all_the_same(model: LensModel, monkeyp
     pd.testing.assert_frame_equal(frames[0].drop(columns="positions"), frames[1].drop(columns="positions"))
 
 
+@pytest.mark.slow
 def test_an_edit_that_is_on_the_model_stays_on_it(model: LensModel, untouched: None) -> None:
     bare = grown(model)["predicted"].iloc[0]
     with SteeringEdit.towards(torch.ones(D_MODEL), layer=LAYER + 1, coefficient=5.0, mode="add").applied(model):

@@ -16,14 +16,14 @@ from mrp_lens.metrics import choice_scores
 from mrp_lens.models import encoder_for, load_model, logits_at, logits_of, mlp_out_weight, weights_by_name
 from mrp_lens.models.kept_states import KeptStates
 from mrp_lens.training.losses import predictions
-from tests.support.families import DEPTH, FAMILIES, NO_HOOKED, save_family
+from tests.support.families import DEPTH, NO_HOOKED, families_mostly_slow, save_family
 from tests.support.reference import difference, random_tokens
 
 Texts = tuple[Corpus, Corpus]
 METHODS: list[Any] = [MRP(steps=3, batch_size=8), RMU(steps=3, batch_size=8), AdaptiveRMU(steps=3, batch_size=8)]
 
 
-@pytest.fixture(scope="module", params=list(FAMILIES))
+@pytest.fixture(scope="module", params=families_mostly_slow())
 def family_folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Below a path that names another family."""
     return save_family(request.param, tmp_path_factory.mktemp("llama-7b") / request.param)
@@ -124,6 +124,7 @@ def test_left_and_right_padding_give_the_same_edit(
         torch.testing.assert_close(a, b, atol=1e-3 if gate else 2e-4, rtol=2e-3 if gate else 1e-3)
 
 
+@pytest.mark.slow
 def test_bfloat16_keeps_float32_rows_and_masters(loaded: Any, family_folder: Path, backend: str, texts: Texts) -> None:
     half = load_model(family_folder, backend=backend, dtype=torch.bfloat16)
     for method in METHODS:

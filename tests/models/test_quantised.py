@@ -44,6 +44,7 @@ def model(hf_model: Any) -> Any:
     return load_model(hf_model)
 
 
+@pytest.mark.slow
 def test_a_model_in_memory_and_its_folder_go_into_the_bridge(
     hf_model: Any, model: Any, tiny_folder: Path, tmp_path: Path
 ) -> None:

@@ -77,6 +77,7 @@ def test_a_mixture_of_experts_can_be_registered(tmp_path: Path, backend: str) ->
     assert why_not_exportable(model) is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("form", "site"), [("folded", "mlp_out"), pytest.param("module", "attn_out", marks=pytest.mark.slow)]
 )

@@ -39,6 +39,7 @@ def test_a_picture_draws_names_as_text(variant: str) -> None:
     assert not re.search(r"<(?:img|a|/?script)\b", text)
 
 
+@pytest.mark.slow
 def test_most_pictures_take_any_name() -> None:
     drawn = 0
     for picture, frame in PLAIN.items():

@@ -121,6 +121,7 @@ def test_an_interrupted_fit_leaves_no_point(
     assert [path.name for path in (tmp_path / "sweep" / "points").iterdir()] == ["unedited.json"]
 
 
+@pytest.mark.slow
 def test_a_point_that_becomes_infinite_is_told_and_the_others_are_measured(
     model: Any, task: UnlearningTask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -202,6 +203,7 @@ def test_every_method_for_sweeps_is_fitted_as_what_it_is(model: Any, task: Unlea
         plan.fitter(Point("mrp-new", 1, None, 0))
 
 
+@pytest.mark.slow
 def test_a_method_of_another_package_is_swept_by_its_own_strength(
     model: Any, task: UnlearningTask, tmp_path: Path
 ) -> None:

@@ -53,6 +53,7 @@ def test_the_sampler_learns(tmp_path: Path) -> None:
     assert sum(last) / len(last) < 0.5 * sum(first) / len(first)
 
 
+@pytest.mark.slow
 def test_a_process_that_dies_at_any_write_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = run(opened(tmp_path / "whole"), 13)
     real = JournalFileBackend.append_logs

@@ -100,6 +100,7 @@ def test_more_trials_add_to_a_search_and_the_seed_decides(
     assert fingerprint(again.edit) == fingerprint(whole.edit)
 
 
+@pytest.mark.slow
 @ONE_CLASS
 def test_another_trial_may_be_chosen(model: Any, task: UnlearningTask, tmp_path: Path) -> None:
     first = tuned(model, task, tmp_path / "out")
@@ -164,6 +165,7 @@ def test_what_breaks_the_model_is_given_up_and_counts(
     assert list(diverged["reason"]) == ["it became NaN", "it became NaN", ""]
 
 
+@pytest.mark.slow
 @ONE_CLASS
 def test_what_a_method_refuses_is_given_up_and_the_search_goes_on(
     model: Any, task: UnlearningTask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -178,6 +180,7 @@ def test_what_a_method_refuses_is_given_up_and_the_search_goes_on(
     assert (found[found["rank"] <= 5]["state"] == "complete").all()
 
 
+@pytest.mark.slow
 @ONE_CLASS
 def test_so_is_what_it_refuses_before_anything_is_derived_or_has_no_memory_for(
     model: Any, task: UnlearningTask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -208,6 +211,7 @@ def test_so_is_what_it_refuses_before_anything_is_derived_or_has_no_memory_for(
     assert (found["state"] == "complete").sum() == (~refused).sum() - 1
 
 
+@pytest.mark.slow
 @ONE_CLASS
 def test_what_is_wrong_with_the_method_as_it_is_given_is_an_error(
     model: Any, task: UnlearningTask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -240,6 +244,7 @@ def test_a_model_that_is_damaged_itself_is_refused_before_any_trial(
     assert (tmp_path / "out" / "study.journal").read_text().count("\n") == 1
 
 
+@pytest.mark.slow
 def test_an_interrupted_trial_goes_on_with_the_same_settings(
     model: Any, task: UnlearningTask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -299,6 +304,7 @@ def test_the_first_trial_is_the_method_by_default(model: Any, task: UnlearningTa
             assert made[name] == pytest.approx(usual[name], rel=1e-3), (base.name, name)
 
 
+@pytest.mark.slow
 def test_the_public_types_declare_the_space_of_a_method_of_ones_own(
     model: Any, task: UnlearningTask, tmp_path: Path
 ) -> None:
@@ -329,6 +335,7 @@ def test_the_public_types_declare_the_space_of_a_method_of_ones_own(
         METHODS._entries.pop("ranged", None)
 
 
+@pytest.mark.slow
 def test_another_search_in_the_folder_is_refused_and_the_difference_named(
     model: Any, task: UnlearningTask, tmp_path: Path
 ) -> None:

@@ -113,6 +113,7 @@ def quick_looks(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(budget_module, name, count)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BUDGETED)
 @pytest.mark.parametrize(
     ("save", "left"),
@@ -164,6 +165,7 @@ def test_a_signal_at_an_update_with_a_look_does_not_lose_the_look(
     assert resuming.steps == list(range(after + 2, 12))
 
 
+@pytest.mark.slow
 def test_a_later_request_goes_on_as_well(
     model: Any, texts: tuple[Corpus, Corpus], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -180,6 +182,7 @@ def test_a_later_request_goes_on_as_well(
         fitter.fit(model, other, texts[1], progress=False, checkpoint=tmp_path, request="other")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["texts", "training"])
 def test_a_distillation_goes_on_and_never_loses_the_projection(
     stage: str, model: Any, backend: str, texts: tuple[Corpus, Corpus], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

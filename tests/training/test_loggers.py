@@ -67,6 +67,7 @@ def test_tensorboard_has_every_number_and_the_settings(tmp_path: Path) -> None:
     assert '"rank": null' in text.tensor_proto.string_val[0].decode()
 
 
+@pytest.mark.slow
 def test_wandb_keeps_an_offline_run_in_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")

@@ -142,6 +142,7 @@ def test_retraining_learns_with_gradients_off_and_the_block_sees_its_own_setting
     assert float((expected - before).abs().max()) > 0.01
 
 
+@pytest.mark.slow
 def test_a_model_loaded_in_inference_mode_is_measured_but_neither_trained_nor_differentiated(
     model: Any, backend: Any, tiny_folder: Path
 ) -> None:

@@ -3,9 +3,10 @@
     python -m analysis.planning --models demo ./my-checkpoint --dtypes float32 bfloat16 --lengths 48 128 --out runs/planning
 
 Each fit runs in a process of its own, on the CPU, on texts of the embedded world that are cut at the length. What is measured is the
-peak of its resident memory above what it was when the model was loaded. glibc keeps freed blocks below 32 MiB for later, so that a
-process grows beyond what it holds: it is measured as it comes (`resident_mib`), and with blocks returned at once (`measured_mib`,
-MALLOC_MMAP_THRESHOLD_=65536), which is what a plan speaks of.
+peak of its resident memory above what it was when the model was loaded, without what is mapped from files: the pages of a checkpoint
+come in as they are read. glibc keeps freed blocks below 32 MiB for later, so that a process grows beyond what it holds: it is measured
+as it comes (`resident_mib`), and with blocks returned at once (`measured_mib`, MALLOC_MMAP_THRESHOLD_=65536), which is what a plan
+speaks of.
 """
 
 import argparse

@@ -213,14 +213,14 @@ def our_npo(model: Any, forget: Corpus, retain: Corpus, steps: int) -> None:
 
 
 def peak_memory(job: Callable[[], None]) -> float:
-    """Peak resident memory of this process during a job above what it was before, in MiB (sampled every millisecond)."""
+    """Peak memory of this process during a job above what it was before, in MiB (sampled every millisecond)."""
     gc.collect()
     _return_free_memory()
-    before, peak, done = _resident(), [0.0], threading.Event()
+    before, peak, done = _held(), [0.0], threading.Event()
 
     def watch() -> None:
         while not done.is_set():
-            peak[0] = max(peak[0], _resident())
+            peak[0] = max(peak[0], _held())
             time.sleep(0.001)
 
     watcher = threading.Thread(target=watch)
@@ -233,8 +233,10 @@ def peak_memory(job: Callable[[], None]) -> float:
     return peak[0] - before
 
 
-def _resident() -> float:
-    return float(psutil.Process().memory_info().rss) / 2**20
+def _held() -> float:
+    """Resident memory but for what is mapped from files, in MiB: the pages of a checkpoint come in when they are first read."""
+    memory = psutil.Process().memory_info()
+    return float(memory.rss - getattr(memory, "shared", 0)) / 2**20
 
 
 def _return_free_memory() -> None:

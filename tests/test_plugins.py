@@ -118,6 +118,7 @@ def test_the_table_and_the_page_of_a_fit_have_the_metric_its_figure_and_what_the
         assert words in page, words
 
 
+@pytest.mark.slow
 def test_the_attack_is_a_row_with_its_recovery(ran: Site) -> None:
     table = pd.read_csv(ran.work / "attack" / "table.csv").set_index("attack")
     assert list(table.index) == ["toy hint"]
@@ -125,6 +126,7 @@ def test_the_attack_is_a_row_with_its_recovery(ran: Site) -> None:
     assert "toy hint" in (ran.work / "attack" / "report.html").read_text()
 
 
+@pytest.mark.slow
 def test_the_card_of_an_export_names_the_method_and_the_metric(ran: Site) -> None:
     card = (ran.work / "exported" / "README.md").read_text()
     assert "toy-vector" in card

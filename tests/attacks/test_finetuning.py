@@ -46,6 +46,7 @@ def test_retraining_is_plain_adamw_on_the_checkpoint(model: LensModel, tiny_fold
         assert float((logits(model, probe) - logits(load_model(tiny_folder), probe)).abs().max()) > 0.05
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", sorted(set(FAMILIES) - NO_HOOKED))
 def test_both_classes_are_retrained_alike(family: str, tmp_path: Path) -> None:
     """Also where TransformerLens adds zero biases (all but GPT-2 and NeoX) or keeps tied embeddings twice (Mistral here, GPT-2)."""

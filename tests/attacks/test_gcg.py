@@ -120,6 +120,7 @@ def plain_representation_loss(model: LensModel, edit: Edit, trigger: list[int], 
     return float(np.mean(losses))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("marker", [None, " Answer:"])
 def test_the_losses_and_accuracies_equal_loops_over_single_prompts(subject: Subject, marker: str | None) -> None:
     model, edit = subject.model, projection(1, 2)
@@ -145,6 +146,7 @@ def test_without_a_trigger_answers_are_counted_as_everywhere_else(model: LensMod
         assert score_with_trigger(model, slots, questions) == score(model, questions)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("objective", ["answer", "representation"])
 def test_the_ranking_of_tokens_is_that_of_the_losses_first_order_change(double: Any, objective: str) -> None:
     """Each token's embedding is mixed in a little at one position of the trigger: the loss falls as the rank says."""

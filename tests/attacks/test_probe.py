@@ -192,8 +192,9 @@ def slowly(model: Any, questions: Questions, layer: int, *, by_choice: bool) -> 
     return LabelledStates(torch.stack(states), torch.tensor(choices), right)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", ["answer", "choice"])
-@pytest.mark.parametrize("precision", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_a_probe_reads_the_states_that_a_pass_over_each_text_alone_gives(
     model: LensModel, backend: str, tiny_folder: Path, target: Any, precision: str
 ) -> None:

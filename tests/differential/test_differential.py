@@ -15,7 +15,7 @@ from tests.differential.job import described, failures, results, run_one
 from tests.differential.models import FAMILIES, ROPES, Recipe, recipe
 from tests.differential.trial import LAYOUTS, MEASURES, trial
 
-SEEDS, OFTEN = range(100), range(25)
+SEEDS, OFTEN = range(100), range(12)
 
 PLAIN = Recipe(
     seed=1,

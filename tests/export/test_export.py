@@ -133,6 +133,7 @@ def test_tokenizer_and_generation_settings_come_along(exports: dict[str, Path], 
     assert loaded.config.vocab_size == plain.config.vocab_size
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["folded", "module"])
 @pytest.mark.parametrize("layout", ["shards", "one shard", "bin", "bare"])
 def test_other_ways_of_storing_a_checkpoint(

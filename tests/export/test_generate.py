@@ -68,6 +68,7 @@ def written_by_exported(hf_model: Any, *, use_cache: bool) -> torch.Tensor:
     return written[:, tokens.shape[1] :]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", list(SAVED))
 def test_fifty_greedy_tokens_with_and_without_cache_batched_with_padding(
     form: str, lens: Any, folder: Path, tmp_path: Path

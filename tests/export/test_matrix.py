@@ -44,7 +44,7 @@ def dtype(request: pytest.FixtureRequest) -> torch.dtype:
     return request.param
 
 
-@pytest.fixture(scope="module", params=families_mostly_slow())
+@pytest.fixture(scope="module", params=families_mostly_slow("llama"))
 def family(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 

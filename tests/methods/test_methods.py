@@ -101,6 +101,7 @@ def test_micro_batches_give_the_same_edit(method: Any, model: LensModel, texts: 
     assert_close(*(replace(method, micro_batch=size).fit(model, *texts, **FIT).edit for size in (None, 3)))
 
 
+@pytest.mark.slow
 @every_method
 def test_both_classes_learn_the_same(method: Any, tiny_folder: Path, texts: Texts) -> None:
     if len(available_backends()) < 2:

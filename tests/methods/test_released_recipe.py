@@ -72,6 +72,7 @@ def restated(folder: Path, forget: list[list[str]], retain: list[str], *, c: flo
     return [p.detach() for p in trained]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("topics", [1, 2])
 @pytest.mark.parametrize("method", ["rmu", "adaptive-rmu"])
 def test_ten_steps_of_the_released_recipe_end_where_the_released_loop_ends(

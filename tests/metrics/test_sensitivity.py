@@ -71,7 +71,8 @@ def plain_sensitivity(
     return {key: float(np.mean(values)) for key, values in found.items()} | {"tokens": len(found["norm"])}
 
 
-@pytest.mark.parametrize("padding", ["right", pytest.param("left", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("padding", ["right", "left"])
 @pytest.mark.parametrize("law", [{"noise": 0.004}, {"relative": 0.3}], ids=["fixed", "relative"])
 def test_noise_sensitivity_is_that_of_one_document_at_a_time(
     subject: Subject, law: dict[str, float], padding: Any

@@ -112,6 +112,7 @@ def test_a_frame_that_does_not_fit_is_refused_with_what_would(picture: str) -> N
         function([1, 2])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("picture", PLAIN)
 def test_columns_may_be_tensors_arrays_and_objects(picture: str) -> None:
     frame = PLAIN[picture]()

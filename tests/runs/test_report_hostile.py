@@ -28,6 +28,7 @@ def with_hostile_names(frame: pd.DataFrame) -> pd.DataFrame:
     return frame.assign(**names)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_picture_draws_names_as_text(variant: str) -> None:
     picture, frame = variant.split(":")[0], VARIANTS[variant]

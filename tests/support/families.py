@@ -75,6 +75,8 @@ def save_family(family: str, folder: Path, *, seed: int = 0, tokenizer: Any = No
     return folder
 
 
-def families_mostly_slow() -> list[Any]:
-    """All families for `params`: a few in every run of the suite, the others with the slow tests."""
-    return [family if family in OFTEN else pytest.param(family, marks=pytest.mark.slow) for family in FAMILIES]
+def families_mostly_slow(*often: str) -> list[Any]:
+    """All families for `params`: these (a few, if none is named) in every run of the suite, the others with the slow tests."""
+    return [
+        family if family in (often or OFTEN) else pytest.param(family, marks=pytest.mark.slow) for family in FAMILIES
+    ]

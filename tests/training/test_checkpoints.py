@@ -50,6 +50,7 @@ def same(a: Fit, b: Fit) -> bool:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FITTERS)
 @pytest.mark.usefixtures("untouched")
 def test_a_killed_fit_goes_on_and_ends_with_the_same_bits(

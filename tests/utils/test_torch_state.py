@@ -94,6 +94,7 @@ def test_there_is_a_call_of_every_public_metric_and_attack() -> None:
     assert OF_A_MODEL.keys() | WITHOUT_MODEL.keys() == {*metrics.__all__, *attacks.__all__} - NO_FIGURES
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OF_A_MODEL)
 def test_torch_settings_change_no_figure(
     name: str, model: Any, untouched: None, monkeypatch: pytest.MonkeyPatch

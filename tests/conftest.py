@@ -16,7 +16,7 @@ from jaxtyping import install_import_hook
 CHECKED = ["data.tokenization", "metrics", "methods.mrp.initialization", "models.hooks", "training.losses"]
 # A name that is gone would check nothing, in silence.
 assert all(list((Path(__file__).parents[1] / "mrp_lens").glob(name.replace(".", "/") + "*")) for name in CHECKED)
-# Half of the suite's time would go into it. From Python 3.12 on a protocol's members are looked up statically, where those of a torch
+# A third of the suite's time would go into it. From Python 3.12 on a protocol's members are looked up statically, where those of a torch
 # module are not to be found.
 if os.environ.get("MRP_LENS_CHECK_SHAPES") and sys.version_info < (3, 12):
     install_import_hook([f"mrp_lens.{name}" for name in CHECKED], "beartype.beartype")

@@ -284,10 +284,10 @@ def results(out: Path) -> dict[str, Any]:
     "place",
     [
         "measure",
-        pytest.param("continuations", marks=pytest.mark.slow),
-        pytest.param("diagnostics", marks=pytest.mark.slow),
-        pytest.param("report", marks=pytest.mark.slow),
-        pytest.param("show_figures", marks=pytest.mark.slow),
+        "continuations",
+        "diagnostics",
+        "report",
+        "show_figures",
     ],
 )
 def test_a_command_that_fails_after_its_fit_has_the_edit_and_goes_on_from_there(

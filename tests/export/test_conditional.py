@@ -123,8 +123,8 @@ def test_every_site_leaves_as_it_is_hooked(bridge: Any, tiny_folder: Path, tmp_p
 @pytest.mark.parametrize(
     ("form", "directions"),
     [
-        pytest.param("auto", "one", marks=pytest.mark.slow),
-        pytest.param("adapter", "one", marks=pytest.mark.slow),
+        ("auto", "one"),
+        ("adapter", "one"),
         ("auto", "several"),
     ],
 )

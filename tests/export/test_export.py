@@ -41,7 +41,7 @@ from tests.support.families import save_family
     [
         ("mlp_out", "folded"),
         ("resid_post", "module"),
-        pytest.param("resid_post", "adapter", marks=pytest.mark.slow),
+        ("resid_post", "adapter"),
     ],
 )
 def test_an_export_is_proved_in_a_fresh_process(

@@ -106,9 +106,8 @@ def test_a_token_that_cannot_follow_leaves_every_score_as_it_is(model: LensModel
     scores = []
     for least in (-1e4, -torch.inf):
         hook = model.unembed.register_forward_hook(lambda _, given, logits, least=least: _ruled_out(logits, least))
-        with torch.no_grad():
+        with hook, torch.no_grad():
             scores.append(_scores(model, MEMBERS, SHARE, 8, False))
-        hook.remove()
     for attack, own in scores[1].items():
         assert np.isfinite(own).all(), attack
         assert own == pytest.approx(scores[0][attack], rel=1e-5), attack

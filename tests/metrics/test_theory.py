@@ -45,9 +45,7 @@ def grown(model: LensModel, **changes: Any) -> pd.DataFrame:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("positions", "layer"), [("last", LAYER), ("all", LAYER), pytest.param("last", LAYERS - 1, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize(("positions", "layer"), [("last", LAYER), ("all", LAYER), ("last", LAYERS - 1)])
 def test_the_prediction_is_the_full_jacobians(
     model: LensModel, double: Any, positions: Any, layer: int, untouched: None
 ) -> None:

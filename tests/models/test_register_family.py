@@ -78,9 +78,7 @@ def test_a_mixture_of_experts_can_be_registered(tmp_path: Path, backend: str) ->
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("form", "site"), [("folded", "mlp_out"), pytest.param("module", "attn_out", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize(("form", "site"), [("folded", "mlp_out"), ("module", "attn_out")])
 def test_edits_of_a_registered_family_export(olmo: Path, form: str, site: str, tmp_path: Path) -> None:
     """`export_hf` proves it in a process of its own, which does not know of the registration."""
     register()

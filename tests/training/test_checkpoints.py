@@ -119,9 +119,9 @@ def quick_looks(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("save", "left"),
     [
-        pytest.param(1, list(range(3, 12)), marks=pytest.mark.slow),
+        (1, list(range(3, 12))),
         (2, list(range(6, 12))),
-        pytest.param(3, list(range(9, 12)), marks=pytest.mark.slow),
+        (3, list(range(9, 12))),
     ],
 )
 @pytest.mark.usefixtures("untouched", "quick_looks")

@@ -6,10 +6,11 @@ An attacker retrains all weights on the questions about half of the entities (T)
 best of three learning rates: with the edit kept, with its hooks stripped, and with its projections written into the
 weights, as far as an edit has these forms. Methods, attacks and metrics that a package of yours registers have their rows and
 columns too. `--set budget=0.05` fits all methods at the same allowed damage. `--benchmark N` takes the field's measures as well, on N
-documents and questions a side (exact memorisation, extraction strength, truth ratio, answers in the model's own words, fluency, utility);
-with `--reference`, a model that never saw the forget set, also forget quality and depth, and its row is the best possible. Every cell of
-the table has a file in the output folder and is gone on with after an interruption; more methods may be added later; `--shard 1/2` and
-`--shard 2/2` divide the methods between two processes.
+documents and questions a side (exact memorisation, extraction strength, truth ratio, answers in the model's own words, fluency,
+utility); with `--reference`, a model that never saw the forget set, also forget quality and depth; its row is the best possible, and what
+it answers after the same retraining is the floor of every recovery. Every cell of the table has a file in the output folder and is gone on
+with after an interruption, fits at their last checkpoint; more methods may be added later; `--shard 1/2` and `--shard 2/2` divide the
+methods between two processes.
 """
 
 import argparse
@@ -28,7 +29,19 @@ from analysis.common.arguments import (
     parser_for,
     saved_edits,
 )
-from analysis.common.board import ATTACK, BENCHMARK, METRICS, few, finding, further_columns, pictures, rows_of_cells
+from analysis.common.board import (
+    ATTACK,
+    BENCHMARK,
+    METRICS,
+    RELEARN_STAGE,
+    Cells,
+    few,
+    finding,
+    further_columns,
+    pictures,
+    rows_of_cells,
+    with_reference_floor,
+)
 from analysis.common.methods import changed, compared_methods, names_in, settings_of, with_settings
 from analysis.common.resumable import Job, ResumableStudy, result_name
 from mrp_lens import attacks, metrics
@@ -38,13 +51,14 @@ from mrp_lens.cli.sweep import shard_of
 from mrp_lens.edits import Edit, edit_on, has_hooks, load_edit, without_hooks
 from mrp_lens.edits.provenance import fingerprint
 from mrp_lens.edits.serialization import stored_bytes
+from mrp_lens.methods.fit import EDIT
 from mrp_lens.metrics.recovery import NEVER_TAUGHT, UNEDITED
 from mrp_lens.models import LensModel, describe, identity_of, load_model
 from mrp_lens.utils.frames import rows_of
 from mrp_lens.utils.result_store import ResultStore
 
 UPDATES = "5,20,100"
-RELEARN: dict[str, Form] = {f"relearn-{form}": form for form in get_args(Form)}
+RELEARN: dict[str, Form] = {f"{RELEARN_STAGE}{form}": form for form in get_args(Form)}
 Cell = dict[str, Any]
 
 
@@ -131,9 +145,9 @@ class Leaderboard(ResumableStudy):
         return [(job, stage) for stage in self.stages for job in self.jobs if stage in self.stages_of(job)]
 
     def stages_of(self, job: Job) -> list[str]:
-        """Those of a row; the model that never saw the forget set is measured and not attacked."""
-        measured = [stage for stage in self.stages if stage == "quiz" or stage.startswith((METRICS, BENCHMARK))]
-        return measured if job[0] == NEVER_TAUGHT else self.stages
+        """Those of a row; the model that never saw the forget set is measured, and retrained as the floor of the others."""
+        own = ("quiz", f"{RELEARN_STAGE}kept", METRICS, BENCHMARK)
+        return [stage for stage in self.stages if job[0] != NEVER_TAUGHT or stage.startswith(own)]
 
     def run(self, shard: tuple[int, int]) -> bool:
         """Compute this shard's cells that have no file yet.
@@ -145,9 +159,10 @@ class Leaderboard(ResumableStudy):
             self.check_same(job)
         return super().run(shard)
 
-    def cells(self) -> dict[Job, dict[str, Cell]]:
+    def cells(self) -> Cells:
         """All of them, once every one is there."""
-        return {job: {stage: self.result(job, stage) for stage in self.stages_of(job)} for job in self.jobs}
+        found = {job: {stage: self.result(job, stage) for stage in self.stages_of(job)} for job in self.jobs}
+        return with_reference_floor(found, self.updates[-1])
 
     def check_same(self, job: Job) -> None:
         """Refuse cells of a method or attack whose settings have changed, or of another saved edit; an option that was gained
@@ -197,8 +212,7 @@ class Leaderboard(ResumableStudy):
         name, seed = job
         seconds: float | None = None
         if self.methods[name] is not None:
-            fit = self.study.fit(self.methods[name], seed=seed)
-            fit.edit.save_pretrained(self.folder(job), overwrite=True)
+            fit = self.fitted(f"{name}-seed{seed}", self.methods[name], self.study.model, self.study.task, seed=seed)
             seconds = float(fit.log["seconds"].iloc[-1])
         edit = self.edit(job)
         with edit_on(self.study.model, edit):  # refuses another model than its own
@@ -231,23 +245,24 @@ class Leaderboard(ResumableStudy):
 
     def retrain(self, job: Job, form: Form) -> Cell:
         """The curves of retraining one form of the edit, and new facts learned; empty where there is no such form, or where
-        stripping leaves the unedited model, whose curves are known."""
-        fit = self.result(job, "fit")
-        if form not in fit["forms"] or (form == "stripped" and not fit["weights"]):
+        stripping leaves the unedited model, whose curves are known. The floor, a model that never saw the forget set, has a curve."""
+        floor = job[0] == NEVER_TAUGHT
+        fit = self.result(job, "fit") if not floor else {}
+        if not floor and (form not in fit["forms"] or (form == "stripped" and not fit["weights"])):
             return {"rows": [], "new": None}
         frame = attacks.relearn(
-            self.study.model,
+            self.model(job),
             self.edit(job),
             **self.asked(job),
             steps=self.updates[-1],
-            lr=self.lr,
+            lr=Attacker(form=form).rates(self.study.model, self.lr),
             form=form,
             marks=(0, *self.updates),
             seed=job[1],
         )
         if frame.attrs["interrupted"]:
             raise KeyboardInterrupt
-        return {"rows": rows_of(frame), "new": self.taught_new(job, form)}
+        return {"rows": rows_of(frame), "new": None if floor else self.taught_new(job, form)}
 
     def taught_new(self, job: Job, form: Form) -> Cell | None:
         """Accuracy on new facts after a few updates on these, at the best rate: whether this model can be trained at all."""
@@ -302,7 +317,10 @@ class Leaderboard(ResumableStudy):
     def folder(self, job: Job) -> Path:
         """Where its edit is."""
         name, seed = job
-        return Path(self.saved[name]) if name in self.saved else self.options.out / "edits" / f"{name}-seed{seed}"
+        if name in self.saved:
+            return Path(self.saved[name])
+        before = self.store.folder / "edits" / f"{name}-seed{seed}"  # where version 0.1 kept it
+        return before if before.is_dir() else self.fit_folder(f"{name}-seed{seed}") / EDIT
 
     def edit(self, job: Job) -> Edit | None:
         """The edit, fitted or saved before; None: a model as it is."""

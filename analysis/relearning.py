@@ -16,7 +16,6 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any, Literal
 
 import pandas as pd
@@ -297,10 +296,11 @@ class Relearning(ResumableStudy):
             return load_edit(self.saved[name])
         if name == RANDOM:
             return random_projection(self.study.model, rank=variants(self.study.model)[WIDEST].rank, seed=seed)
-        folder: Path = self.options.out / "edits" / f"{name}-seed{seed}"
-        if not folder.is_dir():
-            self.study.fit(variants(self.study.model)[name], seed=seed).edit.save_pretrained(folder)
-        return load_edit(folder)
+        before = self.store.folder / "edits" / f"{name}-seed{seed}"  # where version 0.1 kept it
+        if before.is_dir():
+            return load_edit(before)
+        method = variants(self.study.model)[name]
+        return self.fitted(f"{name}-seed{seed}", method, self.study.model, self.study.task, seed=seed).edit
 
 
 def random_projection(model: LensModel, *, rank: int, seed: int) -> ProjectionEdit:

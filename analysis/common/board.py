@@ -8,10 +8,12 @@ import pandas as pd
 from analysis.common.resumable import Job
 from analysis.common.tables import DOES_NOT_COUNT, NONE, figure, markdown, mean_of
 from mrp_lens import metrics
-from mrp_lens.attacks import best
+from mrp_lens.attacks import best, with_floor
 from mrp_lens.metrics.recovery import FORM_TITLES, NEVER_TAUGHT, UNEDITED
+from mrp_lens.utils.frames import rows_of
 
 ATTACK, METRICS = "attack-", "metrics-"  # parts that others register
+RELEARN_STAGE = "relearn-"  # and the form of the edit
 BENCHMARK = "benchmark"  # the field's measures
 MEASURES = {
     "forget_exact_memorization": "exact memorisation",
@@ -45,6 +47,26 @@ Cells = Mapping[Job, Mapping[str, Mapping[str, Any]]]
 def few(updates: Sequence[int]) -> int:
     """The number of updates after which new facts are asked."""
     return updates[min(1, len(updates) - 1)]
+
+
+def with_reference_floor(cells: Cells, last: int) -> Cells:
+    """The cells with every recovery between the answers of a model that never saw the forget set, after the same retraining, and those of
+    the unedited model; as they are where no such model was retrained.
+
+    Args:
+        cells: (method, seed) -> stage -> what was found.
+        last: the updates of the retraining.
+    """
+    kept = f"{RELEARN_STAGE}kept"
+    known: dict[Job, dict[str, Mapping[str, Any]]] = {}
+    for (name, seed), stages in cells.items():
+        floor = cells.get((NEVER_TAUGHT, seed), {}).get(kept)
+        known[name, seed] = dict(stages)
+        for stage, found in stages.items():
+            if floor is not None and stage.startswith(RELEARN_STAGE) and found["rows"]:
+                curves = with_floor(pd.DataFrame(found["rows"]), pd.DataFrame(floor["rows"]), steps=last, seed=seed)
+                known[name, seed][stage] = {**found, "rows": rows_of(curves)}
+    return known
 
 
 def rows_of_cells(cells: Cells, updates: Sequence[int]) -> pd.DataFrame:
@@ -147,7 +169,7 @@ def _attacked(
     form: str, stages: Mapping[str, Any], unedited: Mapping[str, Any], updates: Sequence[int]
 ) -> dict[str, Any]:
     """What retraining brings back in one form; nothing where the edit has no such form."""
-    kind, source = _kind(stages["fit"]), stages[f"relearn-{form}"]
+    kind, source = _kind(stages["fit"]), stages[f"{RELEARN_STAGE}{form}"]
     if form == "stripped" and kind == HOOKS:
         source = unedited["relearn-kept"]  # without its hooks it is the unedited model
     if form == "weights" and kind == WEIGHTS:
@@ -288,7 +310,10 @@ def pictures(cells: Cells, table: pd.DataFrame, updates: Sequence[int]) -> dict[
             rows = table[["method", "seed", *ends]].rename(columns={"method": "attack", **ends})
             back.append(rows.assign(method=f"{title}, {last} updates"))
     drawn = {"accuracies": table[table["method"] != NEVER_TAUGHT], "recoveries": pd.concat(back, ignore_index=True)}
-    for name, stages in {"relearning_curves": [f"relearn-{f}" for f in FORM_TITLES], "probe_bits": ["probe"]}.items():
+    for name, stages in {
+        "relearning_curves": [f"{RELEARN_STAGE}{f}" for f in FORM_TITLES],
+        "probe_bits": ["probe"],
+    }.items():
         drawn[name] = pd.concat(
             [
                 pd.DataFrame(found[stage]["rows"]).assign(method=method, seed=seed)

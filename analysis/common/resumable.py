@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from tqdm.auto import tqdm
@@ -54,9 +55,13 @@ class ResumableStudy(ABC):
             seed: of the fit.
         """
         return Fit.once(
-            self.store.folder / "fits" / name,
+            self.fit_folder(name),
             lambda checkpoint: method.fit(model, data.forget, data.retain, seed=seed, checkpoint=checkpoint),
         )
+
+    def fit_folder(self, name: str) -> Path:
+        """Where the fit of that name is saved."""
+        return self.store.folder / "fits" / name
 
     def run(self, shard: tuple[int, int]) -> bool:
         """Compute this shard's results that have no file yet; whether every result of every shard has one now."""

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 
 from analysis import leaderboard
-from analysis.common.board import compact, finding, further_columns, rows_of_cells
+from analysis.common.board import compact, finding, further_columns, rows_of_cells, with_reference_floor
 from mrp_lens import attacks
 from mrp_lens.data import Questions
 from mrp_lens.methods import MRP, RMU
@@ -167,6 +167,36 @@ def test_a_model_that_never_saw_the_forget_set_is_the_floor_and_the_measures_hav
     assert "extraction strength" not in finding(table_of({"plain": PLAIN}), UPDATES)
 
 
+def test_recovery_is_between_a_retrained_model_that_never_saw_the_forget_set_and_the_unedited_one() -> None:
+    def curve(*accuracies: float, lr: float = 1e-3) -> dict[str, Any]:
+        found = retrained(*accuracies, lr=lr)
+        for row in found["rows"]:
+            row |= {"n": 1000, "ceiling": 0.9}
+        return found
+
+    def with_curve(found: dict[str, Any], kept: dict[str, Any]) -> dict[str, Any]:
+        return {**found, "relearn-kept": kept}
+
+    ruinous = curve(0.2, 0.2, 0.2, lr=1e-1)
+    spoiled = {"rows": ruinous["rows"][:1]}  # at that rate the floor's loss became infinite
+    edited = curve(0.3, 0.5, 0.7)
+    floor = curve(0.3, 0.3, 0.5)
+    cells = {
+        ("unedited", 0): with_curve(UNEDITED, curve(0.9, 0.9, 0.9)),
+        ("never-taught", 0): {"quiz": UNEDITED["quiz"], "relearn-kept": {"rows": floor["rows"] + spoiled["rows"]}},
+        ("plain", 0): with_curve(PLAIN, {"rows": edited["rows"] + ruinous["rows"], "new": edited["new"]}),
+    }
+    found = with_reference_floor(cells, UPDATES[-1])
+    rows = by_method(rows_of_cells(found, UPDATES))
+    recoveries = [rows["plain"][f"recovery_kept_{step}"] for step in UPDATES]
+    assert recoveries == pytest.approx([0.0, 1 / 3, 0.5])
+    assert [rows["unedited"][f"recovery_kept_{step}"] for step in UPDATES] == pytest.approx([1.0, 1.0, 1.0])
+    assert {row["lr"] for row in found["plain", 0]["relearn-kept"]["rows"]} == {1e-3}
+    assert rows["plain"]["new_accuracy_20_kept"] == 0.8
+    alone = {job: stages for job, stages in cells.items() if job[0] != "never-taught"}
+    assert with_reference_floor(alone, UPDATES[-1]) == alone
+
+
 def test_several_seeds_are_a_mean_and_a_range() -> None:
     first = table_of({"hooked": stages(HOOKS, retrained(0.1, 0.2, 0.3), forget=0.2)})
     second = table_of({"hooked": stages(HOOKS, retrained(0.3, 0.4, 0.7), forget=0.3)}, seed=1)
@@ -270,7 +300,7 @@ def test_cells_are_shared_out_kept_and_added_to_but_never_mixed(
         curve = json.loads((out / "points" / f"both-seed0-relearn-{form}.json").read_text())
         assert {row["form"] for row in curve["rows"]} == {form}
         assert curve["new"]["n"] == 20
-    assert rows["rmu"]["stored_bytes"] == sum(p.stat().st_size for p in (out / "edits" / "rmu-seed0").iterdir())
+    assert rows["rmu"]["stored_bytes"] == sum(p.stat().st_size for p in (out / "fits" / "rmu-seed0" / "edit").iterdir())
     methods["rmu"] = RMU(steps=3)
     with pytest.raises(ValueError, match=r"holds rmu with other settings: steps \(2 there, 3 now\)\. Give it another"):
         leaderboard.main(own)
@@ -286,6 +316,24 @@ def test_cells_are_shared_out_kept_and_added_to_but_never_mixed(
         leaderboard.main([*own, *both])
     with pytest.raises(ValueError, match="holds a leaderboard with other settings: lr"):
         leaderboard.main([*own, "--lr", "1e-4"])
+
+
+@pytest.mark.slow
+def test_the_reference_is_measured_and_retrained_as_the_floor(
+    own: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attacks, "probe", partial(attacks.probe, layers=[0]))
+    options = [*own, "--reference", own[1], "--edits", f"both={tmp_path / 'both'}"]
+    leaderboard.main(options)
+    rows = by_method(pd.read_csv(tmp_path / "out" / "table.csv"))
+    assert list(rows) == ["unedited", "never-taught", "both"]
+    made = {path.name for path in (tmp_path / "out" / "points").glob("never-taught*")}
+    stages = ("quiz", "relearn-kept", "metrics-damage")
+    assert made == {f"never-taught-seed0-{stage}.json" for stage in stages}
+    drawn = pd.read_csv(tmp_path / "out" / "frames" / "relearning_curves.csv")
+    floor = drawn[drawn["method"] == "never-taught"].set_index("step")["held_out_accuracy"]
+    attacked = drawn[(drawn["method"] == "both") & (drawn["form"] == "kept")].set_index("step")
+    assert attacked["floor"].to_dict() == floor.to_dict()
 
 
 def test_unknown_methods_and_names_that_are_taken_are_refused(own: list[str], tmp_path: Path) -> None:

@@ -25,9 +25,9 @@ from analysis.common.arguments import (
     add_attacker_options,
     add_resumable_options,
     add_set_option,
+    named_paths,
     numbers,
     parser_for,
-    saved_edits,
 )
 from analysis.common.board import (
     ATTACK,
@@ -93,7 +93,7 @@ class Leaderboard(ResumableStudy):
 
     def __init__(self, study: Study, options: argparse.Namespace) -> None:
         self.study, self.options = study, options
-        self.saved = saved_edits(options.edits)
+        self.saved = named_paths(options.edits, "--edits")
         self.reference: LensModel | None = None
         if options.reference:
             self.reference = load_model(options.reference, backend=options.backend, dtype=options.dtype)

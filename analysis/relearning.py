@@ -24,9 +24,9 @@ from analysis.common.arguments import (
     Study,
     add_attacker_options,
     add_resumable_options,
+    named_paths,
     numbers,
     parser_for,
-    saved_edits,
 )
 from analysis.common.methods import names_in
 from analysis.common.resumable import Job, ResumableStudy, result_name
@@ -160,7 +160,7 @@ class Relearning(ResumableStudy):
 
     def __init__(self, study: Study, options: argparse.Namespace) -> None:
         self.study, self.options = study, options
-        self.saved = saved_edits(options.edits)
+        self.saved = named_paths(options.edits, "--edits")
         self.seeds = numbers(options.seeds or (FULL_SEEDS if options.full else str(options.seed)), int, "--seeds") or ()
         self.lr = numbers(options.lr, float, "--lr")
         self.limit = options.limit or (None if options.full else QUICK_QUESTIONS)

@@ -21,7 +21,7 @@ import torch
 from tqdm.auto import tqdm
 
 from analysis.common import plain_harness
-from analysis.common.arguments import Study, parser_for, saved_edits
+from analysis.common.arguments import Study, named_paths, parser_for
 from analysis.common.tables import markdown_of_rows
 from mrp_lens.data import Document, Questions
 from mrp_lens.edits import Edit, edit_on, load_edit
@@ -69,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if study.task.questions is None:
         raise ValueError("the harness asks questions about what was forgotten; give --questions")
     questions = study.task.questions.spread(options.limit)
-    saved = saved_edits(options.edits)
+    saved = named_paths(options.edits, "--edits")
     rows = []
     with tqdm(list(saved) or list(METHODS), desc="edits") as bar:
         for name in bar:

@@ -76,9 +76,21 @@ def numbers(text: str | None, kind: type[Number], option: str) -> tuple[Number, 
         raise ValueError(f"{option} takes numbers separated by commas, got {text!r}") from error
 
 
-def saved_edits(texts: Sequence[str]) -> dict[str, str]:
-    """Name -> folder, of `NAME=DIR`."""
-    return dict(text.split("=", 1) for text in texts)
+def named_paths(texts: Sequence[str], option: str) -> dict[str, str]:
+    """Name -> path, of `NAME=PATH`.
+
+    Raises:
+        ValueError: a text without `=`, or a name twice.
+    """
+    named: dict[str, str] = {}
+    for text in texts:
+        name, equals, path = text.partition("=")
+        if not (name and equals and path):
+            raise ValueError(f"{option} takes NAME=PATH, got {text!r}")
+        if name in named:
+            raise ValueError(f"{option} {name}= is given twice, {named[name]} and {path}")
+        named[name] = path
+    return named
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from mrp_lens.models.backends import Kind, boot, check_special_tokens, give_toke
 from mrp_lens.models.base import device_named, dtype_named
 from mrp_lens.models.devices import DeviceMap, MaxMemory, Spread
 from mrp_lens.models.fidelity import context_of, hf_log_probabilities, ignored_settings, log_probabilities, probe, reach
+from mrp_lens.models.precision import warn_of_slow_half
 from mrp_lens.models.protocol import LensModel
 from mrp_lens.models.quantised import holds_packed
 from mrp_lens.models.source import OpenedModel, check_memory, opened
@@ -89,6 +90,7 @@ def load_model(
         logging.getLogger(chatty).setLevel(logging.ERROR)
     spread = Spread.checked(device_map, max_memory, device=device, backend=backend)
     where, precision = device_named(device), dtype_named(torch.float32 if dtype is None else dtype)
+    warn_of_slow_half(precision, where)
     copies = 2 if backend == "hooked" else 1  # HookedTransformer is filled from the Hugging Face model
     checkpoint = opened(source, tokenizer, where if spread is None else spread, precision, copies)
     if spread is not None:

@@ -17,7 +17,6 @@ and more methods may be added later; `--shard 1/2` and `--shard 2/2` divide the 
 
 import argparse
 import inspect
-import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
@@ -35,6 +34,7 @@ from mrp_lens.data import TaskConfig
 from mrp_lens.data.world import World
 from mrp_lens.edits import Edit, ProjectionEdit, load_edit
 from mrp_lens.edits.serialization import stored_bytes
+from mrp_lens.methods import Fit
 from mrp_lens.metrics.recovery import UNEDITED
 from mrp_lens.models import describe, load_model
 from mrp_lens.training import NonFiniteLossError
@@ -204,18 +204,24 @@ class Continual(ResumableStudy):
         before = self.edit(job, n - 1)
         named = {"request": gone[-1]} if "request" in inspect.signature(method.fit).parameters else {}
         retain = self.requests.retain(gone)
-        started = time.perf_counter()
-        fit = method.fit(self.study.model, self.requests.forget[gone[-1]], retain, seed=seed, after=before, **named)
-        seconds = time.perf_counter() - started
-        if fit.interrupted:
-            raise KeyboardInterrupt
-        fit.edit.save_pretrained(self.folder(job, n), overwrite=True)
+        fit = Fit.once(
+            self.fit_folder(result_name(job, REQUEST.format(n))),
+            lambda checkpoint: method.fit(
+                self.study.model,
+                self.requests.forget[gone[-1]],
+                retain,
+                seed=seed,
+                after=before,
+                checkpoint=checkpoint,
+                **named,
+            ),
+        )
         learned = bool(fit.log["loss"].notna().any())  # a method that trains nothing has no loss
         size_before = stored_bytes(self.folder(job, n - 1)) if n > 1 else 0
         return {
             "trained_numbers": numbers_in(fit.edit) - numbers_in(before) if learned else 0,
             "stored_bytes": stored_bytes(self.folder(job, n)) - size_before,
-            "seconds": seconds,
+            "seconds": float(fit.log["seconds"].iloc[-1]),
         }
 
     def measure(self, job: Job, n: int) -> dict[str, Any]:
@@ -229,7 +235,7 @@ class Continual(ResumableStudy):
 
     def folder(self, job: Job, n: int) -> Path:
         """Where the edit after n requests lies."""
-        return Path(self.options.out) / "edits" / result_name(job, REQUEST.format(n))
+        return self.edit_folder(result_name(job, REQUEST.format(n)))
 
     def edit(self, job: Job, n: int) -> Edit | None:
         """The edit after n requests, of which there is a file."""

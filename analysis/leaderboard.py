@@ -51,7 +51,6 @@ from mrp_lens.cli.sweep import shard_of
 from mrp_lens.edits import Edit, edit_on, has_hooks, load_edit, without_hooks
 from mrp_lens.edits.provenance import fingerprint
 from mrp_lens.edits.serialization import stored_bytes
-from mrp_lens.methods.fit import EDIT
 from mrp_lens.metrics.recovery import NEVER_TAUGHT, UNEDITED
 from mrp_lens.models import LensModel, describe, identity_of, load_model
 from mrp_lens.utils.frames import rows_of
@@ -317,10 +316,7 @@ class Leaderboard(ResumableStudy):
     def folder(self, job: Job) -> Path:
         """Where its edit is."""
         name, seed = job
-        if name in self.saved:
-            return Path(self.saved[name])
-        before = self.store.folder / "edits" / f"{name}-seed{seed}"  # where version 0.1 kept it
-        return before if before.is_dir() else self.fit_folder(f"{name}-seed{seed}") / EDIT
+        return Path(self.saved[name]) if name in self.saved else self.edit_folder(f"{name}-seed{seed}")
 
     def edit(self, job: Job) -> Edit | None:
         """The edit, fitted or saved before; None: a model as it is."""

@@ -296,11 +296,10 @@ class Relearning(ResumableStudy):
             return load_edit(self.saved[name])
         if name == RANDOM:
             return random_projection(self.study.model, rank=variants(self.study.model)[WIDEST].rank, seed=seed)
-        before = self.store.folder / "edits" / f"{name}-seed{seed}"  # where version 0.1 kept it
-        if before.is_dir():
-            return load_edit(before)
-        method = variants(self.study.model)[name]
-        return self.fitted(f"{name}-seed{seed}", method, self.study.model, self.study.task, seed=seed).edit
+        fit = f"{name}-seed{seed}"
+        if not self.edit_folder(fit).is_dir():
+            self.fitted(fit, variants(self.study.model)[name], self.study.model, self.study.task, seed=seed)
+        return load_edit(self.edit_folder(fit))
 
 
 def random_projection(model: LensModel, *, rank: int, seed: int) -> ProjectionEdit:

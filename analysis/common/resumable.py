@@ -8,6 +8,7 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from mrp_lens.methods import Fit
+from mrp_lens.methods.fit import EDIT
 from mrp_lens.models import LensModel
 from mrp_lens.utils.result_store import ResultStore
 
@@ -62,6 +63,11 @@ class ResumableStudy(ABC):
     def fit_folder(self, name: str) -> Path:
         """Where the fit of that name is saved."""
         return self.store.folder / "fits" / name
+
+    def edit_folder(self, name: str) -> Path:
+        """Where the edit of that fit is."""
+        before = self.store.folder / "edits" / name  # where version 0.1 kept it
+        return before if before.is_dir() else self.fit_folder(name) / EDIT
 
     def run(self, shard: tuple[int, int]) -> bool:
         """Compute this shard's results that have no file yet; whether every result of every shard has one now."""

@@ -252,7 +252,7 @@ def files(tiny_folder: Path, tmp_path: Path) -> list[str]:
 
 def parts_of(out: Path, method: str, n: int) -> tuple[Any, ...]:
     """The parts of the edit after n requests."""
-    return load_edit(out / "edits" / f"{method}-seed0-request{n}").parts
+    return load_edit(out / "fits" / f"{method}-seed0-request{n}" / "edit").parts
 
 
 def points(folder: Path) -> dict[str, Any]:
@@ -277,7 +277,9 @@ def test_shards_make_one_study_that_says_what_each_request_took(files: list[str]
     first, second = parts_of(out, "rmu", 2)
     assert rows["rmu", 2]["trained_numbers"] == sum(tensor.numel() for tensor in second.tensors.values())
     assert first.tensors.keys() == second.tensors.keys()
-    sizes = [sum(file.stat().st_size for file in (out / "edits" / f"rmu-seed0-request{n}").iterdir()) for n in (1, 2)]
+    sizes = [
+        sum(file.stat().st_size for file in (out / "fits" / f"rmu-seed0-request{n}" / "edit").iterdir()) for n in (1, 2)
+    ]
     assert [rows["rmu", n]["stored_bytes"] for n in (1, 2)] == [sizes[0], sizes[1] - sizes[0]]
     assert all(row["seconds"] > 0 for (method, _), row in rows.items() if method != "unedited")
     assert [place for place, row in rows.items() if row["returned_accuracy"] is not None] == [("mrp", 3)]
@@ -316,7 +318,7 @@ class Stumbling:
 
     error: type[BaseException] | None
 
-    def fit(self, model: LensModel, forget: Corpus, retain: Corpus, *, seed: int, after: Any) -> Fit:
+    def fit(self, model: LensModel, forget: Corpus, retain: Corpus, *, seed: int, after: Any, checkpoint: Path) -> Fit:
         if after is not None and self.error is not None:
             raise self.error("the loss is NaN")
         fit = RMU(steps=1, batch_size=4).fit(model, forget, retain, seed=seed, after=after, progress=False)

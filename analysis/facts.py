@@ -17,11 +17,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from analysis.common.arguments import add_set_option
+from analysis.common.arguments import add_set_option, add_shard_option
 from analysis.common.methods import OWN, settings_of, with_settings
 from analysis.common.resumable import ROW, Job, ResumableStudy, result_name
 from analysis.common.tables import print_row
 from mrp_lens import metrics
+from mrp_lens.cli.sweep import shard_of
 from mrp_lens.data import Corpus, Questions
 from mrp_lens.edits import ConditionalProjectionEdit, Edit, edit_on
 from mrp_lens.methods import METHODS
@@ -217,13 +218,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--backend", default="auto", help="auto, hooked or bridge (default auto)")
     parser.add_argument("--out", type=Path, default=Path("runs/facts"), help="folder for the table")
+    add_shard_option(parser)
     parser.add_argument("--overwrite", action="store_true", help="begin anew, whatever the output folder holds")
     options = parser.parse_args(arguments)
     facts = Facts.read(options.data, options.topic, options.text)
     model = load_model(options.model, backend=options.backend, dtype=options.dtype)
     study = FactsStudy(facts, model, options)
     run = Run("analysis.facts", vars(options), options.seeds[0])
-    study.run((1, 1))
+    if not study.run(shard_of(options.shard)):
+        return
     run.rows = [study.result(*part) for part in study.parts()]
     run.write_into(options.out)
 

@@ -21,11 +21,12 @@ from typing import Any
 
 import pandas as pd
 
-from analysis.common.arguments import add_set_option
+from analysis.common.arguments import add_set_option, add_shard_option
 from analysis.common.methods import settings_of, with_settings
 from analysis.common.resumable import ROW, Job, ResumableStudy, result_name
 from analysis.common.tables import print_row
 from mrp_lens import metrics
+from mrp_lens.cli.sweep import shard_of
 from mrp_lens.data import Corpus, Questions, UnlearningTask
 from mrp_lens.edits import Edit, edit_on
 from mrp_lens.methods import METHODS as registry
@@ -203,6 +204,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--backend", default="auto", help="auto, hooked or bridge (default auto)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("runs/tofu"), help="folder for the table")
+    add_shard_option(parser)
     parser.add_argument("--overwrite", action="store_true", help="begin anew, whatever the output folder holds")
     options = parser.parse_args(arguments)
     if options.tuning and options.reference:
@@ -216,7 +218,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     reference = load_model(options.reference, backend=options.backend) if options.reference else None
     study = TofuStudy(benchmark, methods, model, reference, options)
     run = Run("analysis.tofu", vars(options), options.seed)
-    study.run((1, 1))
+    if not study.run(shard_of(options.shard)):
+        return
     run.rows = [study.result(*part)["row"] for part in study.parts()]
     run.frames = study.frames()
     run.write_into(options.out)

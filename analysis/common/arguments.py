@@ -43,6 +43,11 @@ def add_resumable_options(parser: argparse.ArgumentParser, *, seeds: str = "--se
         parser.add_argument("--methods", help="separated by commas")
     parser.add_argument("--seeds", help=f"such as 0,1,2 (default: {seeds})")
     parser.add_argument("--limit", type=int, help="at most this many questions of each quiz")
+    add_shard_option(parser)
+
+
+def add_shard_option(parser: argparse.ArgumentParser) -> None:
+    """That of the studies whose work several processes may share."""
     parser.add_argument("--shard", default="1/1", help="i/n: this process's part of the work (default 1/1)")
 
 

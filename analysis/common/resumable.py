@@ -11,6 +11,7 @@ from mrp_lens.methods import Fit
 from mrp_lens.methods.fit import EDIT
 from mrp_lens.models import LensModel
 from mrp_lens.utils.result_store import ResultStore
+from mrp_lens.utils.validation import check_shard
 
 Job = tuple[str, int]
 """What is fitted or attacked, by name, and the seed."""
@@ -70,8 +71,13 @@ class ResumableStudy(ABC):
         return before if before.is_dir() else self.fit_folder(name) / EDIT
 
     def run(self, shard: tuple[int, int]) -> bool:
-        """Compute this shard's results that have no file yet; whether every result of every shard has one now."""
+        """Compute this shard's results that have no file yet; whether every result of every shard has one now.
+
+        Raises:
+            ValueError: there is no such shard.
+        """
         number, count = shard
+        check_shard(number, count)
         mine = set(self.jobs[number - 1 :: count])
         with tqdm([part for part in self.parts() if part[0] in mine], desc="results") as bar:
             for job, part in bar:

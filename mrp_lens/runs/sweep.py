@@ -26,7 +26,7 @@ from mrp_lens.training import NonFiniteLossError
 from mrp_lens.utils.io import as_json, one_line
 from mrp_lens.utils.result_store import ResultStore
 from mrp_lens.utils.torch_state import ordinary_torch
-from mrp_lens.utils.validation import check_whole, generator_for, or_default
+from mrp_lens.utils.validation import check_shard, check_whole, generator_for, or_default
 
 FITS = "fits"  # of points that are not measured yet
 QUICK_LAYERS, QUICK_STEPS, QUICK_QUESTIONS, QUICK_DOCUMENTS = 4, 75, 150, 100
@@ -260,8 +260,7 @@ def sweep(
         KeyboardInterrupt: Ctrl-C; the points that are done stay.
     """
     number, count = shard
-    if not 1 <= number <= count:
-        raise ValueError(f"shard {number}/{count} does not exist; write 1/{count} to {count}/{count}")
+    check_shard(number, count)
     missing = {"forget", "retain"} - set(task.quiz())
     if missing:
         raise ValueError(f"a sweep needs questions on both sides; there are none for {', '.join(sorted(missing))}")

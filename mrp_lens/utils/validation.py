@@ -154,3 +154,13 @@ def check_one_of(allowed: Any, **values: str) -> None:
     for name, value in values.items():
         if value not in choices:
             raise ValueError(f"unknown {name} {value!r}; choose one of {', '.join(choices)}")
+
+
+def check_shard(number: int, count: int) -> None:
+    """A process's part of the work is i of n.
+
+    Raises:
+        ValueError: it is not 1 <= i <= n.
+    """
+    if not 1 <= number <= count:
+        raise ValueError(f"shard {number}/{count} does not exist; write 1/{count} to {count}/{count}")

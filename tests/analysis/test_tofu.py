@@ -30,7 +30,12 @@ def test_the_fields_measures_are_in_the_table_and_depth_is_drawn(
     quick = ["--set", "steps=1", "rmu.layer=1", "budget=null", "coverage=null"]
     line = ["--data", data, "--model", tiny_folder, "--reference", reference, "--benchmark", 4]
     line += ["--methods", "rmu", "npo", *quick]
-    monkeypatch.setattr(sys, "argv", ["tofu", *map(str, line), "--backend", "bridge", "--out", str(out)])
+    line += ["--backend", "bridge", "--out", out]
+    with pytest.raises(ValueError, match="shard 3/2 does not exist; write 1/2 to 2/2"):
+        tofu.main([*map(str, line), "--shard", "3/2"])
+    tofu.main([*map(str, line), "--shard", "1/2"])
+    assert not (out / "table.csv").exists()
+    monkeypatch.setattr(sys, "argv", ["tofu", *map(str, line), "--shard", "2/2"])
     tofu.main()
     table = pd.read_csv(out / "table.csv").set_index("method")
     assert list(table.index) == ["unedited", "never-taught", "rmu", "npo"]

@@ -73,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the study, print what it found and write it."""
     parser = parser_for(__doc__, "continual")
     add_resumable_options(parser, seeds="--seed, with --full three; of order and fits")
-    parser.set_defaults(topic=World().topics[0], questions=None)
+    parser.set_defaults(topic=None, questions=None)
     several = parser.add_argument_group("requests", conflict_handler="resolve")  # here there is more than one of each
     several.add_argument("--topic", nargs="+", dest="topics", help="of the demo's world, to request (default all)")
     several.add_argument(
@@ -130,7 +130,11 @@ class Continual(ResumableStudy):
             "reference": options.reference,
         }
         self.store = ResultStore.claim(
-            options.out, "sequence", settings, earlier={"data": self.requests.legacy_fingerprints()}
+            options.out,
+            "sequence",
+            settings,
+            earlier={"data": self.requests.legacy_fingerprints()},
+            overwrite=options.overwrite,
         )
 
     def _lengths(self) -> tuple[int, ...]:
@@ -165,7 +169,7 @@ class Continual(ResumableStudy):
         if requests.untaught is not None:
             found["untaught_accuracy"] = accuracy(model, requests.untaught)
         if self.options.reference:
-            never_saw = load_model(self.options.reference, backend=self.options.backend)
+            never_saw = load_model(self.options.reference, backend=self.options.backend, dtype=self.options.dtype)
             asked = [accuracy(never_saw, quiz) for quiz in requests.quizzes.values()]
             found["untaught_accuracy"] = sum(asked) / len(asked)
         return found

@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     seeds = numbers(options.seeds or (None if options.full else str(options.seed)), int, "--seeds")
     config = SweepConfig(methods=tuple(options.methods.split(",")), seeds=seeds, full=options.full)
     steps = config.resolved(study.model, study.task).steps
-    table = sweep(study.model, study.task, config, options.out / "sweep")
+    table = sweep(study.model, study.task, config, options.out / "sweep", overwrite=options.overwrite)
     assert table is not None
     table = table.assign(suppressed=suppressed(table), works=works(table))
     texts = study.task.texts(limit=DOCUMENTS)

@@ -121,7 +121,9 @@ class Leaderboard(ResumableStudy):
             **({} if self.reference is None else {"reference": identity_of(self.reference)}),
         }
         earlier = {"data": study.task.legacy_fingerprints()}
-        self.store = ResultStore.claim(options.out, "leaderboard", settings, earlier=earlier)
+        self.store = ResultStore.claim(
+            options.out, "leaderboard", settings, earlier=earlier, overwrite=options.overwrite
+        )
 
     def _methods(self) -> dict[str, Any]:
         """Name -> what is fitted under it; None for saved edits and for the models without one, which come first."""

@@ -177,7 +177,11 @@ class Relearning(ResumableStudy):
             "reference": options.reference,
         }
         self.store = ResultStore.claim(
-            options.out, "relearning", settings, earlier={"data": study.task.legacy_fingerprints() | new}
+            options.out,
+            "relearning",
+            settings,
+            earlier={"data": study.task.legacy_fingerprints() | new},
+            overwrite=options.overwrite,
         )
 
     def _names(self) -> list[str]:
@@ -285,7 +289,7 @@ class Relearning(ResumableStudy):
     @cached_property
     def reference(self) -> LensModel:
         """The model that never saw what was forgotten."""
-        return load_model(self.options.reference, backend=self.options.backend)
+        return load_model(self.options.reference, backend=self.options.backend, dtype=self.options.dtype)
 
     def edit(self, job: Job) -> Edit | None:
         """The edit of a job: saved before, or fitted now and saved."""

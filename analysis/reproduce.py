@@ -1,7 +1,7 @@
 """Run a recorded study again, on the files that it was run on, and hold what comes out against the record.
 
 `python -m analysis.reproduce reproduce/world.toml --out runs/world`
-`python -m analysis.reproduce reproduce/tofu-mini.toml --input tofu_mini=DIR tofu=DIR --out runs/tofu-mini`
+`python -m analysis.reproduce reproduce/tofu-mini.toml --input full=DIR retain=DIR tofu=DIR --out runs/tofu-mini`
 
 A recipe (`.toml`) names a study, its options, and the files and folders that have to be given, each with what it is. Its record
 (`.json`, of the same name) holds a hash of every file that was read, versions, and the table. Files are compared with these hashes before
@@ -28,7 +28,8 @@ from mrp_lens.utils.io import read_json, write_json
 KEYS = {"study", "about", "options", "files", "inputs"}
 SUMMARY, TABLE = "summary.json", "table.csv"  # of a finished study
 LOW, HIGH = "_low", "_high"
-IDENTITY = ("method", "seed")  # what a row of a table is about
+IDENTITY = ("method", "seed", "request", "requests", "layer", "group", "times", "budget", "attack", "form", "step")
+"""Columns that say what a row of a table is about."""
 READING = """\
 {inside} of {all} figures lie in the record's 95% interval. That interval is about which questions were asked; digits of a fit differ by
 processor and version as well (recorded with {versions}), so that a figure can lie outside without anything being wrong."""
@@ -130,8 +131,16 @@ def compared(recorded: pd.DataFrame, found: pd.DataFrame) -> pd.DataFrame:
     Args:
         recorded: the record's table.
         found: that of the study now; a row or column that it lacks leaves `found` NaN and `inside` False.
+
+    Raises:
+        ValueError: the record has two rows about the same.
     """
     keys = [key for key in IDENTITY if key in recorded]
+    named = [_identity(row, keys) for row in recorded.to_dict("records")]
+    if twice := [" ".join(name) for name in named if named.count(name) > 1]:
+        raise ValueError(
+            f"the record has several rows about {twice[0]!r}; no column of {', '.join(IDENTITY)} tells them apart"
+        )
     now = {_identity(row, keys): row for row in found.to_dict("records")}
     rows = []
     for row in recorded.to_dict("records"):
@@ -149,8 +158,9 @@ def compared(recorded: pd.DataFrame, found: pd.DataFrame) -> pd.DataFrame:
 
 
 def _identity(row: Mapping[Any, Any], keys: Sequence[str]) -> tuple[str, ...]:
-    """What a row is about, as text: a seed is 0 in one table and 0.0 in another."""
-    return tuple(f"{row[key]:g}" if isinstance(row[key], int | float) else str(row[key]) for key in keys)
+    """What a row is about, as text: a seed is 0 in one table and 0.0 in another, and one that is not known None or NaN."""
+    known = [row[key] for key in keys if key in row and not pd.isna(row[key])]
+    return tuple(f"{value:g}" if isinstance(value, int | float) else str(value) for value in known)
 
 
 def _figures(row: Mapping[Any, Any]) -> Iterator[tuple[str, float, float]]:

@@ -208,7 +208,7 @@ class Selectivity(ResumableStudy):
             "limit": options.limit,
             "mrp": settings_of(gated),
         }
-        self.store = ResultStore.claim(options.out, "selectivity", settings)
+        self.store = ResultStore.claim(options.out, "selectivity", settings, overwrite=options.overwrite)
 
     @property
     def jobs(self) -> list[Job]:

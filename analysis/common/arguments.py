@@ -24,7 +24,7 @@ def parser_for(doc: str | None, out: str) -> argparse.ArgumentParser:
     """The options of every study: the model, the data in the words of `mrp-lens unlearn`, seed and output folder."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="demo", help="`demo` (default), a local Hugging Face folder, or a Hub name")
-    parser.add_argument("--topic", default="potions", help="of the demo's world, to forget (default potions)")
+    parser.add_argument("--topic", help="of the demo's world, to forget (default potions)")
     parser.add_argument("--forget", nargs="+", help="sources of the forget set; without them, the topic of the demo")
     for option in fields(TaskConfig):
         if option.name != "forget":

@@ -5,6 +5,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any
 
+from mrp_lens.cli.options import converted, options_of
 from mrp_lens.methods import METHODS, MRP, Distillation, UnconditionalMRP
 from mrp_lens.models import LensModel, is_bridge
 
@@ -53,10 +54,11 @@ def changed(known: Mapping[str, str], method: Any) -> list[str]:
 
 
 def with_settings(methods: Mapping[str, Any], texts: Sequence[str]) -> dict[str, Any]:
-    """The methods with hyperparameters given as `NAME=VALUE` or `METHOD.NAME=VALUE`; a value is JSON, else text.
+    """The methods with hyperparameters given as `NAME=VALUE` or `METHOD.NAME=VALUE`; a value is JSON, or written as on the command line
+    of `mrp-lens unlearn`.
 
     Raises:
-        ValueError: no such hyperparameter, or no `=`.
+        ValueError: no such hyperparameter, no `=`, or a value that is not of its type.
     """
     changed = dict(methods)
     for given in texts:
@@ -65,9 +67,15 @@ def with_settings(methods: Mapping[str, Any], texts: Sequence[str]) -> dict[str,
         having = [key for key in methods if method in ("", key) and name in methods[key].__dataclass_fields__]
         if not equals or not having:
             raise ValueError(f"--set {given}: none of {', '.join(methods)} has {place!r}; write NAME=VALUE")
-        try:
-            value = json.loads(text)
-        except json.JSONDecodeError:
-            value = text
-        changed |= {key: replace(changed[key], **{name: value}) for key in having}
+        changed |= {key: replace(changed[key], **{name: _value(type(changed[key]), name, text)}) for key in having}
     return changed
+
+
+def _value(kind: type, name: str, text: str) -> Any:
+    """A hyperparameter's value, of its type."""
+    options = {option.name: option for option in options_of(kind, "--set")}
+    try:
+        given = json.loads(text)
+    except json.JSONDecodeError:
+        given = text
+    return converted({name: given}, options)[name]

@@ -1,7 +1,7 @@
 """`mrp-lens attack`: what survives an edit, on anybody's model, edit and data."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -114,9 +114,8 @@ class AttackEdit(OnData):
         check_holds(out, "campaign")
         edit = load_edit(self.edit)
         name = label_of(edit)
-        loading = self.loading.of_edit(self.edit)
-        known = replace(self, loading=loading)
-        task = known.task()
+        known = self.of_edit(self.edit)
+        loading, task = known.loading, known.task()
         if task.questions is None:
             raise ValueError("an attack is scored on a quiz on the forget set; give --questions, too")
         make_folder(out)

@@ -90,13 +90,19 @@ class ModelOptions:
 
     def of_edit(self, edit: Path) -> "ModelOptions":
         """The same; without --model, of the model that the run fitted which left the edit, without --dtype in its precision."""
-        folder = run_of(edit)
-        if self.model != "demo" or folder is None:
-            return self
-        of_run = read_json(folder / "summary.json", "name the model with --model").get("arguments", {})
-        if of_run.get("model") is None:
+        of_run = arguments_of_run(edit, "--model")
+        if self.model != "demo" or of_run.get("model") is None:
             return self
         return replace(self, model=str(of_run["model"]), dtype=self.dtype or of_run.get("dtype"))
+
+
+def arguments_of_run(edit: Path, option: str) -> dict[str, Any]:
+    """What the run was given that left an edit; nothing where it is not known. `option`: says the same where its record is damaged."""
+    folder = run_of(edit)
+    if folder is None:
+        return {}
+    given: dict[str, Any] = read_json(folder / "summary.json", f"name it with {option}").get("arguments", {})
+    return given
 
 
 def by_device(option: str, text: str | None) -> Any:
@@ -325,6 +331,23 @@ class OnData(Command):
     def task(self) -> UnlearningTask:
         """The data."""
         return task_for(self.loading.model, self.data, topic=self.topic)
+
+    def of_edit(self, edit: Path, *, with_data: bool = True) -> Self:
+        """The same with what the run was given that left the edit and this command is not: the model, its precision, and the data."""
+        of_run, loading = arguments_of_run(edit, "--forget and --retain"), self.loading.of_edit(edit)
+        known = replace(self, loading=loading)
+        if not with_data or self.topic is not None or self.data != TaskConfig():
+            return known
+        if of_run.get("forget") and of_run.get("retain"):
+            names = {field.name for field in fields(TaskConfig)}
+            given: dict[str, Any] = {
+                name: tuple(value) if isinstance(value, list) else value
+                for name, value in of_run.items()
+                if name in names
+            }
+            console.print(f"Data as in the run that left {edit}: {', '.join(given['forget'])} ...")
+            return replace(known, data=TaskConfig(**given))
+        return replace(known, topic=of_run.get("topic")) if loading.model == "demo" else known
 
 
 def named_in(value: Any, part: str, places: Mapping[str, tuple[str, Option]]) -> list[tuple[str, Any]]:

@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pandas as pd
 from typing_extensions import override
@@ -22,6 +22,7 @@ from mrp_lens.utils.frames import Row, is_number
 from mrp_lens.utils.io import read_json
 
 OF_THE_DATA = ("forget_accuracy", "forget_probability", "retain_accuracy", "text_perplexity")
+COMPARABLE = ("unlearn", "measure")  # runs that measured the same figures
 DIGITS = 1e-3  # by which the unedited model's figures may differ on two machines
 
 
@@ -49,6 +50,12 @@ class Compare(Command):
     out: Path | None = None
     overwrite: bool = False
 
+    @classmethod
+    @override
+    def earlier(cls, filed: dict[str, Any]) -> dict[str, Any]:
+        """A run's record has a seed; a comparison draws nothing."""
+        return {name: value for name, value in filed.items() if name != "seed"}
+
     @override
     def execute(self) -> Run:
         if self.out is not None:
@@ -73,14 +80,20 @@ def compared(folders: Sequence[Path]) -> list[Row]:
 
     Raises:
         FileNotFoundError: a folder holds no run.
-        ValueError: a run has no table of figures, or the unedited model's differ: they are of other data or of another model.
+        ValueError: a run is of another command, has no table of figures, or has others of the unedited model: it is of other data or of
+            another model.
     """
     controls: dict[str, Row] = {}
     edited: list[Row] = []
     for folder in folders:
         if not (folder / "summary.json").is_file():
             raise FileNotFoundError(f"{folder} holds no finished run; give folders that `mrp-lens unlearn` wrote")
-        rows: list[Row] = read_json(folder / "summary.json", "run the command again")["rows"]
+        summary = read_json(folder / "summary.json", "run the command again")
+        if summary.get("command", COMPARABLE[0]) not in COMPARABLE:
+            raise ValueError(
+                f"{folder} is of `mrp-lens {summary.get('command')}`; give runs of `mrp-lens unlearn` or `measure`"
+            )
+        rows: list[Row] = summary["rows"]
         own = {str(row.get("method")): row for row in rows if "text_perplexity_ratio" in row}  # and not of the harness
         unedited = own.get(UNEDITED)
         if unedited is None:

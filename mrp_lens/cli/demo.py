@@ -93,9 +93,9 @@ class Demo(Command):
         task, topic, seed, out = UnlearningTask.from_world(self.topic, world=world), self.topic, self.seed, self.out
         run = Run("demo", self.arguments(), seed, title=f"Forgetting {topic} in a small invented world")
         settings = {"command": "demo", "data": task.fingerprints(), "backend": self.backend, "seed": seed}
+        console.print(f"Loading the model that knows {', '.join(world.topics)} ...")
+        model = load_model("demo", backend=self.backend)  # before --overwrite removes what the folder holds
         with begun(out, settings, overwrite=self.overwrite) as store:
-            console.print(f"Loading the model that knows {', '.join(world.topics)} ...")
-            model = load_model("demo", backend=self.backend)
             store.check_same("model", identity_of(model))
             fits = fit_all(model, task, out, seed=seed)
             edits = with_controls(model, task, fits, seed=seed)

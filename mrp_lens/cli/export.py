@@ -14,6 +14,7 @@ from mrp_lens.data import Corpus
 from mrp_lens.edits import load_edit
 from mrp_lens.export import ExportReport, Measurements, export_hf
 from mrp_lens.export.formats import AnyForm
+from mrp_lens.export.hub import check_name
 from mrp_lens.export.model_card import front_matter_of
 from mrp_lens.utils.io import check_free
 
@@ -76,6 +77,8 @@ class Export(Command):
 
     @override
     def execute(self) -> ExportReport:
+        if self.push_to is not None:
+            check_name(self.push_to)
         check_export_or_empty(self.out)
         check_free(self.out, overwrite=self.overwrite)
         edit = load_edit(self.edit)
@@ -99,7 +102,15 @@ class Export(Command):
         console.print(f"Figures on the card: {figures}.")
         console.print(f"Written to {self.out}; how to load it is in {self.out / 'README.md'}.")
         if self.push_to is not None:
-            console.print(f"Uploaded: {report.push_to_hub(self.push_to, private=not self.public)}")
+            try:
+                address = report.push_to_hub(self.push_to, private=not self.public)
+            except Exception:
+                console.print(
+                    f"The export in {self.out} is whole. To upload it later: "
+                    f'python -c "from mrp_lens.export import push_to_hub; push_to_hub({str(self.out)!r}, {self.push_to!r})"'
+                )
+                raise
+            console.print(f"Uploaded: {address}")
         return report
 
 

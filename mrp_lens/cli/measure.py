@@ -1,7 +1,7 @@
 """`mrp-lens measure`: a model, and the same model with an edit on, measured without fitting."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import ClassVar
@@ -93,8 +93,8 @@ class Measure(OnData):
 
     @override
     def execute(self) -> Run:
-        if self.edit is not None and (loading := self.loading.of_edit(self.edit)) != self.loading:
-            return replace(self, loading=loading).execute()
+        if self.edit is not None and (known := self.of_edit(self.edit, with_data=self.harness is None)) != self:
+            return known.execute()
         check_out(self.out, overwrite=self.overwrite)
         name = self.loading.model
         methods: dict[str, Edit | None] = {UNEDITED: None}
@@ -108,15 +108,10 @@ class Measure(OnData):
             raise ValueError("--unseen is of --benchmark; give that, too, or leave it out")
         if task is None and self.documents is not None:
             raise ValueError("--documents is of data: give --forget and --retain, too (of --harness it is --limit)")
+        self.check_harness()
         unseen = None if self.unseen is None else self.data.corpus(self.unseen, self.data.forget_schema)
         about = "" if self.edit is None else f" with and without {self.edit}"
         run = Run("measure", self.arguments(), self.seed, title=f"{name}{about}: measured")
-        scored: list[Row] = []
-        if self.harness is not None:
-            scored = self.harness_rows(methods)
-            shown = "all questions" if self.limit is None else f"at most {self.limit} questions a task"
-            bos = "mrp_lens.metrics have it" if self.bos == "metrics" else "the tokenizer adds it"
-            run.notes.append(f"lm-evaluation-harness {version('lm_eval')}: {shown}; BOS as {bos}")
         if task is not None:
             run.notes += [
                 f"{name} holds the requests {', '.join(held.requests)}: what the retain set and its quiz have of any of them was "
@@ -128,14 +123,33 @@ class Measure(OnData):
             if len(run.rows) > 1:  # the picture compares
                 run.frames["accuracies"] = pd.DataFrame([dict(row) for row in run.rows])
             show_figures(f"{name}, measured", run.rows)
-        if scored:
+        if self.harness is not None:
+            if task is not None:  # the harness may take hours
+                run.write(self.out, overwrite=self.overwrite)
+            scored = self.harness_rows(methods)
+            shown = "all questions" if self.limit is None else f"at most {self.limit} questions a task"
+            bos = "mrp_lens.metrics have it" if self.bos == "metrics" else "the tokenizer adds it"
+            run.notes.append(f"lm-evaluation-harness {version('lm_eval')}: {shown}; BOS as {bos}")
             show_table("lm-evaluation-harness", HARNESS_COLUMNS, scored)
+            run.rows = [*run.rows, *scored]
         for note in run.notes:
             console.print(note)
-        run.rows = [*run.rows, *scored]
-        run.write(self.out, overwrite=self.overwrite)
+        run.write(self.out, overwrite=self.overwrite or (task is not None and self.harness is not None))
         console.print(f"Written to {self.out}: table.csv, summary.json. The page: {report(self.out)}")
         return run
+
+    def check_harness(self) -> None:
+        """Refuse options that would do nothing.
+
+        Raises:
+            ValueError: an option of the harness without it, or one for several devices, on which it does not run.
+        """
+        own = ("include_path", "limit", "num_fewshot", "trust_remote_code")
+        given = [name for name in own if getattr(self, name)]
+        if self.harness is None and given:
+            raise ValueError(f"--{given[0].replace('_', '-')} is of --harness TASKS; give that, too, or leave it out")
+        if self.harness is not None and (self.loading.device_map or self.loading.max_memory):
+            raise ValueError("--harness loads the model onto one device; leave --device-map and --max-memory out")
 
     def task_if_any(self) -> UnlearningTask | None:
         """The data to measure on; None where there are none and the harness is to run alone.

@@ -4,6 +4,7 @@
 without a value, `3,5` and repeated options for lists, several fields that a docstring describes together.
 """
 
+import logging
 import re
 import sys
 from argparse import ArgumentError
@@ -17,6 +18,8 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from jsonargparse import ArgumentParser
 
 from mrp_lens.utils.validation import meant
+
+logger = logging.getLogger(__name__)
 
 FLAG = True  # what an option without a value was given
 NONE = ("none", "null")
@@ -112,10 +115,15 @@ class Option:
         Raises:
             ValueError: numbers that are none, or a value that is missing or makes no sense.
         """
+        if isinstance(given, Repeated) and (self.element is not str or self.separator is not None):
+            if any(one != given[-1] for one in given):  # only names that are told apart by repeating the option add up
+                together = f" (several of them: {self.spelled} {','.join(map(str, given))})" if self.element else ""
+                logger.warning(
+                    "%s is given %d times; the last one counts, %s%s", self.spelled, len(given), given[-1], together
+                )
+            given = given[-1]
         if given is FLAG and not self.is_flag:
             raise ValueError(f"{self.spelled} needs a value")
-        if isinstance(given, Repeated) and (self.element is not str or self.separator is not None):
-            given = given[-1]  # only names that are told apart by repeating the option add up
         if isinstance(given, str) and given.lower() in NONE and NoneType in get_args(self.type):
             return None
         if self.settings is not None:
@@ -220,12 +228,15 @@ def read(words: Sequence[str], options: Mapping[str, Option], *, positional: str
             name = positional
         else:
             before = options.get(next(reversed(found), ""))
-            off = (
-                f"did you mean {before.negative}? "
-                if word.lower() in (*NONE, "off", "no") and before and before.is_flag
-                else ""
-            )
-            raise ValueError(f"{where} takes no {word!r}; {off}options begin with --")
+            meaning = ""
+            if before is not None and before.is_flag and word.lower() in (*NONE, "off", "no"):
+                meaning = f"did you mean {before.negative}? "
+            elif before is not None and before.element is not None:
+                separated = before.separator or ("," if before.element is not str else None)
+                meaning = f"several of them are {before.spelled} " + (
+                    f"A{separated}B; " if separated else f"A {before.spelled} B; "
+                )
+            raise ValueError(f"{where} takes no {word!r}; {meaning}options begin with --")
         found[name] = value if name not in found else Repeated([*_several(found[name]), value])
     return found
 

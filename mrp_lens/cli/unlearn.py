@@ -13,11 +13,11 @@ from typing_extensions import override
 from mrp_lens.cli.command import Command, ModelOptions
 from mrp_lens.cli.console import console, show_examples, silent
 from mrp_lens.cli.figures import show_figures
-from mrp_lens.cli.run_folder import KIND, begun
+from mrp_lens.cli.run_folder import KIND, begun, check_out
 from mrp_lens.data import TaskConfig, UnlearningTask
 from mrp_lens.data.task import beginning
 from mrp_lens.edits import Edit, edit_on, load_edit
-from mrp_lens.edits.provenance import fingerprint
+from mrp_lens.edits.provenance import fingerprint, label_of
 from mrp_lens.methods import METHODS, Fit, Method, control_accuracy
 from mrp_lens.methods.base import FitTemplate
 from mrp_lens.methods.budget import LOGGED
@@ -203,15 +203,16 @@ class Unlearn(Command):
             **({} if earlier is None else {"after": fingerprint(earlier)}),
             **({} if self.request is None else {"request": self.request}),
         }
-        if not self.overwrite:
+        loaded: tuple[LensModel, LensModel | None] | None = None
+        if self.overwrite:  # what can be seen to fail must not cost the run that the folder holds
+            check_out(out, overwrite=True)
+            loaded = self._load_checked()
+        else:
             take_over(out, settings)
         with begun(out, settings, overwrite=self.overwrite) as store:
-            model = self.loading.load()
-            if isinstance(self.fitter, FitTemplate):  # before the folder holds what other settings cannot go on with
-                self.fitter.check_for(model)
+            model, reference = self._load_checked() if loaded is None else loaded
             store.check_same("model", identity_of(model))
             before = store.once(UNEDITED, lambda: measured(model, task, None))
-            reference = self._load_reference()
             fit = self._fit(model, task, reference, earlier)
             leave()  # what follows is for one process
             console.print(
@@ -224,20 +225,28 @@ class Unlearn(Command):
                     console.print(f"To get further: {fit.outcome.remedy}.")
             after = store.once("edited", lambda: measured(model, task, fit.edit))
             never = None if reference is None else store.once(NEVER_TAUGHT, lambda: measured(reference, task, None))
-            fill(run, task, method, fit, before, after, never)
+            name = method if earlier is None else label_of(fit.edit)  # what was measured is all requests together
+            fill(run, task, name, fit, before, after, never)
             run.write_into(out)
             run.frames["training"] = fit.log
             if set(LOGGED) <= set(fit.log):  # a fit without a budget has none of them
                 run.frames["budget"] = fit.log[["step", *LOGGED]]
             run.frames["accuracies"] = pd.DataFrame([dict(row) for row in run.rows])
-            edits, directions = {"unedited": None, method: fit.edit}, fit.directions.values()
+            edits, directions = {"unedited": None, name: fit.edit}, fit.directions.values()
             run.frames |= diagnostics(
-                model, task, edits, dict(zip([method], directions, strict=False)), seed=self.seed, store=store
+                model, task, edits, dict(zip([name], directions, strict=False)), seed=self.seed, store=store
             )
             run.write_into(out)
             store.tidy()
             console.print(f"Written to {out}: edit/, log.csv, table.csv, summary.json. The page: {report(out)}")
         return run
+
+    def _load_checked(self) -> tuple[LensModel, LensModel | None]:
+        """The model and the reference; the method's settings are checked, before the folder holds what others cannot go on with."""
+        model = self.loading.load()
+        if isinstance(self.fitter, FitTemplate):
+            self.fitter.check_for(model)
+        return model, self._load_reference()
 
     def _load_reference(self) -> LensModel | None:
         return None if self.reference is None else self.loading.load(self.reference)

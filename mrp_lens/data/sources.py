@@ -55,7 +55,11 @@ def hub_rows(path: str, config: str | None, split: str, schema: Schema | None) -
     source = KNOWN[path].path if path in KNOWN else path
     try:
         rows = load_dataset(source, config, split=split)
-    except (RuntimeError, DatasetGenerationError) as error:  # such as a loading script, which `datasets` does not run
+    except (
+        RuntimeError,
+        ValueError,
+        DatasetGenerationError,
+    ) as error:  # a loading script, a split that it has not, ...
         raise ValueError(f"{source} cannot be read from the Hub: {error}") from error
     if rows.builder_name != "csv":
         return rows

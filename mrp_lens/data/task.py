@@ -353,10 +353,18 @@ def task_for(model: str, config: TaskConfig, *, topic: str | None = None) -> Unl
         topic: of the embedded world. None: "potions".
 
     Raises:
-        ValueError: one of forget and retain without the other, neither for a model of one's own, or an unknown topic.
+        ValueError: one of forget and retain without the other, neither for a model of one's own or beside other options of the data, a
+            topic beside data, or an unknown topic.
     """
     if config.names_data:
+        if topic is not None:
+            raise ValueError(
+                f"topic={topic!r} is of the demo's world, and forget=... and retain=... are data of your own; leave one out"
+            )
         return config.load()
+    given = [field.name for field in fields(config) if getattr(config, field.name) not in (None, ())]
+    if given:
+        raise ValueError(f"{given[0]}=... goes with forget=... and retain=...; give these, too")
     if model != "demo":
         raise ValueError(
             "give forget=... and retain=... (and questions=...) for a model of your own; only the demo has a world"

@@ -62,7 +62,7 @@ def push_to_hub(
     """
     source = Path(folder)
     _check_folder(source)
-    _check_name(repo_id)
+    check_name(repo_id)
     api = HfApi(endpoint=endpoint, token=token, library_name="mrp_lens", library_version=version("mrp_lens"))
     with _explained(repo_id, str(api.endpoint)):
         found = _found(api, repo_id) or api.model_info(api.create_repo(repo_id, private=private, exist_ok=True).repo_id)
@@ -117,7 +117,7 @@ def _is_model(folder: Path) -> bool:
     return (folder / "config.json").is_file() and any(folder.glob("*.safetensors"))
 
 
-def _check_name(repo_id: str) -> None:
+def check_name(repo_id: str) -> None:
     """Refuse a name that the Hub does not take.
 
     Raises:

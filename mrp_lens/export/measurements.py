@@ -18,8 +18,8 @@ class Measurements:
     """What runs measured of an edit.
 
     Attributes:
-        rows: of the summary of `mrp-lens unlearn`, `demo` or `measure`: `method`, and figures by any name; controls are rows
-            too.
+        rows: of the summary of `mrp-lens unlearn`, `demo`, `measure` or `tune` (the half that nothing was chosen by): `method`, and
+            figures by any name; controls are rows too.
         attacks: rows of the summary of `mrp-lens attack`, with `attack` besides.
         notes: what these runs say must be known to read them.
         sources: a line on each of these runs.
@@ -87,6 +87,8 @@ def _summary(folder: Path, *, attacked: bool) -> dict[str, Any]:
     rows = summary.get("rows")
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise ValueError(f"{path} is damaged (its rows are no table); run {command} again")
+    if summary.get("command") == "tune":  # what trials were chosen by is not of this edit
+        summary["rows"] = rows = [row for row in rows if row.get("split") != "tuning"]
     if not rows or any(("attack" in row) != attacked or "method" not in row for row in rows):
         raise ValueError(f"{path} holds no rows, or not those of {command}; give a folder that it wrote")
     return summary

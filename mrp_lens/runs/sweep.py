@@ -225,6 +225,7 @@ def sweep(
     out: str | Path = "runs/sweep",
     *,
     shard: tuple[int, int] = (1, 1),
+    overwrite: bool = False,
     progress: bool = True,
 ) -> pd.DataFrame | None:
     """Fit and measure every point that has no file yet.
@@ -239,6 +240,7 @@ def sweep(
         config: what to cover. None: the quick sweep of `SweepConfig()`.
         out: the folder.
         shard: (i, n): every n-th point from the i-th on, i from 1.
+        overwrite: begin anew where the folder holds a run.
         progress: show progress bars.
 
     Returns:
@@ -268,7 +270,7 @@ def sweep(
     check_layers(model, plan.layers)
     defaults = {name: as_json(asdict(METHODS[name]())) for name in plan.methods}
     settings = {"model": identity_of(model), "data": task.fingerprints(), **plan.settings(), "defaults": defaults}
-    store = ResultStore.claim(out, "sweep", settings, earlier={"data": task.legacy_fingerprints()})
+    store = ResultStore.claim(out, "sweep", settings, earlier={"data": task.legacy_fingerprints()}, overwrite=overwrite)
     untouched = store.once(UNEDITED, lambda: _measure_unedited(model, task, plan))
     todo = [point for point in plan.points()[number - 1 :: count] if store.stored(point.name) is None]
     with tqdm(todo, desc="points", disable=not progress) as bar:

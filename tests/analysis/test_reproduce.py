@@ -139,6 +139,27 @@ def test_a_row_or_figure_that_is_missing_now_is_not_inside() -> None:
     assert "1 of 3 figures" in finding(table, {"torch": "2"})
 
 
+def test_rows_are_told_apart_by_all_that_they_are_about() -> None:
+    rows = [
+        {
+            "method": "mrp",
+            "seed": 0,
+            "requests": n,
+            "layer": None,
+            "forget_accuracy": n / 10,
+            "forget_low": n / 10 - 0.02,
+        }
+        | {"forget_high": n / 10 + 0.02}
+        for n in (1, 2, 3)
+    ]
+    table = compared(pd.DataFrame(rows), pd.DataFrame(rows[::-1]))
+    assert table["row"].tolist() == ["mrp 0 1", "mrp 0 2", "mrp 0 3"]
+    assert table["inside"].all()
+    alike = [{**row, "requests": 1} for row in rows]
+    with pytest.raises(ValueError, match="the record has several rows about 'mrp 0 1'"):
+        compared(pd.DataFrame(alike), pd.DataFrame(alike))
+
+
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_a_recipe_of_the_repository_has_a_record_of_the_files_it_reads(path: Path) -> None:
     recipe = Recipe.read(path)

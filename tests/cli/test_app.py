@@ -192,12 +192,25 @@ def test_text_stays_as_it_was_typed(text: str) -> None:
         ("--layer 3", "x has no --layer; did you mean --layers?"),
         ("--inner.noise loud", "inner"),
         ("stray", "x takes no 'stray'; options begin with --"),
+        ("--files a b", "x takes no 'b'; several of them are --files A --files B; options begin with --"),
+        ("--layers 1 2", "x takes no '2'; several of them are --layers A,B; options begin with --"),
+        ("--names mrp rmu", "x takes no 'rmu'; several of them are --names A,B; options begin with --"),
     ],
 )
 def test_what_makes_no_sense_is_named(words: str, message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)) as raised:
         values_of(*words.split())
     assert "\n" not in str(raised.value)
+
+
+def test_what_is_given_twice_and_counts_once_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    values_of(*"--lr 1 --lr 1 --files a --files b --flag --flag".split())
+    assert not caplog.records
+    values_of(*"--lr 1 --lr 2 --layers 3 --layers 5".split())
+    assert [record.getMessage() for record in caplog.records] == [
+        "--lr is given 2 times; the last one counts, 2",
+        "--layers is given 2 times; the last one counts, 5 (several of them: --layers 3,5)",
+    ]
 
 
 def test_a_docstring_describes_fields_one_by_one_together_and_in_a_base_class() -> None:

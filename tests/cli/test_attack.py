@@ -107,6 +107,34 @@ def test_without_a_model_it_is_that_of_the_run_which_left_the_edit(
     assert not (attacked / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("of_run", "typed", "found"),
+    [
+        ({"topic": "towns"}, [], {"topic": "towns"}),
+        ({"topic": "towns"}, ["--topic", "beasts"], {"topic": "beasts"}),
+        (
+            {"forget": ["f"], "retain": "r", "choices": ["a", "b"]},
+            [],
+            {"forget": ("f",), "retain": "r", "choices": ("a", "b")},
+        ),
+        ({"forget": ["f"], "retain": "r"}, ["--topic", "beasts"], {"topic": "beasts", "forget": ()}),
+        ({"model": "own", "topic": "towns"}, [], {"topic": None}),
+        ({}, [], {"topic": None, "forget": ()}),
+    ],
+)
+def test_without_data_they_are_those_of_the_run_which_left_the_edit(
+    of_run: dict[str, Any], typed: list[str], found: dict[str, Any], attacked: Path
+) -> None:
+    (attacked / "summary.json").write_text(json.dumps({"arguments": of_run}))
+    edit = attacked / "edit"
+    command = AttackEdit.parsed(["--edit", str(edit), "--out", "out", *typed])
+    assert command is not None
+    known = command.of_edit(edit)
+    assert {name: getattr(known if name == "topic" else known.data, name) for name in found} == found
+    assert command.of_edit(edit, with_data=False).data == command.data
+    assert known.of_edit(edit) == known
+
+
 def test_a_quiz_is_asked_for_before_a_folder_is_made(tiny_folder: Path, attacked: Path) -> None:
     data = ("--forget", str(attacked / "forget.jsonl"), "--retain", str(attacked / "retain.txt"))
     line = ("attack", "--model", str(tiny_folder), "--edit", str(attacked / "edit"), *data)

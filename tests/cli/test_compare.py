@@ -54,6 +54,16 @@ def test_edits_stand_by_the_damage_they_did_under_the_names_of_their_runs(tmp_pa
     assert "is not empty" in str(invoke("compare", small, "--out", str(tmp_path / "out")).exception)
 
 
+def test_a_run_of_another_command_is_refused_and_a_comparison_can_be_repeated(tmp_path: Path) -> None:
+    demo = Path(wrote(tmp_path / "demo", UNEDITED))
+    (demo / "summary.json").write_text(json.dumps({"command": "demo", "rows": [UNEDITED]}))
+    assert "is of `mrp-lens demo`; give runs of" in str(invoke("compare", str(demo)).exception)
+    run, out = wrote(tmp_path / "run", UNEDITED, edited(damage=0.01)), tmp_path / "out"
+    completed("compare", run, "--out", str(out))
+    again = completed("compare", "--config", str(out / "summary.json"), "--out", str(tmp_path / "again"))
+    assert "0.010 [0.000, 1.000]" in again.output
+
+
 def test_runs_of_other_data_and_folders_without_an_edit_are_refused(tmp_path: Path) -> None:
     run = wrote(tmp_path / "run", UNEDITED, edited(damage=0.01))
     other = wrote(tmp_path / "other", {**UNEDITED, "forget_accuracy": 0.8}, edited(damage=0.01))

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from mrp_lens.cli.export import Export
 from mrp_lens.cli.run_folder import run_of
 from mrp_lens.models import load_model
-from tests.support.commands import Result, completed
+from tests.support.commands import Result, completed, invoke
 from tests.support.edits import logits, weight_edit
 from tests.support.export_edits import log_probabilities
 
@@ -128,6 +128,27 @@ def test_bad_input_ends_before_the_model_is_loaded(
     with pytest.raises(ValueError, match="altered"):
         export(*common, "--out", str(tmp_path / "out"))
     assert not (tmp_path / "out").exists()
+
+
+def test_a_name_that_the_hub_does_not_take_is_refused_before_any_work(edit_folder: Path, tmp_path: Path) -> None:
+    result = invoke("export", "--edit", str(edit_folder), "--out", str(tmp_path / "out"), "--push-to", "bad name!")
+    assert "'bad name!' cannot be the name of a repository" in str(result.exception)
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_was_exported_stays_where_the_upload_fails(
+    edit_folder: Path, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def push(folder: Path, repo_id: str, *, private: bool) -> str:
+        raise PermissionError("no token")
+
+    monkeypatch.setattr("mrp_lens.export.export.push_to_hub", push)
+    line = ["--model", str(tiny_folder), "--edit", str(edit_folder), "--no-verify", "--push-to", "me/edited"]
+    result = invoke("export", *line, "--out", str(tmp_path / "out"))
+    assert "no token" in str(result.exception)
+    assert (tmp_path / "out" / "config.json").is_file()
+    said = " ".join(result.output.split())
+    assert "To upload it later: python -c" in said
 
 
 def test_it_uploads_when_asked_and_privately_unless_told(

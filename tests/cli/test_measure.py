@@ -107,6 +107,9 @@ def test_a_reference_is_a_row_and_what_the_measures_of_the_field_compare_with(ti
         (["--harness", "quiz", "--reference", "demo"], "--reference and --benchmark measure on data"),
         (["--harness", "quiz", "--documents", "3"], "--documents is of data"),
         (["--forget", "x.jsonl", "--retain", "y.txt", "--unseen", "x.jsonl"], "--unseen is of --benchmark"),
+        (["--forget", "x.jsonl", "--retain", "y.txt", "--limit", "5"], "--limit is of --harness TASKS"),
+        (["--forget", "x.jsonl", "--retain", "y.txt", "--num-fewshot", "2"], "--num-fewshot is of --harness TASKS"),
+        (["--harness", "quiz", "--device-map", "auto"], "--harness loads the model onto one device"),
     ],
 )
 def test_what_the_measures_of_the_field_need(words: list[str], message: str, files: Path, tiny_folder: Path) -> None:

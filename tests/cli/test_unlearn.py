@@ -121,6 +121,16 @@ def test_a_full_folder_is_refused_before_anything_is_done(tiny_folder: Path, fil
         assert [file.name for file in (files / "out").iterdir()] == ["precious.txt"]
 
 
+def test_what_fails_before_a_fit_costs_no_earlier_run(tiny_folder: Path, files: Path) -> None:
+    out = files / "out"
+    out.mkdir()
+    (out / "summary.json").write_text(json.dumps({"command": "unlearn", "versions": {}, "rows": []}))
+    for extra in (["--layers", "40"], ["--model", str(files / "nowhere")], ["--reference", str(files / "nowhere")]):
+        result = unlearn(tiny_folder, files, "--overwrite", *extra)
+        assert isinstance(result.exception, ValueError | OSError)
+        assert [file.name for file in out.iterdir()] == ["summary.json"]
+
+
 @pytest.mark.slow
 def test_another_run_is_refused_and_replaced_when_that_is_asked_for(tiny_folder: Path, files: Path) -> None:
     out = files / "out"

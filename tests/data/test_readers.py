@@ -190,6 +190,8 @@ def test_csv_files_of_the_hub_are_not_retyped(tmp_path: Path, monkeypatch: pytes
     written(tmp_path / "code" / "code.py", f"open({str(tmp_path / 'ran')!r}, 'w')")
     with pytest.raises(ValueError, match=r"cannot be read from the Hub: Dataset scripts are no longer supported"):
         Corpus.from_hub(str(tmp_path / "code"))
+    with pytest.raises(ValueError, match=r"set cannot be read from the Hub: .*dev"):
+        Questions.from_hub(str(tmp_path / "set"), split="dev", choices=["A", "B"])
     assert not (tmp_path / "ran").exists()
 
 

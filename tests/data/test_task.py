@@ -74,7 +74,7 @@ def test_one_file_may_be_named_as_such_and_a_config_reads_the_same(files: Path) 
     task = UnlearningTask.from_files(forget, retain, questions=quiz, **COLUMNS)
     config = TaskConfig((forget,), retain, quiz, **COLUMNS | {"choices": "a,b"})
     assert config.load() == task
-    assert task_for("demo", config, topic="beasts") == task
+    assert task_for("demo", config) == task
 
 
 def test_the_retain_set_may_have_other_columns_than_the_forget_set(tmp_path: Path) -> None:
@@ -124,6 +124,23 @@ def test_forget_set_and_retain_set_go_together(config: TaskConfig, message: str)
     for read in (TaskConfig.load, lambda config: task_for("mine", config)):
         with pytest.raises(ValueError, match=re.escape(message)):
             read(config)
+
+
+@pytest.mark.parametrize(
+    ("config", "topic", "message"),
+    [
+        (
+            TaskConfig(untaught_questions="nowhere.jsonl"),
+            None,
+            "untaught_questions=... goes with forget=... and retain=...",
+        ),
+        (TaskConfig(prompt="{q}"), "towns", "prompt=... goes with forget=... and retain=..."),
+        (TaskConfig(("x.jsonl",), "y.txt"), "towns", "topic='towns' is of the demo's world"),
+    ],
+)
+def test_no_option_of_the_data_is_left_unread(config: TaskConfig, topic: str | None, message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        task_for("demo", config, topic=topic)
 
 
 @pytest.mark.slow

@@ -234,6 +234,17 @@ def test_figures_stand_beside_their_controls_with_intervals(fits: dict[str, Edit
     assert "interrupted after 2 steps" in card_of(fits["mrp"], record=Measurements.read(run_folder))
 
 
+def test_of_a_search_only_what_nothing_was_chosen_by_is_on_the_card(fits: dict[str, Edit], tmp_path: Path) -> None:
+    rows = [{"method": "unedited", "split": "reported", "forget_accuracy": 0.9}]
+    rows += [{"method": "mrp", "split": "reported", "forget_accuracy": 0.321}]
+    rows += [{"method": "mrp", "split": "tuning", "forget_accuracy": 0.111 + n, "trial": n} for n in range(3)]
+    (tmp_path / "summary.json").write_text(json.dumps({"command": "tune", "versions": {}, "rows": rows}))
+    figures = section(card_of(fits["mrp"], record=Measurements.read(tmp_path)), "Figures")
+    assert "32.1%" in figures
+    assert "11.1%" not in figures
+    assert [row[0] for row in tables(figures)[0][1:]] == ["unedited (control)", "mrp"]
+
+
 def test_attacks_stand_beside_their_controls_with_intervals(fits: dict[str, Edit], attack_folder: Path) -> None:
     attacks, probes = tables(section(card_of(fits["mrp"], record=Measurements.read(attacks=attack_folder)), "Attacks"))
     assert attacks[1:] == [

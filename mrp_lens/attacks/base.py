@@ -7,7 +7,7 @@ from typing import Any, ClassVar, TypeVar
 
 import pandas as pd
 
-from mrp_lens.attacks.evaluation import check_held_out
+from mrp_lens.attacks.evaluation import check_held_out, check_untaught
 from mrp_lens.data import Questions
 from mrp_lens.data.questions import Half
 from mrp_lens.data.task import UnlearningTask
@@ -48,7 +48,8 @@ class FactSplit:
         """
         train, held_out = task.split(by, limit=limit, seed=seed)
         untaught = task.untaught_alike
-        check_held_out(held_out, train=train, untaught=untaught)
+        check_held_out(held_out, train=train)
+        check_untaught(untaught, train=train, held_out=held_out)
         return cls(train, held_out, untaught, None if untaught is None else untaught.halves(seed=seed)[1])
 
     def fingerprints(self) -> dict[str, str]:

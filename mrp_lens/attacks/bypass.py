@@ -15,7 +15,7 @@ from typing_extensions import override
 
 from mrp_lens.attacks.ablation import ablated, junk_directions, noisy
 from mrp_lens.attacks.base import Attack, Frames, Setting
-from mrp_lens.attacks.evaluation import chance, check_held_out, score
+from mrp_lens.attacks.evaluation import chance, check_held_out, check_untaught, score
 from mrp_lens.attacks.prompting import check_same_facts, few_shot, forget_token, in_context, with_token
 from mrp_lens.attacks.quantization import block_matrices, quantized, quantized_to_nf4
 from mrp_lens.attacks.registry import register
@@ -159,6 +159,7 @@ def chosen_kinds(given: Given, kinds: Sequence[Kind] | None) -> list[Kind]:
     """The kinds asked for, or all that can be done.
 
     Raises:
+        TypeError: a string instead of several.
         ValueError: one that does not exist, or for which something is missing.
     """
     needs = _needs(given)
@@ -167,6 +168,8 @@ def chosen_kinds(given: Given, kinds: Sequence[Kind] | None) -> list[Kind]:
     }
     if kinds is None:
         return [kind for kind, what in missing.items() if not what]
+    if isinstance(kinds, str):
+        raise TypeError(f"kinds is one string, {kinds!r}; write [{kinds!r}] for a single kind")
     for kind in kinds:
         if kind not in missing:
             raise ValueError(f"unknown kind {kind!r}; choose of {', '.join(map(repr, missing))}")
@@ -277,6 +280,7 @@ def bypass(
     _check_data(Questions, untaught=untaught, shots=shots, retain_questions=retain_questions, paraphrased=paraphrased)
     _check_data(Corpus, forget=forget, retain=retain)
     check_held_out(held_out, shots=shots)
+    check_untaught(untaught, held_out=held_out, shots=shots)
     if paraphrased is not None:
         check_same_facts(held_out, paraphrased)
     given = Given(

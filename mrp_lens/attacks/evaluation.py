@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from mrp_lens.data import Corpus, Document, Questions
+from mrp_lens.data.kinds import check_questions
 from mrp_lens.data.tokenization import in_order
 from mrp_lens.edits import Edit, edit_on
 from mrp_lens.metrics.multiple_choice import answered_right, choice_scores
@@ -43,8 +44,7 @@ def check_held_out(held_out: Questions, **seen: Any) -> None:
         TypeError: held_out is no Questions.
         ValueError: no held-out questions, or some of them, prompt or whole text, are among what the attacker gets.
     """
-    if not isinstance(held_out, Questions):
-        raise TypeError(f"held_out must be Questions, got {type(held_out).__name__}")
+    check_questions(held_out=held_out)
     if not len(held_out):
         raise ValueError(f"no held-out questions in {held_out.name!r}")
     answers: dict[str, set[str]] = {}
@@ -67,6 +67,34 @@ def check_held_out(held_out: Questions, **seen: Any) -> None:
         warnings.warn(
             f"only {len(held_out)} held-out questions in {held_out.name!r}: the interval of the recovery will be wide; use {FEW} or more",
             stacklevel=3,
+        )
+
+
+def check_untaught(untaught: Any, **taught: Any) -> None:
+    """Refuse never-taught questions that the model was taught or will be: they would lift the floor of what comes back.
+
+    Args:
+        untaught: the questions; None: there are none.
+        **taught: what was forgotten and what the attacker gets, by its argument's name: Questions, a Corpus, or None.
+
+    Raises:
+        TypeError: untaught is no Questions.
+        ValueError: some of them, prompt and right answer together, are among the others.
+    """
+    if untaught is None:
+        return
+    check_questions(untaught=untaught)
+    told = {
+        (document.prompt + document.completion).strip()
+        for given in taught.values()
+        if given is not None
+        for document in (given.right_answers() if isinstance(given, Questions) else given).documents
+    }
+    shared = [q for q in untaught.questions if (q.prompt + q.choices[q.answer]).strip() in told]
+    if shared:
+        raise ValueError(
+            f"{len(shared)} questions of untaught {untaught.name!r} are in {' or '.join(taught)} too, such as {shared[0].prompt!r}: facts "
+            "that the model was taught do not show what absent looks like; leave them out"
         )
 
 
@@ -107,7 +135,8 @@ class Evaluator:
         seed: int,
     ) -> "Evaluator":
         """Check the data, and score the model without attack."""
-        check_held_out(held_out, train=taught, untaught=untaught)
+        check_held_out(held_out, train=taught)
+        check_untaught(untaught, train=taught, held_out=held_out)
         floor, control = untaught.halves(seed=seed) if untaught is not None else (None, None)
         before = score(model, held_out)
         with edit_on(model, edit):

@@ -14,12 +14,13 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from typing_extensions import override
 
-from mrp_lens.attacks.base import Attack, Frames, Setting, labelled
-from mrp_lens.attacks.evaluation import chance, check_held_out
+from mrp_lens.attacks.base import Attack, FactSplit, Frames, Setting, labelled
+from mrp_lens.attacks.evaluation import chance, check_held_out, check_untaught
 from mrp_lens.attacks.gradients import answer_losses, input_gradient, input_gradients
 from mrp_lens.attacks.registry import register
 from mrp_lens.attacks.summary import ACCURACIES, RECOVERY, columns, without_attack
 from mrp_lens.data import Document, Questions
+from mrp_lens.data.kinds import check_questions
 from mrp_lens.data.tokenization import Encoded, Encoder, TokenBatch, in_order
 from mrp_lens.edits import Edit, edit_on
 from mrp_lens.metrics.activations import states_of
@@ -409,18 +410,15 @@ def _check_questions(train: Questions, held_out: Questions, untaught: Questions 
     for name, questions in (("train", train), ("untaught", untaught)):
         if questions is None and name == "untaught":
             continue
-        if not isinstance(questions, Questions):
-            raise TypeError(f"{name} must be Questions, got {type(questions).__name__}")
-        if not len(questions):
+        check_questions(**{name: questions})
+        if questions is not None and not len(questions):
             raise ValueError(f"no questions in {name}, {questions.name!r}")
     check_held_out(held_out, train=train)
-    if untaught is not None:
-        taught = {q.prompt for questions in (train, held_out) for q in questions.questions}
-        shared = [q.prompt for q in untaught.questions if q.prompt in taught]
-        if shared:
+    check_untaught(untaught, train=train, held_out=held_out)
+    for questions in (train, held_out, untaught):
+        if questions is not None and not all(q.prompt for q in questions.questions):
             raise ValueError(
-                f"{len(shared)} untaught questions are in train or held_out too, such as {shared[0]!r}: "
-                "give questions about facts that the model was never taught, or None"
+                f"a question of {questions.name!r} has an empty prompt, before which no trigger can stand; leave it out"
             )
 
 
@@ -438,6 +436,10 @@ class Jailbreak(Attack):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_positive(search_steps=self.search_steps)
+
+    @override
+    def check_facts(self, facts: FactSplit) -> None:
+        _check_questions(facts.train, facts.held_out, facts.untaught)
 
     @override
     def run(self, setting: Setting) -> Frames:

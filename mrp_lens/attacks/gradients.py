@@ -13,6 +13,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from mrp_lens.data import Questions
+from mrp_lens.data.kinds import check_questions
 from mrp_lens.data.tokenization import PaddingSide, TokenBatch, in_order
 from mrp_lens.edits import Edit, edit_on
 from mrp_lens.metrics.bootstrap import bootstrap_interval
@@ -80,8 +81,7 @@ def input_gradients(
     Example:
         >>> frame = input_gradients(model, fit.edit, questions)
     """
-    if not isinstance(questions, Questions):
-        raise TypeError(f"questions must be Questions, got {type(questions).__name__}")
+    check_questions(questions=questions)
     if not len(questions):
         raise ValueError(f"no questions in {questions.name!r}")
     check_whole(batch_size=batch_size)

@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 from typing_extensions import override
 
 from mrp_lens.attacks.base import Attack, FactSplit, Frames, Setting, labelled
-from mrp_lens.attacks.evaluation import check_held_out
+from mrp_lens.attacks.evaluation import check_held_out, check_untaught
 from mrp_lens.attacks.registry import register
 from mrp_lens.attacks.relearn import Relearn
 from mrp_lens.attacks.v_information import FOLDS, LabelledStates, ProbeKind, VInformation, usable_information
@@ -118,11 +118,12 @@ def probe(
     if untaught is not None and (halves := _halves(untaught, train, held_out, target, seed)):
         first, second = halves
         pairs += [("never-taught", first, second), ("never-taught", second, first)]
-    labels = [_labels(known, asked, target) for _, known, asked in pairs]
+    widest = max(len(q.choices) for _, *both in pairs for part in both for q in part.questions)
+    labels = [_labels(known, asked, target, widest) for _, known, asked in pairs]
     sets = {id(questions): questions for _, *both in pairs for questions in both}
     with edit_on(model, edit), frozen(model):
         states = {
-            key: _states(model, questions, target, list(hooks.values()), batch_size, padding, progress)
+            key: _states(model, questions, target, widest, list(hooks.values()), batch_size, padding, progress)
             for key, questions in sets.items()
         }
     rows = []
@@ -158,15 +159,7 @@ def _halves(
     Raises:
         TypeError, ValueError: no Questions, or some of them are among the taught.
     """
-    if not isinstance(untaught, Questions):
-        raise TypeError(f"untaught must be Questions, got {type(untaught).__name__}")
-    taught = {(q.prompt, q.choices[q.answer]) for part in (train, held_out) for q in part.questions}
-    shared = sum((q.prompt, q.choices[q.answer]) in taught for q in untaught.questions)
-    if shared:
-        raise ValueError(
-            f"{shared} questions of untaught {untaught.name!r} are in train or held_out too: facts that the model was taught do not "
-            "show what absent looks like; leave them out"
-        )
+    check_untaught(untaught, train=train, held_out=held_out)
     entities = {q.entity for q in untaught.questions}
     by: Half = "entity" if all(entities) else "question"
     halves = None if by == "entity" and len(entities) < 2 else untaught.halves(by=by, seed=seed)
@@ -184,9 +177,9 @@ def _halves(
 
 
 def _labels(
-    train: Questions, held_out: Questions, target: Target
+    train: Questions, held_out: Questions, target: Target, widest: int
 ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor], int]:
-    """Choices and right places of both, as `LabelledStates` wants them, and the number of classes.
+    """Choices and right places of both, as `LabelledStates` wants them, `widest` a question, and the number of classes.
 
     Raises:
         ValueError: too few training facts.
@@ -199,13 +192,13 @@ def _labels(
             f"{len(numbers)} different answers among the choices, and only {len(train)} training facts in {train.name!r}: "
             "a class of its own for each cannot be learned; use target='choice', or give more training facts"
         )
-    widest = max(len(q.choices) for part in (train, held_out) for q in part.questions)
 
     def labels(part: Questions) -> tuple[Tensor, Tensor]:
         rows = [[numbers[c] for c in q.choices] + [-1] * (widest - len(q.choices)) for q in part.questions]
         return torch.tensor(rows), torch.tensor([q.answer for q in part.questions])
 
-    return labels(train), labels(held_out), len(numbers) if target == "answer" else widest
+    most = max(len(q.choices) for part in (train, held_out) for q in part.questions)
+    return labels(train), labels(held_out), len(numbers) if target == "answer" else most
 
 
 def _answers(*parts: Questions) -> list[str]:
@@ -217,17 +210,18 @@ def _states(
     model: LensModel,
     questions: Questions,
     target: Target,
+    widest: int,
     hooks: Sequence[str],
     batch_size: int,
     padding: PaddingSide,
     progress: bool,
 ) -> dict[str, Tensor]:
-    """Hook -> states at the ends of the prompts, or of prompt + choice (0 where a question has fewer choices)."""
+    """Hook -> states at the ends of the prompts, or of prompt + choice (of `widest` choices, 0 where a question has fewer)."""
     endings = [("",) if target == "answer" else q.choices for q in questions.questions]
     where = [(place, choice) for place, texts in enumerate(endings) for choice in range(len(texts))]
     encoder = encoder_for(model)
     documents = [Document(questions.questions[place].prompt, endings[place][choice]) for place, choice in where]
-    size = (len(endings), max(len(texts) for texts in endings), int(model.cfg.d_model))
+    size = (len(endings), 1 if target == "answer" else widest, int(model.cfg.d_model))
     kept: dict[str, Tensor] = {}
     rows = encoder.encode(documents, keep="end")
     batches = last_states(model, encoder, rows, hooks, batch_size=batch_size, padding=padding, progress=progress)

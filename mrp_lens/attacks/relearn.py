@@ -89,7 +89,7 @@ def relearn(
         after Ctrl-C, which `frame.attrs["interrupted"]` tells.
 
     Raises:
-        TypeError: train or held_out of another kind.
+        TypeError: train, held_out, untaught or marks of another kind.
         ValueError: T and V overlap, a budget of 0, a form that the edit does not have, a model that was loaded in
             inference mode; NonFiniteError where its logits are NaN or infinite before any update.
 
@@ -101,6 +101,8 @@ def relearn(
         steps=steps, batch_size=batch_size, form=form, parameters=parameters, lora_rank=lora_rank, seed=seed
     )
     rates = attacker.rates(model, lr)
+    if isinstance(marks, int):
+        raise TypeError(f"marks are several numbers of updates, got {marks}; write [{marks}] for a single one")
     evaluator = Evaluator.of(model, edit, limited(train, samples), held_out, untaught, seed=seed)
     points = sorted({mark for mark in marks if 0 <= mark <= steps} | {steps})
 

@@ -95,9 +95,11 @@ def _question(row: Row, number: int, columns: QuestionColumns, name: str) -> Que
     given = column(row, columns.answer, number, name)
     index = right_choice(given, choices, number, name, typed=not isinstance(row, Untyped))
     options = [str(choice) for choice in choices]
-    spaced = tuple(option if option[:1].isspace() else f" {option}" for option in options)
+    prompt = fill(columns.prompt, row, number, name)
+    joined = prompt[-1:].isspace()  # a second space would ask in a form that no model knows
+    spaced = tuple(option if joined or option[:1].isspace() else f" {option}" for option in options)
     group, entity = ("" if it is None else label(row, it, number, name) for it in (columns.group, columns.entity))
-    return Question(fill(columns.prompt, row, number, name), spaced, index, group, entity)
+    return Question(prompt, spaced, index, group, entity)
 
 
 def choices_of(row: Row, columns: str | Sequence[str], number: int, name: str) -> list[Any]:

@@ -49,8 +49,8 @@ class Questions:
             rows: mappings from column to value, a pandas DataFrame or a Dataset.
             prompt: template whose braces name columns. None: `{question}`, or what the schema says.
             choices: a column holding a list, or several columns holding one choice or a list of them each; 2 to 10 in
-                all. A choice is joined to the prompt by one space unless it starts with white space already. None:
-                `choices`, or what the schema says.
+                all. A choice is joined to the prompt by one space unless it starts, or the prompt ends, with white space
+                already. None: `choices`, or what the schema says.
             answer: column with the right choice: its text, its letter (`B`, `b`, `B.`, `(B)`), or its index from 0, as
                 an int or as digits. A string that is the text of a choice is taken as that, then as a letter, then as
                 an index; in a .csv or .tsv file, which does not tell texts from numbers, digits that may be meant as

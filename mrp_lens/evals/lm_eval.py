@@ -277,6 +277,25 @@ class HarnessModel(HFLM):  # type: ignore[misc]
         room = options.get("left_truncate_len")
         return start + (ids[max(0, len(ids) + len(start) - room) :] if room else ids)
 
+    def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
+        """Of whole texts: the harness puts a BOS of its own in front of them, behind which ours would count as a token of the text."""
+        start, self.start = self.start, []
+        try:
+            found: list[float] = super().loglikelihood_rolling(requests, disable_tqdm=disable_tqdm)
+        finally:
+            self.start = start
+        return found
+
+    def _loglikelihood_tokens(self, requests: Any, **options: Any) -> Any:
+        """Of a text that is too long BOS and the end are read, as the library's own metrics do; the harness reads the end alone."""
+        kept = []
+        for texts, context, continuation in requests:
+            over = len(context) + len(continuation) - (self.max_length + 1)
+            if self.start and over > 0 and context[: len(self.start)] == self.start:
+                context = self.start + context[len(self.start) + over :]
+            kept.append((texts, context, continuation))
+        return super()._loglikelihood_tokens(kept, **options)
+
     def tok_batch_encode(self, strings: list[str], padding_side: str = "left", **options: Any) -> Any:
         """Token ids and attention mask of a batch that generation starts from."""
         if not self.own_bos:

@@ -7,6 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mrp_lens.data import Corpus
+from mrp_lens.data.kinds import check_corpus
 from mrp_lens.data.tokenization import in_order
 from mrp_lens.edits import Edit
 from mrp_lens.metrics.bootstrap import bootstrap_interval
@@ -40,9 +41,13 @@ def damage(
         (NaN with a single document); `uniform`, the control: the damage of guessing uniformly over the vocabulary.
 
     Raises:
+        TypeError: no edit, or no Corpus.
         ValueError: no document, or none with a token to predict; NonFiniteError where logits are NaN or infinite, or the
             edited model rules out what the unedited one does not.
     """
+    if not isinstance(edit, Edit):
+        raise TypeError(f"edit must be an Edit, got {type(edit).__name__}; damage is that of an edit")
+    check_corpus(corpus=corpus)
     if not len(corpus):
         raise ValueError(f"no documents in {corpus.name!r}; give text that the model is to keep")
     encoder = encoder_for(model)

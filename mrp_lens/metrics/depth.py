@@ -7,7 +7,7 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Float64
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -19,6 +19,7 @@ from mrp_lens.metrics.bootstrap import bootstrap_interval, share_interval
 from mrp_lens.metrics.registry import Measured, register
 from mrp_lens.models import LensModel, check_lens_model, encoder_for
 from mrp_lens.models.hooks import captured, frozen, hooked
+from mrp_lens.models.memory import in_halves
 from mrp_lens.training.losses import before_counted, cross_entropy, predictions
 from mrp_lens.utils.progress import progress_bar
 from mrp_lens.utils.torch_state import ordinary_torch
@@ -29,6 +30,7 @@ Positions = Literal["all", "answer"]
 
 GAP = 0.05  # nats a token: UDS's tau
 DOCUMENTS = 100  # of a task, at most
+SCORES = "scores"  # beside the states, by the names of their hooks
 
 Values = NDArray[np.float64]
 States = Mapping[str, Float[Tensor, "batch seq d_model"]]
@@ -155,6 +157,21 @@ def _of_forget_set(measured: Measured) -> pd.DataFrame | None:
 
 
 @dataclass(frozen=True)
+class _Patch:
+    """A batch, the states to put in, and where; rows can be taken of it."""
+
+    batch: TokenBatch
+    states: Float[Tensor, "batch seq d_model"]
+    where: Bool[Tensor, "batch seq"]
+
+    def __len__(self) -> int:
+        return len(self.batch)
+
+    def __getitem__(self, rows: slice) -> "_Patch":
+        return _Patch(self.batch[rows], self.states[rows], self.where[rows])
+
+
+@dataclass(frozen=True)
 class _Side:
     """A model, as it stands or with an edit on."""
 
@@ -163,25 +180,33 @@ class _Side:
 
     def read(self, batch: TokenBatch, hooks: Sequence[str]) -> tuple[States, Values]:
         """The states at each hook, and the mean log-probability of the tokens that count in each row."""
-        with edit_on(self.model, self.edit), captured(self.model, hooks) as store:
-            scores = self._scores(batch)
-        return store, scores
+
+        def whole(part: TokenBatch) -> dict[str, Tensor]:
+            with edit_on(self.model, self.edit), captured(self.model, hooks) as store:
+                scores = self._scores(part)
+            return {**store, SCORES: scores}
+
+        found = in_halves(batch, whole)
+        return found, found.pop(SCORES).numpy()
 
     def patched(
         self, batch: TokenBatch, hook: str, states: Float[Tensor, "batch seq d_model"], where: Bool[Tensor, "batch seq"]
     ) -> Values:
         """The same log-probability with the states put in at a hook, behind what the edit does there."""
 
-        def put(activation: Tensor, hook: Any) -> Tensor:
-            return torch.where(where[..., None], states.to(activation), activation)
+        def whole(part: _Patch) -> Tensor:
+            def put(activation: Tensor, hook: Any) -> Tensor:
+                return torch.where(part.where[..., None], part.states.to(activation), activation)
 
-        with edit_on(self.model, self.edit), hooked(self.model, [(hook, put)]):
-            return self._scores(batch)
+            with edit_on(self.model, self.edit), hooked(self.model, [(hook, put)]):
+                return self._scores(part.batch)
 
-    def _scores(self, batch: TokenBatch) -> Values:
-        own = -cross_entropy(predictions(self.model, batch), batch).double().cpu().numpy()
-        ends = batch.loss_mask[:, 1:].sum(dim=1).cumsum(0).tolist()
-        return np.array([part.mean() for part in np.split(own, ends[:-1])])
+        return in_halves(_Patch(batch, states, where), whole).numpy()
+
+    def _scores(self, batch: TokenBatch) -> Float64[Tensor, " batch"]:
+        own = -cross_entropy(predictions(self.model, batch, whole=True), batch).double().cpu()
+        counts = batch.loss_mask[:, 1:].sum(dim=1).tolist()
+        return torch.stack([part.mean() for part in own.split(counts)])
 
 
 class _Scores:

@@ -131,7 +131,9 @@ def _log_probabilities(
     if not documents:
         return []
     corpus = Corpus(tuple(documents), "answers")
-    found = by_document(model, corpus, batch_size=batch_size, desc="scoring answers", warn=False, progress=progress)
+    found = by_document(
+        model, corpus, batch_size=batch_size, desc="scoring answers", keep="end", warn=False, progress=progress
+    )
     return [own[:, 0] for own in found]
 
 
@@ -152,7 +154,7 @@ def _mean(values: Values, seed: int) -> dict[str, Any]:
 def _repetitions(model: LensModel, documents: Sequence[Document], ngram: int) -> list[float]:
     """Of each completion 1 - distinct / all n-grams of tokens; 0 where it has none."""
     found = []
-    for row in encoder_for(model).encode(documents, warn=False):
+    for row in encoder_for(model).encode(documents, keep="end", warn=False):
         ids = [token for token, own in zip(row.ids, row.in_loss, strict=True) if own]
         grams = [tuple(ids[start : start + ngram]) for start in range(len(ids) - ngram + 1)]
         found.append(1 - len(set(grams)) / len(grams) if grams else 0.0)

@@ -74,7 +74,7 @@ def mean_log_probabilities(
             ends = np.cumsum([len(places[row]) for row in scored])
             values[scored] = [part.mean() for part in np.split(found, ends[:-1])]
             bar.update(len(passes))
-    return np.split(values, np.cumsum(sizes)[:-1])
+    return np.split(values, np.cumsum(sizes)[:-1]) if sizes else []
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from jaxtyping import Float, Float32
 from torch import Tensor
 
 from mrp_lens.data import Document, Question, Questions
+from mrp_lens.data.kinds import check_questions
 from mrp_lens.data.tokenization import Encoded, Encoder, PaddingSide, in_order
 from mrp_lens.metrics.activations import hooks_at, states_of
 from mrp_lens.metrics.multiple_choice import accuracy_row, by_group
@@ -67,6 +68,7 @@ def logit_lens(
         >>> with fit.edit.applied(model):
         ...     frame = logit_lens(model, questions)
     """
+    check_questions(questions=questions)
     if not len(questions):
         raise ValueError(f"no questions in {questions.name!r}")
     hooks = hooks_at(model, layers, site)

@@ -10,6 +10,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from mrp_lens.data import Document, Questions
+from mrp_lens.data.kinds import check_questions
 from mrp_lens.data.tokenization import Encoded, Encoder
 from mrp_lens.metrics.bootstrap import share_interval
 from mrp_lens.metrics.likelihood import mean_log_probabilities
@@ -139,8 +140,10 @@ def choice_scores(
     choice are read as one text. -infinity where the model rules one of them out. Arguments as for `accuracy`.
 
     Raises:
+        TypeError: no Questions.
         ValueError: a choice without a token, or too long for the model; NonFiniteError where logits are NaN.
     """
+    check_questions(questions=questions)
     encoder = encoder_for(model)
     sizes = [len(question.choices) for question in questions.questions]
     rows = encoded_choices(encoder, questions)
@@ -159,8 +162,10 @@ def encoded_choices(encoder: Encoder, questions: Questions, *, right_only: bool 
         right_only: the right choice of each question alone.
 
     Raises:
+        TypeError: no Questions.
         ValueError: a choice that cannot be scored as a whole; says which, and why.
     """
+    check_questions(questions=questions)
     asked = [
         (number, choice)
         for number, question in enumerate(questions.questions)

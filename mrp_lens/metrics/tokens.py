@@ -9,7 +9,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mrp_lens.data import Corpus
-from mrp_lens.data.tokenization import in_order
+from mrp_lens.data.kinds import check_corpus
+from mrp_lens.data.tokenization import Kept, in_order
 from mrp_lens.models import LensModel, encoder_for
 from mrp_lens.models.hooks import frozen
 from mrp_lens.training.losses import predictions, targets
@@ -33,6 +34,7 @@ def by_document(
     *,
     batch_size: int = 128,
     desc: str = "scoring text",
+    keep: Kept = "start",
     warn: bool = True,
     progress: bool = True,
 ) -> list[NDArray[np.float64]]:
@@ -44,16 +46,19 @@ def by_document(
         measure: what is kept of the predictions, so that no document's logits need be.
         batch_size: documents at a time.
         desc: what the progress bar says.
+        keep: of a document that is longer than the context, the start or the end.
         warn: tell how many documents were cut; False for such as are not the user's.
         progress: show it.
 
     Raises:
+        TypeError: no Corpus.
         ValueError: no document, or none with a token to predict; NonFiniteError where logits are NaN or infinite.
     """
+    check_corpus(corpus=corpus)
     if not len(corpus):
         raise ValueError(f"no documents in {corpus.name!r}")
     encoder = encoder_for(model)
-    encoded = encoder.encode(corpus.documents, warn=warn)
+    encoded = encoder.encode(corpus.documents, keep=keep, warn=warn)
     found: list[NDArray[np.float64]] = [np.zeros((0, 1))] * len(encoded)
     bar = progress_bar(total=len(encoded), desc=desc, progress=progress)
     with frozen(model), torch.no_grad(), bar:

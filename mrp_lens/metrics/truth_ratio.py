@@ -155,10 +155,14 @@ def log_ratios(scores: Sequence[Values], questions: Questions) -> Values:
     """log R of each question, from the mean log-probabilities per token of its choices (`choice_scores`).
 
     Raises:
-        ValueError: the model rules out the right choice and a wrong one.
+        ValueError: a question without a wrong choice, or the model rules out the right choice and a wrong one.
     """
     found = []
     for score, question in zip(scores, questions.questions, strict=True):
+        if len(score) < 2:
+            raise ValueError(
+                f"{question.prompt!r} has no wrong choice to compare the right one with; leave the question out"
+            )
         wrong = np.delete(score, question.answer).mean()
         if wrong == score[question.answer] == -np.inf:
             raise ValueError(

@@ -56,7 +56,8 @@ def model_utility(
         "probability", "rouge_l", "truth_ratio"; `n`, documents or questions; `utility` in [0, 1] with its 95% bootstrap
         interval `low`, `high` (parts resampled each for itself; NaN where one has a single value); `null`, the control:
         guessing over the vocabulary or among the choices, answers compared with the next question's, and wrong choices in
-        the place of the right ones (`truth_ratio`); of "all", the harmonic mean of these.
+        the place of the right ones (`truth_ratio`; NaN where no question has several wrong choices); of "all", the harmonic mean of
+        these, NaN where one is.
 
     Raises:
         ValueError: no set, a document without a prompt, or as `open_ended` and `truth_ratio`; NonFiniteError where logits are

@@ -2,23 +2,31 @@
 
 import logging
 from collections.abc import Callable, Mapping
-from typing import TypeVar
+from typing import Protocol, Self, TypeVar
 
 import torch
 from torch import Tensor
 
-from mrp_lens.data.tokenization import TokenBatch
-
 logger = logging.getLogger(__name__)
 
+
+class Rows(Protocol):
+    """A batch of texts, as tokens or with what belongs to them."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, rows: slice, /) -> Self: ...
+
+
+Batch = TypeVar("Batch", bound=Rows)
 Found = TypeVar("Found", Tensor, dict[str, Tensor])
 
 
-def in_halves(batch: TokenBatch, read: Callable[[TokenBatch], Found]) -> Found:
+def in_halves(batch: Batch, read: Callable[[Batch], Found]) -> Found:
     """What a pass without gradient gives of a batch; where memory runs out, what it gives of the halves, one after the other.
 
     Args:
-        batch: to read.
+        batch: to read, or anything else that has rows and slices.
         read: gives a tensor, or several by name, in the order of the batch's rows.
 
     Raises:

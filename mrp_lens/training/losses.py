@@ -14,11 +14,12 @@ from mrp_lens.models.memory import in_halves
 AT_ONCE = 2**21  # numbers
 
 
-def predictions(model: LensModel, batch: TokenBatch) -> Float[Tensor, "counted d_vocab"]:
+def predictions(model: LensModel, batch: TokenBatch, *, whole: bool = False) -> Float[Tensor, "counted d_vocab"]:
     """Log-probabilities, in float32, at the positions whose next token counts in the loss.
 
     They may be -infinity: so a model rules a token out. While gradients are recorded, NaN is left to who minimises the
-    loss: `training.train` stops at one that is not finite. Otherwise a batch for which memory runs out is read in halves.
+    loss: `training.train` stops at one that is not finite. Otherwise a batch for which memory runs out is read in halves,
+    but not `whole`: for whoever looks at the pass itself.
 
     Raises:
         NonFiniteError: a NaN or +infinity among the logits there, outside training.
@@ -29,7 +30,7 @@ def predictions(model: LensModel, batch: TokenBatch) -> Float[Tensor, "counted d
 
     if torch.is_grad_enabled():
         return read(batch)
-    found = in_halves(batch, read)
+    found = read(batch) if whole else in_halves(batch, read)
     check_log_probabilities(model, batch, found)
     return found
 

@@ -1,9 +1,12 @@
+from dataclasses import replace
+
 import pytest
 
-from mrp_lens.attacks.evaluation import chance, check_held_out, score
+from mrp_lens.attacks.evaluation import Evaluator, chance, check_held_out, check_untaught, score
 from mrp_lens.data import Corpus, Questions
 from mrp_lens.data.world import World
 from mrp_lens.metrics import accuracy
+from mrp_lens.models import LensModel
 
 
 def quiz(*numbers: int) -> Questions:
@@ -24,6 +27,32 @@ def test_what_the_attacker_has_seen_is_refused_and_the_overlap_named() -> None:
     with pytest.raises(ValueError, match="shots and held_out overlap in 1 questions"):
         check_held_out(quiz(*range(5, 30)), shots=stated)
     check_held_out(quiz(*range(30)), train=quiz(40, 41), untaught=None)
+
+
+def test_what_was_taught_or_will_be_is_no_floor() -> None:
+    stated = Corpus.from_texts(["What is 5? no."], name="stated")
+    check_untaught(None, train=quiz(1))
+    check_untaught(quiz(*range(10, 20)), train=quiz(1, 2), held_out=quiz(3), shots=None)
+    with pytest.raises(
+        ValueError, match=r"2 questions of untaught 'quiz' are in train or held_out too, such as 'What is 4\?'"
+    ):
+        check_untaught(quiz(3, 4, 5), train=quiz(4), held_out=quiz(5))
+    with pytest.raises(ValueError, match="1 questions of untaught 'quiz' are in train too"):
+        check_untaught(quiz(5, 6), train=Corpus.from_texts(["What is 5? no"]))
+    check_untaught(quiz(6), train=stated)
+    with pytest.raises(TypeError, match="untaught must be Questions, got Corpus"):
+        check_untaught(stated)
+    alike = Questions.from_rows(
+        [{"question": "Which is true?", "choices": [f"a{n}", "b"], "answer": 0} for n in range(4)]
+    )
+    check_untaught(
+        replace(alike, questions=alike.questions[:2]), held_out=replace(alike, questions=alike.questions[2:])
+    )
+
+
+def test_retraining_on_the_floor_is_refused(model: LensModel) -> None:
+    with pytest.raises(ValueError, match="questions of untaught 'quiz' are in train or held_out too"):
+        Evaluator.of(model, None, quiz(*range(30)), quiz(*range(30, 60)), quiz(29, 70, 71), seed=0)
 
 
 def test_too_few_or_no_questions() -> None:

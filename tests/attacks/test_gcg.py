@@ -357,7 +357,12 @@ def test_an_exception_in_a_pass_leaves_the_model_alone(
 def test_bad_input_is_refused_and_says_why(model: LensModel, untouched: None) -> None:
     cases: list[tuple[dict[str, Any], type[Exception], str]] = [
         ({"held_out": TRAIN}, ValueError, "train and held_out overlap in 5 questions"),
-        ({"untaught": TRAIN}, ValueError, "5 untaught questions are in train or held_out too"),
+        ({"untaught": TRAIN}, ValueError, "5 questions of untaught .* are in train or held_out too"),
+        (
+            {"train": Questions((Question("", ("a", "b"), 0),), "bare")},
+            ValueError,
+            "a question of 'bare' has an empty prompt",
+        ),
         ({"train": []}, TypeError, "train must be Questions, got list"),
         ({"train": Questions((), "none")}, ValueError, "no questions in train, 'none'"),
         ({"untaught": Questions((), "none")}, ValueError, "no questions in untaught, 'none'"),

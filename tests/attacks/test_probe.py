@@ -243,6 +243,24 @@ def test_an_edit_shows_from_its_layer_on_and_is_off_again(
     assert (unedited["cross_entropy"] != frame["cross_entropy"])[~below & (frame["group"] == "held-out")].all()
 
 
+@pytest.mark.filterwarnings("ignore:only 18 held-out questions")
+def test_questions_may_have_different_numbers_of_choices(model: LensModel, untouched: None) -> None:
+    """The probes of `train` and `held_out` are not those of the halves of `untaught`, of which one has the widest question."""
+
+    def fewer(part: Questions, count: int) -> Questions:
+        kept = [replace(q, choices=q.choices[:count]) for q in part.questions if q.answer < count]
+        return replace(part, questions=tuple(kept))
+
+    mixed = (*fewer(UNTAUGHT, 3).questions, UNTAUGHT.questions[-1])
+    parts: dict[str, Any] = {"held_out": fewer(HELD_OUT, 3), "untaught": replace(UNTAUGHT, questions=mixed)}
+    frame = probe(model, None, train=fewer(TRAIN, 2), target="choice", layers=[1], progress=False, **parts)
+    assert frame.set_index("group")["classes"].to_dict() == {"held-out": 3, "shuffled": 3, "never-taught": 4}
+    alone = probe(
+        model, None, train=fewer(TRAIN, 2), held_out=parts["held_out"], target="choice", layers=[1], progress=False
+    )
+    assert alone["bits"].tolist() == pytest.approx(frame["bits"].tolist()[:2], rel=1e-4)
+
+
 @pytest.mark.parametrize("place", ["last_states", "usable_information"])
 def test_the_model_is_left_alone_when_a_probe_is_stopped(
     model: LensModel, monkeypatch: pytest.MonkeyPatch, place: str, untouched: None

@@ -53,6 +53,16 @@ def test_cells_of_a_quiz_are_not_retyped(tmp_path: Path, row: str, choices: str,
     assert question.answer == answer
 
 
+@pytest.mark.parametrize("ending", [" ", "\n", "\n\n"])
+def test_a_prompt_that_ends_in_white_space_gets_no_second_space_before_a_choice(ending: str) -> None:
+    rows = [{"question": "Which?", "choices": ["white", " red"], "answer": 0}]
+    (question,) = Questions.from_rows(rows, prompt="{question}\nAnswer:" + ending).questions
+    assert question.choices == ("white", " red")
+    assert question.prompt + question.choices[0] == f"Which?\nAnswer:{ending}white"
+    (usual,) = Questions.from_rows(rows, prompt="{question}\nAnswer:").questions
+    assert usual.choices == (" white", " red")
+
+
 def test_digits_that_are_an_index_and_a_choice_are_refused_where_the_file_does_not_tell(tmp_path: Path) -> None:
     path = written(tmp_path / "quiz.csv", "question,A,B,C,answer\nWhich?,1,2,3,2\n")
     with pytest.raises(ValueError, match="row 0: the answer '2' may be an index or one of the choices"):

@@ -6,7 +6,8 @@ import random
 import socket
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, get_args
 
 import lm_eval
 import numpy as np
@@ -18,14 +19,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import mrp_lens.evals.lm_eval as harness_module
 from mrp_lens import metrics
-from mrp_lens.data import Question, Questions
+from mrp_lens.data import Corpus, Question, Questions
 from mrp_lens.data.world import World
 from mrp_lens.data.world.facts import QUESTION
 from mrp_lens.edits import ProjectionEdit
 from mrp_lens.edits.subspace import Subspace
 from mrp_lens.evals import evaluate
-from mrp_lens.evals.lm_eval import prepends_bos
+from mrp_lens.evals.lm_eval import Bos, HarnessModel, prepends_bos
 from mrp_lens.hf import attach
+from mrp_lens.metrics.tokens import by_document
 from mrp_lens.models import encoder_for, load_model
 from tests.support.families import DEMO_FOLDER, FAMILIES, save_family
 from tests.support.harness_tasks import write_tasks
@@ -151,6 +153,31 @@ def test_bos_can_be_left_to_the_tokenizer(
     )
     torch.testing.assert_close(answers(frame), without, rtol=0, atol=1e-4)
     assert float((without - with_bos).abs().max()) > 0.1
+
+
+def test_the_likelihood_of_whole_texts_is_that_of_the_metrics(hf_model: Any, tokenizer: Any) -> None:
+    texts = ["The old man walked near the house.", "It rained."]
+    model = load_model("demo")
+    expected = [float(own.sum()) for own in by_document(model, Corpus.from_texts(texts), progress=False)]
+    requests = [SimpleNamespace(args=(text,)) for text in texts]
+    for bos in get_args(Bos):
+        harness = HarnessModel(hf_model, tokenizer, batch_size=2, bos=bos)
+        assert harness.loglikelihood_rolling(requests, disable_tqdm=True) == pytest.approx(expected, abs=1e-3)
+        assert harness.start == ([tokenizer.bos_token_id] if bos == "metrics" else [])
+
+
+def test_of_a_text_that_is_too_long_bos_and_the_end_are_read(hf_model: Any, tokenizer: Any) -> None:
+    harness = HarnessModel(hf_model, tokenizer, batch_size=1, bos="metrics")
+    prompt, choice = " ".join(["It rained near the old house."] * 60), " The old man"
+    ids = tokenizer(prompt + choice, add_special_tokens=False).input_ids
+    count = len(ids) - len(tokenizer(prompt, add_special_tokens=False).input_ids)
+    assert len(ids) > harness.max_length
+    (found,) = harness.loglikelihood([SimpleNamespace(args=(prompt, choice))], disable_tqdm=True)
+    kept = [tokenizer.bos_token_id, *ids[-harness.max_length :]]
+    with torch.no_grad():
+        logs = hf_model(torch.tensor([kept[:-1]])).logits[0].double().log_softmax(-1)
+    by_hand = sum(float(logs[at - 1, kept[at]]) for at in range(len(kept) - count, len(kept)))
+    assert found[0] == pytest.approx(by_hand, abs=1e-3)
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from mrp_lens import metrics
 from mrp_lens.data import Document
@@ -38,6 +39,23 @@ def test_perplexity_is_that_of_the_answers_under_the_unedited_model(model: LensM
         assert rows.loc[(when, "repetition"), "mean"] == pytest.approx(np.mean(repeated))
     alone = metrics.fluency(model, None, PROMPTS, max_new_tokens=6, orders=2, progress=False)
     assert alone.equals(frame[frame["when"] == "before"].reset_index(drop=True))
+
+
+@pytest.mark.filterwarnings("ignore:1 of 1 documents are longer")
+def test_an_answer_to_a_prompt_as_long_as_the_context_is_scored_whole(model: LensModel, untouched: None) -> None:
+    long = " ".join(["The old man walked near the house"] * 60)
+    assert len(ids_of(model, long)) > model.cfg.n_ctx
+    rows = metrics.fluency(model, None, [long], max_new_tokens=8, orders=2, progress=False).set_index("measure")
+    (answer,) = continuations(model, [long], max_new_tokens=8)
+    assert rows["n"][["perplexity", "repetition"]].tolist() == [int(bool(answer))] * 2
+    whole = ids_of(model, f"{long} {answer}")
+    kept = [whole[0], *whole[1:][-(model.cfg.n_ctx - 1) :]]
+    count = len(whole) - len(ids_of(model, long))
+    tokens = torch.tensor([kept])
+    with torch.no_grad():
+        logs = model(tokens, attention_mask=torch.ones_like(tokens))[0].double().log_softmax(-1)
+    own = [float(logs[at - 1, kept[at]]) for at in range(len(kept) - count, len(kept))]
+    assert rows.loc["perplexity", "mean"] == pytest.approx(np.exp(-np.mean(own)), rel=1e-4)
 
 
 def test_repetition_by_hand(model: LensModel) -> None:

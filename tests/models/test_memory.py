@@ -15,6 +15,7 @@ from mrp_lens.methods import RMU
 from mrp_lens.models import LensModel
 from mrp_lens.training.loop import TooLittleMemoryError
 from tests.conftest import D_MODEL
+from tests.support.edits import projection
 
 ROWS = 3
 Measure = Callable[[LensModel, Corpus, Questions], pd.DataFrame]
@@ -22,6 +23,12 @@ MEASURES: dict[str, Measure] = {
     "perplexity": lambda model, corpus, quiz: metrics.perplexity(model, corpus, progress=False),
     "alignment": lambda model, corpus, quiz: metrics.alignment(model, corpus, torch.ones(D_MODEL), progress=False),
     "accuracy": lambda model, corpus, quiz: metrics.accuracy(model, quiz, progress=False),
+    "depth": lambda model, corpus, quiz: metrics.depth(
+        model, projection(1), corpus, reference=model, batch_size=8, progress=False
+    ),
+    "depth of states": lambda model, corpus, quiz: metrics.depth(
+        model, projection(1), corpus, reference=model, into="unedited", positions="answer", batch_size=8, progress=False
+    ),
 }
 
 

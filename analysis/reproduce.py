@@ -1,7 +1,7 @@
 """Run a recorded study again, on the files that it was run on, and hold what comes out against the record.
 
 `python -m analysis.reproduce reproduce/world.toml --out runs/world`
-`python -m analysis.reproduce reproduce/tofu-mini.toml --input full=DIR retain=DIR tofu=DIR --out runs/tofu-mini`
+`python -m analysis.reproduce reproduce/tofu-mini.toml --input full=DIR never_saw=DIR tofu=DIR --out runs/tofu-mini`
 
 A recipe (`.toml`) names a study, its options, and the files and folders that have to be given, each with what it is. Its record
 (`.json`, of the same name) holds a hash of every file that was read, versions, and the table. Files are compared with these hashes before

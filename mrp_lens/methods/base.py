@@ -88,10 +88,11 @@ class Data:
 
     def held_out(self, generator: torch.Generator) -> tuple[list[Encoded], list[Encoded], "Data"]:
         """A tenth of the retain documents, at most 64; of those that are short, the answers to questions made from them; and the
-        data without them. A single document is held out and stays."""
+        data without them and their copies. A single document is held out and stays."""
         count = min(HELD_OUT, max(1, len(self.retain) // 10))
         order = torch.randperm(len(self.retain), generator=generator).tolist()
-        kept = sorted(order[count:]) or order
+        copies = {tuple(self.retain[i].ids) for i in order[:count]}
+        kept = sorted(i for i in order[count:] if tuple(self.retain[i].ids) not in copies) or order
         documents = self.retain_corpus.documents
         left = replace(
             self,
@@ -273,13 +274,29 @@ class FitContext:
         return {"model": self.record["model"], "requests": {self.request: own}}
 
     def result(
-        self, edit: Edit, run: TrainingRun, directions: Mapping[str, Float[Tensor, " d_model"]] | None = None
+        self,
+        edit: Edit,
+        run: TrainingRun,
+        directions: Mapping[str, Float[Tensor, " d_model"]] | None = None,
+        *,
+        further: Edit | None = None,
     ) -> Fit:
-        """The fit: the earlier edit and the new one, with how it ended, which the new one's provenance says too."""
+        """The fit: the earlier edit and the new one, with how it ended, which the new one's provenance says too.
+
+        Args:
+            edit: the new one.
+            run: the training that gave it.
+            directions: by the name of their corpus.
+            further: what a later phase puts on besides; how the fit ended is told of all together.
+        """
+
+        def whole() -> Edit:
+            both = edit if self.after is None else self.after + edit
+            return both if further is None else both + further
+
         outcome = None
         if self.budget is not None:
-            both = edit if self.after is None else self.after + edit
-            with fitting(self.model, both):
+            with fitting(self.model, whole()):
                 outcome = self.budget.outcome(run, earlier=damage_of(self.after))
             own = {"outcome": outcome.to_json()}
             requests = edit.provenance.get("requests")
@@ -288,8 +305,7 @@ class FitContext:
             else:
                 named = {name: {**entry, **own} for name, entry in requests.items()}
                 edit.provenance = {**edit.provenance, "requests": named}
-        both = edit if self.after is None else self.after + edit
-        return Fit(both, run.log, self.record["settings"], run.interrupted, directions or {}, outcome)
+        return Fit(whole(), run.log, self.record["settings"], run.interrupted, directions or {}, outcome)
 
 
 class FitTemplate(Method, Generic[Settings]):
@@ -453,9 +469,9 @@ class FitTemplate(Method, Generic[Settings]):
                 "detach(), or fit the next request after it with after="
             )
         check_positive(budget=self.budget)
-        if self.target is not None and not self.target > 0.0:
+        if self.target is not None and not 0.0 < self.target <= 1.0:
             raise ValueError(
-                f"target must be above 0, got {self.target}; 0.001 is out of reach, so that a fit spends its whole budget"
+                f"target must be a share above 0 and at most 1, got {self.target}; 0.001 is out of reach, so that a fit spends its whole budget"
             )
         self.check(model)
 

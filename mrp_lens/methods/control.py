@@ -75,8 +75,8 @@ class ControlQuestions:
         looked_at = [rng.sample(c.documents, LOOKED_AT) if len(c) > LOOKED_AT else c.documents for c in corpora]
         parts = [part for documents in looked_at for part in askable_parts(documents)]
         parts = rng.sample(parts, min(LOOKED_AT, len(parts)))
-        self.choices = min(CHOICES, len({ending for _, ending in parts}))
         alike = _Alike(parts, rng)
+        self.choices = min(CHOICES, len({ending for _, ending in parts}), 1 + alike.fewest)
         askable = (
             (beginning, [ending, *wrong])
             for beginning, ending in parts[:ASKABLE]
@@ -177,12 +177,19 @@ class _Alike:
     def __init__(self, parts: Sequence[tuple[str, str]], rng: random.Random) -> None:
         self.rng = rng
         self.parts = [(_marks(beginning), ending) for beginning, ending in parts]
+        self.true: dict[frozenset[str], set[str]] = {}  # the endings that stand after the same words
+        for marks, ending in self.parts:
+            self.true.setdefault(marks, set()).add(ending)
+        every = {ending for _, ending in self.parts}
+        self.fewest = min(
+            (len(every - own) for own in self.true.values()), default=0
+        )  # wrong endings, of any beginning
         counts = Counter(mark for marks, _ in self.parts for mark in marks)
         self.weights = {mark: math.log1p(count) for mark, count in counts.items()}
 
     def wrong_endings(self, beginning: str, ending: str, count: int) -> list[str]:
         """So many others, which stand after the closest beginnings, drawn among those that are equally close. An ending of another
-        kind would be ruled out by a model that knows the language and nothing else.
+        kind would be ruled out by a model that knows the language and nothing else; what stands after the same beginning is true, too.
 
         None if the ending tells nothing: most of the closest beginnings, of other documents, end alike.
         """
@@ -192,9 +199,11 @@ class _Alike:
         if sum(other == ending for _, _, other in nearest) > len(nearest) / 2:
             return []
         best: dict[str, float] = {}
-        for closeness, _, other in closest:
-            best[other] = max(best.get(other, 0.0), closeness)
-        del best[ending]
+        for closeness, marks, other in closest:
+            if marks != own and other not in self.true[own]:
+                best[other] = max(best.get(other, 0.0), closeness)
+        if len(best) < count:
+            return []
         return heapq.nlargest(count, best, key=lambda other: (best[other], self.rng.random()))
 
     def _weight(self, marks: frozenset[str]) -> float:

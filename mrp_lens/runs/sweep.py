@@ -254,7 +254,8 @@ def sweep(
         `null_mean`, `null_low`, `null_high`; `forget_norm`, `retain_norm`; `forget_max_probability`,
         `retain_max_probability`, `forget_max_logit`, `retain_max_logit` (teacher-forced); `text_perplexity_ratio`;
         `outcome` and `updates`: how a fit with a budget ended (`Outcome.ended`), after so many. Of a point whose fit or figures
-        became NaN or infinite, `outcome` is "failed: " and why, and no figure is known; it is not fitted again.
+        became NaN or infinite, or which is refused (the first one is an error), `outcome` is "failed: " and why, and no figure is
+        known; it is not fitted again.
 
     Raises:
         ValueError: the task lacks questions, a layer does not exist, the shard is not 1 <= i <= n, no point at all gave figures, or
@@ -280,6 +281,10 @@ def sweep(
             try:
                 found = _fit_and_measure(model, task, plan, point, untouched, kept, progress=progress)
             except (NonFiniteError, NonFiniteLossError) as error:
+                found = {"row": _failed(point, untouched, error)}
+            except ValueError as error:  # what cannot be done at one layer may be done at another, but perhaps nowhere
+                if not any(store.stored(other.name) for other in plan.points()):
+                    raise
                 found = {"row": _failed(point, untouched, error)}
             store.keep(point.name, found)
             shutil.rmtree(kept, ignore_errors=True)

@@ -16,6 +16,7 @@ from torch import Tensor
 from mrp_lens.models.memory import ran_out
 from mrp_lens.training.callbacks import Callback, Checkpointing, ProgressBar, TrainingState
 from mrp_lens.training.checkpoints import Checkpoint, Resumable
+from mrp_lens.training.optim import MasterAdamW
 from mrp_lens.training.reduction import begun_alike, ended_alike, reduced
 from mrp_lens.utils.interrupts import deferred
 from mrp_lens.utils.processes import count, is_first, together, was_dealt
@@ -123,6 +124,8 @@ def train(
                 optimizer.zero_grad(set_to_none=True)
                 row = reduced(partial(_accumulate, losses, step, description), state)
                 if max_grad_norm is not None:
+                    if isinstance(optimizer, MasterAdamW):  # else the masters have no gradients before its step
+                        optimizer.collect()
                     torch.nn.utils.clip_grad_norm_(state.tensors, max_grad_norm)
                 for group, rate in zip(optimizer.param_groups, rates, strict=True):
                     group["lr"] = rate * state.pace * (schedule(step / state.steps) if schedule else 1.0)

@@ -162,7 +162,12 @@ def test_the_retain_texts_that_no_update_sees_are_read_as_questions_too(model: L
     plain, answers, left = data.held_out(torch.Generator().manual_seed(0))
     spoken = model.tokenizer.decode([token for row in answers for token in row.ids])
     assert any(frame.split("{}")[0] and frame.split("{}")[0].strip() in spoken for frame in FRAMES)
-    assert len(plain) + len(left.retain) == len(data.retain)
+    own, kept = ([tuple(row.ids) for row in rows] for rows in (plain, left.retain))
+    assert not set(own) & set(kept)  # no copy of what is held out is learned from
+    assert set(own) | set(kept) == {tuple(row.ids) for row in data.retain}
+    assert len(left.retain_corpus) == len(kept)
+    alike = Corpus.from_texts(["The old man walked."] * 12, name="alike")
+    assert len(prepare(model, texts[0], alike).held_out(torch.Generator().manual_seed(0))[2].retain) == 12
     long = Corpus.from_texts([" ".join(["the"] * 50) + f" {n}" for n in range(20)], name="long")
     assert prepare(model, texts[0], long).held_out(torch.Generator().manual_seed(0))[1] == []
 
@@ -239,6 +244,18 @@ def test_a_fit_aims_at_chance_where_no_target_is_given() -> None:
     )  # it never stops to fall
     at_chance = Budget(None, Known(0.09), Answers(1.0, 0.3, 0.25, 0.2), nats=0.1, target=None)  # type: ignore[arg-type]
     assert run(at_chance, 300).done == 60 + 30  # .3, .25 and .2 are .25
+
+
+def test_a_fit_whose_questions_the_model_cannot_answer_does_all_of_its_updates(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    guessing = Budget(None, Known(0.05), Answers(0.25, 0.2), nats=0.1, target=None, first=0.3)  # type: ignore[arg-type]
+    assert "answers 0.25 of its control questions, which is what guessing gives: the fit makes all" in caplog.text
+    assert guessing.allowed == 0.1  # nor can it be told when more is needed
+    assert run(guessing, 300).done == 300
+    assert guessing.multiplier < 1.0  # it pushes as long as there is less damage than is allowed
+    asked_for = Budget(None, Known(0.05), Answers(0.25, 0.2), nats=0.1, target=0.3)  # type: ignore[arg-type]
+    assert run(asked_for, 300).done == 60 + 30  # there from the start
 
 
 def test_the_multiplier_falls_no_more_once_the_target_is_reached() -> None:

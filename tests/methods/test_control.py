@@ -76,6 +76,30 @@ def test_wrong_endings_are_those_of_documents_that_begin_alike(model: LensModel)
         assert any(value in text for value in kinds[kind]), text
 
 
+def test_what_stands_after_the_same_words_is_no_wrong_ending(model: LensModel) -> None:
+    facts = {"copper": "Cu", "gold": "Au", "iron": "Fe", "lead": "Pb", "tin": "Sn"}
+    wordings = [" {}.", " It is {}.", " The symbol is {}.", " That would be {}."]
+    documents = [
+        Document(f"What is the symbol of {name}?", form.format(it)) for name, it in facts.items() for form in wordings
+    ]
+    questions = ControlQuestions(encoder_for(model), [Corpus(tuple(documents), "symbols")], seed=0, forms=FORMS[:1])
+    assert questions.choices == 4
+    texts = [model.tokenizer.decode(list(row.ids)) for row in questions.rows[0]]
+    assert len(texts) == 20 * 4
+    for start in range(0, len(texts), 4):
+        name = next(name for name in facts if name in texts[start])
+        assert all(
+            any(other in text for other in facts.values() if other != facts[name])
+            for text in texts[start + 1 : start + 4]
+        )
+    few = [document for document in documents if "copper" in document.prompt or "gold" in document.prompt][:5]
+    assert ControlQuestions(encoder_for(model), [Corpus(tuple(few), "few")], seed=0, forms=FORMS[:1]).choices == 2
+    (one,) = {document.prompt for document in documents[:4]}
+    same = ControlQuestions(encoder_for(model), [Corpus(tuple(documents[:4]), "one")], seed=0, forms=FORMS[:1])
+    assert one
+    assert not same.asks
+
+
 def test_endings_that_most_documents_of_the_kind_have_are_not_asked_for(model: LensModel) -> None:
     said = [f"Town{n} lies in the land of Place{n}." for n in range(20)]
     empty = [f"Town{n} is the first city of Place{n} and the seat of its government." for n in range(20)]

@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from mrp_lens import metrics
 from mrp_lens.attacks import relearn
 from mrp_lens.data import Corpus, Questions
 from mrp_lens.edits import ProjectionEdit, WeightEdit, load_edit, without_hooks
@@ -16,6 +17,7 @@ from mrp_lens.edits.subspace import Subspace
 from mrp_lens.export import export_hf
 from mrp_lens.hf import attach
 from mrp_lens.methods import MRP, UnconditionalMRP
+from mrp_lens.methods.budget import damage_of
 from mrp_lens.methods.mrp import distillation as module
 from mrp_lens.methods.mrp.distillation import Distillation, noised, unexplained
 from mrp_lens.models import available_backends, encoder_for, load_model, logits_of, weights_by_name
@@ -46,6 +48,19 @@ def test_the_edit_holds_projection_and_matrices_and_the_model_is_left_alone(brid
     assert not any("embed" in name or "lm_head" in name for name in matrices.tensors)
     own = {weight.name: weight.read() for weight in weights_by_name(bridge).values()}
     assert all(not torch.equal(tensor, own[name]) for name, tensor in matrices.tensors.items())
+
+
+def test_the_outcome_is_that_of_projection_and_matrices_together(bridge: Any, texts: Texts) -> None:
+    few = replace(FEW, agreement=1e9)
+    fit = MRP(steps=2, batch_size=8, layers=[2], rank=2, coverage=None, distillation=few).fit(
+        bridge, *texts, seed=0, progress=False
+    )
+    assert fit.outcome is not None
+    measured = float(metrics.damage(bridge, fit.edit, texts[1], progress=False)["damage"].iloc[0])
+    assert fit.outcome.damage == pytest.approx(measured, rel=0.5)  # on other texts
+    alone = float(metrics.damage(bridge, fit.edit.parts[0], texts[1], progress=False)["damage"].iloc[0])
+    assert fit.outcome.damage > 10 * alone  # three steps of distillation leave noise
+    assert damage_of(fit.edit) == fit.outcome.damage
 
 
 def test_without_later_noise_only_the_reset_layers_change(bridge: Any, texts: Texts) -> None:

@@ -4,13 +4,14 @@ from typing import Any
 import pytest
 import torch
 
-from mrp_lens.data import Corpus
+from mrp_lens.data import Corpus, Document
 from mrp_lens.data.tokenization import Encoded, TokenBatch
 from mrp_lens.edits import ConditionalProjectionEdit, ProjectionEdit
 from mrp_lens.edits.subspace import Subspace
 from mrp_lens.methods import MRP, DirectionAblation, UnconditionalMRP
 from mrp_lens.methods.mrp import alternatives
 from mrp_lens.methods.mrp.alternatives import Alternatives
+from mrp_lens.methods.mrp.initialization import start_rows
 from mrp_lens.methods.mrp.learned import LearnedRows
 from mrp_lens.methods.mrp.method import default_rank
 from mrp_lens.models import LensModel, encoder_for, logits_of
@@ -81,11 +82,69 @@ def test_the_difference_start_holds_what_forget_states_have_beyond_the_mean_reta
     best = torch.linalg.svd(beyond.double(), full_matrices=False).S[:2].square().sum() / beyond.double().square().sum()
     energies = {}
     for init in ("difference", "complement"):
-        edit = MRP(layers=[1], rank=2, init=init, **QUICK).start(model, *texts)  # type: ignore[arg-type]
+        edit = MRP(layers=[1], rank=2, init=init, **{**QUICK, "budget": None}).start(model, *texts)  # type: ignore[arg-type]
         assert isinstance(edit, ProjectionEdit)
         energies[init] = edit.subspaces()[name].energy_share(beyond)
     assert energies["difference"] == pytest.approx(float(best), rel=1e-4)
     assert energies["complement"] < energies["difference"]
+
+
+def test_a_set_too_short_for_the_default_rank_starts_with_random_directions_besides(
+    model: LensModel, texts: Texts
+) -> None:
+    short = Corpus.from_texts(["It is red."])
+    options: dict[str, Any] = {**QUICK, "layers": [1], "budget": None, "coverage": None}
+    with pytest.raises(ValueError, match=r"rank 12 is above the \d+ directions"):
+        MRP(rank=12, **options).start(model, short, texts[1])
+    encoder, name = encoder_for(model), hook_name(1)
+    rows = encoder.encode(short.documents)
+    arguments: dict[str, Any] = {"hooks": [name], "taken": {}, "rank": 12, "init": "difference", "retain_energy": 0.9}
+    found = start_rows(
+        model,
+        encoder,
+        rows,
+        encoder.encode(texts[1].documents),
+        generator=torch.Generator().manual_seed(0),
+        complete=True,
+        **arguments,
+    )[name]
+    torch.testing.assert_close(found @ found.T, torch.eye(12), rtol=0, atol=1e-5)
+    fewer = start_rows(
+        model,
+        encoder,
+        rows,
+        encoder.encode(texts[1].documents),
+        generator=torch.Generator().manual_seed(0),
+        **{**arguments, "rank": 2},
+    )[name]
+    torch.testing.assert_close(fewer.abs(), found[:2].abs(), rtol=0, atol=1e-4)  # the set's own directions come first
+
+
+def test_what_cannot_be_compared_is_forgotten_otherwise_or_told(
+    model: LensModel, texts: Texts, caplog: pytest.LogCaptureFixture
+) -> None:
+    unlike = ["The old man walked near the house.", "A sage said that it rained.", "It is red."]
+    kind = [
+        f"The colour of {name} is {value}."
+        for name, value in zip("ABCD", ("red", "blue", "green", "white"), strict=True)
+    ]
+    options: dict[str, Any] = {"layers": [1], "rank": 2, "steps": 1, "budget": None, "coverage": None}
+    for documents, said in (
+        (unlike, "forget_loss='bounded' is used in place"),
+        (kind + unlike[:1], "in 20% of"),
+        (kind, ""),
+    ):
+        caplog.clear()
+        MRP(**options).fit(model, Corpus.from_texts(documents), texts[1], **FIT)
+        assert (said in caplog.text) if said else ("follows from the one before it" not in caplog.text)
+    answers = [
+        Document("The colour of A is", " red."),
+        Document("The size is", " red."),
+        Document("The colour of B is", " blue."),
+    ]
+    encoder = encoder_for(model)
+    rows = encoder.encode(answers)
+    assert Alternatives.of(rows, int(model.cfg.d_vocab), encoder.device).left_out(rows) == 0.0
 
 
 @pytest.mark.slow

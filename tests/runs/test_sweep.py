@@ -163,6 +163,29 @@ def test_a_sweep_without_any_figure_says_why(
     assert len(list((tmp_path / "sweep" / "points").glob("rmu-*.json"))) == 2
 
 
+def test_what_is_refused_at_one_layer_is_a_row_unless_it_is_the_first(
+    model: Any, task: UnlearningTask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = RMU.fit
+
+    def fit(self: RMU, *arguments: Any, **options: Any) -> Any:
+        if self.layer == refused:
+            raise ValueError(f"layer {self.layer} is too much")
+        return real(self, *arguments, **options)
+
+    monkeypatch.setattr(RMU, "fit", fit)
+    refused = 1
+    config = replace(CONFIG, methods=("rmu",))
+    with pytest.raises(ValueError, match="layer 1 is too much"):
+        sweep(model, task, config, tmp_path / "first", progress=False)
+    assert not list((tmp_path / "first" / "points").glob("rmu-*.json"))
+    refused = 2
+    frame = sweep(model, task, config, tmp_path / "later", progress=False)
+    assert frame is not None
+    assert frame["outcome"].iloc[2] == "failed: layer 2 is too much"
+    assert frame["forget_accuracy"].notna().tolist() == [True, True, False]
+
+
 def test_coefficients_are_derived_for_methods_that_take_them_alone(
     task: UnlearningTask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

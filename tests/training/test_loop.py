@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mrp_lens.training import Callback, Checkpoint, Evaluation, NonFiniteLossError, TrainingRun, TrainingState, train
-from mrp_lens.training.optim import linear_decay, warmup_cosine, warmup_linear_decay
+from mrp_lens.training.optim import MasterAdamW, Trainable, linear_decay, warmup_cosine, warmup_linear_decay
 from mrp_lens.utils.interrupts import complete, deferred, interrupted
 from tests.support.kills import Killed
 
@@ -67,6 +67,28 @@ def test_micro_batches_add_up_to_the_same_step() -> None:
     logs = [fitted(x, parts=parts).log for x, parts in ((whole, 1), (split, 4))]
     torch.testing.assert_close(whole, split)
     torch.testing.assert_close(torch.tensor(logs[0]["loss"]), torch.tensor(logs[1]["loss"]))
+
+
+def test_gradients_of_half_precision_are_clipped_too() -> None:
+    """The masters have none before the optimizer's step but what the loop collects."""
+    moved = []
+    for most in (None, 1e-3):
+        parameter = torch.nn.Parameter(torch.zeros(2, dtype=torch.bfloat16))
+        master = Trainable(parameter.detach().float().requires_grad_(True), (parameter,))
+        norms: list[float] = []
+        optimizer = MasterAdamW([master], lr=0.1)
+        optimizer.register_step_post_hook(lambda *_: norms.append(float(master.master.grad.norm())))  # type: ignore[union-attr]  # noqa: B023
+        train(
+            lambda step: iter([{"loss": (parameter - 3.0).square().sum()}]),  # noqa: B023
+            optimizer,
+            steps=2,
+            description="test",
+            progress=False,
+            max_grad_norm=most,
+        )
+        moved.append(norms)
+    assert min(moved[0]) > 1.0
+    assert moved[1] == pytest.approx([1e-3] * len(moved[0]), rel=1e-2)
 
 
 def test_a_non_finite_loss_stops_before_it_spoils_the_tensors() -> None:

@@ -53,10 +53,16 @@ class Alternatives:
         openness = torch.tensor([0.0, *(_openness(found) for found in following.values())])
         return cls(row.to(device), tokens.long().to(device), shares.to(device), openness.to(device))
 
-    @property
-    def any(self) -> bool:
-        """Whether anything is open."""
-        return bool((self.openness > 0.0).any())
+    def left_out(self, texts: Sequence[Encoded]) -> float:
+        """Share of the texts where nothing is open in the answer, or in the last half of one without a prompt: of these a fit would
+        forget nothing of what they tell."""
+        openness, row = self.openness.cpu(), self.row.cpu()
+        without = 0
+        for text in texts:
+            places = [place for place in range(1, len(text.ids)) if text.in_loss[place]]
+            ending = places if places[:1] > [1] else places[-max(1, len(places) // 2) :]
+            without += not any(openness[row[text.ids[place - 1]]] > 0.0 for place in ending)
+        return without / max(1, len(texts))
 
     def log_odds(
         self, log_probabilities: Float[Tensor, "counted d_vocab"], batch: TokenBatch

@@ -30,6 +30,7 @@ def start_rows(
     init: Start,
     retain_energy: float,
     generator: torch.Generator,
+    complete: bool = False,
 ) -> dict[str, Rows]:
     """Orthonormal rows at each hook, orthogonal to those of earlier requests.
 
@@ -41,8 +42,10 @@ def start_rows(
     components that hold a share `retain_energy`: the states of enough tokens span everything, and the recipe taken
     literally leaves rounding noise. "code" swaps the two sides, as the released code does.
 
+    Where a short forget set has fewer directions than `rank`, `complete` adds random ones; else that is an error.
+
     Raises:
-        ValueError: fewer usable directions than `rank`.
+        ValueError: fewer usable directions than `rank`, and not `complete`.
     """
     if init == "random":
         return {
@@ -63,12 +66,16 @@ def start_rows(
         rest = without(beyond, taken.get(hook))
         singular, right = principal_directions(rest)
         usable = int((singular > USABLE * torch.linalg.matrix_norm(states.double())).sum())
-        if usable < rank:
+        if usable < rank and not complete:
             raise ValueError(
                 f"{hook}: rank {rank} is above the {usable} directions that {len(states)} states leave outside the other "
                 "side's span; lower rank or retain_energy, or give more text"
             )
-        rows[hook] = orthonormal(right[:rank].float(), taken.get(hook))
+        found = right[: min(rank, usable)].float()
+        if usable < rank:
+            random = torch.randn(rank - usable, model.cfg.d_model, generator=generator).to(found)
+            found = torch.cat([found, without(random, found)])
+        rows[hook] = orthonormal(found, taken.get(hook))
     return rows
 
 

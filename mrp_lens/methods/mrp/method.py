@@ -41,6 +41,10 @@ RetainLoss = Literal["kl", "cross_entropy"]
 
 FORGET_BOUND = {"alternatives": 1.0, "odds": 1.0, "bounded": 5.0, "ascent": math.inf}  # nats
 GATE_LR = 0.2  # learning rate of the gates over that of the rows
+SOME_LEFT_OUT, MOST_LEFT_OUT = (
+    0.1,
+    0.5,
+)  # share of forget texts that "alternatives" cannot reach, which is told, and is too much
 TOKENS = 7000  # of forget texts, for which the usual rank is enough
 LARGEST = 32  # rank that more of them give
 
@@ -211,7 +215,7 @@ class MRP(FitTemplate[MRPSettings]):
         if taught.interrupted:  # matrices taught halfway are still mostly noise
             return replace(fit, interrupted=True)
         log = joined_logs(run.log, taught.log, seconds=time.perf_counter() - begun)
-        return replace(fit, edit=fit.edit + matrices, log=log)
+        return replace(context.result(projection, run, further=matrices), log=log)
 
     @ordinary_torch(gradients=True)
     def start(
@@ -264,6 +268,7 @@ class MRP(FitTemplate[MRPSettings]):
             init=self.init,
             retain_energy=self.retain_energy,
             generator=generator,
+            complete=self.rank is None,
         )
         rows = {hook: values.requires_grad_() for hook, values in starts.items()}
         read = context.covered()
@@ -295,12 +300,21 @@ class _Losses:
         self.retain = Batches(data.retain, method.batch_size, context.generator, length=method.retain_length)
         self.alternatives = Alternatives.of(data.all_forget, int(self.model.cfg.d_vocab), data.encoder.device)
         self.forget_loss = method.forget_loss
-        if method.forget_loss in ("alternatives", "odds") and not self.alternatives.any:
+        compares = method.forget_loss in ("alternatives", "odds")
+        left_out = self.alternatives.left_out(data.all_forget) if compares else 0.0
+        if left_out >= MOST_LEFT_OUT:
             self.forget_loss = "bounded"
             logger.warning(
-                "in the forget set every token follows from the one before it, so that there is nothing to compare it with: "
-                "forget_loss='bounded' is used in place of %r; more texts of its kind make it comparable",
+                "in %.0f%% of the forget set's texts every token of the ending follows from the one before it, so that there is nothing to "
+                "compare it with: forget_loss='bounded' is used in place of %r; more texts of their kind make them comparable",
+                100 * left_out,
                 method.forget_loss,
+            )
+        elif left_out > SOME_LEFT_OUT:
+            logger.warning(
+                "in %.0f%% of the forget set's texts every token of the ending follows from the one before it: there is nothing to compare "
+                "it with, and it may be left as it is; ask about these, and use forget_loss='bounded' if they are still known",
+                100 * left_out,
             )
         self.bound = or_default(method.forget_bound, FORGET_BOUND[self.forget_loss])
         # Without any projection, where the model leaves its last block, and where it comes to the first that has one.

@@ -128,7 +128,7 @@ class AttackEdit(OnData):
             run.notes = [*worst_attack(run.rows, name), *notes_of(frames, name, config)]
             run.frames = {key: frame for key, frame in frames.items() if key in FIGURES}
             table = pd.DataFrame([dict(row) for row in run.rows])
-            if "recovery" in table and table["recovery"].notna().any():
+            if "recovery" in table and (table["recovery"].notna() & ~table["method"].isin(CONTROL_METHODS)).any():
                 unknown = {end: float("nan") for end in ("recovery_low", "recovery_high") if end not in table}
                 run.frames["recoveries"] = table.assign(**unknown)
             run.write_into(out)

@@ -13,6 +13,10 @@ from mrp_lens.models.architectures import LAYOUTS, layout_of
 from mrp_lens.models.source import find_folder, read_object
 from mrp_lens.utils.io import write_json
 
+OF_TOKENIZERS = (  # files that say what a tokenizer does; transformers reads what lies there, whatever else was written
+    *("tokenizer*", "chat_template.*", "additional_chat_templates/*", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.*", "merges.txt", "*.model"),
+)
 RULES = ("normalizer", "pre_tokenizer", "model", "decoder")  # of tokenizer.json; its post-processor adds special tokens
 
 
@@ -44,7 +48,7 @@ def write_tokenizer(folder: Path, model: LensModel, base: Checkpoint, *, name_cl
     """Replace the tokenizer that was copied from the base by the model's own, where that is another: tokens were added in
     memory, the chat template was changed, or texts become tokens by other rules, such as a normaliser that lowers their case.
 
-    Special tokens alone do not count: TransformerLens sets some where there are none.
+    Special tokens count where the base has others; TransformerLens sets some where there are none.
 
     Args:
         folder: what is being written, with the base's files in it.
@@ -61,8 +65,9 @@ def write_tokenizer(folder: Path, model: LensModel, base: Checkpoint, *, name_cl
         or own.get_vocab() != stored.get_vocab()
         or own.chat_template not in (None, stored.chat_template)
         or _have_other_rules(own, stored)
+        or any(getattr(stored, name) not in (None, getattr(own, name)) for name in ("bos_token", "eos_token"))
     ):
-        for file in (*folder.glob("tokenizer*"), *folder.glob("chat_template.*")):
+        for file in (file for pattern in OF_TOKENIZERS for file in folder.glob(pattern)):
             file.unlink()
         own.save_pretrained(folder)
         return own

@@ -51,7 +51,7 @@ def principal_angles(
 
     A group's subspace is the span of the first `rank` principal directions of its states, uncentred (the mean counts,
     as in MRP's start). MRP wants to remove what forget states have and retain states have not: small angles to the
-    first, large ones to the second. After a projection, angles to what it removed are 90 degrees.
+    first, large ones to the second. After a projection without gates, angles to what it removed are 90 degrees.
 
     Args:
         model, texts, edit, layers, site, documents: as in `geometry`.

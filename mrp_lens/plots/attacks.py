@@ -67,6 +67,8 @@ def recoveries(frame: pd.DataFrame) -> go.Figure:
         raise ValueError("needs the columns attack or variant, which name the rows")
     frame = frame[frame["recovery"].notna()]
     control = frame["method"].isin(CONTROL_METHODS) if "method" in frame else pd.Series(False, index=frame.index)
+    if control.all():
+        raise ValueError("no row of an edit has a recovery: the unedited model answers no more than the floor")
     names = frame[label].astype(str)
     if "method" in frame:
         names = names.where(~control, frame["method"].astype(str) + ": " + names)

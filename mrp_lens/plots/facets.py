@@ -28,6 +28,7 @@ from mrp_lens.plots.theme import (
     group_colours,
     literal,
     shortened,
+    shortened_apart,
 )
 
 Values = NDArray[np.float64]
@@ -84,11 +85,12 @@ class Panels:
             rows,
             self.columns,
             specs=[kinds[start : start + self.columns] for start in range(0, len(kinds), self.columns)],
-            subplot_titles=[shortened(name, int(self.panel_width / CHARACTER / 1.1)) for name in labels],
+            subplot_titles=shortened_apart(labels, int(self.panel_width / CHARACTER / 1.1)),
             horizontal_spacing=gap / inner,
             vertical_spacing=row_gap / self.all_height,
         )
         self.legend: dict[str, None] = {}  # names in order
+        self.entries: dict[str, str] = {}  # of a series as it is shown -> its whole name
         self.levels: dict[tuple[int, str, float], tuple[Along, Any]] = {}
         self.asides: list[tuple[int, int, Any]] = []  # panel, side and trace
         self.shown: list[dict[str, list[float]]] = [{"x": [], "y": [], "ends": []} for _ in parts]
@@ -170,7 +172,7 @@ class Panels:
         trace = go.Scatter(
             x=_or_none(xs),
             y=_or_none(ys),
-            name=shortened(look.name),
+            name=self._entry(look.name),
             mode="markers" if drawn.sum() == 1 else look.mode,  # one point makes no line
             line=look.line,
             marker=look.marker,
@@ -244,6 +246,11 @@ class Panels:
         if legend:
             self.legend[trace.name] = None
         self.grid.add_trace(trace, **self._place(panel))
+
+    def _entry(self, name: str) -> str:
+        """A series's name for the legend; cut in another place where another one would be the same."""
+        shown = [shortened(name), shortened(name, middle=True), *(f"{shortened(name)} {n}" for n in range(2, 100))]
+        return next((entry for entry in shown if self.entries.setdefault(entry, name) == name), shown[-1])
 
     def figure(self) -> go.Figure:
         """The figure, with axes, legend and height that suit what was drawn.

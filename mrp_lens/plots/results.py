@@ -83,7 +83,8 @@ def accuracies(frame: pd.DataFrame) -> go.Figure:
     ):
         if column in frame:
             panels.series(panel, frame, column, row, look, interval=interval, along="x")
-    control = next((name for name in ("untaught_accuracy", "forget_chance", "chance") if quiz and name in frame), None)
+    controls = (name for name in ("untaught_accuracy", "forget_chance", "chance") if quiz and name in frame)
+    control = next((name for name in controls if frame[name].notna().any()), None)
     for value in [] if control is None else frame[control].dropna().unique():
         panels.level(0, float(value), name="never taught" if control == "untaught_accuracy" else "chance", along="y")
     if text:

@@ -129,10 +129,19 @@ def sequential(count: int) -> list[str]:
     return ["rgb({:.0f}, {:.0f}, {:.0f})".format(*colour) for colour in mixed]
 
 
-def shortened(text: str, longest: int = LONGEST_LABEL) -> str:
-    """Cut to what there is room for, and taken literally."""
+def shortened(text: str, longest: int = LONGEST_LABEL, *, middle: bool = False) -> str:
+    """Cut at its end, or in its middle, to what there is room for, and taken literally."""
     flat = " ".join(str(text).split())
-    return literal(flat if len(flat) <= longest else f"{flat[: longest - 1].rstrip()}…")
+    if len(flat) <= longest:
+        return literal(flat)
+    behind = (longest - 1) // 2 if middle else 0
+    return literal(f"{flat[: longest - 1 - behind].rstrip()}…{flat[len(flat) - behind :].lstrip()}")
+
+
+def shortened_apart(texts: Sequence[str], longest: int) -> list[str]:
+    """Each cut at its end, or all in their middle where different ones would become the same."""
+    cut = [shortened(text, longest) for text in texts]
+    return cut if len(set(cut)) == len(set(texts)) else [shortened(text, longest, middle=True) for text in texts]
 
 
 def literal(text: object) -> str:

@@ -34,8 +34,8 @@ def pareto(frame: pd.DataFrame) -> go.Figure:
         note="Lower left is better; the line joins those that no other one beats in both.",
     )
     for panel, part in panels:
-        front = part["on_front"].astype(bool)
-        chosen = part["chosen"].astype(bool) if "chosen" in part else pd.Series(False, index=part.index)
+        front = part["on_front"].eq(True)
+        chosen = part["chosen"].eq(True) if "chosen" in part else pd.Series(False, index=part.index)
         for rows, look in (
             (part[~front], Look("beaten", OTHERS[3], mode="markers")),
             (part[front].sort_values("damage"), Look("front", OTHERS[0])),

@@ -127,9 +127,10 @@ class Chat:
         Raises:
             ValueError: a strength that the edit cannot have, or a direction that it has not; both `only` and `without`.
         """
-        if not switches.on:
-            return None
-        return at_strength(self.model, self._of_directions(switches), switches.strength)
+        edit = at_strength(
+            self.model, self._of_directions(switches), switches.strength
+        )  # also what is off has to be possible
+        return edit if switches.on else None
 
     def ask(self, question: str, switches: Switches | None = None) -> Answer:
         """What both say.

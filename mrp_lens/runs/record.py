@@ -9,7 +9,7 @@ from typing import Any
 
 import pandas as pd
 
-from mrp_lens.utils.frames import Row, versions
+from mrp_lens.utils.frames import Row, csv_of, versions
 from mrp_lens.utils.io import finite, whole_folder, write_json, write_text
 
 FRAMES = "frames"
@@ -70,8 +70,8 @@ class Run:
             "rows": [dict(row) for row in self.rows],
             "examples": [dict(row) for row in self.examples],
         }
-        write_text(folder / "table.csv", pd.DataFrame([dict(row) for row in self.rows]).to_csv(index=False))
+        write_text(folder / "table.csv", csv_of(pd.DataFrame([dict(row) for row in self.rows])))
         for name, frame in self.frames.items():
             (folder / FRAMES).mkdir(exist_ok=True)
-            write_text(folder / FRAMES / f"{name}.csv", frame.to_csv(index=False))
+            write_text(folder / FRAMES / f"{name}.csv", csv_of(frame))
         write_json(folder / "summary.json", finite(summary))

@@ -1,5 +1,6 @@
 """Frames as JSON rows and back, shares as text, and the versions that a figure depends on."""
 
+import csv
 import platform
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
@@ -15,6 +16,14 @@ Row = Mapping[str, Any]
 def versions() -> dict[str, str]:
     """Versions of what a figure depends on."""
     return {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
+
+
+def csv_of(frame: pd.DataFrame) -> str:
+    """A frame as CSV that is read as it was written: `csv` leaves a lone carriage return, which a token may be, unquoted, and readers
+    take it for the end of a line."""
+    texts = frame.select_dtypes(exclude="number")
+    returns = any("\r" in str(value) for column in texts for value in texts[column])
+    return str(frame.to_csv(index=False, quoting=csv.QUOTE_NONNUMERIC if returns else csv.QUOTE_MINIMAL))
 
 
 def is_number(value: Any) -> TypeGuard[float]:

@@ -265,6 +265,23 @@ def test_a_tokenizer_that_was_changed_in_memory_is_the_one_that_is_exported(
     assert found.apply_chat_template([{"role": "user", "content": "Hello"}], tokenize=False) == "Hello!"
 
 
+def test_nothing_of_the_bases_tokenizer_is_left_beside_another(tiny_folder: Path, tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(tiny_folder, base)
+    stored = AutoTokenizer.from_pretrained(base)
+    (base / "special_tokens_map.json").write_text(json.dumps({"eos_token": stored.eos_token}))
+    (base / "additional_chat_templates").mkdir()
+    (base / "additional_chat_templates" / "rag.jinja").write_text("{{ documents }}")
+    changed = AutoTokenizer.from_pretrained(tiny_folder)
+    changed.eos_token = next(token for token in changed.all_special_tokens if token != stored.eos_token)
+    model = load_model(base, tokenizer=changed, backend="bridge")
+    model.__dict__["_tokenizer" if hasattr(type(model), "tokenizer") else "tokenizer"] = changed
+    export_hf(model, projection(1, site="mlp_out"), tmp_path / "out", "folded", verify=False, progress=False)
+    found = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert found.eos_token == changed.eos_token != stored.eos_token
+    assert not isinstance(found.chat_template, dict)
+
+
 def test_a_tokenizer_with_other_rules_is_the_one_that_is_exported(tiny_folder: Path, tmp_path: Path) -> None:
     text, stored = "The BIG Dog", AutoTokenizer.from_pretrained(tiny_folder)
     stored.save_pretrained(tmp_path / "lower")

@@ -53,6 +53,14 @@ def test_recoveries_stand_in_the_order_of_the_table_and_controls_are_grey() -> N
         plots.recoveries(frame.drop(columns="attack"))
 
 
+def test_without_a_recovery_of_an_edit_there_is_nothing_to_draw() -> None:
+    frame = attacked()
+    controls = frame.assign(recovery=frame["recovery"].where(frame["method"] != "mrp"))
+    for nothing in (controls, frame.assign(recovery=np.nan)):
+        with pytest.raises(ValueError, match="no row of an edit has a recovery"):
+            plots.recoveries(nothing)
+
+
 def test_an_interval_far_outside_does_not_squeeze_the_axis() -> None:
     frame = attacked().assign(recovery_low=-4.7)
     low, high = plots.recoveries(frame).layout.xaxis.range

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from mrp_lens import plots
-from mrp_lens.plots.theme import FORGET, GREY, GREY_BAND, RETAIN
+from mrp_lens.plots.facets import Panels
+from mrp_lens.plots.theme import FORGET, GREY, GREY_BAND, RETAIN, Axis, Look, shortened_apart
 from tests.support import frames
 from tests.support.frames import GROUPS, METHODS, PLAIN, SEEDS, VARIANTS, alignment, by_method, gates, geometry, sweep
 
@@ -238,6 +239,30 @@ def test_a_violin_of_many_tokens_keeps_their_quantiles() -> None:
     of_all = frame[frame["group"] == "forget"]["entropy"]
     assert len(values) == 500
     np.testing.assert_allclose(np.quantile(values, [0.25, 0.5, 0.75]), of_all.quantile([0.25, 0.5, 0.75]), rtol=0.01)
+
+
+def test_names_that_are_cut_stay_apart() -> None:
+    alike = [
+        "The following is a question about biosecurity. A",
+        "The following is a question about biosecurity. B",
+        "short",
+    ]
+    ends = shortened_apart(alike, 40)
+    assert len(set(ends)) == 3
+    assert [len(end) for end in ends] == [40, 40, 5]
+    assert ends[0].endswith("biosecurity. A")
+    assert shortened_apart(["a" * 50, "b" * 50], 40) == ["a" * 39 + "…", "b" * 39 + "…"]
+    panels = Panels([("", pd.DataFrame())], x=Axis("x"), y=Axis("y"), title="t", note="n")
+    for number, name in enumerate([*alike, alike[0], *(f"{'c' * 45}{n}{'d' * 45}" for n in range(3))]):
+        panels.series(0, pd.DataFrame({"x": [0, 1], "y": [number, number]}), "x", "y", Look(name, FORGET))
+    shown = [trace.name for trace in panels.figure().data]
+    assert shown[3] == shown[0]  # the same series in another place
+    assert len(set(shown)) == 6
+
+
+def test_never_taught_facts_that_are_not_known_leave_chance_as_the_level() -> None:
+    frame = frames.accuracies().assign(untaught_accuracy=np.nan, forget_chance=0.25)
+    assert "chance" in {trace.name for trace in plots.accuracies(frame).data}
 
 
 def test_accuracies_stand_in_the_order_of_the_table_with_their_intervals() -> None:

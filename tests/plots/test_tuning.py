@@ -24,6 +24,13 @@ def test_the_front_is_joined_from_left_to_right_and_the_chosen_one_is_marked() -
     assert traces["chance"].line.color == traces["unedited"].line.color == GREY
 
 
+def test_what_is_not_known_of_a_trial_is_no_yes() -> None:
+    frame = tuned().astype({"chosen": object, "on_front": object})
+    frame.loc[~frame["chosen"].astype(bool), "chosen"] = np.nan  # as of frames that were put one below the other
+    traces = {trace.name: trace for trace in plots.pareto(frame).data}
+    assert len(traces["chosen"].x) == 1
+
+
 def test_hovering_tells_a_trial_and_its_settings_as_text() -> None:
     frame = tuned(3).assign(kind="<s>bold</s>", budget=0.1)
     told = next(trace for trace in plots.pareto(frame).data if trace.name == "chosen").text[0]

@@ -1,5 +1,7 @@
 """The chat without any page: both answers, the switches, the question as it is read, and what it refuses."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -128,6 +130,8 @@ def test_bad_switches_and_edits_are_refused(model: LensModel, untouched: None) -
     ):
         with pytest.raises(ValueError, match=message):
             chat.ask(PROMPT, switches)
+        with pytest.raises(ValueError, match=message):  # before it is put on
+            chat.chosen(replace(switches, on=False))
     with pytest.raises(ValueError, match="has no directions"):
         Chat(model, weight_edit(model, 1)).ask(PROMPT, Switches(only=0))
     with pytest.raises(TypeError, match="edit must be an Edit"):

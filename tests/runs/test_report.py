@@ -18,6 +18,7 @@ from mrp_lens.runs.report import report
 from mrp_lens.runs.report.diagnostics import diagnostics
 from mrp_lens.runs.report.page import OTHERWISE, frame_in, sentence
 from mrp_lens.runs.report.table import Table, table_of
+from mrp_lens.utils.frames import csv_of
 from tests.conftest import D_MODEL
 from tests.support.commands import completed
 
@@ -183,6 +184,19 @@ def test_texts_in_a_frame_are_never_numbers_that_are_missing(tmp_path: Path) -> 
     assert read["n"].tolist() == list(range(7))
     pd.testing.assert_series_equal(read["share"], frame["share"])
     assert read["unknown"].isna().all()
+
+
+def test_a_carriage_return_in_a_frame_is_no_end_of_a_row(tmp_path: Path) -> None:
+    frame = pd.DataFrame({"document": [0, 0, 1], "token": ["a", "\r", "b,\n"], "open": [0.5, 1.0, 0.0]})
+    run = Run("x", {}, 0, rows=[{"method": "\r"}], frames={"gate_tokens": frame})
+    run.write_into(tmp_path)
+    pd.testing.assert_frame_equal(frame_in(tmp_path / "frames" / "gate_tokens.csv"), frame)
+    assert csv_of(frame[:1]) == "document,token,open\n0,a,0.5\n"
+
+
+def test_only_a_perplexity_is_a_multiple_of_the_unedited_models() -> None:
+    row = {"method": "rmu", "forget_truth_ratio": 0.53, "text_perplexity_ratio": 1.02}
+    assert texts_of(table_of([row])) == [(False, ["rmu", "0.53", "x1.020"])]
 
 
 def test_a_share_near_0_is_not_written_as_0() -> None:

@@ -136,6 +136,6 @@ def _format_of(key: str) -> Callable[[Any], str]:
         return percent
     if key.startswith("recovery") or "bits" in key:
         return lambda value: f"{value:.2f}"
-    if key.endswith("ratio"):
+    if key.endswith("perplexity_ratio"):
         return lambda value: f"x{value:.3f}"
     return (lambda value: f"{value:.0f} s" if value else "") if key == "seconds" else plain

@@ -183,7 +183,7 @@ def test_nothing_is_written_where_something_cannot_be_done(model: Any, task: Unl
         (edit, task, {"split": "entity"}, "name that column with entity"),
         (edit, task, {"forms": ("weights",)}, "cannot be written into weights"),
         (projection(3), task, {"parameters": ("all", "lora")}, "HookedTransformer"),
-        (edit, replace(task, untaught_questions=task.questions), {}, "overlap"),
+        (edit, replace(task, untaught_questions=task.questions), {}, "are in train or held_out too"),
         (edit, replace(task, questions=quiz(0, 8)), {}, "'probe' needs 5 questions for its training"),
     ]
     for attacked, data, budgets, message in bad:

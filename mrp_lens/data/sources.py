@@ -55,11 +55,8 @@ def hub_rows(path: str, config: str | None, split: str, schema: Schema | None) -
     source = KNOWN[path].path if path in KNOWN else path
     try:
         rows = load_dataset(source, config, split=split)
-    except (
-        RuntimeError,
-        ValueError,
-        DatasetGenerationError,
-    ) as error:  # a loading script, a split that it has not, ...
+    # A loading script, which `datasets` does not run, a configuration or a split that the data set has not, ...
+    except (RuntimeError, ValueError, DatasetGenerationError) as error:
         raise ValueError(f"{source} cannot be read from the Hub: {error}") from error
     if rows.builder_name != "csv":
         return rows

@@ -181,9 +181,8 @@ class _Alike:
         for marks, ending in self.parts:
             self.true.setdefault(marks, set()).add(ending)
         every = {ending for _, ending in self.parts}
-        self.fewest = min(
-            (len(every - own) for own in self.true.values()), default=0
-        )  # wrong endings, of any beginning
+        # Wrong endings that there are for any beginning.
+        self.fewest = min((len(every - own) for own in self.true.values()), default=0)
         counts = Counter(mark for marks, _ in self.parts for mark in marks)
         self.weights = {mark: math.log1p(count) for mark, count in counts.items()}
 

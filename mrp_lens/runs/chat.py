@@ -127,9 +127,8 @@ class Chat:
         Raises:
             ValueError: a strength that the edit cannot have, or a direction that it has not; both `only` and `without`.
         """
-        edit = at_strength(
-            self.model, self._of_directions(switches), switches.strength
-        )  # also what is off has to be possible
+        # Also where it is off: what is typed then has to be possible once it is on.
+        edit = at_strength(self.model, self._of_directions(switches), switches.strength)
         return edit if switches.on else None
 
     def ask(self, question: str, switches: Switches | None = None) -> Answer:

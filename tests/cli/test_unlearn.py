@@ -19,6 +19,7 @@ from mrp_lens.cli import unlearn as module
 from mrp_lens.data import Corpus
 from mrp_lens.edits import load_edit
 from mrp_lens.edits.provenance import fingerprint
+from mrp_lens.export.measurements import Measurements, check_record
 from mrp_lens.methods import METHODS, MRP, RMU, AdaptiveRMU, Fit, control_accuracy
 from mrp_lens.models import load_model
 from mrp_lens.training import loop
@@ -86,6 +87,15 @@ def test_a_reference_is_refused_where_there_is_no_target(tiny_folder: Path, file
     assert isinstance(result.exception, ValueError)
     assert "--reference gives a fit its target, and direction-ablation has none" in str(result.exception)
     assert not (files / "out").exists()
+
+
+@pytest.mark.slow
+def test_the_run_of_a_request_upon_another_methods_edit_is_that_of_both(tiny_folder: Path, files: Path) -> None:
+    assert unlearn(tiny_folder, files).exit_code == 0
+    later = ("--after", str(files / "out" / "edit"), "--request", "second", "--out", str(files / "second"))
+    assert unlearn(tiny_folder, files, *later, method="rmu").exit_code == 0
+    assert [row["method"] for row in summary_of(files / "second")["rows"]] == ["unedited", "mrp + rmu"]
+    check_record(load_edit(files / "second" / "edit"), Measurements.read(files / "second"))
 
 
 @pytest.mark.slow

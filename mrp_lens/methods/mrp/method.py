@@ -41,10 +41,8 @@ RetainLoss = Literal["kl", "cross_entropy"]
 
 FORGET_BOUND = {"alternatives": 1.0, "odds": 1.0, "bounded": 5.0, "ascent": math.inf}  # nats
 GATE_LR = 0.2  # learning rate of the gates over that of the rows
-SOME_LEFT_OUT, MOST_LEFT_OUT = (
-    0.1,
-    0.5,
-)  # share of forget texts that "alternatives" cannot reach, which is told, and is too much
+SOME_LEFT_OUT = 0.1  # share of the forget texts that "alternatives" cannot reach, above which that is told
+MOST_LEFT_OUT = 0.5  # and from which on "bounded" takes its place
 TOKENS = 7000  # of forget texts, for which the usual rank is enough
 LARGEST = 32  # rank that more of them give
 

@@ -187,17 +187,19 @@ class Depth(Dimension):
 
 @dataclass(frozen=True)
 class Block(Dimension):
-    """Several layers, one behind the other: the last by its share of the depth, and how many.
+    """Several layers: the last by its share of the depth, and how many, one behind the other or spread.
 
     Attributes:
         low, high: the ends of the last one's share.
         least, most: how many, as far as there are so many below.
+        spread: the first is drawn, too, and the others lie evenly between the two.
     """
 
     low: float = 0.0
     high: float = 1.0
     least: int = 1
     most: int = 4
+    spread: bool = False
 
     def __post_init__(self) -> None:
         Depth(self.low, self.high)
@@ -208,16 +210,21 @@ class Block(Dimension):
     def draws(self, model: LensModel) -> "Mapping[str, Range | Options]":
         last = Depth(self.low, self.high).draws(model)[""]
         counts = {".count": Range(self.least, self.most, whole=True)} if self.least < self.most else {}
-        return {".last": last, **counts}
+        first = {".first": Depth(0.0, self.high).draws(model)[""]} if self.spread else {}
+        return {".last": last, **counts, **first}
 
     @override
     def value(self, drawn: Mapping[str, Any], default: Any) -> tuple[int, ...]:
         last, count = int(drawn[".last"]), int(drawn.get(".count", self.least))
-        return tuple(range(max(0, last - count + 1), last + 1))
+        behind = max(0, last - count + 1)
+        if count == 1 or ".first" not in drawn:  # as of a search that was begun without
+            return tuple(range(behind, last + 1))
+        first, last = sorted((int(drawn[".first"]), last))
+        return tuple(sorted({round(first + i * (last - first) / (count - 1)) for i in range(count)}))
 
     @override
     def nearest(self, default: Any, model: LensModel) -> Mapping[str, Any]:
-        numbers = {".last": max(default), ".count": len(default)}
+        numbers = {".first": min(default), ".last": max(default), ".count": len(default)}
         return {end: what.nearest(numbers[end], model)[""] for end, what in self.draws(model).items()}
 
 

@@ -12,14 +12,14 @@ NPO_SPACE: Space = {**GRADIENT_SPACE, "beta": Range(0.03, 1.0, log=True)}
 SIMNPO_SPACE: Space = {**GRADIENT_SPACE, "beta": Range(0.5, 10.0, log=True), "gamma": Range(0.0, 2.0)}
 UNDIAL_SPACE: Space = {**GRADIENT_SPACE, "strength": Range(1.0, 30.0, log=True)}
 MRP_SPACE: Space = {
-    "layers": Block(0.0, 1.0, most=8),
+    "layers": Block(0.0, 1.0, most=8, spread=True),
     "rank": Factor(0.25, 4.0, whole=True),
     "lr": Factor(0.2, 5.0),
     "budget": BUDGET,
     "gate_directions": Range(1, 32, log=True, whole=True),
 }
 UNCONDITIONAL_MRP_SPACE: Space = {
-    "layers": Block(0.3, 1.0, most=4),
+    "layers": Block(0.3, 1.0, most=4, spread=True),
     "rank": Factor(0.25, 4.0, whole=True),
     "lr": Factor(0.1, 10.0),
     "retain_weight": Range(1.0, 100.0, log=True),

@@ -1,9 +1,11 @@
 from dataclasses import asdict, dataclass, fields
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from mrp_lens.methods import METHODS, RMU, Block, Depth, Factor, Options, Range, register
+from mrp_lens.methods.mrp.method import default_layers, later_layers
 from mrp_lens.methods.search_space import Dimension
 from tests.conftest import LAYERS
 
@@ -31,6 +33,11 @@ def test_every_method_of_the_library_declares_a_space_of_its_own_settings(model:
         (Block(most=3), {".last": 5, ".count": 3}, None, (3, 4, 5)),
         (Block(most=3), {".last": 1, ".count": 3}, None, (0, 1)),
         (Block(least=2, most=2), {".last": 5}, None, (4, 5)),
+        (Block(most=8, spread=True), {".first": 6, ".last": 27, ".count": 8}, None, (6, 9, 12, 15, 18, 21, 24, 27)),
+        (Block(most=8, spread=True), {".first": 7, ".last": 2, ".count": 3}, None, (2, 4, 7)),
+        (Block(most=8, spread=True), {".first": 4, ".last": 5, ".count": 4}, None, (4, 5)),
+        (Block(most=8, spread=True), {".first": 0, ".last": 5, ".count": 1}, None, (5,)),
+        (Block(most=8, spread=True), {".last": 5, ".count": 3}, None, (3, 4, 5)),
     ],
 )
 def test_what_is_drawn_becomes_a_setting(dimension: Dimension, drawn: Any, default: Any, value: Any) -> None:
@@ -53,6 +60,7 @@ def test_what_is_drawn_becomes_a_setting(dimension: Dimension, drawn: Any, defau
         (Block(most=3), (1, 2), {".last": 2, ".count": 2}),
         (Block(most=2), (0, 1, 3), {".last": 3, ".count": 2}),
         (Block(least=2, most=2), (0, 1), {".last": 1}),
+        (Block(most=4, spread=True), (0, 1, 3), {".first": 0, ".last": 3, ".count": 3}),
     ],
 )
 def test_what_comes_nearest_to_a_default_can_be_drawn(
@@ -104,3 +112,12 @@ def test_a_space_names_settings_and_holds_dimensions() -> None:
         with pytest.raises(kind, match=message):
             register("mine", summary="", source="", space=space)(Mine)
     assert "mine" not in METHODS
+
+
+@pytest.mark.parametrize("n_layers", [4, 8, 12, 30, 32, 80])
+def test_the_layers_that_projections_have_by_themselves_are_in_their_spaces(n_layers: int) -> None:
+    deep: Any = SimpleNamespace(cfg=SimpleNamespace(n_layers=n_layers))
+    for name, usual in (("mrp", default_layers(n_layers)), ("mrp-unconditional", later_layers(n_layers))):
+        space = METHODS[name].space
+        assert space is not None
+        assert space["layers"].value(space["layers"].nearest(tuple(usual), deep), None) == tuple(usual)

@@ -135,16 +135,21 @@ def test_a_notebook_is_stored_without_outputs_and_in_one_form(path: Path) -> Non
 
 @each_notebook
 def test_the_first_cell_installs_mrp_lens_where_it_is_not_there_and_nothing_where_it_is(
-    path: Path, monkeypatch: pytest.MonkeyPatch
+    path: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
+    """From the clone, and not by name from the index, where anybody could have put a package of that name."""
     first = json.loads(path.read_text(encoding="utf-8"))["cells"][0]
     started: list[list[str]] = []
     monkeypatch.setattr(subprocess, "run", lambda words, **_: started.append(words))
     exec(source_of(first), {})
     assert started == []
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.chdir(path.parent)  # as Jupyter has it
     exec(source_of(first), {})
-    assert started == [[sys.executable, "-m", "pip", "install", "--quiet", "mrp_lens"]]
+    assert started == [[sys.executable, "-m", "pip", "install", "--quiet", str(path.parent.parent)]]
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ModuleNotFoundError, match="pip install FOLDER_OF_A_CLONE, or git"):
+        exec(source_of(first), {})
 
 
 @each_on_the_demo

@@ -13,7 +13,10 @@ import plotly.io
 # Okabe and Ito's palette, which colour-blind readers can tell apart. The two groups own their colours in every picture.
 FORGET = "#D55E00"
 RETAIN = "#0072B2"
-OTHERS = ("#009E73", "#CC79A7", "#000000", "#56B4E9", "#E69F00")
+OTHERS = (
+    *("#009E73", "#CC79A7", "#000000", "#56B4E9", "#E69F00"),
+    *("#882255", "#999933", "#332288", "#DDCC77", "#44AA99"),  # of Tol's muted palette, for pictures with more groups
+)
 INK = "#222222"
 GREY = "#767676"  # controls, and only they
 GREY_BAND = "rgba(118, 118, 118, 0.22)"

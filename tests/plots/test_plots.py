@@ -13,7 +13,7 @@ import torch
 
 from mrp_lens import plots
 from mrp_lens.plots.facets import Panels
-from mrp_lens.plots.theme import FORGET, GREY, GREY_BAND, RETAIN, Axis, Look, shortened_apart
+from mrp_lens.plots.theme import FORGET, GREY, GREY_BAND, RETAIN, Axis, Look, group_colours, shortened_apart
 from tests.support import frames
 from tests.support.frames import GROUPS, METHODS, PLAIN, SEEDS, VARIANTS, alignment, by_method, gates, geometry, sweep
 
@@ -258,6 +258,11 @@ def test_names_that_are_cut_stay_apart() -> None:
     shown = [trace.name for trace in panels.figure().data]
     assert shown[3] == shown[0]  # the same series in another place
     assert len(set(shown)) == 6
+
+
+def test_ten_groups_have_colours_of_their_own_and_none_is_that_of_a_control() -> None:
+    colours = group_colours(["forget", "retain", *(f"topic {n}" for n in range(10))])
+    assert len(set(colours.values()) | {GREY}) == 13
 
 
 def test_never_taught_facts_that_are_not_known_leave_chance_as_the_level() -> None:

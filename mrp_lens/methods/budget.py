@@ -139,8 +139,6 @@ class Budget(Callback):
         found: the damage when it was last looked at.
         allowed: the damage that the multiplier keeps to, nats a token.
         stalled: at the last look at the control questions the fit got no further.
-        asks: the control questions tell when there is no more to forget: there are some, and the model answers more of them than by
-            guessing, or a target was given.
         looks: how they were answered, before the fit and every 20 updates.
     """
 
@@ -162,15 +160,17 @@ class Budget(Callback):
         self.aim = self.control.chance if target is None else target
         self.multiplier, self.found = 1.0, 0.0
         self.allowed = first * nats
-        self.asks = self.control.asks and (target is not None or self.before > self.target)
-        if not self.asks:  # when the fit is done cannot be told
+        if not self.control.asks:  # when the fit is done cannot be told
             self.allowed = nats
-            reason = (
-                f"the model answers {self.before:.2f} of its control questions, which is what guessing gives"
-                if self.control.asks
-                else "the texts of the forget set end too much alike for control questions"
+            logger.warning(
+                "the texts of the forget set end too much alike for control questions: the fit makes all of its updates, unless Ctrl-C ends it"
             )
-            logger.warning("%s: the fit makes all of its updates, unless Ctrl-C ends it", reason)
+        elif target is None and self.before <= self.target:
+            logger.warning(
+                "the model answers %.2f of the control questions on the forget set, which is what guessing gives, so that the fit ends soon. If "
+                "it knows the set all the same, fit with target=0.001: out of reach, it makes the fit spend its whole budget",
+                self.before,
+            )
         self.stalled = False
         self._allowed_since = 0  # looks before it became what it is
         self._lately_found: deque[float] = deque(maxlen=SHORT * LOOK // EVERY)
@@ -210,7 +210,7 @@ class Budget(Callback):
 
     def _follow(self, off: float) -> None:
         """Move the multiplier, and if that is of no use the steps' size, for a damage that is off by so many factors of e."""
-        if self._settling or (self.asks and self.looks[-1].accuracy <= self.aim):  # nothing is left to pay for
+        if self._settling or (self.control.asks and self.looks[-1].accuracy <= self.aim):  # nothing is left to pay for
             off = max(0.0, off)
         least, most = LIMITS
         bounded = max(-1.0, min(1.0, off))
@@ -231,7 +231,7 @@ class Budget(Callback):
         return self._state.steps < self._planned
 
     def _there(self) -> bool:
-        return self.asks and self._lately() <= self.aim
+        return self.control.asks and self._lately() <= self.aim
 
     def _lately(self) -> float:
         """The mean accuracy of the last looks; of one that was not trained yet, infinite."""
@@ -257,7 +257,7 @@ class Budget(Callback):
         """Whether accuracy and margin stay where they are, and would under a smaller multiplier and with larger steps: the damage
         allowed for is done, or there are none."""
         free = self.multiplier <= LIMITS[0] and (self._state.pace >= FASTEST or not self._unmoved())
-        if not self.asks or len(self.looks) <= STALLED or not (self.found >= SPENT * self.allowed or free):
+        if not self.control.asks or len(self.looks) <= STALLED or not (self.found >= SPENT * self.allowed or free):
             return False
         margins = [look.margin for look in self.looks]
         nearer = margins[0] > 0.0 and _fall(margins, STALLED) >= NEARER * margins[0]

@@ -16,7 +16,7 @@ REMEDIES: Mapping[Ended, str] = {
     "stalled": "try more layers or a larger rank (MRP), or another layer (RMU)",
     "returned": "try another seed, or a lower target",
     "steps": "give it more steps",
-    "unknown": "ask a quiz of your own whether the model knows the forget set, before and after",
+    "unknown": "ask a quiz of your own whether the model knows the forget set; if it does, fit with target=0.001, which spends the budget",
     "interrupted": "run the same again: it goes on",
 }
 

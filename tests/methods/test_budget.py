@@ -246,16 +246,17 @@ def test_a_fit_aims_at_chance_where_no_target_is_given() -> None:
     assert run(at_chance, 300).done == 60 + 30  # .3, .25 and .2 are .25
 
 
-def test_a_fit_whose_questions_the_model_cannot_answer_does_all_of_its_updates(
+def test_a_fit_whose_questions_the_model_cannot_answer_ends_soon_and_says_how_it_goes_on(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    guessing = Budget(None, Known(0.05), Answers(0.25, 0.2), nats=0.1, target=None, first=0.3)  # type: ignore[arg-type]
-    assert "answers 0.25 of its control questions, which is what guessing gives: the fit makes all" in caplog.text
-    assert guessing.allowed == 0.1  # nor can it be told when more is needed
-    assert run(guessing, 300).done == 300
-    assert guessing.multiplier < 1.0  # it pushes as long as there is less damage than is allowed
-    asked_for = Budget(None, Known(0.05), Answers(0.25, 0.2), nats=0.1, target=0.3)  # type: ignore[arg-type]
-    assert run(asked_for, 300).done == 60 + 30  # there from the start
+    guessing = Budget(None, Known(0.05), Answers(0.25, 0.2), nats=0.1, target=None)  # type: ignore[arg-type]
+    assert "answers 0.25 of the control questions on the forget set, which is what guessing gives" in caplog.text
+    assert run(guessing, 300).done == 60 + 30
+    caplog.clear()
+    told = Budget(None, Known(0.05), Answers(0.25, 0.2), nats=0.1, target=0.001)  # type: ignore[arg-type]
+    assert run(told, 200).done == 200
+    assert told.multiplier < 1.0  # it pushes as long as there is less damage than is allowed
+    assert not caplog.text
 
 
 def test_the_multiplier_falls_no_more_once_the_target_is_reached() -> None:

@@ -32,6 +32,7 @@ from analysis.common.arguments import (
 from analysis.common.board import (
     ATTACK,
     BENCHMARK,
+    KEPT,
     METRICS,
     RELEARN_STAGE,
     Cells,
@@ -147,7 +148,7 @@ class Leaderboard(ResumableStudy):
 
     def stages_of(self, job: Job) -> list[str]:
         """Those of a row; the model that never saw the forget set is measured, and retrained as the floor of the others."""
-        own = ("quiz", f"{RELEARN_STAGE}kept", METRICS, BENCHMARK)
+        own = ("quiz", KEPT, METRICS, BENCHMARK)
         return [stage for stage in self.stages if job[0] != NEVER_TAUGHT or stage.startswith(own)]
 
     def run(self, shard: tuple[int, int]) -> bool:

@@ -26,7 +26,7 @@ from analysis.common.tables import markdown
 from mrp_lens.utils.io import read_json, write_json
 
 KEYS = {"study", "about", "options", "files", "inputs"}
-SUMMARY, TABLE = "summary.json", "table.csv"  # of a finished study
+SUMMARY = "summary.json"  # of a finished study
 LOW, HIGH = "_low", "_high"
 IDENTITY = ("method", "seed", "request", "requests", "layer", "group", "times", "budget", "attack", "form", "step")
 """Columns that say what a row of a table is about."""
@@ -183,17 +183,13 @@ def finding(table: pd.DataFrame, versions: Mapping[str, str]) -> str:
         {
             "": outside["row"],
             "figure": outside["figure"],
-            "recorded": [f"{r:.3f} [{low:.3f}, {high:.3f}]" for r, low, high in zip(*_columns(outside), strict=True)],
+            "recorded": [f"{row.recorded:.3f} [{row.low:.3f}, {row.high:.3f}]" for row in outside.itertuples()],
             "found": [f"{value:.3f}" for value in outside["found"]],
         }
     )
     said = ", ".join(f"{name} {version}" for name, version in versions.items())
     reading = READING.format(inside=int(table["inside"].sum()), all=len(table), versions=said)
     return f"{markdown(text)}\n\n{reading}" if len(text) else reading
-
-
-def _columns(table: pd.DataFrame) -> tuple[pd.Series, pd.Series, pd.Series]:
-    return table["recorded"], table["low"], table["high"]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

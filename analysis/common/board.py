@@ -14,6 +14,7 @@ from mrp_lens.utils.frames import rows_of
 
 ATTACK, METRICS = "attack-", "metrics-"  # parts that others register
 RELEARN_STAGE = "relearn-"  # and the form of the edit
+KEPT, STRIPPED = f"{RELEARN_STAGE}kept", f"{RELEARN_STAGE}stripped"
 BENCHMARK = "benchmark"  # the field's measures
 MEASURES = {
     "forget_exact_memorization": "exact memorisation",
@@ -57,10 +58,9 @@ def with_reference_floor(cells: Cells, last: int) -> Cells:
         cells: (method, seed) -> stage -> what was found.
         last: the updates of the retraining.
     """
-    kept = f"{RELEARN_STAGE}kept"
     known: dict[Job, dict[str, Mapping[str, Any]]] = {}
     for (name, seed), stages in cells.items():
-        floor = cells.get((NEVER_TAUGHT, seed), {}).get(kept)
+        floor = cells.get((NEVER_TAUGHT, seed), {}).get(KEPT)
         known[name, seed] = dict(stages)
         for stage, found in stages.items():
             if floor is not None and stage.startswith(RELEARN_STAGE) and found["rows"]:
@@ -171,11 +171,11 @@ def _attacked(
     """What retraining brings back in one form; nothing where the edit has no such form."""
     kind, source = _kind(stages["fit"]), stages[f"{RELEARN_STAGE}{form}"]
     if form == "stripped" and kind == HOOKS:
-        source = unedited["relearn-kept"]  # without its hooks it is the unedited model
+        source = unedited[KEPT]  # without its hooks it is the unedited model
     if form == "weights" and kind == WEIGHTS:
-        source = stages["relearn-kept"]
+        source = stages[KEPT]
     if form == "weights" and kind == BOTH and not source["rows"]:
-        source = stages["relearn-stripped"]  # what of it can be exported as plain weights
+        source = stages[STRIPPED]  # what of it can be exported as plain weights
     if not source["rows"]:
         return {}
     curves = pd.DataFrame(source["rows"])
@@ -183,7 +183,7 @@ def _attacked(
     row = _by_updates(at_best, f"recovery_{form}", "", updates)
     rate = at_best.sort_values("step")["lr"].iloc[-1]
     # A rate that is too high takes V from any model: what it leaves the unedited one tells that from forgetting.
-    spared = [r["recovery"] for r in unedited["relearn-kept"]["rows"] if (r["lr"], r["step"]) == (rate, updates[-1])]
+    spared = [r["recovery"] for r in unedited[KEPT]["rows"] if (r["lr"], r["step"]) == (rate, updates[-1])]
     row |= {f"lr_{form}": rate, f"unedited_at_lr_{form}": spared[0] if spared else None}
     row |= {f"counts_{form}": bool(curves["counts"].any()), f"train_accuracy_{form}": curves["train_accuracy"].max()}
     if form != "stripped" and source["new"]:
@@ -222,7 +222,7 @@ def _never_taught(stages: Mapping[str, Any], updates: Sequence[int]) -> dict[str
     """The floor: never-taught facts asked of the unedited model, one half of them after the attack against the other,
     and what a probe reads about them."""
     row = _with_ends("forget", "forget_accuracy", stages["quiz"]["untaught"][0])
-    curves = best(pd.DataFrame(stages["relearn-kept"]["rows"]), by="control_recovery")  # as the attacker's is chosen
+    curves = best(pd.DataFrame(stages[KEPT]["rows"]), by="control_recovery")  # as the attacker's is chosen
     row |= _by_updates(curves, "recovery_kept", "control_", updates)
     return row | _read(stages["probe"]["rows"], NEVER_TAUGHT, "probe_bits")
 

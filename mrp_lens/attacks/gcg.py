@@ -407,16 +407,15 @@ def _check_settings(loss: str, layer: int | None, **counts: int) -> None:
 
 
 def _check_questions(train: Questions, held_out: Questions, untaught: Questions | None) -> None:
-    for name, questions in (("train", train), ("untaught", untaught)):
-        if questions is None and name == "untaught":
-            continue
-        check_questions(**{name: questions})
-        if questions is not None and not len(questions):
+    given = {"train": train} if untaught is None else {"train": train, "untaught": untaught}
+    check_questions(**given)
+    for name, questions in given.items():
+        if not len(questions):
             raise ValueError(f"no questions in {name}, {questions.name!r}")
     check_held_out(held_out, train=train)
     check_untaught(untaught, train=train, held_out=held_out)
-    for questions in (train, held_out, untaught):
-        if questions is not None and not all(q.prompt for q in questions.questions):
+    for questions in (held_out, *given.values()):
+        if not all(q.prompt for q in questions.questions):
             raise ValueError(
                 f"a question of {questions.name!r} has an empty prompt, before which no trigger can stand; leave it out"
             )

@@ -143,10 +143,9 @@ def choice_scores(
         TypeError: no Questions.
         ValueError: a choice without a token, or too long for the model; NonFiniteError where logits are NaN.
     """
-    check_questions(questions=questions)
     encoder = encoder_for(model)
-    sizes = [len(question.choices) for question in questions.questions]
     rows = encoded_choices(encoder, questions)
+    sizes = [len(question.choices) for question in questions.questions]
     return mean_log_probabilities(model, encoder, rows, sizes, batch_size=batch_size, progress=progress)
 
 

@@ -97,26 +97,16 @@ def test_a_set_too_short_for_the_default_rank_starts_with_random_directions_besi
     with pytest.raises(ValueError, match=r"rank 12 is above the \d+ directions"):
         MRP(rank=12, **options).start(model, short, texts[1])
     encoder, name = encoder_for(model), hook_name(1)
-    rows = encoder.encode(short.documents)
-    arguments: dict[str, Any] = {"hooks": [name], "taken": {}, "rank": 12, "init": "difference", "retain_energy": 0.9}
-    found = start_rows(
-        model,
-        encoder,
-        rows,
-        encoder.encode(texts[1].documents),
-        generator=torch.Generator().manual_seed(0),
-        complete=True,
-        **arguments,
-    )[name]
+
+    def started(**options: Any) -> torch.Tensor:
+        forget, retain = (encoder.encode(corpus.documents) for corpus in (short, texts[1]))
+        seed = torch.Generator().manual_seed(0)
+        usual: dict[str, Any] = {"hooks": [name], "taken": {}, "init": "difference", "retain_energy": 0.9}
+        return start_rows(model, encoder, forget, retain, generator=seed, **usual, **options)[name]
+
+    found = started(rank=12, complete=True)
     torch.testing.assert_close(found @ found.T, torch.eye(12), rtol=0, atol=1e-5)
-    fewer = start_rows(
-        model,
-        encoder,
-        rows,
-        encoder.encode(texts[1].documents),
-        generator=torch.Generator().manual_seed(0),
-        **{**arguments, "rank": 2},
-    )[name]
+    fewer = started(rank=2)
     torch.testing.assert_close(fewer.abs(), found[:2].abs(), rtol=0, atol=1e-4)  # the set's own directions come first
 
 

@@ -50,6 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--shares", type=float, nargs="+", default=SHARES, help="c over the norm (default 0.5 1 2 4)")
     options = parser.parse_args(arguments)
     study = Study.begin("analysis.alignment", "Alignment of the states with RMU's direction", options)
+    study.check_one_direction()
     layer = default_layer(study.model) if options.layer is None else options.layer
     texts = study.task.texts(limit=DOCUMENTS)
     first = study.fit(RMU(layer=layer, steering_coeff=1.0, steps=1))  # for its u, which depends on the seed alone

@@ -15,11 +15,10 @@ import pandas as pd
 
 from analysis.common.arguments import Study, add_resumable_options, add_set_option, numbers, parser_for
 from analysis.common.methods import OWN, names_in, settings_of, with_settings
-from analysis.common.resumable import Job, ResumableStudy, result_name
+from analysis.common.resumable import Job, ResumableStudy, result_name, shard_in
 from analysis.common.tables import figure, markdown, mean_of
-from mrp_lens.cli.sweep import shard_of
 from mrp_lens.methods import METHODS
-from mrp_lens.models import describe
+from mrp_lens.models import identity_of
 from mrp_lens.runs.front import figures_of, on_front
 from mrp_lens.utils.result_store import ResultStore
 
@@ -40,9 +39,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--times", default=",".join(map(str, TIMES)), help="factors on the budgets (default %(default)s)"
     )
     options = parser.parse_args(arguments)
+    shard = shard_in(options)
     study = Study.begin("analysis.budgets", "What a larger budget buys", options, in_place=True)
     budgets = Budgets(study, options)
-    if budgets.run(shard_of(options.shard)):
+    if budgets.run(shard):
         table = budgets.table()
         study.end(finding(table), {"pareto": pictured(table)}, table, in_place=True)
 
@@ -62,7 +62,7 @@ class Budgets(ResumableStudy):
                 f"{without[0]} has no budget of its own, of which this takes shares; give it one: --set {without[0]}.budget=0.1"
             )
         settings = {
-            "model": describe(study.model),
+            "model": identity_of(study.model),
             "data": study.task.fingerprints(),
             "limit": options.limit,
             "methods": {name: settings_of(method) for name, method in self.methods.items()},

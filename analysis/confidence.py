@@ -40,6 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--samples", type=int, default=4096, help="draws of the noise in the theory check")
     options = parser.parse_args(arguments)
     study = Study.begin("analysis.confidence", "Confidence before and after, and Proposition 1", options)
+    study.check_one_direction()
     questions = study.task.asked(limit=QUESTIONS)
     fits = study.fit_defaults()
     edits: dict[str, Edit | None] = {UNEDITED: None} | {name: fit.edit for name, fit in fits.items()}
@@ -74,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         layer=layer,
         coefficients=[share * norm for share in SHARES],
         noise=(NOISE_SHARE * norm) ** 2 / d_model,
-        samples=options.samples // 8,
+        samples=max(2, options.samples // 8),
         seed=options.seed,
         progress=True,
     )

@@ -27,16 +27,15 @@ import pandas as pd
 from analysis.common.arguments import Study, add_resumable_options, add_set_option, numbers, parser_for
 from analysis.common.methods import changed, compared_methods, names_in, settings_of, with_settings
 from analysis.common.requests import Requests, accuracy, numbers_in
-from analysis.common.resumable import Job, ResumableStudy, result_name
+from analysis.common.resumable import Job, ResumableStudy, result_name, shard_in
 from analysis.common.tables import NONE, figure, markdown, mean_of
-from mrp_lens.cli.sweep import shard_of
 from mrp_lens.data import TaskConfig
 from mrp_lens.data.world import World
 from mrp_lens.edits import Edit, ProjectionEdit, load_edit
 from mrp_lens.edits.serialization import stored_bytes
 from mrp_lens.methods import Fit
 from mrp_lens.metrics.recovery import UNEDITED
-from mrp_lens.models import describe, load_model
+from mrp_lens.models import LensModel, identity_of, load_model
 from mrp_lens.training import NonFiniteLossError
 from mrp_lens.utils.result_store import ResultStore
 
@@ -84,7 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add_set_option(parser)
     parser.add_argument("--reference", help="a model that never saw what is forgotten: how absent looks")
     options = parser.parse_args(arguments)
-    shard = shard_of(options.shard)
+    shard = shard_in(options)
     study = Study.begin("analysis.continual", "Requests one after another", options, in_place=True)
     continual = Continual(study, options)
     if not continual.run(shard):
@@ -99,8 +98,14 @@ def requests_of(study: Study, options: argparse.Namespace) -> Requests:
     """Files, or topics of the demo's world.
 
     Raises:
-        ValueError: files without a quiz each, or an unknown topic.
+        ValueError: files without a quiz each, an unknown topic, or files and topics.
     """
+    if options.forget and options.topics:
+        raise ValueError("--topic names topics of the demo's world, and --forget gives files; leave out one of the two")
+    if options.quizzes and not options.forget:
+        raise ValueError(
+            "--questions are about the requests of --forget; give these, too, or leave both out for the demo's world"
+        )
     if not options.forget:
         return Requests.from_world(options.topics or World().topics, limit=options.limit)
     columns = TaskConfig.from_options(vars(options))
@@ -118,16 +123,19 @@ class Continual(ResumableStudy):
     def __init__(self, study: Study, options: argparse.Namespace) -> None:
         self.study, self.options = study, options
         self.requests = requests_of(study, options)
+        self.reference: LensModel | None = None
+        if options.reference:
+            self.reference = load_model(options.reference, backend=options.backend, dtype=options.dtype)
         self.seeds = numbers(options.seeds or (FULL_SEEDS if options.full else str(options.seed)), int, "--seeds") or ()
         self.lengths = self._lengths()
         known = compared_methods(study.model)
         chosen = names_in(options.methods, known, default=list(known))
         self.methods = with_settings({name: known[name] for name in chosen}, options.set)
         settings = {
-            "model": describe(study.model),
+            "model": identity_of(study.model),
             "data": self.requests.fingerprints(),
             "limit": options.limit,
-            "reference": options.reference,
+            "reference": None if self.reference is None else identity_of(self.reference),
         }
         self.store = ResultStore.claim(
             options.out,
@@ -168,9 +176,8 @@ class Continual(ResumableStudy):
         found["untaught_accuracy"] = None
         if requests.untaught is not None:
             found["untaught_accuracy"] = accuracy(model, requests.untaught)
-        if self.options.reference:
-            never_saw = load_model(self.options.reference, backend=self.options.backend, dtype=self.options.dtype)
-            asked = [accuracy(never_saw, quiz) for quiz in requests.quizzes.values()]
+        if self.reference is not None:
+            asked = [accuracy(self.reference, quiz) for quiz in requests.quizzes.values()]
             found["untaught_accuracy"] = sum(asked) / len(asked)
         return found
 
@@ -205,6 +212,7 @@ class Continual(ResumableStudy):
         """Fit the n-th request upon the edit so far and save it; what that took."""
         name, seed = job
         method, gone = self.methods[name], self.requests.order(seed)[:n]
+        self.check_settings(name, method)
         before = self.edit(job, n - 1)
         named = {"request": gone[-1]} if "request" in inspect.signature(method.fit).parameters else {}
         retain = self.requests.retain(gone)

@@ -11,7 +11,6 @@ method, and `--set` its settings: baselines at the damage that MRP is allowed ar
 import argparse
 import json
 import logging
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,10 +18,9 @@ from typing import Any
 
 from analysis.common.arguments import add_set_option, add_shard_option
 from analysis.common.methods import OWN, settings_of, with_settings
-from analysis.common.resumable import ROW, Job, ResumableStudy, result_name
+from analysis.common.resumable import ROW, Job, ResumableStudy, result_name, shard_in
 from analysis.common.tables import print_row
 from mrp_lens import metrics
-from mrp_lens.cli.sweep import shard_of
 from mrp_lens.data import Corpus, Questions
 from mrp_lens.edits import ConditionalProjectionEdit, Edit, edit_on
 from mrp_lens.methods import METHODS
@@ -194,9 +192,8 @@ class FactsStudy(ResumableStudy):
         if name == UNEDITED:
             scores = self.facts.score(self.model, None)
             return {"method": name, "seed": None, **scores, "outcome": "", "seconds": 0.0}
-        begun = time.perf_counter()
         fit = self.fitted(f"{name}-seed{seed}", self.methods[name], self.model, self.facts, seed=seed)
-        seconds = time.perf_counter() - begun
+        seconds = float(fit.log["seconds"].iloc[-1])
         scores = self.facts.score(self.model, fit.edit) | self.facts.detection(self.model, fit.edit)
         return {"method": name, "seed": seed, **scores, "outcome": str(fit.outcome), "seconds": seconds}
 
@@ -221,11 +218,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add_shard_option(parser)
     parser.add_argument("--overwrite", action="store_true", help="begin anew, whatever the output folder holds")
     options = parser.parse_args(arguments)
+    shard = shard_in(options)
     facts = Facts.read(options.data, options.topic, options.text)
     model = load_model(options.model, backend=options.backend, dtype=options.dtype)
     study = FactsStudy(facts, model, options)
     run = Run("analysis.facts", vars(options), options.seeds[0])
-    if not study.run(shard_of(options.shard)):
+    if not study.run(shard):
         return
     run.rows = [study.result(*part) for part in study.parts()]
     run.write_into(options.out)

@@ -19,6 +19,7 @@ from mrp_lens import SweepConfig, metrics, sweep
 from mrp_lens.edits.subspace import random_units
 from mrp_lens.metrics.recovery import UNEDITED
 from mrp_lens.runs.train_world import ABSENT_WITHIN
+from mrp_lens.utils.result_store import holds_run
 
 KEPT_WITHIN = 0.05
 DOCUMENTS = 100  # a side, for noise sensitivity and Eq. 19
@@ -41,6 +42,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--methods", default="mrp,rmu,adaptive-rmu", help="separated by commas (default all three)")
     parser.add_argument("--seeds", help="such as 0,1,2 (default: --seed, with --full three)")
     options = parser.parse_args(arguments)
+    if (
+        not options.overwrite
+        and options.out.is_dir()
+        and any(options.out.iterdir())
+        and not holds_run(options.out / "sweep", "sweep")
+    ):
+        raise FileExistsError(
+            f"{options.out} holds something other than this study; choose another folder, or give --overwrite"
+        )
     study = Study.begin("analysis.layers", "Per-layer effects of each method", options, in_place=True)
     seeds = numbers(options.seeds or (None if options.full else str(options.seed)), int, "--seeds")
     config = SweepConfig(methods=tuple(options.methods.split(",")), seeds=seeds, full=options.full)

@@ -44,16 +44,15 @@ from analysis.common.board import (
     with_reference_floor,
 )
 from analysis.common.methods import changed, compared_methods, names_in, settings_of, with_settings
-from analysis.common.resumable import Job, ResumableStudy, result_name
+from analysis.common.resumable import Job, ResumableStudy, result_name, shard_in
 from mrp_lens import attacks, metrics
 from mrp_lens.attacks import ATTACKS, FactSplit, SuiteConfig
 from mrp_lens.attacks.finetuning import Attacker, Form, possible_forms
-from mrp_lens.cli.sweep import shard_of
 from mrp_lens.edits import Edit, edit_on, has_hooks, load_edit, without_hooks
 from mrp_lens.edits.provenance import fingerprint
 from mrp_lens.edits.serialization import stored_bytes
 from mrp_lens.metrics.recovery import NEVER_TAUGHT, UNEDITED
-from mrp_lens.models import LensModel, describe, identity_of, load_model
+from mrp_lens.models import LensModel, identity_of, load_model
 from mrp_lens.utils.frames import rows_of
 from mrp_lens.utils.result_store import ResultStore
 
@@ -73,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--attacks", help="further ones, by name (default: those that other packages register)")
     parser.add_argument("--updates", default=UPDATES, help=f"of an attack, after which to score (default {UPDATES})")
     options = parser.parse_args(arguments)
-    shard = shard_of(options.shard)
+    shard = shard_in(options)
     study = Study.begin("analysis.leaderboard", "Leaderboard of unlearning methods", options, in_place=True)
     board = Leaderboard(study, options)
     if not board.run(shard):
@@ -114,7 +113,7 @@ class Leaderboard(ResumableStudy):
         for facts in self.facts.values():
             ATTACKS["probe"]().check_facts(facts)  # likewise too few facts; warns where there will be no control
         settings = {
-            "model": describe(study.model),
+            "model": identity_of(study.model),
             "data": study.task.fingerprints(),
             "updates": self.updates,
             "lr": self.lr,

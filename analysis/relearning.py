@@ -13,9 +13,9 @@ with after an interruption; `--shard 1/2` and `--shard 2/2` divide them between 
 """
 
 import argparse
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Any, Literal
 
 import pandas as pd
@@ -29,35 +29,35 @@ from analysis.common.arguments import (
     parser_for,
 )
 from analysis.common.methods import names_in
-from analysis.common.resumable import Job, ResumableStudy, result_name
+from analysis.common.resumable import Job, ResumableStudy, result_name, shard_in
 from analysis.common.tables import DOES_NOT_COUNT, RANDOM, figure, markdown
 from mrp_lens import Subspace, attacks, metrics
 from mrp_lens.attacks.finetuning import Form, Parameters
-from mrp_lens.cli.sweep import shard_of
 from mrp_lens.data import Corpus, Questions, TaskConfig
 from mrp_lens.data.questions import Half
 from mrp_lens.edits import Edit, ProjectionEdit, edit_on, load_edit
+from mrp_lens.edits.provenance import fingerprint
 from mrp_lens.methods import MRP, RMU, AdaptiveRMU, UnconditionalMRP
 from mrp_lens.methods.mrp.method import default_rank
 from mrp_lens.metrics.recovery import NEVER_TAUGHT, UNEDITED
-from mrp_lens.models import LensModel, describe, is_bridge, load_model
+from mrp_lens.models import LensModel, identity_of, is_bridge, load_model
 from mrp_lens.models.hooks import hook_name
 from mrp_lens.utils.result_store import ResultStore
 
 QUICK_METHODS, FULL_SEEDS, QUICK_QUESTIONS = "mrp,mrp-all-wide,rmu", "0,1,2", 200
-BUDGETS = (5, 20, 100)
+BUDGETS = (5, 20, 100)  # updates of an attack after which it is scored, up to its last
 FEW, MANY = BUDGETS[1], BUDGETS[-1]
 INTERVAL = ("recovery", "recovery_low", "recovery_high")
 REFERENCE = "reference"
 WIDEST = "mrp-all-wide"  # whose ranks and layers the random projection has
 FEW_FACTS = 25
 READING = f"""\
-Accuracy on forget and retain questions before the attack; then the share of V that is back after 5, 20 and 100 updates on T at
+Accuracy on forget and retain questions before the attack; then the share of V that is back after so many updates on T at
 the attacker's best rate, chosen on V (hence an upper bound), with the edit kept: 0 is as if never taught, 1 as before the edit,
-below 0 is suppressed. After 100 updates also with the hooks stripped (which leaves the unedited model) and in the weights. Behind a
+below 0 is suppressed. After the last also with the hooks stripped (which leaves the unedited model) and in the weights. Behind a
 figure: lowest to highest of the seeds, or the 95% interval. `{NEVER_TAUGHT}` is the control, one half of the never-taught facts
 against the other, at the rate that is best for these; it should be near 0. {DOES_NOT_COUNT}: T was not learned to 95%, so that this
-attack does not count. `new facts` is accuracy on facts that no model here knew, after {FEW} updates on them: an edited model that
+attack does not count. `new facts` is accuracy on facts that no model here knew, after as many updates on them: an edited model that
 learns them as the unedited one does can be trained, so that what does not come back is hidden better and not merely slow. MRP's rows
 tell layers from rank: {WIDEST} differs from mrp-all by rank alone, mrp-all from mrp by layers alone, and {RANDOM} has the ranks and
 layers of {WIDEST}. Other attackers stand below the usual one."""
@@ -123,12 +123,17 @@ OTHERS = (
 )
 
 
+def budgets_of(steps: int) -> tuple[int, ...]:
+    """Numbers of updates, up to the last, after which an attack is scored."""
+    return (*(budget for budget in BUDGETS if budget < steps), steps)
+
+
 def possible(how: Retraining, model: LensModel, edit: Edit | None) -> bool:
     """Whether there is something to retrain in this way."""
     if how.parameters == "lora":
         return is_bridge(model)
     if how.parameters in ("before", "at", "after"):
-        return edit is not None and not (how.parameters == "after" and edit.layers[-1] == model.cfg.n_layers - 1)
+        return edit is not None  # the final norm and the unembedding are behind every edit
     return True
 
 
@@ -144,7 +149,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--new", help="questions on facts that no model here knows, with the columns of --questions")
     parser.add_argument("--steps", type=int, default=MANY, help=f"updates of an attack (default {MANY})")
     options = parser.parse_args(arguments)
-    shard = shard_of(options.shard)
+    shard = shard_in(options)
     study = Study.begin("analysis.relearning", "What retraining brings back", options, in_place=True)
     relearning = Relearning(study, options)
     if not relearning.run(shard):
@@ -156,7 +161,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 class Relearning(ResumableStudy):
-    """Every curve of the study, each in a file of its own."""
+    """Every curve of the study, each in a file of its own.
+
+    Attributes:
+        reference: the model that never saw what was forgotten, where one was given.
+    """
+
+    reference: LensModel | None
 
     def __init__(self, study: Study, options: argparse.Namespace) -> None:
         self.study, self.options = study, options
@@ -167,14 +178,17 @@ class Relearning(ResumableStudy):
         self.new = TaskConfig.from_options(vars(options)).quiz(options.new)
         self.names = self._names()
         new = {"new": self.new.fingerprint} if self.new else {}
+        self.reference = None
+        if options.reference:
+            self.reference = load_model(options.reference, backend=options.backend, dtype=options.dtype)
         settings = {
-            "model": describe(study.model),
+            "model": identity_of(study.model),
             "data": study.task.fingerprints() | new,
             "steps": options.steps,
             "lr": self.lr,
             "limit": self.limit,
-            "edits": self.saved,
-            "reference": options.reference,
+            "edits": {name: fingerprint(load_edit(path)) for name, path in self.saved.items()},
+            "reference": None if self.reference is None else identity_of(self.reference),
         }
         self.store = ResultStore.claim(
             options.out,
@@ -183,6 +197,9 @@ class Relearning(ResumableStudy):
             earlier={"data": study.task.legacy_fingerprints() | new},
             overwrite=options.overwrite,
         )
+        for name, method in variants(study.model).items():
+            if name in self.names and name not in self.saved:
+                self.check_settings(name, method)
 
     def _names(self) -> list[str]:
         """The reference and the controls first, then the edits."""
@@ -261,7 +278,7 @@ class Relearning(ResumableStudy):
             samples=how.samples,
             form=how.form,
             parameters=how.parameters,
-            marks=(0, *BUDGETS),
+            marks=(0, *budgets_of(self.options.steps)),
             seed=seed,
         )
         if frame.attrs["interrupted"]:
@@ -284,12 +301,7 @@ class Relearning(ResumableStudy):
 
     def model_of(self, name: str) -> LensModel:
         """The model that is attacked under this name."""
-        return self.reference if name == REFERENCE else self.study.model
-
-    @cached_property
-    def reference(self) -> LensModel:
-        """The model that never saw what was forgotten."""
-        return load_model(self.options.reference, backend=self.options.backend, dtype=self.options.dtype)
+        return self.reference if name == REFERENCE and self.reference is not None else self.study.model
 
     def edit(self, job: Job) -> Edit | None:
         """The edit of a job: saved before, or fitted now and saved."""
@@ -323,9 +335,10 @@ def rank_of(edit: Edit | None) -> int | None:
 
 
 def rows_of_curves(curves: pd.DataFrame, quizzes: pd.DataFrame) -> pd.DataFrame:
-    """One row an edit, seed and attacker: recovery after 5, 20 and 100 updates at the attacker's best rate, with what the
+    """One row an edit, seed and attacker: recovery after a few updates and after all at the attacker's best rate, with what the
     edit had done before. The control "never-taught" is the other half of the never-taught facts, at the best rate for these."""
     rows: list[dict[str, Any]] = []
+    budgets = budgets_of(int(curves["step"].max()))
     known: dict[Any, dict[str, Any]] = {
         (row["method"], row["seed"]): {str(key): value for key, value in row.items()}
         for row in quizzes.to_dict("records")
@@ -336,29 +349,31 @@ def rows_of_curves(curves: pd.DataFrame, quizzes: pd.DataFrame) -> pd.DataFrame:
         last = at_best.iloc[-1]
         row |= {name: last[name] for name in ("floor", "ceiling", "train_accuracy", "counts", "n")}
         learned = part.groupby("step")[["new_accuracy"]].max()  # at the best rate for these
-        row |= _by_budget(at_best, INTERVAL) | _by_budget(learned, ["new_accuracy"])
+        row |= _by_budget(at_best, INTERVAL, budgets) | _by_budget(learned, ["new_accuracy"], budgets)
         rows.append(row)
         if method == UNEDITED and attacker == USUAL.name and part["control_recovery"].notna().any():
             at_best = attacks.best(part, by="control_recovery").sort_values("step").set_index("step")
             control = at_best.drop(columns=list(INTERVAL)).rename(columns=lambda name: name.removeprefix("control_"))
-            rows.append({"method": NEVER_TAUGHT, "seed": seed, "attacker": attacker, **_by_budget(control, INTERVAL)})
-    return _with_forms(pd.DataFrame(rows))
+            rows.append(
+                {"method": NEVER_TAUGHT, "seed": seed, "attacker": attacker, **_by_budget(control, INTERVAL, budgets)}
+            )
+    return _with_forms(pd.DataFrame(rows), budgets[-1])
 
 
-def _by_budget(at_best: pd.DataFrame, columns: Sequence[str]) -> dict[str, Any]:
+def _by_budget(at_best: pd.DataFrame, columns: Sequence[str], budgets: Sequence[int]) -> dict[str, Any]:
     """`recovery_low` after 5 updates as `recovery_5_low`."""
     named = {}
-    for budget in (budget for budget in BUDGETS if budget in at_best.index):
+    for budget in (budget for budget in budgets if budget in at_best.index):
         for column in columns:
             stem, _, end = column.partition("_") if column.startswith("recovery") else (column, "", "")
             named[f"{stem}_{budget}{'_' + end if end else ''}"] = at_best.loc[budget, column]
     return named
 
 
-def _with_forms(table: pd.DataFrame) -> pd.DataFrame:
+def _with_forms(table: pd.DataFrame, last: int) -> pd.DataFrame:
     """Beside the recovery with the edit kept, that without its hooks (the unedited model) and in the weights."""
     usual = table[table["attacker"] == USUAL.name].set_index(["method", "seed"])
-    headline = f"recovery_{MANY}"
+    headline = f"recovery_{last}"
     if headline not in table:
         return table
     for place, row in table[table["attacker"] == USUAL.name].iterrows():
@@ -378,15 +393,16 @@ def _with_forms(table: pd.DataFrame) -> pd.DataFrame:
 
 def compact(table: pd.DataFrame) -> pd.DataFrame:
     """As text, one row an edit and attacker, the usual attacker's first: means over the seeds."""
-    budgets = [budget for budget in BUDGETS if f"recovery_{budget}" in table]
+    budgets = sorted(int(found[1]) for name in table if (found := re.fullmatch(r"recovery_(\d+)", str(name))))
+    few = min(budgets, key=lambda budget: abs(budget - FEW))
     ordered = table.sort_values("attacker", key=lambda names: names != USUAL.name, kind="stable")
     rows = []
     for (attacker, method), part in ordered.groupby(["attacker", "method"], sort=False):
         row = {"attacker": str(attacker), "edit": str(method)}
         row |= {title: figure(part, f"{title}_accuracy") for title in ("forget", "retain")}
         row |= {f"recovery, {budget}": figure(part, f"recovery_{budget}", f"recovery_{budget}") for budget in budgets}
-        row |= {form: figure(part, f"recovery_{MANY}_{form}") for form in ("stripped", "weights")}
-        row[f"new facts, {FEW}"] = figure(part, f"new_accuracy_{FEW}")
+        row |= {form: figure(part, f"recovery_{budgets[-1]}_{form}") for form in ("stripped", "weights")}
+        row[f"new facts, {few}"] = figure(part, f"new_accuracy_{few}")
         if part["counts"].isin([False]).any():
             row[f"recovery, {budgets[-1]}"] += f" {DOES_NOT_COUNT}"
         rows.append(row)

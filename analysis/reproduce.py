@@ -28,7 +28,20 @@ from mrp_lens.utils.io import read_json, write_json
 KEYS = {"study", "about", "options", "files", "inputs"}
 SUMMARY = "summary.json"  # of a finished study
 LOW, HIGH = "_low", "_high"
-IDENTITY = ("method", "seed", "request", "requests", "layer", "group", "times", "budget", "attack", "form", "step")
+IDENTITY = (
+    "method",
+    "seed",
+    "request",
+    "requests",
+    "layer",
+    "group",
+    "times",
+    "budget",
+    "attack",
+    "attacker",
+    "form",
+    "step",
+)
 """Columns that say what a row of a table is about."""
 READING = """\
 {inside} of {all} figures lie in the record's 95% interval. That interval is about which questions were asked; digits of a fit differ by
@@ -229,6 +242,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     summary = read_json(options.out / SUMMARY, "run the study again")
     if record is None or options.record:
         kept = {key: summary[key] for key in ("finished", "versions", "rows")}
+        own = pd.DataFrame(summary["rows"])
+        compared(own, own)  # refuses a table whose rows nothing tells apart
         write_json(recipe.record, {"sha256": hashes, **kept})
         print(f"Written to {recipe.record}.")
         return

@@ -20,7 +20,7 @@ import pandas as pd
 
 from analysis.common.arguments import Study, add_resumable_options, add_set_option, numbers, parser_for
 from analysis.common.methods import settings_of, with_settings
-from analysis.common.resumable import Job, ResumableStudy, result_name
+from analysis.common.resumable import Job, ResumableStudy, result_name, shard_in
 from analysis.common.selectivity_tables import (
     ASKED,
     BARE,
@@ -38,13 +38,12 @@ from analysis.common.selectivity_tables import (
 )
 from analysis.common.tables import RANDOM
 from mrp_lens import metrics
-from mrp_lens.cli.sweep import shard_of
 from mrp_lens.data import Corpus, Questions, UnlearningTask
 from mrp_lens.edits import ConditionalProjectionEdit, Edit, ProjectionEdit, edit_on, projection_in
 from mrp_lens.methods import MRP, Fit, UnconditionalMRP
 from mrp_lens.methods.coverage import SHORT, Coverage
 from mrp_lens.metrics.recovery import UNEDITED
-from mrp_lens.models import LensModel, describe
+from mrp_lens.models import LensModel, identity_of
 from mrp_lens.utils.result_store import ResultStore
 
 FULL_SEEDS = "0,1,2"
@@ -70,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add_set_option(parser)
     parser.add_argument("--full", action="store_true", help=f"seeds {FULL_SEEDS}")
     options = parser.parse_args(arguments)
-    shard = shard_of(options.shard)
+    shard = shard_in(options)
     study = Study.begin(
         "analysis.selectivity", "Selectivity of a projection, with and without gates", options, in_place=True
     )
@@ -203,7 +202,7 @@ class Selectivity(ResumableStudy):
         self.methods[WITHOUT] = gated
         self.statements = statements(study.task)
         settings = {
-            "model": describe(study.model),
+            "model": identity_of(study.model),
             "data": study.task.fingerprints(),
             "limit": options.limit,
             "mrp": settings_of(gated),

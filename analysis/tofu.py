@@ -23,10 +23,9 @@ import pandas as pd
 
 from analysis.common.arguments import add_set_option, add_shard_option
 from analysis.common.methods import settings_of, with_settings
-from analysis.common.resumable import ROW, Job, ResumableStudy, result_name
+from analysis.common.resumable import ROW, Job, ResumableStudy, result_name, shard_in
 from analysis.common.tables import print_row
 from mrp_lens import metrics
-from mrp_lens.cli.sweep import shard_of
 from mrp_lens.data import Corpus, Questions, UnlearningTask
 from mrp_lens.edits import Edit, edit_on
 from mrp_lens.methods import METHODS as registry
@@ -207,6 +206,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add_shard_option(parser)
     parser.add_argument("--overwrite", action="store_true", help="begin anew, whatever the output folder holds")
     options = parser.parse_args(arguments)
+    shard = shard_in(options)
     if options.tuning and options.reference:
         parser.error(
             "--reference was taught the retain set, of which --tuning makes what is forgotten: it knows that, and is no never-taught "
@@ -218,7 +218,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     reference = load_model(options.reference, backend=options.backend) if options.reference else None
     study = TofuStudy(benchmark, methods, model, reference, options)
     run = Run("analysis.tofu", vars(options), options.seed)
-    if not study.run(shard_of(options.shard)):
+    if not study.run(shard):
         return
     run.rows = [study.result(*part)["row"] for part in study.parts()]
     run.frames = study.frames()

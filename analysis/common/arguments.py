@@ -118,6 +118,18 @@ class Study:
         model = load_model(arguments.model, backend=arguments.backend, dtype=arguments.dtype)
         return cls(model, task, run, arguments.out, arguments.overwrite)
 
+    def check_one_direction(self) -> None:
+        """Refuse several forget corpora, for a study that looks at RMU's direction.
+
+        Raises:
+            ValueError: there are several.
+        """
+        if len(self.task.forget) > 1:
+            raise ValueError(
+                f"{len(self.task.forget)} files of --forget: RMU steers each to a direction of its own, and this study looks at one; give "
+                "one file, with all of the texts"
+            )
+
     def fit(self, method: Any, *, seed: int | None = None) -> Fit:
         """Fit with the study's data and seed (or another); Ctrl-C ends the study."""
         chosen = self.run.seed if seed is None else seed

@@ -90,7 +90,9 @@ class Requests:
     def fingerprints(self) -> dict[str, Any]:
         """Role -> hash of the data."""
         kept = self.kept(())
+        untaught = {} if self.untaught is None else {"untaught": self.untaught.fingerprint}
         return {
+            **untaught,
             # A list: `order` draws from the requests as they are given.
             "forget": [[name, corpus.fingerprint] for name, corpus in self.forget.items()],
             "quizzes": {name: quiz.fingerprint for name, quiz in self.quizzes.items()},
@@ -109,7 +111,8 @@ class Requests:
 
         quizzes = {name: nameless(quiz) for name, quiz in self.quizzes.items()}
         named = {name: corpus.fingerprint for name, corpus in self.forget.items()}
-        return {**self.fingerprints(), "forget": named, "quizzes": quizzes, "kept": nameless(self.kept(()))}
+        known = {role: value for role, value in self.fingerprints().items() if role != "untaught"}
+        return {**known, "forget": named, "quizzes": quizzes, "kept": nameless(self.kept(()))}
 
     def measure(self, model: LensModel, edit: Edit | None, *, asked: Gone, gone: Gone) -> dict[str, Any]:
         """What an edit did.

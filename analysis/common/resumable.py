@@ -1,5 +1,6 @@
 """Studies whose results are computed one by one, each in a file of its own, and shared out between processes."""
 
+import argparse
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,6 +8,8 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
+from analysis.common.methods import changed, settings_of
+from mrp_lens.cli.sweep import shard_of
 from mrp_lens.methods import Fit
 from mrp_lens.methods.fit import EDIT
 from mrp_lens.models import LensModel
@@ -22,6 +25,17 @@ ROW = "row"  # the only part of each job, in a study that computes one thing of 
 def result_name(job: Job, part: str) -> str:
     """The name of a result's file."""
     return f"{job[0]}-seed{job[1]}-{part.replace(' ', '-')}"
+
+
+def shard_in(options: argparse.Namespace) -> tuple[int, int]:
+    """Of `--shard`, before anything is removed.
+
+    Raises:
+        ValueError: it is none, or one of several with `--overwrite`.
+    """
+    number, count = shard_of(options.shard)
+    check_shard(number, count, overwrite=options.overwrite)
+    return number, count
 
 
 class ResumableStudy(ABC):
@@ -60,6 +74,18 @@ class ResumableStudy(ABC):
             self.fit_folder(name),
             lambda checkpoint: method.fit(model, data.forget, data.retain, seed=seed, checkpoint=checkpoint),
         )
+
+    def check_settings(self, name: str, method: Any) -> None:
+        """Note what a method is fitted with before any fit of it, and refuse to go on with other settings.
+
+        Raises:
+            ValueError: says which differ.
+        """
+        begun = self.store.once(f"{name}-settings", lambda: settings_of(method))
+        if differing := changed(begun, method):
+            raise ValueError(
+                f"{self.store.folder} holds {name} with other settings: {'; '.join(differing)}; choose another folder"
+            )
 
     def fit_folder(self, name: str) -> Path:
         """Where the fit of that name is saved."""

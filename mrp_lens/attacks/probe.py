@@ -25,6 +25,7 @@ from mrp_lens.metrics.bootstrap import bootstrap_interval
 from mrp_lens.metrics.logit_lens import last_states, logit_lens
 from mrp_lens.metrics.recovery import UNEDITED
 from mrp_lens.models import LensModel, encoder_for
+from mrp_lens.models.generation import drawn_seed
 from mrp_lens.models.hooks import Site, frozen
 from mrp_lens.utils.frames import rows_of
 from mrp_lens.utils.torch_state import ordinary_torch
@@ -134,7 +135,9 @@ def probe(
             asked_facts = LabelledStates(states[id(asked)][hooks[layer]], *of_asked)
             parts = {group: facts}
             if group == "held-out":
-                parts["shuffled"] = facts.shuffled(generator_for(seed))
+                parts["shuffled"] = facts.shuffled(
+                    generator_for(drawn_seed(generator_for(seed)))
+                )  # not as the folds are
             for name, learned in parts.items():
                 estimate = usable_information(learned, asked_facts, kind=kind, seed=seed)
                 found.setdefault(name, []).append((estimate, classes, len(known)))

@@ -144,7 +144,7 @@ class Terminal:
             strict: end with an error at a line that makes no sense; otherwise it is printed, and the next one is read.
         """
         for line in typed:
-            if line in ("/quit", "/exit"):
+            if line.strip() in ("/quit", "/exit"):
                 return
             try:
                 self.do(line)
@@ -159,9 +159,9 @@ class Terminal:
         Raises:
             ValueError: a word of command that there is not, or with a value that makes no sense.
         """
-        word, _, value = line.partition(" ")
+        word, _, value = line.strip().partition(" ")
         value = value.strip()
-        if not line.strip():
+        if not word:
             return
         if not word.startswith("/"):
             self.ask(line)

@@ -47,19 +47,20 @@ def begun(out: Path, settings: Mapping[str, Any], *, overwrite: bool) -> Iterato
         if not holds_run(out, KIND):
             raise
         raise FileExistsError(f"{error}, or replace this one with --overwrite") from error
-    with store.lock, stoppable(out):
+    with store.lock, stoppable(out, overwrite=overwrite):
         if any((out / POINTS).iterdir()):
             console.print(f"Going on with what {out} holds.")
         yield store
 
 
 @contextmanager
-def stoppable(out: Path) -> Iterator[None]:
-    """Inside, Ctrl-C ends the program and says how to go on."""
+def stoppable(out: Path, *, overwrite: bool = False) -> Iterator[None]:
+    """Inside, Ctrl-C ends the program and says how to go on: without --overwrite, if that was given, which would begin anew."""
     try:
         yield
     except KeyboardInterrupt:
-        console.print(f"Interrupted. What is done stays in {out}; the same command goes on with the rest.")
+        same = "the same command without --overwrite" if overwrite else "the same command"
+        console.print(f"Interrupted. What is done stays in {out}; {same} goes on with the rest.")
         raise SystemExit(130) from None
 
 

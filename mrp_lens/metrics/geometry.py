@@ -157,7 +157,7 @@ def geometry(
         states' squared norm inside the removed subspace ("before": what will go; "after": what is left), with its
         control `removed_energy_null`, rank / d_model (both NaN where nothing is removed); `displacement`, root mean
         square distance of the states with the edit from those without, over the latter's root mean square norm (0
-        in "before" rows).
+        in "before" rows; NaN where all states are 0).
 
     Raises:
         TypeError, ValueError: no texts, no token, a layer or site that does not exist, an edit of another model.
@@ -175,7 +175,8 @@ def geometry(
             for layer, now in by_layer.items():
                 about = {"group": group, "when": when, "layer": layer, "documents": now.documents, "tokens": now.tokens}
                 found = {"norm": now.norm, "effective_rank": now.effective_rank, **_removal(now, removed.get(layer))}
-                displacement = (now.moved / moments["before"][layer].energy) ** 0.5
+                energy = moments["before"][layer].energy
+                displacement = (now.moved / energy) ** 0.5 if energy else float("nan")
                 rows.append(about | found | {"displacement": displacement})
     return pd.DataFrame(rows)
 

@@ -180,7 +180,8 @@ def _seen(
     answers = torch.tensor([tokens[question.answer] for question, tokens in asked], device=logits.device)
     right = logits.gather(1, answers[:, None])
     probability = (right[:, 0] - logits.logsumexp(dim=1)).exp().tolist()
-    rank = (1 + (logits > right).sum(dim=1)).tolist()
+    above, level = (logits > right).sum(dim=1), (logits == right).sum(dim=1)
+    rank = (above + (1 + level) / 2).tolist()  # the middle of those with the same logit
     for place, (question, tokens) in enumerate(asked):
         of_choices = logits[place, tokens]
         first = (of_choices == of_choices.max()).tolist()

@@ -51,7 +51,8 @@ def _cosines(parts: Parts, x: str, axis: Axis, title: str) -> go.Figure:
         x=axis,
         y=Axis("mean cosine with u"),
         title=title,
-        note="Bars: 95% over documents. Grey: unrelated directions drawn by the same law, their mean and 95% of them.",
+        bars="Bars: 95% over documents.",
+        note="{bars} Grey: unrelated directions drawn by the same law, their mean and 95% of them.",
     )
     for panel, group, rows, colour in panels.by_group():
         unrelated = f"unrelated directions ({group})"
@@ -75,7 +76,8 @@ def norms(frame: pd.DataFrame) -> go.Figure:
         x=Axis("layer", "layer"),
         y=Axis("norm of the states", "auto"),
         title="Norm of the states",
-        note="Mean over tokens, in the units of the stream. Bars: one standard deviation over tokens.",
+        bars="Bars: one standard deviation over tokens.",
+        note="Mean over tokens, in the units of the stream. {bars}",
     )
     for panel, group, rows, colour in panels.by_group():
         panels.series(panel, rows, "layer", "norm", Look(group, colour), interval=("low", "high"))

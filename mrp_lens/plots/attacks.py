@@ -5,7 +5,7 @@ import plotly.graph_objects as go
 
 from mrp_lens.metrics.recovery import CONTROL_METHODS, FORM_TITLES, best
 from mrp_lens.plots.facets import Panels
-from mrp_lens.plots.frames import beside, facets, figure_of, groups, methods_of, varying
+from mrp_lens.plots.frames import NothingToDraw, beside, facets, figure_of, groups, methods_of, varying
 from mrp_lens.plots.theme import FORGET, GREY, OTHERS, UNIT, Axis, Look, group_colours, room_for
 
 ACCURACY = Axis("accuracy", limits=UNIT)
@@ -68,7 +68,7 @@ def recoveries(frame: pd.DataFrame) -> go.Figure:
     frame = frame[frame["recovery"].notna()]
     control = frame["method"].isin(CONTROL_METHODS) if "method" in frame else pd.Series(False, index=frame.index)
     if control.all():
-        raise ValueError("no row of an edit has a recovery: the unedited model answers no more than the floor")
+        raise NothingToDraw("no row of an edit has a recovery: the unedited model answers no more than the floor")
     names = frame[label].astype(str)
     if "method" in frame:
         names = names.where(~control, frame["method"].astype(str) + ": " + names)
@@ -80,7 +80,8 @@ def recoveries(frame: pd.DataFrame) -> go.Figure:
         x=Axis("recovery", limits=(min(NARROWEST[0], least), max(NARROWEST[1], most))),
         y=Axis("attack", "category", categories=rows, downwards=True),
         title="What comes back of what was removed",
-        note="Bars: 95%, bootstrap over questions; they may reach beyond the axis where next to nothing was removed.",
+        bars="Bars: 95%, bootstrap over questions; they may reach beyond the axis where next to nothing was removed.",
+        note="{bars}",
         height=60 + 24 * len(rows),
         left=room_for(rows),
     )
@@ -115,7 +116,8 @@ def probe_bits(frame: pd.DataFrame) -> go.Figure:
         x=Axis("layer", "layer"),
         y=Axis("usable information (bits)"),
         title="What a probe still reads off the states",
-        note="Bars: 95% over questions. Grey: probes of random labels and of never-taught facts, and all there is to know.",
+        bars="Bars: 95% over questions.",
+        note="{bars} Grey: probes of random labels and of never-taught facts, and all there is to know.",
     )
     for panel, part in panels:
         if "entropy" in part:
@@ -140,10 +142,12 @@ def logit_lens(frame: pd.DataFrame) -> go.Figure:
         x=Axis("layer", "layer"),
         y=ACCURACY,
         title="What each layer would answer if it were the last (logit lens)",
-        note="Among the choices. Bars: 95% over questions. Grey: never-taught facts, and guessing.",
+        bars="Bars: 95% over questions.",
+        note="Among the choices. {bars} Grey: never-taught facts, and guessing.",
     )
     for panel, part in panels:
-        panels.level(panel, float(part["chance"].mean()), name="uniform guess", dash="dot")
+        for chance in part["chance"].dropna().unique():
+            panels.level(panel, float(chance), name="uniform guess", dash="dot")
         for group, rows in groups(part):
             look = Look("never taught", GREY, "dash") if group == "never-taught" else Look(group, colours[group])
             panels.series(panel, rows, "layer", "accuracy", look, interval=("low", "high"))
@@ -170,7 +174,8 @@ def input_gradients(frame: pd.DataFrame) -> go.Figure:
         x=Axis("method", "category", categories=methods_of(frame)),
         y=[Axis(title, "auto") for title in MEASURES.values()],
         title="Gradient of the right answer's loss towards the input",
-        note="Bars: 95%, bootstrap over questions. A gradient also vanishes where the model is sure: see the loss.",
+        bars="Bars: 95%, bootstrap over questions.",
+        note="{bars} A gradient also vanishes where the model is sure: see the loss.",
         columns=1,
         height=150,
     )

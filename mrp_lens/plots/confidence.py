@@ -38,7 +38,8 @@ def confidence_by_method(frame: pd.DataFrame) -> go.Figure:
         x=Axis("method", "category", categories=methods),
         y=[Axis(MEASURES.get(part["measure"].iloc[0], part["measure"].iloc[0])) for _, part in parts],
         title="Confidence token by token",
-        note="Mean over tokens. Bars: 95% over questions. Grey: what a uniform distribution over the vocabulary has.",
+        bars="Bars: 95% over questions.",
+        note="Mean over tokens. {bars} Grey: what a uniform distribution over the vocabulary has.",
         columns=min(columns, len(parts)),
         height=170 if columns == 1 and len(parts) > 1 else None,
     )
@@ -68,12 +69,13 @@ def confidence_distribution(frame: pd.DataFrame, measure: str = "max_logit") -> 
     """
     frame = known(frame, measure)
     methods, colours = methods_of(frame), group_colours(frame["group"])
+    seeds = f" of {frame['seed'].nunique()} seeds together" if varying(frame, "seed") else ""
     panels = Panels(
         facets(frame, varying(frame, "mode")),
         x=Axis("method", "category", categories=methods),
         y=Axis(MEASURES.get(measure, measure)),
         title=f"Distribution over tokens: {MEASURES.get(measure, measure)}",
-        note="Width: density of tokens. Box: quartiles, with a line at the median.",
+        note=f"Width: density of tokens{seeds}. Box: quartiles, with a line at the median.",
         columns=1,
     )
     width = min(SPREAD / frame["group"].nunique(), WIDEST_VIOLIN * len(methods))

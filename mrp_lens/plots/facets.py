@@ -11,7 +11,7 @@ import plotly.graph_objects as go
 from numpy.typing import NDArray
 from plotly.subplots import make_subplots
 
-from mrp_lens.plots.frames import Parts, groups, single_rows
+from mrp_lens.plots.frames import NothingToDraw, Parts, groups, single_rows
 from mrp_lens.plots.theme import (
     BOTTOM,
     CHARACTER,
@@ -48,7 +48,8 @@ class Panels:
         x: the axis below all panels, or one a panel.
         y: the axis left of all panels, or one a panel.
         title: what the picture shows.
-        note: what its bars, bands and dashes mean.
+        note: what its bands and dashes mean, with "{bars}" where it says what its bars are.
+        bars: what these are, where `series` draws intervals; of several seeds there are none, and the figure says so in its place.
         columns: panels side by side. None: as suits their number.
         height: of a panel in pixels. None: as suits their number.
         left: of the first panel, in pixels, which its tick labels and title fill.
@@ -63,13 +64,15 @@ class Panels:
         y: Axis | Sequence[Axis],
         title: str,
         note: str,
+        bars: str = "",
         columns: int | None = None,
         height: int | None = None,
         left: int = LEFT,
         space: bool = False,
     ) -> None:
         labels, count = [label for label, _ in parts], len(parts)
-        self.parts, self.title, self.note, self.left, self.space = [part for _, part in parts], title, note, left, space
+        self.parts, self.title, self.left, self.space = [part for _, part in parts], title, left, space
+        self.note, self.bars, self.seeds, self.without_zero = note, bars, 0, False
         self.xs, self.ys = ([axis] * count if isinstance(axis, Axis) else list(axis) for axis in (x, y))
         self.shared_x, self.shared_y = isinstance(x, Axis), isinstance(y, Axis)
         self.columns = columns or (2 if count == 4 else min(count, 3))
@@ -87,7 +90,7 @@ class Panels:
             specs=[kinds[start : start + self.columns] for start in range(0, len(kinds), self.columns)],
             subplot_titles=shortened_apart(labels, int(self.panel_width / CHARACTER / 1.1)),
             horizontal_spacing=gap / inner,
-            vertical_spacing=row_gap / self.all_height,
+            vertical_spacing=row_gap / self.all_height if rows > 1 else 0.0,
         )
         self.legend: dict[str, None] = {}  # names in order
         self.entries: dict[str, str] = {}  # of a series as it is shown -> its whole name
@@ -116,18 +119,20 @@ class Panels:
         *,
         interval: tuple[str, str] | None = None,
         along: Along = "y",
+        about: str = "",
     ) -> None:
         """A value along y (or x) for each place: its interval, if the table has that, or, where there is a row a seed, every
-        seed and the mean."""
+        seed and the mean. `about`: told on hovering, besides the look's name."""
         place, value = (x, y) if along == "y" else (y, x)
         if single_rows(table, [place]):
             rows = table.sort_values(place)
             ends = [rows[end] for end in interval] if interval and set(interval) <= set(table) else None
-            self.points(panel, rows[x], rows[y], look, ends=ends, along=along)
+            self.points(panel, rows[x], rows[y], look, ends=ends, along=along, about=about)
             return
-        self.points(panel, table[x], table[y], replace(look, mode="markers"), opacity=0.35, legend=False)
+        self.seeds = max(self.seeds, table["seed"].nunique())
+        self.points(panel, table[x], table[y], replace(look, mode="markers"), opacity=0.35, legend=False, about=about)
         mean = table.groupby(place)[value].mean().reset_index()
-        self.points(panel, mean[x], mean[y], look)
+        self.points(panel, mean[x], mean[y], look, about=about)
 
     def means(self, panel: int, table: pd.DataFrame, x: str, column: str, look: Look, *, legend: bool = True) -> None:
         """The mean of the rows at each place."""
@@ -145,6 +150,7 @@ class Panels:
         along: Along = "y",
         opacity: float = 1.0,
         legend: bool = True,
+        about: str = "",
     ) -> None:
         """Points, joined or not, with intervals along y (or x); hovering tells their own x and y, wherever they are drawn.
 
@@ -158,7 +164,8 @@ class Panels:
         self.shown[panel]["x"].extend(xs)
         self.shown[panel]["y"].extend(ys)
         self.shown[panel]["ends"].extend(end for part in limits for end in part)
-        hover, bars = "%{fullData.name}<br>%{customdata[0]:.4g}: %{customdata[1]:.4g}", {}
+        named = ", ".join(filter(None, ("%{fullData.name}", literal(about))))
+        hover, bars = f"{named}<br>%{{customdata[0]:.4g}}: %{{customdata[1]:.4g}}", {}
         if limits:
             hover += " [%{customdata[2]:.4g}, %{customdata[3]:.4g}]"
             middle = ys if along == "y" else xs
@@ -256,10 +263,12 @@ class Panels:
         """The figure, with axes, legend and height that suit what was drawn.
 
         Raises:
-            ValueError: nothing was drawn.
+            NothingToDraw: nothing but controls was drawn.
         """
         if all(trace.legendrank for trace in self.grid.data):  # controls and symbols alone
-            raise ValueError("nothing to draw, the frame holds no number where the picture needs one")
+            raise NothingToDraw(
+                "nothing to draw, the frame holds no number, but of controls, where the picture needs one"
+            )
         for panel in range(0 if self.space else len(self.parts)):
             self._axes(panel)
         self._stretch_levels()
@@ -273,20 +282,24 @@ class Panels:
         seen_x, seen_y = self.shown if self.shared_x else own, self.shown if self.shared_y else own
         outer_x = not self.shared_x or panel + self.columns >= len(self.shown)
         outer_y = not self.shared_y or panel % self.columns == 0
+        across = self.xs[panel].options([value for part in seen_x for value in part["x"]], self.panel_width)
+        values, ends = ([value for part in seen_y for value in part[key]] for key in ("y", "ends"))
+        upwards = self.ys[panel].options(values, self.height, ends=ends)
+        for axis, shown in ((across, own[0]["x"]), (upwards, own[0]["y"])):
+            self.without_zero |= axis.get("type") == "log" and any(value <= 0 for value in shown)
         self.grid.update_xaxes(
             title_text=literal(self.xs[panel].title) if outer_x else None,
             showticklabels=outer_x,
             matches="x" if self.shared_x and panel else None,
-            **self.xs[panel].options([value for part in seen_x for value in part["x"]], self.panel_width),
+            **across,
             **self._place(panel),
         )
-        values, ends = ([value for part in seen_y for value in part[key]] for key in ("y", "ends"))
         self.grid.update_yaxes(
             title_text=literal(self.ys[panel].title) if outer_y else None,
             showticklabels=outer_y,
             ticks="outside" if outer_y else "",
             matches="y" if self.shared_y and panel else None,
-            **self.ys[panel].options(values, self.height, ends=ends),
+            **upwards,
             **self._place(panel),
         )
 
@@ -298,12 +311,15 @@ class Panels:
             rows, used = (rows + 1, width) if used + width > room else (rows, used + width)
         top = TITLE + NOTE + LEGEND_ROW * rows + (PANEL_TITLE if self.titled else 0) + 8
         height = top + self.all_height + BOTTOM
+        bars = self.bars if not self.seeds else f"Faint points: {self.seeds} seeds; lines: their mean."
+        zeros = "Zeros have no place on a logarithmic axis." if self.without_zero else ""
+        note = " ".join(f"{self.note.replace('{bars}', bars)} {zeros}".split())
         self.grid.update_layout(
             template=TEMPLATE,
             width=WIDTH,
             height=height,
             margin={"l": self.left, "r": RIGHT, "t": top, "b": BOTTOM},
-            title={"text": self.title, "subtitle": {"text": self.note}, "y": 1 - 12 / height},
+            title={"text": self.title, "subtitle": {"text": note}, "y": 1 - 12 / height},
             legend={"y": 1 - (TITLE + NOTE) / height},
             showlegend=True,
         )

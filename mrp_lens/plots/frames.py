@@ -37,7 +37,12 @@ FACET_LABELS = {
     "coefficient": "c = {:.3g}",
     "relative_coefficient": "c = {:.3g} x norm",
     "noise": "noise of variance {:.3g}",
+    "seed": "seed {:g}",
 }
+
+
+class NothingToDraw(ValueError):
+    """A frame as it should be, without a number that its figure shows."""
 
 
 def figure_of(
@@ -67,6 +72,8 @@ def figure_of(
                 )
             try:
                 return draw(tidy(frame, needed, source), *args, **kwargs)
+            except NothingToDraw as error:
+                raise NothingToDraw(f"{name}: {error}") from error
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from error
 
@@ -130,11 +137,11 @@ def known(table: pd.DataFrame, column: str) -> pd.DataFrame:
     """The rows that have a number in this column.
 
     Raises:
-        ValueError: none has.
+        NothingToDraw: none has.
     """
     rows = table[np.isfinite(table[column].astype(float))]
     if rows.empty:
-        raise ValueError(f"nothing to draw, the column {column} holds no number in any of {len(table)} rows")
+        raise NothingToDraw(f"nothing to draw, the column {column} holds no number in any of {len(table)} rows")
     return rows
 
 

@@ -1,5 +1,6 @@
 """What an edit does to the cloud of states: how far they move, how many directions they use, what was taken of them."""
 
+from itertools import cycle
 from typing import Any
 
 import numpy as np
@@ -7,7 +8,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from mrp_lens.plots.facets import Panels
-from mrp_lens.plots.frames import Frame, facets, figure_of, known, layer_facets
+from mrp_lens.plots.frames import Frame, facets, figure_of, known, layer_facets, varying
 from mrp_lens.plots.theme import GREY, GRID, SYMBOLS, Axis, Look, literal, sequential
 
 METRIC = "mrp_lens.metrics.geometry"
@@ -131,21 +132,30 @@ def principal_angles(frame: pd.DataFrame, when: str = "before") -> go.Figure:
         when: "before" or "after" the edit.
     """
     frame = _at(frame, when)
-    numbers = np.sort(frame["number"].unique())
-    places = np.linspace(0, len(numbers) - 1, min(MOST_ANGLES, len(numbers))).round().astype(int)
+    parts = facets(frame, ["method", "pair"])
+    every = sorted({number for _, part in parts for number in _angles(part)})
+    looks = dict(zip(every, zip(sequential(len(every)), cycle(SYMBOLS), strict=False), strict=True))
     panels = Panels(
-        facets(frame, ["method", "pair"]),
+        parts,
         x=LAYER,
         y=Axis("principal angle (degrees)", limits=(-3, 93)),
         title=f"Principal angles {when} the edit",
         note="Angle 1 is the smallest. Grey: the same angle between random subspaces of the same ranks.",
     )
     for panel, part in panels:
-        for number, colour, symbol in zip(numbers[places], sequential(len(places)), SYMBOLS, strict=False):
+        for number in _angles(part):
+            colour, symbol = looks[number]
             rows = part[part["number"] == number]
             panels.means(panel, rows, "layer", "null_degrees", Look("random subspaces", GREY, "dot", f"{symbol}-open"))
             panels.series(panel, rows, "layer", "degrees", Look(f"angle {number:g}", colour, symbol=symbol))
     return panels.figure()
+
+
+def _angles(part: pd.DataFrame) -> list[float]:
+    """The numbers of those that a panel shows."""
+    numbers = np.sort(part["number"].unique())
+    places = np.linspace(0, len(numbers) - 1, min(MOST_ANGLES, len(numbers))).round().astype(int)
+    return [float(number) for number in numbers[places]]
 
 
 def _at(frame: pd.DataFrame, when: str) -> pd.DataFrame:
@@ -174,12 +184,13 @@ def principal_plane(frame: pd.DataFrame) -> go.Figure:
 
     Args:
         frame: of `mrp_lens.metrics.principal_plane`: `group`, `when`, `document`, `token`, `x`, `y`, `share_x`,
-            `share_y`, and `z`, `share_z` for three dimensions, with 8 panels at most. A row of panels for each `method`.
+            `share_y`, and `z`, `share_z` for three dimensions, with 8 panels at most. A row of panels for each `method` and
+            `seed`, whose directions are each its own.
     """
     names = _names(frame)
     for name in names:
         frame = known(frame, name)
-    parts, space = facets(frame, ["method", "when"]), len(names) == 3
+    parts, space = facets(frame, ["method", *varying(frame, "seed"), "when"]), len(names) == 3
     if space and len(parts) > MOST_SPACES:
         raise ValueError(
             f"{len(parts)} panels in three dimensions are more than a page can show, {MOST_SPACES}; "

@@ -58,13 +58,15 @@ def accuracies(frame: pd.DataFrame) -> go.Figure:
     place = frame["method"].map({name: number for number, name in enumerate(methods)})
     frame = frame.assign(above=place - ASIDE, below=place + ASIDE)
     titles = ["answers" if quiz else "forget documents", "ordinary text"] if text else [""]
-    axes = [Axis("accuracy (share of questions)" if quiz else "probability per token", limits=UNIT)]
+    retained = ", accuracy of retain" if "retain_accuracy" in frame else ""
+    axes = [Axis("accuracy (share of questions)" if quiz else f"probability per token{retained}", limits=UNIT)]
     panels = Panels(
         [(title, frame) for title in titles],
-        x=[*axes, Axis("perplexity after / before")][: len(titles)],
+        x=[*axes, Axis("perplexity after / before", "auto")][: len(titles)],
         y=Axis("method", "category", categories=methods, downwards=True),
         title="What was forgotten and what was kept",
-        note="Bars: 95%, bootstrap over questions or documents.",
+        bars="Bars: 95%, bootstrap over questions or documents.",
+        note="{bars}",
         height=40 + 40 * len(methods),
         left=room_for(methods),
     )
@@ -158,7 +160,8 @@ def layer_effects(frame: pd.DataFrame, measure: Measure = "accuracy") -> go.Figu
         x=Axis("edited layer", "layer"),
         y=Axis(TITLES[measure], limits=None if measure == "cosine" else UNIT),
         title=f"Effect of the edited layer: {TITLES[measure]}",
-        note=_note(frame, "Bars: 95% over questions." if measure == "accuracy" else ""),
+        bars="Bars: 95% over questions." if measure == "accuracy" else "",
+        note="{bars}",
     )
     for panel, part in panels:
         if measure == "accuracy":
@@ -196,7 +199,8 @@ def coefficient_effects(frame: pd.DataFrame) -> go.Figure:
         x=Axis("coefficient c / norm of the states", "log"),
         y=Axis("accuracy", limits=UNIT),
         title="Effect of the steering coefficient",
-        note=_note(frame, "Bars: 95% over questions."),
+        bars="Bars: 95% over questions.",
+        note="{bars}",
     )
     for panel, part in panels:
         panels.level(panel, 1.0, name="c = norm", along="y", dash="dot")
@@ -204,15 +208,11 @@ def coefficient_effects(frame: pd.DataFrame) -> go.Figure:
         for group, colour in SIDES.items():
             for layer, rows in part.groupby("layer"):
                 look, ends = Look(group, colour, symbol=symbols[layer]), (f"{group}_low", f"{group}_high")
-                panels.series(panel, rows, "relative_coefficient", f"{group}_accuracy", look, interval=ends)
+                x, y = "relative_coefficient", f"{group}_accuracy"
+                panels.series(panel, rows, x, y, look, interval=ends, about=f"layer {layer:g}")
     for layer, symbol in symbols.items():
         panels.explain(f"layer {layer:g}", symbol)
     return panels.figure()
-
-
-def _note(table: pd.DataFrame, bars: str) -> str:
-    seeds = table["seed"].nunique() if "seed" in table else 1
-    return f"Faint points: {seeds} seeds; lines: their mean." if seeds > 1 else bars
 
 
 def _draw_untaught(panels: Panels, panel: int, table: pd.DataFrame) -> None:

@@ -23,7 +23,8 @@ def separability(frame: pd.DataFrame) -> go.Figure:
         x=Axis("layer", "layer"),
         y=Axis("AUC", limits=UNIT),
         title="Can the forget set be told from the retain set?",
-        note="By a linear detector, on documents that it has not seen. Bars: 95%, bootstrap over documents. 0.5: not at all.",
+        bars="Bars: 95%, bootstrap over documents.",
+        note="By a linear detector, on documents that it has not seen. {bars} 0.5: not at all.",
     )
     for panel, part in panels:
         for place, (unit, name) in enumerate(UNITS.items()):

@@ -17,6 +17,17 @@ OTHERS = (
     *("#009E73", "#CC79A7", "#000000", "#56B4E9", "#E69F00"),
     *("#882255", "#999933", "#332288", "#DDCC77", "#44AA99"),  # of Tol's muted palette, for pictures with more groups
 )
+LIGHTER = (
+    "#80CFB9",
+    "#E6BCD3",
+    "#AADAF4",
+    "#F2CF80",
+    "#C390AA",
+    "#CCCC99",
+    "#9990C3",
+    "#EEE6BB",
+    "#A1D4CC",
+)  # the same, half white
 INK = "#222222"
 GREY = "#767676"  # controls, and only they
 GREY_BAND = "rgba(118, 118, 118, 0.22)"
@@ -122,7 +133,8 @@ def control_dash(group: str) -> str:
 def group_colours(names: Iterable[str]) -> dict[str, str]:
     """Group -> colour: forget and retain have theirs always, others one each in order of appearance."""
     rest = [name for name in dict.fromkeys(names) if name not in ("forget", "retain")]
-    return {"forget": FORGET, "retain": RETAIN} | {name: OTHERS[i % len(OTHERS)] for i, name in enumerate(rest)}
+    colours = (*OTHERS, *LIGHTER)
+    return {"forget": FORGET, "retain": RETAIN} | {name: colours[i % len(colours)] for i, name in enumerate(rest)}
 
 
 def sequential(count: int) -> list[str]:
@@ -202,7 +214,7 @@ class Axis:
         return {
             "tickmode": "array",
             "tickvals": list(range(len(self.categories))),
-            "ticktext": [shortened(name) for name in self.categories],
+            "ticktext": shortened_apart(self.categories, LONGEST_LABEL),
             "range": [-0.5, len(self.categories) - 0.5][:: -1 if self.downwards else 1],
             "showgrid": False,
         }

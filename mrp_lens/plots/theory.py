@@ -27,7 +27,8 @@ def noise_sensitivity(frame: pd.DataFrame) -> go.Figure:
         x=Axis("layer", "layer"),
         y=Axis("relative squared change", "log"),
         title="Noise sensitivity of the layers above",
-        note="|g(h + noise) - g(h)|² / |g(h)|², bars: 95% over documents. Grey: |noise|² / |h|², what was put in.",
+        bars="Bars: 95% over documents.",
+        note="|g(h + noise) - g(h)|² / |g(h)|². {bars} Grey: |noise|² / |h|², what was put in.",
     )
     for panel, group, rows, colour in panels.by_group():
         panels.series(panel, rows, "layer", "sensitivity", Look(group, colour), interval=("low", "high"))
@@ -49,7 +50,8 @@ def predicted_coefficients(frame: pd.DataFrame) -> go.Figure:
         x=Axis("layer", "layer"),
         y=Axis("coefficient c (units of the stream)", "auto"),
         title="Steering coefficient predicted by Eq. 19",
-        note="Bars: 95% over documents. Grey: mean norm of the states, and u·h, what c would be without the layers above.",
+        bars="Bars: 95% over documents.",
+        note="{bars} Grey: mean norm of the states, and u·h, what c would be without the layers above.",
     )
     for panel, group, rows, colour in panels.by_group():
         panels.control(panel, rows, "layer", "norm", f"norm ({group})", dash=control_dash(group))
@@ -81,7 +83,8 @@ def theory_check(frame: pd.DataFrame) -> go.Figure:
         x=Axis("variance of the noise", "log"),
         y=[ERRORS[part["statistic"].iloc[0] == MEAN] for _, part in parts],
         title="Logits of noisy steered states against Proposition 1",
-        note="Bars: 95%, bootstrap. On the dashed line the proposition is exact; grey band: 95% of what sampling alone gives.",
+        bars="Bars: 95%, bootstrap.",
+        note="{bars} On the dashed line the proposition is exact; grey band: 95% of what sampling alone gives.",
     )
     for panel, part in panels:
         if part["statistic"].iloc[0] != MEAN:
@@ -110,7 +113,8 @@ def variance_by_coefficient(frame: pd.DataFrame) -> go.Figure:
         x=Axis("coefficient c (units of the stream)", "log"),
         y=Axis("variance of the logits", "log"),
         title="Variance of the logits against the steering coefficient",
-        note="Solid: measured, bars: 95%. Dashed: predicted. Grey: mean norm of the states.",
+        bars="Bars: 95%.",
+        note="Solid: measured. {bars} Dashed: predicted. Grey: mean norm of the states.",
     )
     for panel, part in panels:
         for prompt, look in _looks(frame["prompt"]).items():

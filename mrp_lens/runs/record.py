@@ -52,7 +52,8 @@ class Run:
                 extra(folder)
 
     def write_into(self, folder: Path) -> None:
-        """Write `summary.json`, `table.csv` and `frames/` into a folder that exists, each file whole or not at all.
+        """Write `summary.json`, `table.csv` and `frames/` into a folder that exists, each file whole or not at all; frames of an
+        earlier run that this one has not are removed.
 
         A figure that is not known, or not finite, is null in JSON.
         """
@@ -71,6 +72,9 @@ class Run:
             "examples": [dict(row) for row in self.examples],
         }
         write_text(folder / "table.csv", csv_of(pd.DataFrame([dict(row) for row in self.rows])))
+        for path in (folder / FRAMES).glob("*.csv"):
+            if path.stem not in self.frames:
+                path.unlink()
         for name, frame in self.frames.items():
             (folder / FRAMES).mkdir(exist_ok=True)
             write_text(folder / FRAMES / f"{name}.csv", csv_of(frame))

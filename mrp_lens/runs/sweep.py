@@ -23,6 +23,8 @@ from mrp_lens.metrics.recovery import UNEDITED
 from mrp_lens.models import LensModel, check_layers, identity_of
 from mrp_lens.models.finite import NonFiniteError
 from mrp_lens.training import NonFiniteLossError
+from mrp_lens.training.checkpoints import CheckpointError
+from mrp_lens.training.loop import TooLittleMemoryError
 from mrp_lens.utils.io import as_json, one_line
 from mrp_lens.utils.result_store import ResultStore
 from mrp_lens.utils.torch_state import ordinary_torch
@@ -250,7 +252,8 @@ def sweep(
         `forget_accuracy`, `retain_accuracy`, the intervals `forget_low`, `forget_high`, `retain_low`, `retain_high`
         (95%, bootstrap over questions), the controls `untaught_accuracy` (of the same groups of questions, where
         the task has such) and `chance`;
-        `forget_cosine`, `retain_cosine` with the fit's u at the layer (MRP: with an unrelated u), the controls
+        `forget_cosine`, `retain_cosine` with the fit's u at the layer (MRP: with an unrelated u; None of several forget corpora,
+        each of which has a u of its own), the controls
         `null_mean`, `null_low`, `null_high`; `forget_norm`, `retain_norm`; `forget_max_probability`,
         `retain_max_probability`, `forget_max_logit`, `retain_max_logit` (teacher-forced); `text_perplexity_ratio`;
         `outcome` and `updates`: how a fit with a budget ended (`Outcome.ended`), after so many. Of a point whose fit or figures
@@ -258,12 +261,14 @@ def sweep(
         known; it is not fitted again.
 
     Raises:
-        ValueError: the task lacks questions, a layer does not exist, the shard is not 1 <= i <= n, no point at all gave figures, or
-            the folder belongs to a sweep with other settings (which differ is said).
+        ValueError: the task lacks questions, a layer does not exist, the shard is not 1 <= i <= n or one of several and to overwrite,
+            no point at all gave figures, or the folder belongs to a sweep with other settings (which differ is said).
+        CheckpointError: an interrupted fit of the folder is of other versions of this package or of torch, or damaged.
+        TooLittleMemoryError: memory ran out; what was done stays.
         KeyboardInterrupt: Ctrl-C; the points that are done stay.
     """
     number, count = shard
-    check_shard(number, count)
+    check_shard(number, count, overwrite=overwrite)
     missing = {"forget", "retain"} - set(task.quiz())
     if missing:
         raise ValueError(f"a sweep needs questions on both sides; there are none for {', '.join(sorted(missing))}")
@@ -282,6 +287,8 @@ def sweep(
                 found = _fit_and_measure(model, task, plan, point, untouched, kept, progress=progress)
             except (NonFiniteError, NonFiniteLossError) as error:
                 found = {"row": _failed(point, untouched, error)}
+            except (CheckpointError, TooLittleMemoryError):  # nothing that the next run would find, too
+                raise
             except ValueError as error:  # what cannot be done at one layer may be done at another, but perhaps nowhere
                 if not any(store.stored(other.name) for other in plan.points()):
                     raise
@@ -371,6 +378,8 @@ def _fit_and_measure(
     for side in aligned.index:
         row |= {f"{side}_cosine": float(aligned["cosine"][side]), f"{side}_norm": float(aligned["norm"][side])}
     row |= {key: float(aligned[key]["forget"]) for key in ("null_mean", "null_low", "null_high")}
+    if len(fit.directions) > 1:  # one a forget corpus, whose states are looked at together here
+        row |= dict.fromkeys(key for key in row if key.endswith("_cosine") or key.startswith("null_"))
     row |= untouched["controls"] | {"outcome": fit.ended, "updates": len(fit.log)}
     return {"row": row, "seconds": float(fit.log["seconds"].iloc[-1])}
 

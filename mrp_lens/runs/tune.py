@@ -27,6 +27,8 @@ from mrp_lens.models import LensModel, identity_of
 from mrp_lens.models.finite import NonFiniteError
 from mrp_lens.runs.front import chosen_of, figures_of, on_front
 from mrp_lens.training import NonFiniteLossError
+from mrp_lens.training.checkpoints import CheckpointError
+from mrp_lens.training.loop import TooLittleMemoryError
 from mrp_lens.utils.frames import rows_of
 from mrp_lens.utils.io import as_json, one_line, write_text
 from mrp_lens.utils.result_store import POINTS, ResultStore
@@ -307,6 +309,7 @@ class _Search:
 
         Raises:
             ValueError: the first trial, which is the method as the user gave it, cannot be done; a later one is given up for that.
+            CheckpointError, TooLittleMemoryError: as of a sweep.
         """
         begun = time.perf_counter()
         result: dict[str, Any] = {"settings": as_json(plain_settings(self.space, trial.drawn, self.model))}
@@ -324,6 +327,8 @@ class _Search:
             else:
                 result["row"] = self.measured(self.tuning, edit)
                 objectives = self._objectives(result["row"])
+        except (CheckpointError, TooLittleMemoryError):  # nothing that the next search would find, too
+            raise
         except (ValueError, NonFiniteLossError) as error:
             if trial.place == 0 and not isinstance(error, NonFiniteError | NonFiniteLossError):
                 raise

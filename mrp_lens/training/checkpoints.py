@@ -19,6 +19,10 @@ STRUCTURE = "structure"  # the entry of its metadata that says where each tensor
 EVERY = 25
 
 
+class CheckpointError(ValueError):
+    """A folder holds the checkpoint of another fit, or a damaged one: nothing that the fit itself would say."""
+
+
 class Resumable(Protocol):
     """Something whose state a checkpoint keeps, such as a stream of batches."""
 
@@ -53,8 +57,8 @@ class Checkpoint:
             every: updates after which the state is written.
 
         Raises:
-            TypeError, ValueError: `every` is not a whole number above 0, or the folder holds another fit (what differs is
-                said).
+            TypeError, ValueError: `every` is not a whole number above 0.
+            CheckpointError: the folder holds another fit (what differs is said).
             OSError: the folder cannot be made or written into.
         """
         check_whole(every=every)
@@ -65,7 +69,7 @@ class Checkpoint:
             known = read_json(path, "remove the folder and fit again")
             differing = [key for key in {**wanted, **known} if known.get(key) != wanted.get(key)]
             if differing:
-                raise ValueError(
+                raise CheckpointError(
                     f"{target} holds the checkpoint of another fit (other {', '.join(differing)}); choose another folder, or the same "
                     "method, settings, data, model and seed"
                 )
@@ -81,7 +85,7 @@ class Checkpoint:
         """The state that was last written, if any.
 
         Raises:
-            ValueError: the file is damaged.
+            CheckpointError: the file is damaged.
         """
         path = self.folder / STATE_FILE
         if not path.is_file():
@@ -90,7 +94,9 @@ class Checkpoint:
             with safe_open(path, framework="pt") as file:
                 state: dict[str, Any] = _joined(json.loads(file.metadata()[STRUCTURE]), file)
         except (SafetensorError, OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-            raise ValueError(f"{path} is damaged ({type(error).__name__}); remove the folder and fit again") from error
+            raise CheckpointError(
+                f"{path} is damaged ({type(error).__name__}); remove the folder and fit again"
+            ) from error
         return state
 
     def save(self, state: Mapping[str, Any]) -> None:

@@ -192,10 +192,11 @@ def _of_0_1(known: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
 
 
 def _differing(known: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
-    """What differs, in words. Of a model, what an earlier version did not write down is not compared."""
+    """What differs, in words; a setting that is not given is None. Of a model, what an earlier version did not write down is not
+    compared."""
     differing = []
-    for key, value in wanted.items():
-        there = known.get(key)
+    for key in {**wanted, **known}:
+        value, there = wanted.get(key), known.get(key)
         if key in ("model", "reference") and isinstance(there, dict) and isinstance(value, dict):
             value = {name: entry for name, entry in value.items() if name in there}
             there = {name: there[name] for name in value}

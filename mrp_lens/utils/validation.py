@@ -156,11 +156,21 @@ def check_one_of(allowed: Any, **values: str) -> None:
             raise ValueError(f"unknown {name} {value!r}; choose one of {', '.join(choices)}")
 
 
-def check_shard(number: int, count: int) -> None:
+def check_shard(number: int, count: int, *, overwrite: bool = False) -> None:
     """A process's part of the work is i of n.
 
+    Args:
+        number: i.
+        count: n.
+        overwrite: what the folder holds is to be removed first.
+
     Raises:
-        ValueError: it is not 1 <= i <= n.
+        ValueError: it is not 1 <= i <= n, or one of several and to overwrite.
     """
+    if overwrite and count > 1:
+        raise ValueError(
+            f"shard {number}/{count} would remove what the other shards have done; remove the folder, and start all shards without "
+            "overwrite"
+        )
     if not 1 <= number <= count:
         raise ValueError(f"shard {number}/{count} does not exist; write 1/{count} to {count}/{count}")

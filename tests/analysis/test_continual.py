@@ -197,7 +197,7 @@ def test_a_folder_of_version_0_1_is_known_by_the_hashes_that_it_wrote(world: Wor
     quiz = requests.quizzes[topic]
     nameless = Questions(tuple(replace(q, entity="") for q in quiz.questions), quiz.name)
     assert earlier["quizzes"][topic] == nameless.fingerprint != quiz.fingerprint
-    assert earlier.keys() == requests.fingerprints().keys()
+    assert requests.fingerprints().keys() - earlier.keys() == {"untaught"}  # of which it kept nothing
 
 
 def test_what_is_measured_is_what_is_asked_for(model: LensModel, world: World, untouched: None) -> None:
@@ -224,6 +224,20 @@ def test_hyperparameters_are_set_for_all_methods_that_have_them_or_for_one() -> 
     for wrong in ("rank", "rmu.rank=3", "depth=2", "npo.steps=3"):
         with pytest.raises(ValueError, match=rf"--set {wrong}: none of mrp, rmu has"):
             with_settings(methods, [wrong])
+
+
+def test_files_and_topics_exclude_each_other(files: list[str]) -> None:
+    with pytest.raises(ValueError, match="--topic names topics of the demo's world, and --forget gives files"):
+        continual.main([*files, "--topic", "potions"])
+    asked = [*files[files.index("--questions") : files.index("--retain")], "--out", files[-1]]
+    with pytest.raises(ValueError, match="--questions are about the requests of --forget"):
+        continual.main(asked)
+
+
+def test_never_taught_questions_are_part_of_what_a_folder_is_about() -> None:
+    requests = Requests.from_world(("potions", "towns"))
+    without = replace(requests, untaught=None).fingerprints()
+    assert requests.fingerprints().keys() - without.keys() == {"untaught"}
 
 
 @pytest.fixture
@@ -298,6 +312,11 @@ def test_a_finished_study_is_not_computed_again_and_other_settings_are_refused(
     assert "| method   | requests | requests so far" in capsys.readouterr().out
     with pytest.raises(ValueError, match=r"holds rmu with other settings: steps \(1 there, 2 now\); choose another"):
         continual.main([*options, "--set", "steps=2"])
+    (out / "points" / "rmu-seed0-request1.json").unlink()  # as if it had been killed before it was measured
+    with pytest.raises(ValueError, match=r"holds rmu with other settings: steps \(1 there, 2 now\); choose another"):
+        continual.main([*options, "--set", "steps=2"])
+    with pytest.raises(ValueError, match="shard 1/2 would remove"):
+        continual.main([*options, "--shard", "1/2", "--overwrite"])
     with pytest.raises(ValueError, match=r"holds a sequence with other settings: .*limit"):
         continual.main([*options, "--limit", "3"])
     with pytest.raises(ValueError, match="--requests 4: there are 3; choose lengths from 1 to 3"):
@@ -335,7 +354,7 @@ def test_what_was_found_before_is_kept(
     if error is None:
         with pytest.raises(KeyboardInterrupt):
             continual.main(options)
-        assert set(points(tmp_path / "out")) == {"unedited", "rmu-seed0-request1"}
+        assert set(points(tmp_path / "out")) == {"unedited", "rmu-settings", "rmu-seed0-request1"}
         return
     continual.main(options)
     kept = points(tmp_path / "out")

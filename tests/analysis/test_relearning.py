@@ -85,6 +85,16 @@ def test_one_seed_is_shown_with_its_interval_and_a_short_attack_with_the_budgets
     assert "recovery, 100" not in row
 
 
+@pytest.mark.parametrize(("last", "few"), [(2, 2), (40, 20)])
+def test_an_attack_is_scored_after_its_last_update_whatever_that_is(last: int, few: int) -> None:
+    def short(name: str) -> pd.DataFrame:
+        return curve(name, [0.0, 0.3, 0.5, 0.9]).query("step < @last or step == 100").replace({"step": {100: last}})
+
+    row = compact(table_of(short(UNEDITED), short("mrp").assign(counts=False))).set_index("edit").loc["mrp"]
+    assert row[f"recovery, {last}"] == "0.90 [0.80, 1.00] †"
+    assert f"new facts, {few}" in row
+
+
 def test_an_attack_that_does_not_learn_its_own_facts_does_not_count() -> None:
     weak = curve("mrp", [0.0, 0.3, 0.5, 0.9], counts=False, train_accuracy=0.5)
     shown = compact(table_of(UNTOUCHED, weak, curve("rmu", [0.0, 0.3, 0.5, 0.9]))).set_index("edit")["recovery, 100"]
@@ -112,8 +122,7 @@ def test_attackers_are_named_by_what_is_special_about_them(model: Any) -> None:
     assert USUAL.name == "usual"
     assert Retraining(split="question", samples=25).name == "by question-25 facts"
     last = int(model.cfg.n_layers) - 1
-    assert not possible(Retraining(parameters="after"), model, projection(last))
-    assert possible(Retraining(parameters="after"), model, projection(last - 1))
+    assert possible(Retraining(parameters="after"), model, projection(last))  # the final norm and the unembedding
     assert not possible(Retraining(parameters="before"), model, None)
 
 
@@ -144,6 +153,10 @@ def test_shards_make_one_study_and_saved_edits_are_attacked(tmp_path: Path) -> N
     assert (out / "finding.md").read_text().startswith("| attacker | edit")
     with pytest.raises(ValueError, match="holds a relearning with other settings: lr"):
         relearning.main([*options, "--lr", "1e-4"])
+    again = RMU(steps=1).fit(demo, world.forget("potions"), world.retain(without="potions"), progress=False)
+    again.edit.save_pretrained(tmp_path / "edit", overwrite=True)
+    with pytest.raises(ValueError, match=r"holds a relearning with other settings: edits\.rmu"):
+        relearning.main(options)
 
 
 def test_the_control_is_at_the_rate_that_is_best_for_it() -> None:

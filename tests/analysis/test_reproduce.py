@@ -77,6 +77,14 @@ def test_a_study_is_run_with_its_inputs_and_compared_with_its_record(
     assert table["inside"].tolist() == [True, False, True]
 
 
+def test_a_table_whose_rows_nothing_tells_apart_is_not_recorded(study: Study, tmp_path: Path) -> None:
+    recipe = study([*ROWS, ROWS[1]])
+    with pytest.raises(ValueError, match="several rows about 'rmu 0'"):
+        run(recipe, "--record")
+    assert not (tmp_path / "reproduce" / "toy.json").exists()
+    run(study([ROWS[0], *({**ROWS[1], "attacker": name} for name in ("usual", "unrelated"))]), "--record")
+
+
 def test_other_files_are_refused_before_any_work(study: Study, tmp_path: Path) -> None:
     recipe = study(ROWS)
     run(recipe, "--record")

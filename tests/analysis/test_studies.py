@@ -124,6 +124,23 @@ def test_a_study_of_ones_own_model_needs_data() -> None:
         task_for("mine", TaskConfig.from_options(vars(parser_for("", "x").parse_args(["--model", "mine"]))))
 
 
+def test_layers_leaves_what_another_study_wrote(tmp_path: Path) -> None:
+    (tmp_path / "summary.json").write_text("{}")
+    with pytest.raises(FileExistsError, match="holds something other than this study"):
+        layers.main(["--out", str(tmp_path)])
+
+
+@pytest.mark.parametrize("study", [alignment, confidence])
+def test_a_study_of_one_direction_refuses_several_forget_corpora(study: Any, tiny_folder: Path, tmp_path: Path) -> None:
+    files = []
+    for name in ("one", "two", "kept"):
+        files.append(str(tmp_path / f"{name}.txt"))
+        Path(files[-1]).write_text("\n".join(f"The colour of {name}{i} is red." for i in range(4)))
+    data = ["--model", str(tiny_folder), "--forget", *files[:2], "--retain", files[2]]
+    with pytest.raises(ValueError, match="2 files of --forget: RMU steers each to a direction of its own"):
+        study.main([*data, "--out", str(tmp_path / "out")])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("study", "options"),

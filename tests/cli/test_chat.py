@@ -67,7 +67,7 @@ def test_questions_and_words_may_be_piped_in(
             "/edit off",
             PROMPT,
         ),
-        *("/directions", "/help", "/edit on", "/quit", "/nonsense"),
+        *("/directions", " /help", "/edit on", "/quit ", "/nonsense"),
     )
     assert result.exit_code == 0, result.exception
     for part in (

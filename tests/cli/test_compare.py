@@ -54,6 +54,14 @@ def test_edits_stand_by_the_damage_they_did_under_the_names_of_their_runs(tmp_pa
     assert "is not empty" in str(invoke("compare", small, "--out", str(tmp_path / "out")).exception)
 
 
+def test_edits_whose_damage_is_not_known_have_no_picture(tmp_path: Path) -> None:
+    runs = [wrote(tmp_path / name, UNEDITED, edited()) for name in ("one", "two")]
+    completed("compare", *runs, "--out", str(tmp_path / "out"))
+    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert "two" in page
+    assert 'id="pareto"' not in page
+
+
 def test_a_run_of_another_command_is_refused_and_a_comparison_can_be_repeated(tmp_path: Path) -> None:
     demo = Path(wrote(tmp_path / "demo", UNEDITED))
     (demo / "summary.json").write_text(json.dumps({"command": "demo", "rows": [UNEDITED]}))

@@ -79,6 +79,8 @@ def test_probes_of_controls_are_grey_and_all_there_is_to_know_is_a_line() -> Non
 def test_the_lens_has_a_level_for_guessing_and_grey_for_never_taught_facts() -> None:
     figure = plots.logit_lens(unembedded())
     assert entries(figure, "uniform guess")[0].y == (0.25, 0.25)
+    fewer = pd.concat([unembedded(), unembedded().query("group == 'forget'").assign(group="other", chance=0.5)])
+    assert [level.y for level in entries(plots.logit_lens(fewer), "uniform guess")] == [(0.25, 0.25), (0.5, 0.5)]
     assert entries(figure, "never taught")[0].line.color == GREY
     assert entries(figure, "forget")[0].line.color == FORGET
 

@@ -153,10 +153,13 @@ def test_groups_stand_a_few_pixels_apart_and_both_tell_their_true_place() -> Non
 
 def test_seeds_are_points_around_their_mean() -> None:
     frame = alignment(seed=SEEDS)
-    points, mean = entries(plots.alignment_by_layer(frame), "retain")
+    figure = plots.alignment_by_layer(frame)
+    points, mean = entries(figure, "retain")
     assert (points.mode, len(points.x)) == ("markers", 24)
     means = frame[frame["group"] == "retain"].groupby("layer")["cosine"].mean()
     np.testing.assert_allclose(mean.y, means)
+    assert figure.layout.title.subtitle.text.startswith("Faint points: 3 seeds; lines: their mean. Grey: unrelated")
+    assert plots.alignment_by_layer(alignment()).layout.title.subtitle.text.startswith("Bars: 95% over documents. Grey")
     with pytest.raises(ValueError, match="several rows for layer 0; add a column method, coefficient or seed"):
         plots.alignment_by_layer(frame.drop(columns="seed"))
 
@@ -202,6 +205,9 @@ def test_coefficients_stand_on_a_log_axis_beside_the_norm_with_a_symbol_for_each
     symbols = {trace.marker.symbol for trace in figure.data if trace.name == "forget"}
     assert len(symbols) == 7
     assert symbols == {trace.marker.symbol for trace in figure.data if trace.name.startswith("layer ")}
+    many = plots.coefficient_effects(sweep(range(20), seeds=[0]))  # more than there are symbols
+    hovered = {trace.hovertemplate.split("<br>")[0] for trace in many.data if trace.name == "forget"}
+    assert {f"%{{fullData.name}}, layer {layer}" for layer in (0, 16)} <= hovered
 
 
 def test_noise_that_differs_from_layer_to_layer_makes_no_panels() -> None:
@@ -209,6 +215,14 @@ def test_noise_that_differs_from_layer_to_layer_makes_no_panels() -> None:
     assert titles(plots.noise_sensitivity(frame)) == []
     several = plots.noise_sensitivity(frames.noise_sensitivity(noise=(0.1, 1.0)))
     assert titles(several) == ["noise of variance 0.1", "noise of variance 1"]
+
+
+def test_zeros_that_a_logarithmic_axis_cannot_show_are_told() -> None:
+    frame = frames.noise_sensitivity()
+    told = "Zeros have no place on a logarithmic axis."
+    assert told not in plots.noise_sensitivity(frame).layout.title.subtitle.text
+    unmoved = frame.assign(sensitivity=frame["sensitivity"].where(frame["layer"] > 0, 0.0))
+    assert plots.noise_sensitivity(unmoved).layout.title.subtitle.text.endswith(told)
 
 
 def test_errors_of_the_proposition_have_the_interval_of_what_was_measured() -> None:
@@ -263,6 +277,7 @@ def test_names_that_are_cut_stay_apart() -> None:
 def test_ten_groups_have_colours_of_their_own_and_none_is_that_of_a_control() -> None:
     colours = group_colours(["forget", "retain", *(f"topic {n}" for n in range(10))])
     assert len(set(colours.values()) | {GREY}) == 13
+    assert len(set(group_colours(f"topic {n}" for n in range(19)).values()) | {GREY}) == 22
 
 
 def test_never_taught_facts_that_are_not_known_leave_chance_as_the_level() -> None:
@@ -279,6 +294,13 @@ def test_accuracies_stand_in_the_order_of_the_table_with_their_intervals() -> No
     np.testing.assert_allclose(told(figure, "forget")[:, [0, 2, 3]], expected)
     assert [entries(figure, name)[0].x for name in ("never taught", "unchanged")] == [(0.26, 0.26), (1.0, 1.0)]
     np.testing.assert_allclose(told(plots.accuracies(frames.unlearned()), "forget")[:, 0], [0.81, 0.12])
+    assert plots.accuracies(frame.iloc[:1]).layout.yaxis.ticktext == ("unedited",)
+    wrecked = plots.accuracies(frame.assign(text_perplexity_ratio=[1.0, 1.0, 1.1, 1.2, 1.3, 7138.0]))
+    assert wrecked.layout.xaxis2.type == "log"  # or all others would lie on the line at 1
+    mixed = plots.accuracies(frames.unlearned().assign(retain_accuracy=0.8))
+    assert mixed.layout.xaxis.title.text == "probability per token, accuracy of retain"
+    long = [f"runs/compare/some-long-experiment-of-mine/rank-{rank}" for rank in range(6)]
+    assert len(set(plots.accuracies(frame.assign(method=long)).layout.yaxis.ticktext)) == 6
 
 
 def test_losses_far_apart_stand_on_a_log_axis_without_zeros() -> None:
@@ -316,6 +338,13 @@ def test_what_was_removed_is_shown_where_it_was_removed() -> None:
 def test_of_many_angles_the_smallest_and_the_largest_are_among_the_four_shown() -> None:
     shown = {trace.name for trace in plots.principal_angles(frames.principal_angles()).data}
     assert shown == {"angle 1", "angle 3", "angle 6", "angle 8", "random subspaces"}
+    frame = frames.principal_angles()
+    narrow = frame[frame["number"] <= 2].assign(pair="forget, removed")
+    figure = plots.principal_angles(pd.concat([frame, narrow]))
+    panel = figure.layout.annotations[-1].text
+    assert panel == "forget, removed"
+    of_panel = {trace.name for trace in figure.data if trace.xaxis == f"x{len(titles(figure))}"}
+    assert of_panel == {"angle 1", "angle 2", "random subspaces"}
 
 
 def test_each_token_stands_in_its_cell_with_its_share_and_long_documents_go_on_below() -> None:
@@ -349,6 +378,8 @@ def test_planes_before_and_after_share_their_axes_and_tell_the_token() -> None:
     assert (figure.layout.xaxis2.matches, figure.layout.yaxis2.matches) == ("x", "y")
     assert figure.layout.xaxis.title.text == "component 1 (34% of variance)"
     assert figure.data[0].text[1] == "'&lt;s&gt;', document 1"  # as markup it would vanish
+    seeds = pd.concat([frames.principal_plane().assign(seed=seed) for seed in (0, 1)])
+    assert titles(plots.principal_plane(seeds)) == [f"seed {n}, {when}" for n in (0, 1) for when in ("before", "after")]
     space = plots.principal_plane(frames.principal_plane("xyz"))
     assert space.layout.scene.xaxis.range == space.layout.scene2.xaxis.range
     with pytest.raises(ValueError, match="10 panels in three dimensions are more than a page can show, 8"):

@@ -16,7 +16,7 @@ from mrp_lens.plots import FIGURES
 from mrp_lens.runs.record import Run
 from mrp_lens.runs.report import report
 from mrp_lens.runs.report.diagnostics import diagnostics
-from mrp_lens.runs.report.page import OTHERWISE, frame_in, sentence
+from mrp_lens.runs.report.page import OTHERWISE, edits_in, frame_in, sentence
 from mrp_lens.runs.report.table import Table, table_of
 from mrp_lens.utils.frames import csv_of
 from tests.conftest import D_MODEL
@@ -34,6 +34,16 @@ ROWS = [
 ]
 
 
+FINDING = """\
+| method | recovery |
+| ------ | -------- |
+| mrp    | 0.10     |
+
+## How to read this
+
+It forgot, **all** of <b>it</b> ![x](https://example.org/x.png)."""
+
+
 @pytest.fixture
 def folder(model: LensModel, texts: tuple[Corpus, Corpus], tmp_path: Path) -> Path:
     """A run with a fit, a frame, examples that look like markup, and a finding."""
@@ -46,7 +56,7 @@ def folder(model: LensModel, texts: tuple[Corpus, Corpus], tmp_path: Path) -> Pa
 
     def save(out: Path) -> None:
         fit.edit.save_pretrained(out / "edit")
-        (out / "finding.md").write_text("It forgot.\n\nIt kept.")
+        (out / "finding.md").write_text(FINDING)
 
     run.write(tmp_path / "run", overwrite=False, extras=[save])
     return tmp_path / "run"
@@ -61,7 +71,9 @@ def test_the_page_tells_what_was_done_and_needs_nothing_else(folder: Path) -> No
         "Forgetting &lt;everything&gt;",
         "mine &amp; yours",
         "interrupted after 2 steps",
-        "<p>It forgot.</p>",
+        "<p>It forgot, <strong>all</strong> of &lt;b&gt;it&lt;/b&gt; ",
+        "<td>0.10</td>",
+        "<h3>How to read this</h3>",
         '<td>27.3%<span class="interval">[20.0, 35.0]</span></td>',
         "27.3% [20.0, 35.0] of the forget quiz right; 100.0% before; 25.0% on facts never taught",
         "x1.100",
@@ -79,6 +91,33 @@ def test_the_page_tells_what_was_done_and_needs_nothing_else(folder: Path) -> No
     assert "unset" not in body
     assert '<th>method</th><th class="control">unedited</th><th>rmu</th>' in body
     assert not re.findall(r"<(?:script|link|img|iframe)[^>]+(?:src|href)=[\"']?(?:https?:)?//", html)
+
+
+def test_pictures_of_an_earlier_run_and_of_frames_without_a_number_are_left_out(folder: Path) -> None:
+    page = report(folder).read_text(encoding="utf-8")
+    assert 'id="alignment_by_layer"' in page
+    later = Run("unlearn", {}, 3, rows=list(ROWS))
+    later.frames["accuracies"] = pd.DataFrame({"method": ["rmu"], "forget_accuracy": [None]})
+    later.write_into(folder)
+    page = report(folder).read_text(encoding="utf-8")
+    assert "<figure" not in page
+
+
+def test_fits_that_differ_in_a_setting_alone_are_told_both(folder: Path) -> None:
+    path = folder / "edit" / "edit_config.json"
+    config = json.loads(path.read_text())
+    rate = config["provenance"]["settings"]["lr"]
+    config["provenance"]["settings"]["lr"] = rate / 2
+    (folder / "again").mkdir()
+    (folder / "again" / "edit_config.json").write_text(json.dumps(config))
+    assert len({fit.sentence for fit in edits_in(folder)}) == 1
+    assert sorted(fit.settings["lr"] for fit in edits_in(folder)) == [rate / 2, rate]
+
+
+def test_names_that_look_like_numbers_stay_text(tmp_path: Path) -> None:
+    frame = pd.DataFrame({"method": ["01", "1e3"], "token": ["True", "NA"], "step": [1, 2]})
+    frame.to_csv(tmp_path / "frame.csv", index=False)
+    pd.testing.assert_frame_equal(frame_in(tmp_path / "frame.csv"), frame)
 
 
 def record_of(method: str, settings: dict[str, Any]) -> dict[str, Any]:

@@ -2,7 +2,7 @@ from typing import Any
 
 import pytest
 
-from mrp_lens.runs.report.answers import NOTHING, UNTESTED, UNTOLD, Answer, answers_of
+from mrp_lens.runs.report.answers import NOTHING, UNCLEAR, UNTESTED, UNTOLD, Answer, answers_of
 
 BEFORE: dict[str, Any] = {
     "method": "unedited",
@@ -33,7 +33,7 @@ def test_what_is_left_is_a_share_of_what_was_above_the_level() -> None:
     figures = "30.0% [26.0, 34.0] of the forget quiz right; 90.0% before; 25.0% by guessing"
     assert guessed.forgot == Answer("Forgotten", figures, pytest.approx(0.05 / 0.65))
     known = answers(forget_accuracy=0.35, forget_low=0.24, forget_high=0.46).forgot
-    assert (known.words, known.share) == ("Not all forgotten", pytest.approx(0.1 / 0.65))
+    assert (known.words, known.share) == ("Cannot be told from guessing", pytest.approx(0.1 / 0.65))
     taught = answers(untaught_accuracy=0.28)
     assert taught.forgot.words == "Forgotten"
     assert taught.forgot.share == pytest.approx(0.02 / 0.62)
@@ -64,10 +64,12 @@ UNSURE = float("nan")
     ("accuracy", "interval", "words"),
     [
         (0.02, (0.0, 0.05), "Suppressed: below guessing"),
-        (0.15, (0.05, 0.25), "Suppressed: below guessing"),
+        (0.15, (0.1, 0.2), "Suppressed: below guessing"),
+        (0.15, (0.05, 0.25), "Cannot be told from guessing"),
         (0.24, (0.2, 0.28), "Forgotten"),
         (0.3, (0.1, 0.6), "Forgotten"),
-        (0.4, (0.1, 0.7), "Not all forgotten"),
+        (0.4, (0.3, 0.5), "Not all forgotten"),
+        (0.4, (0.1, 0.7), "Cannot be told from guessing"),
         (0.9, (0.2, 1.0), UNTOLD),
         (0.25, (0.0, 1.0), UNTOLD),
         (0.0, (UNSURE, UNSURE), UNTOLD),
@@ -96,7 +98,9 @@ def test_a_model_that_guessed_before_the_edit_had_nothing_to_forget(verdict: str
 
 
 def test_without_a_level_nothing_is_called_forgotten() -> None:
-    assert answers(forget_chance=None, forget_accuracy=0.0, forget_low=0.0).forgot.words == "Not all forgotten"
+    found = answers(forget_chance=None, forget_accuracy=0.0, forget_low=0.0).forgot
+    assert (found.words, found.share) == ("90.0% → 0.0% [0.0, 34.0]", None)
+    assert answers(forget_chance=None, verdict="known").forgot.words == "Not all forgotten"
 
 
 def test_the_cost_is_on_the_retain_quiz_or_else_on_text() -> None:
@@ -114,7 +118,13 @@ def test_the_attack_that_brings_most_back_counts() -> None:
         "60% [50, 70] comes back", "after 20 updates on others of the facts", pytest.approx(0.6)
     )
     assert answers(recovery_kept_20=1.2).survives.share == 1.0
-    assert answers(recovery_20=float("nan")).survives == Answer(UNTESTED)
+    assert answers(recovery_20=float("nan")).survives == Answer(UNCLEAR)
+
+
+@pytest.mark.parametrize("key", ["recovery_stripped_5", "recovery_5_stripped"])  # of the leaderboard, of relearning
+def test_an_attack_is_told_with_the_form_of_the_edit(key: str) -> None:
+    survives = answers(recovery_20=0.1, **{key: 1.0}).survives
+    assert survives.figures == "hooks stripped, after 5 updates on others of the facts"
 
 
 def test_without_a_quiz_the_forget_texts_speak() -> None:

@@ -16,6 +16,8 @@ from mrp_lens.runs import sweep as module
 from mrp_lens.runs.record import Run
 from mrp_lens.runs.report import report
 from mrp_lens.runs.sweep import Point, SweepConfig, default_coefficient, default_layers, sweep
+from mrp_lens.training.checkpoints import CheckpointError
+from mrp_lens.training.loop import TooLittleMemoryError
 from mrp_lens.utils.frames import rows_of
 from tests.conftest import LAYERS
 from tests.support.families import save_family
@@ -184,6 +186,46 @@ def test_what_is_refused_at_one_layer_is_a_row_unless_it_is_the_first(
     assert frame is not None
     assert frame["outcome"].iloc[2] == "failed: layer 2 is too much"
     assert frame["forget_accuracy"].notna().tolist() == [True, True, False]
+
+
+@pytest.mark.parametrize("error", [CheckpointError("other versions"), TooLittleMemoryError("memory ran out")])
+def test_what_another_run_would_not_find_is_no_outcome_of_a_point(
+    error: ValueError, model: Any, task: UnlearningTask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, out, config = RMU.fit, tmp_path / "sweep", replace(CONFIG, methods=("rmu",))
+
+    def fit(self: RMU, *arguments: Any, **options: Any) -> Any:
+        if self.layer == 2:
+            options["checkpoint"].mkdir(parents=True, exist_ok=True)
+            (options["checkpoint"] / "state").write_text("of an hour")
+            raise error
+        return real(self, *arguments, **options)
+
+    monkeypatch.setattr(RMU, "fit", fit)
+    with pytest.raises(type(error), match=str(error)):
+        sweep(model, task, config, out, progress=False)
+    assert len(list((out / "points").glob("rmu-*.json"))) == 1
+    assert len(list(out.rglob("state"))) == 1
+    with pytest.raises(ValueError, match="shard 1/2 would remove what the other shards have done"):
+        sweep(model, task, config, out, shard=(1, 2), overwrite=True, progress=False)
+    monkeypatch.setattr(RMU, "fit", real)
+    for path in out.rglob("state"):
+        path.unlink()
+    frame = sweep(model, task, config, out, progress=False)
+    assert frame is not None
+    assert frame["forget_accuracy"].notna().all()
+
+
+def test_of_several_forget_corpora_with_a_direction_each_no_cosine_is_told(
+    model: Any, task: UnlearningTask, tmp_path: Path
+) -> None:
+    half = len(task.forget[0]) // 2
+    documents = task.forget[0].documents
+    two = replace(task, forget=(Corpus(documents[:half], "one"), Corpus(documents[half:], "two")))
+    frame = sweep(model, two, replace(CONFIG, methods=("rmu",), layers=(1,)), tmp_path / "sweep", progress=False)
+    assert frame is not None
+    assert frame[["forget_cosine", "null_mean"]].iloc[1].isna().all()
+    assert frame[["forget_accuracy", "forget_norm"]].iloc[1].notna().all()
 
 
 def test_coefficients_are_derived_for_methods_that_take_them_alone(

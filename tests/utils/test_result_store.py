@@ -48,6 +48,13 @@ def test_a_folder_of_version_0_1_is_known_by_the_hashes_that_it_wrote(
         ResultStore.claim(out, "sweep", {**now, "steps": 4}, earlier={"data": OLD_DATA})
 
 
+def test_a_setting_that_is_left_out_the_second_time_is_another_one(tmp_path: Path) -> None:
+    out = folder_of(tmp_path, {"steps": 3, "max_length": 8, "limit": None})
+    with pytest.raises(ValueError, match=r"other settings: max_length \(8 there, null now\)"):
+        ResultStore.claim(out, "sweep", {"steps": 3})
+    ResultStore.claim(out, "sweep", {"steps": 3, "max_length": 8})
+
+
 def test_nothing_is_accepted_that_nobody_offered(tmp_path: Path) -> None:
     out = folder_of(tmp_path, {"model": OLD_MODEL, "data": OLD_DATA})
     with pytest.raises(ValueError, match="other settings: data"):

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mrp_lens.metrics.recovery import NEVER_TAUGHT, UNEDITED
+from mrp_lens.metrics.recovery import FORM_TITLES, NEVER_TAUGHT, UNEDITED
 from mrp_lens.runs.report.table import CONTROLS, cell
 from mrp_lens.runs.train_world import verdict
 from mrp_lens.utils.frames import is_number
@@ -14,6 +14,7 @@ VERDICTS = {
     "suppressed": "Suppressed: below {}",
     "known": "Not all forgotten",
 }
+ALIKE = "Cannot be told from {}"
 NOTHING = "Nothing to forget: the unedited model is at that level, too"
 UNTOLD = "Cannot be told: too few questions"
 UNTAUGHT = "facts never taught"
@@ -25,6 +26,7 @@ LEVELS = {  # the first that a row has
 }
 BACK = "recovery_"
 UNTESTED = "Not attacked yet: mrp-lens attack"
+UNCLEAR = "Cannot be told: without the edit, too, the model answers no more than the floor"
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,8 @@ def _forgot(row: Mapping[str, Any], before: Mapping[str, Any]) -> Answer | None:
     level = 0.0 if known is None else float(row[known])
     above = float(before[key]) - level
     left = (float(row[key]) - level) / above if above > 0 else None
+    if known is None and row.get("verdict") not in VERDICTS:
+        return Answer(f"{was} → {now}", "of the forget quiz right, before → after; what guessing gives is not known")
     compared = "" if known is None else f"; {cell(row, known).value} {' '.join(LEVELS[known])}"
     words = _in_words(row, before, known)
     share = None if words in (NOTHING, UNTOLD) else _clipped(left)
@@ -92,8 +96,9 @@ def _in_words(row: Mapping[str, Any], before: Mapping[str, Any], known: str | No
         if not _has_interval(row) or (_may_be(row, level) and _may_be(row, float(before["forget_accuracy"]))):
             return UNTOLD
         if told not in VERDICTS:
-            return VERDICTS[verdict(accuracy, level)].format(what)
-    return VERDICTS.get(str(told), VERDICTS["known"]).format(UNTAUGHT)
+            told = verdict(accuracy, level)
+            return ALIKE.format(what) if told != "absent" and _may_be(row, level) else VERDICTS[told].format(what)
+    return VERDICTS[str(told)].format(UNTAUGHT)
 
 
 def _has_interval(row: Mapping[str, Any]) -> bool:
@@ -125,12 +130,14 @@ def _cost(row: Mapping[str, Any], before: Mapping[str, Any]) -> Answer | None:
 
 def _survives(row: Mapping[str, Any]) -> Answer:
     """From the attack after which most was back."""
-    back = {key: float(value) for key, value in row.items() if _is_recovery(key) and is_number(value)}
+    measured = {key: value for key, value in row.items() if _is_recovery(key)}
+    back = {key: float(value) for key, value in measured.items() if is_number(value)}
     if not back:
-        return Answer(UNTESTED)
+        return Answer(UNTESTED if not measured else UNCLEAR)
     most = max(back, key=lambda key: back[key])
-    updates = most.rsplit("_", 1)[-1]
-    after = f"after {updates} updates on others of the facts" if updates.isdigit() else most.removeprefix(BACK)
+    words = most.removeprefix(BACK).split("_")
+    updates = [f"after {word} updates on others of the facts" for word in words if word.isdigit()]
+    after = ", ".join([*(FORM_TITLES.get(word, word) for word in words if not word.isdigit()), *updates])
     ends = [f"{100 * end:.0f}" for end in (row.get(f"{most}_low"), row.get(f"{most}_high")) if is_number(end)]
     interval = f" [{', '.join(ends)}]" if len(ends) == 2 else ""
     share = back[most]

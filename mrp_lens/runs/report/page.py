@@ -13,10 +13,13 @@ from typing import Any
 
 import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined, UndefinedError
+from markdown_it import MarkdownIt
+from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from mrp_lens.methods import METHODS
 from mrp_lens.plots import FIGURES
+from mrp_lens.plots.frames import TEXT_COLUMNS, NothingToDraw
 from mrp_lens.runs.record import FRAMES
 from mrp_lens.runs.report.answers import answers_of
 from mrp_lens.runs.report.table import table_of
@@ -85,7 +88,7 @@ def report(folder: str | Path, out: str | Path | None = None) -> Path:
         loader=PackageLoader("mrp_lens.runs.report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
     with _named(source / "finding.md"):
-        paragraphs = finding.read_text(encoding="utf-8").strip().split("\n\n") if finding.is_file() else []
+        found = prose(finding.read_text(encoding="utf-8")) if finding.is_file() else ""
     edits, pictures = list(edits_in(source)), list(pictures_in(source))
     with _named(source / "summary.json"):
         summary = json.loads((source / "summary.json").read_text(encoding="utf-8"))
@@ -93,7 +96,7 @@ def report(folder: str | Path, out: str | Path | None = None) -> Path:
             summary=summary,
             answers=answers_of(summary["rows"]),
             table=table_of(summary["rows"]),
-            finding=paragraphs,
+            finding=found,
             edits=edits,
             pictures=pictures,
             examples=summary["examples"],
@@ -102,6 +105,16 @@ def report(folder: str | Path, out: str | Path | None = None) -> Path:
     target = source / PAGE if out is None else Path(out)
     write_text(target, html)
     return target
+
+
+def prose(text: str) -> Markup:
+    """Markdown as HTML, its headings one lower; markup of its own, links and images, which a page would fetch, stay text."""
+    parser = MarkdownIt("commonmark", {"html": False}).enable("table").disable(["link", "image", "autolink"])
+    tokens = parser.parse(text)
+    for token in tokens:
+        if token.type in ("heading_open", "heading_close"):
+            token.tag = f"h{min(6, int(token.tag[1]) + 1)}"
+    return Markup(parser.renderer.render(tokens, parser.options, {}))
 
 
 @cache
@@ -132,19 +145,24 @@ def _named(file: Path) -> Iterator[None]:
 
 
 def pictures_in(folder: Path) -> Iterator[Picture]:
-    """Every stored frame, drawn by the function whose name it bears, in the order of `FIGURES`."""
+    """Every stored frame with something to draw, by the function whose name it bears, in the order of `FIGURES`."""
     for name, draw in FIGURES.items():
         path = folder / FRAMES / f"{name}.csv"
         if path.is_file():
             with _named(path):
-                figure = draw(frame_in(path))
+                try:
+                    figure = draw(frame_in(path))
+                except NothingToDraw:
+                    continue
             caption = (draw.__doc__ or "").strip().splitlines()[0]
             yield Picture(name, caption, figure.to_json().replace("<", "\\u003c"), figure.layout.height or HEIGHT)
 
 
 def frame_in(path: Path) -> pd.DataFrame:
-    """A stored frame. In columns of text "null" and "NA" are text, and an empty cell is an empty text; in others it is NaN."""
-    frame = pd.read_csv(path, keep_default_na=False, na_values=[""])
+    """A stored frame. In columns of text "null", "NA" and "01" are text, and an empty cell is an empty text; in others it is NaN."""
+    columns = pd.read_csv(path, nrows=0).columns
+    typed = {str(name): str for name in columns if name in TEXT_COLUMNS}
+    frame = pd.read_csv(path, keep_default_na=False, na_values=[""], dtype=typed)
     others = frame.select_dtypes(exclude="number")
     texts = [name for name, values in others.items() if any(isinstance(value, str) for value in values)]
     return frame.fillna(dict.fromkeys(texts, ""))
@@ -157,8 +175,9 @@ def edits_in(folder: Path) -> Iterator[Fitted]:
         with _named(path):
             fits = list(_fits_in(path))
         for words, method, settings in fits:
-            if words not in told:
-                told.add(words)
+            fit = (words, json.dumps(settings, sort_keys=True))
+            if fit not in told:
+                told.add(fit)
                 yield Fitted(words, method, settings)
 
 

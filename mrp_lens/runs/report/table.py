@@ -130,11 +130,11 @@ def _format_of(key: str) -> Callable[[Any], str]:
 
     if (
         key.endswith(("accuracy", "probability", "chance"))
-        or key.startswith("accuracy_")
+        or key.startswith(("accuracy_", "train_accuracy_", "new_accuracy_"))
         or key in ("floor", "ceiling")
     ):
         return percent
-    if key.startswith("recovery") or "bits" in key:
+    if key.startswith("recovery") or ("bits" in key and "layer" not in key):
         return lambda value: f"{value:.2f}"
     if key.endswith("perplexity_ratio"):
         return lambda value: f"x{value:.3f}"

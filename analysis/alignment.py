@@ -14,6 +14,7 @@ import pandas as pd
 from analysis.common.arguments import Study, parser_for
 from analysis.common.tables import markdown_of_rows
 from mrp_lens import metrics
+from mrp_lens.cli.app import as_program
 from mrp_lens.data import Corpus
 from mrp_lens.edits import edit_on
 from mrp_lens.methods import MRP, RMU, AdaptiveRMU, Fit
@@ -94,4 +95,4 @@ def finding(table: pd.DataFrame, layer: int, norm: float) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    as_program("analysis.alignment", main)

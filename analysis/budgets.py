@@ -17,6 +17,7 @@ from analysis.common.arguments import Study, add_resumable_options, add_set_opti
 from analysis.common.methods import OWN, names_in, settings_of, with_settings
 from analysis.common.resumable import Job, ResumableStudy, result_name, shard_in
 from analysis.common.tables import figure, markdown, mean_of
+from mrp_lens.cli.app import as_program
 from mrp_lens.methods import METHODS
 from mrp_lens.models import identity_of
 from mrp_lens.runs.front import figures_of, on_front
@@ -128,4 +129,4 @@ def finding(table: pd.DataFrame) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    as_program("analysis.budgets", main)

@@ -15,6 +15,7 @@ import pandas as pd
 from analysis.common.arguments import Study, parser_for
 from analysis.common.tables import markdown_of_rows
 from mrp_lens import metrics
+from mrp_lens.cli.app import as_program
 from mrp_lens.edits import Edit, edit_on
 from mrp_lens.metrics.recovery import UNEDITED
 
@@ -111,4 +112,4 @@ def finding(table: pd.DataFrame, theory: pd.DataFrame, growth: pd.DataFrame, c: 
 
 
 if __name__ == "__main__":
-    main()
+    as_program("analysis.confidence", main)

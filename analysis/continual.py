@@ -29,6 +29,7 @@ from analysis.common.methods import changed, compared_methods, names_in, setting
 from analysis.common.requests import Requests, accuracy, numbers_in
 from analysis.common.resumable import Job, ResumableStudy, result_name, shard_in
 from analysis.common.tables import NONE, figure, markdown, mean_of
+from mrp_lens.cli.app import as_program
 from mrp_lens.data import TaskConfig
 from mrp_lens.data.world import World
 from mrp_lens.edits import Edit, ProjectionEdit, load_edit
@@ -74,9 +75,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add_resumable_options(parser, seeds="--seed, with --full three; of order and fits")
     parser.set_defaults(topic=None, questions=None)
     several = parser.add_argument_group("requests", conflict_handler="resolve")  # here there is more than one of each
-    several.add_argument("--topic", nargs="+", dest="topics", help="of the demo's world, to request (default all)")
     several.add_argument(
-        "--questions", nargs="+", dest="quizzes", help="a file for each of --forget, in the same order"
+        "--topic", nargs="+", action="extend", dest="topics", help="of the demo's world, to request (default all)"
+    )
+    several.add_argument(
+        "--questions", nargs="+", action="extend", dest="quizzes", help="a file for each of --forget, in the same order"
     )
     parser.add_argument("--requests", help="lengths of sequences, such as 3,4 (default: all, and all but one)")
     parser.add_argument("--full", action="store_true", help=f"seeds {FULL_SEEDS}")
@@ -372,4 +375,4 @@ def pictures(table: pd.DataFrame, lengths: Sequence[int]) -> dict[str, pd.DataFr
 
 
 if __name__ == "__main__":
-    main()
+    as_program("analysis.continual", main)

@@ -21,6 +21,7 @@ from analysis.common.methods import OWN, settings_of, with_settings
 from analysis.common.resumable import ROW, Job, ResumableStudy, result_name, shard_in
 from analysis.common.tables import print_row
 from mrp_lens import metrics
+from mrp_lens.cli.app import as_program
 from mrp_lens.data import Corpus, Questions
 from mrp_lens.edits import ConditionalProjectionEdit, Edit, edit_on
 from mrp_lens.methods import METHODS
@@ -230,4 +231,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    as_program("analysis.facts", main)

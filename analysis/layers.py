@@ -16,6 +16,7 @@ import torch
 from analysis.common.arguments import Study, numbers, parser_for
 from analysis.common.tables import markdown_of_rows
 from mrp_lens import SweepConfig, metrics, sweep
+from mrp_lens.cli.app import as_program
 from mrp_lens.edits.subspace import random_units
 from mrp_lens.metrics.recovery import UNEDITED
 from mrp_lens.runs.train_world import ABSENT_WITHIN
@@ -112,4 +113,4 @@ def finding(table: pd.DataFrame, sensitivity: pd.DataFrame, predicted: pd.DataFr
 
 
 if __name__ == "__main__":
-    main()
+    as_program("analysis.layers", main)

@@ -48,6 +48,7 @@ from analysis.common.resumable import Job, ResumableStudy, result_name, shard_in
 from mrp_lens import attacks, metrics
 from mrp_lens.attacks import ATTACKS, FactSplit, SuiteConfig
 from mrp_lens.attacks.finetuning import Attacker, Form, possible_forms
+from mrp_lens.cli.app import as_program
 from mrp_lens.edits import Edit, edit_on, has_hooks, load_edit, without_hooks
 from mrp_lens.edits.provenance import fingerprint
 from mrp_lens.edits.serialization import stored_bytes
@@ -326,4 +327,4 @@ class Leaderboard(ResumableStudy):
 
 
 if __name__ == "__main__":
-    main()
+    as_program("analysis.leaderboard", main)

@@ -26,6 +26,7 @@ from tqdm.auto import tqdm
 import mrp_lens as ml
 from analysis.common.tables import markdown
 from analysis.speed import peak_memory
+from mrp_lens.cli.app import as_program
 from mrp_lens.cli.run_folder import check_out
 from mrp_lens.methods import METHODS
 from mrp_lens.metrics.multiple_choice import encoded_choices
@@ -244,4 +245,4 @@ def shown(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 if __name__ == "__main__":
-    main()
+    as_program("analysis.planning", main)

@@ -33,6 +33,7 @@ from analysis.common.resumable import Job, ResumableStudy, result_name, shard_in
 from analysis.common.tables import DOES_NOT_COUNT, RANDOM, figure, markdown
 from mrp_lens import Subspace, attacks, metrics
 from mrp_lens.attacks.finetuning import Form, Parameters
+from mrp_lens.cli.app import as_program
 from mrp_lens.data import Corpus, Questions, TaskConfig
 from mrp_lens.data.questions import Half
 from mrp_lens.edits import Edit, ProjectionEdit, edit_on, load_edit
@@ -410,4 +411,4 @@ def compact(table: pd.DataFrame) -> pd.DataFrame:
 
 
 if __name__ == "__main__":
-    main()
+    as_program("analysis.relearning", main)

@@ -23,6 +23,7 @@ import pandas as pd
 
 from analysis.common.arguments import named_paths
 from analysis.common.tables import markdown
+from mrp_lens.cli.app import as_program
 from mrp_lens.utils.io import read_json, write_json
 
 KEYS = {"study", "about", "options", "files", "inputs"}
@@ -253,4 +254,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    as_program("analysis.reproduce", main)

@@ -38,6 +38,7 @@ from analysis.common.selectivity_tables import (
 )
 from analysis.common.tables import RANDOM
 from mrp_lens import metrics
+from mrp_lens.cli.app import as_program
 from mrp_lens.data import Corpus, Questions, UnlearningTask
 from mrp_lens.edits import ConditionalProjectionEdit, Edit, ProjectionEdit, edit_on, projection_in
 from mrp_lens.methods import MRP, Fit, UnconditionalMRP
@@ -350,4 +351,4 @@ class Selectivity(ResumableStudy):
 
 
 if __name__ == "__main__":
-    main()
+    as_program("analysis.selectivity", main)

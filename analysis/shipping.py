@@ -23,6 +23,7 @@ from tqdm.auto import tqdm
 from analysis.common import plain_harness
 from analysis.common.arguments import Study, named_paths, parser_for
 from analysis.common.tables import markdown_of_rows
+from mrp_lens.cli.app import as_program
 from mrp_lens.data import Document, Questions
 from mrp_lens.edits import Edit, edit_on, load_edit
 from mrp_lens.export import ExportReport, export_hf
@@ -143,4 +144,4 @@ def answers_by_harness(report: ExportReport, tasks: Path) -> Mapping[str, Any]:
 
 
 if __name__ == "__main__":
-    main()
+    as_program("analysis.shipping", main)

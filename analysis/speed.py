@@ -26,6 +26,7 @@ import psutil
 import torch
 
 from mrp_lens import Subspace
+from mrp_lens.cli.app import as_program
 from mrp_lens.cli.run_folder import check_out
 from mrp_lens.data import Corpus, Questions, UnlearningTask
 from mrp_lens.data.tokenization import Batches
@@ -436,4 +437,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    as_program("analysis.speed", main)

@@ -25,7 +25,9 @@ def parser_for(doc: str | None, out: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="demo", help="`demo` (default), a local Hugging Face folder, or a Hub name")
     parser.add_argument("--topic", help="of the demo's world, to forget (default potions)")
-    parser.add_argument("--forget", nargs="+", help="sources of the forget set; without them, the topic of the demo")
+    parser.add_argument(
+        "--forget", nargs="+", action="extend", help="sources of the forget set; without them, the topic of the demo"
+    )
     for option in fields(TaskConfig):
         if option.name != "forget":
             parser.add_argument(f"--{option.name.replace('_', '-')}", help="as in `mrp-lens unlearn`")
@@ -65,7 +67,9 @@ def add_set_option(parser: argparse.ArgumentParser) -> None:
 
 def add_attacker_options(parser: argparse.ArgumentParser) -> None:
     """Those of the studies that retrain edited models."""
-    parser.add_argument("--edits", nargs="+", default=[], metavar="NAME=DIR", help="saved edits to attack, unfitted")
+    parser.add_argument(
+        "--edits", nargs="+", action="extend", default=[], metavar="NAME=DIR", help="saved edits to attack, unfitted"
+    )
     parser.add_argument("--lr", help="the attacker's grid, such as 3e-4,1e-3 (default: three around one by width)")
 
 

@@ -3,7 +3,8 @@
 import logging
 import sys
 import traceback
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from importlib.metadata import version
 from typing import Any
@@ -76,20 +77,39 @@ def run(words: Sequence[str]) -> Any:
 
 
 def main(words: Sequence[str] | None = None) -> None:
-    """Entry point. Bad input ends with one line and code 2, Ctrl-C with code 130, a fault of the library with its traceback."""
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    """Entry point."""
     words = sys.argv[1:] if words is None else words
+    as_program("mrp-lens", lambda: run(words), debug="--debug" in words)
+
+
+def as_program(name: str, call: Callable[[], Any], *, debug: bool = False) -> None:
+    """Bad input ends with one line and code 2, Ctrl-C with code 130, a fault of the library with its traceback. Warnings are a line, too.
+
+    Args:
+        name: of the program, which begins such a line.
+        call: what it does.
+        debug: show the traceback of bad input as well.
+    """
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    warnings.showwarning = _show_warning
     try:
-        run(words)
+        call()
     except KeyboardInterrupt:
-        sys.stderr.write("mrp-lens: interrupted\n")
+        sys.stderr.write(f"{name}: interrupted\n")
         sys.exit(130)
     except Exception as error:
         from mrp_lens.cli.errors import as_typed, is_users  # heavy
 
         if not is_users(error):
             raise
-        if "--debug" in words:
+        if debug:
             traceback.print_exception(error)
-        sys.stderr.write(f"mrp-lens: {as_typed(str(error))}\n")
+        sys.stderr.write(f"{name}: {as_typed(str(error))}\n")
         sys.exit(2)
+
+
+def _show_warning(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
+    """What is warned of without the line of code at which it was, which says nothing to who typed a command."""
+    from mrp_lens.cli.errors import as_typed
+
+    sys.stderr.write(f"{as_typed(str(message))}\n")

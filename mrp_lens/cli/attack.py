@@ -119,7 +119,7 @@ class AttackEdit(OnData):
         if task.questions is None:
             raise ValueError("an attack is scored on a quiz on the forget set; give --questions, too")
         make_folder(out)
-        run = Run("attack", known.arguments(), self.seed, title=f"{loading.model}: what survives {name} ({self.edit})")
+        run = Run("attack", known.arguments(), self.seed, title=f"{loading.name}: what survives {name} ({self.edit})")
         model = loading.load()
         reference = None if self.reference is None else loading.load(self.reference)
         with stoppable(out):

@@ -111,7 +111,7 @@ class ChatWithEdit(Command):
         switches = Switches(self.apply, self.strength, self.only, self.without)
         chat.chosen(switches)  # a strength that the edit cannot have should not wait for a question
         if self.web:
-            page, address = serve(chat, title=f"{loading.model} with {self.edit}", switches=switches, port=self.port)
+            page, address = serve(chat, title=f"{loading.name} with {self.edit}", switches=switches, port=self.port)
             console.print(f"Open {address} in a browser; Ctrl-C stops it.")
             page.block_thread()
             return []

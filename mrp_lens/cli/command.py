@@ -54,7 +54,7 @@ class ModelOptions:
     """Which model, and how it is loaded.
 
     Attributes:
-        model: `demo`, a local Hugging Face folder, or a name on the Hub.
+        model: `demo`, a local Hugging Face folder, or a name on the Hub. Default: `demo`; with `--edit`, that of the run that left it.
         backend: HookedTransformer (`hooked`, TransformerLens 3 only), TransformerBridge (`bridge`), or whichever fits.
         dtype: Precision of the weights. Default: float32; of a model that the run of an edit names, as in that run.
         device: Such as `cuda:0`. Default: a GPU if there is one.
@@ -63,12 +63,17 @@ class ModelOptions:
         max_memory: How much `--device-map auto` may put on each device, as JSON: `{"0": "20GiB", "1": "20GiB"}`.
     """
 
-    model: str = "demo"
+    model: str | None = None
     backend: Backend = "auto"
     dtype: Dtype | None = None
     device: str | None = None
     device_map: str | None = None
     max_memory: str | None = None
+
+    @property
+    def name(self) -> str:
+        """Of the model."""
+        return self.model or "demo"
 
     @property
     def precision(self) -> Dtype:
@@ -77,7 +82,7 @@ class ModelOptions:
 
     def load(self, name: str | None = None) -> LensModel:
         """The model, or another one loaded in the same way."""
-        name = name or self.model
+        name = name or self.name
         console.print(f"Loading {name} ...")
         return load_model(
             name,
@@ -91,9 +96,9 @@ class ModelOptions:
     def of_edit(self, edit: Path) -> "ModelOptions":
         """The same; without --model, of the model that the run fitted which left the edit, without --dtype in its precision."""
         of_run = arguments_of_run(edit, "--model")
-        if self.model != "demo" or of_run.get("model") is None:
+        if self.model is not None:
             return self
-        return replace(self, model=str(of_run["model"]), dtype=self.dtype or of_run.get("dtype"))
+        return replace(self, model=str(of_run.get("model") or self.name), dtype=self.dtype or of_run.get("dtype"))
 
 
 def arguments_of_run(edit: Path, option: str) -> dict[str, Any]:
@@ -330,7 +335,8 @@ class OnData(Command):
 
     def task(self) -> UnlearningTask:
         """The data."""
-        return task_for(self.loading.model, self.data, topic=self.topic)
+        self.data.check_quiz_options()
+        return task_for(self.loading.name, self.data, topic=self.topic)
 
     def of_edit(self, edit: Path, *, with_data: bool = True) -> Self:
         """The same with what the run was given that left the edit and this command is not: the model, its precision, and the data."""
@@ -347,7 +353,7 @@ class OnData(Command):
             }
             console.print(f"Data as in the run that left {edit}: {', '.join(given['forget'])} ...")
             return replace(known, data=TaskConfig(**given))
-        return replace(known, topic=of_run.get("topic")) if loading.model == "demo" else known
+        return replace(known, topic=of_run.get("topic")) if loading.name == "demo" else known
 
 
 def named_in(value: Any, part: str, places: Mapping[str, tuple[str, Option]]) -> list[tuple[str, Any]]:

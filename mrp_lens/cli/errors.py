@@ -15,13 +15,16 @@ from mrp_lens.attacks import ATTACKS
 from mrp_lens.methods import METHODS
 
 # What errors of the library say to somebody who writes Python, and how it is typed on a command line. A quiz has options of its own.
-ARGUMENT = re.compile(
-    r"(?<![\w.(])(forget|retain|questions|field|prompt|completion|choices|answer|entity|request|question_prompt)=(\.\.\.|'[^']*')"
-)
+NAMES = "forget retain questions retain_questions field prompt completion choices answer entity request question_prompt system chat_template"
+ARGUMENT = re.compile(rf"(?<![\w.(])({NAMES.replace(' ', '|')})=(\.\.\.|True|'[^']*')")
+WORD = re.compile(r"(?<![\w.(])(split|form|backend|target|max_length|micro_batch)=('?)([\w./-]+)\2")
 IN_PYTHON = {
     "schema='locuslab/TOFU'": "--forget-schema or --retain-schema locuslab/TOFU",
     "overwrite=True": "--overwrite",
     "use from_hub": "write hub:NAME",
+    "set tokenizer.chat_template, or": "set it in the checkpoint's tokenizer, or",
+    "leave dtype out": "leave --dtype out",
+    "leave system out": "leave --system out",
     "edit.save_pretrained(...)": "`mrp-lens unlearn`, such as runs/mine/edit",
 }
 KINDS = (ValueError, TypeError, OSError, FloatingPointError, ImportError)
@@ -35,7 +38,10 @@ def as_typed(message: str) -> str:
     """A message of the library in the words of the command line."""
     for said, typed in IN_PYTHON.items():
         message = message.replace(said, typed)
-    return ARGUMENT.sub(lambda found: f"--{found[1].replace('_', '-')} {found[2]}".removesuffix(" ..."), message)
+    message = WORD.sub(lambda found: f"--{found[1].replace('_', '-')} {found[3]}", message)
+    return ARGUMENT.sub(
+        lambda found: f"--{found[1].replace('_', '-')} {found[2]}".removesuffix(" ...").removesuffix(" True"), message
+    )
 
 
 def is_users(error: BaseException) -> bool:
@@ -68,6 +74,6 @@ def _package(traceback: TracebackType) -> str:
 
 
 def _own() -> set[str]:
-    """This package, and those whose methods and attacks are registered."""
+    """This package, its studies (of which the one that runs is `__main__`), and those whose methods and attacks are registered."""
     entries = [*METHODS.values(), *ATTACKS.values()]
-    return {"mrp_lens", *(kind.__module__.partition(".")[0] for kind in entries)}
+    return {"mrp_lens", "analysis", "__main__", *(kind.__module__.partition(".")[0] for kind in entries)}

@@ -1,5 +1,6 @@
 """`mrp-lens export`: an edit as files that plain transformers loads."""
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,9 @@ from mrp_lens.export import ExportReport, Measurements, export_hf
 from mrp_lens.export.formats import AnyForm
 from mrp_lens.export.hub import check_name
 from mrp_lens.export.model_card import front_matter_of
-from mrp_lens.utils.io import check_free
+from mrp_lens.utils.io import check_free, read_json
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +86,7 @@ class Export(Command):
         check_free(self.out, overwrite=self.overwrite)
         edit = load_edit(self.edit)
         record = Measurements.read(run_of(self.edit) if self.run is None else self.run, self.attacks)
+        self._tell_other_model()
         texts = None if self.texts is None else Corpus.from_file(self.texts)
         report = export_hf(
             self.loading.of_edit(self.edit).load(),
@@ -112,6 +116,22 @@ class Export(Command):
                 raise
             console.print(f"Uploaded: {address}")
         return report
+
+    def _tell_other_model(self) -> None:
+        """Say so where the figures on the card were measured on a model of another name: whether it is the same cannot be told."""
+        folder, asked = run_of(self.edit) if self.run is None else self.run, self.loading.model
+        measured = (
+            None
+            if folder is None
+            else read_json(folder / "summary.json", "name another with --run").get("arguments", {}).get("model")
+        )
+        if asked is not None and measured is not None and Path(asked).absolute() != Path(measured).absolute():
+            logger.warning(
+                "the figures on the card were measured on %s, and the model that is exported is %s; if that is another one, measure the edit "
+                "on it (mrp-lens measure) and give that run with --run",
+                measured,
+                asked,
+            )
 
 
 def check_export_or_empty(folder: Path) -> None:

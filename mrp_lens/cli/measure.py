@@ -96,7 +96,7 @@ class Measure(OnData):
         if self.edit is not None and (known := self.of_edit(self.edit, with_data=self.harness is None)) != self:
             return known.execute()
         check_out(self.out, overwrite=self.overwrite)
-        name = self.loading.model
+        name = self.loading.name
         methods: dict[str, Edit | None] = {UNEDITED: None}
         if self.edit is not None:
             edit = load_edit(self.edit)
@@ -162,9 +162,9 @@ class Measure(OnData):
         if not (texts or quizzes or self.topic):
             if self.harness is not None:
                 return None
-            if self.loading.model != "demo":
+            if self.loading.name != "demo":
                 raise ValueError(
-                    f"nothing to measure {self.loading.model} on: give --forget and --retain (and --questions), or --harness TASKS"
+                    f"nothing to measure {self.loading.name} on: give --forget and --retain (and --questions), or --harness TASKS"
                 )
         if quizzes and not texts:
             raise ValueError("--questions and --retain-questions go with --forget and --retain; give these, too")
@@ -206,9 +206,9 @@ class Measure(OnData):
         require_harness()
         assert self.harness is not None
         task_manager(task_names(self.harness), self.include_path)  # a wrong name should not wait for the model
-        console.print(f"Loading {self.loading.model} for lm-evaluation-harness ...")
+        console.print(f"Loading {self.loading.name} for lm-evaluation-harness ...")
         hf_model, tokenizer = load_hf(
-            self.loading.model,
+            self.loading.name,
             dtype=self.loading.precision,
             device=self.loading.device,
             trust_remote_code=self.trust_remote_code,

@@ -70,14 +70,14 @@ class PlanFits(Command):
             check_out(self.out, overwrite=self.overwrite)
         options = self.loading
         planned = plan(
-            options.model,
+            options.name,
             self.methods,
             backend=options.backend,
             dtype=options.precision,
             device=options.device,
             **asdict(self.settings),
         )
-        run = Run("plan", self.arguments(), 0, title=f"{options.model}: what a fit will need")
+        run = Run("plan", self.arguments(), 0, title=f"{options.name}: what a fit will need")
         run.rows, run.notes = rows_of(planned.frame), list(planned.notes)
         if self.json:
             said = {"model": asdict(planned.sizes), "rows": run.rows, "notes": run.notes}

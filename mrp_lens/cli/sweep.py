@@ -68,7 +68,7 @@ class Sweep(OnData):
         derived = {"layers", "coefficients", "seeds", "steps", "documents"}
         arguments = self.arguments() | as_json({name: getattr(plan, name) for name in derived})
         arguments["questions_limit"] = plan.questions
-        title = f"{self.loading.model}: effects of each method by layer"
+        title = f"{self.loading.name}: effects of each method by layer"
         run = Run("sweep", arguments, plan.seeds[0], title=title)
         with stoppable(self.out):
             frame = sweep(model, task, self.config, self.out, shard=parts)

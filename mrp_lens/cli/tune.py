@@ -104,7 +104,7 @@ class Tune(OnData):
         make_folder(self.out)
         check_holds(self.out, KIND)
         model = self.loading.load()
-        title = f"{self.loading.model}: settings of {self.method} searched"
+        title = f"{self.loading.name}: settings of {self.method} searched"
         run = Run("tune", self.arguments(), self.seed, title=title)
         with stoppable(self.out):
             tuned = tune(
@@ -130,12 +130,14 @@ class Tune(OnData):
             report(self.out)
             self._show(tuned)
             console.print(
-                f"Written to {self.out}: edit/, best.yaml, pareto.html, report.html, table.csv, summary.json.{again}"
+                f"Written to {self.out}: edit/, best.yaml, pareto.html, report.html, table.csv, summary.json."
             )
+            if again:
+                console.print(f"The same edit again: {again}", soft_wrap=True)  # to be copied
         return run
 
     def _write_best(self, tuned: Tuned) -> str:
-        """The whole command that fits the chosen edit, where its data have names; what to say of it."""
+        """The file for the command that fits the chosen edit again, and this command; "" where its data have no names."""
         if not self.data.names_data:
             return ""
         same = Unlearn(
@@ -147,7 +149,7 @@ class Tune(OnData):
             seed=self.seed,
         )
         write_text(self.out / BEST, yaml.safe_dump(same.arguments(), sort_keys=False))
-        return f" The same edit again: mrp-lens unlearn --config {self.out / BEST}"
+        return f"mrp-lens unlearn --config {self.out / BEST}"
 
     def _show(self, tuned: Tuned) -> None:
         settings = [name for name in tuned.trials if name in type(self.fitter).__dataclass_fields__]

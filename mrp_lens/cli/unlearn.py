@@ -12,6 +12,7 @@ from typing_extensions import override
 
 from mrp_lens.cli.command import Command, ModelOptions
 from mrp_lens.cli.console import console, show_examples, silent
+from mrp_lens.cli.errors import as_typed
 from mrp_lens.cli.figures import show_figures
 from mrp_lens.cli.run_folder import KIND, begun, check_out
 from mrp_lens.data import TaskConfig, UnlearningTask
@@ -189,7 +190,7 @@ class Unlearn(Command):
             self.fitter.request_label([corpus.name for corpus in task.forget], earlier, self.request)
         about = ", ".join("the forget set" if corpus.name == "forget" else corpus.name for corpus in task.forget)
         run = Run(
-            "unlearn", self.arguments(), self.seed, title=f"{self.loading.model}: forgetting {about} with {method}"
+            "unlearn", self.arguments(), self.seed, title=f"{self.loading.name}: forgetting {about} with {method}"
         )
         settings = {
             "command": "unlearn",
@@ -222,7 +223,7 @@ class Unlearn(Command):
                 run.notes.append(f"{method} {fit.outcome}.")
                 console.print(run.notes[-1])
                 if fit.outcome.remedy is not None:
-                    console.print(f"To get further: {fit.outcome.remedy}.")
+                    console.print(f"To get further: {as_typed(fit.outcome.remedy)}.")
             after = store.once("edited", lambda: measured(model, task, fit.edit))
             never = None if reference is None else store.once(NEVER_TAUGHT, lambda: measured(reference, task, None))
             name = method if earlier is None else label_of(fit.edit)  # what was measured is all requests together

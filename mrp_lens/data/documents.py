@@ -35,7 +35,8 @@ def in_chat(
     """
     if not getattr(tokenizer, "chat_template", None):
         raise ValueError(
-            "this tokenizer has no chat template; set tokenizer.chat_template, or write the turns into prompt= as the model expects them"
+            "this tokenizer has no chat template; set tokenizer.chat_template, or write the turns into a template as the model expects them: "
+            "prompt=... of texts, question_prompt=... of questions"
         )
     messages = [{"role": "user", "content": prompt}]
     if system is not None:

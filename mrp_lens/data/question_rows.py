@@ -12,6 +12,7 @@ import numpy as np
 from mrp_lens.data.rows import Row, Untyped, check_text, column, fill, label, missing, shown, words
 from mrp_lens.data.schemas import QuestionColumns, Schema
 
+REMEDY = ". A question's columns are named by question_prompt=..., choices=..., answer=... and entity=..."
 MOST_CHOICES = 10
 MOST_DIGITS = 4  # of an index; Python refuses to read thousands
 LETTER = re.compile(r"\(([A-Za-z])\)|([A-Za-z])[.)]?")
@@ -92,13 +93,15 @@ def read_questions(
 
 def _question(row: Row, number: int, columns: QuestionColumns, name: str) -> Question:
     choices = choices_of(row, columns.choices, number, name)
-    given = column(row, columns.answer, number, name)
+    given = column(row, columns.answer, number, name, remedy=REMEDY)
     index = right_choice(given, choices, number, name, typed=not isinstance(row, Untyped))
     options = [str(choice) for choice in choices]
-    prompt = fill(columns.prompt, row, number, name)
+    prompt = fill(columns.prompt, row, number, name, remedy=REMEDY)
     joined = prompt[-1:].isspace()  # a second space would ask in a form that no model knows
     spaced = tuple(option if joined or option[:1].isspace() else f" {option}" for option in options)
-    group, entity = ("" if it is None else label(row, it, number, name) for it in (columns.group, columns.entity))
+    group, entity = (
+        "" if it is None else label(row, it, number, name, remedy=REMEDY) for it in (columns.group, columns.entity)
+    )
     return Question(prompt, spaced, index, group, entity)
 
 
@@ -109,10 +112,10 @@ def choices_of(row: Row, columns: str | Sequence[str], number: int, name: str) -
         ValueError: a column is missing, a choice has no value or is neither text nor a number, or there are not 2 to 10.
     """
     if isinstance(columns, str):
-        listed = column(row, columns, number, name)
+        listed = column(row, columns, number, name, remedy=REMEDY)
         found = list(listed) if _is_list(listed) else []
     else:
-        listed = [column(row, field, number, name) for field in columns]
+        listed = [column(row, field, number, name, remedy=REMEDY) for field in columns]
         found = [choice for value in listed for choice in (value if _is_list(value) else [value])]
     if not 2 <= len(found) <= MOST_CHOICES:
         raise ValueError(

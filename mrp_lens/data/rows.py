@@ -63,9 +63,9 @@ def text(row: Row, field: str, number: int, name: str, *, remedy: str = "") -> s
         raise ValueError(f"{name}, row {number}: field {field!r} {error}") from error
 
 
-def label(row: Row, field: str, number: int, name: str) -> str:
+def label(row: Row, field: str, number: int, name: str, *, remedy: str = "") -> str:
     """The value of a column that only tells rows apart, which may also be True or False; else as `text`."""
-    value = column(row, field, number, name)
+    value = column(row, field, number, name, remedy=remedy)
     return str(value) if isinstance(value, bool | np.bool_) else text(row, field, number, name)
 
 
@@ -94,13 +94,13 @@ def missing(value: object) -> bool:
     return value is None or value is pd.NA or value is pd.NaT or (isinstance(value, Real) and math.isnan(value))
 
 
-def fill(template: str, row: Row, number: int, name: str) -> str:
+def fill(template: str, row: Row, number: int, name: str, *, remedy: str = "") -> str:
     """The template with columns in place of their names.
 
     Raises:
         ValueError: as `text`, or as `template_fields`.
     """
-    values = [text(row, field, number, name) for field in template_fields(template)]
+    values = [text(row, field, number, name, remedy=remedy) for field in template_fields(template)]
     parts = [
         literal + (values.pop(0) if field is not None else "")
         for literal, field, _, _ in string.Formatter().parse(template)

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from mrp_lens.utils.validation import meant
+
 HEADING = re.compile(r"\s*=\s.*\s=\s*")
 
 
@@ -133,7 +135,8 @@ def schema_named(schema: str | Schema | None) -> Schema | None:
         return schema
     if schema not in KNOWN:
         raise ValueError(
-            f"unknown schema {schema!r}; known are {', '.join(KNOWN)}. For other data name the columns instead (field, prompt, choices, ...)"
+            f"unknown schema {schema!r}; {meant(schema, KNOWN)}known are {', '.join(KNOWN)}. For other data name the columns "
+            "instead (field, prompt, choices, ...)"
         )
     return KNOWN[schema]
 

@@ -245,7 +245,7 @@ class TaskConfig:
         completion: Template of what follows the prompt and counts in the loss, such as ` {answer}`.
         question_prompt: Template of a question; braces name columns. Default: `{question}`, or the schema's.
         choices: Column with the list of choices, or several columns: `a,b,c,d`. Default: `choices`, or the schema's.
-        answer: Column with the text, the letter or the index of the right choice. Default: `answer`, or the schema's.
+        answer: Column with the text, the letter or the index (from 0) of the right choice. Default: `answer`, or the schema's.
         forget_schema: Known data set whose columns the forget set has, such as `locuslab/TOFU`.
         retain_schema: Known data set whose columns the retain set has, such as `wikitext`.
         questions_schema: Known data set whose columns the quizzes have, such as `cais/wmdp`.
@@ -294,6 +294,18 @@ class TaskConfig:
                 f"forget and retain go together: give {missing}=..., too, or leave both out for the demo's world"
             )
         return bool(self.forget)
+
+    def check_quiz_options(self) -> None:
+        """Refuse columns of questions where there are none.
+
+        Raises:
+            ValueError: names the first that is given.
+        """
+        if self.questions or self.retain_questions or self.untaught_questions:
+            return
+        for name in ("question_prompt", "choices", "answer", "questions_schema", "entity"):
+            if getattr(self, name) is not None:
+                raise ValueError(f"{name}=... is of a quiz: give questions=..., too, or leave it out")
 
     def load(self) -> UnlearningTask:
         """Read everything; a tenth of the retain set is held out.

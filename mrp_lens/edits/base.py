@@ -229,8 +229,8 @@ class Edit(ABC):
         """
         check_lens_model(model)
         with putting_on(model, self) as entry:
-            for part in self.parts:
-                part._put_on(model, entry, check=check)
+            self._check_model(model, check)
+            self._put_on(model, entry, check=check)
         return Attached(model, entry)
 
     def detach(self, model: Any, *, discard: bool = False) -> None:
@@ -342,6 +342,7 @@ class Edit(ABC):
         return hash((self.kind, self.layers))
 
     def _check_model(self, model: LensModel, check: bool) -> None:
+        """Before any part is on, since one may write the embedding by which the next would know its model."""
         if check and self.made_for is not None:
             check_same_model(model, self.made_for)
 
@@ -384,6 +385,11 @@ class EditStack(Edit):
     @override
     def sole_hooks(self) -> tuple[str, ...]:
         return tuple(hook for part in self.parts for hook in part.sole_hooks)
+
+    @override
+    def _check_model(self, model: LensModel, check: bool) -> None:
+        for part in self.parts:
+            part._check_model(model, check)
 
     @override
     def _put_on(self, model: LensModel, entry: AppliedEdit, *, check: bool) -> None:

@@ -166,6 +166,11 @@ class Prompt:
         _lengths.reset(self.token)
 
 
+def counts_positions(settings: Mapping[str, Any]) -> bool:
+    """Whether a configuration lists steering at positions of the prompt."""
+    return any(step.get("positions") is not None for change in settings["changes"] for step in change["steps"])
+
+
 def in_prompt(place: int, positions: Sequence[int], states: Tensor) -> Tensor:
     """Which positions of a pass are the chosen ones of the prompt, [seq].
 
@@ -213,9 +218,12 @@ def install(
             handles.append(branch.register_forward_hook(partial(_sum, change, entered)))
         else:
             module = block.get_submodule(modules[site])
-            # A change at resid_mid is made here too, and comes after any at attn_out, whichever was put on first.
-            late = any(getattr(hook, "func", None) is _sum for hook in module._forward_hooks.values())
-            handles.append(module.register_forward_hook(partial(_output, change), prepend=late))
+            sums = [key for key, hook in module._forward_hooks.items() if getattr(hook, "func", None) is _sum]
+            handles.append(module.register_forward_hook(partial(_output, change)))
+            for key in (
+                sums
+            ):  # a change at resid_mid is made here too, and comes after all at attn_out, whenever these were put on
+                module._forward_hooks.move_to_end(key)
     return handles
 
 

@@ -242,7 +242,6 @@ class ProjectionEdit(Edit):
     def _put_on(self, model: LensModel, entry: AppliedEdit, *, check: bool, wrapped: Wrapper = as_it_is) -> None:
         points = hook_points(model, self._joined)
         check_width(model, next(iter(self._joined.values())).d_model, "the projection")
-        self._check_model(model, check)
         if len(set(points)) < len(points):
             raise ValueError(
                 f"some of {', '.join(self._joined)} are names of one hook, and two projections after one another do not remove both subspaces; "

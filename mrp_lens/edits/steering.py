@@ -109,7 +109,6 @@ class SteeringEdit(Edit):
     def _put_on(self, model: LensModel, entry: AppliedEdit, *, check: bool, wrapped: Wrapper = as_it_is) -> None:
         check_hook_names(model, [self.hook])
         check_width(model, len(self.direction), "the direction")
-        self._check_model(model, check)
         with torch.inference_mode(False):  # what is made inside of it is never differentiated through
             target = self.coefficient * self.direction.to(device_at(model, layer_of(self.hook)))
         generator = torch.Generator().manual_seed(self.seed)

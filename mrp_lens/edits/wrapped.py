@@ -39,6 +39,10 @@ class WrappedEdit(Edit):
         return self.edit.sole_hooks
 
     @override
+    def _check_model(self, model: LensModel, check: bool) -> None:
+        self.edit._check_model(model, check)
+
+    @override
     def _put_on(self, model: LensModel, entry: AppliedEdit, *, check: bool, wrapped: Wrapper = as_it_is) -> None:
         def both(part: Edit, hook: str, function: Any) -> Any:
             return wrapped(part, hook, self._wrapper(part, hook, function))

@@ -30,8 +30,11 @@ except ImportError:  # an optional extra, which `require_harness` asks for
 
 # Where TransformerLens's `cfg.default_prepend_bos` is False; a model class of an export inherits from one of its base.
 WITHOUT_BOS = frozenset(
-    "BloomForCausalLM GPTNeoXForCausalLM GraniteForCausalLM MptForCausalLM PhiForCausalLM Qwen2ForCausalLM Qwen3ForCausalLM "
-    "SmolLM3ForCausalLM Starcoder2ForCausalLM".split()
+    "BloomForCausalLM Ernie4_5ForCausalLM Ernie4_5_MoeForCausalLM Exaone4ForCausalLM ExaoneForCausalLM GPTNeoXForCausalLM Glm4ForCausalLM "
+    "Glm4MoeForCausalLM Glm4MoeLiteForCausalLM GlmForCausalLM GlmMoeDsaForCausalLM GraniteForCausalLM GraniteMoeForCausalLM "
+    "GraniteMoeHybridForCausalLM MPTForCausalLM MiniMaxM2ForCausalLM MptForCausalLM NeoXForCausalLM PhiForCausalLM PhiMoEForCausalLM "
+    "Qwen2ForCausalLM Qwen2MoeForCausalLM Qwen3ForCausalLM Qwen3MoeForCausalLM Qwen3NextForCausalLM Qwen3_5ForCausalLM "
+    "Qwen3_5MoeForCausalLM RecurrentGemmaForCausalLM SeedOssForCausalLM SmolLM3ForCausalLM Starcoder2ForCausalLM".split()
 )
 BATCH_SIZE = 8
 

@@ -29,6 +29,7 @@ TAIL = '''
 # --- Generated: an edited {model_class}. ---
 
 import json
+from contextlib import nullcontext
 
 from transformers import {config_class}, {model_class}
 
@@ -80,7 +81,7 @@ class EditedForCausalLM({model_class}):
         self.post_init()
 
     def generate(self, *args, **kwargs):
-        with Prompt(kwargs):  # in which the positions of steering count
+        with Prompt(kwargs) if counts_positions(self.config.{settings}) else nullcontext():
             return super().generate(*args, **kwargs)
 
     @classmethod

@@ -123,8 +123,12 @@ def place_of(hook: str) -> tuple[int, str]:
 
 
 def _check_places(hf_model: Any, steps: Steps) -> None:
-    """Refuse layers and widths that the model does not have."""
+    """Refuse layers, sites and widths that the model does not have."""
     n_layers, d_model = int(hf_model.config.num_hidden_layers), int(hf_model.config.hidden_size)
+    if getattr(hf_model.config, "use_parallel_residual", False) and any(site == "resid_mid" for _, site in steps):
+        raise ValueError(
+            "the edit changes the stream between attention and MLP (resid_mid), and this model computes both side by side: it has none"
+        )
     for (layer, site), (first, *_) in steps.items():
         width = int(next(first.buffers()).shape[-1])
         if layer >= n_layers or width != d_model:

@@ -17,7 +17,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from typing_extensions import override
 
-from mrp_lens.data import Corpus, Document
+from mrp_lens.data import Corpus, Document, Questions
+from mrp_lens.data.kinds import check_corpus
 from mrp_lens.data.tokenization import Encoded, Encoder, TokenBatch, in_order
 from mrp_lens.edits import Edit, edit_on, projection_in
 from mrp_lens.edits.provenance import fingerprint
@@ -130,12 +131,11 @@ def prepare(
             length.
     """
     refuse_inference_tensors(model.parameters())
-    corpora = [forget] if isinstance(forget, Corpus) else list(forget)
-    for corpus in (*corpora, retain):
-        if not isinstance(corpus, Corpus):
-            raise TypeError(
-                f"expected a Corpus, got {type(corpus).__name__}; make one with Corpus.from_texts, from_rows or from_file"
-            )
+    several: Any = forget
+    corpora: list[Any] = [several] if isinstance(several, (Corpus, Questions)) else list(several)
+    for corpus in corpora:
+        check_corpus(forget=corpus)
+    check_corpus(retain=retain)
     names = tuple(corpus.name for corpus in corpora)
     if not corpora or len(set(names)) < len(names):
         raise ValueError(f"give at least one forget corpus, each with its own name; got {list(names)}")

@@ -83,7 +83,7 @@ class GradientMethod(FitTemplate[GradientSettings]):
         steps, batch_size: updates, and documents an update on each side.
         retain_length: tokens of a retain document that an update reads; of a longer one, if it has no prompt, a random piece. None:
             all of it.
-        micro_batch: documents a pass, if a batch does not fit into memory.
+        micro_batch: documents a pass. None: as many as their logits are at most 2^24 numbers.
         max_length: tokens at which documents are cut. None: 512, or the context if that is shorter.
         budget: nats a token of KL(unedited || edited) that are allowed for on retain text that no update sees, and four times
             as many on the answers it knows to questions made from it; without a retain term a fit ends as soon as there is

@@ -53,6 +53,8 @@ GROWTH = 0.5  # of the logarithm of the steps' size at each look, in a fit in wh
 FASTEST = 16.0  # times the learning rate, at most, that a fit in which nothing happens goes to
 NUMBERS = 2**25  # log-probabilities of the unedited model that are kept in memory at most, of documents and of answers
 ANSWERS = 0.25  # of the divergence on answers that counts
+DOCUMENTS = 8  # of which a damage is read at least; the more text fits, the longer are their pieces, up to
+PIECE = 64  # tokens
 BATCH = 16
 LOGGED = ("left", "target", "damage", "allowed", "budget", "retain_factor")  # columns that a budget adds to a fit's log
 
@@ -70,7 +72,8 @@ class Damage:
         model: as it is before the fit, with the earlier edits on.
         encoder: of the model.
         documents: at least one. As many are read as their log-probabilities fit into 2^25 numbers (682 tokens of a vocabulary
-            of 49,152); of the answers as many again.
+            of 49,152, 262 of one of 128,256); of the answers as many again. Where not all fit, each gives a piece of at most 64
+            tokens, and of less where fewer than eight such pieces would fit, since documents differ more than tokens of one do.
         answers: to questions. Where the model predicts none of them, the documents alone count.
     """
 
@@ -107,8 +110,17 @@ class Damage:
         return sum(gathered(total))
 
 
+def piece_length(tokens: int) -> int:
+    """Tokens of a document that a damage is measured on where not all of them fit, if so many fit together."""
+    return max(2, min(PIECE, tokens // DOCUMENTS))
+
+
 def _fitting(rows: Sequence[Encoded], tokens: int) -> list[Encoded]:
-    """The first of them, up to so many tokens to predict; at least one."""
+    """The first of them, up to so many tokens to predict; at least one. Where not all fit, of a long one the beginning, of the next
+    its second piece, and so on."""
+    if sum(sum(row.in_loss[1:]) for row in rows) > tokens:
+        pieces = [row.pieces(piece_length(tokens)) for row in rows]
+        rows = [of[number % len(of)] for number, of in enumerate(pieces)]
     kept: list[Encoded] = []
     for row in rows:
         tokens -= sum(row.in_loss[1:])
@@ -156,7 +168,8 @@ class Budget(Callback):
         self.model, self.damage, self.nats, self.holds = model, damage, nats, holds
         self.control, before = control.known_to(model)
         self.looks = [before]
-        self.target = self.control.target if target is None else target
+        # Where nothing is asked the level of chance stays the target, at which every model is: what was forgotten is not known.
+        self.target = self.control.target if target is None or not self.control.asks else target
         self.aim = self.control.chance if target is None else target
         self.multiplier, self.found = 1.0, 0.0
         self.allowed = first * nats

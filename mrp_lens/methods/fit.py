@@ -47,6 +47,7 @@ class Fit:
         """Write `edit/`, `log.csv` and, last of all, `fit.json` into a folder: once that is there, the fit is whole. (The log
         is in both: in CSV for people, in JSON to the last bit.)"""
         target = make_folder(folder)
+        (target / FIT).unlink(missing_ok=True)  # of an earlier fit, of which nothing is whole any more from here on
         self.edit.save_pretrained(target / EDIT, overwrite=True)
         write_text(target / LOG, self.log.to_csv(index=False))
         write_json(

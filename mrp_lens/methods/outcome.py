@@ -19,6 +19,7 @@ REMEDIES: Mapping[Ended, str] = {
     "unknown": "ask a quiz of your own whether the model knows the forget set; if it does, fit with target=0.001, which spends the budget",
     "interrupted": "run the same again: it goes on",
 }
+UNASKED = "ask a quiz of your own whether the forget set was forgotten; several short texts, or prompts with completions, would be asked about"
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,8 @@ class Outcome:
     @property
     def remedy(self) -> str | None:
         """What to try where the target was not reached; None where it was."""
+        if self.ended == "unknown" and self.target >= 1.0:
+            return UNASKED
         if self.ended == "budget" and self.damage > self.budget * OVER:  # it was overshot, not spent
             return "give it more steps, or a smaller lr: the damage came sooner than the retain loss could be weighed up against it"
         return REMEDIES.get(self.ended)

@@ -1,5 +1,6 @@
 """Principal directions of states before and after an edit: angles between them, and the plane that they span."""
 
+import logging
 from collections.abc import Sequence
 from functools import cache
 from itertools import combinations
@@ -23,12 +24,18 @@ from mrp_lens.models.hooks import Site
 from mrp_lens.utils.torch_state import ordinary_torch
 from mrp_lens.utils.validation import check_one_of, check_whole, generator_for, int_seed
 
+logger = logging.getLogger(__name__)
+
 Position = Literal["last", "all"]
 
 REMOVED = "removed"
 NULL_DRAWS = 20
 POINTS = 100  # a side, of the plane on the report page
 FLAT = 1e-6  # a singular value below this share of the points' spread is rounding noise, not an axis
+
+
+class TooFewStatesError(ValueError):
+    """States that span fewer directions than a picture of them needs."""
 
 
 @ordinary_torch(gradients=False)
@@ -145,8 +152,8 @@ def principal_plane(
         positive.
 
     Raises:
-        TypeError, ValueError: dims other than 2 or 3, states that lie on fewer axes, no point, an unknown position, or as
-            in `geometry`.
+        TypeError, ValueError: dims other than 2 or 3, no point, an unknown position, or as in `geometry`.
+        TooFewStatesError: the states lie on fewer axes.
 
     Example:
         >>> frame = principal_plane(model, {"forget": forget, "retain": retain}, fit.edit, layer=2)
@@ -185,7 +192,11 @@ def _of_last_layer(measured: Measured) -> pd.DataFrame | None:
     if edit is None:
         return None
     texts, last = measured.task.texts(limit=measured.documents), int(model.cfg.n_layers) - 1
-    return principal_plane(model, texts, edit, layer=last, points=POINTS, seed=seed, progress=measured.progress)
+    try:
+        return principal_plane(model, texts, edit, layer=last, points=POINTS, seed=seed, progress=measured.progress)
+    except TooFewStatesError as error:
+        logger.warning("no picture of the states in a plane: %s", error)
+        return None
 
 
 def _span(moments: Moments, rank: int, group: str, layer: int, when: When) -> Subspace:
@@ -240,7 +251,7 @@ def _axes(centred: Float[Tensor, "points d_model"], dims: int) -> tuple[Float[Te
     _, singular, right = torch.linalg.svd(centred, full_matrices=False)
     spanned = int((singular > FLAT * torch.linalg.vector_norm(singular)).sum())
     if spanned < dims:
-        raise ValueError(
+        raise TooFewStatesError(
             f"{len(centred)} states that differ along {spanned} directions make no plot of {dims}; give more text"
         )
     axes = right[:dims]

@@ -59,6 +59,7 @@ def continuations(
 
     Raises:
         NonFiniteError: its logits became NaN or infinite, after which any token would be as good.
+        TypeError: one text in place of several.
         ValueError: a temperature below 0 or not finite, more new tokens than leave room for a prompt in the context, or an
             empty prompt, where the tokenizer has no BOS to start from.
     """
@@ -82,6 +83,8 @@ def continued(
     if not 0.0 <= temperature < float("inf"):
         raise ValueError(f"temperature must be a number from 0 (greedy), got {temperature}")
     check_whole(max_new_tokens=max_new_tokens)
+    if isinstance(prompts, str):
+        raise TypeError(f"prompts must be several texts, got one, {prompts[:40]!r}; put it into a list")
     context = int(model.cfg.n_ctx)
     if max_new_tokens > context - 2:  # a BOS and the end of the prompt come before
         raise ValueError(

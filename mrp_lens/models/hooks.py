@@ -124,12 +124,14 @@ def add_hooks(model: LensModel, hooks: Iterable[tuple[str, HookFunction]]) -> li
     placed = _to_the_stream(model, pairs)
     handles = []
     for point, (_, function) in zip(hook_points(model, (name for name, _ in placed)), placed, strict=True):
-        # On the Bridge a change at resid_mid is made here, and comes after any at attn_out, whichever was added first.
-        first = not isinstance(function, _ChangeOfSum) and any(
-            isinstance(e.user_hook, _ChangeOfSum) for e in point.fwd_hooks
-        )
-        point.add_hook(function, is_permanent=True, prepend=first)
-        handles.append(HookHandle(point, point.fwd_hooks[0 if first else -1]))
+        sums = [entry for entry in point.fwd_hooks if isinstance(entry.user_hook, _ChangeOfSum)]
+        point.add_hook(function, is_permanent=True)
+        handles.append(HookHandle(point, point.fwd_hooks[-1]))
+        if sums and not isinstance(function, _ChangeOfSum):
+            # On the Bridge a change at resid_mid is made here, and comes after all at attn_out, whenever these were added.
+            for entry in sums:
+                point._forward_hooks.move_to_end(entry.hook.id)
+            point.fwd_hooks = [*(entry for entry in point.fwd_hooks if entry not in sums), *sums]
     return handles
 
 

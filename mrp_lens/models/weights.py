@@ -45,9 +45,10 @@ class CheckpointTensor:
 def checkpoint_tensors(model: LensModel) -> list[CheckpointTensor]:
     """Every tensor of the checkpoint once, in the model's order.
 
-    Both classes hold more: biases that the checkpoint lacks, all of them 0, and HookedTransformer a second copy of tied
-    embeddings. Training those too would let the two classes drift apart, and the result would fit no checkpoint. (A
-    bias that is 0 in the checkpoint itself counts as absent; training leaves no bias so.)
+    Both classes hold more: biases that the checkpoint lacks, all of them 0, HookedTransformer a second copy of tied
+    embeddings, and the Bridge joint matrices beside the parts of them that it computes with (`joint_beside_parts`).
+    Training those too would let the two classes drift apart, and the result would fit no checkpoint. (A bias that is 0 in
+    the checkpoint itself counts as absent; training leaves no bias so.)
 
     Raises:
         ValueError: one of them is quantised.
@@ -55,16 +56,36 @@ def checkpoint_tensors(model: LensModel) -> list[CheckpointTensor]:
     depths = {id(p): layer for layer, block in enumerate(model.blocks) for p in block.parameters()}
     before = {id(p) for name in ("embed", "pos_embed") for p in _parameters_of(model, name)}
     tied = None if is_bridge(model) else _untied_copy(model)
+    joint = joint_beside_parts(model)
     tensors = []
     for name, parameter in {id(p): (name, p) for name, p in model.named_parameters()}.values():
         is_bias = name.rsplit(".", 1)[-1].lstrip("_").startswith("b")
         refuse_packed(parameter, name)
-        if parameter is tied or (is_bias and not bool(parameter.any())):
+        if parameter is tied or id(parameter) in joint or (is_bias and not bool(parameter.any())):
             continue
         depth = -1 if id(parameter) in before else depths.get(id(parameter), int(model.cfg.n_layers))
         copy = tied if name == "embed.W_E" else None
         tensors.append(CheckpointTensor(name, depth, parameter, copy))
     return tensors
+
+
+def joint_beside_parts(model: Any) -> frozenset[int]:
+    """Of the Bridge, the ids of joint parameters (queries, keys and values; gate and up) that stand beside the parts that it computes
+    with: they hold the same memory, or memory that nothing reads. What is trained or replaced are the parts."""
+    joint: set[int] = set()
+    sharing: dict[Any, list[torch.nn.Parameter]] = {}
+    for module in model.modules():
+        children = dict(module.named_children())
+        if {"q", "k", "v", "qkv"} <= children.keys():
+            joint |= {id(parameter) for parameter in children["qkv"].parameters()}
+    for parameter in model.parameters():
+        if not parameter.is_meta and parameter.numel():
+            sharing.setdefault((parameter.device, parameter.untyped_storage().data_ptr()), []).append(parameter)
+    for several in sharing.values():
+        whole = max(several, key=torch.Tensor.numel)
+        if 2 * whole.numel() == sum(map(torch.Tensor.numel, several)) and len(several) > 2:
+            joint.add(id(whole))
+    return frozenset(joint)
 
 
 @contextmanager
@@ -195,14 +216,19 @@ def hf_weights(hf_model: Any) -> dict[str, EditableWeight]:
 
 
 def weights_by_name(model: LensModel) -> dict[str, EditableWeight]:
-    """Every tensor that a weight edit can replace, by its name in the checkpoint: on the Bridge all of them (but for joint
-    matrices of some families, which it keeps apart: see `checkpoint_names`), on a HookedTransformer, which keeps others
+    """Every tensor that a weight edit can replace, by its name in the checkpoint: on the Bridge all of them (of joint matrices of some
+    families the parts that it computes with, whose names are its own: see `checkpoint_names`), on a HookedTransformer, which keeps others
     in shapes of its own, the MLP output matrices."""
     if not is_bridge(model):
         return {weight.name: weight for weight in (mlp_out_weight(model, layer) for layer in range(model.cfg.n_layers))}
     layers = {id(p): layer for layer, block in enumerate(model.blocks) for p in block.parameters()}
     bridge: Any = model
-    named = {_hf_name(name): parameter for name, parameter in bridge.original_model.named_parameters()}
+    joint = joint_beside_parts(bridge)
+    named = {
+        _hf_name(name): parameter
+        for name, parameter in bridge.original_model.named_parameters()
+        if id(parameter) not in joint
+    }
     return {
         name: EditableWeight(name, layers.get(id(parameter), -1), name, parameter, transposed=False)
         for name, parameter in named.items()
@@ -256,6 +282,19 @@ def same_tensor(tensor: Float[Tensor, "..."], digests: Mapping[str, str]) -> boo
     return _digest(tensor, _HASHED_DTYPES[name]) == digests.get(name)
 
 
+def same_checkpoint(tensor: Float[Tensor, "..."], digests: Mapping[str, str]) -> bool:
+    """Whether the tensor is of the checkpoint whose values were hashed, in whatever precision both were loaded: also where those that
+    were hashed are these, rounded to half precision."""
+    if same_tensor(tensor, digests):
+        return True
+    halves = ("bfloat16", "float16") if tensor.dtype in (torch.float32, torch.float64) else ()
+    return any(
+        digests.get(name) == _digest(tensor, _HASHED_DTYPES[name])
+        and digests.get("float32") == _digest(tensor.to(_HASHED_DTYPES[name]), torch.float32)
+        for name in halves
+    )
+
+
 def _digest(tensor: Tensor, dtype: torch.dtype) -> str:
     values = tensor.detach().to("cpu", dtype).contiguous()
     return hashlib.sha256(str(list(values.shape)).encode() + values.view(torch.uint8).numpy().tobytes()).hexdigest()
@@ -303,7 +342,7 @@ def check_same_model(model: Any, described: Mapping[str, Any]) -> None:
         for key in ("n_layers", "d_model", "d_vocab")
         if current[key] != described[key]
     ]
-    if not different and not same_tensor(_some_rows(_identity(model)[2]), described["embedding"]):
+    if not different and not same_checkpoint(_some_rows(_identity(model)[2]), described["embedding"]):
         different = ["its embedding matrix has other values"]
     if different:
         raise ValueError(

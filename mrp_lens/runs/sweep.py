@@ -28,8 +28,9 @@ from mrp_lens.training.loop import TooLittleMemoryError
 from mrp_lens.utils.io import as_json, one_line
 from mrp_lens.utils.result_store import ResultStore
 from mrp_lens.utils.torch_state import ordinary_torch
-from mrp_lens.utils.validation import check_shard, check_whole, generator_for, or_default
+from mrp_lens.utils.validation import check_shard, check_whole, generator_for, meant, or_default
 
+QUIZZES = {"forget": "questions", "retain": "retain_questions"}  # side -> what an UnlearningTask calls its quiz
 FITS = "fits"  # of points that are not measured yet
 QUICK_LAYERS, QUICK_STEPS, QUICK_QUESTIONS, QUICK_DOCUMENTS = 4, 75, 150, 100
 FULL_SEEDS, FULL_DOCUMENTS = (0, 1, 2), 200
@@ -68,7 +69,7 @@ class SweepConfig:
     useful.
 
     Attributes:
-        methods: By name.
+        methods: By name: mrp, mrp-unconditional, rmu, adaptive-rmu, rmu-noise, direction-ablation, and registered ones that are `swept`.
         layers: To fit at. Default: four, evenly spread.
         coefficients: Values of c, in units of the stream, of methods that have a `steering_coeff`. Default: twice the forget
             states' norm at RMU's layer, if there is such a method.
@@ -99,9 +100,13 @@ class SweepConfig:
 
     def __post_init__(self) -> None:
         sweepable = [name for name, kind in METHODS.items() if kind.swept is not None]
+        given: Any = self.methods
+        if isinstance(given, str):
+            raise TypeError(f"methods must be several names, such as ({given!r},), got {given!r}")
         unknown = [method for method in (*self.methods, *self.strengths) if method not in sweepable]
         if unknown or not self.methods:
-            raise ValueError(f"unknown methods {unknown}; choose among {', '.join(sweepable)}")
+            near = meant(unknown[0], sweepable) if unknown else ""
+            raise ValueError(f"unknown methods {unknown}; {near}choose among {', '.join(sweepable)}")
         varied = {"coefficients": self.coefficients or (), "betas": self.betas, **self.strengths}
         for name, values in varied.items():
             if not all(value > 0 for value in values):
@@ -271,7 +276,8 @@ def sweep(
     check_shard(number, count, overwrite=overwrite)
     missing = {"forget", "retain"} - set(task.quiz())
     if missing:
-        raise ValueError(f"a sweep needs questions on both sides; there are none for {', '.join(sorted(missing))}")
+        wanted = " and ".join(f"{QUIZZES[side]}=..." for side in sorted(missing))
+        raise ValueError(f"a sweep needs questions on both sides; give {wanted}, too")
     plan = (config or SweepConfig()).resolved(model, task)
     check_layers(model, plan.layers)
     defaults = {name: as_json(asdict(METHODS[name]())) for name in plan.methods}

@@ -72,7 +72,12 @@ class WandbLogger(Logger):
     @override
     def start(self, name: str, settings: Mapping[str, Any]) -> None:
         self._folder.mkdir(parents=True, exist_ok=True)
-        self._run = self._wandb.init(project=PROJECT, name=name, config=dict(settings), dir=str(self._folder))
+        try:
+            self._run = self._wandb.init(project=PROJECT, name=name, config=dict(settings), dir=str(self._folder))
+        except self._wandb.Error as error:
+            raise ValueError(
+                f"Weights & Biases did not start: {error}. Log in with `wandb login`, or set WANDB_MODE=offline"
+            ) from error
 
     @override
     def log(self, row: Mapping[str, float], step: int) -> None:

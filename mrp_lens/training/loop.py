@@ -141,8 +141,8 @@ def train(
             if not ran_out(error):
                 raise
             raise TooLittleMemoryError(
-                f"{description}: memory ran out in update {state.done + 1}. Give a smaller micro_batch (documents a pass: what is learned "
-                "stays the same), shorter texts (max_length), or a model in bfloat16; mrp-lens plan says what fits"
+                f"{description}: memory ran out in update {state.done + 1}. Give a smaller micro_batch, such as 1 (documents a pass: what is "
+                "learned stays the same), shorter texts (max_length), or a model in bfloat16; mrp-lens plan says what fits"
             ) from error
         except KeyboardInterrupt:
             if count() > 1:  # the others wait for this process: it has to end

@@ -1,5 +1,6 @@
 """What retraining changes: plain AdamW on the checkpoint's tensors, the same on both classes and in every precision."""
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from mrp_lens.attacks import relearned
 from mrp_lens.attacks.finetuning import Attacker, reach_of
 from mrp_lens.data import Corpus
 from mrp_lens.models import LensModel, available_backends, checkpoint_tensors, encoder_for, load_model, mlp_out_weight
+from mrp_lens.models.weights import weights_by_name
 from mrp_lens.training.optim import MasterAdamW, Trainable
 from tests.conftest import D_MODEL, LAYERS, assert_same_state, state_of
 from tests.support.edits import logits, projection
@@ -74,6 +76,30 @@ def test_bfloat16_models_learn_from_steps_smaller_than_their_precision(backend: 
         changed = (weight.read() != old).float().mean()
     assert float(changed) > 0.2  # one step of 1e-4 changes next to no bfloat16 weight
     assert_same_state(before, state_of(half))
+
+
+@pytest.mark.parametrize("family", ["gpt2", "neox", "phi3"])
+def test_of_joint_matrices_the_parts_that_a_bridge_computes_with_are_trained(family: str, tmp_path: Path) -> None:
+    """It holds both; a master of the joint one would write its old values over what was learned in half precision."""
+    folder = save_family(family, tmp_path)
+    bridge = load_model(folder, backend="bridge", dtype=torch.bfloat16)
+    tensors = [tensor.parameter for tensor in checkpoint_tensors(bridge)]
+    plain = AutoModelForCausalLM.from_pretrained(folder)
+    assert sum(tensor.numel() for tensor in tensors) == sum(tensor.numel() for tensor in plain.parameters())
+    spans = sorted((tensor.data_ptr(), tensor.numel()) for tensor in tensors if tensor.is_contiguous())
+    assert all(start + 2 * count <= following for (start, count), (following, _) in pairwise(spans))
+    assert (
+        weights_by_name(bridge).keys() & {"transformer.h.0.attn.qkv.weight", "gpt_neox.layers.0.attention.qkv.weight"}
+        == set()
+    )
+    moved = [tensor for tensor in checkpoint_tensors(bridge) if ".q." in tensor.name and tensor.name.endswith("weight")]
+    before = [tensor.parameter.detach().clone() for tensor in moved]
+    assert len(moved) == int(bridge.cfg.n_layers)
+    with relearned(bridge, None, train=TAUGHT, steps=3, lr=1e-2, batch_size=8, progress=False):
+        assert all(
+            float((tensor.parameter.detach() - old).abs().max()) > 5e-3
+            for tensor, old in zip(moved, before, strict=True)
+        )
 
 
 def test_parameters_before_at_and_after_the_edit(model: LensModel) -> None:

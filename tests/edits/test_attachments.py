@@ -20,9 +20,18 @@ from mrp_lens.data import Corpus
 from mrp_lens.edits import EditStack, ProjectionEdit, SteeringEdit, WeightEdit, edits_on
 from mrp_lens.edits.subspace import Subspace
 from mrp_lens.hf import attach
-from mrp_lens.models import LensModel, available_backends, is_bridge, load_model, mlp_out_weight, tensor_digests
+from mrp_lens.models import (
+    LensModel,
+    available_backends,
+    describe,
+    is_bridge,
+    load_model,
+    mlp_out_weight,
+    tensor_digests,
+)
 from mrp_lens.models.attachments import exclusive
 from mrp_lens.models.hooks import captured, frozen, hook_name
+from mrp_lens.models.weights import weights_by_name
 from tests.conftest import D_MODEL, assert_same_state, state_of
 from tests.support.edits import all_kinds, assert_refused, logits, projection, weight_edit
 
@@ -299,6 +308,41 @@ def test_the_order_of_sites_does_not_depend_on_the_order_of_attaching(
         torch.testing.assert_close(logits(model, tokens), wanted, atol=1e-5, rtol=0)
     with attach(plain, edits[sites[0]]), attach(plain, edits[sites[1]]), torch.no_grad():
         torch.testing.assert_close(plain(tokens).logits, wanted, atol=1e-4, rtol=0)
+
+
+def test_what_is_added_at_attn_out_comes_after_what_was_there_whatever_is_on_at_resid_mid(
+    model: Any, tiny_folder: Path, tokens: torch.Tensor
+) -> None:
+    mid = projection(1, site="resid_mid", request="mid")
+    steps = [
+        SteeringEdit(hook_name(1, "attn_out"), torch.ones(D_MODEL), c, mode=mode)
+        for c, mode in ((3.0, "add"), (1.0, "replace"))
+    ]
+    with (steps[0] + steps[1] + mid).applied(model):
+        wanted = logits(model, tokens)
+    with (mid + steps[0] + steps[1]).applied(model):
+        torch.testing.assert_close(logits(model, tokens), wanted, atol=1e-5, rtol=0)
+    plain = AutoModelForCausalLM.from_pretrained(tiny_folder).eval()
+    with attach(plain, mid), attach(plain, steps[0]), attach(plain, steps[1]), torch.no_grad():
+        torch.testing.assert_close(plain(tokens).logits, wanted, atol=1e-4, rtol=0)
+    removed = projection(1, site="attn_out", rank=8, request="out")
+    with removed.applied(model), mid.applied(model), captured(model, [hook_name(1, "attn_out")]) as states:
+        logits(model, tokens)
+    (seen,) = states.values()
+    subspace = removed.subspaces()[hook_name(1, "attn_out")]
+    assert float((seen @ subspace.basis.T).abs().max()) < 1e-4 * float(seen.abs().max())
+
+
+def test_an_edit_on_another_embedding_knows_its_model_before_that_is_written(tiny_folder: Path) -> None:
+    bridge = load_model(tiny_folder, backend="bridge")
+    weight = next(weight for name, weight in weights_by_name(bridge).items() if "embed_tokens" in name)
+    written = WeightEdit({weight.name: 2 * weight.read()}, {weight.name: tensor_digests(weight.read())})
+    made = projection(1)
+    made.provenance = {"model": describe(bridge)}
+    before = state_of(bridge)
+    with (written + made).applied(bridge):
+        pass
+    assert_same_state(before, state_of(bridge))
 
 
 # --- threads

@@ -1,8 +1,10 @@
 """lm-evaluation-harness on Hugging Face models, against sums of log-probabilities counted by hand; what it leaves as it was, what
 it may run, and what is refused."""
 
+import inspect
 import json
 import random
+import re
 import socket
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,7 +27,7 @@ from mrp_lens.data.world.facts import QUESTION
 from mrp_lens.edits import ProjectionEdit
 from mrp_lens.edits.subspace import Subspace
 from mrp_lens.evals import evaluate
-from mrp_lens.evals.lm_eval import Bos, HarnessModel, prepends_bos
+from mrp_lens.evals.lm_eval import WITHOUT_BOS, Bos, HarnessModel, prepends_bos
 from mrp_lens.hf import attach
 from mrp_lens.metrics.tokens import by_document
 from mrp_lens.models import encoder_for, load_model
@@ -139,6 +141,20 @@ def test_texts_start_with_bos_where_they_do_in_the_metrics(family: str, tmp_path
     assert prepends_bos(model, tokenizer) == encoder.prepend_bos
     tokenizer.bos_token = None
     assert not prepends_bos(model, tokenizer)
+
+
+def test_models_without_bos_are_those_of_transformer_lens() -> None:
+    """An adapter says so in its source alone, until there is a model."""
+    from transformer_lens.factories.architecture_adapter_factory import SUPPORTED_ARCHITECTURES
+
+    told = set()
+    for name, adapter in SUPPORTED_ARCHITECTURES.items():
+        sources = (inspect.getsource(kind) for kind in adapter.__mro__ if kind is not object)
+        said = next((found for source in sources if (found := re.findall(r"default_prepend_bos = (\w+)", source))), [])
+        if said[-1:] == ["False"] and name.endswith("ForCausalLM"):
+            told.add(name)
+    assert len(told) > 20
+    assert told <= WITHOUT_BOS
 
 
 @pytest.mark.slow

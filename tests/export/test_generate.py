@@ -7,10 +7,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from mrp_lens.edits import ProjectionEdit
+from mrp_lens.edits import ProjectionEdit, SteeringEdit
 from mrp_lens.edits.subspace import Subspace
 from mrp_lens.hf import attach
 from mrp_lens.models import load_model, logits_of
+from mrp_lens.models.hooks import hook_name
+from tests.conftest import D_MODEL
 from tests.support.export_edits import EDITS, exported, write
 from tests.support.families import NO_HOOKED, families_mostly_slow, save_family
 
@@ -87,6 +89,23 @@ def test_fifty_greedy_tokens_with_and_without_cache_batched_with_padding(
     assert torch.equal(written_by_exported(loaded, use_cache=False), wanted)
     unedited = written_by_exported(AutoModelForCausalLM.from_pretrained(folder), use_cache=True)
     assert not torch.equal(unedited, wanted)
+
+
+@pytest.mark.parametrize("steered", [False, True], ids=["projection", "steering at positions"])
+def test_ways_of_generating_that_have_no_prompt_pass_are_refused_of_steering_in_the_prompt_alone(
+    steered: bool, tiny_folder: Path, tmp_path: Path
+) -> None:
+    lens = load_model(tiny_folder)
+    steering = SteeringEdit.towards(torch.ones(D_MODEL), layer=1, coefficient=2.0, positions=[0, -1])
+    edit = steering if steered else ProjectionEdit({hook_name(1): Subspace.random(3, D_MODEL, seed=0)})
+    model = exported(write(lens, edit, tmp_path / "edited", "module"))
+    given: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False, "prompt_lookup_num_tokens": 2}
+    prompt = torch.tensor([PROMPTS[0]])
+    if steered:
+        with pytest.raises(ValueError, match="cannot be told with prompt_lookup_num_tokens"):
+            model.generate(prompt, **given)
+    else:
+        assert torch.equal(model.generate(prompt, **given), model.generate(prompt, max_new_tokens=4, do_sample=False))
 
 
 @pytest.mark.slow

@@ -155,6 +155,30 @@ def test_it_is_known_again_whatever_loaded_it(model: Any, plain: Any, tiny_folde
     attach(plain, edit, check=False).detach()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_an_edit_made_in_half_precision_knows_its_checkpoint_in_full(
+    dtype: torch.dtype, backend: str, tiny_folder: Path, tmp_path: Path
+) -> None:
+    edit = projection(1)
+    edit.provenance = {"model": describe(load_model(tiny_folder, backend=backend, dtype=dtype))}
+    for precision in (torch.float32, torch.float64, dtype):
+        with attach(AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=precision), edit):
+            pass
+    other = AutoModelForCausalLM.from_pretrained(tiny_folder)
+    with torch.no_grad():
+        other.get_input_embeddings().weight[0, 0] += 1.0
+    with pytest.raises(ValueError, match="its embedding matrix has other values"):
+        attach(other, edit)
+
+
+def test_where_attention_and_mlp_stand_side_by_side_there_is_no_stream_between_them(tmp_path: Path) -> None:
+    folder = save_family("neox", tmp_path)
+    side_by_side = AutoModelForCausalLM.from_pretrained(folder)
+    with pytest.raises(ValueError, match="computes both side by side"):
+        attach(side_by_side, projection(1, site="resid_mid"))
+    assert_as_before(state_of_plain(AutoModelForCausalLM.from_pretrained(folder)), side_by_side)
+
+
 def test_saving_a_model_with_hooks_on_says_that_they_are_not_saved(plain: Any, model: Any, tmp_path: Path) -> None:
     with attach(plain, projection(1)):
         for save in (plain.state_dict, lambda: plain.save_pretrained(tmp_path / "saved")):

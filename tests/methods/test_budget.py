@@ -13,6 +13,7 @@ from torch import Tensor
 from mrp_lens.data import Corpus
 from mrp_lens.data.tokenization import Encoded
 from mrp_lens.methods import MRP, RMU, Fit, GradientAscent, Outcome
+from mrp_lens.methods import budget as budgets
 from mrp_lens.methods.base import prepare
 from mrp_lens.methods.budget import (
     DAMPING,
@@ -117,6 +118,32 @@ def test_damage_is_the_mean_divergence_of_every_counted_token(model: LensModel, 
         expected += divergence(log_probabilities(model, row), after)
     with edit.applied(model):
         assert damage() == pytest.approx(sum(expected) / len(expected), rel=1e-3)
+
+
+def test_where_not_all_texts_fit_a_piece_of_each_is_read(
+    model: LensModel, texts: Texts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoder = encoder_for(model)
+    sentences = [document.completion for document in texts[1].documents]
+    long = Corpus.from_texts([" ".join(sentences[n : n + 5]) for n in range(12)], name="long")
+    rows = encoder.encode(long.documents)
+    pieces = [row.pieces(12) for row in rows]
+    assert min(len(of) for of in pieces) > 1
+    expected = sorted(of[number % len(of)].ids for number, of in enumerate(pieces[:8]))
+    monkeypatch.setattr(budgets, "NUMBERS", 96 * int(model.cfg.d_vocab))
+    assert sorted(read_by(Damage(model, encoder, rows))) == expected
+    monkeypatch.setattr(budgets, "NUMBERS", 10_000 * int(model.cfg.d_vocab))
+    assert sorted(read_by(Damage(model, encoder, rows))) == sorted(row.ids for row in rows)
+
+
+def read_by(damage: Damage) -> list[tuple[int, ...]]:
+    """The token ids of each text."""
+    batches = [batch for _, kind, _ in damage.reference for batch, _, _ in kind]
+    return [
+        tuple(tokens[mask].tolist())
+        for batch in batches
+        for tokens, mask in zip(batch.tokens, batch.attention_mask.bool(), strict=True)
+    ]
 
 
 def test_the_larger_of_the_damage_on_documents_and_on_answers_counts(model: LensModel, texts: Texts) -> None:
@@ -418,6 +445,14 @@ def test_what_the_control_questions_cannot_tell_is_said() -> None:
     assert not untold
 
 
+def test_where_nothing_is_asked_no_target_makes_it_known_what_was_forgotten(model: LensModel, texts: Texts) -> None:
+    alone = Corpus(texts[0].documents[:1], "alone")
+    fit = MRP(layers=[1], rank=2, steps=4, batch_size=4, target=0.001).fit(model, alone, texts[1], **FIT)
+    assert fit.outcome is not None
+    assert (fit.outcome.ended, fit.outcome.target) == ("unknown", 1.0)
+    assert "several short texts" in str(fit.outcome.remedy)
+
+
 def test_damage_above_the_budget_is_said() -> None:
     outcome = Outcome("budget", left=0.5, before=0.9, target=0.3, damage=0.1, budget=0.1, total=0.1, steps=7)
     assert "damage 0.100 of 0.1 nats a token" in str(outcome)
@@ -431,6 +466,12 @@ def test_fits_report_what_they_reached(model: LensModel, texts: Texts, tmp_path:
     assert first.outcome.steps == 4
     first.save(tmp_path / "fit")
     assert Fit.load(tmp_path / "fit").outcome == first.outcome
+    (tmp_path / "fit" / "log.csv").unlink()
+    (tmp_path / "fit" / "log.csv").mkdir()  # the next one cannot write its log
+    with pytest.raises(OSError, match=r"log\.csv"):
+        first.save(tmp_path / "fit")
+    with pytest.raises(FileNotFoundError, match="holds no fit"):
+        Fit.load(tmp_path / "fit")
     later = Corpus(texts[0].documents[::2], "later")
     second = MRP(layers=[1], rank=2, **settings).fit(model, later, texts[1], after=first.edit, **FIT)
     assert second.outcome is not None

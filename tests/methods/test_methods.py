@@ -202,7 +202,7 @@ def test_an_empty_corpus_is_refused(method: Any, model: LensModel, texts: Texts,
         method.fit(model, empty, texts[1], **FIT)
     with pytest.raises(ValueError, match="retain corpus 'nothing' is empty"):
         method.fit(model, texts[0], empty, **FIT)
-    with pytest.raises(TypeError, match="expected a Corpus, got list"):
+    with pytest.raises(TypeError, match="retain must be a Corpus, got list"):
         method.fit(model, texts[0], ["a"], **FIT)
 
 

@@ -127,7 +127,7 @@ class Distillation(PlainSettings):
                 set are taught as well; texts and training are kept in its checkpoint, and read from there.
             projection: tells which texts are about the forget set. Every other update trains with it on, so that the
                 matrices serve with it and without.
-            micro_batch: documents a pass, if a batch does not fit into memory.
+            micro_batch: documents a pass. None: as many as their logits are at most 2^24 numbers.
 
         Raises:
             ValueError: there is no text on which model and projection agree.

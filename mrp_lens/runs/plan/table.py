@@ -43,7 +43,8 @@ class PlanConfig(PlainSettings):
         documents: Of each side, all of them as long as --max-length.
         max_length: Tokens at which documents are cut. Default: 512, or the context if that is shorter.
         batch_size: Documents an update on each side. Default: that of the method.
-        micro_batch: Documents a pass. Default: those of an update.
+        micro_batch: Documents a pass. Default: that of the method, which is all of an update for RMU and as many as the logits fit into 2^24
+            numbers for the others.
         steps: Updates. Default: those of the method.
         questions: Texts (prompt and choice) that accuracy is measured on.
         question_length: Tokens of one of them.

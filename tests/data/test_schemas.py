@@ -145,7 +145,7 @@ def test_questions_with_several_right_choices_are_left_out_and_counted() -> None
 def test_schemas_say_what_is_wrong(hub: dict[str, Any]) -> None:
     for read in (Corpus.from_rows, Questions.from_rows):
         with pytest.raises(
-            ValueError, match=r"unknown schema 'wmdp'; did you mean cais/wmdp\\? known are .*cais/wmdp, .*wikitext"
+            ValueError, match=r"unknown schema 'wmdp'; did you mean cais/wmdp\? known are .*cais/wmdp, .*wikitext"
         ):
             read([], schema="wmdp")
     with pytest.raises(ValueError, match="Salesforce/wikitext holds texts, no questions"):

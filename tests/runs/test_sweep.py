@@ -342,7 +342,7 @@ def test_bad_plans_are_named(
 def test_bad_shards_and_missing_questions_are_named(model: Any, task: UnlearningTask, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="shard 3/2 does not exist; write 1/2 to 2/2"):
         sweep(model, task, CONFIG, tmp_path / "sweep", shard=(3, 2))
-    with pytest.raises(ValueError, match="there are none for retain"):
+    with pytest.raises(ValueError, match=r"needs questions on both sides; give retain_questions=\.\.\., too"):
         sweep(model, replace(task, retain_questions=None), CONFIG, tmp_path / "sweep")
 
 

@@ -153,7 +153,9 @@ class ControlQuestions:
                 scores[places] = torch.stack([part.mean() for part in values.split(counts)]).cpu()
         summed([scores])
         by_question = scores.view(-1, self.choices)
-        right = (by_question.argmax(dim=1) == 0).float().mean()
+        right = (
+            (by_question.argmax(dim=1) == 0).double().mean()
+        )  # a mean of several that is chance must not be above it by rounding
         if self.choices == 1:
             return Answered(float(right), 0.0)
         margin = (by_question[:, 0] - by_question[:, 1:].max(dim=1).values).mean()

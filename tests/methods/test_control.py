@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from copy import copy
+from statistics import fmean
 
 import pytest
 import torch
@@ -187,6 +188,20 @@ def test_the_margin_is_what_the_right_ending_is_above_the_best_other(model: Lens
     by_question = torch.tensor(scores).view(-1, questions.choices)
     expected = (by_question[:, 0] - by_question[:, 1:].max(dim=1).values).mean()
     assert questions.asked_of(model).margin == pytest.approx(float(expected), abs=1e-4)
+
+
+def test_the_mean_of_accuracies_that_come_to_chance_is_not_above_it(model: LensModel, texts: Texts) -> None:
+    """A fit ends at a mean of three looks; in float32, 13, 12 and 11 of 48 are more than 12 of 48."""
+    questions = ControlQuestions(encoder_for(model), [texts[0]], seed=0, forms=FORMS[:1])
+    first, other = questions.rows[0][:2]
+    likelier = questions._answered(model, [first, other, other, other]).accuracy == 1.0
+    high, low = (first, other) if likelier else (other, first)
+    found = []
+    for right in (13, 12, 11):
+        rows = [row for n in range(48) for row in ([high, low, low, low] if n < right else [low, high, high, high])]
+        found.append(questions._answered(model, rows).accuracy)
+    assert found == [right / 48 for right in (13, 12, 11)]
+    assert fmean(found) <= questions.chance
 
 
 def test_guessing_is_below_the_target_as_often_whatever_the_number_of_forms(model: LensModel) -> None:

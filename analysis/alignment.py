@@ -8,16 +8,18 @@ no direction: its states are held against RMU's u, which is unrelated to it.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import pandas as pd
 
-from analysis.common.arguments import Study, parser_for
+from analysis.common.arguments import Study, add_set_option, parser_for
+from analysis.common.methods import OWN, with_settings
 from analysis.common.tables import markdown_of_rows
 from mrp_lens import metrics
 from mrp_lens.cli.app import as_program
 from mrp_lens.data import Corpus
 from mrp_lens.edits import edit_on
-from mrp_lens.methods import MRP, RMU, AdaptiveRMU, Fit
+from mrp_lens.methods import METHODS, RMU, Fit
 from mrp_lens.methods.rmu import default_layer
 from mrp_lens.metrics.recovery import UNEDITED
 
@@ -49,7 +51,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = parser_for(__doc__, "alignment")
     parser.add_argument("--layer", type=int, help="RMU's layer (default: by the model's depth)")
     parser.add_argument("--shares", type=float, nargs="+", default=SHARES, help="c over the norm (default 0.5 1 2 4)")
+    add_set_option(parser)
     options = parser.parse_args(arguments)
+    methods = with_settings({name: METHODS[name]() for name in OWN}, options.set)
     study = Study.begin("analysis.alignment", "Alignment of the states with RMU's direction", options)
     study.check_one_direction()
     layer = default_layer(study.model) if options.layer is None else options.layer
@@ -58,9 +62,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     norm = float(
         metrics.alignment(study.model, texts, first.direction, layers=[layer]).set_index("group")["norm"]["forget"]
     )
-    fits = {("rmu", share): study.fit(RMU(layer=layer, steering_coeff=share * norm)) for share in options.shares} | {
-        ("adaptive-rmu", AdaptiveRMU.beta): study.fit(AdaptiveRMU(layer=layer)),
-        ("mrp", float("nan")): study.fit(MRP()),
+    rmu, adaptive = replace(methods["rmu"], layer=layer), replace(methods["adaptive-rmu"], layer=layer)
+    fits = {("rmu", share): study.fit(replace(rmu, steering_coeff=share * norm)) for share in options.shares} | {
+        ("adaptive-rmu", adaptive.beta): study.fit(adaptive),
+        ("mrp", float("nan")): study.fit(methods["mrp"]),
     }
     frames = [measured(study, texts, None, first).assign(method=UNEDITED)]
     for (method, share), fit in fits.items():

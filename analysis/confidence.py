@@ -12,11 +12,13 @@ from collections.abc import Sequence
 
 import pandas as pd
 
-from analysis.common.arguments import Study, parser_for
+from analysis.common.arguments import Study, add_set_option, parser_for
+from analysis.common.methods import OWN, with_settings
 from analysis.common.tables import markdown_of_rows
 from mrp_lens import metrics
 from mrp_lens.cli.app import as_program
 from mrp_lens.edits import Edit, edit_on
+from mrp_lens.methods import METHODS
 from mrp_lens.metrics.recovery import UNEDITED
 
 QUESTIONS = 100  # a side
@@ -39,11 +41,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = parser_for(__doc__, "confidence")
     parser.add_argument("--tokens", type=int, default=30, help="generated tokens a question (default 30, the paper's)")
     parser.add_argument("--samples", type=int, default=4096, help="draws of the noise in the theory check")
+    add_set_option(parser)
     options = parser.parse_args(arguments)
+    methods = with_settings({name: METHODS[name]() for name in OWN}, options.set)
     study = Study.begin("analysis.confidence", "Confidence before and after, and Proposition 1", options)
     study.check_one_direction()
     questions = study.task.asked(limit=QUESTIONS)
-    fits = study.fit_defaults()
+    fits = {name: study.fit(method) for name, method in methods.items()}
     edits: dict[str, Edit | None] = {UNEDITED: None} | {name: fit.edit for name, fit in fits.items()}
     summaries, tokens = [], []
     for name, edit in edits.items():

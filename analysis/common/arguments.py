@@ -10,7 +10,7 @@ import pandas as pd
 
 from mrp_lens.cli.run_folder import check_out
 from mrp_lens.data import TaskConfig, UnlearningTask, task_for
-from mrp_lens.methods import METHODS, Fit
+from mrp_lens.methods import Fit
 from mrp_lens.models import LensModel, load_model
 from mrp_lens.runs.record import Run
 from mrp_lens.runs.report import report
@@ -141,10 +141,6 @@ class Study:
         if fit.interrupted:
             raise KeyboardInterrupt
         return fit
-
-    def fit_defaults(self) -> dict[str, Fit]:
-        """Every method with its defaults."""
-        return {name: self.fit(METHODS[name]()) for name in ("mrp", "rmu", "adaptive-rmu")}
 
     def end(
         self, finding: str, frames: Mapping[str, pd.DataFrame], rows: pd.DataFrame, *, in_place: bool = False

@@ -144,7 +144,12 @@ def test_a_study_of_one_direction_refuses_several_forget_corpora(study: Any, tin
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("study", "options"),
-    [(alignment, []), (confidence, []), (layers, []), (layers, ["--methods", "adaptive-rmu"])],
+    [
+        (alignment, ["--set", "steps=3"]),
+        (confidence, ["--set", "steps=3"]),
+        (layers, []),
+        (layers, ["--methods", "adaptive-rmu"]),
+    ],
     ids=["alignment", "confidence", "layers", "layers of one method"],
 )
 def test_studies_run_on_a_model_and_data_of_ones_own(

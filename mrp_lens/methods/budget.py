@@ -16,6 +16,7 @@ import logging
 import math
 from collections import deque
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from statistics import fmean
 from typing import Any
 
@@ -53,8 +54,7 @@ GROWTH = 0.5  # of the logarithm of the steps' size at each look, in a fit in wh
 FASTEST = 16.0  # times the learning rate, at most, that a fit in which nothing happens goes to
 NUMBERS = 2**25  # log-probabilities of the unedited model that are kept in memory at most, of documents and of answers
 ANSWERS = 0.25  # of the divergence on answers that counts
-DOCUMENTS = 8  # of which a damage is read at least; the more text fits, the longer are their pieces, up to
-PIECE = 64  # tokens
+DOCUMENTS = 8  # of which a damage is read at least, at fewer tokens of each where not all fit
 BATCH = 16
 LOGGED = ("left", "target", "damage", "allowed", "budget", "retain_factor")  # columns that a budget adds to a fit's log
 
@@ -72,8 +72,8 @@ class Damage:
         model: as it is before the fit, with the earlier edits on.
         encoder: of the model.
         documents: at least one. As many are read as their log-probabilities fit into 2^25 numbers (682 tokens of a vocabulary
-            of 49,152, 262 of one of 128,256); of the answers as many again. Where not all fit, each gives a piece of at most 64
-            tokens, and of less where fewer than eight such pieces would fit, since documents differ more than tokens of one do.
+            of 49,152, 262 of one of 128,256); of the answers as many again. Where not all fit, each counts at as many tokens,
+            spread over it, as leave room for eight documents, since documents differ more than tokens of one do.
         answers: to questions. Where the model predicts none of them, the documents alone count.
     """
 
@@ -110,17 +110,15 @@ class Damage:
         return sum(gathered(total))
 
 
-def piece_length(tokens: int) -> int:
-    """Tokens of a document that a damage is measured on where not all of them fit, if so many fit together."""
-    return max(2, min(PIECE, tokens // DOCUMENTS))
+def counted_tokens(tokens: int) -> int:
+    """Tokens of a document that a damage is measured at, at most, where so many of all documents fit together and there are more."""
+    return max(1, tokens // DOCUMENTS)
 
 
 def _fitting(rows: Sequence[Encoded], tokens: int) -> list[Encoded]:
-    """The first of them, up to so many tokens to predict; at least one. Where not all fit, of a long one the beginning, of the next
-    its second piece, and so on."""
+    """The first of them, up to so many tokens to predict; at least one. Where not all fit, a long one counts at some of its tokens."""
     if sum(sum(row.in_loss[1:]) for row in rows) > tokens:
-        pieces = [row.pieces(piece_length(tokens)) for row in rows]
-        rows = [of[number % len(of)] for number, of in enumerate(pieces)]
+        rows = [_thinned(row, counted_tokens(tokens)) for row in rows]
     kept: list[Encoded] = []
     for row in rows:
         tokens -= sum(row.in_loss[1:])
@@ -128,6 +126,17 @@ def _fitting(rows: Sequence[Encoded], tokens: int) -> list[Encoded]:
             break
         kept.append(row)
     return kept
+
+
+def _thinned(row: Encoded, tokens: int) -> Encoded:
+    """The same text, of whose tokens to predict so many count, evenly spread."""
+    places = [place for place, counts in enumerate(row.in_loss) if counts and place]
+    chosen = (
+        {places[(2 * n + 1) * len(places) // (2 * tokens)] for n in range(tokens)}
+        if len(places) > tokens
+        else {*places}
+    )
+    return replace(row, in_loss=tuple(place in chosen for place in range(len(row.ids))))
 
 
 class Budget(Callback):

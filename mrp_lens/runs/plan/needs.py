@@ -15,7 +15,7 @@ from mrp_lens.methods import MRP, UNDIAL, DirectionAblation, FitTemplate, IdkPre
 from mrp_lens.methods.base import HELD_OUT, STATES, STATES_BATCH
 from mrp_lens.methods.baselines import GradientMethod
 from mrp_lens.methods.budget import BATCH as LOOK_BATCH
-from mrp_lens.methods.budget import EVERY, LOOK, NUMBERS, piece_length
+from mrp_lens.methods.budget import EVERY, LOOK, NUMBERS, counted_tokens
 from mrp_lens.methods.control import BATCH as CONTROL_BATCH
 from mrp_lens.methods.control import CHOICES, FORMS, QUESTIONS
 from mrp_lens.methods.coverage import STEMS, Coverage
@@ -284,21 +284,25 @@ def kept_states(setup: Setup, layer: int, *, sides: int, passes: float) -> float
     return min(sides, BYTES // side) * side if layer and passes >= 1.0 else 0.0
 
 
-def looked_at(setup: Setup) -> tuple[int, Setup]:
-    """Retain documents that the damage is measured on: a tenth, at most 64, and as many as their log-probabilities fit; and of which
-    length, since of long ones that do not all fit there are pieces."""
-    held, fitting = min(HELD_OUT, max(1, setup.documents // 10)), NUMBERS // setup.sizes.d_vocab
-    if held * (setup.length - 1) > fitting:
-        setup = setup.of_length(piece_length(fitting))
-    return min(held, max(1, fitting // (setup.length - 1))), setup
+def looked_at(setup: Setup) -> tuple[int, int]:
+    """Retain documents that the damage is measured on, a tenth, at most 64, and as many as their log-probabilities fit; and tokens of each
+    that count."""
+    held, fitting, tokens = (
+        min(HELD_OUT, max(1, setup.documents // 10)),
+        NUMBERS // setup.sizes.d_vocab,
+        setup.length - 1,
+    )
+    if held * tokens > fitting:
+        tokens = min(tokens, counted_tokens(fitting))
+    return min(held, max(1, fitting // tokens)), tokens
 
 
 def references(method: FitTemplate[Any], setup: Setup) -> float:
     """Log-probabilities of the unedited model on these documents."""
     if method.budget is None:
         return 0.0
-    documents, pieces = looked_at(setup)
-    return vocabulary(setup, documents * (pieces.length - 1))
+    documents, tokens = looked_at(setup)
+    return vocabulary(setup, documents * tokens)
 
 
 def _looks(method: FitTemplate[Any], setup: Setup, standing: Phase) -> Sequence[Phase]:
@@ -306,9 +310,9 @@ def _looks(method: FitTemplate[Any], setup: Setup, standing: Phase) -> Sequence[
     if method.budget is None:
         return ()
     d_vocab = setup.sizes.d_vocab
-    documents, pieces = looked_at(setup)
-    rows = min(LOOK_BATCH, documents, rows_with_logits(pieces.length - 1, d_vocab))
-    damage = reading("damage", pieces, rows, rows * (pieces.length - 1), standing, copies=4)
+    documents, tokens = looked_at(setup)
+    rows = min(LOOK_BATCH, documents, rows_with_logits(tokens, d_vocab))
+    damage = reading("damage", setup, rows, rows * tokens, standing, copies=4)
     asked = setup.of_length(CONTROL_TOKENS)
     ending = min(CONTROL_ENDING, asked.length - 1)
     texts = min(CONTROL_BATCH, CHOICES * min(QUESTIONS, setup.documents), rows_with_logits(ending, d_vocab))
@@ -356,9 +360,9 @@ def _around(method: FitTemplate[Any], setup: Setup) -> float:
         total += _blocks(setup, written, depth) + _unembedding(setup, written)
     if method.budget is not None:
         steps = int(getattr(method, "steps", 0))
-        documents, pieces = looked_at(setup)
-        damage = (2 + steps // EVERY) * documents * pieces.length
+        documents, tokens = looked_at(setup)
+        read = (2 + steps // EVERY) * documents
         asked = CHOICES * min(QUESTIONS, setup.documents) * len(FORMS) * (2 + steps // LOOK)
-        total += _blocks(setup, damage, depth) + _unembedding(setup, damage)
+        total += _blocks(setup, read * setup.length, depth) + _unembedding(setup, read * tokens)
         total += _blocks(setup, asked * CONTROL_TOKENS, depth) + _unembedding(setup, asked * CONTROL_ENDING)
     return total

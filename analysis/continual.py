@@ -25,7 +25,7 @@ from typing import Any
 import pandas as pd
 
 from analysis.common.arguments import Study, add_resumable_options, add_set_option, numbers, parser_for
-from analysis.common.methods import changed, compared_methods, names_in, settings_of, with_settings
+from analysis.common.methods import compared_methods, names_in, settings_of, with_settings
 from analysis.common.requests import Requests, accuracy, numbers_in
 from analysis.common.resumable import Job, ResumableStudy, result_name, shard_in
 from analysis.common.tables import NONE, figure, markdown, mean_of
@@ -36,7 +36,7 @@ from mrp_lens.edits import Edit, ProjectionEdit, load_edit
 from mrp_lens.edits.serialization import stored_bytes
 from mrp_lens.methods import Fit
 from mrp_lens.metrics.recovery import UNEDITED
-from mrp_lens.models import LensModel, identity_of, load_model
+from mrp_lens.models import identity_of
 from mrp_lens.training import NonFiniteLossError
 from mrp_lens.utils.result_store import ResultStore
 
@@ -126,9 +126,7 @@ class Continual(ResumableStudy):
     def __init__(self, study: Study, options: argparse.Namespace) -> None:
         self.study, self.options = study, options
         self.requests = requests_of(study, options)
-        self.reference: LensModel | None = None
-        if options.reference:
-            self.reference = load_model(options.reference, backend=options.backend, dtype=options.dtype)
+        self.reference = study.another(options.reference)
         self.seeds = numbers(options.seeds or (FULL_SEEDS if options.full else str(options.seed)), int, "--seeds") or ()
         self.lengths = self._lengths()
         known = compared_methods(study.model)
@@ -193,11 +191,7 @@ class Continual(ResumableStudy):
         (name, seed), n = job, int(part.removeprefix("request"))
         known = self.store.stored(result_name(job, part))
         if known is not None:
-            differing = changed(known["settings"], self.methods[name])
-            if differing:
-                raise ValueError(
-                    f"{self.options.out} holds {name} with other settings: {'; '.join(differing)}; choose another folder"
-                )
+            self.check_settings(name, self.methods[name], known=known["settings"])
             return known
         order = self.requests.order(seed)
         row: dict[str, Any] = {"method": name, "seed": seed, "requests": n, "order": list(order[:n])}

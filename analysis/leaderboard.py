@@ -53,7 +53,7 @@ from mrp_lens.edits import Edit, edit_on, has_hooks, load_edit, without_hooks
 from mrp_lens.edits.provenance import fingerprint
 from mrp_lens.edits.serialization import stored_bytes
 from mrp_lens.metrics.recovery import NEVER_TAUGHT, UNEDITED
-from mrp_lens.models import LensModel, identity_of, load_model
+from mrp_lens.models import LensModel, identity_of
 from mrp_lens.utils.frames import rows_of
 from mrp_lens.utils.result_store import ResultStore
 
@@ -94,9 +94,7 @@ class Leaderboard(ResumableStudy):
     def __init__(self, study: Study, options: argparse.Namespace) -> None:
         self.study, self.options = study, options
         self.saved = named_paths(options.edits, "--edits")
-        self.reference: LensModel | None = None
-        if options.reference:
-            self.reference = load_model(options.reference, backend=options.backend, dtype=options.dtype)
+        self.reference = study.another(options.reference)
         self.seeds = numbers(options.seeds or str(options.seed), int, "--seeds") or ()
         self.updates = tuple(sorted(set(numbers(options.updates, int, "--updates") or ())))
         self.lr = numbers(options.lr, float, "--lr")

@@ -41,7 +41,7 @@ from mrp_lens.edits.provenance import fingerprint
 from mrp_lens.methods import MRP, RMU, AdaptiveRMU, UnconditionalMRP
 from mrp_lens.methods.mrp.method import default_rank
 from mrp_lens.metrics.recovery import NEVER_TAUGHT, UNEDITED
-from mrp_lens.models import LensModel, identity_of, is_bridge, load_model
+from mrp_lens.models import LensModel, identity_of, is_bridge
 from mrp_lens.models.hooks import hook_name
 from mrp_lens.utils.result_store import ResultStore
 
@@ -168,8 +168,6 @@ class Relearning(ResumableStudy):
         reference: the model that never saw what was forgotten, where one was given.
     """
 
-    reference: LensModel | None
-
     def __init__(self, study: Study, options: argparse.Namespace) -> None:
         self.study, self.options = study, options
         self.saved = named_paths(options.edits, "--edits")
@@ -179,9 +177,7 @@ class Relearning(ResumableStudy):
         self.new = TaskConfig.from_options(vars(options)).quiz(options.new)
         self.names = self._names()
         new = {"new": self.new.fingerprint} if self.new else {}
-        self.reference = None
-        if options.reference:
-            self.reference = load_model(options.reference, backend=options.backend, dtype=options.dtype)
+        self.reference = study.another(options.reference)
         settings = {
             "model": identity_of(study.model),
             "data": study.task.fingerprints() | new,

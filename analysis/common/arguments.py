@@ -122,6 +122,12 @@ class Study:
         model = load_model(arguments.model, backend=arguments.backend, dtype=arguments.dtype)
         return cls(model, task, run, arguments.out, arguments.overwrite)
 
+    def another(self, name: str | None) -> LensModel | None:
+        """Another model, such as one that never saw the forget set, loaded as the study's own; None where none is named."""
+        if not name:
+            return None
+        return load_model(name, backend=self.run.arguments["backend"], dtype=self.run.arguments["dtype"])
+
     def check_one_direction(self) -> None:
         """Refuse several forget corpora, for a study that looks at RMU's direction.
 

@@ -2,7 +2,7 @@
 
 import argparse
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -75,13 +75,18 @@ class ResumableStudy(ABC):
             lambda checkpoint: method.fit(model, data.forget, data.retain, seed=seed, checkpoint=checkpoint),
         )
 
-    def check_settings(self, name: str, method: Any) -> None:
-        """Note what a method is fitted with before any fit of it, and refuse to go on with other settings.
+    def check_settings(self, name: str, method: Any, *, known: Mapping[str, str] | None = None) -> None:
+        """Refuse to go on with other settings of a method.
+
+        Args:
+            name: of the method.
+            method: with its settings.
+            known: those of a result. None: those that were noted before the first fit, which this does.
 
         Raises:
             ValueError: says which differ.
         """
-        begun = self.store.once(f"{name}-settings", lambda: settings_of(method))
+        begun = self.store.once(f"{name}-settings", lambda: settings_of(method)) if known is None else known
         if differing := changed(begun, method):
             raise ValueError(
                 f"{self.store.folder} holds {name} with other settings: {'; '.join(differing)}; choose another folder"

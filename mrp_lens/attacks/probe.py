@@ -135,9 +135,8 @@ def probe(
             asked_facts = LabelledStates(states[id(asked)][hooks[layer]], *of_asked)
             parts = {group: facts}
             if group == "held-out":
-                parts["shuffled"] = facts.shuffled(
-                    generator_for(drawn_seed(generator_for(seed)))
-                )  # not as the folds are
+                other = drawn_seed(generator_for(seed))  # than that of the folds
+                parts["shuffled"] = facts.shuffled(generator_for(other))
             for name, learned in parts.items():
                 estimate = usable_information(learned, asked_facts, kind=kind, seed=seed)
                 found.setdefault(name, []).append((estimate, classes, len(known)))

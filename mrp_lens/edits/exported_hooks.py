@@ -220,9 +220,8 @@ def install(
             module = block.get_submodule(modules[site])
             sums = [key for key, hook in module._forward_hooks.items() if getattr(hook, "func", None) is _sum]
             handles.append(module.register_forward_hook(partial(_output, change)))
-            for key in (
-                sums
-            ):  # a change at resid_mid is made here too, and comes after all at attn_out, whenever these were put on
+            # A change at resid_mid is made here too, and comes after all at attn_out, whenever these were put on.
+            for key in sums:
                 module._forward_hooks.move_to_end(key)
     return handles
 

@@ -157,10 +157,11 @@ def with_prompts(corpus: Corpus) -> Corpus:
 
 
 def written_answers(
-    model: LensModel, corpus: Corpus, *, max_new_tokens: int | None = None, progress: bool = True
+    model: LensModel, corpus: Corpus, *, max_new_tokens: int | None = None, room: int = 1, progress: bool = True
 ) -> list[str]:
     """What the model writes, greedily, after each prompt: up to a line break where the right answer has none, since a model that does
-    not stop goes on with questions of its own; arguments and errors as in `open_ended`."""
+    not stop goes on with questions of its own; arguments and errors as in `open_ended`. `room`: tokens of an answer, at least, where
+    the longest right one says how many it may have."""
     check_whole(max_new_tokens=max_new_tokens)
     if not len(corpus):
         raise ValueError(f"nothing is asked in {corpus.name!r}, which is empty")
@@ -171,7 +172,7 @@ def written_answers(
             "prompt='Question: {question}\\nAnswer:', completion=' {answer}'"
         )
     if max_new_tokens is None:
-        max_new_tokens = _longest_answer(model, corpus)
+        max_new_tokens = _longest_answer(model, corpus, room)
     prompts = [document.prompt for document in corpus.documents]
     written = continuations(model, prompts, max_new_tokens=max_new_tokens, progress=progress)
     rights = [document.completion.strip() for document in corpus.documents]
@@ -188,13 +189,14 @@ def null_of(score: Callable[[str, str], float], answers: Sequence[str], rights: 
     return float(np.mean(found)) if len(found) > 1 else float("nan")
 
 
-def _longest_answer(model: LensModel, corpus: Corpus) -> int:
-    """The tokens of the longest right answer, as far as the context has room for them behind the longest prompt, or in half of it."""
+def _longest_answer(model: LensModel, corpus: Corpus, least: int) -> int:
+    """The tokens of the longest right answer, or `least`, as far as the context has room for them behind the longest prompt, or in half
+    of it."""
     sides = [document.prompt for document in corpus.documents], [document.completion for document in corpus.documents]
     tokens = (model.tokenizer(side, add_special_tokens=False)["input_ids"] for side in sides)
     prompt, answer = (max(len(ids) for ids in side) for side in tokens)
     context = int(model.cfg.n_ctx)
-    return max(1, min(answer, max(context - 1 - prompt, context // 2)))  # a BOS comes before
+    return max(1, min(max(answer, least), max(context - 1 - prompt, context // 2)))  # a BOS comes before
 
 
 def _compared(answer: str, right: str) -> tuple[list[str], list[str]]:

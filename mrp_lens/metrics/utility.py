@@ -21,6 +21,7 @@ Values = NDArray[np.float64]
 Parts = dict[tuple[str, str], tuple[Values, float]]
 """(set, part) -> its values, a document or question each, and the control."""
 
+SENTENCE = 16  # tokens of a written answer: recall of a name asks whether it is there, also where the model answers in a sentence
 DOCUMENTS = 100  # of a task, at most: answers are written to each
 
 
@@ -46,7 +47,7 @@ def model_utility(
         model: HookedTransformer or TransformerBridge, with the edit on if there is one.
         texts: name of a set -> documents with prompts, whose completions are the answers.
         quizzes: name of a set -> questions.
-        max_new_tokens: of a written answer, at most. None: as many as the longest right one of the set has.
+        max_new_tokens: of a written answer, at most. None: as many as the longest right one of the set has, or 16.
         batch_size: texts at a time.
         seed: of the bootstrap.
         progress: show a progress bar.
@@ -156,7 +157,7 @@ def _of_quiz(
 
 
 def _rouge(model: LensModel, corpus: Corpus, max_new_tokens: int | None, progress: bool) -> tuple[Values, float]:
-    answers = written_answers(model, corpus, max_new_tokens=max_new_tokens, progress=progress)
+    answers = written_answers(model, corpus, max_new_tokens=max_new_tokens, room=SENTENCE, progress=progress)
     rights = [document.completion for document in corpus.documents]
     values = np.array([rouge_l(answer, right) for answer, right in zip(answers, rights, strict=True)])
     return values, null_of(rouge_l, answers, rights)

@@ -156,7 +156,10 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def test_the_longest_right_answer_says_how_much_is_written(model: LensModel, asked: list[int]) -> None:
     rights = [" red", " the old man walked slowly", " a"]
     written_answers(model, Corpus(tuple(Document("It is", right) for right in rights)))
-    assert asked == [max(len(ids_of(model, right)) - 1 for right in rights)]
+    longest = max(len(ids_of(model, right)) - 1 for right in rights)
+    for room in (1, longest + 4):
+        written_answers(model, Corpus(tuple(Document("It is", right) for right in rights)), room=room)
+    assert asked == [longest, longest, longest + 4]
 
 
 def test_the_longest_right_answer_leaves_the_prompts_room(model: LensModel, asked: list[int]) -> None:

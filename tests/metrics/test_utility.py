@@ -1,5 +1,6 @@
 """Model utility: the harmonic mean of its parts, each by hand."""
 
+from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,7 @@ from scipy.stats import hmean
 from mrp_lens import metrics
 from mrp_lens.data import Corpus, Document, Question, Questions
 from mrp_lens.metrics.open_ended import rouge_l
-from mrp_lens.metrics.utility import harmonic_mean
+from mrp_lens.metrics.utility import SENTENCE, harmonic_mean
 from mrp_lens.models import LensModel
 from mrp_lens.models.generation import continuations
 from tests.support.plain import log_probability
@@ -57,6 +58,20 @@ def test_the_harmonic_mean_is_scipys_and_0_where_a_part_is() -> None:
     draw = np.random.default_rng(0).uniform(0.01, 1, (5, 9))
     assert harmonic_mean(draw) == pytest.approx(hmean(draw, axis=1), abs=1e-12)
     assert harmonic_mean(np.array([[0.0, 0.9]])).tolist() == [0.0]
+
+
+def test_a_name_counts_where_it_is_said_in_a_sentence(model: LensModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    said, rooms = {"France": "The capital of France is Paris.", "Peru": "It is a large country."}, []
+
+    def say(model: Any, prompts: list[str], *, max_new_tokens: int, progress: bool) -> list[str]:
+        rooms.append(max_new_tokens)
+        return [said[prompt] for prompt in prompts]
+
+    monkeypatch.setattr(import_module("mrp_lens.metrics.open_ended"), "continuations", say)
+    quiz = Questions((Question("France", ("Paris", "Rome"), 0), Question("Peru", ("Lima", "Oslo"), 0)), "capitals")
+    frame = metrics.model_utility(model, quizzes={"capitals": quiz}, progress=False)
+    assert rooms == [SENTENCE]
+    assert frame.set_index("part").loc["rouge_l", "utility"] == 0.5
 
 
 def test_a_set_may_have_texts_or_a_quiz_alone(model: LensModel, untouched: None) -> None:

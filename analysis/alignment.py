@@ -21,7 +21,7 @@ from mrp_lens.data import Corpus
 from mrp_lens.edits import edit_on
 from mrp_lens.methods import METHODS, RMU, Fit
 from mrp_lens.methods.rmu import default_layer
-from mrp_lens.metrics.recovery import UNEDITED
+from mrp_lens.metrics.controls import UNEDITED
 
 SHARES = (0.5, 1.0, 2.0, 4.0)  # c over the norm of the forget states
 USUAL = 2.0  # RMU's default; by layer, the one nearest to it is shown

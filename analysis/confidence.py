@@ -19,7 +19,7 @@ from mrp_lens import metrics
 from mrp_lens.cli.app import as_program
 from mrp_lens.edits import Edit, edit_on
 from mrp_lens.methods import METHODS
-from mrp_lens.metrics.recovery import UNEDITED
+from mrp_lens.metrics.controls import UNEDITED
 
 QUESTIONS = 100  # a side
 PROMPTS = 3  # of the theory check

@@ -35,7 +35,7 @@ from mrp_lens.data.world import World
 from mrp_lens.edits import Edit, ProjectionEdit, load_edit
 from mrp_lens.edits.serialization import stored_bytes
 from mrp_lens.methods import Fit
-from mrp_lens.metrics.recovery import UNEDITED
+from mrp_lens.metrics.controls import UNEDITED
 from mrp_lens.models import identity_of
 from mrp_lens.training import NonFiniteLossError
 from mrp_lens.utils.result_store import ResultStore

@@ -25,7 +25,7 @@ from mrp_lens.cli.app import as_program
 from mrp_lens.data import Corpus, Questions
 from mrp_lens.edits import ConditionalProjectionEdit, Edit, edit_on
 from mrp_lens.methods import METHODS
-from mrp_lens.metrics.recovery import UNEDITED
+from mrp_lens.metrics.controls import UNEDITED
 from mrp_lens.models import LensModel, identity_of, load_model
 from mrp_lens.runs.record import Run
 from mrp_lens.utils.result_store import ResultStore

@@ -18,8 +18,7 @@ from analysis.common.tables import markdown_of_rows
 from mrp_lens import SweepConfig, metrics, sweep
 from mrp_lens.cli.app import as_program
 from mrp_lens.edits.subspace import random_units
-from mrp_lens.metrics.recovery import UNEDITED
-from mrp_lens.runs.train_world import ABSENT_WITHIN
+from mrp_lens.metrics.controls import ABSENT_WITHIN, UNEDITED
 from mrp_lens.utils.result_store import holds_run
 
 KEPT_WITHIN = 0.05

@@ -52,7 +52,7 @@ from mrp_lens.cli.app import as_program
 from mrp_lens.edits import Edit, edit_on, has_hooks, load_edit, without_hooks
 from mrp_lens.edits.provenance import fingerprint
 from mrp_lens.edits.serialization import stored_bytes
-from mrp_lens.metrics.recovery import NEVER_TAUGHT, UNEDITED
+from mrp_lens.metrics.controls import NEVER_TAUGHT, UNEDITED
 from mrp_lens.models import LensModel, identity_of
 from mrp_lens.utils.frames import rows_of
 from mrp_lens.utils.result_store import ResultStore

@@ -30,7 +30,7 @@ from analysis.common.arguments import (
 )
 from analysis.common.methods import names_in
 from analysis.common.resumable import Job, ResumableStudy, result_name, shard_in
-from analysis.common.tables import DOES_NOT_COUNT, RANDOM, figure, markdown
+from analysis.common.tables import DOES_NOT_COUNT, figure, markdown
 from mrp_lens import Subspace, attacks, metrics
 from mrp_lens.attacks.finetuning import Form, Parameters
 from mrp_lens.cli.app import as_program
@@ -40,7 +40,7 @@ from mrp_lens.edits import Edit, ProjectionEdit, edit_on, load_edit
 from mrp_lens.edits.provenance import fingerprint
 from mrp_lens.methods import MRP, RMU, AdaptiveRMU, UnconditionalMRP
 from mrp_lens.methods.mrp.method import default_rank
-from mrp_lens.metrics.recovery import NEVER_TAUGHT, UNEDITED
+from mrp_lens.metrics.controls import NEVER_TAUGHT, RANDOM_PROJECTION, UNEDITED
 from mrp_lens.models import LensModel, identity_of, is_bridge
 from mrp_lens.models.hooks import hook_name
 from mrp_lens.utils.result_store import ResultStore
@@ -60,7 +60,7 @@ figure: lowest to highest of the seeds, or the 95% interval. `{NEVER_TAUGHT}` is
 against the other, at the rate that is best for these; it should be near 0. {DOES_NOT_COUNT}: T was not learned to 95%, so that this
 attack does not count. `new facts` is accuracy on facts that no model here knew, after as many updates on them: an edited model that
 learns them as the unedited one does can be trained, so that what does not come back is hidden better and not merely slow. MRP's rows
-tell layers from rank: {WIDEST} differs from mrp-all by rank alone, mrp-all from mrp by layers alone, and {RANDOM} has the ranks and
+tell layers from rank: {WIDEST} differs from mrp-all by rank alone, mrp-all from mrp by layers alone, and {RANDOM_PROJECTION} has the ranks and
 layers of {WIDEST}. Other attackers stand below the usual one."""
 
 
@@ -204,7 +204,7 @@ class Relearning(ResumableStudy):
         asked = self.options.methods or (",".join(known) if self.options.full else QUICK_METHODS)
         chosen = list(self.saved) or names_in(asked, known, default=[])
         reference = [REFERENCE] if self.options.reference else []
-        return [*reference, UNEDITED, *([RANDOM] if WIDEST in chosen and not self.saved else []), *chosen]
+        return [*reference, UNEDITED, *([RANDOM_PROJECTION] if WIDEST in chosen and not self.saved else []), *chosen]
 
     @property
     def jobs(self) -> list[Job]:
@@ -307,7 +307,7 @@ class Relearning(ResumableStudy):
             return None
         if name in self.saved:
             return load_edit(self.saved[name])
-        if name == RANDOM:
+        if name == RANDOM_PROJECTION:
             return random_projection(self.study.model, rank=variants(self.study.model)[WIDEST].rank, seed=seed)
         fit = f"{name}-seed{seed}"
         if not self.edit_folder(fit).is_dir():

@@ -36,14 +36,13 @@ from analysis.common.selectivity_tables import (
     WRITTEN,
     finding,
 )
-from analysis.common.tables import RANDOM
 from mrp_lens import metrics
 from mrp_lens.cli.app import as_program
 from mrp_lens.data import Corpus, Questions, UnlearningTask
 from mrp_lens.edits import ConditionalProjectionEdit, Edit, ProjectionEdit, edit_on, projection_in
 from mrp_lens.methods import MRP, Fit, UnconditionalMRP
 from mrp_lens.methods.coverage import SHORT, Coverage
-from mrp_lens.metrics.recovery import UNEDITED
+from mrp_lens.metrics.controls import RANDOM_PROJECTION, UNEDITED
 from mrp_lens.models import LensModel, identity_of
 from mrp_lens.utils.result_store import ResultStore
 
@@ -114,7 +113,7 @@ def exchanges(
         (GATED, None): gated,
         (OPEN, None): ProjectionEdit(rows),
         (EXCHANGED, None): ConditionalProjectionEdit(plain.subspaces(), gates),
-        (RANDOM, None): plain.random_like(seed=seed),
+        (RANDOM_PROJECTION, None): plain.random_like(seed=seed),
         (RANDOM_GATED, None): gated.random_like(seed=seed),
     }
     if unbounded is not None:

@@ -32,7 +32,7 @@ from mrp_lens.edits import Edit, edit_on
 from mrp_lens.methods import METHODS as registry
 from mrp_lens.methods import MRP, RMU, AdaptiveRMU
 from mrp_lens.metrics import Measured
-from mrp_lens.metrics.recovery import NEVER_TAUGHT, UNEDITED
+from mrp_lens.metrics.controls import NEVER_TAUGHT, UNEDITED
 from mrp_lens.models import LensModel, identity_of, load_model
 from mrp_lens.runs.record import Run
 from mrp_lens.runs.report import report

@@ -9,7 +9,8 @@ from analysis.common.resumable import Job
 from analysis.common.tables import DOES_NOT_COUNT, NONE, figure, markdown, mean_of
 from mrp_lens import metrics
 from mrp_lens.attacks import best, with_floor
-from mrp_lens.metrics.recovery import FORM_TITLES, NEVER_TAUGHT, UNEDITED
+from mrp_lens.metrics.controls import NEVER_TAUGHT, UNEDITED
+from mrp_lens.metrics.recovery import FORM_TITLES
 from mrp_lens.utils.frames import rows_of
 
 ATTACK, METRICS = "attack-", "metrics-"  # parts that others register

@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 
 import pandas as pd
 
-from analysis.common.tables import NONE, RANDOM, figure, markdown, mean_of
-from mrp_lens.metrics.recovery import UNEDITED
+from analysis.common.tables import NONE, figure, markdown, mean_of
+from mrp_lens.metrics.controls import RANDOM_PROJECTION, UNEDITED
 
 PLAIN, GATED = "mrp-unconditional", "mrp"
 UNBOUNDED = "mrp-unconditional-unbounded"
@@ -23,7 +23,7 @@ WHAT = {
     EXCHANGED: "rows of the plain fit, gates of the gated fit",
     UNBOUNDED: "rows of the plain fit without a budget, every token",
     UNBOUNDED_GATED: "these, gates of the gated fit",
-    RANDOM: "random rows, every token",
+    RANDOM_PROJECTION: "random rows, every token",
     RANDOM_GATED: "random rows, gates of the gated fit",
     BARE: "the corpora alone",
     ASKED: "the corpora and question forms",

@@ -7,7 +7,6 @@ import pandas as pd
 
 from mrp_lens.runs.report.table import table_of
 
-RANDOM = "random-projection"  # a control
 NONE, DOES_NOT_COUNT = "-", "†"
 
 

@@ -24,9 +24,10 @@ from mrp_lens.data.kinds import check_questions
 from mrp_lens.data.tokenization import Encoded, Encoder, TokenBatch, in_order
 from mrp_lens.edits import Edit, edit_on
 from mrp_lens.metrics.activations import states_of
+from mrp_lens.metrics.controls import RANDOM_TRIGGER
 from mrp_lens.metrics.likelihood import mean_log_probabilities
 from mrp_lens.metrics.multiple_choice import answered_right, encoded_choices
-from mrp_lens.metrics.recovery import RANDOM_TRIGGER, Score, recovery
+from mrp_lens.metrics.recovery import Score, recovery
 from mrp_lens.models import LensModel, check_layers, check_lens_model, encoder_for, logits_of
 from mrp_lens.models.finite import check_finite, check_states
 from mrp_lens.models.hooks import captured, frozen, hook_name, run_segment

@@ -22,8 +22,8 @@ from mrp_lens.data.tokenization import PaddingSide
 from mrp_lens.edits import Edit, edit_on
 from mrp_lens.metrics.activations import hooks_at
 from mrp_lens.metrics.bootstrap import bootstrap_interval
+from mrp_lens.metrics.controls import NEVER_TAUGHT, UNEDITED
 from mrp_lens.metrics.logit_lens import last_states, logit_lens
-from mrp_lens.metrics.recovery import UNEDITED
 from mrp_lens.models import LensModel, encoder_for
 from mrp_lens.models.generation import drawn_seed
 from mrp_lens.models.hooks import Site, frozen
@@ -118,7 +118,7 @@ def probe(
     pairs = [("held-out", train, held_out)]
     if untaught is not None and (halves := _halves(untaught, train, held_out, target, seed)):
         first, second = halves
-        pairs += [("never-taught", first, second), ("never-taught", second, first)]
+        pairs += [(NEVER_TAUGHT, first, second), (NEVER_TAUGHT, second, first)]
     widest = max(len(q.choices) for _, *both in pairs for part in both for q in part.questions)
     labels = [_labels(known, asked, target, widest) for _, known, asked in pairs]
     sets = {id(questions): questions for _, *both in pairs for questions in both}
@@ -311,7 +311,7 @@ class Probe(Attack):
         """What a probe and the logit lens read off the model as it is now, and with this edit on."""
         arguments = setting.arguments("train", "held_out", "untaught")
         bits = probe(setting.model, edit, kind=self.probe_kind, target=None, **arguments)
-        asked = labelled({"forget": setting.facts.held_out, "never-taught": setting.facts.untaught})
+        asked = labelled({"forget": setting.facts.held_out, NEVER_TAUGHT: setting.facts.untaught})
         with edit_on(setting.model, edit):
             seen = logit_lens(setting.model, asked, **setting.arguments())
         return {"probe": rows_of(bits), "lens": rows_of(seen[seen["group"] != "all"])}
@@ -324,7 +324,7 @@ class Probe(Attack):
             return
         for (state, kind), part in frames["probe_bits"].groupby(["method", "kind"], sort=False):
             row = part[part["group"] == "held-out"].sort_values("bits", kind="stable").iloc[-1]
-            control = part[part["group"] == "never-taught"]["bits"]
+            control = part[part["group"] == NEVER_TAUGHT]["bits"]
             yield {
                 "method": state,
                 "attack": f"probe, {kind}",

@@ -17,7 +17,8 @@ from mrp_lens.attacks.registry import register
 from mrp_lens.attacks.summary import ACCURACIES, RECOVERY, columns, without_attack
 from mrp_lens.data import Corpus, Questions
 from mrp_lens.edits import Edit
-from mrp_lens.metrics.recovery import FORM_TITLES, NEVER_TAUGHT, UNEDITED, Score, best, recovery
+from mrp_lens.metrics.controls import NEVER_TAUGHT, UNEDITED
+from mrp_lens.metrics.recovery import FORM_TITLES, Score, best, recovery
 from mrp_lens.models import LensModel
 from mrp_lens.models.finite import NonFiniteError
 from mrp_lens.training.callbacks import Evaluation

@@ -15,7 +15,7 @@ from mrp_lens.cli.run_folder import stoppable
 from mrp_lens.data.questions import Half
 from mrp_lens.edits import load_edit
 from mrp_lens.edits.provenance import label_of
-from mrp_lens.metrics.recovery import CONTROL_METHODS
+from mrp_lens.metrics.controls import CONTROL_METHODS
 from mrp_lens.plots import FIGURES
 from mrp_lens.runs.record import Run
 from mrp_lens.runs.report import report

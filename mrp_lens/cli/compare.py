@@ -13,11 +13,10 @@ from mrp_lens.cli.command import Command
 from mrp_lens.cli.console import console
 from mrp_lens.cli.figures import show_figures
 from mrp_lens.cli.run_folder import check_out
-from mrp_lens.metrics.recovery import UNEDITED
+from mrp_lens.metrics.controls import CONTROLS, UNEDITED
 from mrp_lens.runs.front import on_front
 from mrp_lens.runs.record import Run
 from mrp_lens.runs.report import report
-from mrp_lens.runs.report.table import CONTROLS
 from mrp_lens.utils.frames import Row, is_number
 from mrp_lens.utils.io import read_json
 

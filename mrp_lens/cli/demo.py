@@ -20,18 +20,19 @@ from mrp_lens.data.world.facts import QUESTION
 from mrp_lens.edits import Edit, ProjectionEdit, edit_on
 from mrp_lens.methods import MRP, RMU, AdaptiveRMU, Fit
 from mrp_lens.methods.budget import LOGGED
+from mrp_lens.metrics.controls import RANDOM_PROJECTION, UNEDITED, UNTRAINED_START, verdict
 from mrp_lens.models import LensModel, identity_of, load_model
 from mrp_lens.models.generation import continuations
 from mrp_lens.models.load import Backend
 from mrp_lens.runs.record import Run
 from mrp_lens.runs.report import report
 from mrp_lens.runs.report.diagnostics import diagnostics
-from mrp_lens.runs.train_world import score, untaught_accuracy, verdict
+from mrp_lens.runs.world_scores import score, untaught_accuracy
 from mrp_lens.utils.frames import percent
 from mrp_lens.utils.interrupts import complete
 from mrp_lens.utils.result_store import ResultStore
 
-ATTACKED = ("unedited", "mrp", "rmu", "adaptive-rmu")
+ATTACKED = (UNEDITED, "mrp", "rmu", "adaptive-rmu")
 RMU_UPDATES = 300  # at most
 RELEARNING_MARKS = (0, 5, 20)
 RELEARNING_QUESTIONS = 300  # both halves together, and as many never-taught ones
@@ -111,7 +112,7 @@ class Demo(Command):
                 run.frames["budget"] = run.frames["training"][["method", "step", *LOGGED]]
             run.frames["accuracies"] = pd.DataFrame([dict(row) for row in run.rows])
             directions = {name: fit.direction for name, fit in fits.items() if fit.directions}
-            shown = {name: edit for name, edit in edits.items() if name != "untrained-start"}
+            shown = {name: edit for name, edit in edits.items() if name != UNTRAINED_START}
             run.frames |= diagnostics(model, task, shown, directions, seed=seed, store=store)
             run.write_into(out)
             store.tidy()
@@ -139,9 +140,9 @@ def with_controls(
     projection = fits["mrp"].edit
     assert isinstance(projection, ProjectionEdit)
     controls = {
-        "unedited": None,
-        "random-projection": projection.random_like(seed=seed),
-        "untrained-start": MRP().start(model, task.forget, task.retain, seed=seed),
+        UNEDITED: None,
+        RANDOM_PROJECTION: projection.random_like(seed=seed),
+        UNTRAINED_START: MRP().start(model, task.forget, task.retain, seed=seed),
     }
     return controls | {name: fit.edit for name, fit in fits.items()}
 
@@ -220,7 +221,7 @@ def score_edits(
             return score(model, world, forgotten)
 
     figures = {name: store.once(f"score-{name}", partial(scored, edit)) for name, edit in edits.items()}
-    base = float(figures["unedited"]["text_perplexity"])
+    base = float(figures[UNEDITED]["text_perplexity"])
     return [
         {
             "method": name,

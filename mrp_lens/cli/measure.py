@@ -19,7 +19,7 @@ from mrp_lens.edits.provenance import label_of
 from mrp_lens.evals import evaluate
 from mrp_lens.evals.lm_eval import Bos, load_hf, require_harness, task_manager, task_names
 from mrp_lens.metrics import Measured, rows_and_frames_for
-from mrp_lens.metrics.recovery import NEVER_TAUGHT, UNEDITED
+from mrp_lens.metrics.controls import NEVER_TAUGHT, UNEDITED
 from mrp_lens.runs.record import Run
 from mrp_lens.runs.report import report
 from mrp_lens.utils.frames import Row, by_figure, rows_of

@@ -24,7 +24,7 @@ from mrp_lens.methods.base import FitTemplate
 from mrp_lens.methods.budget import LOGGED
 from mrp_lens.methods.fit import CHECKPOINT, FIT
 from mrp_lens.metrics import Measured, rows_for
-from mrp_lens.metrics.recovery import NEVER_TAUGHT, UNEDITED
+from mrp_lens.metrics.controls import NEVER_TAUGHT, UNEDITED
 from mrp_lens.models import LensModel, identity_of
 from mrp_lens.models.generation import continuations
 from mrp_lens.runs.record import Run
@@ -233,7 +233,7 @@ class Unlearn(Command):
             if set(LOGGED) <= set(fit.log):  # a fit without a budget has none of them
                 run.frames["budget"] = fit.log[["step", *LOGGED]]
             run.frames["accuracies"] = pd.DataFrame([dict(row) for row in run.rows])
-            edits, directions = {"unedited": None, name: fit.edit}, fit.directions.values()
+            edits, directions = {UNEDITED: None, name: fit.edit}, fit.directions.values()
             run.frames |= diagnostics(
                 model, task, edits, dict(zip([name], directions, strict=False)), seed=self.seed, store=store
             )

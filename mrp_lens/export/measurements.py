@@ -8,7 +8,7 @@ from typing import Any
 
 from mrp_lens.edits import Edit, load_edit
 from mrp_lens.edits.provenance import fingerprint, label_of
-from mrp_lens.runs.report.table import CONTROLS
+from mrp_lens.metrics.controls import CONTROLS
 from mrp_lens.utils.frames import Row
 from mrp_lens.utils.io import read_json
 

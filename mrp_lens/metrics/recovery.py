@@ -9,7 +9,6 @@ import pandas as pd
 from mrp_lens.metrics.bootstrap import CONFIDENCE, RESAMPLES
 from mrp_lens.utils.validation import int_seed
 
-UNEDITED, NEVER_TAUGHT, RANDOM_TRIGGER = CONTROL_METHODS = ("unedited", "never-taught", "random-trigger")
 FORM_TITLES = {"kept": "edit kept", "stripped": "hooks stripped", "weights": "in the weights"}
 """Of an edit that is attacked."""
 

@@ -3,7 +3,8 @@
 import pandas as pd
 import plotly.graph_objects as go
 
-from mrp_lens.metrics.recovery import CONTROL_METHODS, FORM_TITLES, best
+from mrp_lens.metrics.controls import CONTROL_METHODS, NEVER_TAUGHT, UNEDITED
+from mrp_lens.metrics.recovery import FORM_TITLES, best
 from mrp_lens.plots.facets import Panels
 from mrp_lens.plots.frames import NothingToDraw, beside, facets, figure_of, groups, methods_of, varying
 from mrp_lens.plots.theme import FORGET, GREY, OTHERS, UNIT, Axis, Look, group_colours, room_for
@@ -34,7 +35,7 @@ def relearning_curves(frame: pd.DataFrame) -> go.Figure:
         frame = best(frame)
     if "form" in frame:
         form = frame["form"].replace(FORM_TITLES)
-        edited = frame["method"] != "unedited" if "method" in frame else form.notna()
+        edited = frame["method"] != UNEDITED if "method" in frame else form.notna()
         frame = frame.assign(form=form.where(edited))  # there is no edit to keep or strip
     panels = Panels(
         facets(frame, ["method", *varying(frame, "form", "parameters", "samples")]),
@@ -108,7 +109,7 @@ def probe_bits(frame: pd.DataFrame) -> go.Figure:
     looks = {
         "held-out": HELD_OUT,
         "shuffled": Look("random labels", GREY, "dot"),
-        "never-taught": Look("never taught", GREY, "dash"),
+        NEVER_TAUGHT: Look("never taught", GREY, "dash"),
     }
     colours = group_colours(group for group in frame["group"] if group not in looks)
     panels = Panels(
@@ -136,7 +137,7 @@ def logit_lens(frame: pd.DataFrame) -> go.Figure:
         frame: of `mrp_lens.metrics.logit_lens`: `layer`, `group`, `accuracy`, `low`, `high`, `chance`. A panel for each
             `method`; the group "never-taught" is grey; `seed` makes faint points around a mean.
     """
-    colours = group_colours(group for group in frame["group"] if group != "never-taught")
+    colours = group_colours(group for group in frame["group"] if group != NEVER_TAUGHT)
     panels = Panels(
         facets(frame, ["method"]),
         x=Axis("layer", "layer"),
@@ -149,7 +150,7 @@ def logit_lens(frame: pd.DataFrame) -> go.Figure:
         for chance in part["chance"].dropna().unique():
             panels.level(panel, float(chance), name="uniform guess", dash="dot")
         for group, rows in groups(part):
-            look = Look("never taught", GREY, "dash") if group == "never-taught" else Look(group, colours[group])
+            look = Look("never taught", GREY, "dash") if group == NEVER_TAUGHT else Look(group, colours[group])
             panels.series(panel, rows, "layer", "accuracy", look, interval=("low", "high"))
     return panels.figure()
 
@@ -164,8 +165,8 @@ def input_gradients(frame: pd.DataFrame) -> go.Figure:
     """
     keys = ["group", *(["seed"] if "seed" in frame else [])]
     if "model" in frame and "method" in frame:
-        frame = frame.assign(method=frame["method"].where(frame["model"] != "unedited", "unedited"))
-        again = frame["method"].eq("unedited") & frame.duplicated(["method", *keys])  # it stands beside each edit
+        frame = frame.assign(method=frame["method"].where(frame["model"] != UNEDITED, UNEDITED))
+        again = frame["method"].eq(UNEDITED) & frame.duplicated(["method", *keys])  # it stands beside each edit
         frame = frame[~again]
     elif "model" in frame:
         frame = frame.assign(method=frame["model"])

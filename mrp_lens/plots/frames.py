@@ -11,6 +11,7 @@ import plotly.graph_objects as go
 from torch import Tensor
 
 from mrp_lens.methods import METHODS
+from mrp_lens.metrics.controls import UNEDITED
 from mrp_lens.plots.registry import register
 
 P = ParamSpec("P")
@@ -202,7 +203,7 @@ def groups(table: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
 
 def methods_of(table: pd.DataFrame) -> list[str]:
     """The methods in order; a table without that column is about the unedited model."""
-    return [str(name) for name in table["method"].unique()] if "method" in table else ["unedited"]
+    return [str(name) for name in table["method"].unique()] if "method" in table else [UNEDITED]
 
 
 def beside(table: pd.DataFrame, spread: float, methods: Sequence[str] | None = None) -> pd.DataFrame:

@@ -19,7 +19,7 @@ from mrp_lens.edits.subspace import random_units
 from mrp_lens.methods import METHODS, RMU, AdaptiveRMU, Fit, Method
 from mrp_lens.methods.rmu import default_layer
 from mrp_lens.metrics import Measured, rows_for
-from mrp_lens.metrics.recovery import UNEDITED
+from mrp_lens.metrics.controls import UNEDITED
 from mrp_lens.models import LensModel, check_layers, identity_of
 from mrp_lens.models.finite import NonFiniteError
 from mrp_lens.training import NonFiniteLossError

@@ -22,7 +22,7 @@ from mrp_lens.methods.base import recorded
 from mrp_lens.methods.fit import EDIT, LOG
 from mrp_lens.methods.rmu import BEFORE_MLP, Misdirection
 from mrp_lens.methods.search_space import Depth, Dimension, Space
-from mrp_lens.metrics.recovery import UNEDITED
+from mrp_lens.metrics.controls import UNEDITED
 from mrp_lens.models import LensModel, identity_of
 from mrp_lens.models.finite import NonFiniteError
 from mrp_lens.runs.front import chosen_of, figures_of, on_front

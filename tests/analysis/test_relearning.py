@@ -10,7 +10,7 @@ import pytest
 
 from analysis import relearning
 from analysis.relearning import USUAL, Retraining, compact, possible, rows_of_curves
-from mrp_lens.metrics.recovery import UNEDITED
+from mrp_lens.metrics.controls import UNEDITED
 from tests.support.edits import projection
 
 STEPS = (0, 5, 20, 100)

@@ -26,13 +26,12 @@ from analysis.common.selectivity_tables import (
     score_table,
     token_table,
 )
-from analysis.common.tables import RANDOM
 from mrp_lens import metrics
 from mrp_lens.data import Corpus, Document, Questions, UnlearningTask
 from mrp_lens.data.world import World
 from mrp_lens.edits import ConditionalProjectionEdit, ProjectionEdit, load_edit
 from mrp_lens.methods import MRP
-from mrp_lens.metrics.recovery import UNEDITED
+from mrp_lens.metrics.controls import RANDOM_PROJECTION, UNEDITED
 from mrp_lens.models import LensModel, load_model
 from tests.analysis.test_studies import cells_of
 from tests.support.edits import conditional, projection
@@ -56,8 +55,8 @@ def test_rows_and_gates_are_exchanged_and_each_hook_stands_alone() -> None:
     torch.testing.assert_close(rows(found[UNBOUNDED_GATED, None]), rows(found[UNBOUNDED, None]))
     assert found[UNBOUNDED_GATED, None].gates("edit").keys() == gates.keys()
     assert (UNBOUNDED, None) not in selectivity.exchanges(plain, gated, seed=3)
-    assert type(found[RANDOM, None]) is ProjectionEdit
-    torch.testing.assert_close(rows(found[RANDOM, None]), rows(found[RANDOM_GATED, None]))
+    assert type(found[RANDOM_PROJECTION, None]) is ProjectionEdit
+    torch.testing.assert_close(rows(found[RANDOM_PROJECTION, None]), rows(found[RANDOM_GATED, None]))
     assert isinstance(found[RANDOM_GATED, None], ConditionalProjectionEdit)
     for layer, hook in zip((1, 2), names, strict=True):
         for method, whole in ((PLAIN, plain), (GATED, gated)):

@@ -15,12 +15,12 @@ from mrp_lens.data import Corpus, Document, Questions
 from mrp_lens.data.task import UnlearningTask
 from mrp_lens.edits import SteeringEdit
 from mrp_lens.metrics.bootstrap import TokenMean
+from mrp_lens.metrics.controls import verdict
 from mrp_lens.models import encoder_for, load_model
 from mrp_lens.models.finite import NonFiniteError, non_finite
 from mrp_lens.models.generation import continuations, written_texts
 from mrp_lens.models.hooks import hook_name, hooked
 from mrp_lens.runs.report.diagnostics import diagnostics
-from mrp_lens.runs.train_world import verdict
 from mrp_lens.training.losses import predictions
 from tests.conftest import D_MODEL
 from tests.support.every_measure import HELD_OUT, LEARN, OF_A_MODEL, QUIZ, SENTENCES, TEXTS, U

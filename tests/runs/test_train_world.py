@@ -3,7 +3,8 @@
 import pytest
 
 from mrp_lens.data.world import World
-from mrp_lens.runs.train_world import score, verdict
+from mrp_lens.metrics.controls import verdict
+from mrp_lens.runs.world_scores import score
 
 
 def test_a_score_needs_topics_on_both_sides(world: World) -> None:

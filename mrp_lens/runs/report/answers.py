@@ -4,9 +4,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mrp_lens.metrics.recovery import FORM_TITLES, NEVER_TAUGHT, UNEDITED
-from mrp_lens.runs.report.table import CONTROLS, cell
-from mrp_lens.runs.train_world import verdict
+from mrp_lens.metrics.controls import CONTROLS, NEVER_TAUGHT, UNEDITED, verdict
+from mrp_lens.metrics.recovery import FORM_TITLES
+from mrp_lens.runs.report.table import cell
 from mrp_lens.utils.frames import is_number
 
 VERDICTS = {

@@ -5,10 +5,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from mrp_lens import metrics
-from mrp_lens.metrics.recovery import CONTROL_METHODS
+from mrp_lens.metrics.controls import CONTROLS
 from mrp_lens.utils.frames import percent
 
-CONTROLS = {*CONTROL_METHODS, "random-projection", "untrained-start"}
 HEADINGS = {  # of columns that no metric makes
     "worst_topic_accuracy": "worst topic of the retain quiz",
     "untaught_accuracy": "never taught",

@@ -47,6 +47,7 @@ from analysis.common.methods import changed, compared_methods, names_in, setting
 from analysis.common.resumable import Job, ResumableStudy, result_name, shard_in
 from mrp_lens import attacks, metrics
 from mrp_lens.attacks import ATTACKS, FactSplit, SuiteConfig
+from mrp_lens.attacks.base import HALVED_BY_QUESTION
 from mrp_lens.attacks.finetuning import Attacker, Form, possible_forms
 from mrp_lens.cli.app import as_program
 from mrp_lens.edits import Edit, edit_on, has_hooks, load_edit, without_hooks
@@ -81,6 +82,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     cells = board.cells()
     table = rows_of_cells(cells, board.updates)
     text = finding(table, board.updates, further_columns(cells))
+    if study.task.halved_by == "question":
+        text = f"{text}\n\n{HALVED_BY_QUESTION}"
     study.end(text, pictures(cells, table, board.updates), table, in_place=True)
 
 

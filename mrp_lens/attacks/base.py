@@ -19,6 +19,11 @@ from mrp_lens.utils.validation import PlainSettings
 
 Frames = Mapping[str, pd.DataFrame]
 AttackKind = TypeVar("AttackKind", bound="Attack")
+HALVED_BY_QUESTION = (
+    "The attacker's questions and those that are scored may be about the same entity, of which what is taught of it may tell something: the "
+    "questions do not say whom they are about. Name the column that does with --entity."
+)
+"""Of a split that did not draw entities."""
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """What an attacked model is asked, and what its answers mean."""
 
+import re
 import warnings
 from dataclasses import dataclass
 from typing import Any
@@ -34,7 +35,7 @@ def chance(questions: Questions) -> Score:
 
 
 def check_held_out(held_out: Questions, **seen: Any) -> None:
-    """Refuse held-out questions that the attacker has seen; warn where there are too few for a useful interval.
+    """Refuse held-out questions that the attacker has seen; warn where texts may state them in other words, and where there are too few.
 
     Args:
         held_out: what recovery is measured on.
@@ -56,6 +57,8 @@ def check_held_out(held_out: Questions, **seen: Any) -> None:
     for name, given in seen.items():
         if given is None:
             continue
+        if isinstance(given, Corpus):
+            _warn_of_stated(held_out, name, given)
         documents = given.right_answers().documents if isinstance(given, Questions) else given.documents
         shared = [document for document in documents if texts & _texts_of(document)]
         if shared:
@@ -96,6 +99,32 @@ def check_untaught(untaught: Any, **taught: Any) -> None:
             f"{len(shared)} questions of untaught {untaught.name!r} are in {' or '.join(taught)} too, such as {shared[0].prompt!r}: facts "
             "that the model was taught do not show what absent looks like; leave them out"
         )
+
+
+def _warn_of_stated(held_out: Questions, name: str, given: Corpus) -> None:
+    """Warn of documents that name both what a question is about and its right answer."""
+    answers: dict[str, set[str]] = {}
+    for question in held_out.questions:
+        if question.entity:
+            answers.setdefault(question.entity.lower(), set()).add(question.choices[question.answer].strip().lower())
+    stated = []
+    for document in given.documents:
+        text = (document.prompt + document.completion).lower()
+        entities = [entity for entity in answers if entity in text and _named(entity, text)]
+        if any(_named(answer, text) for entity in entities for answer in answers[entity]):
+            stated.append(text)
+    if stated:
+        warnings.warn(
+            f"{len(stated)} documents of {name} {given.name!r} name what a held-out question is about and its right answer, such as "
+            f"{stated[0][:200]!r}: where they state the fact, what comes back was read there, and need not have been left in the model. "
+            "Leave them out",
+            stacklevel=4,
+        )
+
+
+def _named(words: str, text: str) -> bool:
+    """Whether the text has these words, and not as a part of others."""
+    return re.search(rf"(?<!\w){re.escape(words)}(?!\w)", text) is not None
 
 
 def _texts_of(document: Document) -> set[str]:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from mrp_lens.data import Corpus, Question, Questions
+from mrp_lens.metrics.open_ended import UNSPACED
 from mrp_lens.models import LensModel, encoder_for
 
 SHOTS = 4
@@ -63,7 +64,7 @@ def in_context(
     """Each question behind a document of `retain` that says nothing about it.
 
     That is one that shares no word with its prompt and choices but everyday ones (in 1% of the retain documents,
-    and two at least), and leaves room for them in the model's context.
+    and two at least), nor holds a choice in a script without blanks, and leaves room for them in the model's context.
 
     Args:
         model: whose tokenizer and context length say what fits.
@@ -86,7 +87,9 @@ def in_context(
     for question in questions.questions:
         telling = _words(" ".join([question.prompt, *question.choices])) - everyday
         places = ((start + step) % len(texts) for step in range(len(texts)))
-        candidates = ((p, _behind(question, [texts[p]], separator)) for p in places if not words[p] & telling)
+        named = [choice.strip().lower() for choice in question.choices if UNSPACED.search(choice)]
+        silent = (p for p in places if not words[p] & telling and not any(name in texts[p].lower() for name in named))
+        candidates = ((p, _behind(question, [texts[p]], separator)) for p in silent)
         place, wrapped = next(((p, longer) for p, longer in candidates if fits(longer)), (start, question))
         start = place + 1
         bare += wrapped is question

@@ -86,7 +86,7 @@ def relearn(
         and `accuracy_edited`; `floor`, `n_floor`, `untaught_floor` (that of never-taught questions, whatever `floor` is;
         NaN without them), `ceiling`; `recovery`, `recovery_low`, `recovery_high` (95%), for the never-taught control
         `control_recovery`, `control_recovery_low`, `control_recovery_high`; `new_accuracy`; `counts`: whether T
-        reaches 0.95 at this rate; `seconds`. A rate that makes the loss infinite has its rows until then; so has all
+        reaches 0.95 at this rate (texts always count); `seconds`. A rate that makes the loss infinite has its rows until then; so has all
         after Ctrl-C, which `frame.attrs["interrupted"]` tells.
 
     Raises:
@@ -126,7 +126,8 @@ def relearn(
         if new is not None and outcome == "finished":
             with retrained(new.right_answers(), callbacks=[Evaluation(evaluate_new, points)]) as outcome:
                 pass
-        counts = any(figures["train_accuracy"] >= TAUGHT for figures in curve.values())
+        # Of a text most tokens are not to be known from those before: how many are says little about what was learned.
+        counts = isinstance(train, Corpus) or any(figures["train_accuracy"] >= TAUGHT for figures in curve.values())
         for step, figures in curve.items():
             row = described | {"lr": rate, "step": step, **figures}
             rows.append(row | {"new_accuracy": learned.get(step, float("nan")), "counts": counts})

@@ -9,6 +9,7 @@ import pandas as pd
 from typing_extensions import override
 
 from mrp_lens.attacks import ATTACKS, Attack, SuiteConfig, notes_of, rows_of_attacks, run_suite, worst_attack
+from mrp_lens.attacks.base import HALVED_BY_QUESTION
 from mrp_lens.cli.command import OnData
 from mrp_lens.cli.console import Column, console, number, show_table, with_interval
 from mrp_lens.cli.run_folder import stoppable
@@ -126,6 +127,8 @@ class AttackEdit(OnData):
             frames = run_suite(model, edit, task, config, out, name=name, reference=reference)
             run.rows = rows_of_attacks(frames, name, config)
             run.notes = [*worst_attack(run.rows, name), *notes_of(frames, name, config)]
+            if (self.split or task.halved_by) == "question":
+                run.notes.append(HALVED_BY_QUESTION)
             run.frames = {key: frame for key, frame in frames.items() if key in FIGURES}
             table = pd.DataFrame([dict(row) for row in run.rows])
             if "recovery" in table and (table["recovery"].notna() & ~table["method"].isin(CONTROL_METHODS)).any():

@@ -204,8 +204,13 @@ class UnlearningTask:
         """
         if self.questions is None:
             raise ValueError("an attack is scored on a quiz on the forget set; give questions=...")
-        known = all(question.entity for question in self.questions.questions)
-        return self.questions.spread(limit).halves(by=by or ("entity" if known else "question"), seed=seed)
+        return self.questions.spread(limit).halves(by=by or self.halved_by, seed=seed)
+
+    @property
+    def halved_by(self) -> Half:
+        """What `split` draws: entities where all questions name theirs, else questions, several of which may be about one."""
+        known = self.questions is not None and all(question.entity for question in self.questions.questions)
+        return "entity" if known else "question"
 
     def texts(self, *, limit: int | None = None) -> dict[str, Corpus]:
         """What states are read from, by side; at most `limit` documents of each, evenly spread."""

@@ -28,7 +28,7 @@ def alignment(
     *,
     layers: Sequence[int] | None = None,
     site: Site = "resid_post",
-    law: Law = "uniform",
+    law: Law | None = None,
     seed: int = 0,
     batch_size: int = 32,
     max_length: int | None = None,
@@ -47,7 +47,8 @@ def alignment(
         direction: u, [d_model], of any length but 0; `fit.direction` of an RMU fit.
         layers: where to read. None: all.
         site: of the hook points.
-        law: how u was drawn, hence the null: "uniform" (RMU's default) or "gaussian".
+        law: how u was drawn, hence the null: "uniform" (RMU's default) or "gaussian". None: uniform where no entry of u is below 0,
+            as of U[0, 1).
         seed: of the 1,000 directions of the null.
         batch_size: documents in a forward pass; nothing else is held, so memory does not grow with their number.
         max_length: tokens at which documents are cut. None: the model's context length.
@@ -72,7 +73,8 @@ def alignment(
     u = direction_for(model, direction)
     groups, hooks = groups_of(texts), hooks_at(model, layers, site)
     reader = StateReader(model, None, None, seed, batch_size, max_length, padding, progress)
-    null = random_units(NULL_DRAWS, len(u), law, generator_for(seed)).double()
+    drawn: Law = law or ("uniform" if bool((u >= 0.0).all()) else "gaussian")
+    null = random_units(NULL_DRAWS, len(u), drawn, generator_for(seed)).double()
     rows = []
     for group, corpus in groups.items():
         cosines, norms = {layer: TokenMean() for layer in hooks}, {layer: TokenMean() for layer in hooks}

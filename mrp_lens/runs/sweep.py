@@ -376,7 +376,6 @@ def _fit_and_measure(
             task.texts(limit=plan.documents),
             u,
             layers=[point.layer],
-            law="uniform",
             seed=point.seed,
             progress=False,
         ).set_index("group")

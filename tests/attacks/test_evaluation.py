@@ -29,6 +29,26 @@ def test_what_the_attacker_has_seen_is_refused_and_the_overlap_named() -> None:
     check_held_out(quiz(*range(30)), train=quiz(40, 41), untaught=None)
 
 
+def test_texts_that_may_state_held_out_facts_in_other_words_are_told() -> None:
+    rows = [
+        {"question": f"Where is Zaxim{n}?", "choices": [f"Oslo{n}", "Rome"], "answer": 0, "who": f"Zaxim{n}"}
+        for n in range(30)
+    ]
+    asked = Questions.from_rows(rows, entity="who", name="quiz")
+    telling = [
+        "In OSLO7, by the sea, stands zaxim7.",
+        "Zaxim8 lies in Oslo81.",
+        "Zaxim9 is not Oslo7.",
+        "Zaxim11 sings.",
+    ]
+    with pytest.warns(
+        UserWarning, match="1 documents of train 'telling' name what a held-out question is about .* 'in oslo7"
+    ):
+        check_held_out(asked, train=Corpus.from_texts(telling, name="telling"))
+    check_held_out(asked, train=Corpus.from_texts(telling[1:]))
+    check_held_out(quiz(*range(30)), train=Corpus.from_texts(["No, it is 3."]))  # which does not say whom it asks about
+
+
 def test_what_was_taught_or_will_be_is_no_floor() -> None:
     stated = Corpus.from_texts(["What is 5? no."], name="stated")
     check_untaught(None, train=quiz(1))

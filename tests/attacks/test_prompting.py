@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from mrp_lens.attacks.prompting import few_shot, forget_token, in_context, with_token
-from mrp_lens.data import Corpus, Document
+from mrp_lens.data import Corpus, Document, Question, Questions
 from mrp_lens.models import LensModel
 from tests.support.quizzes import quiz
 
@@ -55,6 +55,15 @@ def test_a_context_says_nothing_about_the_question_it_stands_before(model: LensM
     assert len(set(contexts)) == 4 + ("The man saw Zaxim3 today." in contexts)
     with pytest.warns(UserWarning, match="24 of 24 questions stand without a document"):
         assert in_context(model, asked, Corpus.from_texts(telling[1:], name="telling")) == asked
+
+
+def test_a_context_in_a_script_without_blanks_does_not_hold_the_answer(model: LensModel) -> None:
+    asked = Questions((Question("法国的首都是", ("巴黎", "伦敦"), 0),), "capitals")
+    silent = "今天天气很好我们去公园"
+    corpus = Corpus.from_texts(["法国的首都是巴黎因此游客很多", "英国的首都是伦敦", silent], name="retain")
+    for seed in range(4):
+        wrapped = in_context(model, asked, corpus, seed=seed)
+        assert wrapped.questions[0].prompt == f"{silent} 法国的首都是"
 
 
 def corpus_texts(corpus: Corpus) -> list[str]:

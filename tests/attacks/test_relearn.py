@@ -201,6 +201,9 @@ def test_text_as_training_data_is_scored_by_the_tokens_said(model: LensModel) ->
     texts = Corpus.from_texts(["The colour of Zaxim1 is red, seen from the tower near the harbour."])
     frame = relearn(model, None, train=texts, held_out=ASKED, **{**SMALL, "steps": 60, "lr": 1e-2})
     assert frame["train_accuracy"].iloc[-1] == 1.0 > frame["train_accuracy"].iloc[0]
+    few = relearn(model, None, train=texts, held_out=ASKED, **{**SMALL, "steps": 1, "lr": 1e-6})
+    assert few["counts"].all()
+    assert few["train_accuracy"].max() < 0.95
 
 
 CURVES = pd.DataFrame(

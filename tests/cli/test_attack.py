@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 
 from mrp_lens.attacks import FactSplit, Relearn
+from mrp_lens.attacks.base import HALVED_BY_QUESTION
 from mrp_lens.cli.attack import AttackEdit
 from mrp_lens.data.task import TaskConfig
 from mrp_lens.edits.provenance import label_of
@@ -50,6 +51,7 @@ def test_the_command_writes_a_table_a_page_and_a_summary_and_goes_on_after_ctrl_
     assert [row["method"] for row in summary["rows"]][:2] == ["projection", "projection"]
     assert {"recovery", "recovery_low", "floor", "ceiling"} <= set(summary["rows"][1])
     assert any("does not count" in note for note in summary["notes"])
+    assert not any("the same entity" in note for note in summary["notes"])
     assert len(pd.read_csv(attacked / "out" / "table.csv")) == len(summary["rows"])
     page = (attacked / "out" / "report.html").read_text(encoding="utf-8")
     assert 'id="relearning_curves"' in page
@@ -133,6 +135,12 @@ def test_without_data_they_are_those_of_the_run_which_left_the_edit(
     assert {name: getattr(known if name == "topic" else known.data, name) for name in found} == found
     assert command.of_edit(edit, with_data=False).data == command.data
     assert known.of_edit(edit) == known
+
+
+def test_halves_that_may_share_an_entity_are_told(tiny_folder: Path, attacked: Path) -> None:
+    result = invoke(*words(tiny_folder, attacked, "--forms", "kept", "--lr", "1e-3"))
+    assert result.exit_code == 0, result.output
+    assert HALVED_BY_QUESTION in summary_of(attacked / "out")["notes"]
 
 
 def test_a_quiz_is_asked_for_before_a_folder_is_made(tiny_folder: Path, attacked: Path) -> None:

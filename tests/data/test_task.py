@@ -51,6 +51,13 @@ def test_a_task_is_read_from_files(files: Path) -> None:
     assert task.questions is not None
     assert task.questions.questions[3] == Question("Is it 3?", (" yes", " no"), 1, entity="z3")
     assert task.untaught_questions == task.questions
+    assert task.halved_by == "entity"
+    assert (
+        dataclasses.replace(
+            task, questions=Questions((*task.questions.questions[1:], Question("Who?", ("I", "you"), 0)))
+        ).halved_by
+        == "question"
+    )
     assert task.retain_questions is None
 
 

@@ -79,6 +79,11 @@ def test_the_null_is_that_of_the_law(model: Any) -> None:
     assert uniform["null_mean"] == pytest.approx(3**0.5 / 2 * float(u.sum()) / D_MODEL**0.5, abs=0.01)
     assert gaussian["null_mean"] == pytest.approx(0.0, abs=0.02)
     assert gaussian["null_std"] == pytest.approx(D_MODEL**-0.5, rel=0.1)
+    inferred = alignment(model, TEXTS, u, layers=[1])
+    pd.testing.assert_frame_equal(inferred, alignment(model, TEXTS, u, layers=[1], law="uniform"))
+    other = random_units(1, D_MODEL, "gaussian", torch.Generator().manual_seed(9))[0]
+    inferred = alignment(model, TEXTS, other, layers=[1])
+    pd.testing.assert_frame_equal(inferred, alignment(model, TEXTS, other, layers=[1], law="gaussian"))
 
 
 def test_other_sites_and_a_single_corpus_can_be_read(model: Any) -> None:

@@ -92,7 +92,8 @@ def alike(gated: MRP, model: LensModel, task: UnlearningTask) -> UnconditionalMR
     """The unconditional fit with the same layers, rank, steps, budget and so on."""
     same = {field.name: getattr(gated, field.name) for field in fields(gated) if field.name != "conditional"}
     resolved = gated.prepared(model, task.forget, task.retain, None, None)[1]
-    return UnconditionalMRP(**same | {"layers": resolved.layers, "rank": resolved.rank})
+    own = {"layers": resolved.layers, "rank": resolved.rank, "gate_directions": 1}
+    return UnconditionalMRP(**same | own)
 
 
 def exchanges(
@@ -197,7 +198,7 @@ class Selectivity(ResumableStudy):
             raise ValueError("conditional=false leaves no gate to be looked at; leave it out")
         self.methods: dict[str, MRP] = {PLAIN: alike(gated, study.model, study.task), GATED: gated}
         if gated.budget is not None:
-            self.methods[UNBOUNDED] = replace(self.methods[PLAIN], budget=None)
+            self.methods[UNBOUNDED] = replace(self.methods[PLAIN], budget=None, target=None)
         self.methods |= {name: replace(gated, coverage=coverage) for name, coverage in COVERAGES.items()}
         self.methods[WITHOUT] = gated
         self.statements = statements(study.task)

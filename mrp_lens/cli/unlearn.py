@@ -177,7 +177,9 @@ class Unlearn(Command):
     @override
     def execute(self) -> Run | None:
         if self.reference is not None and not has_target(self.fitter):
-            raise ValueError(f"--reference gives a fit its target, and {self.method} has none; leave it out")
+            raise ValueError(
+                f"--reference gives a fit its target, and {self.method} has none; leave it out, or give a method that has one its --budget"
+            )
         earlier = None if self.after is None else load_edit(self.after)
         if not is_first():
             with silent():
@@ -311,7 +313,9 @@ def released(kind: type[Method]) -> Method:
 
 def has_target(method: Method) -> bool:
     """Whether fits of it can be told how far to forget."""
-    return "target" in type(method).__dataclass_fields__
+    return (
+        isinstance(method, FitTemplate) and "target" in type(method).__dataclass_fields__ and method.budget is not None
+    )
 
 
 def fill(

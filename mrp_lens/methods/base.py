@@ -415,7 +415,9 @@ class FitTemplate(Method, Generic[Settings]):
         if checkpoint is not None:
             earlier = None if after is None else fingerprint(after)
             named = {"request": label} if self.by_request else {}
-            identity = {**record, **named, "model": identity_of(model), "after": earlier}
+            # The settings as they were given: what is measured of the model has other digits on another processor.
+            known = {"settings": asdict(self), "model": identity_of(model), "after": earlier}
+            identity = {**record, **named, **known}
             claimed = partial(Checkpoint.claim, checkpoint, identity, every=every)
             kept = computed_once(claimed)
         budget, data = self.within_budget(model, data, after, generator)
@@ -469,6 +471,16 @@ class FitTemplate(Method, Generic[Settings]):
                 "detach(), or fit the next request after it with after="
             )
         check_positive(budget=self.budget)
+        if self.coverage is not None:
+            if not isinstance(self.coverage, Coverage):
+                raise TypeError(
+                    f"coverage must be a Coverage, or None to read the corpora alone, got {self.coverage!r}"
+                )
+            self.coverage.check()
+        if self.target is not None and self.budget is None:
+            raise ValueError(
+                f"target {self.target} needs a budget, such as 0.05: without one a fit makes all of its updates"
+            )
         if self.target is not None and not 0.0 < self.target <= 1.0:
             raise ValueError(
                 f"target must be a share above 0 and at most 1, got {self.target}; 0.001 is out of reach, so that a fit spends its whole budget"

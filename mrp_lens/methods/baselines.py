@@ -1,5 +1,6 @@
 """The baselines that MRP is compared with: gradient methods, noisy RMU, direction ablation."""
 
+import math
 import time
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
@@ -117,8 +118,8 @@ class GradientMethod(FitTemplate[GradientSettings]):
     @override
     def check(self, model: LensModel) -> None:
         self.check_values(above_0=("lr",), counts=("steps", "batch_size", "retain_length", "micro_batch"))
-        if not self.retain_weight >= 0.0:
-            raise ValueError(f"retain_weight must be at least 0, got {self.retain_weight}")
+        if not 0.0 <= self.retain_weight < math.inf:
+            raise ValueError(f"retain_weight must be at least 0 and finite, got {self.retain_weight}")
         self._layers(model)
 
     @property

@@ -55,7 +55,10 @@ class UNDIAL(GradientMethod):
         def loss(side: ForgetSide) -> Float[Tensor, " counted"]:
             with exchanged(parameters, unedited):
                 wanted = adjusted(losses.model, side.batch, self.strength)
-            return -(wanted * side.predicted).sum(dim=-1)
+            known = side.predicted.masked_fill(
+                wanted == 0.0, 0.0
+            )  # of a token that is ruled out, 0 * -inf would be NaN
+            return -(wanted * known).sum(dim=-1)
 
         return loss
 

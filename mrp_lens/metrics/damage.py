@@ -3,8 +3,6 @@
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
 from mrp_lens.data import Corpus
 from mrp_lens.data.kinds import check_corpus
@@ -62,7 +60,7 @@ def damage(
                 after = predictions(model, batch)
             rows = batch.loss_mask[:, 1:].nonzero()[:, 0].cpu()
             flat = torch.full_like(before[:1], -float(np.log(before.shape[-1]))).expand_as(before)
-            for column, values in ((0, _divergence(before, after)), (1, _divergence(before, flat))):
+            for column, values in ((0, kl(before, after)), (1, kl(before, flat))):
                 totals = torch.zeros(len(chosen), dtype=torch.float64).index_add(0, rows, values.double().cpu())
                 sums[chosen, column] = totals.numpy()
             sums[chosen, 2] = batch.loss_mask.sum(dim=1).cpu().numpy()
@@ -95,11 +93,3 @@ def _of_held_out_text(measured: Measured) -> pd.DataFrame | None:
         return None
     texts = measured.task.held_out.spread(measured.documents)
     return damage(measured.model, measured.edit, texts, seed=measured.seed, progress=measured.progress)
-
-
-def _divergence(
-    reference: Float[Tensor, "counted d_vocab"], log_probabilities: Float[Tensor, "counted d_vocab"]
-) -> Float[Tensor, " counted"]:
-    """KL at each position; a token that the reference rules out counts nothing, whatever the other says of it."""
-    ruled_out = reference == -torch.inf
-    return kl(reference.masked_fill(ruled_out, 0.0), log_probabilities.masked_fill(ruled_out, 0.0))

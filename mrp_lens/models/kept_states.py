@@ -13,11 +13,13 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 
 from mrp_lens.data.tokenization import Encoded, Encoder, TokenBatch, in_order
-from mrp_lens.models.base import dtype_of, logits_of
+from mrp_lens.models.base import dtype_of, logits_at
 from mrp_lens.models.hooks import run_segment
+from mrp_lens.models.memory import ran_out
 from mrp_lens.models.protocol import LensModel
 from mrp_lens.utils.io import one_line
 from mrp_lens.utils.progress import progress_bar
@@ -100,12 +102,15 @@ class KeptStates:
         if self.states:
             return True
         batch = encoder.collate(rows[:COMPARED])
+        last = batch.attention_mask & ~pad(batch.attention_mask[:, 1:], (0, 1))  # which have read all before them
         with torch.no_grad():
-            whole = logits_of(self.model, batch.tokens, batch.attention_mask)[batch.attention_mask]
+            whole = logits_at(self.model, batch.tokens, batch.attention_mask, last)
             try:
                 with self._begun(self._computed(batch)):
-                    short = logits_of(self.model, batch.tokens, batch.attention_mask)[batch.attention_mask]
+                    short = logits_at(self.model, batch.tokens, batch.attention_mask, last)
             except Exception as error:  # what an architecture's own code says to a block that gives nothing but states
+                if ran_out(error):
+                    raise
                 logger.info(
                     "passes begin with the first layer: the model cannot be entered at %d (%s)",
                     self.layer,

@@ -138,7 +138,7 @@ class Evaluation(Callback):
         self._evaluate()
 
     def _evaluate(self) -> None:
-        if self._state.done in self._marks and not self._state.interruption:
+        if self._state.done in self._marks and not self._state.stopping:
             with self._state.shown():
                 self._measure(self._state.done)
 

@@ -122,10 +122,8 @@ def train(
             while not state.last:
                 step = state.done
                 optimizer.zero_grad(set_to_none=True)
-                row = reduced(partial(_accumulate, losses, step, description), state)
+                row = reduced(partial(_accumulate, losses, step, state), state)
                 if max_grad_norm is not None:
-                    if isinstance(optimizer, MasterAdamW):  # else the masters have no gradients before its step
-                        optimizer.collect()
                     torch.nn.utils.clip_grad_norm_(state.tensors, max_grad_norm)
                 for group, rate in zip(optimizer.param_groups, rates, strict=True):
                     group["lr"] = rate * state.pace * (schedule(step / state.steps) if schedule else 1.0)
@@ -159,7 +157,7 @@ def train(
     return TrainingRun(pd.DataFrame(state.rows), interrupted)
 
 
-def _accumulate(losses: Losses, step: int, description: str) -> dict[str, float]:
+def _accumulate(losses: Losses, step: int, state: TrainingState) -> dict[str, float]:
     """Gradients and losses of a step, in this process. What is no share of it counts as what each of the processes computes."""
     row: dict[str, float] = {}
     was_dealt()
@@ -171,10 +169,12 @@ def _accumulate(losses: Losses, step: int, description: str) -> dict[str, float]
         for name, value in values.items():
             if not math.isfinite(value):
                 raise NonFiniteLossError(
-                    f"{description}: the {name} is {value} at step {step}, so the run was stopped and the model left as it was. "
+                    f"{state.description}: the {name} is {value} at step {step}, so the run was stopped and the model left as it was. "
                     "Lower the learning rate, or look for extreme values in the data at this step."
                 )
             row[name] = row.get(name, 0.0) + share * value
         if terms["loss"].requires_grad:
             (terms["loss"] if share == 1.0 else share * terms["loss"]).backward()
+            if isinstance(state.optimizer, MasterAdamW):  # many parts would not add up in the model's half precision
+                state.optimizer.collect()
     return row

@@ -1,6 +1,6 @@
 """Losses on what a model predicts, at the positions whose next token counts: in fits, attacks and measures alike."""
 
-from functools import partial
+import math
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -53,10 +53,19 @@ def cross_entropy(log_probabilities: Float[Tensor, "counted d_vocab"], batch: To
 def kl(
     reference: Float[Tensor, "counted d_vocab"], log_probabilities: Float[Tensor, "counted d_vocab"]
 ) -> Float[Tensor, " counted"]:
-    """KL(reference || model) at each position, in nats; a few positions at a time, as what is summed up is as large as both."""
+    """KL(reference || model) at each position, in nats; a few positions at a time, as what is summed up is as large as both.
+
+    A token that the reference rules out counts nothing, whatever the model says of it.
+    """
     parts = zip(*(each.split(rows_at_once(each)) for each in (log_probabilities, reference)), strict=True)
-    divergence = partial(torch.nn.functional.kl_div, reduction="none", log_target=True)
-    return torch.cat([divergence(ours, theirs).sum(-1) for ours, theirs in parts])
+    return torch.cat([_kl(ours, theirs) for ours, theirs in parts])
+
+
+def _kl(ours: Float[Tensor, "counted d_vocab"], theirs: Float[Tensor, "counted d_vocab"]) -> Float[Tensor, " counted"]:
+    ruled_out = theirs == -math.inf
+    if bool(ruled_out.any()):  # 0 * (-inf - -inf) would be NaN, and so would its gradient
+        ours, theirs = (each.masked_fill(ruled_out, 0.0) for each in (ours, theirs))
+    return torch.nn.functional.kl_div(ours, theirs, reduction="none", log_target=True).sum(-1)
 
 
 def rows_at_once(numbers: Float[Tensor, "rows columns"]) -> int:

@@ -26,14 +26,15 @@ class Trainable:
     model_tensors: tuple[torch.nn.Parameter, ...] = ()
 
     def collect(self) -> None:
-        """The gradients of the model's tensors, added up, become the master's; they themselves are cleared."""
+        """The gradients of the model's tensors are added to the master's; they themselves are cleared."""
         gradients = [
             tensor.grad if number == 0 else tensor.grad.T
             for number, tensor in enumerate(self.model_tensors)
             if tensor.grad is not None
         ]
         if gradients:
-            self.master.grad = torch.stack([gradient.float() for gradient in gradients]).sum(0)
+            found = torch.stack([gradient.float() for gradient in gradients]).sum(0)
+            self.master.grad = found if self.master.grad is None else self.master.grad + found
         for tensor in self.model_tensors:
             tensor.grad = None
 

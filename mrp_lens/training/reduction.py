@@ -49,8 +49,6 @@ def reduced(accumulate: Callable[[], dict[str, float]], state: TrainingState) ->
         row = accumulate()
     except Exception as raised:
         error = raised
-    if isinstance(state.optimizer, MasterAdamW):
-        state.optimizer.collect()
     tensors = state.tensors
     moved = [tensor.grad is not None for tensor in tensors]
     found = gathered(_Share(row, portable(error), moved, _digest(state.generator), state.interruption.signal))

@@ -16,11 +16,12 @@ import pytest
 import torch
 
 from mrp_lens.cli import unlearn as module
+from mrp_lens.cli.unlearn import has_target
 from mrp_lens.data import Corpus
 from mrp_lens.edits import load_edit
 from mrp_lens.edits.provenance import fingerprint
 from mrp_lens.export.measurements import Measurements, check_record
-from mrp_lens.methods import METHODS, MRP, RMU, AdaptiveRMU, Fit, control_accuracy
+from mrp_lens.methods import METHODS, MRP, NPO, RMU, AdaptiveRMU, Fit, control_accuracy
 from mrp_lens.models import load_model
 from mrp_lens.training import loop
 from mrp_lens.training.loop import NonFiniteLossError
@@ -86,6 +87,8 @@ def test_a_reference_is_refused_where_there_is_no_target(tiny_folder: Path, file
     result = invoke("unlearn", "--method", "direction-ablation", *words, "--reference", str(tiny_folder))
     assert isinstance(result.exception, ValueError)
     assert "--reference gives a fit its target, and direction-ablation has none" in str(result.exception)
+    assert not has_target(NPO())
+    assert has_target(NPO(budget=0.05))
     assert not (files / "out").exists()
 
 

@@ -21,6 +21,7 @@ from mrp_lens.methods import (
     RMU,
     UNDIAL,
     AdaptiveRMU,
+    Coverage,
     DirectionAblation,
     GradientDifference,
     IdkPreference,
@@ -241,7 +242,15 @@ def test_an_empty_corpus_is_refused(method: Any, model: LensModel, texts: Texts,
         (IdkPreference(beta=0.0), "beta must be above 0, got 0.0"),
         (IdkPreference(unit="word"), "unknown unit 'word'; choose one of token, document"),
         (UNDIAL(strength=0.0), "strength must be above 0, got 0.0"),
-        (UNDIAL(retain_weight=-1.0), "retain_weight must be at least 0, got -1.0"),
+        (UNDIAL(retain_weight=-1.0), "retain_weight must be at least 0 and finite, got -1.0"),
+        (UNDIAL(retain_weight=float("inf")), "retain_weight must be at least 0 and finite, got inf"),
+        (NPO(target=0.3), "target 0.3 needs a budget"),
+        (MRP(coverage=Coverage(repeats=-1)), "repeats must be at least 0, got -1"),
+        (MRP(retain_energy=90.0), "retain_energy is a share, above 0 and at most 1; got 90.0"),
+        (MRP(gate_weight=float("inf")), "gate_weight must be at least 0 and finite, got inf"),
+        (MRP(forget_loss="ascent", forget_bound=3.0), "forget_loss='ascent' has no bound, got forget_bound=3.0"),
+        (UnconditionalMRP(gate_directions=4), "without a gate there is nothing that gate_directions=4 could be of"),
+        (MRP(coverage=False), "coverage must be a Coverage, or None to read the corpora alone, got False"),  # type: ignore[arg-type]
         (RMU(micro_batch=0), "micro_batch must be above 0"),
         (GradientDifference(retain_weight=-1.0), "retain_weight must be at least 0"),
         (NoisyRMU(retain_noise=-0.1), "retain_noise is a share"),
@@ -254,7 +263,9 @@ def test_an_empty_corpus_is_refused(method: Any, model: LensModel, texts: Texts,
 def test_settings_that_cannot_be_meant_are_refused_by_name(
     method: Any, message: str, model: LensModel, texts: Texts, untouched: None
 ) -> None:
-    with pytest.raises(TypeError if "number, got" in message else ValueError, match=message):
+    with pytest.raises(
+        TypeError if "number, got" in message or "must be a Coverage" in message else ValueError, match=message
+    ):
         method.fit(model, *texts, **FIT)
 
 

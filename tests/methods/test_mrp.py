@@ -161,6 +161,9 @@ def test_layers_take_turns_in_the_passes_over_forget_texts(
         float(first.log["forget"].iloc[0]), rel=1e-3
     )
     assert {hooks for _, hooks in seen} == {()}
+    seen.clear()
+    fit(layer_dropout=0.1)  # of a share below a layer
+    assert [len(hooks) for _, hooks in seen] == [1] * 6
     with pytest.raises(ValueError, match="layer_dropout is a share of the layers"):
         fit(layer_dropout=1.0)
 

@@ -35,7 +35,7 @@ def check(model: Any, frame: pd.DataFrame, tolerance: float) -> None:
     assert list(zip(frame["group"], frame["layer"], strict=True)) == [
         (group, layer) for group in TEXTS for layer in range(LAYERS)
     ]
-    null = random_units(1000, D_MODEL, "uniform", torch.Generator().manual_seed(0))
+    null = random_units(1000, D_MODEL, "gaussian", torch.Generator().manual_seed(0))
     for row in frame.to_dict("records"):
         documents = [plain_states(model, d.completion, row["layer"]) for d in TEXTS[row["group"]].documents]
         states = torch.cat(documents)

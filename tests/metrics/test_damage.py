@@ -7,8 +7,8 @@ import torch
 
 from mrp_lens import metrics
 from mrp_lens.data import Corpus
-from mrp_lens.metrics.damage import _divergence
 from mrp_lens.models import LensModel
+from mrp_lens.training.losses import kl
 from tests.support.edits import all_kinds, projection, weight_edit
 from tests.support.plain import ids_of, plain_logits
 
@@ -53,9 +53,9 @@ def test_an_edit_that_changes_nothing_does_no_damage(model: LensModel, untouched
 
 def test_what_is_ruled_out_before_counts_nothing_and_what_is_ruled_out_after_is_infinite() -> None:
     before = torch.tensor([[0.5, 0.5, 0.0]]).log()
-    assert float(_divergence(before, torch.tensor([[0.25, 0.25, 0.5]]).log())) == pytest.approx(np.log(2))
-    assert float(_divergence(before, before)) == 0.0
-    assert float(_divergence(before, torch.tensor([[1.0, 0.0, 0.0]]).log())) == np.inf
+    assert float(kl(before, torch.tensor([[0.25, 0.25, 0.5]]).log())) == pytest.approx(np.log(2))
+    assert float(kl(before, before)) == 0.0
+    assert float(kl(before, torch.tensor([[1.0, 0.0, 0.0]]).log())) == np.inf
 
 
 def test_an_infinite_damage_and_empty_texts_are_refused(

@@ -20,6 +20,7 @@ from mrp_lens.methods import budget as budget_module
 from mrp_lens.methods.mrp import distillation as distillation_module
 from mrp_lens.training import Callback
 from mrp_lens.training.checkpoints import IDENTITY_FILE, STATE_FILE, Checkpoint
+from mrp_lens.training.optim import update_size
 from tests.support.kills import Killed, kill_at_save
 from tests.support.switches import default_dtype
 
@@ -229,6 +230,18 @@ def test_another_fit_is_refused_before_it_starts_and_says_what_differs(
     with pytest.raises(ValueError, match=r"another fit \(other .*data\)"):
         fitter.fit(model, Corpus(texts[0].documents[1:], "forget"), texts[1], progress=False, checkpoint=tmp_path)
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_fit_goes_on_where_what_it_measures_of_the_model_has_other_digits(
+    model: Any, texts: tuple[Corpus, Corpus], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fitter = RMU(layer=2, steps=2, batch_size=3)
+    whole = fitter.fit(model, *texts, progress=False, checkpoint=tmp_path)
+    measured = update_size
+    monkeypatch.setattr(
+        "mrp_lens.methods.rmu.update_size", lambda matrices: measured(matrices) * (1 + 1e-7)
+    )  # of another processor
+    assert fitter.fit(model, *texts, progress=False, checkpoint=tmp_path).log.equals(whole.log)
 
 
 def test_a_model_with_other_weights_and_the_same_embedding_is_another_fit(

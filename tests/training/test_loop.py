@@ -70,7 +70,6 @@ def test_micro_batches_add_up_to_the_same_step() -> None:
 
 
 def test_gradients_of_half_precision_are_clipped_too() -> None:
-    """The masters have none before the optimizer's step but what the loop collects."""
     moved = []
     for most in (None, 1e-3):
         parameter = torch.nn.Parameter(torch.zeros(2, dtype=torch.bfloat16))
@@ -89,6 +88,23 @@ def test_gradients_of_half_precision_are_clipped_too() -> None:
         moved.append(norms)
     assert min(moved[0]) > 1.0
     assert moved[1] == pytest.approx([1e-3] * len(moved[0]), rel=1e-2)
+
+
+def test_parts_of_half_precision_add_up_in_float32() -> None:
+    parameter = torch.nn.Parameter(torch.zeros(2, dtype=torch.bfloat16))
+    master = Trainable(torch.zeros(2), (parameter,))
+    optimizer = MasterAdamW([master], lr=0.1)
+    found: list[float] = []
+    optimizer.register_step_post_hook(lambda *_: found.append(float(master.master.grad[0])))  # type: ignore[index]
+    factors = [256.0, *[1.0] * 40]
+    train(
+        lambda step: ({"loss": factor * parameter.sum()} for factor in factors),
+        optimizer,
+        steps=1,
+        description="test",
+        progress=False,
+    )
+    assert found == [296.0]  # in bfloat16 256 + 1 is 256
 
 
 def test_a_non_finite_loss_stops_before_it_spoils_the_tensors() -> None:

@@ -89,7 +89,8 @@ class Alternatives:
         nats; and the openness."""
         own = targets(batch)[:, None]
         others = reference.scatter(-1, own, -torch.inf).softmax(-1)
-        odds = log_probabilities.gather(-1, own)[:, 0] - (others * log_probabilities).sum(-1)
+        known = log_probabilities.masked_fill(others == 0.0, 0.0)  # of a token that is ruled out, 0 * -inf would be NaN
+        odds = log_probabilities.gather(-1, own)[:, 0] - (others * known).sum(-1)
         return odds, self.openness[self._rows(batch)]
 
     def _rows(self, batch: TokenBatch) -> Int[Tensor, " counted"]:

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mrp_lens.data import Corpus
-from mrp_lens.data.tokenization import Batches, Encoded, Encoder, TokenBatch, in_order, parts_of
+from mrp_lens.data.tokenization import Batches, Encoded, Encoder, in_order, parts_of
 from mrp_lens.edits import ProjectionEdit, WeightEdit, edit_on
 from mrp_lens.methods.base import FitContext
 from mrp_lens.models import (
@@ -25,7 +25,7 @@ from mrp_lens.models import (
     weights_by_name,
 )
 from mrp_lens.models.generation import drawn_seed, start_token, written_texts
-from mrp_lens.models.hooks import captured, hook_name
+from mrp_lens.models.hooks import captured, hook_name, read_states
 from mrp_lens.training.loop import TrainingRun
 from mrp_lens.training.losses import kl, predictions
 from mrp_lens.training.optim import MasterAdamW, Trainable, warmup_cosine
@@ -148,14 +148,15 @@ class Distillation(PlainSettings):
             def losses(step: int) -> Iterator[dict[str, Tensor]]:
                 """KL(unedited || student), and the error of the states behind the reset layers."""
                 batch = encoder.collate(next(batches))
+                with student.away():  # of all of the batch, whatever parts it is read in and whichever process has them
+                    spread = squared_distances(read_states(model, batch, [hook])[hook])
                 for part in parts_of(batch, micro_batch, d_vocab=int(model.cfg.d_vocab)):
                     with student.away(), torch.no_grad(), captured(model, [hook]) as store:
                         wanted = predictions(model, part)
                         states = store[hook]
                     with edit_on(model, projection if step % 2 else None), captured(model, [hook]) as store:
                         divergence = kl(wanted, predictions(model, part)).sum() / batch.loss_mask[:, 1:].sum()
-                        share = part.content_mask.sum() / batch.content_mask.sum()
-                        error = unexplained(store[hook], states, part) * share
+                        error = (store[hook] - states)[part.content_mask].float().square().sum() / spread
                     yield {
                         "loss": divergence + self.match_weight * error,
                         "divergence": divergence,
@@ -231,12 +232,10 @@ class Distillation(PlainSettings):
         return agreed
 
 
-def unexplained(
-    states: Float[Tensor, "batch seq d_model"], wanted: Float[Tensor, "batch seq d_model"], batch: TokenBatch
-) -> Float[Tensor, ""]:
-    """Squared error of content tokens' states as a share of the variance of those wanted."""
-    error, target = (values[batch.content_mask].float() for values in (states - wanted, wanted))
-    return error.square().sum() / (target - target.mean(0)).square().sum()
+def squared_distances(states: Float[Tensor, "tokens d_model"]) -> Float[Tensor, ""]:
+    """Of states from their mean, summed: what an error of theirs is a share of."""
+    wide = states.float()
+    return (wide - wide.mean(0)).square().sum()
 
 
 class _Student:

@@ -31,6 +31,7 @@ from mrp_lens.models.hooks import Site, hook_name, hooked, layer_of
 from mrp_lens.models.kept_states import KeptStates
 from mrp_lens.training.losses import cross_entropy, kl, predictions
 from mrp_lens.training.optim import linear_decay
+from mrp_lens.utils.processes import count
 from mrp_lens.utils.torch_state import ordinary_torch
 from mrp_lens.utils.validation import or_default
 
@@ -158,8 +159,18 @@ class MRP(FitTemplate[MRPSettings]):
             above_0=("lr", "retain_weight", "forget_bound", "retain_energy"),
             counts=("rank", "steps", "batch_size", "retain_length", "micro_batch", "gate_directions"),
         )
-        if not self.gate_weight >= 0.0:
-            raise ValueError(f"gate_weight must be at least 0, got {self.gate_weight}")
+        if not 0.0 <= self.gate_weight < math.inf:
+            raise ValueError(f"gate_weight must be at least 0 and finite, got {self.gate_weight}")
+        if self.retain_energy > 1.0:
+            raise ValueError(f"retain_energy is a share, above 0 and at most 1; got {self.retain_energy}")
+        if self.forget_loss == "ascent" and self.forget_bound is not None:
+            raise ValueError(
+                f"forget_loss='ascent' has no bound, got forget_bound={self.forget_bound}; leave it out, or choose 'bounded'"
+            )
+        if not self.conditional and self.gate_directions > 1:
+            raise ValueError(
+                f"without a gate there is nothing that gate_directions={self.gate_directions} could be of; leave it out"
+            )
         if not 0.0 <= self.layer_dropout < 1.0:
             raise ValueError(f"layer_dropout is a share of the layers, from 0 to below 1; got {self.layer_dropout}")
         rank, width = self._rank(model), int(model.cfg.d_model)
@@ -209,6 +220,8 @@ class MRP(FitTemplate[MRPSettings]):
                     micro_batch=self.micro_batch,
                 )
         except KeyboardInterrupt:
+            if count() > 1:  # the others wait for this process: it has to end
+                raise
             return replace(fit, interrupted=True)
         if taught.interrupted:  # matrices taught halfway are still mostly noise
             return replace(fit, interrupted=True)
@@ -334,9 +347,9 @@ class _Losses:
     def _left_out(self) -> list[str]:
         """The hooks that do without their rows in this step's pass over forget texts."""
         hooks = list(self.learned.rows)
-        count = int(self.method.layer_dropout * len(hooks))
-        if not count:
+        if not self.method.layer_dropout or len(hooks) < 2:
             return []
+        count = min(len(hooks) - 1, max(1, int(self.method.layer_dropout * len(hooks))))
         return [hooks[place] for place in torch.randperm(len(hooks), generator=self.context.generator)[:count].tolist()]
 
     def _losing(self, batch: TokenBatch, left_out: Sequence[str]) -> Iterator[dict[str, Tensor]]:

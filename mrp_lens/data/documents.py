@@ -1,5 +1,6 @@
 """Documents to learn from: reading them from files, folders, the Hub, rows or strings."""
 
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,8 +11,8 @@ from jinja2 import TemplateError
 
 from mrp_lens.data.question_rows import question_columns, read_questions
 from mrp_lens.data.rows import Row, all_of, check_text, digest, evenly, fill, shown, text
-from mrp_lens.data.schemas import KNOWN, DocumentColumns, Schema, schema_named
-from mrp_lens.data.sources import file_rows, hub_name, hub_rows, rows_in
+from mrp_lens.data.schemas import KNOWN, DocumentColumns, Schema, check_names_column, schema_named
+from mrp_lens.data.sources import file_rows, hub_name, hub_rows, named_in_errors, rows_in
 
 REMEDY = (
     ". Say which column holds the text with field=..., or make it of several with the templates prompt=... and completion=..., such as "
@@ -138,12 +139,20 @@ class Corpus:
             asked = read_questions(rows_in(rows, name), question_columns(known, prompt=prompt), known, name)
             return cls(tuple(Document(q.prompt, q.choices[q.answer]) for q in asked), name)
         columns = _document_columns(field, prompt, completion, known)
-        documents = []
+        documents, blank = [], 0
         for number, row in enumerate(rows_in(rows, name)):
             if known is None or known.keeps_row(row):
                 document = _document(row, number, columns, name)
-                if known is None or known.keeps_text(document.completion):
+                if known is not None and not known.keeps_text(document.completion):
+                    continue
+                if document.completion.strip():
                     documents.append(document)
+                else:
+                    blank += 1
+        if blank:
+            warnings.warn(
+                f"{name}: left out {blank} of {blank + len(documents)} rows, which have no text", stacklevel=2
+            )
         return cls(tuple(documents), name)
 
     @classmethod
@@ -169,7 +178,8 @@ class Corpus:
                 `from_rows`.
         """
         rows, name = file_rows(path, split), Path(path).stem
-        return cls.from_rows(rows, field=field, prompt=prompt, completion=completion, schema=schema, name=name)
+        with named_in_errors(path):
+            return cls.from_rows(rows, field=field, prompt=prompt, completion=completion, schema=schema, name=name)
 
     @classmethod
     def from_hub(
@@ -245,6 +255,8 @@ def _document_columns(
     usual = known.documents if known is not None and known.documents is not None else DocumentColumns()
     if prompt is None and completion is None and usual.prompt is None:
         return DocumentColumns(usual.field or "text")
+    if completion is not None:
+        check_names_column(completion, "the completion")
     merged = DocumentColumns(
         prompt=usual.prompt if prompt is None else prompt,
         completion=usual.completion if completion is None else completion,

@@ -10,11 +10,15 @@ from typing import Any
 import numpy as np
 
 from mrp_lens.data.rows import Row, Untyped, check_text, column, fill, label, missing, shown, words
-from mrp_lens.data.schemas import QuestionColumns, Schema
+from mrp_lens.data.schemas import QuestionColumns, Schema, check_names_column
 
-REMEDY = ". A question's columns are named by question_prompt=..., choices=..., answer=... and entity=..."
+REMEDY = (
+    ". A question's columns are named by question_prompt=... (of Questions.from_file and its like that is `prompt`), choices=..., "
+    "answer=... and entity=..."
+)
 MOST_CHOICES = 10
 MOST_DIGITS = 4  # of an index; Python refuses to read thousands
+FEW = 20  # answers below which it says nothing that none is the first
 LETTER = re.compile(r"\(([A-Za-z])\)|([A-Za-z])[.)]?")
 
 
@@ -58,6 +62,8 @@ def question_columns(known: Schema | None, **given: Any) -> list[QuestionColumns
         raise ValueError(
             f"{known.path} holds texts, no questions; read it as a Corpus, or name its columns with prompt=, choices= and answer="
         )
+    if given.get("prompt") is not None:
+        check_names_column(given["prompt"], "the prompt of a question")
     overrides: dict[str, Any] = {option: value for option, value in given.items() if value is not None}
     return [replace(kind, **overrides) for kind in (known.questions if known else ()) or (QuestionColumns(),)]
 
@@ -70,25 +76,74 @@ def read_questions(
     Of a known data set rows in which several choices equal the right one are left out, with a warning.
 
     Raises:
-        ValueError: as `Questions.from_rows`.
+        ValueError: as `Questions.from_rows`; or every answer is a letter, and one of them may be that of a place or a choice.
+
+    Warns:
+        UserWarning: the same is asked twice with different answers, or no answer is the index 0.
     """
-    columns, count, ambiguous = None, 0, 0
+    columns, count, ambiguous, answers = None, 0, 0, _Answers(name)
     for number, row in enumerate(rows):
         columns = columns or next((kind for kind in kinds if kind.needed <= row.keys()), kinds[0])
         if known is not None and not known.keeps_row(row):
             continue
         count += 1
         try:
-            yield _question(row, number, columns, name)
+            question = _question(row, number, columns, name)
         except AmbiguousAnswerError:
             if known is None:
                 raise
             ambiguous += 1
+            continue
+        answers.read(row[columns.answer], question, number)
+        yield question
+    answers.check()
     if ambiguous:
         warnings.warn(
             f"{name}: left out {ambiguous} of {count} questions in which several choices equal the right answer",
             stacklevel=3,
         )
+
+
+class _Answers:
+    """What only the answers of all rows tell: whether letters are places, and numbers count from 0."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.letters = True
+        self.either = ""
+        self.indices: list[int] = []
+        self.right: dict[tuple[str, tuple[str, ...]], set[str]] = {}
+
+    def read(self, given: Any, question: Question, number: int) -> None:
+        """The answer of a row as it is given there."""
+        texts = [choice.strip() for choice in question.choices]
+        letter = LETTER.fullmatch(given.strip()) if isinstance(given, str) else None
+        self.letters &= letter is not None
+        if letter is not None and given.strip() in texts and question.answer != _place_of(letter) < len(texts):
+            self.either = (
+                self.either
+                or f"{self.name}, row {number}: the answer {given!r} may be a letter or one of the choices {shown(texts)}"
+            )
+        index = _number(given.strip()) if isinstance(given, str) else given
+        if isinstance(index, Integral) and str(given).strip() not in texts:
+            self.indices.append(int(index))
+        self.right.setdefault((question.prompt, tuple(sorted(texts))), set()).add(texts[question.answer])
+
+    def check(self) -> None:
+        """Refuse letters that may be either, and warn of what is odd."""
+        if self.either and self.letters:
+            raise ValueError(f"{self.either}; give the answers as indices, from 0")
+        if len(self.indices) >= FEW and min(self.indices) > 0:
+            warnings.warn(
+                f"{self.name}: none of {len(self.indices)} answers is 0, the first choice: take 1 off each if yours count from 1",
+                stacklevel=4,
+            )
+        if contradicting := sum(len(right) > 1 for right in self.right.values()):
+            warnings.warn(
+                f"{self.name}: {contradicting} questions are asked again, with the same choices and another right answer; no model can be right in "
+                "both: keep one of them",
+                stacklevel=4,
+            )
 
 
 def _question(row: Row, number: int, columns: QuestionColumns, name: str) -> Question:
@@ -97,6 +152,8 @@ def _question(row: Row, number: int, columns: QuestionColumns, name: str) -> Que
     index = right_choice(given, choices, number, name, typed=not isinstance(row, Untyped))
     options = [str(choice) for choice in choices]
     prompt = fill(columns.prompt, row, number, name, remedy=REMEDY)
+    if not prompt.strip():
+        raise ValueError(f"{name}, row {number}: the question has no text; leave the row out or fill it in")
     joined = prompt[-1:].isspace()  # a second space would ask in a form that no model knows
     spaced = tuple(option if joined or option[:1].isspace() else f" {option}" for option in options)
     group, entity = (
@@ -192,8 +249,12 @@ def _place(given: Any, choices: Sequence[Any], texts: Sequence[str]) -> int | No
     if answer in texts:
         return texts.index(answer)
     if letter := LETTER.fullmatch(answer):
-        return ord((letter[1] or letter[2]).upper()) - ord("A")
+        return _place_of(letter)
     return _number(answer)
+
+
+def _place_of(letter: re.Match[str]) -> int:
+    return ord((letter[1] or letter[2]).upper()) - ord("A")
 
 
 def _number(answer: str) -> int | None:

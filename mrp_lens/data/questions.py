@@ -12,7 +12,7 @@ from mrp_lens.data.documents import Corpus, Document, in_chat
 from mrp_lens.data.question_rows import Question, question_columns, read_questions
 from mrp_lens.data.rows import Row, all_of, digest, evenly
 from mrp_lens.data.schemas import KNOWN, Schema, schema_named
-from mrp_lens.data.sources import file_rows, hub_name, hub_rows, rows_in
+from mrp_lens.data.sources import file_rows, hub_name, hub_rows, named_in_errors, rows_in
 
 Half = Literal["question", "entity"]
 
@@ -85,9 +85,17 @@ class Questions:
     ) -> "Questions":
         """Read what `Corpus.from_file` reads; the other arguments as `from_rows`."""
         rows, name = file_rows(path, split), Path(path).stem
-        return cls.from_rows(
-            rows, prompt=prompt, choices=choices, answer=answer, group=group, entity=entity, schema=schema, name=name
-        )
+        with named_in_errors(path):
+            return cls.from_rows(
+                rows,
+                prompt=prompt,
+                choices=choices,
+                answer=answer,
+                group=group,
+                entity=entity,
+                schema=schema,
+                name=name,
+            )
 
     @classmethod
     def from_hub(

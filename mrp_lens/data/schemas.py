@@ -141,6 +141,18 @@ def schema_named(schema: str | Schema | None) -> Schema | None:
     return KNOWN[schema]
 
 
+def check_names_column(template: str, what: str) -> None:
+    """Refuse a template that gives every row the same text.
+
+    Raises:
+        ValueError: it names no column, or as `template_fields`.
+    """
+    if not template_fields(template):
+        raise ValueError(
+            f"{what} {template!r} names no column, so that all rows would say the same; braces name one, as in {{answer}}"
+        )
+
+
 def template_fields(template: str) -> list[str]:
     """The columns that a template names. What stands in braces is a name and nothing else: no attribute is looked up.
 

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,17 @@ def hub_rows(path: str, config: str | None, split: str, schema: Schema | None) -
     as_text = Features({name: Value("string") for name in rows.features})
     rows = load_dataset(source, config, split=split, features=as_text, keep_default_na=False, na_values=[""])
     return map(Untyped, dataset_rows(rows))
+
+
+@contextmanager
+def named_in_errors(path: str | Path) -> Iterator[None]:
+    """Inside, an error about a row of a file says which file, of those that have the same name."""
+    try:
+        yield
+    except ValueError as error:
+        if not str(error).startswith(f"{Path(path).stem}, row "):
+            raise
+        raise type(error)(f"{error} (in {path}; rows count from 0)") from error
 
 
 def hub_name(path: str, config: str | None) -> str:

@@ -321,7 +321,7 @@ class TaskConfig:
         """
         if not self.names_data or self.retain is None:
             raise ValueError("no data are named: give forget=... and retain=... (and questions=...)")
-        forget = tuple(self.corpus(source, self.forget_schema) for source in self.forget)
+        forget = told_apart([self.corpus(source, self.forget_schema) for source in self.forget], self.forget)
         kept, held_out = split_tenth(self.corpus(self.retain, self.retain_schema, field=self.retain_field))
         asked, untaught = (
             self.quiz(source, entity=self.entity) for source in (self.questions, self.untaught_questions)
@@ -341,7 +341,9 @@ class TaskConfig:
         """Read one quiz, if there is one; `entity`: the column that says whom a question is about."""
         if source is None:
             return None
-        choices = self.choices.split(",") if isinstance(self.choices, str) and "," in self.choices else self.choices
+        choices: str | Sequence[str] | None = self.choices
+        if isinstance(choices, str) and "," in choices:
+            choices = [column.strip() for column in choices.split(",")]
         return _read(
             Questions,
             source,
@@ -351,6 +353,28 @@ class TaskConfig:
             entity=entity,
             schema=self.questions_schema,
         )
+
+
+def told_apart(corpora: Sequence[Corpus], sources: Sequence[str]) -> tuple[Corpus, ...]:
+    """The corpora, those from files of one name with their folders' names before it: `bio/train.jsonl` and `cyber/train.jsonl`.
+
+    Raises:
+        ValueError: two have the same name all the same.
+    """
+    files = [corpus.name for corpus, source in zip(corpora, sources, strict=True) if not source.startswith(HUB)]
+    named = []
+    for corpus, source in zip(corpora, sources, strict=True):
+        shared = files.count(corpus.name) > 1 and not source.startswith(HUB)
+        named.append(
+            replace(corpus, name=f"{Path(source).parent.name}-{corpus.name}".lstrip("-")) if shared else corpus
+        )
+    names = [new.name for old, new in zip(corpora, named, strict=True) if new is not old]
+    if len(set(names)) < len(names):
+        raise ValueError(
+            f"some of {', '.join(sources)} would have one name, {max(names, key=names.count)!r}; rename a file or its folder, or leave out "
+            "what is given twice"
+        )
+    return tuple(named)
 
 
 def _read(kind: type[Data], source: str, **columns: Any) -> Data:

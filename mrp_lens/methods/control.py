@@ -104,8 +104,9 @@ class ControlQuestions:
 
     @property
     def asks(self) -> bool:
-        """Whether there is a question: not where the set has too few different endings."""
-        return self.choices > 1 and bool(self.rows[0])
+        """Whether they tell anything: not where the set has too few different endings, or makes so few questions that all of them may
+        be right by chance."""
+        return self.choices > 1 and bool(self.rows[0]) and self.target < 1.0
 
     @property
     def chance(self) -> float:

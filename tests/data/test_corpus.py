@@ -146,7 +146,7 @@ TEN = [f"text {i}" for i in range(10)]
         (["white", "black", "red"], " (A) ", 0),
         (["white", "black", "red"], "2", 2),
         (TEN, "J", 9),
-        (["B", "C", "A"], "A", 2),  # the text of a choice, before the letter
+        (["A", "B", "C"], "B", 1),  # letter and text agree
         (["2", "1", "0"], "2", 0),  # the text of a choice, before the index
         (["2", "1", "3"], 2, 2),  # an int is an index where the choices are texts
         ([30, 20, 10], 20, 1),  # beyond every index
@@ -181,6 +181,41 @@ TWO = ["a thing", "another"]
 def test_an_answer_that_is_none_or_several_is_refused(choices: Any, answer: Any, message: str) -> None:
     with pytest.raises(ValueError, match=f"row 1: {message}"):
         Questions.from_rows([ROWS[0], {"question": "?", "choices": choices, "answer": answer}])
+
+
+def test_a_letter_among_letters_is_a_text_where_other_answers_are_texts() -> None:
+    rows = [
+        {"question": "Symbol of carbon?", "choices": ["N", "C", "B"], "answer": "C"},
+        {"question": "Symbol of gold?", "choices": ["Au", "Ag"], "answer": "Au"},
+    ]
+    assert [q.answer for q in Questions.from_rows(rows).questions] == [1, 0]
+    with pytest.raises(ValueError, match=r"row 0: the answer 'C' may be a letter or one of the choices .* as indices"):
+        Questions.from_rows([rows[0], {**rows[1], "answer": "A"}])
+
+
+def test_answers_that_count_from_1_and_contradict_each_other_are_told(recwarn: pytest.WarningsRecorder) -> None:
+    rows = [{"question": f"What is {n}?", "choices": ["a", "b", "c", "d"], "answer": n % 4} for n in range(24)]
+    Questions.from_rows(rows)
+    assert not recwarn
+    with pytest.warns(UserWarning, match="none of 24 answers is 0, the first choice: take 1 off each"):
+        Questions.from_rows([{**row, "answer": 1 + n % 3} for n, row in enumerate(rows)])
+    with pytest.warns(UserWarning, match="1 questions are asked again, with the same choices and another right answer"):
+        Questions.from_rows([*rows, {**rows[1], "choices": ["d", "c", "b", "a"]}])
+
+
+def test_rows_without_text_are_left_out_and_templates_name_columns(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="rows: left out 2 of 3 rows, which have no text"):
+        corpus = Corpus.from_rows([{"text": "a"}, {"text": ""}, {"text": " \n"}])
+    assert corpus.documents == (Document("", "a"),)
+    with pytest.raises(ValueError, match="row 0: the question has no text"):
+        Questions.from_rows([{"question": " ", "choices": ["a", "b"], "answer": 0}])
+    with pytest.raises(ValueError, match=r"the prompt of a question 'Question:' names no column"):
+        Questions.from_rows(ROWS, prompt="Question:")
+    with pytest.raises(ValueError, match=r"the completion ' A' names no column"):
+        Corpus.from_rows(ROWS, prompt="Q:", completion=" A")
+    (tmp_path / "data.jsonl").write_text('{"x": "no text"}\n')
+    with pytest.raises(ValueError, match=r"data, row 0: no field 'text'.*\(in .*data.jsonl; rows count from 0\)"):
+        Corpus.from_file(tmp_path / "data.jsonl")
 
 
 def test_wrong_choices_may_be_equal() -> None:

@@ -61,6 +61,25 @@ def test_a_task_is_read_from_files(files: Path) -> None:
     assert task.retain_questions is None
 
 
+def test_files_of_one_name_are_told_apart_by_their_folders(tmp_path: Path) -> None:
+    for folder in ("bio", "cyber"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "train.txt").write_text(f"All about {folder}.\n")
+    (tmp_path / "retain.txt").write_text("Rain is wet.\nSnow is cold.\n")
+    two = [tmp_path / "bio" / "train.txt", tmp_path / "cyber" / "train.txt"]
+    task = UnlearningTask.from_files(two, tmp_path / "retain.txt")
+    assert [corpus.name for corpus in task.forget] == ["bio-train", "cyber-train"]
+    with pytest.raises(ValueError, match=r"would have one name, 'bio-train'; rename a file"):
+        UnlearningTask.from_files([two[0], two[0]], tmp_path / "retain.txt")
+
+
+def test_columns_of_choices_may_be_typed_with_blanks(tmp_path: Path) -> None:
+    (tmp_path / "quiz.csv").write_text("question,a,b,answer\nSnow is?,white,black,A\n")
+    quiz = TaskConfig(choices="a, b").quiz(str(tmp_path / "quiz.csv"))
+    assert quiz is not None
+    assert quiz.questions[0].choices == (" white", " black")
+
+
 def test_a_quiz_in_another_form_than_the_forget_set_is_warned_of(files: Path, caplog: pytest.LogCaptureFixture) -> None:
     forget, retain, quiz = (str(files / name) for name in ("forget.jsonl", "retain.txt", "quiz.jsonl"))
     form: Any = {"prompt": "Question: {q}\nAnswer:", "completion": " {y}", "retain_field": "text"}

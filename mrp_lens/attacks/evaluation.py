@@ -19,6 +19,7 @@ from mrp_lens.training.losses import predictions, targets
 
 FEW = 20
 """Below so many held-out questions an interval tells next to nothing."""
+BATCH = 128
 ASKED_OF_T = 100
 """Of T, at most so many are asked to see whether it was learned."""
 
@@ -193,7 +194,7 @@ class Evaluator:
         }
 
 
-def _share_learned(model: LensModel, taught: Questions | Corpus, *, batch_size: int = 128) -> float:
+def _share_learned(model: LensModel, taught: Questions | Corpus) -> float:
     """The share of T that the model gives back: of questions those answered right, of texts the counted tokens that it
     would say next."""
     if isinstance(taught, Questions):
@@ -201,7 +202,7 @@ def _share_learned(model: LensModel, taught: Questions | Corpus, *, batch_size: 
     encoder = encoder_for(model)
     right, total = 0, 0
     with frozen(model), torch.no_grad():
-        for _, batch in in_order(encoder, encoder.encode(taught.documents), batch_size, logits=True):
+        for _, batch in in_order(encoder, encoder.encode(taught.documents), BATCH, logits=True):
             said = predictions(model, batch).argmax(-1)
             right += int((said == targets(batch)).sum())
             total += len(said)

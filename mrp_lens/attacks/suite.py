@@ -1,9 +1,7 @@
 """Every attack on one edit, result by result, in a folder that can be resumed."""
 
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 
@@ -61,36 +59,6 @@ class SuiteConfig(PlainSettings):
             raise ValueError(f"several budgets of one attack: {', '.join(names)}; give one each")
         check_positive(questions=self.questions)
         generator_for(self.seed)
-
-    @classmethod
-    def flat(
-        cls,
-        attacks: Iterable[str] | None = None,
-        *,
-        split: Half | None = None,
-        questions: int | None = None,
-        seed: int = 0,
-        **budgets: Any,
-    ) -> "SuiteConfig":
-        """The configuration from the fields of all attacks side by side, as the command line has them.
-
-        Args:
-            attacks, split, questions, seed: see above.
-            **budgets: such as steps=20, search_steps=10.
-
-        Raises:
-            TypeError: a budget that no attack has.
-        """
-        known = {field.name: kind for kind in ATTACKS.values() for field in fields(kind)}
-        unknown = [name for name in budgets if name not in known]
-        if unknown:
-            raise TypeError(f"no attack has a budget {unknown[0]!r}; choose of {', '.join(known)}")
-        given: dict[type[Attack], dict[str, Any]] = {}
-        for name, value in budgets.items():
-            given.setdefault(known[name], {})[name] = value
-        chosen = None if attacks is None else tuple(attacks)
-        spent = tuple(kind(**values) for kind, values in given.items())
-        return cls(attacks=chosen, budgets=spent, split=split, questions=questions, seed=seed)
 
     def budget(self, name: str) -> Attack:
         """The attack of that name, with its budget.

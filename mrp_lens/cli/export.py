@@ -14,7 +14,7 @@ from mrp_lens.cli.run_folder import run_of
 from mrp_lens.data import Corpus
 from mrp_lens.edits import load_edit
 from mrp_lens.export import ExportReport, Measurements, export_hf
-from mrp_lens.export.formats import AnyForm
+from mrp_lens.export.formats import AnyExportForm
 from mrp_lens.export.hub import check_name
 from mrp_lens.export.model_card import front_matter_of
 from mrp_lens.utils.io import check_free, read_json
@@ -62,7 +62,7 @@ class Export(Command):
     loading: ModelOptions
     edit: Path
     out: Path
-    form: AnyForm = "auto"
+    form: AnyExportForm = "auto"
     base: str | None = None
     save_dtype: Dtype | None = None
     texts: str | None = None

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from mrp_lens.edits import Edit
-from mrp_lens.export.checkpoint import TOKENIZER_SETTINGS, Checkpoint
+from mrp_lens.export.checkpoint import TOKENIZER_SETTINGS, HFCheckpoint
 from mrp_lens.models import LensModel, architecture_of, device_of, dtype_of, hf_state, load_model, why_not_exportable
 from mrp_lens.models.architectures import LAYOUTS, layout_of
 from mrp_lens.models.source import find_folder, read_object
@@ -20,7 +20,7 @@ OF_TOKENIZERS = (  # files that say what a tokenizer does; transformers reads wh
 RULES = ("normalizer", "pre_tokenizer", "model", "decoder")  # of tokenizer.json; its post-processor adds special tokens
 
 
-def base_of(model: LensModel, base: str | Path | None) -> Checkpoint:
+def base_of(model: LensModel, base: str | Path | None) -> HFCheckpoint:
     """The checkpoint that the model was loaded from, or the one that is named.
 
     Raises:
@@ -41,10 +41,10 @@ def base_of(model: LensModel, base: str | Path | None) -> Checkpoint:
         folder = find_folder(name)
     except ValueError as error:
         raise ValueError(f"{error}. Which checkpoint was this model loaded from? Say it with base=FOLDER") from error
-    return Checkpoint.open(folder)
+    return HFCheckpoint.open(folder)
 
 
-def write_tokenizer(folder: Path, model: LensModel, base: Checkpoint, *, name_class: bool) -> Any | None:
+def write_tokenizer(folder: Path, model: LensModel, base: HFCheckpoint, *, name_class: bool) -> Any | None:
     """Replace the tokenizer that was copied from the base by the model's own, where that is another: tokens were added in
     memory, the chat template was changed, or texts become tokens by other rules, such as a normaliser that lowers their case.
 
@@ -95,7 +95,7 @@ def _have_other_rules(own: Any, stored: Any) -> bool:
     return any(mine.get(name) != theirs.get(name) for name in RULES)
 
 
-def check_unedited(model: LensModel, edit: Edit, base: Checkpoint) -> None:
+def check_unedited(model: LensModel, edit: Edit, base: HFCheckpoint) -> None:
     """Refuse a model with hooks on, with which the proof would compare; one that the edit was not made for; and a checkpoint
     that differs from the model in any tensor, in the model's precision.
 

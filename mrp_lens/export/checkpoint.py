@@ -56,7 +56,7 @@ ROOM = 1.05  # what is written may be a little larger than what is read
 
 
 @dataclass(frozen=True)
-class Checkpoint:
+class HFCheckpoint:
     """A folder written by `save_pretrained`.
 
     Attributes:
@@ -72,7 +72,7 @@ class Checkpoint:
     files: Mapping[str, tuple[Path, str]]
 
     @classmethod
-    def open(cls, folder: Path) -> "Checkpoint":
+    def open(cls, folder: Path) -> "HFCheckpoint":
         """Read the configuration and the names of the tensors.
 
         Raises:

@@ -13,8 +13,8 @@ from mrp_lens.edits import Edit, load_edit
 from mrp_lens.edits.provenance import without_paths
 from mrp_lens.edits.serialization import write_edit
 from mrp_lens.export.base import base_of, check_unedited, write_tokenizer
-from mrp_lens.export.checkpoint import LEFT_BEHIND, Checkpoint, architecture_in, round_to
-from mrp_lens.export.formats import AnyForm, Changes, Form, Plan, changes_to, plan_for
+from mrp_lens.export.checkpoint import LEFT_BEHIND, HFCheckpoint, architecture_in, round_to
+from mrp_lens.export.formats import AnyExportForm, Changes, ExportForm, Plan, changes_to, plan_for
 from mrp_lens.export.hub import push_to_hub
 from mrp_lens.export.measurements import Measurements, check_record
 from mrp_lens.export.model_card import front_matter_of, model_card
@@ -42,7 +42,7 @@ class ExportReport:
     """
 
     folder: Path
-    form: Form
+    form: ExportForm
     reason: str
     dtype: torch.dtype
     proof: Proof | None
@@ -66,7 +66,7 @@ def export_hf(
     model: LensModel,
     edit: Edit | str | Path,
     out_dir: str | Path,
-    form: AnyForm = "auto",
+    form: AnyExportForm = "auto",
     *,
     verify: bool = True,
     base: str | Path | None = None,
@@ -110,7 +110,7 @@ def export_hf(
         ('module', True)
     """
     started, target = time.perf_counter(), Path(out_dir)
-    check_one_of(AnyForm, form=form)
+    check_one_of(AnyExportForm, form=form)
     check_free(target, overwrite=overwrite)
     edit = edit if isinstance(edit, Edit) else load_edit(edit)
     saved_as = None if dtype is None else _dtype_to_save(dtype)
@@ -173,7 +173,7 @@ def _dtype_to_save(dtype: str | torch.dtype) -> torch.dtype:
 def _write_model(
     folder: Path,
     plan: Plan,
-    base: Checkpoint,
+    base: HFCheckpoint,
     changes: Changes,
     dtype: torch.dtype | None,
     progress: Callable[[int], object],

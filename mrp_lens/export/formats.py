@@ -8,12 +8,12 @@ from torch import Tensor
 
 from mrp_lens.edits import Edit, ProjectionEdit, WeightEdit
 from mrp_lens.edits.subspace import Subspace
-from mrp_lens.export.checkpoint import HEAD, Checkpoint
+from mrp_lens.export.checkpoint import HEAD, HFCheckpoint
 from mrp_lens.hf.attach import Steps, place_of, steps_of
 from mrp_lens.models import Layout, same_tensor
 
-Form = Literal["folded", "module", "adapter"]
-AnyForm = Literal["auto", "folded", "module", "adapter"]
+ExportForm = Literal["folded", "module", "adapter"]
+AnyExportForm = Literal["auto", "folded", "module", "adapter"]
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Plan:
         steps: what its hooks do in a Hugging Face model; empty where they are folded.
     """
 
-    form: Form
+    form: ExportForm
     reason: str
     steps: Steps = field(default_factory=dict)
 
@@ -46,7 +46,7 @@ class Changes:
     untied: bool = False
 
 
-def plan_for(edit: Edit, form: AnyForm, layout: Layout) -> Plan:
+def plan_for(edit: Edit, form: AnyExportForm, layout: Layout) -> Plan:
     """The form that an edit leaves in.
 
     Raises:
@@ -75,7 +75,7 @@ def plan_for(edit: Edit, form: AnyForm, layout: Layout) -> Plan:
     raise ValueError(f"form={form!r} is not possible: {reason}" + ("" if "form=" in reason else f". Use {instead}"))
 
 
-def changes_to(base: Checkpoint, edit: Edit, plan: Plan, dtype: torch.dtype) -> Changes:
+def changes_to(base: HFCheckpoint, edit: Edit, plan: Plan, dtype: torch.dtype) -> Changes:
     """What is different in the checkpoint, of which the model was loaded in this precision; an adapter changes nothing.
 
     Raises:
@@ -95,7 +95,7 @@ def changes_to(base: Checkpoint, edit: Edit, plan: Plan, dtype: torch.dtype) -> 
     return changes
 
 
-def new_matrices(edit: Edit, base: Checkpoint, dtype: torch.dtype) -> Changes:
+def new_matrices(edit: Edit, base: HFCheckpoint, dtype: torch.dtype) -> Changes:
     """What the edit's matrices change in the checkpoint, of which the model was loaded in this precision.
 
     Raises:
@@ -117,7 +117,7 @@ def new_matrices(edit: Edit, base: Checkpoint, dtype: torch.dtype) -> Changes:
     return changes
 
 
-def folded_into(edit: Edit, base: Checkpoint, dtype: torch.dtype) -> Changes:
+def folded_into(edit: Edit, base: HFCheckpoint, dtype: torch.dtype) -> Changes:
     """The edit in plain weights: new matrices, and projections multiplied into what writes to the stream.
 
     Where the embeddings are projected and tied to the unembedding, this keeps the original ones as a matrix of its own.
@@ -130,7 +130,7 @@ def folded_into(edit: Edit, base: Checkpoint, dtype: torch.dtype) -> Changes:
     return changes
 
 
-def _fold(changes: Changes, base: Checkpoint, hook: str, subspace: Subspace) -> None:
+def _fold(changes: Changes, base: HFCheckpoint, hook: str, subspace: Subspace) -> None:
     layout = base.layout
     layer, site = place_of(hook)
     if site == "resid_pre":
@@ -145,7 +145,7 @@ def _fold(changes: Changes, base: Checkpoint, hook: str, subspace: Subspace) -> 
         _project(changes, base, f"{matrix}.bias", subspace, transposed=False)
 
 
-def _untie(changes: Changes, base: Checkpoint) -> None:
+def _untie(changes: Changes, base: HFCheckpoint) -> None:
     """Give embedding and unembedding a tensor each, as far as the files do not hold both."""
     changes.untied = True
     embedding, head = f"{base.layout.embeddings[0]}.weight", base.name_in_files(HEAD)
@@ -154,13 +154,13 @@ def _untie(changes: Changes, base: Checkpoint) -> None:
         (changes.changed if name in base.files else changes.added)[name] = values
 
 
-def _current(changes: Changes, base: Checkpoint, name: str) -> Tensor:
+def _current(changes: Changes, base: HFCheckpoint, name: str) -> Tensor:
     """The values of a tensor after what is known to change so far."""
     stored = base.name_in_files(name) if name not in changes.added else name
     return next((known[stored] for known in (changes.changed, changes.added) if stored in known), base.read(name))
 
 
-def _project(changes: Changes, base: Checkpoint, name: str, subspace: Subspace, *, transposed: bool) -> None:
+def _project(changes: Changes, base: HFCheckpoint, name: str, subspace: Subspace, *, transposed: bool) -> None:
     known = changes.added if name in changes.added else changes.changed
     values = _current(changes, base, name).to(torch.float64)
     rows = values.T if transposed else values

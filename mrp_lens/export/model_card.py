@@ -12,7 +12,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from mrp_lens.edits import ConditionalProjectionEdit, Edit, ProjectionEdit, SteeringEdit, WeightEdit
 from mrp_lens.edits.conditional import Gated
 from mrp_lens.edits.provenance import fits_of, label_of
-from mrp_lens.export.formats import Form
+from mrp_lens.export.formats import ExportForm
 from mrp_lens.export.measurements import Measurements, check_record, rows_about
 from mrp_lens.methods import METHODS
 from mrp_lens.methods.outcome import Ended
@@ -46,7 +46,7 @@ def model_card(
     edit: Edit,
     *,
     base: str,
-    form: Form | str,
+    form: ExportForm | str,
     checks: Sequence[str] = (),
     record: Measurements | None = None,
     base_front_matter: Mapping[str, Any] | None = None,
@@ -68,7 +68,7 @@ def model_card(
     Raises:
         ValueError: an unknown form, no base, a repo_id that the Hub does not take, or a record of another edit.
     """
-    check_one_of(Form, form=form)
+    check_one_of(ExportForm, form=form)
     if not base:
         raise ValueError("base is empty; name the model that was edited, such as 'org/name'")
     if repo_id is not None:

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from mrp_lens.edits import exported_hooks
-from mrp_lens.export.checkpoint import Checkpoint, architecture_in
+from mrp_lens.export.checkpoint import HFCheckpoint, architecture_in
 from mrp_lens.hf.attach import Steps
 from mrp_lens.models.source import EDITED
 from mrp_lens.utils.io import write_json, write_text
@@ -95,7 +95,7 @@ class EditedForCausalLM({model_class}):
 '''
 
 
-def write_module(out: Path, base: Checkpoint, steps: Steps, config: Mapping[str, Any]) -> None:
+def write_module(out: Path, base: HFCheckpoint, steps: Steps, config: Mapping[str, Any]) -> None:
     """Write config.json and the modelling file of an edited model.
 
     Args:
@@ -135,7 +135,7 @@ def write_module(out: Path, base: Checkpoint, steps: Steps, config: Mapping[str,
     write_text(out / CODE_FILE, source + tail)
 
 
-def settings_of(steps: Steps, base: Checkpoint) -> dict[str, Any]:
+def settings_of(steps: Steps, base: HFCheckpoint) -> dict[str, Any]:
     """What the modelling file has to know, as JSON."""
     changes = [
         {"layer": layer, "site": site, "steps": [_settings_of_step(step) for step in done]}

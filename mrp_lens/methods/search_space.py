@@ -13,6 +13,7 @@ from typing import Any
 from typing_extensions import override
 
 from mrp_lens.models import LensModel
+from mrp_lens.utils.sequences import spread_over
 
 DIGITS = 4  # of a drawn number, so that a table and a file can show it whole
 
@@ -220,7 +221,7 @@ class Block(Dimension):
         if count == 1 or ".first" not in drawn:  # as of a search that was begun without
             return tuple(range(behind, last + 1))
         first, last = sorted((int(drawn[".first"]), last))
-        return tuple(sorted({round(first + i * (last - first) / (count - 1)) for i in range(count)}))
+        return spread_over(first, last, count)
 
     @override
     def nearest(self, default: Any, model: LensModel) -> Mapping[str, Any]:

@@ -19,6 +19,7 @@ from mrp_lens.models import LensModel, encoder_for
 from mrp_lens.utils.torch_state import ordinary_torch
 
 UNNAMED = "no group"
+SHOWN = 40  # characters of a choice in a message
 
 
 @ordinary_torch(gradients=False)
@@ -193,5 +194,5 @@ def _why_not(whole: Encoded, row: Encoded, max_length: int) -> str | None:
     return None
 
 
-def _short(text: str, most: int = 40) -> str:
-    return repr(text if len(text) <= most else text[:most] + "...")
+def _short(text: str) -> str:
+    return repr(text if len(text) <= SHOWN else text[:SHOWN] + "...")

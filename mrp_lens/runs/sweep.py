@@ -27,6 +27,7 @@ from mrp_lens.training.checkpoints import CheckpointError
 from mrp_lens.training.loop import TooLittleMemoryError
 from mrp_lens.utils.io import as_json, one_line
 from mrp_lens.utils.result_store import ResultStore
+from mrp_lens.utils.sequences import spread_over
 from mrp_lens.utils.torch_state import ordinary_torch
 from mrp_lens.utils.validation import check_shard, check_whole, generator_for, meant, or_default
 
@@ -212,9 +213,8 @@ def in_stream_units(method: str) -> bool:
 
 def default_layers(model: LensModel, count: int) -> tuple[int, ...]:
     """`count` layers, evenly spread from the third to the last; all of them if there are no more."""
-    first, last = min(2, model.cfg.n_layers - 1), model.cfg.n_layers - 1
-    steps = max(count - 1, 1)
-    return tuple(sorted({first + round(i * (last - first) / steps) for i in range(count)}))
+    last = int(model.cfg.n_layers) - 1
+    return spread_over(min(2, last), last, count)
 
 
 @ordinary_torch(gradients=False)

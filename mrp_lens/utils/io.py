@@ -27,6 +27,7 @@ else:
     HAS_LOCKS = True
 
 PARTIAL = ".partial"
+ONE_LINE = 300  # characters of an error's message
 DEEPEST = 64  # levels of strict JSON
 SURROGATE = re.compile("[\ud800-\udfff]")  # half a character
 LONGEST_WAIT = 10.0  # seconds for another process's two renames
@@ -146,10 +147,10 @@ def recover(path: str | Path) -> None:
             shutil.rmtree(aside, ignore_errors=True)
 
 
-def one_line(error: object, longest: int = 300) -> str:
-    """An error's message in one line."""
+def one_line(error: object) -> str:
+    """An error's message in one line of at most 300 characters."""
     text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= longest else f"{text[:longest]} ..."
+    return text if len(text) <= ONE_LINE else f"{text[:ONE_LINE]} ..."
 
 
 def read_json(path: str | Path, remedy: str, *, largest: int | None = None, strict: bool = False) -> dict[str, Any]:

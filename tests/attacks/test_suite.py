@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -48,9 +48,18 @@ RELEARN, PROBE, BYPASS, GCG, V_INFORMATION = (
 EVERY = SuiteConfig()
 
 
+def configured(attacks: tuple[str, ...] | None = None, **budgets: Any) -> SuiteConfig:
+    """From fields of the attacks side by side, as the command line has them."""
+    kinds = {field.name: kind for kind in ATTACKS.values() for field in fields(kind)}
+    given: dict[type[Any], dict[str, Any]] = {}
+    for name, value in budgets.items():
+        given.setdefault(kinds[name], {})[name] = value
+    return SuiteConfig(attacks=attacks, budgets=tuple(kind(**values) for kind, values in given.items()))
+
+
 def quick(*names: str, **budgets: Any) -> SuiteConfig:
     """Next to no updates; all attacks, or these."""
-    return SuiteConfig.flat(names or None, **{"steps": 2, "lr": (1e-3,), "search_steps": 1, **budgets})
+    return configured(names or None, **{"steps": 2, "lr": (1e-3,), "search_steps": 1, **budgets})
 
 
 def attack(*given: Any, name: str = "edited", reference: Any = None) -> dict[str, pd.DataFrame]:
@@ -208,7 +217,7 @@ def test_nothing_is_written_where_something_cannot_be_done(model: Any, task: Unl
 )
 def test_a_configuration_names_what_is_wrong_with_it(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        SuiteConfig.flat(**change)
+        configured(**change)
 
 
 def test_ctrl_c_keeps_whole_pieces_only(
@@ -434,8 +443,6 @@ def test_an_attack_that_cannot_be_offered_beside_the_others_is_refused(registere
     refused(TypeError, "the budget mine of the attack 'mine' has no default", NoDefault)
     refused(TypeError, "NoDataclass is no dataclass of its own", NoDataclass)
     assert "mine" not in ATTACKS
-    with pytest.raises(TypeError, match="no attack has a budget 'step'; choose of forms, parameters, steps"):
-        SuiteConfig.flat(step=3)
     with pytest.raises(TypeError, match="attacks must be a tuple of names"):
         SuiteConfig(attacks="relearn")  # type: ignore[arg-type]
     relearn_twice = (ATTACKS["relearn"](), ATTACKS["relearn"]())

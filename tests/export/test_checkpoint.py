@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mrp_lens.edits import Edit, WeightEdit
 from mrp_lens.export import export_hf
-from mrp_lens.export.checkpoint import Checkpoint
+from mrp_lens.export.checkpoint import HFCheckpoint
 from mrp_lens.export.formats import folded_into
 from mrp_lens.models import load_model, tensor_digests
 from tests.support.checkpoints import VARIANTS, ends, own_head_under_a_tied_config, set_config, set_tensors, tensors_in
@@ -119,9 +119,9 @@ def test_packed_weights_without_a_word_in_the_configuration_are_refused(stored: 
     base = save_family("llama", tmp_path / "base")
     whole = tensors_in(base)
 
-    def pack(name: str) -> Checkpoint:
+    def pack(name: str) -> HFCheckpoint:
         set_tensors(base, lambda _: {**whole, name: (10 * whole[name]).to(getattr(torch, stored))})
-        return Checkpoint.open(base)
+        return HFCheckpoint.open(base)
 
     with pytest.raises(ValueError, match=rf"embedding in .* is stored as {stored}"):
         _ = pack("model.embed_tokens.weight").dtype

@@ -16,7 +16,7 @@ from huggingface_hub import ModelCard
 from mrp_lens.edits import ProjectionEdit, exported_hooks
 from mrp_lens.edits.subspace import Subspace
 from mrp_lens.export import Measurements, push_to_hub
-from mrp_lens.export.checkpoint import Checkpoint
+from mrp_lens.export.checkpoint import HFCheckpoint
 from mrp_lens.export.model_card import model_card
 from mrp_lens.export.remote_code import CODE_FILE
 from mrp_lens.models.hooks import hook_name
@@ -268,4 +268,4 @@ def test_changed_tensors_of_a_modules_edit_never_load(copied: dict[str, Path], v
 
 def test_an_open_checkpoint_reads_no_architecture_from_its_configuration(base: Path) -> None:
     set_config(base, architectures=["GPT2LMHeadModel"])
-    assert Checkpoint.open(base).layout.blocks == "model.layers"
+    assert HFCheckpoint.open(base).layout.blocks == "model.layers"

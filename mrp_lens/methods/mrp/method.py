@@ -32,12 +32,13 @@ from mrp_lens.models.kept_states import KeptStates
 from mrp_lens.training.losses import cross_entropy, kl, predictions
 from mrp_lens.training.optim import linear_decay
 from mrp_lens.utils.processes import count
+from mrp_lens.utils.sequences import spread_over
 from mrp_lens.utils.torch_state import ordinary_torch
 from mrp_lens.utils.validation import or_default
 
 logger = logging.getLogger(__name__)
 
-ForgetLoss = Literal["alternatives", "odds", "bounded", "ascent"]
+Objective = Literal["alternatives", "odds", "bounded", "ascent"]
 RetainLoss = Literal["kl", "cross_entropy"]
 
 FORGET_BOUND = {"alternatives": 1.0, "odds": 1.0, "bounded": 5.0, "ascent": math.inf}  # nats
@@ -134,7 +135,7 @@ class MRP(FitTemplate[MRPSettings]):
     conditional: bool = True
     gate_directions: int = 1
     gate_weight: float = 0.1
-    forget_loss: ForgetLoss = "alternatives"
+    forget_loss: Objective = "alternatives"
     forget_bound: float | None = None
     retain_loss: RetainLoss = "kl"
     retain_weight: float = 5.0
@@ -423,8 +424,8 @@ def default_rank(model: LensModel, tokens: int = 0, *, most: int = 16) -> int:
 
 def default_layers(n_layers: int) -> list[int]:
     """Eight layers spread evenly from a fifth of the depth to 0.85 of it; all between, where there are fewer."""
-    first, last = n_layers // 5, round(0.85 * n_layers)
-    return sorted({min(n_layers - 1, round(first + i * (last - first) / 7)) for i in range(8)})
+    layers = spread_over(n_layers // 5, round(0.85 * n_layers), 8)
+    return sorted({min(n_layers - 1, layer) for layer in layers})
 
 
 @register(
@@ -451,7 +452,7 @@ class UnconditionalMRP(MRP):
     """
 
     conditional: bool = False
-    forget_loss: ForgetLoss = "odds"
+    forget_loss: Objective = "odds"
     retain_weight: float = 10.0
     steps: int = 150
     batch_size: int = 32
@@ -472,5 +473,4 @@ def later_layers(n_layers: int) -> list[int]:
     """The second half of the depth, at most four layers spread evenly over it: there an answer that has been looked up
     can be removed at the least cost to others."""
     first, last = n_layers // 2, n_layers - 1
-    count = min(4, last - first + 1)
-    return sorted({round(first + i * (last - first) / max(1, count - 1)) for i in range(count)})
+    return list(spread_over(first, last, min(4, last - first + 1)))

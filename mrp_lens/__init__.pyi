@@ -1,4 +1,8 @@
 from . import attacks as attacks
+from . import data as data
+from . import edits as edits
+from . import evals as evals
+from . import export as export
 from . import hf as hf
 from . import methods as methods
 from . import metrics as metrics
@@ -21,6 +25,7 @@ from .edits import load_edit as load_edit
 from .edits.subspace import Subspace as Subspace
 from .evals import evaluate as evaluate
 from .export import ExportReport as ExportReport
+from .export import Measurements as Measurements
 from .export import Record as Record
 from .export import export_hf as export_hf
 from .methods import MRP as MRP

@@ -12,7 +12,7 @@ import pytest
 import mrp_lens as ml
 
 PROGRAM = Path(__file__).parent / "support" / "public_program.py"
-FOLDERS = ("attacks", "hf", "methods", "metrics", "plots", "training")
+FOLDERS = ("attacks", "data", "edits", "evals", "export", "hf", "methods", "metrics", "plots", "training")
 CONFIGURATION = "[mypy]\nstrict = true\nignore_missing_imports = true\n"
 
 

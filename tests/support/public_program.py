@@ -265,9 +265,25 @@ def leaving(model: ml.LensModel, task: ml.UnlearningTask, edit: ml.Edit) -> Path
     print(planned.frame["peak"], planned.sizes.n_layers, planned.notes, ml.PlanConfig(documents=500))
     table = ml.sweep(model, task, ml.SweepConfig(layers=(2, 5), steps=75), "runs/sweep")
     scores: pd.DataFrame = ml.evaluate("org/name", ["mmlu"], edit=edit, limit=10)
-    report: ml.ExportReport = ml.export_hf(model, edit, "out", record=ml.Record.read("runs/mine"))
-    print(table, scores, report.form, report.max_logit_diff, hf.attach, hf.find_folder("org/name"))
+    report: ml.ExportReport = ml.export_hf(model, edit, "out", record=ml.Measurements.read("runs/mine"))
+    print(ml.Record, table, scores, report.form, report.max_logit_diff, hf.attach, hf.find_folder("org/name"))
     return ml.report("runs/mine")
+
+
+def parts(model: ml.LensModel, edit: ml.Edit) -> None:
+    """What rows of data are read as, what an edit consists of, and what an export proves."""
+    columns = ml.data.QuestionColumns(prompt="{question}", choices="choices", answer="answer")
+    schema: ml.data.Schema = ml.data.KNOWN["locuslab/TOFU"]
+    print(columns, schema, ml.data.DocumentColumns("text"), ml.data.Document("", "text"))
+    print(ml.data.Question("Snow is", (" white", " black"), 0), ml.data.task_for("demo", ml.TaskConfig()))
+    with ml.edits.edit_on(model, ml.edits.at_strength(model, edit, min(0.5, ml.edits.most_strength(edit)))):
+        print(ml.edits.edits_on(model), ml.edits.has_hooks(edit), ml.edits.without_hooks(edit))
+    projection: ml.ProjectionEdit | None = ml.edits.projection_in(edit)
+    print(projection, ml.edits.without_projections(edit), ml.edits.projection_hook, ml.edits.Direction)
+    try:
+        ml.export.push_to_hub("out", "org/name")
+    except ml.export.ExportMismatchError as error:
+        print(error, ml.export.Proof)
 
 
 models.register_family(models.Layout("model.layers", {}, {}, ("model.embed_tokens",)), "MineForCausalLM")
@@ -281,5 +297,6 @@ if __name__ == "__main__":
     the_fit = fits(the_model, the_task)[0]
     the_edit = edits(the_model, the_fit)
     print(ended(the_model, the_task, the_fit))
+    parts(the_model, the_edit)
     print(looking(the_model, the_task, the_edit), leaving(the_model, the_task, the_edit), ml.attacks, ml.hf, ml.models)
-    print(ml.methods, ml.metrics, ml.plots, ml.training)
+    print(ml.methods, ml.metrics, ml.plots, ml.training, ml.data, ml.edits, ml.evals, ml.export)

@@ -334,13 +334,13 @@ def _row(given: Given, variant: Variant, before: Score, edited: Score) -> dict[s
 def _on_retain_questions(given: Given) -> dict[str, Any]:
     token = forget_token(given.model, given.forget, given.retain)
     plain = given.retain_questions
-    asked = with_token(plain, token)
+    asked = with_token(given.model, plain, token)
     before, ceiling = given.right(None, plain), given.right(None, asked)
     edited, after = given.right(given.edit, plain), given.right(given.edit, asked)
     drops = (edited - after) - (before - ceiling)
     low, high = drop_interval(drops, seed=given.seed)
     return {
-        "variant": f"forget token {token.text.strip()!r} in a retain question",
+        "variant": f"forget token {token.strip()!r} in a retain question",
         "n": len(plain),
         "accuracy_before": before.mean(),
         "accuracy_edited": edited.mean(),

@@ -5,7 +5,7 @@ import re
 import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from mrp_lens.data import Corpus, Question, Questions
 from mrp_lens.metrics.open_ended import UNSPACED
@@ -37,7 +37,7 @@ def few_shot(
     """
     if not len(shots):
         raise ValueError(f"no solved questions in {shots.name!r}")
-    fits = _fits(model)
+    fits, bos = _fits(model), _bos(model)
     rng = random.Random(f"mrp_lens few-shot {seed}")
     by_group = {group: [q for q in shots.questions if q.group == group] for group in shots.groups}
     behind, short = [], 0
@@ -45,10 +45,10 @@ def few_shot(
         pool = by_group.get(question.group, list(shots.questions))
         solved = [q.prompt + q.choices[q.answer] for q in rng.sample(pool, min(k, len(pool)))]
         wanted = len(solved)
-        while solved and not fits(_behind(question, solved, separator)):
+        while solved and not fits(_behind(question, solved, separator, bos)):
             solved.pop()
         short += len(solved) < wanted
-        behind.append(_behind(question, solved, separator))
+        behind.append(_behind(question, solved, separator, bos))
     if short:
         warnings.warn(
             f"{short} of {len(questions)} questions are shown with fewer than {k} solved ones: more do not fit the model's context of "
@@ -76,7 +76,7 @@ def in_context(
     Warns:
         UserWarning: for some questions `retain` holds no such document; these stay as they are.
     """
-    fits = _fits(model)
+    fits, bos = _fits(model), _bos(model)
     texts = [document.prompt + document.completion for document in retain.documents]
     random.Random(f"mrp_lens context {seed}").shuffle(texts)
     words = [_words(text) for text in texts]
@@ -89,7 +89,7 @@ def in_context(
         places = ((start + step) % len(texts) for step in range(len(texts)))
         named = [choice.strip().lower() for choice in question.choices if UNSPACED.search(choice)]
         silent = (p for p in places if not words[p] & telling and not any(name in texts[p].lower() for name in named))
-        candidates = ((p, _behind(question, [texts[p]], separator)) for p in silent)
+        candidates = ((p, _behind(question, [texts[p]], separator, bos)) for p in silent)
         place, wrapped = next(((p, longer) for p, longer in candidates if fits(longer)), (start, question))
         start = place + 1
         bare += wrapped is question
@@ -103,16 +103,7 @@ def in_context(
     return replace(questions, questions=tuple(behind))
 
 
-@dataclass(frozen=True)
-class ForgetToken:
-    """The token that tells the forget documents from the retain ones, and how often each holds it."""
-
-    text: str
-    in_forget: int
-    in_retain: int
-
-
-def forget_token(model: LensModel, forget: Corpus, retain: Corpus) -> ForgetToken:
+def forget_token(model: LensModel, forget: Corpus, retain: Corpus) -> str:
     """The token with the largest (1 + occurrences in forget) / (1 + occurrences in retain); made of letters, two at least.
 
     Raises:
@@ -128,12 +119,13 @@ def forget_token(model: LensModel, forget: Corpus, retain: Corpus) -> ForgetToke
     if not words:
         raise ValueError(f"no token of {forget.name!r} is made of letters")
     best = max(words, key=lambda token: (1 + counts["forget"][token]) / (1 + counts["retain"][token]))
-    return ForgetToken(text[best], counts["forget"][best], counts["retain"][best])
+    return str(text[best])
 
 
-def with_token(questions: Questions, token: ForgetToken) -> Questions:
+def with_token(model: LensModel, questions: Questions, token: str) -> Questions:
     """Each prompt behind the token."""
-    return replace(questions, questions=tuple(_behind(q, [token.text], " ") for q in questions.questions))
+    behind = tuple(_behind(question, [token], " ", _bos(model)) for question in questions.questions)
+    return replace(questions, questions=behind)
 
 
 def check_same_facts(held_out: Questions, paraphrased: Questions) -> None:
@@ -155,8 +147,16 @@ def check_same_facts(held_out: Questions, paraphrased: Questions) -> None:
             )
 
 
-def _behind(question: Question, texts: Sequence[str], separator: str) -> Question:
-    return replace(question, prompt="".join(text + separator for text in texts) + question.prompt)
+def _behind(question: Question, texts: Sequence[str], separator: str, bos: str) -> Question:
+    """The question behind texts. The BOS that a chat template begins prompts with stands before all of them, and nowhere else."""
+    first = bos if question.prompt.startswith(bos) else ""
+    return replace(
+        question, prompt=first + separator.join(text.removeprefix(first) for text in (*texts, question.prompt))
+    )
+
+
+def _bos(model: LensModel) -> str:
+    return str(getattr(model.tokenizer, "bos_token", None) or "")
 
 
 def _fits(model: LensModel) -> Callable[[Question], bool]:

@@ -74,8 +74,8 @@ def test_the_forget_token_is_the_one_most_of_the_forget_set_and_least_of_the_res
     forget = Corpus((Document("The potion is", " red."), Document("A potion:", " the old old old one.")), "forget")
     retain = Corpus.from_texts(["The old old house is red.", "A house: the blue one."], name="retain")
     token = forget_token(model, forget, retain)
-    assert (token.text.strip(), token.in_forget, token.in_retain) == ("potion", 2, 0)
-    given = with_token(quiz(0, 2), token)
+    assert token.strip() == "potion"
+    given = with_token(model, quiz(0, 2), token)
     wanted = model.tokenizer(" potion", add_special_tokens=False)["input_ids"]
     assert len(wanted) == 1
     for plain, question in zip(quiz(0, 2).questions, given.questions, strict=True):
@@ -83,3 +83,23 @@ def test_the_forget_token_is_the_one_most_of_the_forget_set_and_least_of_the_res
         assert model.tokenizer(question.prompt, add_special_tokens=False)["input_ids"][:1] == wanted
     with pytest.raises(ValueError, match="no token of 'numbers' is made of letters"):
         forget_token(model, Corpus.from_texts(["1 2 3."], name="numbers"), retain)
+
+
+def test_a_bos_that_a_template_writes_stands_in_front_alone(model: LensModel) -> None:
+    bos = model.tokenizer.bos_token
+    asked, shots = (
+        replace(plain, questions=tuple(replace(q, prompt=f"{bos}Now {q.prompt} so") for q in plain.questions))
+        for plain in (quiz(0, 4), quiz(50, 12))
+    )
+    retain = Corpus.from_texts(["The man walked."] * 3)
+    wrapped = (
+        few_shot(model, asked, shots, k=1),
+        in_context(model, asked, retain),
+        with_token(model, asked, "x"),
+    )
+    for questions in wrapped:
+        for plain, question in zip(asked.questions, questions.questions, strict=True):
+            assert question.prompt.startswith(bos)
+            assert question.prompt.count(bos) == 1
+            assert question.prompt.endswith(plain.prompt.removeprefix(bos))
+            assert len(question.prompt) > len(plain.prompt)

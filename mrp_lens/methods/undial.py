@@ -55,9 +55,8 @@ class UNDIAL(GradientMethod):
         def loss(side: ForgetSide) -> Float[Tensor, " counted"]:
             with exchanged(parameters, unedited):
                 wanted = adjusted(losses.model, side.batch, self.strength)
-            known = side.predicted.masked_fill(
-                wanted == 0.0, 0.0
-            )  # of a token that is ruled out, 0 * -inf would be NaN
+            # Of a token that is ruled out 0 * -inf would be NaN.
+            known = side.predicted.masked_fill(wanted == 0.0, 0.0)
             return -(wanted * known).sum(dim=-1)
 
         return loss

@@ -12,7 +12,7 @@ from typing_extensions import override
 from mrp_lens.training.checkpoints import Checkpoint, Resumable
 from mrp_lens.training.optim import MasterAdamW
 from mrp_lens.utils.interrupts import Interruption
-from mrp_lens.utils.processes import is_first
+from mrp_lens.utils.processes import count, is_first
 from mrp_lens.utils.progress import progress_bar
 
 logger = logging.getLogger(__name__)
@@ -138,7 +138,9 @@ class Evaluation(Callback):
         self._evaluate()
 
     def _evaluate(self) -> None:
-        if self._state.done in self._marks and not self._state.stopping:
+        # Several processes agree on the former alone.
+        told = self._state.stopping if count() > 1 else self._state.interruption
+        if self._state.done in self._marks and not told:
             with self._state.shown():
                 self._measure(self._state.done)
 

@@ -104,7 +104,7 @@ def test_parts_of_half_precision_add_up_in_float32() -> None:
         description="test",
         progress=False,
     )
-    assert found == [296.0]  # in bfloat16 256 + 1 is 256
+    assert set(found) == {296.0}  # in bfloat16 256 + 1 is 256
 
 
 def test_a_non_finite_loss_stops_before_it_spoils_the_tensors() -> None:

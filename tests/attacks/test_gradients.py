@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from mrp_lens.attacks.gradients import answer_losses, input_gradient, input_gradients
-from mrp_lens.data import Questions
+from mrp_lens.data import Question, Questions
 from mrp_lens.data.tokenization import PaddingSide
 from mrp_lens.edits import Edit, SteeringEdit
 from mrp_lens.models import LensModel, encoder_for, load_model
@@ -182,6 +182,6 @@ def test_bad_input_is_refused_and_says_why(model: LensModel, untouched: None) ->
         input_gradients(model, None, Questions((), "none"))
     with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
         input_gradients(model, None, QUIZ, batch_size=0)
-    bare = Questions.from_rows([{"question": "", "choices": ["red", "blue"], "answer": 0}], name="bare")
+    bare = Questions((Question("", ("red", "blue"), 0),), "bare")
     with pytest.raises(ValueError, match="question 0 of 'bare' has no token before its answer"):
         input_gradients(model, projection(1), bare)

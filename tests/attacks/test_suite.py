@@ -52,9 +52,10 @@ def configured(attacks: tuple[str, ...] | None = None, **budgets: Any) -> SuiteC
     """From fields of the attacks side by side, as the command line has them."""
     kinds = {field.name: kind for kind in ATTACKS.values() for field in fields(kind)}
     given: dict[type[Any], dict[str, Any]] = {}
+    others: dict[str, Any] = {}
     for name, value in budgets.items():
-        given.setdefault(kinds[name], {})[name] = value
-    return SuiteConfig(attacks=attacks, budgets=tuple(kind(**values) for kind, values in given.items()))
+        (given.setdefault(kinds[name], {}) if name in kinds else others)[name] = value
+    return SuiteConfig(attacks=attacks, budgets=tuple(kind(**values) for kind, values in given.items()), **others)
 
 
 def quick(*names: str, **budgets: Any) -> SuiteConfig:

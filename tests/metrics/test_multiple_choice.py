@@ -176,7 +176,8 @@ def test_accuracy_counts_what_the_scores_say(model: Any, untouched: None) -> Non
         {**row, "answer": (choice + 1) % len(row["choices"]), "kind": "b"}
         for row, choice in zip(QUIZ, best, strict=True)
     ]
-    table = metrics.accuracy(model, Questions.from_rows(right + wrong, group="kind")).set_index("group")
+    both = [q for rows in (right, wrong) for q in Questions.from_rows(rows, group="kind").questions]
+    table = metrics.accuracy(model, Questions(tuple(both))).set_index("group")
     assert list(table.index) == ["all", "a", "b"]
     assert table["accuracy"].to_dict() == {"all": 0.5, "a": 1.0, "b": 0.0}
     assert list(table["chance"])[1] == pytest.approx((1 / 3 + 1 / 3 + 1 / 2) / 3)

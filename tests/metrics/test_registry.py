@@ -10,7 +10,7 @@ import plotly.graph_objects as go
 import pytest
 
 from mrp_lens import metrics, plots
-from mrp_lens.data import Corpus, Questions
+from mrp_lens.data import Corpus, Question, Questions
 from mrp_lens.data.task import UnlearningTask
 from mrp_lens.metrics import METRICS, Measured, frames_for, register, rows_and_frames_for, rows_for
 from mrp_lens.plots import FIGURES
@@ -20,7 +20,7 @@ from mrp_lens.runs.report.diagnostics import diagnostics
 from tests.conftest import state_of
 from tests.support.edits import conditional, projection
 
-QUIZ = Questions.from_rows([{"question": "The sky is", "choices": [" red", " blue"], "answer": i} for i in (0, 1, 1)])
+QUIZ = Questions(tuple(Question("The sky is", (" red", " blue"), i) for i in (0, 1, 1)))
 EDIT = projection(1, 2)
 
 

@@ -318,11 +318,14 @@ def test_a_single_short_text_is_unlearned_though_nothing_can_be_asked_about_it(
     model: LensModel, texts: Texts, caplog: pytest.LogCaptureFixture
 ) -> None:
     single = Corpus.from_texts(["The old man walked near the quiet house."])
-    fit = MRP(layers=[1], rank=2, steps=40, budget=0.5, coverage=None).fit(model, single, texts[1], **FIT)
+    # A bound above what a model that has learned nothing gives: below it nothing would be learned.
+    fit = MRP(layers=[1], rank=2, steps=40, budget=0.5, forget_bound=20.0, coverage=None).fit(
+        model, single, texts[1], **FIT
+    )
     assert fit.outcome is not None
     assert (fit.outcome.ended, bool(fit.outcome), len(fit.log)) == ("unknown", False, 40)
     assert "too much alike for control questions: the fit makes all of its updates" in caplog.text
-    assert fit.log["forget_cross_entropy"].iloc[-1] > fit.log["forget_cross_entropy"].iloc[0]
+    assert fit.log["forget_cross_entropy"].iloc[-1] > fit.log["forget_cross_entropy"].iloc[0] + 0.1
 
 
 def test_a_rank_above_the_directions_that_the_texts_leave_is_refused(

@@ -20,11 +20,12 @@ from mrp_lens.training.losses import predictions, targets
 FEW = 20
 """Below so many held-out questions an interval tells next to nothing."""
 BATCH = 128
+"""Texts at a time."""
 ASKED_OF_T = 100
 """Of T, at most so many are asked to see whether it was learned."""
 
 
-def score(model: LensModel, questions: Questions, *, batch_size: int = 128) -> Score:
+def score(model: LensModel, questions: Questions, *, batch_size: int = BATCH) -> Score:
     """How many questions the model answers right, by length-normalised likelihood as in `metrics.accuracy`."""
     scores = choice_scores(model, questions, batch_size=batch_size, progress=False)
     return Score(float(answered_right(scores, questions).sum()), len(questions))

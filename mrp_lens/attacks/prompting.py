@@ -124,8 +124,8 @@ def forget_token(model: LensModel, forget: Corpus, retain: Corpus) -> str:
 
 def with_token(model: LensModel, questions: Questions, token: str) -> Questions:
     """Each prompt behind the token."""
-    behind = tuple(_behind(question, [token], " ", _bos(model)) for question in questions.questions)
-    return replace(questions, questions=behind)
+    bos = _bos(model)
+    return replace(questions, questions=tuple(_behind(q, [token], " ", bos) for q in questions.questions))
 
 
 def check_same_facts(held_out: Questions, paraphrased: Questions) -> None:

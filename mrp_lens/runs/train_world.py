@@ -1,4 +1,4 @@
-"""The model that knows the invented world: how it is trained: `python -m mrp_lens.runs.train_world --out DIR`."""
+"""How the model that knows the invented world is trained: `python -m mrp_lens.runs.train_world --out DIR`."""
 
 import argparse
 import json

@@ -31,7 +31,7 @@ from mrp_lens.models.hooks import Site, hook_name, hooked, layer_of
 from mrp_lens.models.kept_states import KeptStates
 from mrp_lens.training.losses import cross_entropy, kl, predictions
 from mrp_lens.training.optim import linear_decay
-from mrp_lens.utils.processes import count
+from mrp_lens.utils import processes
 from mrp_lens.utils.sequences import spread_over
 from mrp_lens.utils.torch_state import ordinary_torch
 from mrp_lens.utils.validation import or_default
@@ -221,7 +221,7 @@ class MRP(FitTemplate[MRPSettings]):
                     micro_batch=self.micro_batch,
                 )
         except KeyboardInterrupt:
-            if count() > 1:  # the others wait for this process: it has to end
+            if processes.count() > 1:  # the others wait for this process: it has to end
                 raise
             return replace(fit, interrupted=True)
         if taught.interrupted:  # matrices taught halfway are still mostly noise

@@ -33,6 +33,7 @@ PART = re.compile(r"^```python\n(?P<code>.*?)^```$|^<!-- figure: (?P<caption>.*?
 HELP = re.compile(r"^<!-- help: ?(?P<words>.*?) -->$", re.MULTILINE)
 PUBLIC_NAMES = "<!-- public names -->"
 PUBLIC = re.compile(r"^from \.(?P<room>\S*) import (?P<name>\w+) as", re.MULTILINE)
+REFERENCE = Path(__file__).parent / "reference"
 COLUMNS = 96  # of a command's help
 
 logger = logging.getLogger("mkdocs.hooks")
@@ -159,7 +160,16 @@ def public_names() -> str:
     for room, name in sorted(names, key=lambda pair: (bool(pair[0]), pair[1].casefold())):
         found = getattr(mrp_lens, name)
         said = str(found.__doc__).strip().split("\n\n")[0]
-        page = f"({'export' if name == 'hf' else name}.md)"
-        target = f"[{found.__module__}.{found.__qualname__}]" if room else page
+        target = f"[{found.__module__}.{found.__qualname__}]" if room else f"({page_of_module(name)})"
         rows.append(f"| [`ml.{name}`]{target} | {' '.join(said.split()).replace('|', chr(92) + '|')} |")
     return "\n".join(rows)
+
+
+def page_of_module(name: str) -> str:
+    """The reference page of a public module: its own, or the one that describes it among others."""
+    described = [
+        path.name
+        for path in sorted(REFERENCE.glob("*.md"))
+        if f"::: mrp_lens.{name}\n" in path.read_text(encoding="utf-8")
+    ]
+    return f"{name}.md" if (REFERENCE / f"{name}.md").is_file() else described[0]

@@ -101,6 +101,16 @@ def test_the_links_of_llms_txt_lead_to_pages() -> None:
     assert {"start.md", "how-to/own-model.md"} <= linked
 
 
+def test_every_public_module_has_a_reference_page() -> None:
+    modules = [name for name in ml.__all__ if isinstance(getattr(ml, name), ModuleType)]
+    assert {"metrics", "evals", "hf"} <= set(modules)
+    for name in modules:
+        described = [page for page, text in PAGES.items() if f"::: mrp_lens.{name}\n" in text]
+        assert f"docs/reference/{name}.md" in PAGES or any(page.startswith("docs/reference/") for page in described), (
+            name
+        )
+
+
 def test_the_readme_is_short() -> None:
     assert len(README.splitlines()) <= 120
 

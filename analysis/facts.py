@@ -73,16 +73,19 @@ class Facts:
     @classmethod
     def read(cls, folder: Path, topic: str, text: Path | None) -> "Facts":
         """Of a data folder; `text`: a file whose paragraphs no fit reads."""
-        about = _rows(folder / f"{topic}.jsonl")
-        retain = [row["text"] for row in _rows(folder / "retain.jsonl")]
+        about = rows_of_file(folder / f"{topic}.jsonl")
+        retain = [row["text"] for row in rows_of_file(folder / "retain.jsonl")]
         if topic == "capital":
-            forget, kept = [row["text"] for row in _rows(folder / "forget.jsonl")], _rows(folder / "retain_quiz.jsonl")
+            forget, kept = (
+                [row["text"] for row in rows_of_file(folder / "forget.jsonl")],
+                rows_of_file(folder / "retain_quiz.jsonl"),
+            )
         else:
-            capitals = _rows(folder / "capital.jsonl")
-            forget = _statements(topic, about)
+            capitals = rows_of_file(folder / "capital.jsonl")
+            forget = statements(topic, about)
             names = {row["right" if topic == "currency" else "entity"].casefold() for row in about}
             retain = [each for each in retain if not (len(each.split()) < SHORT and _names(each) & names)]
-            retain += _statements("capital", capitals[::2])
+            retain += statements("capital", capitals[::2])
             kept = capitals[1::2]
         quizzes = {"question": _asked(about), "kept": _asked(kept)}
         quizzes |= {name: _asked(about, form) for name, form in FORMS[topic].items()}
@@ -131,11 +134,13 @@ class Facts:
         return row
 
 
-def _rows(path: Path) -> list[dict[str, Any]]:
+def rows_of_file(path: Path) -> list[dict[str, Any]]:
+    """Of a `.jsonl` file."""
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def _statements(topic: str, rows: Sequence[Mapping[str, Any]]) -> list[str]:
+def statements(topic: str, rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What a forget set says of a relation, in each of its forms."""
     return [form.format(row["entity"], row["right"]) for row in rows for form in STATEMENTS[topic]]
 
 

@@ -17,6 +17,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import mrp_lens as ml
+from mrp_lens.cli import app
 from mrp_lens.data import Questions
 from tests.support.commands import invoke
 from tests.support.documents import ROOT, blocks_in, code_of_notebook, commands_in, names_used, write_own_data
@@ -70,9 +71,15 @@ def test_every_name_of_the_library_that_documents_use_is_public(source: str) -> 
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_the_commands_of_documents_are_commands(command: str) -> None:
-    result = invoke(*COMMANDS[command], "--print-config")
+def test_the_commands_of_documents_are_commands(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    word, *_ = words = COMMANDS[command]
+    begun: list[str] = []
+    if word in app.COMMANDS:
+        kind = getattr(import_module(f"mrp_lens.cli.{word}"), app.COMMANDS[word][0])
+        monkeypatch.setattr(kind, "execute", lambda self: begun.append(word))
+    result = invoke(*words)
     assert result.exit_code == 0, result.output
+    assert bool(begun) is {"--help", "--print-config", "--version"}.isdisjoint(words)
 
 
 @pytest.mark.parametrize("command", STUDIES)

@@ -41,7 +41,7 @@ EXAMPLES = 3
 UNEDITED_BY = ("command", "data", "backend", "dtype")  # what the unedited model's figures depend on, besides the model
 
 
-RMU_OF_0_1 = {"errors": "absolute", "budget": None, "coverage": None, "steps": 150}
+RMU_OF_0_1 = {"errors": "absolute", "budget": None, "coverage": None, "steps": 150, "retain_length": None}
 OF_0_1: Mapping[str, tuple[str, Mapping[str, Any]]] = {  # a method of version 0.1 -> its name now, and its defaults
     "mrp": ("mrp-unconditional", {}),
     "rmu": ("rmu", RMU_OF_0_1),

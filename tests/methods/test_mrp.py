@@ -14,8 +14,10 @@ from mrp_lens.methods.mrp.alternatives import Alternatives
 from mrp_lens.methods.mrp.initialization import start_rows
 from mrp_lens.methods.mrp.learned import LearnedRows
 from mrp_lens.methods.mrp.method import default_rank
+from mrp_lens.metrics import damage
 from mrp_lens.models import LensModel, encoder_for, logits_of
-from mrp_lens.models.hooks import captured, hook_name
+from mrp_lens.models.hooks import captured, hook_name, hooked
+from mrp_lens.training.losses import predictions
 from tests.conftest import D_MODEL, LAYERS
 from tests.support.edits import conditional, projection
 
@@ -231,16 +233,43 @@ def test_of_many_alternatives_the_most_frequent_are_kept(monkeypatch: pytest.Mon
     assert float(offered.openness[row]) == pytest.approx(1 - math.exp(-entropy))
 
 
-def test_what_a_later_request_keeps_is_measured_without_the_earlier_one(
-    model: LensModel, texts: Texts, untouched: None
+@pytest.mark.parametrize("layer", [0, LAYERS - 1])
+def test_a_later_request_keeps_what_the_earlier_one_left(
+    layer: int, model: LensModel, texts: Texts, untouched: None
 ) -> None:
-    """At step 0 with rows that remove nothing the text uses, KL is what the earlier edit changed, not zero."""
-    earlier = ProjectionEdit({hook_name(0): Subspace.random(D_MODEL // 2, D_MODEL, seed=0)}, request="earlier")
+    """Held against the unedited model, a request would undo what an earlier one did to retain text. Rows of rank 1 change next to nothing
+    at first: neither with the earlier ones nor, in every other step, without them."""
+    half = Subspace.random(D_MODEL // 2, D_MODEL, seed=0)
+    earlier = ProjectionEdit({hook_name(layer): half}, request="earlier")
+    changed = float(damage(model, earlier, texts[1], progress=False)["damage"].iloc[0])
     alone, after = (
         MRP(layers=[2], rank=1, **QUICK).fit(model, *texts, after=edit, **FIT).log["retain"] for edit in (None, earlier)
     )
-    assert float(after[0]) > 5 * float(alone[0])  # with the earlier rows on
-    assert float(after[1]) < float(after[0]) / 2  # every other step without them
+    assert changed > 10 * float(alone.max())
+    assert float(after.max()) < changed / 5
+    assert float(after.min()) > 0.0
+
+
+def test_what_was_before_a_request_is_the_model_with_the_earlier_ones(
+    model: LensModel, texts: Texts, untouched: None
+) -> None:
+    one, two = hook_name(1), hook_name(2)
+    earlier = ProjectionEdit({one: Subspace.random(4, D_MODEL, seed=0)}, request="earlier")
+    taken, change = {one: earlier.subspaces()[one].basis}, {one: earlier.change_at(one)}
+    learned = LearnedRows({two: Subspace.random(2, D_MODEL, seed=1).basis}, taken, change)
+    encoder = encoder_for(model)
+    batch = encoder.collate(encoder.encode(texts[1].documents[:4]))
+    with torch.no_grad():
+        unedited = predictions(model, batch)
+        with earlier.applied(model):
+            expected = predictions(model, batch)
+        with hooked(model, learned.hooks()):
+            with learned.before():
+                torch.testing.assert_close(predictions(model, batch), expected)
+                learned.alone = True
+                torch.testing.assert_close(predictions(model, batch), unedited)
+            assert not torch.allclose(predictions(model, batch), unedited, atol=1e-3)
+    assert not torch.allclose(expected, unedited, atol=1e-3)
 
 
 def test_a_later_request_keeps_the_earlier_rows_and_is_orthogonal_to_them(

@@ -65,13 +65,21 @@ class LearnedRows:
 
     @contextmanager
     def off(self) -> Iterator[None]:
-        """The model without any projection, so that what later requests keep is measured against it, not against what
-        earlier requests left."""
+        """The model without any projection."""
         self.on = False
         try:
             yield
         finally:
             self.on = True
+
+    @contextmanager
+    def before(self) -> Iterator[None]:
+        """The model as it was before this fit: with the earlier requests, if the step under way trains with them."""
+        self.skipped = frozenset(self.rows)
+        try:
+            yield
+        finally:
+            self.skipped = frozenset()
 
     @contextmanager
     def without(self, hooks: Iterable[str]) -> Iterator[None]:

@@ -14,7 +14,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from mrp_lens.data import Corpus
-from mrp_lens.data.tokenization import Batches, TokenBatch, parts_of
+from mrp_lens.data.tokenization import Batches, Encoded, TokenBatch, parts_of
 from mrp_lens.edits import Edit, projection_in, without_projections
 from mrp_lens.methods.base import Data, FitContext, FitTemplate, fitting
 from mrp_lens.methods.coverage import Coverage
@@ -329,15 +329,23 @@ class _Losses:
                 100 * left_out,
             )
         self.bound = or_default(method.forget_bound, FORGET_BOUND[self.forget_loss])
-        # Without any projection, where the model leaves its last block, and where it comes to the first that has one.
-        self.last = KeptStates(self.model, int(self.model.cfg.n_layers))
+        # Where the model leaves its last block, without any projection and with the earlier requests; and where it comes to the first
+        # hook of any.
+        self.last = self.last_before = KeptStates(self.model, int(self.model.cfg.n_layers))
         self.first = KeptStates(self.model, min(layer_of(hook) for hook, _ in learned.hooks()))
         retain = self.retain.texts
         compared = [(self.last, retain)] if method.retain_loss == "kl" else []
         compared += [(self.last, data.all_forget)] if self.forget_loss == "odds" else []
         for kept, rows in (*compared, (self.first, retain), (self.first, data.all_forget)):
-            passes = method.steps * method.batch_size / len(rows)
-            kept.read(self.encoder, rows, passes=passes, progress=context.progress)
+            self._keep(kept, rows)
+        if method.retain_loss == "kl" and learned.earlier:
+            self.last_before = KeptStates(self.model, self.last.layer)
+            with hooked(self.model, learned.hooks()), learned.before():
+                self._keep(self.last_before, retain)
+
+    def _keep(self, kept: KeptStates, rows: Sequence[Encoded]) -> None:
+        passes = self.method.steps * self.method.batch_size / len(rows)
+        kept.read(self.encoder, rows, passes=passes, progress=self.context.progress)
 
     def __call__(self, step: int) -> Iterator[dict[str, Tensor]]:
         self.learned.alone = step % 2 == 1
@@ -389,10 +397,17 @@ class _Losses:
                 predicted = predictions(self.model, part)
             gate = self._gate_loss(part, batch, lost=False)
             divergence = method.retain_loss == "kl"
-            keeping = kl(self._reference(part), predicted) if divergence else cross_entropy(predicted, part)
+            keeping = kl(self._before(part), predicted) if divergence else cross_entropy(predicted, part)
             retain = keeping.sum() / count
             weight = self.context.multiplier * method.retain_weight
             yield {"loss": weight * retain + method.gate_weight * gate.get("gate", 0.0), "retain": retain, **gate}
+
+    def _before(self, part: TokenBatch) -> Float[Tensor, "counted d_vocab"]:
+        """What the model predicts as this fit found it: held against the unedited one, a request would undo the earlier ones where they
+        cost anything on retain text."""
+        kept = self.last if self.learned.alone else self.last_before
+        with torch.no_grad(), self.learned.before(), kept.entered(part):
+            return predictions(self.model, part)
 
     def _reference(self, part: TokenBatch) -> Float[Tensor, "counted d_vocab"]:
         """What the model without any projection predicts."""

@@ -100,7 +100,8 @@ class MRP(FitTemplate[MRPSettings]):
             against the other tokens that the model without the projection considers there, for texts that have no form in
             common. "bounded": -min(CE, forget_bound) per token. "ascent": -CE, the paper's, which diverges.
         forget_bound: nats. None: 1 for "alternatives" and "odds", 5 for "bounded".
-        retain_loss: "kl": KL(unedited || edited) on the retain corpus; "cross_entropy": on its text, as in the paper.
+        retain_loss: "kl": KL(before || after this fit) on the retain corpus, of a later request with the earlier ones in place on both
+            sides; "cross_entropy": on its text, as in the paper.
         retain_weight: factor on the retain loss, at the start of a fit with a budget; the released code has 1.2, with its
             cross-entropy.
         layer_dropout: share of the layers, drawn anew for each update, whose rows are left out of its pass over forget texts: no

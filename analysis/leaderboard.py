@@ -36,6 +36,7 @@ from analysis.common.board import (
     METRICS,
     RELEARN_STAGE,
     Cells,
+    brought_back,
     few,
     finding,
     further_columns,
@@ -296,8 +297,7 @@ class Leaderboard(ResumableStudy):
         folder, study = self.store.folder / "attacks" / result_name(job, name), self.study
         frames = attacks.run_suite(study.model, edit, study.task, config, folder, name=job[0], progress=False)
         rows = pd.DataFrame(attacks.rows_of_attacks(frames, job[0], config))
-        back = rows[(rows["method"] == job[0]) & rows["recovery"].notna()] if "recovery" in rows else rows[:0]
-        return {"settings": settings_of(attack), "rows": rows_of(back)}
+        return {"settings": settings_of(attack), "rows": rows_of(brought_back(rows, job[0]))}
 
     def measure(self, job: Job, table: str = "leaderboard", documents: int | None = None) -> Cell:
         """What registered metrics say, on so many documents a side."""
@@ -308,6 +308,7 @@ class Leaderboard(ResumableStudy):
             limit=documents or self.options.limit,
             documents=documents,
             reference=self.reference,
+            judge=None if job[0] != NEVER_TAUGHT else self.study.model,
             seed=job[1],
             progress=False,
         )

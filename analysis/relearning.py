@@ -36,7 +36,7 @@ from mrp_lens.attacks.finetuning import Form, Parameters
 from mrp_lens.cli.app import as_program
 from mrp_lens.data import Corpus, Questions, TaskConfig
 from mrp_lens.data.questions import Half
-from mrp_lens.edits import Edit, ProjectionEdit, edit_on, load_edit
+from mrp_lens.edits import Edit, ProjectionEdit, edit_on, has_hooks, load_edit, projection_in, without_hooks
 from mrp_lens.edits.provenance import fingerprint
 from mrp_lens.methods import MRP, RMU, AdaptiveRMU, UnconditionalMRP
 from mrp_lens.methods.mrp.method import default_rank
@@ -293,8 +293,14 @@ class Relearning(ResumableStudy):
         return row
 
     def quizzes(self) -> pd.DataFrame:
-        """The quizzes of all jobs."""
-        return pd.DataFrame([self.result(job, "quiz") for job in self.jobs])
+        """The quizzes of all jobs, and of what each edit consists."""
+        return pd.DataFrame(
+            [
+                {**self.result(job, "quiz"), "hooks": has_hooks(edit), "weights": without_hooks(edit) is not None}
+                for job in self.jobs
+                for edit in [self.edit(job)]
+            ]
+        )
 
     def model_of(self, name: str) -> LensModel:
         """The model that is attacked under this name."""
@@ -325,10 +331,9 @@ def random_projection(model: LensModel, *, rank: int, seed: int) -> ProjectionEd
 
 
 def rank_of(edit: Edit | None) -> int | None:
-    """The largest rank that a projection removes at a hook; None for other edits."""
-    if not isinstance(edit, ProjectionEdit):
-        return None
-    return max(subspace.rank for subspace in edit.subspaces().values())
+    """The largest rank that a projection removes at a hook; None for an edit without one."""
+    projection = projection_in(edit)
+    return max(subspace.rank for subspace in projection.subspaces().values()) if projection is not None else None
 
 
 def rows_of_curves(curves: pd.DataFrame, quizzes: pd.DataFrame) -> pd.DataFrame:
@@ -374,14 +379,12 @@ def _with_forms(table: pd.DataFrame, last: int) -> pd.DataFrame:
     if headline not in table:
         return table
     for place, row in table[table["attacker"] == USUAL.name].iterrows():
-        edited = isinstance(row["layers"], str) and row["layers"] != ""
-        hooks = edited and pd.notna(row["rank"])  # a projection; other edits are in the weights as they are
         weights = table[
             (table["attacker"] == WEIGHTS.name) & (table["method"] == row["method"]) & (table["seed"] == row["seed"])
         ]
-        if hooks:
+        if row["hooks"] and not row["weights"]:
             table.loc[place, f"{headline}_stripped"] = usual.loc[(UNEDITED, row["seed"]), headline]
-        elif edited:
+        if row["weights"] and not row["hooks"]:
             table.loc[place, f"{headline}_weights"] = row[headline]
         if len(weights):
             table.loc[place, f"{headline}_weights"] = weights[headline].iloc[0]

@@ -9,6 +9,7 @@ from analysis.common.resumable import Job
 from analysis.common.tables import DOES_NOT_COUNT, NONE, figure, markdown, mean_of
 from mrp_lens import metrics
 from mrp_lens.attacks import best, with_floor
+from mrp_lens.attacks.summary import NO_ATTACK
 from mrp_lens.metrics.controls import NEVER_TAUGHT, UNEDITED
 from mrp_lens.metrics.recovery import FORM_TITLES
 from mrp_lens.utils.frames import rows_of
@@ -130,16 +131,29 @@ def _worst(row: Mapping[str, Any], stages: Mapping[str, Any], last: int) -> dict
 
 
 def _further(stages: Mapping[str, Any]) -> dict[str, Any]:
-    """The best of what each further attack brought back, with its interval, and what registered metrics say."""
+    """What each further attack certainly brought back, by the lower end of its interval, and what registered metrics say."""
     row: dict[str, Any] = {}
     for stage, found in stages.items():
         if stage.startswith(METRICS):
             row |= found["row"]
         if stage.startswith(ATTACK) and found["rows"]:
-            most = max(found["rows"], key=lambda attacked: float(attacked["recovery"]))
+            most = max(found["rows"], key=_certain)
             ends = {end: most.get(f"recovery{end}") for end in ("", "_low", "_high")}
             row |= {f"recovery_{stage.removeprefix(ATTACK)}{end}": value for end, value in ends.items()}
     return row
+
+
+def brought_back(rows: pd.DataFrame, method: str) -> pd.DataFrame:
+    """Those `rows_of_attacks` of a method that tell what an attack brought back: not that of no attack."""
+    if "recovery" not in rows:
+        return rows[:0]
+    return rows[rows["recovery"].notna() & (rows["method"] == method) & (rows["attack"] != NO_ATTACK)]
+
+
+def _certain(attacked: Mapping[str, Any]) -> float:
+    """What an attack brought back at least; the recovery itself, of an attack that gives no interval."""
+    low = attacked.get("recovery_low")
+    return float(attacked["recovery"] if low is None or pd.isna(low) else low)
 
 
 def _kind(fit: Mapping[str, Any]) -> str:

@@ -144,7 +144,9 @@ class Questions:
             raise ValueError(f"unknown by={by!r}; choose one of {', '.join(get_args(Half))}")
         first: dict[tuple[str, str], int] = {}
         places = [first.setdefault((q.prompt, q.choices[q.answer]), place) for place, q in enumerate(self.questions)]
-        labels = [q.entity if by == "entity" else str(place) for q, place in zip(self.questions, places, strict=True)]
+        spelled: dict[str, str] = {}  # an entity but for case and blanks -> as it stands in the first question about it
+        entities = [spelled.setdefault(" ".join(q.entity.split()).casefold(), q.entity) for q in self.questions]
+        labels = entities if by == "entity" else [str(place) for place in places]
         if not all(labels):
             raise ValueError(
                 f"{self.name}: some questions do not say whom they are about; name that column with entity=..., or split by='question'"

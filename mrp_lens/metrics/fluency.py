@@ -8,14 +8,15 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from mrp_lens.data import Corpus, Document
+from mrp_lens.data import Document
+from mrp_lens.data.tokenization import Encoded
 from mrp_lens.edits import Edit, edit_on
 from mrp_lens.metrics.bootstrap import share_interval
 from mrp_lens.metrics.perplexity import perplexity_of
 from mrp_lens.metrics.registry import Measured, register
-from mrp_lens.metrics.tokens import by_document
+from mrp_lens.metrics.tokens import by_row
 from mrp_lens.models import LensModel, encoder_for
-from mrp_lens.models.generation import continuations
+from mrp_lens.models.generation import Continuation, continued, written
 from mrp_lens.utils.torch_state import ordinary_torch
 from mrp_lens.utils.validation import check_whole, int_seed
 
@@ -32,6 +33,7 @@ def fluency(
     edit: Edit | None,
     prompts: Sequence[str],
     *,
+    judge: LensModel | None = None,
     max_new_tokens: int = 40,
     ngram: int = 4,
     orders: int = ORDERS,
@@ -41,9 +43,9 @@ def fluency(
 ) -> pd.DataFrame:
     """How fluent the answers are that a model writes (greedily) with an edit, beside those without it.
 
-    `perplexity`: exp of the mean cross-entropy a token of the answers after their prompts, under the *unedited* model.
+    `perplexity`: exp of the mean cross-entropy a token of the answers, as they were written, after their prompts, under the judge.
     `repetition`: share of the n-grams of an answer's tokens that it has had before, mean over answers (seq-rep-n of
-    Welleck et al., arXiv 1908.04319). `gibberish`: share of answers whose words are no likelier to the unedited model in
+    Welleck et al., arXiv 1908.04319). `gibberish`: share of answers whose words are no likelier to the judge in
     their order than in random orders: an answer passes if it is likelier than every one of `orders` shuffles, a
     permutation test at 1 / (orders + 1). It needs no classifier and no threshold on perplexity, which facts that the
     unedited model would not state raise as well as word salad does.
@@ -52,6 +54,8 @@ def fluency(
         model: HookedTransformer or TransformerBridge, without the edit; left as it is.
         edit: the one to look at. None: only the row of the unedited model.
         prompts: such as the questions of the forget set.
+        judge: the model that says how likely an answer is, without any edit. None: `model` without the edit. To compare answers of
+            several models, give all of them the same one.
         max_new_tokens: of an answer, at most.
         ngram: n of `repetition`, in tokens.
         orders: shuffles of each answer.
@@ -68,7 +72,7 @@ def fluency(
 
     Raises:
         TypeError: a string instead of several.
-        ValueError: no prompts; NonFiniteError where logits become NaN or infinite.
+        ValueError: no prompts, or a judge that reads them as other tokens; NonFiniteError where logits become NaN or infinite.
 
     Example:
         >>> frame = fluency(model, edit, ["The colour of", "The sage said that"], max_new_tokens=6)
@@ -79,18 +83,23 @@ def fluency(
     asked = list(prompts)
     if not asked:
         raise ValueError("no prompts to answer; give the questions of the forget set, for example")
+    judging = model if judge is None else judge
     rows = []
     for when, on in [("before", None), *([] if edit is None else [("after", edit)])]:
         with edit_on(model, on):
-            answers = continuations(model, asked, max_new_tokens=max_new_tokens, progress=progress)
-        documents = [
-            Document(prompt, _joined(prompt, answer)) for prompt, answer in zip(asked, answers, strict=True) if answer
-        ]
-        likely = _log_probabilities(model, documents, batch_size, progress)
+            answers = continued(model, asked, max_new_tokens=max_new_tokens, progress=progress)
+        if judge is not None:
+            _check_reads_alike(judge, asked, answers)
+        given = [(prompt, answer) for prompt, answer in zip(asked, answers, strict=True) if answer.text]
+        tokens = [written(model, answer) for _, answer in given]
+        likely = _log_probabilities(
+            judging, [_row(answer, ids) for (_, answer), ids in zip(given, tokens, strict=True)], batch_size, progress
+        )
+        texts = [Document(prompt, _lead(model, answer) + answer.text) for prompt, answer in given]
         shares = {
-            "repetition": _repetitions(model, documents, ngram),
-            "gibberish": _shuffles_as_likely(model, documents, likely, orders, batch_size, seed, progress),
-            "empty": [float(not answer) for answer in answers],
+            "repetition": [_repetition(ids, ngram) for ids in tokens],
+            "gibberish": _shuffles_as_likely(judging, texts, orders, batch_size, seed, progress),
+            "empty": [float(not answer.text) for answer in answers],
         }
         rows.append({"when": when, "measure": "perplexity", **_perplexity(likely, seed)})
         rows += [{"when": when, "measure": name, **_mean(np.array(own), seed)} for name, own in shares.items()]
@@ -117,23 +126,41 @@ def fluency(
 )
 def _of_forget_prompts(measured: Measured) -> pd.DataFrame:
     prompts = measured.task.forget_prompts(limit=min(measured.limit or PROMPTS, PROMPTS))
-    return fluency(measured.model, measured.edit, prompts, seed=measured.seed, progress=measured.progress)
-
-
-def _joined(prompt: str, answer: str) -> str:
-    """The answer as it follows the prompt; what the model writes is stripped of white space."""
-    return answer if prompt[-1:].isspace() else f" {answer}"
-
-
-def _log_probabilities(
-    model: LensModel, documents: Sequence[Document], batch_size: int, progress: bool
-) -> list[Values]:
-    if not documents:
-        return []
-    corpus = Corpus(tuple(documents), "answers")
-    found = by_document(
-        model, corpus, batch_size=batch_size, desc="scoring answers", keep="end", warn=False, progress=progress
+    return fluency(
+        measured.model, measured.edit, prompts, judge=measured.judge, seed=measured.seed, progress=measured.progress
     )
+
+
+def _check_reads_alike(judge: LensModel, prompts: Sequence[str], answers: Sequence[Continuation]) -> None:
+    """Refuse a judge for which the tokens of prompts and answers are others."""
+    room = max(len(answer.prompt) for answer in answers)
+    rows = encoder_for(judge, max_length=room).encode(
+        [Document("", prompt) for prompt in prompts], keep="end", warn=False
+    )
+    if [row.ids for row in rows] != [answer.prompt for answer in answers]:
+        raise ValueError(
+            "the judge reads the prompts as other tokens than the model; load both with the same tokenizer"
+        )
+
+
+def _row(answer: Continuation, written: tuple[int, ...]) -> Encoded:
+    """Prompt and answer as the model read and wrote them; the answer counts."""
+    ids = (*answer.prompt, *written)
+    counts = tuple(place >= len(answer.prompt) for place in range(len(ids)))
+    return Encoded(ids, counts, counts)
+
+
+def _lead(model: LensModel, answer: Continuation) -> str:
+    """The white space between prompt and answer: what the model writes is stripped of it."""
+    prompt, whole = (
+        model.tokenizer.decode(ids, skip_special_tokens=True) for ids in (answer.prompt, (*answer.prompt, *answer.ids))
+    )
+    behind = str(whole)[len(prompt) :]
+    return behind[: len(behind) - len(behind.lstrip())]
+
+
+def _log_probabilities(model: LensModel, rows: Sequence[Encoded], batch_size: int, progress: bool) -> list[Values]:
+    found = by_row(model, rows, batch_size=batch_size, desc="scoring answers", progress=progress) if rows else []
     return [own[:, 0] for own in found]
 
 
@@ -151,36 +178,29 @@ def _mean(values: Values, seed: int) -> dict[str, Any]:
     return {"n": len(values), "mean": float(values.mean()), "low": low, "high": high}
 
 
-def _repetitions(model: LensModel, documents: Sequence[Document], ngram: int) -> list[float]:
-    """Of each completion 1 - distinct / all n-grams of tokens; 0 where it has none."""
-    found = []
-    for row in encoder_for(model).encode(documents, keep="end", warn=False):
-        ids = [token for token, own in zip(row.ids, row.in_loss, strict=True) if own]
-        grams = [tuple(ids[start : start + ngram]) for start in range(len(ids) - ngram + 1)]
-        found.append(1 - len(set(grams)) / len(grams) if grams else 0.0)
-    return found
+def _repetition(ids: Sequence[int], ngram: int) -> float:
+    """1 - distinct / all n-grams of tokens; 0 where there is none."""
+    grams = [tuple(ids[start : start + ngram]) for start in range(len(ids) - ngram + 1)]
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
 def _shuffles_as_likely(
-    model: LensModel,
-    documents: Sequence[Document],
-    likely: Sequence[Values],
-    orders: int,
-    batch_size: int,
-    seed: int,
-    progress: bool,
+    model: LensModel, texts: Sequence[Document], orders: int, batch_size: int, seed: int, progress: bool
 ) -> list[float]:
-    """1 for each answer of enough words that is no likelier than one of its shuffles, else 0."""
+    """1 for each answer of enough words that is no likelier than one of its shuffles, else 0; all of them with a blank between words, and
+    what stands before the first one as it was."""
     draw = random.Random(int_seed(seed))
-    scored, shuffled = [], []
-    for document, own in zip(documents, likely, strict=True):
-        words = document.completion.split()
-        if len(words) >= LEAST_WORDS and len(set(words)) > 1 and len(own):
-            scored.append(own.mean())
-            texts = [" ".join(_shuffled(words, draw)) for _ in range(orders)]
-            shuffled += [Document(document.prompt, _joined(document.prompt, text)) for text in texts]
-    scores = [own.mean() for own in _log_probabilities(model, shuffled, batch_size, progress)]
-    return [float(own <= max(scores[number * orders : (number + 1) * orders])) for number, own in enumerate(scored)]
+    ordered = []
+    for text in texts:
+        words = text.completion.split()
+        if len(words) >= LEAST_WORDS and len(set(words)) > 1:
+            lead = text.completion[: len(text.completion) - len(text.completion.lstrip())]
+            shuffles = (_shuffled(words, draw) for _ in range(orders))
+            ordered += [Document(text.prompt, lead + " ".join(each)) for each in (words, *shuffles)]
+    rows = encoder_for(model).encode(ordered, keep="end", warn=False)
+    scores = [own.mean() for own in _log_probabilities(model, rows, batch_size, progress)]
+    groups = [scores[start : start + orders + 1] for start in range(0, len(scores), orders + 1)]
+    return [float(own <= max(shuffled)) for own, *shuffled in groups]
 
 
 def _shuffled(words: Sequence[str], draw: random.Random) -> list[str]:

@@ -48,7 +48,8 @@ def recovery(after: Score, floor: Score, ceiling: Score, *, seed: int = 0) -> Re
         ceiling: on the held-out facts, the unedited model.
         seed: of the draws behind the interval, 2,000 of all three shares, each for itself (conservative where they are the
             same questions), from its posterior with Jeffreys' prior: Beta(right + 1/2, wrong + 1/2). Of 0 or n right
-            answers it has a width, which resampled questions have not: 6 of 6 are less certain than 200 of 200.
+            answers it has a width, which resampled questions have not: 6 of 6 are less certain than 200 of 200. Questions count
+            as independent: where several are about one entity and come back together, the interval is too narrow.
 
     Returns:
         0: as if never taught; 1: all is back. Not clipped: chance takes it below 0 and above 1. NaN without questions, and

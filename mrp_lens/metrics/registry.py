@@ -30,6 +30,7 @@ class Measured:
         limit: at most this many questions a side; None: all.
         documents: at most this many documents a side; None: all.
         reference: a model that never saw the forget set; None: there is none, and what compares with it is left out.
+        judge: the model that says how likely written answers are; None: `model`.
         unseen: text like the forget set that the model never saw, for membership inference; None: there is none.
         seed: of every random choice.
         progress: show progress bars.
@@ -42,6 +43,7 @@ class Measured:
     limit: int | None = None
     documents: int | None = None
     reference: LensModel | None = field(default=None, repr=False)
+    judge: LensModel | None = field(default=None, repr=False)
     unseen: Corpus | None = None
     seed: int = 0
     progress: bool = True

@@ -1,6 +1,6 @@
 """What a model says of each token that counts, document by document: what metrics of texts are made of."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mrp_lens.data import Corpus
 from mrp_lens.data.kinds import check_corpus
-from mrp_lens.data.tokenization import Kept, in_order
+from mrp_lens.data.tokenization import Encoded, Kept, in_order
 from mrp_lens.models import LensModel, encoder_for
 from mrp_lens.models.hooks import frozen
 from mrp_lens.training.losses import predictions, targets
@@ -57,17 +57,35 @@ def by_document(
     check_corpus(corpus=corpus)
     if not len(corpus):
         raise ValueError(f"no documents in {corpus.name!r}")
+    encoded = encoder_for(model).encode(corpus.documents, keep=keep, warn=warn)
+    found = by_row(model, encoded, measure, batch_size=batch_size, desc=desc, progress=progress)
+    if not any(len(figures) for figures in found):
+        raise ValueError(f"{corpus.name!r} holds no token to predict: every document is empty or a single token")
+    return found
+
+
+def by_row(
+    model: LensModel,
+    rows: Sequence[Encoded],
+    measure: TokenMeasure = own_log_probability,
+    *,
+    batch_size: int = 128,
+    desc: str = "scoring text",
+    progress: bool = True,
+) -> list[NDArray[np.float64]]:
+    """`by_document` of texts that are tokens already; none need have a token to predict.
+
+    Raises:
+        NonFiniteError: logits are NaN or infinite.
+    """
     encoder = encoder_for(model)
-    encoded = encoder.encode(corpus.documents, keep=keep, warn=warn)
-    found: list[NDArray[np.float64]] = [np.zeros((0, 1))] * len(encoded)
-    bar = progress_bar(total=len(encoded), desc=desc, progress=progress)
+    found: list[NDArray[np.float64]] = [np.zeros((0, 1))] * len(rows)
+    bar = progress_bar(total=len(rows), desc=desc, progress=progress)
     with frozen(model), torch.no_grad(), bar:
-        for places, batch in in_order(encoder, encoded, batch_size, logits=True):
+        for places, batch in in_order(encoder, rows, batch_size, logits=True):
             figures = measure(predictions(model, batch), targets(batch)).double().cpu().numpy()
             counts = batch.loss_mask[:, 1:].sum(dim=1).tolist()
             for place, own in zip(places, np.split(figures, np.cumsum(counts)[:-1]), strict=True):
                 found[place] = own
             bar.update(len(places))
-    if not any(len(figures) for figures in found):
-        raise ValueError(f"{corpus.name!r} holds no token to predict: every document is empty or a single token")
     return found

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from mrp_lens.data import Document
 from mrp_lens.data.tokenization import valid_id
-from mrp_lens.models.base import device_of, encoder_for
+from mrp_lens.models.backends import set_tokenizer
+from mrp_lens.models.base import device_of, encoder_for, is_bridge
 from mrp_lens.models.finite import non_finite
 from mrp_lens.models.hooks import frozen
 from mrp_lens.models.protocol import LensModel
@@ -173,6 +174,11 @@ def end_tokens(model: LensModel) -> tuple[int, ...]:
     return tuple(dict.fromkeys(token for token in ids if valid_id(token, int(model.W_E.shape[0]))))
 
 
+def written(model: LensModel, answer: Continuation) -> tuple[int, ...]:
+    """The ids behind the prompt, without the token that ends them."""
+    return tuple(_before_end(model, list(answer.ids)))
+
+
 def _before_end(model: LensModel, ids: list[int]) -> list[int]:
     """What is written, without the token that ends it."""
     return ids[:-1] if ids and ids[-1] in end_tokens(model) else ids
@@ -216,7 +222,7 @@ def _written(model: LensModel, tokens: Int[Tensor, "batch seq"], **how: Any) -> 
         if not bool(logits[:, -1].amax(dim=-1).isfinite().all()):
             raise _NonFinite
 
-    with ExitStack() as stack, suppress(_NonFinite):
+    with ExitStack() as stack, suppress(_NonFinite), _unmasked(model):
         stack.callback(model.embed.register_forward_pre_hook(remember).remove)
         stack.callback(model.unembed.register_forward_hook(check).remove)
         output: Tensor = model.generate(
@@ -226,6 +232,19 @@ def _written(model: LensModel, tokens: Int[Tensor, "batch seq"], **how: Any) -> 
     cached = len(read) > 1 and read[-1].shape[1] == 1  # then each pass read what was new
     whole = torch.cat(read, dim=1) if cached else read[-1]
     raise non_finite(model, whole, torch.ones_like(whole, dtype=torch.bool), "the logits of a text that is written")
+
+
+@contextmanager
+def _unmasked(model: LensModel) -> Iterator[None]:
+    """Inside, `generate` of a HookedTransformer reads every token: from a tokenizer it would take which ones are pads, and a BOS whose id
+    is the pad token's as well would be masked. Nothing is padded here."""
+    tokenizer = model.tokenizer
+    if not is_bridge(model):
+        set_tokenizer(model, None)
+    try:
+        yield
+    finally:
+        set_tokenizer(model, tokenizer)
 
 
 class _NonFinite(Exception):

@@ -1,6 +1,7 @@
 """The leaderboard's rows follow from its cells, each of which is computed once, whoever asks for it."""
 
 import json
+import math
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,7 +11,7 @@ import pandas as pd
 import pytest
 
 from analysis import leaderboard
-from analysis.common.board import compact, finding, further_columns, rows_of_cells, with_reference_floor
+from analysis.common.board import brought_back, compact, finding, further_columns, rows_of_cells, with_reference_floor
 from mrp_lens import attacks
 from mrp_lens.data import Questions
 from mrp_lens.methods import MRP, RMU
@@ -236,6 +237,7 @@ def test_what_the_attackers_rate_leaves_the_unedited_model_stands_beside_what_co
 
 def test_the_best_of_a_registered_attack_and_the_values_of_registered_metrics_have_columns() -> None:
     back = [{"recovery": value, "recovery_low": value - 0.1, "recovery_high": value + 0.1} for value in (0.1, 0.6)]
+    back.append({"recovery": 0.9, "recovery_low": -0.5, "recovery_high": 2.0})  # which may be nothing
     found = {"attack-toy": {"rows": back}, "metrics-mine": {"row": {"mine": 0.25}}}
     nothing = {"attack-toy": {"rows": []}, "metrics-mine": {"row": {"mine": 1.0}}}
     cells = {("unedited", 0): UNEDITED | nothing, ("plain", 0): PLAIN | found}
@@ -247,6 +249,15 @@ def test_the_best_of_a_registered_attack_and_the_values_of_registered_metrics_ha
     shown = compact(table, UPDATES, further).set_index("")
     assert dict(shown.loc["plain"])["recovery toy"] == "0.60 [0.50, 0.70]"
     assert [dict(shown.loc[name])["mine"] for name in ("unedited", "plain")] == ["1.00", "0.25"]
+
+
+def test_what_is_answered_without_an_attack_is_not_what_an_attack_brought_back() -> None:
+    rows = [("no attack", 0.47), ("search", 0.07), ("not scored", math.nan)]
+    found = pd.DataFrame(
+        [{"method": name, "attack": attack, "recovery": value} for name in ("plain", "other") for attack, value in rows]
+    )
+    assert brought_back(found, "plain")[["method", "attack"]].values.tolist() == [["plain", "search"]]
+    assert brought_back(found.drop(columns="recovery"), "plain").empty
 
 
 def write(path: Path, questions: Questions) -> str:

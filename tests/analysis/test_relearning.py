@@ -43,6 +43,8 @@ def table_of(*curves: pd.DataFrame) -> pd.DataFrame:
     known = {
         "layers": ["" if method == UNEDITED else "4,7" for method in jobs["method"]],
         "rank": [None if method in (UNEDITED, "rmu") else 8 for method in jobs["method"]],
+        "hooks": [method not in (UNEDITED, "rmu") for method in jobs["method"]],
+        "weights": [method in ("rmu", "stack") for method in jobs["method"]],
     }
     fixed = pd.DataFrame({**known, "forget_accuracy": 0.3, "retain_accuracy": 0.9}, index=jobs.index)
     return rows_of_curves(every, jobs.join(fixed))
@@ -60,6 +62,9 @@ def test_rows_carry_the_contracts_keys_and_the_controls() -> None:
     assert rows.loc["rmu", "recovery_100_weights"] == 1.0
     assert pd.isna(rows.loc["rmu", "recovery_100_stripped"])
     assert rows.loc["never-taught", "recovery_20"] == 0.02
+    both = table_of(UNTOUCHED, curve("stack", [0.0, 0.1, 0.1, 0.1])).set_index("method").loc["stack"]
+    assert pd.isna(both.get("recovery_100_stripped"))  # its weights stay when its hooks go
+    assert pd.isna(both.get("recovery_100_weights"))
     assert rows.loc["mrp", "new_accuracy_20"] == 0.5
 
 

@@ -241,6 +241,18 @@ def test_halves_share_neither_questions_nor_entities(world: World) -> None:
     assert questions.halves(by="entity", seed=1) != questions.halves(by="entity", seed=2)
 
 
+def test_spellings_of_one_entity_stay_in_one_half() -> None:
+    spelled = {"Ada Lovelace": 2, " ada  lovelace": 2, "ADA LOVELACE ": 2, "Alan Turing": 2}
+    rows = [
+        {"question": f"{name}{n}?", "choices": ["a", "b"], "answer": 0, "entity": name}
+        for name, many in spelled.items()
+        for n in range(many)
+    ]
+    for seed in range(4):
+        sides = Questions.from_rows(rows, entity="entity").halves(by="entity", seed=seed)
+        assert sorted(map(len, sides)) == [2, 6]
+
+
 def test_halves_refuse_what_cannot_be_split() -> None:
     several = Questions.from_rows(ROWS)
     with pytest.raises(ValueError, match="name that column with entity="):

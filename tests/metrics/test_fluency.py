@@ -1,6 +1,8 @@
 """Fluency of answers: perplexity and repetition one answer at a time, and gibberish on a model that knows a language."""
 
+import copy
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,11 +11,12 @@ import torch
 
 from mrp_lens import metrics
 from mrp_lens.data import Document
-from mrp_lens.metrics.fluency import _log_probabilities, _repetitions, _shuffles_as_likely
-from mrp_lens.models import LensModel
-from mrp_lens.models.generation import continuations
+from mrp_lens.metrics.fluency import _repetition, _shuffles_as_likely
+from mrp_lens.models import LensModel, load_model
+from mrp_lens.models.generation import Continuation, continued, end_tokens
 from tests.support.edits import projection
-from tests.support.plain import ids_of, log_probability
+from tests.support.families import save_family
+from tests.support.plain import ids_of, plain_logits
 
 PROMPTS = ["The old man", "The colour of", "A house", "It is the"]
 EDIT = projection(1, 2)
@@ -24,16 +27,15 @@ def test_perplexity_is_that_of_the_answers_under_the_unedited_model(model: LensM
     assert frame["when"].tolist() == ["before"] * 4 + ["after"] * 4
     rows = frame.set_index(["when", "measure"])
     with EDIT.applied(model):
-        edited = continuations(model, PROMPTS, max_new_tokens=6)
-    for when, answers in (("before", continuations(model, PROMPTS, max_new_tokens=6)), ("after", edited)):
-        own = [log_probability(model, p, f" {a}") for p, a in zip(PROMPTS, answers, strict=True) if a]
+        edited = continued(model, PROMPTS, max_new_tokens=6)
+    for when, answers in (("before", continued(model, PROMPTS, max_new_tokens=6)), ("after", edited)):
+        own = [likelihoods(model, answer) for answer in answers if answer.text]
         flat = [value for answer in own for value in answer]
         assert rows.loc[(when, "perplexity"), "mean"] == pytest.approx(np.exp(-np.mean(flat)), rel=1e-4)
         assert rows.loc[(when, "perplexity"), "n"] == len(own)
-        assert rows.loc[(when, "empty"), "mean"] == np.mean([not answer for answer in answers])
+        assert rows.loc[(when, "empty"), "mean"] == np.mean([not answer.text for answer in answers])
         repeated = []
-        for prompt, answer in zip(PROMPTS, answers, strict=True):
-            ids = ids_of(model, f"{prompt} {answer}")[len(ids_of(model, prompt)) :]
+        for ids in (without_end(model, answer) for answer in answers if answer.text):
             grams = [tuple(ids[at : at + 4]) for at in range(len(ids) - 3)]
             repeated.append(1 - len(set(grams)) / len(grams) if grams else 0.0)
         assert rows.loc[(when, "repetition"), "mean"] == pytest.approx(np.mean(repeated))
@@ -41,29 +43,70 @@ def test_perplexity_is_that_of_the_answers_under_the_unedited_model(model: LensM
     assert alone.equals(frame[frame["when"] == "before"].reset_index(drop=True))
 
 
+def without_end(model: LensModel, answer: Continuation) -> list[int]:
+    return [token for token in answer.ids if token not in end_tokens(model)]
+
+
+def likelihoods(model: LensModel, answer: Continuation) -> list[float]:
+    """Log-probabilities of what was written, one token at a time."""
+    ids, found = list(answer.prompt), []
+    for token in without_end(model, answer):
+        found.append(float(torch.tensor(plain_logits(model, ids)).log_softmax(-1)[token]))
+        ids.append(token)
+    return found
+
+
+def test_an_answer_that_begins_without_a_blank_is_scored_as_it_was_written(demo_model: Any) -> None:
+    prompts = ["The colour of Laxanine is gold", "The old man"]
+    answers = continued(demo_model, prompts, max_new_tokens=6)
+    assert answers[0].text.startswith(".")
+    expected = np.exp(-np.mean([value for answer in answers for value in likelihoods(demo_model, answer)]))
+    rows = metrics.fluency(demo_model, None, prompts, max_new_tokens=6, progress=False).set_index("measure")
+    assert rows.loc["perplexity", "mean"] == pytest.approx(expected, rel=1e-3)
+
+
+def test_another_judge_says_how_likely_answers_are(model: LensModel, other: LensModel, untouched: None) -> None:
+    own, judged = (
+        metrics.fluency(model, None, PROMPTS, judge=judge, max_new_tokens=6, orders=2, progress=False).set_index(
+            "measure"
+        )
+        for judge in (None, other)
+    )
+    flat = [value for answer in continued(model, PROMPTS, max_new_tokens=6) for value in likelihoods(other, answer)]
+    assert judged.loc["perplexity", "mean"] == pytest.approx(np.exp(-np.mean(flat)), rel=1e-4)
+    assert judged.loc["perplexity", "mean"] != pytest.approx(own.loc["perplexity", "mean"], rel=1e-2)
+    assert judged["mean"]["repetition"] == pytest.approx(own["mean"]["repetition"])
+
+
+def test_a_judge_that_reads_other_tokens_is_refused(
+    model: LensModel, backend: str, tmp_path: Path, untouched: None
+) -> None:
+    tokenizer = copy.deepcopy(model.tokenizer)
+    tokenizer.bos_token = None
+    judge = load_model(save_family("llama", tmp_path, tokenizer=tokenizer), backend=backend)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="reads the prompts as other tokens"):
+        metrics.fluency(model, None, PROMPTS, judge=judge, max_new_tokens=2, progress=False)
+
+
 @pytest.mark.filterwarnings("ignore:1 of 1 documents are longer")
 def test_an_answer_to_a_prompt_as_long_as_the_context_is_scored_whole(model: LensModel, untouched: None) -> None:
     long = " ".join(["The old man walked near the house"] * 60)
     assert len(ids_of(model, long)) > model.cfg.n_ctx
     rows = metrics.fluency(model, None, [long], max_new_tokens=8, orders=2, progress=False).set_index("measure")
-    (answer,) = continuations(model, [long], max_new_tokens=8)
-    assert rows["n"][["perplexity", "repetition"]].tolist() == [int(bool(answer))] * 2
-    whole = ids_of(model, f"{long} {answer}")
-    kept = [whole[0], *whole[1:][-(model.cfg.n_ctx - 1) :]]
-    count = len(whole) - len(ids_of(model, long))
-    tokens = torch.tensor([kept])
+    (answer,) = continued(model, [long], max_new_tokens=8)
+    assert rows["n"][["perplexity", "repetition"]].tolist() == [int(bool(answer.text))] * 2
+    ids, written = list(answer.prompt), without_end(model, answer)
+    tokens = torch.tensor([ids + written])
     with torch.no_grad():
         logs = model(tokens, attention_mask=torch.ones_like(tokens))[0].double().log_softmax(-1)
-    own = [float(logs[at - 1, kept[at]]) for at in range(len(kept) - count, len(kept))]
+    own = [float(logs[len(ids) + at - 1, token]) for at, token in enumerate(written)]
     assert rows.loc["perplexity", "mean"] == pytest.approx(np.exp(-np.mean(own)), rel=1e-4)
 
 
-def test_repetition_by_hand(model: LensModel) -> None:
-    texts = ["the house" + " the house" * 7, "The old man walked slowly", "A"]
-    tokens = len(ids_of(model, texts[0])) - 1
-    often, never, short = _repetitions(model, [Document("", text) for text in texts], 2)
-    assert often > 1 - 6 / (tokens - 1)
-    assert (never, short) == (0.0, 0.0)
+def test_repetition_by_hand() -> None:
+    assert _repetition([1, 2, 1, 2, 1, 2], 2) == 1 - 2 / 5
+    assert _repetition([1, 2, 3, 4], 2) == 0.0
+    assert _repetition([1], 2) == 0.0
 
 
 @pytest.mark.parametrize("words", [True, False], ids=["sentences", "word salad"])
@@ -74,8 +117,7 @@ def test_sentences_pass_and_word_salad_does_not(demo_model: Any, world: Any, wor
     parts = [text.split()[:12] for text in texts if len(text.split()) >= 8]
     salad = [" ".join(part if words else draw.permutation(part)) for part in parts]
     documents = [Document("", text) for text in salad]
-    likely = _log_probabilities(demo_model, documents, 64, False)
-    found = np.mean(_shuffles_as_likely(demo_model, documents, likely, 19, 64, 0, False))
+    found = np.mean(_shuffles_as_likely(demo_model, documents, 19, 64, 0, False))
     assert found < 0.2 if words else found > 0.7
 
 
@@ -84,7 +126,16 @@ def test_too_few_words_are_not_tested_and_nothing_written_is_empty(
 ) -> None:
     answers = {"The old man": "house", "A": ""}
     module = import_module("mrp_lens.metrics.fluency")
-    monkeypatch.setattr(module, "continuations", lambda model, prompts, **_: [answers[p] for p in prompts])
+
+    def written(model: LensModel, prompts: list[str], **_: Any) -> list[Continuation]:
+        return [
+            Continuation(
+                tuple(ids_of(model, p)), tuple(ids_of(model, f" {answers[p]}")[1:]) if answers[p] else (), answers[p]
+            )
+            for p in prompts
+        ]
+
+    monkeypatch.setattr(module, "continued", written)
     frame = metrics.fluency(model, None, list(answers), progress=False).set_index("measure")
     assert (frame.loc["empty", "mean"], frame.loc["gibberish", "n"], frame.loc["perplexity", "n"]) == (0.5, 0, 1)
     assert np.isnan(frame.loc["gibberish", "mean"])
@@ -115,10 +166,10 @@ def test_an_answer_is_compared_with_other_orders_alone(model: LensModel, monkeyp
     right = "one two three four"
     module = import_module("mrp_lens.metrics.fluency")
 
-    def likelihoods(model: Any, documents: Any, *_: Any) -> list[Any]:
-        return [np.array([0.0 if document.completion.strip() == right else -1.0]) for document in documents]
+    def as_told(model: Any, rows: Any, *_: Any) -> list[Any]:
+        told = [model.tokenizer.decode(row.ids, skip_special_tokens=True).strip() for row in rows]
+        return [np.array([0.0 if text == right else -1.0]) for text in told]
 
-    monkeypatch.setattr(module, "_log_probabilities", likelihoods)
-    answers, alike = [Document("", right)] * 40, [Document("", "one one one one")]
-    likely = likelihoods(model, answers + alike)
-    assert _shuffles_as_likely(model, answers + alike, likely, 19, 8, 0, False) == [0.0] * 40
+    monkeypatch.setattr(module, "_log_probabilities", as_told)
+    answers = [*[Document("", right)] * 40, Document("", "one one one one")]
+    assert _shuffles_as_likely(model, answers, 19, 8, 0, False) == [0.0] * 40

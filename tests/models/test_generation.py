@@ -136,6 +136,27 @@ def test_logits_that_are_not_finite_are_refused(backend: str, tiny_folder: Path)
         written_after(model, ["It is", "The"], max_new_tokens=3, seed=0, progress=False)
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_a_bos_that_is_the_pad_token_too_is_read(
+    family: str, side: str, tmp_path: Path, model: Any, backend: str
+) -> None:
+    """HookedTransformer's own `generate` asks the tokenizer which tokens are pads, and would mask it."""
+    tokenizer = copy.deepcopy(model.tokenizer)
+    for kind in ("eos", "pad"):
+        setattr(tokenizer, f"{kind}_token", tokenizer.bos_token)
+    own: Any = load_model(save_family(family, tmp_path, tokenizer=tokenizer), backend=backend)  # type: ignore[arg-type]
+    own.tokenizer.padding_side = side
+    before = own.tokenizer
+    for prompt in ("The old man", ""):
+        (answer,) = continued(own, [prompt], max_new_tokens=4)
+        ids = list(answer.prompt)
+        for _ in answer.ids:
+            ids.append(int(torch.tensor(plain_logits(own, ids)).argmax()))
+        assert answer.ids == tuple(ids[len(answer.prompt) :])
+    assert own.tokenizer is before
+
+
 @pytest.mark.parametrize(("bos", "eos"), [(None, None), (3, None), (None, 4), (0, 0)])
 def test_a_text_can_start_behind_bos_or_eos(bos: int | None, eos: int | None) -> None:
     model: Any = SimpleNamespace(tokenizer=SimpleNamespace(bos_token_id=bos, eos_token_id=eos))

@@ -76,10 +76,8 @@ class Facts:
         about = rows_of_file(folder / f"{topic}.jsonl")
         retain = [row["text"] for row in rows_of_file(folder / "retain.jsonl")]
         if topic == "capital":
-            forget, kept = (
-                [row["text"] for row in rows_of_file(folder / "forget.jsonl")],
-                rows_of_file(folder / "retain_quiz.jsonl"),
-            )
+            forget = [row["text"] for row in rows_of_file(folder / "forget.jsonl")]
+            kept = rows_of_file(folder / "retain_quiz.jsonl")
         else:
             capitals = rows_of_file(folder / "capital.jsonl")
             forget = statements(topic, about)

@@ -16,7 +16,7 @@ from mrp_lens.metrics.perplexity import perplexity_of
 from mrp_lens.metrics.registry import Measured, register
 from mrp_lens.metrics.tokens import by_row
 from mrp_lens.models import LensModel, encoder_for
-from mrp_lens.models.generation import Continuation, continued, written
+from mrp_lens.models.generation import Continuation, continued, without_end
 from mrp_lens.utils.torch_state import ordinary_torch
 from mrp_lens.utils.validation import check_whole, int_seed
 
@@ -91,10 +91,9 @@ def fluency(
         if judge is not None:
             _check_reads_alike(judge, asked, answers)
         given = [(prompt, answer) for prompt, answer in zip(asked, answers, strict=True) if answer.text]
-        tokens = [written(model, answer) for _, answer in given]
-        likely = _log_probabilities(
-            judging, [_row(answer, ids) for (_, answer), ids in zip(given, tokens, strict=True)], batch_size, progress
-        )
+        tokens = [without_end(model, answer.ids) for _, answer in given]
+        encoded = [_row(answer.prompt, ids) for (_, answer), ids in zip(given, tokens, strict=True)]
+        likely = _log_probabilities(judging, encoded, batch_size, progress)
         texts = [Document(prompt, _lead(model, answer) + answer.text) for prompt, answer in given]
         shares = {
             "repetition": [_repetition(ids, ngram) for ids in tokens],
@@ -143,11 +142,10 @@ def _check_reads_alike(judge: LensModel, prompts: Sequence[str], answers: Sequen
         )
 
 
-def _row(answer: Continuation, written: tuple[int, ...]) -> Encoded:
-    """Prompt and answer as the model read and wrote them; the answer counts."""
-    ids = (*answer.prompt, *written)
-    counts = tuple(place >= len(answer.prompt) for place in range(len(ids)))
-    return Encoded(ids, counts, counts)
+def _row(prompt: Sequence[int], answer: Sequence[int]) -> Encoded:
+    """Both as the model read and wrote them; the answer counts."""
+    counts = (False,) * len(prompt) + (True,) * len(answer)
+    return Encoded((*prompt, *answer), counts, counts)
 
 
 def _lead(model: LensModel, answer: Continuation) -> str:

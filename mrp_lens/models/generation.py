@@ -100,7 +100,7 @@ def continued(
     answers: dict[int, Continuation] = {}
     with frozen(model), torch.no_grad(), _drawing(seed):
         for place, ids in _side_by_side(model, starts, max_new_tokens, progress=progress, **how):
-            text = str(model.tokenizer.decode(_before_end(model, ids), skip_special_tokens=True)).strip()
+            text = str(model.tokenizer.decode(without_end(model, ids), skip_special_tokens=True)).strip()
             answers[place] = Continuation(tuple(starts[place]), tuple(ids), text)
     return [answers[place] for place in range(len(starts))]
 
@@ -139,7 +139,7 @@ def written_after(
     with frozen(model), torch.no_grad(), _drawing(seed):
         how = {"do_sample": True, "temperature": 1.0}
         for place, ids in _side_by_side(model, starts, max_new_tokens, progress=progress, **how):
-            whole = [*starts[place][before[place] :], *_before_end(model, ids)]
+            whole = [*starts[place][before[place] :], *without_end(model, ids)]
             text = model.tokenizer.decode(whole, skip_special_tokens=True)
             texts[place] = str(text).strip()
     return texts
@@ -174,14 +174,9 @@ def end_tokens(model: LensModel) -> tuple[int, ...]:
     return tuple(dict.fromkeys(token for token in ids if valid_id(token, int(model.W_E.shape[0]))))
 
 
-def written(model: LensModel, answer: Continuation) -> tuple[int, ...]:
-    """The ids behind the prompt, without the token that ends them."""
-    return tuple(_before_end(model, list(answer.ids)))
-
-
-def _before_end(model: LensModel, ids: list[int]) -> list[int]:
+def without_end(model: LensModel, ids: Sequence[int]) -> list[int]:
     """What is written, without the token that ends it."""
-    return ids[:-1] if ids and ids[-1] in end_tokens(model) else ids
+    return list(ids[:-1] if ids and ids[-1] in end_tokens(model) else ids)
 
 
 def _side_by_side(

@@ -13,7 +13,7 @@ from mrp_lens import metrics
 from mrp_lens.data import Document
 from mrp_lens.metrics.fluency import _repetition, _shuffles_as_likely
 from mrp_lens.models import LensModel, load_model
-from mrp_lens.models.generation import Continuation, continued, end_tokens
+from mrp_lens.models.generation import Continuation, continued, without_end
 from tests.support.edits import projection
 from tests.support.families import save_family
 from tests.support.plain import ids_of, plain_logits
@@ -35,7 +35,7 @@ def test_perplexity_is_that_of_the_answers_under_the_unedited_model(model: LensM
         assert rows.loc[(when, "perplexity"), "n"] == len(own)
         assert rows.loc[(when, "empty"), "mean"] == np.mean([not answer.text for answer in answers])
         repeated = []
-        for ids in (without_end(model, answer) for answer in answers if answer.text):
+        for ids in (without_end(model, answer.ids) for answer in answers if answer.text):
             grams = [tuple(ids[at : at + 4]) for at in range(len(ids) - 3)]
             repeated.append(1 - len(set(grams)) / len(grams) if grams else 0.0)
         assert rows.loc[(when, "repetition"), "mean"] == pytest.approx(np.mean(repeated))
@@ -43,14 +43,10 @@ def test_perplexity_is_that_of_the_answers_under_the_unedited_model(model: LensM
     assert alone.equals(frame[frame["when"] == "before"].reset_index(drop=True))
 
 
-def without_end(model: LensModel, answer: Continuation) -> list[int]:
-    return [token for token in answer.ids if token not in end_tokens(model)]
-
-
 def likelihoods(model: LensModel, answer: Continuation) -> list[float]:
     """Log-probabilities of what was written, one token at a time."""
     ids, found = list(answer.prompt), []
-    for token in without_end(model, answer):
+    for token in without_end(model, answer.ids):
         found.append(float(torch.tensor(plain_logits(model, ids)).log_softmax(-1)[token]))
         ids.append(token)
     return found
@@ -95,7 +91,7 @@ def test_an_answer_to_a_prompt_as_long_as_the_context_is_scored_whole(model: Len
     rows = metrics.fluency(model, None, [long], max_new_tokens=8, orders=2, progress=False).set_index("measure")
     (answer,) = continued(model, [long], max_new_tokens=8)
     assert rows["n"][["perplexity", "repetition"]].tolist() == [int(bool(answer.text))] * 2
-    ids, written = list(answer.prompt), without_end(model, answer)
+    ids, written = list(answer.prompt), without_end(model, answer.ids)
     tokens = torch.tensor([ids + written])
     with torch.no_grad():
         logs = model(tokens, attention_mask=torch.ones_like(tokens))[0].double().log_softmax(-1)

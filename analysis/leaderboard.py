@@ -308,7 +308,7 @@ class Leaderboard(ResumableStudy):
             limit=documents or self.options.limit,
             documents=documents,
             reference=self.reference,
-            judge=None if job[0] != NEVER_TAUGHT else self.study.model,
+            judge=self.study.model,
             seed=job[1],
             progress=False,
         )

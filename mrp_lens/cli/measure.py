@@ -187,7 +187,7 @@ class Measure(OnData):
                 task=task,
                 edit=edit,
                 reference=reference,
-                judge=None if of is model else model,
+                judge=model,
                 unseen=unseen,
                 limit=self.documents,
                 documents=self.documents,

@@ -17,6 +17,7 @@ from mrp_lens.edits import Edit, edit_on
 from mrp_lens.metrics.activations import hooks_at
 from mrp_lens.metrics.bootstrap import bootstrap_interval, share_interval
 from mrp_lens.metrics.registry import Measured, register
+from mrp_lens.metrics.tokens import reads_alike
 from mrp_lens.models import LensModel, check_lens_model, encoder_for
 from mrp_lens.models.hooks import captured, frozen, hooked
 from mrp_lens.models.memory import in_halves
@@ -302,8 +303,7 @@ def _check_alike(model: LensModel, other: LensModel, corpus: Corpus) -> None:
                 f"states can be exchanged between models of one shape alone: {name} is {own} and {theirs}; take one that was "
                 "trained from the same checkpoint"
             )
-    ids, others = ([row.ids for row in encoder_for(it).encode(corpus.documents, warn=False)] for it in (model, other))
-    if ids != others:
+    if not reads_alike(model, other, corpus.documents):
         raise ValueError(f"the two models read {corpus.name!r} as different tokens; load both with the same tokenizer")
 
 

@@ -14,7 +14,7 @@ from mrp_lens.edits import Edit, edit_on
 from mrp_lens.metrics.bootstrap import share_interval
 from mrp_lens.metrics.perplexity import perplexity_of
 from mrp_lens.metrics.registry import Measured, register
-from mrp_lens.metrics.tokens import by_row
+from mrp_lens.metrics.tokens import by_row, reads_alike
 from mrp_lens.models import LensModel, encoder_for
 from mrp_lens.models.generation import Continuation, continued, without_end
 from mrp_lens.utils.torch_state import ordinary_torch
@@ -84,12 +84,14 @@ def fluency(
     if not asked:
         raise ValueError("no prompts to answer; give the questions of the forget set, for example")
     judging = model if judge is None else judge
+    if judging is not model and not reads_alike(model, judging, [Document("", prompt) for prompt in asked]):
+        raise ValueError(
+            "the judge reads the prompts as other tokens than the model; load both with the same tokenizer"
+        )
     rows = []
     for when, on in [("before", None), *([] if edit is None else [("after", edit)])]:
         with edit_on(model, on):
             answers = continued(model, asked, max_new_tokens=max_new_tokens, progress=progress)
-        if judge is not None:
-            _check_reads_alike(judge, asked, answers)
         given = [(prompt, answer) for prompt, answer in zip(asked, answers, strict=True) if answer.text]
         tokens = [without_end(model, answer.ids) for _, answer in given]
         encoded = [_row(answer.prompt, ids) for (_, answer), ids in zip(given, tokens, strict=True)]
@@ -128,18 +130,6 @@ def _of_forget_prompts(measured: Measured) -> pd.DataFrame:
     return fluency(
         measured.model, measured.edit, prompts, judge=measured.judge, seed=measured.seed, progress=measured.progress
     )
-
-
-def _check_reads_alike(judge: LensModel, prompts: Sequence[str], answers: Sequence[Continuation]) -> None:
-    """Refuse a judge for which the tokens of prompts and answers are others."""
-    room = max(len(answer.prompt) for answer in answers)
-    rows = encoder_for(judge, max_length=room).encode(
-        [Document("", prompt) for prompt in prompts], keep="end", warn=False
-    )
-    if [row.ids for row in rows] != [answer.prompt for answer in answers]:
-        raise ValueError(
-            "the judge reads the prompts as other tokens than the model; load both with the same tokenizer"
-        )
 
 
 def _row(prompt: Sequence[int], answer: Sequence[int]) -> Encoded:

@@ -8,7 +8,7 @@ from jaxtyping import Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mrp_lens.data import Corpus
+from mrp_lens.data import Corpus, Document
 from mrp_lens.data.kinds import check_corpus
 from mrp_lens.data.tokenization import Encoded, Kept, in_order
 from mrp_lens.models import LensModel, encoder_for
@@ -62,6 +62,12 @@ def by_document(
     if not any(len(figures) for figures in found):
         raise ValueError(f"{corpus.name!r} holds no token to predict: every document is empty or a single token")
     return found
+
+
+def reads_alike(model: LensModel, other: LensModel, documents: Sequence[Document]) -> bool:
+    """Whether texts are the same tokens to both."""
+    ids, others = ([row.ids for row in encoder_for(it).encode(documents, warn=False)] for it in (model, other))
+    return ids == others
 
 
 def by_row(

@@ -233,9 +233,11 @@ def _written(model: LensModel, tokens: Int[Tensor, "batch seq"], **how: Any) -> 
 def _unmasked(model: LensModel) -> Iterator[None]:
     """Inside, `generate` of a HookedTransformer reads every token: from a tokenizer it would take which ones are pads, and a BOS whose id
     is the pad token's as well would be masked. Nothing is padded here."""
+    if is_bridge(model):
+        yield
+        return
     tokenizer = model.tokenizer
-    if not is_bridge(model):
-        set_tokenizer(model, None)
+    set_tokenizer(model, None)
     try:
         yield
     finally:

@@ -270,7 +270,7 @@ def bypass(
         attack; without `untaught`, guessing) and `ceiling` (unedited, under the same attack: it may hurt by itself);
         `recovery` between the two with its 95% interval `recovery_low`, `recovery_high`. On retain questions instead of
         floor and recovery, which are NaN: `drop`, by how much more the token hurts the edited model than the unedited
-        one (in accuracy), with its 95% interval over questions `drop_low`, `drop_high` (which has a width even where all
+        one (in accuracy), with its 95% interval `drop_low`, `drop_high` (which has a width even where all
         questions are alike).
 
     Raises:
@@ -338,7 +338,7 @@ def _on_retain_questions(given: Given) -> dict[str, Any]:
     before, ceiling = given.right(None, plain), given.right(None, asked)
     edited, after = given.right(given.edit, plain), given.right(given.edit, asked)
     drops = (edited - after) - (before - ceiling)
-    low, high = drop_interval(drops, seed=given.seed)
+    low, high = drop_interval(drops, plain.entities, seed=given.seed)
     return {
         "variant": f"forget token {token.strip()!r} in a retain question",
         "n": len(plain),

@@ -28,7 +28,7 @@ ASKED_OF_T = 100
 def score(model: LensModel, questions: Questions, *, batch_size: int = BATCH) -> Score:
     """How many questions the model answers right, by length-normalised likelihood as in `metrics.accuracy`."""
     scores = choice_scores(model, questions, batch_size=batch_size, progress=False)
-    return Score(float(answered_right(scores, questions).sum()), len(questions))
+    return Score.of(answered_right(scores, questions), questions.entities)
 
 
 def chance(questions: Questions) -> Score:
@@ -184,12 +184,15 @@ class Evaluator:
             "train_accuracy": _share_learned(model, self.taught.spread(ASKED_OF_T)),
             "held_out_accuracy": after.accuracy,
             "n": after.n,
+            "effective_n": after.independent,
             "accuracy_before": self.before.accuracy,
             "accuracy_edited": self.edited.accuracy,
             "floor": floor.accuracy,
             "n_floor": floor.n,
+            "effective_n_floor": floor.independent,
             "untaught_floor": float("nan") if self.floor is None else floor.accuracy,
             "ceiling": self.before.accuracy,
+            "effective_n_ceiling": self.before.independent,
             **recovery(after, floor, self.before, seed=self.seed).columns(),
             **{f"control_{name}": value for name, value in control.columns().items()},
         }

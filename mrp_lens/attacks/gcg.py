@@ -120,7 +120,7 @@ def score_with_trigger(
     rows = [slot.filled(trigger) for slot in slots.of_choices(questions)]
     sizes = [len(q.choices) for q in questions.questions]
     scores = mean_log_probabilities(model, slots.encoder, rows, sizes, batch_size=batch_size, progress=False)
-    return Score(float(answered_right(scores, questions).sum()), len(questions))
+    return Score.of(answered_right(scores, questions), questions.entities)
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from mrp_lens.data.questions import Half
 from mrp_lens.data.tokenization import PaddingSide
 from mrp_lens.edits import Edit, edit_on
 from mrp_lens.metrics.activations import hooks_at
-from mrp_lens.metrics.bootstrap import bootstrap_interval
+from mrp_lens.metrics.bootstrap import mean_interval
 from mrp_lens.metrics.controls import NEVER_TAUGHT, UNEDITED
 from mrp_lens.metrics.logit_lens import last_states, logit_lens
 from mrp_lens.models import LensModel, encoder_for
@@ -91,10 +91,10 @@ def probe(
         that belong to other states, and "never-taught", where it was trained on one half of the untaught facts and
         asked for the other, in turn. (A probe of taught facts reads off untaught ones what the model makes up, surely
         and wrongly: far below 0 bits, and no sign of what absent looks like.) Columns: `layer`, `kind`, `target`,
-        `group`; `bits` a question, with the 95% bootstrap interval over questions `low`, `high` (the probe being as it
-        is: another one would be a little off; NaN where no probe was used and `bits` is 0 for that reason, which tells
-        nothing of how far off it is); `entropy` and `cross_entropy`, in bits, whose difference that is: without
-        and with the state; `accuracy` of the probe among the choices, ties shared; `classes`, how many answers it tells
+        `group`; `bits` a question, with the 95% interval `low`, `high` over questions or, where several are
+        about one, entities (the probe being as it is: another one would be a little off; NaN where no probe was used and
+        `bits` is 0 for that reason, which tells nothing of how far off it is); `entropy` and `cross_entropy`, in bits, whose
+        difference that is: without and with the state; `accuracy` of the probe among the choices, ties shared; `classes`, how many answers it tells
         apart ("choice": the most choices of a question); `train_n`, how many facts a probe was trained on; `n` facts it
         was asked for.
 
@@ -129,7 +129,7 @@ def probe(
         }
     rows = []
     for layer in tqdm(hooks, desc=f"fitting {kind} probes", disable=not progress):
-        found: dict[str, list[tuple[VInformation, int, int]]] = {}
+        found: dict[str, list[tuple[VInformation, Questions, int, int]]] = {}
         for (group, known, asked), (of_known, of_asked, classes) in zip(pairs, labels, strict=True):
             facts = LabelledStates(states[id(known)][hooks[layer]], *of_known)
             asked_facts = LabelledStates(states[id(asked)][hooks[layer]], *of_asked)
@@ -139,7 +139,7 @@ def probe(
                 parts["shuffled"] = facts.shuffled(generator_for(other))
             for name, learned in parts.items():
                 estimate = usable_information(learned, asked_facts, kind=kind, seed=seed)
-                found.setdefault(name, []).append((estimate, classes, len(known)))
+                found.setdefault(name, []).append((estimate, asked, classes, len(known)))
         rows += [
             {"layer": layer, "kind": kind, "target": target, "group": group, **_figures(parts, seed)}
             for group, parts in found.items()
@@ -234,12 +234,13 @@ def _states(
     return {hook: of_hook[:, 0] if target == "answer" else of_hook for hook, of_hook in kept.items()}
 
 
-def _figures(parts: Sequence[tuple[VInformation, int, int]], seed: int) -> dict[str, float | int]:
+def _figures(parts: Sequence[tuple[VInformation, Questions, int, int]], seed: int) -> dict[str, float | int]:
     """What the probes of one layer and group make of the facts they were asked for, taken together."""
-    estimates, classes, known = zip(*parts, strict=True)
+    estimates, asked, classes, known = zip(*parts, strict=True)
+    entities = Questions(tuple(question for part in asked for question in part.questions)).entities
     bits = torch.cat([estimate.bits for estimate in estimates]).cpu().numpy()
     # Exactly 0 are the bits of a probe that gained too little to be used: of these, resampling would find nothing else.
-    low, high = bootstrap_interval(bits, seed=seed) if bits.any() else (float("nan"), float("nan"))
+    low, high = mean_interval(bits, entities, seed=seed) if bits.any() else (float("nan"), float("nan"))
     return {
         "bits": float(bits.mean()),
         "low": low,

@@ -84,8 +84,9 @@ def relearn(
         A row a rate and mark: `attack`, `form`, `parameters`, `samples`, `lr`, `step`, `train_accuracy` (on at
         most 100 documents of T), `held_out_accuracy`, `n`; on `held_out` without attack `accuracy_before` (unedited)
         and `accuracy_edited`; `floor`, `n_floor`, `untaught_floor` (that of never-taught questions, whatever `floor` is;
-        NaN without them), `ceiling`; `recovery`, `recovery_low`, `recovery_high` (95%), for the never-taught control
-        `control_recovery`, `control_recovery_low`, `control_recovery_high`; `new_accuracy`; `counts`: whether T
+        NaN without them), `ceiling`; `effective_n`, `effective_n_floor`, `effective_n_ceiling`: as how many independent
+        questions these three accuracies count, where several are about one entity; `recovery`, `recovery_low`, `recovery_high` (95%),
+        for the never-taught control `control_recovery`, `control_recovery_low`, `control_recovery_high`; `new_accuracy`; `counts`: whether T
         reaches 0.95 at this rate (texts always count); `seconds`. A rate that makes the loss infinite has its rows until then; so has all
         after Ctrl-C, which `frame.attrs["interrupted"]` tells.
 
@@ -197,7 +198,7 @@ def with_floor(
         ValueError: a rate and mark of the curves that the reference lacks.
     """
     finished = reference.loc[reference["step"] == (steps or reference["step"].max()), "lr"]
-    known = reference.set_index(["lr", "step"])[["held_out_accuracy", "n"]]
+    known = reference.set_index(["lr", "step"])
     gone = set(reference["lr"]) - set(finished)
     comparable = curves[~curves["lr"].isin(gone)]
     if not len(comparable):
@@ -207,14 +208,21 @@ def with_floor(
         place = (row["lr"], row["step"])
         if place not in known.index:
             raise ValueError(f"the reference has no row for lr {place[0]:.2g} and step {place[1]}; attack it likewise")
-        accuracy, n = known.loc[place]
-        floor = Score(accuracy * n, int(n))
-        after, ceiling = (Score(row[name] * row["n"], row["n"]) for name in ("held_out_accuracy", "ceiling"))
+        floor = _score(known.loc[place], "held_out_accuracy", "effective_n")
+        after = _score(row, "held_out_accuracy", "effective_n")
+        ceiling = _score(row, "ceiling", "effective_n_ceiling")
         found = recovery(after, floor, ceiling, seed=seed).columns()
         # Curves of earlier versions have one name for both.
         taught = {"untaught_floor": row.get("untaught_floor", row.get("floor", float("nan")))}
-        rows.append(row | taught | {"floor": floor.accuracy, "n_floor": floor.n} | found)
+        of_floor = {"floor": floor.accuracy, "n_floor": floor.n, "effective_n_floor": floor.independent}
+        rows.append(row | taught | of_floor | found)
     return pd.DataFrame(rows)
+
+
+def _score(row: Mapping[Any, Any] | pd.Series, accuracy: str, effective_n: str) -> Score:
+    """The score that a row of a curve holds in these columns; those of earlier versions have no `effective_n`."""
+    n = int(row["n"])
+    return Score(row[accuracy] * n, n, row.get(effective_n, n))
 
 
 def limited(train: Questions | Corpus, samples: int | None) -> Questions | Corpus:

@@ -197,7 +197,7 @@ def show(run: Run, topic: str) -> None:
         COLUMNS,
         run.rows,
         caption=f"absent: within 5 points of {percent(untaught)}, the unedited model's accuracy on facts it was never taught. "
-        "suppressed: lower, so still known. Intervals: 95%, bootstrap over questions. back: what retraining on half of the forgotten facts "
+        "suppressed: lower, so still known. Intervals: 95%, over entities. back: what retraining on half of the forgotten facts "
         "brings back of the other half, between facts that were never taught (0) and the unedited model (1).",
     )
     show_examples(run.examples)

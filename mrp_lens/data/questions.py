@@ -144,9 +144,7 @@ class Questions:
             raise ValueError(f"unknown by={by!r}; choose one of {', '.join(get_args(Half))}")
         first: dict[tuple[str, str], int] = {}
         places = [first.setdefault((q.prompt, q.choices[q.answer]), place) for place, q in enumerate(self.questions)]
-        spelled: dict[str, str] = {}  # an entity but for case and blanks -> as it stands in the first question about it
-        entities = [spelled.setdefault(" ".join(q.entity.split()).casefold(), q.entity) for q in self.questions]
-        labels = entities if by == "entity" else [str(place) for place in places]
+        labels = self._spelled_entities() if by == "entity" else [str(place) for place in places]
         if not all(labels):
             raise ValueError(
                 f"{self.name}: some questions do not say whom they are about; name that column with entity=..., or split by='question'"
@@ -177,6 +175,19 @@ class Questions:
     def groups(self) -> tuple[str, ...]:
         """The groups that occur, in order of appearance."""
         return tuple(dict.fromkeys(question.group for question in self.questions))
+
+    @property
+    def entities(self) -> tuple[int, ...]:
+        """For each question, which entity it is about, as a number: the same for spellings that differ in case and blanks alone, and
+        one of its own for a question that does not say."""
+        numbers: dict[str | int, int] = {}
+        labels = self._spelled_entities()
+        return tuple(numbers.setdefault(label or place, len(numbers)) for place, label in enumerate(labels))
+
+    def _spelled_entities(self) -> list[str]:
+        """Of each question, its entity as it is spelled in the first question about it; spellings may differ in case and blanks."""
+        spelled: dict[str, str] = {}
+        return [spelled.setdefault(" ".join(q.entity.split()).casefold(), q.entity) for q in self.questions]
 
     @property
     def fingerprint(self) -> str:

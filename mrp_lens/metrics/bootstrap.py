@@ -1,7 +1,7 @@
 """How sure a figure is."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float, Int
 from numpy.typing import NDArray
-from scipy.special import stdtrit
+from scipy.special import betaincinv, stdtrit
 from torch import Tensor
 
 from mrp_lens.utils.validation import int_seed
@@ -36,12 +36,7 @@ def bootstrap_interval(
         ValueError: no values, or NaN among them.
     """
     generator = np.random.default_rng(int_seed(seed))
-    if not len(values):
-        raise ValueError("no values to take an interval of; give one for each question or document")
-    if np.isnan(values).any():
-        raise ValueError(
-            f"{int(np.isnan(values).sum())} of {np.size(values)} values are NaN, of which no interval can be made"
-        )
+    _check_values(values)
     if len(values) == 1:  # nothing tells how far another one would be off
         return float("nan"), float("nan")
     estimates = np.concatenate(
@@ -55,41 +50,129 @@ def bootstrap_interval(
     return float(low), float(high)
 
 
-def share_interval(values: NDArray[np.float64], *, seed: int = 0) -> tuple[float, float]:
+def _check_values(values: NDArray[np.float64]) -> None:
+    if not len(values):
+        raise ValueError("no values to take an interval of; give one for each question or document")
+    if np.isnan(values).any():
+        raise ValueError(
+            f"{int(np.isnan(values).sum())} of {np.size(values)} values are NaN, of which no interval can be made"
+        )
+
+
+def share_interval(
+    values: NDArray[np.float64], clusters: Sequence[int] | None = None, *, seed: int = 0
+) -> tuple[float, float]:
     """`bootstrap_interval` of the mean of values from 0 to 1. Where all are 0, or all are 1, resampling finds nothing else, however few
     they are: then the end beyond is the exact one of a share of n (Clopper and Pearson 1934), 0.46 for 6 wrong answers of 6.
 
+    Values that go together, such as answers about one entity, tell less than as many others, and there may be too few entities to
+    resample: then it is the exact interval of a share of `effective_number` (Korn and Graubard 1998).
+
     Args:
         values: [n], one a question or document.
+        clusters: [n], the number of what each value belongs to. None: nothing goes together.
         seed: of the resampling.
 
     Raises:
         TypeError, ValueError: as `bootstrap_interval`.
     """
+    if clusters is not None and _go_together(values, clusters):
+        mean, spread = float(values.mean()), float(values.var())
+        size = effective_number(values, clusters)
+        if np.ptp(values):
+            size *= mean * (1 - mean) / spread  # shares between 0 and 1 spread less than answers do
+        return _exact_interval(mean, size) if size else (float("nan"), float("nan"))
     low, high = bootstrap_interval(values, seed=seed)
     if low == high == 0.0:
         return 0.0, reach_of_none(len(values))
     return (1 - reach_of_none(len(values)), 1.0) if low == high == 1.0 else (low, high)
 
 
+def mean_interval(
+    values: NDArray[np.float64], clusters: Sequence[int] | None = None, *, seed: int = 0
+) -> tuple[float, float]:
+    """`bootstrap_interval` of the mean; where values go together, that of Student's t for `effective_number` of them.
+
+    Args:
+        values: [n], one a question; finite where some go together.
+        clusters: [n], the number of what each value belongs to. None: nothing goes together.
+        seed: of the resampling.
+
+    Raises:
+        TypeError, ValueError: as `bootstrap_interval`.
+    """
+    if clusters is None or not _go_together(values, clusters):
+        return bootstrap_interval(values, seed=seed)
+    size, mean = effective_number(values, clusters), float(values.mean())
+    if not size:
+        return float("nan"), float("nan")
+    reach = float(stdtrit(len(values) - 1, (1 + CONFIDENCE) / 2)) * (float(values.var()) / size) ** 0.5
+    return mean - reach, mean + reach
+
+
+def _go_together(values: NDArray[np.float64], clusters: Sequence[int]) -> bool:
+    """Whether some of the values do, which have to be ones that an interval can be made of."""
+    _check_values(values)
+    return len(set(clusters)) < len(values)
+
+
+def effective_number(values: NDArray[np.float64], clusters: Sequence[int]) -> float:
+    """How many independent values would tell as much about the mean as these, of which those of a cluster go together.
+
+    n over the design effect (Kish 1965), which is taken to be 1 or more, times the squared ratio of the t quantiles of n and of as many
+    clusters, which makes up for how little few clusters tell of it (Korn and Graubard 1998).
+
+    Args:
+        values: [n].
+        clusters: [n], the number of what each value belongs to, such as `Questions.entities`.
+
+    Returns:
+        n where no two values go together; the number of clusters where all values are alike, which tells nothing of how they go
+        together; 0 for a single cluster of several values.
+    """
+    _, place = np.unique(clusters, return_inverse=True)
+    n, groups = len(values), int(place.max()) + 1 if len(place) else 0
+    if groups == n:
+        return float(n)
+    if groups == 1:
+        return 0.0
+    if not np.ptp(values):
+        return float(groups)
+    totals = np.bincount(place, weights=values - values.mean())
+    variance = float((totals**2).sum()) / n**2 * groups / (groups - 1)
+    few, many = (float(stdtrit(count - 1, (1 + CONFIDENCE) / 2)) for count in (groups, n))
+    return n / max(1.0, variance / (float(values.var()) / n)) * (many / few) ** 2
+
+
+def _exact_interval(share: float, size: float) -> tuple[float, float]:
+    """The exact 95% interval of a share of `size` values, which need be no whole number (Clopper and Pearson 1934)."""
+    tail, found = (1 - CONFIDENCE) / 2, share * size
+    low = float(betaincinv(found, size - found + 1, tail)) if share > 0 else 0.0
+    return low, float(betaincinv(found + 1, size - found, 1 - tail)) if share < 1 else 1.0
+
+
 def reach_of_none(n: int) -> float:
     """The upper end of the exact 95% interval of a share of which none was found among n (Clopper and Pearson 1934)."""
-    return float(1 - ((1 - CONFIDENCE) / 2) ** (1 / n))
+    return _exact_interval(0.0, n)[1]
 
 
-def drop_interval(drops: NDArray[np.float64], *, seed: int = 0) -> tuple[float, float]:
+def drop_interval(
+    drops: NDArray[np.float64], clusters: Sequence[int] | None = None, *, seed: int = 0
+) -> tuple[float, float]:
     """95% interval of the mean of differences between answers, each -1, 0 or 1: each value's share is drawn from its posterior with
     Jeffreys' prior (Dirichlet, 1/2 a value), so that the interval has a width even where all differences are alike.
 
     Args:
         drops: [n], one a question. Values between (of questions that were asked several times) count as values of their own.
+        clusters: [n], the number of what each question is about: n questions then count as `effective_number`. None: nothing goes together.
         seed: of the 2,000 draws.
 
     Raises:
         TypeError: the seed is no integer.
     """
     values = np.union1d(drops, (-1.0, 0.0, 1.0))
-    counts = (drops[:, None] == values).sum(axis=0)
+    counts = (drops[:, None] == values).mean(axis=0)
+    counts *= len(drops) if clusters is None else effective_number(drops, clusters)
     shares = np.random.default_rng(int_seed(seed)).dirichlet(counts + 0.5, RESAMPLES)
     tail = (1 - CONFIDENCE) / 2
     low, high = np.quantile(shares @ values, [tail, 1 - tail])

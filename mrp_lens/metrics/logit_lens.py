@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float, Float32
@@ -56,8 +57,8 @@ def logit_lens(
 
     Returns:
         One row a layer and group, the groups as in `metrics.accuracy`. Columns: `layer`, `group`, `n`; `accuracy` in
-        [0, 1] among the choices, by their tokens' logits, with its 95% bootstrap interval over questions `low`, `high`
-        (NaN with a single question); `chance`, the control: what blind guessing gives; `probability` of the right choice's token among the whole
+        [0, 1] among the choices, by their tokens' logits, with its 95% interval `low`, `high`, as of
+        `metrics.accuracy`; `chance`, the control: what blind guessing gives; `probability` of the right choice's token among the whole
         vocabulary, mean over questions; `rank` of that token in the vocabulary, median over questions (1: first).
 
     Raises:
@@ -84,6 +85,7 @@ def logit_lens(
             seen = _seen(unembedded(model, states[hook]), asked)
             measured += [{"layer": layer, "place": place, **row} for place, row in zip(places, seen, strict=True)]
     table = pd.DataFrame(measured).sort_values(["layer", "place"])
+    table["entity"] = np.array(questions.entities)[table["place"]]
     rows = []
     for layer in hooks:
         for name, part in by_group(table[table["layer"] == layer]):

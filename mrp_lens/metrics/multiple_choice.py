@@ -39,8 +39,9 @@ def accuracy(
 
     Returns:
         One row for each group and, if there are several, one for "all" (first). Columns: `group`, `n`, `accuracy` in
-        [0, 1] with its 95% bootstrap interval over questions `low`, `high` (NaN with a single question); `chance`, the
-        control: what blind guessing gives; `answer_probability`, mean over questions of the right choice's probability per token (geometric mean).
+        [0, 1] with its 95% interval `low`, `high` over questions or, where several are about
+        one, entities (NaN with a single one); `chance`, the control: what blind guessing gives; `answer_probability`, mean
+        over questions of the right choice's probability per token (geometric mean).
 
     Raises:
         ValueError: there are no questions, a choice that cannot be scored, or a group named "all" beside others;
@@ -52,6 +53,7 @@ def accuracy(
     table = pd.DataFrame(
         {
             "group": [question.group for question in questions.questions],
+            "entity": questions.entities,
             "right": answered_right(scores, questions),
             "chance": [1 / len(question.choices) for question in questions.questions],
             "probability": [
@@ -68,9 +70,9 @@ def accuracy(
 
 
 def accuracy_row(group: str, answers: pd.DataFrame, *, seed: int) -> dict[str, Any]:
-    """`group`, `n`, `accuracy`, `low`, `high` and `chance` of questions: `right`, from 0 to 1, and `chance`."""
+    """`group`, `n`, `accuracy`, `low`, `high` and `chance` of questions: `right`, from 0 to 1, `entity` and `chance`."""
     right = answers["right"].to_numpy(float)
-    low, high = share_interval(right, seed=seed)
+    low, high = share_interval(right, answers["entity"].tolist(), seed=seed)
     row = {"group": group, "n": len(answers), "accuracy": right.mean(), "low": low, "high": high}
     return row | {"chance": answers["chance"].mean()}
 

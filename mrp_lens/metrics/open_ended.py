@@ -89,8 +89,8 @@ def open_ended(
 
     Returns:
         For each group (as in `metrics.accuracy`) a row a measure. Columns: `group`; `measure`: "rouge_l", "exact_match",
-        "token_f1", and of a quiz "multiple_choice"; `n`; `mean` in [0, 1] with its 95% bootstrap interval over questions
-        `low`, `high` (NaN with a single one); `null`, the control: the same answers scored against the right one of the
+        "token_f1", and of a quiz "multiple_choice"; `n`; `mean` in [0, 1] with its 95% interval `low`, `high`, as
+        of `metrics.accuracy` (NaN with a single question); `null`, the control: the same answers scored against the right one of the
         next question of the group (NaN with a single one); of multiple choice, blind guessing.
 
     Raises:
@@ -108,7 +108,8 @@ def open_ended(
     answers = written_answers(model, corpus, max_new_tokens=max_new_tokens, progress=progress)
     names = [question.group for question in asked.questions] if isinstance(asked, Questions) else [""] * len(corpus)
     rights = [document.completion for document in corpus.documents]
-    table = pd.DataFrame({"group": names, "answer": answers, "right": rights})
+    entities = asked.entities if isinstance(asked, Questions) else range(len(corpus))
+    table = pd.DataFrame({"group": names, "entity": entities, "answer": answers, "right": rights})
     chosen: dict[str, dict[Any, Any]] = {}
     if isinstance(asked, Questions):
         frame = accuracy(model, asked, batch_size=batch_size, seed=seed, progress=progress)
@@ -118,7 +119,7 @@ def open_ended(
         written, wanted = part["answer"].tolist(), part["right"].tolist()
         for measure, score in MEASURES.items():
             values = np.array([score(answer, right) for answer, right in zip(written, wanted, strict=True)])
-            low, high = share_interval(values, seed=seed)
+            low, high = share_interval(values, part["entity"].tolist(), seed=seed)
             row = {"group": name, "measure": measure, "n": len(part), "mean": values.mean(), "low": low, "high": high}
             rows.append({**row, "null": null_of(score, written, wanted)})
         if name in chosen:

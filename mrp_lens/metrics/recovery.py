@@ -1,12 +1,14 @@
 """How much of what was removed came back: recovery with its interval, and what its tables and pictures call things."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
-from mrp_lens.metrics.bootstrap import CONFIDENCE, RESAMPLES
+from mrp_lens.metrics.bootstrap import CONFIDENCE, RESAMPLES, effective_number
 from mrp_lens.utils.validation import int_seed
 
 FORM_TITLES = {"kept": "edit kept", "stripped": "hooks stripped", "weights": "in the weights"}
@@ -15,15 +17,31 @@ FORM_TITLES = {"kept": "edit kept", "stripped": "hooks stripped", "weights": "in
 
 @dataclass(frozen=True)
 class Score:
-    """How many of n questions were answered right."""
+    """How many of n questions were answered right.
+
+    Attributes:
+        effective_n: as how many independent questions they count, where several are about one entity
+            (`metrics.bootstrap.effective_number`); None: as all n.
+    """
 
     right: float | int
     n: int
+    effective_n: float | None = None
+
+    @classmethod
+    def of(cls, right: NDArray[np.float64], entities: Sequence[int]) -> "Score":
+        """Of `right`, 0 to 1 a question, and the number of the entity that each is about (`Questions.entities`)."""
+        return cls(float(right.sum()), len(right), effective_number(right, entities))
 
     @property
     def accuracy(self) -> float:
         """In [0, 1]; NaN without questions."""
         return self.right / self.n if self.n else float("nan")
+
+    @property
+    def independent(self) -> float:
+        """As how many independent questions they count."""
+        return self.n if self.effective_n is None else self.effective_n
 
 
 @dataclass(frozen=True)
@@ -48,8 +66,8 @@ def recovery(after: Score, floor: Score, ceiling: Score, *, seed: int = 0) -> Re
         ceiling: on the held-out facts, the unedited model.
         seed: of the draws behind the interval, 2,000 of all three shares, each for itself (conservative where they are the
             same questions), from its posterior with Jeffreys' prior: Beta(right + 1/2, wrong + 1/2). Of 0 or n right
-            answers it has a width, which resampled questions have not: 6 of 6 are less certain than 200 of 200. Questions count
-            as independent: where several are about one entity and come back together, the interval is too narrow.
+            answers it has a width, which resampled questions have not: 6 of 6 are less certain than 200 of 200. Questions that
+            go together count as fewer, by `Score.effective_n`.
 
     Returns:
         0: as if never taught; 1: all is back. Not clipped: chance takes it below 0 and above 1. NaN without questions, and
@@ -58,7 +76,8 @@ def recovery(after: Score, floor: Score, ceiling: Score, *, seed: int = 0) -> Re
     generator = np.random.default_rng(int_seed(seed))
 
     def drawn(score: Score) -> Any:
-        return generator.beta(score.right + 0.5, score.n - score.right + 0.5, RESAMPLES)
+        weight = score.independent / score.n
+        return generator.beta(weight * score.right + 0.5, weight * (score.n - score.right) + 0.5, RESAMPLES)
 
     span = ceiling.accuracy - floor.accuracy
     if not span > 0 or not after.n:

@@ -9,7 +9,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from mrp_lens.data import Questions
-from mrp_lens.metrics.bootstrap import CONFIDENCE, bootstrap_interval
+from mrp_lens.metrics.bootstrap import CONFIDENCE, share_interval
 from mrp_lens.metrics.multiple_choice import by_group, choice_scores
 from mrp_lens.metrics.registry import Measured, register
 from mrp_lens.models import LensModel
@@ -37,7 +37,7 @@ def truth_ratio(
 
     Returns:
         One row for each group and, if there are several, one for "all" (first). Columns: `group`, `n`; `truth_ratio` in
-        [0, 1] with its 95% bootstrap interval over questions `low`, `high` (NaN with a single question): 1 where right
+        [0, 1] with its 95% interval `low`, `high`, as of `metrics.accuracy`: 1 where right
         and wrong are equally likely; `null`, the control: what each wrong choice in the place of the right one gives, the
         level of a model that does not know which is right; `true_better`, mean of max(0, 1 - R), the part that the truth
         ratio has in model utility: 1 where the right choice is certain.
@@ -55,6 +55,7 @@ def truth_ratio(
     table = pd.DataFrame(
         {
             "group": [question.group for question in questions.questions],
+            "entity": questions.entities,
             "closeness": closeness(logs),
             "null": nulls(scores, questions, closeness),
             "true_better": true_better(logs),
@@ -62,7 +63,7 @@ def truth_ratio(
     )
     rows = []
     for name, part in by_group(table):
-        low, high = bootstrap_interval(part["closeness"].to_numpy(float), seed=seed)
+        low, high = share_interval(part["closeness"].to_numpy(float), part["entity"].tolist(), seed=seed)
         row = {"group": name, "n": len(part), "truth_ratio": part["closeness"].mean(), "low": low, "high": high}
         rows.append({**row, "null": part["null"].mean(), "true_better": part["true_better"].mean()})
     return pd.DataFrame(rows)
@@ -89,7 +90,8 @@ def forget_quality(
         progress: show a progress bar.
 
     Returns:
-        One row: `n`; `forget_quality`, the p-value: above .05 the two cannot be told apart; `distance`, the test's
+        One row: `n`; `forget_quality`, the p-value: above .05 the two cannot be told apart (questions count as independent: where
+        several are about one entity, p is too low); `distance`, the test's
         statistic in [0, 1], with its 95% interval `low`, `high` (Dvoretzky-Kiefer-Wolfowitz with Massart's constant, both
         distributions at once: wide, and valid for any n); `null`, the control: the distance below which two samples of
         one distribution stay in 95% of cases.

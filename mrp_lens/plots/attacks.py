@@ -81,7 +81,7 @@ def recoveries(frame: pd.DataFrame) -> go.Figure:
         x=Axis("recovery", limits=(min(NARROWEST[0], least), max(NARROWEST[1], most))),
         y=Axis("attack", "category", categories=rows, downwards=True),
         title="What comes back of what was removed",
-        bars="Bars: 95%, bootstrap over questions; they may reach beyond the axis where next to nothing was removed.",
+        bars="Bars: 95%; they may reach beyond the axis where next to nothing was removed.",
         note="{bars}",
         height=60 + 24 * len(rows),
         left=room_for(rows),
@@ -117,7 +117,7 @@ def probe_bits(frame: pd.DataFrame) -> go.Figure:
         x=Axis("layer", "layer"),
         y=Axis("usable information (bits)"),
         title="What a probe still reads off the states",
-        bars="Bars: 95% over questions.",
+        bars="Bars: 95%.",
         note="{bars} Grey: probes of random labels and of never-taught facts, and all there is to know.",
     )
     for panel, part in panels:
@@ -143,7 +143,7 @@ def logit_lens(frame: pd.DataFrame) -> go.Figure:
         x=Axis("layer", "layer"),
         y=ACCURACY,
         title="What each layer would answer if it were the last (logit lens)",
-        bars="Bars: 95% over questions.",
+        bars="Bars: 95%.",
         note="Among the choices. {bars} Grey: never-taught facts, and guessing.",
     )
     for panel, part in panels:
@@ -175,7 +175,7 @@ def input_gradients(frame: pd.DataFrame) -> go.Figure:
         x=Axis("method", "category", categories=methods_of(frame)),
         y=[Axis(title, "auto") for title in MEASURES.values()],
         title="Gradient of the right answer's loss towards the input",
-        bars="Bars: 95%, bootstrap over questions.",
+        bars="Bars: 95%.",
         note="{bars} A gradient also vanishes where the model is sure: see the loss.",
         columns=1,
         height=150,

@@ -65,7 +65,7 @@ def accuracies(frame: pd.DataFrame) -> go.Figure:
         x=[*axes, Axis("perplexity after / before", "auto")][: len(titles)],
         y=Axis("method", "category", categories=methods, downwards=True),
         title="What was forgotten and what was kept",
-        bars="Bars: 95%, bootstrap over questions or documents.",
+        bars="Bars: 95%.",
         note="{bars}",
         height=40 + 40 * len(methods),
         left=room_for(methods),
@@ -160,7 +160,7 @@ def layer_effects(frame: pd.DataFrame, measure: Measure = "accuracy") -> go.Figu
         x=Axis("edited layer", "layer"),
         y=Axis(TITLES[measure], limits=None if measure == "cosine" else UNIT),
         title=f"Effect of the edited layer: {TITLES[measure]}",
-        bars="Bars: 95% over questions." if measure == "accuracy" else "",
+        bars="Bars: 95%." if measure == "accuracy" else "",
         note="{bars}",
     )
     for panel, part in panels:
@@ -199,7 +199,7 @@ def coefficient_effects(frame: pd.DataFrame) -> go.Figure:
         x=Axis("coefficient c / norm of the states", "log"),
         y=Axis("accuracy", limits=UNIT),
         title="Effect of the steering coefficient",
-        bars="Bars: 95% over questions.",
+        bars="Bars: 95%.",
         note="{bars}",
     )
     for panel, part in panels:

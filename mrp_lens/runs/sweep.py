@@ -255,7 +255,7 @@ def sweep(
         `method`, `layer`, `coefficient`, `seed`; `norm` (mean of the unedited forget states at the layer, in units of
         the stream), `relative_coefficient` (RMU: c over that norm; Adaptive RMU: beta);
         `forget_accuracy`, `retain_accuracy`, the intervals `forget_low`, `forget_high`, `retain_low`, `retain_high`
-        (95%, bootstrap over questions), the controls `untaught_accuracy` (of the same groups of questions, where
+        (95%, as of `metrics.accuracy`), the controls `untaught_accuracy` (of the same groups of questions, where
         the task has such) and `chance`;
         `forget_cosine`, `retain_cosine` with the fit's u at the layer (MRP: with an unrelated u; None of several forget corpora,
         each of which has a u of its own), the controls

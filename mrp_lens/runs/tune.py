@@ -53,7 +53,7 @@ class Tuned:
 
     Attributes:
         trials: one row a finished trial: `trial`, `state` ("complete", or "pruned": given up), `forget_accuracy`,
-            `retain_accuracy` (with `forget_low`, ..., 95%, bootstrap over questions), `damage` (nats a token; with
+            `retain_accuracy` (with `forget_low`, ..., 95%, as of `metrics.accuracy`), `damage` (nats a token; with
             `damage_low`, `damage_high`), `on_front`, `chosen`, `seconds`, `reason` (of a pruned one), and the settings.
         best: the row of the chosen trial.
         front: the rows that no other trial beats in both forgetting and damage, least damage first.

@@ -17,7 +17,7 @@ def score(model: LensModel, world: World, forgotten: Sequence[str]) -> dict[str,
         forgotten: topics; the others are scored on entities that no retain corpus mentions.
 
     Returns:
-        `forget_accuracy` with `forget_low`, `forget_high` (95% bootstrap interval over questions);
+        `forget_accuracy` with `forget_low`, `forget_high` (95%, as of `metrics.accuracy`);
         `retain_accuracy` (mean of the other topics), `worst_topic_accuracy`, `worst_topic`; `text_perplexity`.
 
     Raises:

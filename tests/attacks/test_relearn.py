@@ -225,6 +225,17 @@ def test_a_rate_at_which_the_reference_diverged_has_no_floor() -> None:
     pd.testing.assert_frame_equal(with_floor(CURVES, reference[reference["step"] == 0], steps=5), CURVES)
 
 
+def test_with_a_reference_questions_about_one_entity_still_count_as_fewer() -> None:
+    curves = CURVES.assign(effective_n=6.0, effective_n_ceiling=7.0, effective_n_floor=8.0)
+    reference = curves.assign(held_out_accuracy=0.2, effective_n=5.0)
+    found, alone = with_floor(curves, reference), with_floor(CURVES, CURVES.assign(held_out_accuracy=0.2))
+    assert found["recovery"].tolist() == alone["recovery"].tolist()
+    assert (found["effective_n_floor"] == 5.0).all()
+    assert (alone["effective_n_floor"] == 20).all()  # curves of earlier versions
+    width = {name: frame["recovery_high"] - frame["recovery_low"] for name, frame in (("f", found), ("a", alone))}
+    assert (width["f"] > 1.5 * width["a"]).all()
+
+
 def test_with_a_reference_the_never_taught_rows_keep_their_own_floor() -> None:
     known = CURVES.assign(untaught_floor=CURVES["floor"])
     for curves in (known, CURVES):  # the latter as version 0.1 kept them

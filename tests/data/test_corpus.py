@@ -253,6 +253,13 @@ def test_spellings_of_one_entity_stay_in_one_half() -> None:
         assert sorted(map(len, sides)) == [2, 6]
 
 
+def test_entities_have_numbers_and_questions_without_one_are_alone() -> None:
+    row = {"question": "Which colour?", "choices": ["red", "blue"], "answer": 0}
+    rows = [row | {"of": entity} for entity in ("Ada  Lovelace", "", "Bo", "ada lovelace", "", "Bo")]
+    assert Questions.from_rows(rows, entity="of").entities == (0, 1, 2, 0, 3, 2)
+    assert Questions.from_rows(rows).entities == tuple(range(6))
+
+
 def test_halves_refuse_what_cannot_be_split() -> None:
     several = Questions.from_rows(ROWS)
     with pytest.raises(ValueError, match="name that column with entity="):

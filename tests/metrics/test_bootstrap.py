@@ -5,7 +5,14 @@ import torch
 
 from mrp_lens import metrics
 from mrp_lens.metrics import value
-from mrp_lens.metrics.bootstrap import TokenMean, bootstrap_interval, drop_interval, share_interval
+from mrp_lens.metrics.bootstrap import (
+    TokenMean,
+    bootstrap_interval,
+    drop_interval,
+    effective_number,
+    mean_interval,
+    share_interval,
+)
 from mrp_lens.utils.validation import generator_for, int_seed
 
 ROW = {"n": 4, "accuracy": 0.75, "low": 0.25, "high": 1.0, "chance": 0.5}
@@ -53,6 +60,56 @@ def test_a_share_of_which_nothing_differs_is_as_sure_as_its_number_of_questions(
     assert share_interval(np.ones(n)) == pytest.approx((1 - high, 1.0))
     mixed = np.arange(n) % 2 * 1.0
     assert share_interval(mixed, seed=3) == metrics.bootstrap_interval(mixed, seed=3)
+
+
+@pytest.mark.parametrize(("entities", "questions"), [(10, 20), (75, 5)])
+def test_intervals_cover_where_answers_about_one_entity_go_together(entities: int, questions: int) -> None:
+    """An entity is known well or hardly; as independent answers, which these are not, they are off in one of seven or more."""
+    generator = np.random.default_rng(0)
+    clusters = np.repeat(np.arange(entities), questions).tolist()
+    hits = {"share": 0, "mean": 0, "drop": 0, "independent": 0}
+    for seed in range(200):
+        known = np.repeat(generator.beta(1, 1, entities), questions)
+        right = (generator.random(len(known)) < known).astype(float)
+        for name, (low, high) in {
+            "share": share_interval(right, clusters, seed=seed),
+            "mean": mean_interval(right, clusters, seed=seed),
+            "drop": drop_interval(right, clusters, seed=seed),
+            "independent": share_interval(right, seed=seed),
+        }.items():
+            hits[name] += low <= 0.5 <= high
+    assert all(hits[name] / 200 >= 0.91 for name in ("share", "mean", "drop"))
+    assert hits["independent"] / 200 < 0.86
+
+
+def test_where_no_two_go_together_clusters_change_nothing() -> None:
+    values = np.array([0.0, 1.0, 1.0, 0.5, 0.0])
+    for interval in (share_interval, mean_interval, drop_interval):
+        assert interval(values, [4, 0, 1, 2, 3], seed=2) == interval(values, seed=2)
+    for refused in (share_interval, mean_interval):
+        with pytest.raises(ValueError, match="1 of 2 values are NaN"):
+            refused(np.array([np.nan, 1.0]), [0, 0])
+    assert effective_number(values, range(5)) == 5
+
+
+def test_the_effective_number_by_hand() -> None:
+    # Entities of 4, each with answers that are all alike: as good as one answer an entity, and t of 5 and not of 23 degrees.
+    right, clusters = np.repeat([0.0, 1.0] * 3, 4), np.repeat(range(6), 4).tolist()
+    variance = 0.25 / 6 * 6 / 5  # of the mean of six entities
+    assert effective_number(right, clusters) == pytest.approx(0.25 / variance * (2.0686576 / 2.5705818) ** 2)
+    # In entities that are alike nothing goes together; fewer degrees of freedom are all that is lost.
+    mixed = np.tile([0.0, 1.0], 12)
+    assert effective_number(mixed, clusters) == pytest.approx(24 * (2.0686576 / 2.5705818) ** 2)
+    assert effective_number(np.ones(24), clusters) == 6
+    assert share_interval(np.ones(24), clusters) == pytest.approx(share_interval(np.ones(6)))
+    low, high = share_interval(np.full(24, 1 / 3), clusters)  # whose variance is rounding: no sign of certainty
+    assert low < 0.1
+    assert high > 0.7
+    assert effective_number(right, [7] * 24) == 0.0
+    assert np.isnan([*share_interval(right, [7] * 24), *mean_interval(right, [7] * 24)]).all()
+    # Shares that spread a tenth as much as answers have a tenth of their interval, whatever they are shares of.
+    few, many = (share_interval(0.5 + scale * (right - 0.5), clusters) for scale in (0.1, 1.0))
+    assert few[1] - few[0] < 0.2 * (many[1] - many[0])
 
 
 def test_token_means_know_that_tokens_of_a_document_go_together() -> None:

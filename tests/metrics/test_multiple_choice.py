@@ -119,6 +119,19 @@ def test_choices_with_one_score_share_the_question_in_any_order(model: Any) -> N
         answered_right([np.array([np.nan, 1.0])], Questions((Question("a", ("b", "c"), 1),)))
 
 
+def test_answers_about_one_entity_are_no_independent_ones(model: Any) -> None:
+    """Asked four times over, eight questions tell no more than once, if each says what it is about."""
+    once = [Question(f"Zaxim{n} is", (" red", " blue"), n % 2, entity=f"Zaxim{n}") for n in range(8)]
+    asked = Questions(tuple(once * 4))
+    unnamed = Questions(tuple(replace(question, entity="") for question in asked.questions))
+    known, blind = (metrics.accuracy(model, quiz).iloc[0] for quiz in (asked, unnamed))
+    assert known["accuracy"] == blind["accuracy"]
+    assert known["high"] - known["low"] > 1.8 * (blind["high"] - blind["low"])
+    assert score(model, asked).independent < 8 < score(model, unnamed).independent == 32
+    lens, unnamed_lens = (metrics.logit_lens(model, quiz, layers=[0]).iloc[0] for quiz in (asked, unnamed))
+    assert lens["high"] - lens["low"] > unnamed_lens["high"] - unnamed_lens["low"]
+
+
 def test_triggers_leave_each_choice_its_own_score(model: Any, plain: Any) -> None:
     """Two questions may hold one text, parted in two ways; and choices may begin inside the prompt's last token."""
     slots = Slots.for_model(model, None, 1)

@@ -59,6 +59,19 @@ def test_all_or_no_answers_of_few_questions_are_less_certain_than_of_many() -> N
     assert recovery(Score(0, 0), Score(0, 6), Score(6, 6)).columns() == pytest.approx(Recovery().columns(), nan_ok=True)
 
 
+def test_answers_about_one_entity_count_as_fewer() -> None:
+    right, entities = np.repeat([0.0, 1.0, 1.0, 0.0, 1.0] * 2, 20), np.repeat(np.arange(10), 20).tolist()
+    after, alone = Score.of(right, entities), Score.of(right, range(200))
+    assert (after.right, after.n, after.accuracy, alone.independent) == (120.0, 200, 0.6, 200.0)
+    assert 5 < after.independent < 10
+    floor, ceiling = Score(50, 200), Score(200, 200)
+    wide, narrow = (recovery(score, floor, ceiling) for score in (after, alone))
+    assert wide.value == narrow.value
+    assert wide.high - wide.low > 3 * (narrow.high - narrow.low)
+    nothing_known = recovery(Score.of(right, [0] * 200), floor, ceiling)  # of a single entity: only the prior is left
+    assert nothing_known.high - nothing_known.low > 1.2
+
+
 def test_the_best_rate_is_that_of_the_highest_recovery_and_the_controls_its_own() -> None:
     """A rate that lifts never-taught facts as well is not the best, though it has the highest accuracy."""
     curves = pd.DataFrame(

@@ -42,7 +42,7 @@ LEGENDS = {
     "other documents, and on what it knew of answers, too, so it may be larger.",
     "text_perplexity_ratio": "perplexity: of text that no fit saw; 1 is as before.",
 }
-INTERVALS = "Brackets: 95% intervals, bootstrap over questions or documents. Controls are in grey."
+INTERVALS = "Brackets: 95% intervals, over questions, entities or documents. Controls are in grey."
 
 
 @dataclass(frozen=True)

@@ -221,8 +221,8 @@ def with_floor(
 
 def _score(row: Mapping[Any, Any] | pd.Series, accuracy: str, effective_n: str) -> Score:
     """The score that a row of a curve holds in these columns; those of earlier versions have no `effective_n`."""
-    n = int(row["n"])
-    return Score(row[accuracy] * n, n, row.get(effective_n, n))
+    n, independent = int(row["n"]), row.get(effective_n)
+    return Score(row[accuracy] * n, n, None if pd.isna(independent) else independent)
 
 
 def limited(train: Questions | Corpus, samples: int | None) -> Questions | Corpus:

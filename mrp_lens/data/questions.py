@@ -177,6 +177,11 @@ class Questions:
         return tuple(dict.fromkeys(question.group for question in self.questions))
 
     @property
+    def halved_by(self) -> Half:
+        """What halves are drawn of: entities where all questions name theirs and there are several, else questions."""
+        return "entity" if all(self._spelled_entities()) and len(set(self.entities)) > 1 else "question"
+
+    @property
     def entities(self) -> tuple[int, ...]:
         """For each question, which entity it is about, as a number: the same for spellings that differ in case and blanks alone, and
         one of its own for a question that does not say."""
@@ -185,8 +190,9 @@ class Questions:
         return tuple(numbers.setdefault(label or place, len(numbers)) for place, label in enumerate(labels))
 
     def _spelled_entities(self) -> list[str]:
-        """Of each question, its entity as it is spelled in the first question about it; spellings may differ in case and blanks."""
-        spelled: dict[str, str] = {}
+        """Of each question, its entity as it is spelled in the first question about it; spellings may differ in case and blanks, and
+        blanks alone name none."""
+        spelled = {"": ""}
         return [spelled.setdefault(" ".join(q.entity.split()).casefold(), q.entity) for q in self.questions]
 
     @property

@@ -39,14 +39,18 @@ class Untyped(dict[str, Any]):
     """A row of a file that does not tell numbers from texts, such as .csv: all values are text, or None."""
 
 
+class MissingColumnError(ValueError):
+    """A row lacks a column that was asked for."""
+
+
 def column(row: Row, field: str, number: int, name: str, *, remedy: str = "") -> Any:
     """The value of a column.
 
     Raises:
-        ValueError: the row has no such column (those that it has get listed, and the remedy, if one is given).
+        MissingColumnError: the row has no such column (those that it has get listed, and the remedy, if one is given).
     """
     if field not in row:
-        raise ValueError(f"{name}, row {number}: no field {field!r}; the row has {listing(row)}{remedy}")
+        raise MissingColumnError(f"{name}, row {number}: no field {field!r}; the row has {listing(row)}{remedy}")
     return row[field]
 
 

@@ -10,7 +10,7 @@ from typing_extensions import Unpack
 
 from mrp_lens.data.documents import Corpus, Document
 from mrp_lens.data.questions import Half, Questions
-from mrp_lens.data.rows import digest
+from mrp_lens.data.rows import MissingColumnError, digest
 from mrp_lens.data.world import World
 from mrp_lens.utils.sequences import common_start
 
@@ -195,7 +195,7 @@ class UnlearningTask:
         """(T, V): two halves of the quiz on the forget set: what an attacker may learn from, and what it is scored on.
 
         Args:
-            by: "entity": none is in both halves; "question". None: by entity where all of them are known.
+            by: "entity": none is in both halves; "question". None: `halved_by`.
             limit: at most this many questions in all, evenly spread.
             seed: of the draw.
 
@@ -208,9 +208,8 @@ class UnlearningTask:
 
     @property
     def halved_by(self) -> Half:
-        """What `split` draws: entities where all questions name theirs, else questions, several of which may be about one."""
-        known = self.questions is not None and all(question.entity for question in self.questions.questions)
-        return "entity" if known else "question"
+        """What `split` draws: entities where all questions name theirs and there are several, else questions."""
+        return "question" if self.questions is None else self.questions.halved_by
 
     def texts(self, *, limit: int | None = None) -> dict[str, Corpus]:
         """What states are read from, by side; at most `limit` documents of each, evenly spread."""
@@ -255,7 +254,7 @@ class TaskConfig:
         retain_schema: Known data set whose columns the retain set has, such as `wikitext`.
         questions_schema: Known data set whose columns the quizzes have, such as `cais/wmdp`.
         untaught_questions: The source of the untaught quiz, on what the model was never taught: which shows what absent is.
-        entity: Column of `questions` and `untaught_questions` that says whom or what a question is about.
+        entity: Column of `questions` and `untaught_questions` that says whom or what a question is about; `retain_questions` may have it.
         retain_field: Column that holds the text of a retain document, where the retain set has other columns than the forget set:
             `field`, `prompt` and `completion` are then of the forget set alone.
     """
@@ -326,7 +325,10 @@ class TaskConfig:
         asked, untaught = (
             self.quiz(source, entity=self.entity) for source in (self.questions, self.untaught_questions)
         )
-        retained = self.quiz(self.retain_questions)
+        try:
+            retained = self.quiz(self.retain_questions, entity=self.entity)
+        except MissingColumnError:  # it need not say; one that lacks another column is refused again
+            retained = self.quiz(self.retain_questions)
         if self.question_prompt is None and self.questions_schema is None:
             warn_of_another_form(forget, [quiz for quiz in (asked, retained, untaught) if quiz is not None])
         return UnlearningTask(forget, kept, held_out, asked, retained, untaught)

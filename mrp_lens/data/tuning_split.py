@@ -56,8 +56,7 @@ def _quizzes(task: UnlearningTask) -> dict[str, Questions | None]:
 
 
 def _parted(quiz: Questions, share: float, seed: int) -> tuple[Questions, Questions]:
-    named = all(question.entity for question in quiz.questions)
-    tuning, rest = quiz.parted(share, by="entity" if named else "question", seed=seed)
+    tuning, rest = quiz.parted(share, by=quiz.halved_by, seed=seed)
     asked = {(question.prompt, question.choices) for question in tuning.questions}
     # A question that stands in the quiz twice is one question.
     kept = tuple(question for question in rest.questions if (question.prompt, question.choices) not in asked)

@@ -70,18 +70,19 @@ def share_interval(
 
     Args:
         values: [n], one a question or document.
-        clusters: [n], the number of what each value belongs to. None: nothing goes together.
+        clusters: [n], the number of what each value belongs to; a single one for all is the same as None: nothing goes together.
         seed: of the resampling.
 
     Raises:
         TypeError, ValueError: as `bootstrap_interval`.
     """
-    if clusters is not None and _go_together(values, clusters):
-        mean, spread = float(values.mean()), float(values.var())
-        size = effective_number(values, clusters)
-        if np.ptp(values):
-            size *= mean * (1 - mean) / spread  # shares between 0 and 1 spread less than answers do
-        return _exact_interval(mean, size) if size else (float("nan"), float("nan"))
+    _check_values(values)
+    if clusters is not None and _Clusters.of(clusters):
+        mean, size = float(values.mean()), effective_number(values, clusters)
+        if not _alike(values):
+            size *= mean * (1 - mean) / float(values.var())  # shares between 0 and 1 spread less than answers do
+        low, high = _exact_interval(mean, size)
+        return min(low, mean), max(high, mean)
     low, high = bootstrap_interval(values, seed=seed)
     if low == high == 0.0:
         return 0.0, reach_of_none(len(values))
@@ -91,64 +92,95 @@ def share_interval(
 def mean_interval(
     values: NDArray[np.float64], clusters: Sequence[int] | None = None, *, seed: int = 0
 ) -> tuple[float, float]:
-    """`bootstrap_interval` of the mean; where values go together, that of Student's t for `effective_number` of them.
+    """`bootstrap_interval` of the mean; where values go together, that of Student's t over clusters (never narrower than over values).
 
     Args:
         values: [n], one a question; finite where some go together.
-        clusters: [n], the number of what each value belongs to. None: nothing goes together.
+        clusters: as of `share_interval`.
         seed: of the resampling.
 
     Raises:
         TypeError, ValueError: as `bootstrap_interval`.
     """
-    if clusters is None or not _go_together(values, clusters):
+    _check_values(values)
+    groups = None if clusters is None else _Clusters.of(clusters)
+    if not groups:
         return bootstrap_interval(values, seed=seed)
-    size, mean = effective_number(values, clusters), float(values.mean())
-    if not size:
-        return float("nan"), float("nan")
-    reach = float(stdtrit(len(values) - 1, (1 + CONFIDENCE) / 2)) * (float(values.var()) / size) ** 0.5
+    mean, n = float(values.mean()), len(values)
+    totals = groups.totals(values - mean)
+    variance = max(float((totals**2).sum()) / n**2, float(values.var()) / n) * groups.number / (groups.number - 1)
+    reach = groups.quantile * variance**0.5
     return mean - reach, mean + reach
 
 
-def _go_together(values: NDArray[np.float64], clusters: Sequence[int]) -> bool:
-    """Whether some of the values do, which have to be ones that an interval can be made of."""
-    _check_values(values)
-    return len(set(clusters)) < len(values)
-
-
 def effective_number(values: NDArray[np.float64], clusters: Sequence[int]) -> float:
-    """How many independent values would tell as much about the mean as these, of which those of a cluster go together.
+    """How many independent answers would tell as much about the mean as these, of which those of a cluster go together.
 
-    n over the design effect (Kish 1965), which is taken to be 1 or more, times the squared ratio of the t quantiles of n and of as many
-    clusters, which makes up for how little few clusters tell of it (Korn and Graubard 1998).
+    n over the design effect (Kish 1965), times the squared ratio of the t quantiles of n and of as many clusters, which makes up for
+    how little few clusters tell of it (Korn and Graubard 1998). A prior of half a cluster more, all of whose values are of the rarer
+    kind, keeps one wrong answer among many right ones from looking as if wrong ones came alone. Clusters of different sizes count as
+    n^2 / (sum of squared sizes) of one size (Kish 1965), and as two at least.
 
     Args:
-        values: [n].
+        values: [n], from 0 to 1.
         clusters: [n], the number of what each value belongs to, such as `Questions.entities`.
 
     Returns:
-        n where no two values go together; the number of clusters where all values are alike, which tells nothing of how they go
-        together; 0 for a single cluster of several values.
+        n where no two values go together, and where all have one cluster: then it is the questions that could have been others. The
+        number of clusters where all values are alike, which tells nothing of how they go together.
     """
-    _, place = np.unique(clusters, return_inverse=True)
-    n, groups = len(values), int(place.max()) + 1 if len(place) else 0
-    if groups == n:
+    groups, n = _Clusters.of(clusters), len(values)
+    if not groups:
         return float(n)
-    if groups == 1:
-        return 0.0
-    if not np.ptp(values):
-        return float(groups)
-    totals = np.bincount(place, weights=values - values.mean())
-    variance = float((totals**2).sum()) / n**2 * groups / (groups - 1)
-    few, many = (float(stdtrit(count - 1, (1 + CONFIDENCE) / 2)) for count in (groups, n))
-    return n / max(1.0, variance / (float(values.var()) / n)) * (many / few) ** 2
+    if _alike(values):
+        return groups.number
+    rarer, prior = float(values.mean() < 0.5), 0.5 * n / groups.number
+    mean = float(values.sum() + prior * rarer) / (n + prior)
+    apart = float(((values - mean) ** 2).sum()) + prior * (rarer - mean) ** 2
+    together = float((groups.totals(values - mean) ** 2).sum()) + 2 * (prior * (rarer - mean)) ** 2
+    effect = min(max(1.0, together / apart), n / groups.number)
+    return n / effect * (_t_quantile(n - 1) / groups.quantile) ** 2
+
+
+@dataclass(frozen=True)
+class _Clusters:
+    """What values belong to, some of them together."""
+
+    place: NDArray[np.int64]
+    number: float  # of clusters of one size that are worth as much
+
+    @classmethod
+    def of(cls, clusters: Sequence[int]) -> "_Clusters | None":
+        """None where no two values go together, or all do."""
+        _, place, sizes = np.unique(clusters, return_inverse=True, return_counts=True)
+        if len(sizes) in (0, 1, len(place)):
+            return None
+        return cls(place, max(2.0, float(len(place) ** 2 / (sizes**2).sum())))
+
+    def totals(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Of each cluster."""
+        return np.bincount(self.place, weights=values).astype(np.float64)
+
+    @property
+    def quantile(self) -> float:
+        """Of Student's t for a mean over as many clusters."""
+        return _t_quantile(self.number - 1)
+
+
+def _t_quantile(freedom: float) -> float:
+    return float(stdtrit(freedom, (1 + CONFIDENCE) / 2))
+
+
+def _alike(values: NDArray[np.float64]) -> bool:
+    """Whether values differ by rounding at most."""
+    return bool(np.ptp(values) < 1e-9)
 
 
 def _exact_interval(share: float, size: float) -> tuple[float, float]:
     """The exact 95% interval of a share of `size` values, which need be no whole number (Clopper and Pearson 1934)."""
     tail, found = (1 - CONFIDENCE) / 2, share * size
-    low = float(betaincinv(found, size - found + 1, tail)) if share > 0 else 0.0
-    return low, float(betaincinv(found + 1, size - found, 1 - tail)) if share < 1 else 1.0
+    low = float(betaincinv(found, size - found + 1, tail)) if share > 1e-12 else 0.0
+    return low, float(betaincinv(found + 1, size - found, 1 - tail)) if share < 1 - 1e-12 else 1.0
 
 
 def reach_of_none(n: int) -> float:
@@ -172,7 +204,7 @@ def drop_interval(
     """
     values = np.union1d(drops, (-1.0, 0.0, 1.0))
     counts = (drops[:, None] == values).mean(axis=0)
-    counts *= len(drops) if clusters is None else effective_number(drops, clusters)
+    counts *= len(drops) if clusters is None else effective_number((drops + 1) / 2, clusters)
     shares = np.random.default_rng(int_seed(seed)).dirichlet(counts + 0.5, RESAMPLES)
     tail = (1 - CONFIDENCE) / 2
     low, high = np.quantile(shares @ values, [tail, 1 - tail])
@@ -258,5 +290,5 @@ class TokenMean:
             return float("nan"), float("nan")
         rest = self.document_squares - 2 * self.mean * self.document_products + self.mean**2 * self.token_squares
         variance = max(rest, 0.0) / self.tokens**2 * self.documents / (self.documents - 1)
-        reach = float(stdtrit(self.documents - 1, (1 + CONFIDENCE) / 2)) * variance**0.5
+        reach = _t_quantile(self.documents - 1) * variance**0.5
         return max(least, self.mean - reach), min(most, self.mean + reach)

@@ -90,11 +90,10 @@ def forget_quality(
         progress: show a progress bar.
 
     Returns:
-        One row: `n`; `forget_quality`, the p-value: above .05 the two cannot be told apart (questions count as independent: where
-        several are about one entity, p is too low); `distance`, the test's
-        statistic in [0, 1], with its 95% interval `low`, `high` (Dvoretzky-Kiefer-Wolfowitz with Massart's constant, both
-        distributions at once: wide, and valid for any n); `null`, the control: the distance below which two samples of
-        one distribution stay in 95% of cases.
+        One row: `n`; `forget_quality`, the p-value: above .05 the two cannot be told apart; `distance`, the test's statistic in
+        [0, 1], with its 95% interval `low`, `high` (Dvoretzky-Kiefer-Wolfowitz with Massart's constant, both distributions at
+        once: wide, and valid for any n); `null`, the control: the distance below which two samples of one distribution stay in
+        95% of cases. Questions count as independent here: where several are about one entity, p and interval are too small.
 
     Raises:
         ValueError: no reference, or as `truth_ratio`; NonFiniteError where logits are NaN or infinite.

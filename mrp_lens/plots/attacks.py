@@ -175,7 +175,7 @@ def input_gradients(frame: pd.DataFrame) -> go.Figure:
         x=Axis("method", "category", categories=methods_of(frame)),
         y=[Axis(title, "auto") for title in MEASURES.values()],
         title="Gradient of the right answer's loss towards the input",
-        bars="Bars: 95%.",
+        bars="Bars: 95%, bootstrap over questions.",
         note="{bars} A gradient also vanishes where the model is sure: see the loss.",
         columns=1,
         height=150,

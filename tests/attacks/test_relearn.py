@@ -232,6 +232,9 @@ def test_with_a_reference_questions_about_one_entity_still_count_as_fewer() -> N
     assert found["recovery"].tolist() == alone["recovery"].tolist()
     assert (found["effective_n_floor"] == 5.0).all()
     assert (alone["effective_n_floor"] == 20).all()  # curves of earlier versions
+    mixed = with_floor(pd.concat([curves.iloc[:2], CURVES.iloc[2:]]), reference)  # gone on with
+    assert mixed["effective_n"].isna().tolist() == [False, False, True, True]
+    assert mixed["recovery_low"].notna().all()
     width = {name: frame["recovery_high"] - frame["recovery_low"] for name, frame in (("f", found), ("a", alone))}
     assert (width["f"] > 1.5 * width["a"]).all()
 

@@ -1,6 +1,7 @@
 """`mrp-lens attack`: what it writes and prints, that it goes on after Ctrl-C, and what it refuses."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -178,7 +179,16 @@ def test_entities_and_untaught_questions_come_from_files(files: Path) -> None:
     assert task.untaught_questions is not None
     assert task.retain_questions is not None
     assert [q.entity for q in task.untaught_questions.questions][:3] == ["Zaxim50", "Zaxim50", "Zaxim51"]
-    assert {q.entity for q in task.retain_questions.questions} == {""}
+    assert {q.entity for q in task.retain_questions.questions[:2]} == {"House 0"}
+    anonymous = files / "anonymous.jsonl"  # a retain quiz need not say whom it is about, but has to be one
+    anonymous.write_text(re.sub(r'"who": "[^"]*"', '"nobody": 1', (files / "kept.jsonl").read_text()))
+    unnamed = TaskConfig(**sources, **{**options, "retain_questions": str(anonymous)}, **columns).load()
+    assert unnamed.retain_questions is not None
+    assert {q.entity for q in unnamed.retain_questions.questions} == {""}
+    with pytest.raises(ValueError, match="no field"):
+        TaskConfig(**sources, **{**options, "retain_questions": str(files / "retain.txt")}, **columns).load()
+    with pytest.raises(ValueError, match="no field 'who'"):
+        TaskConfig(**sources, **{**options, "questions": str(anonymous)}, **columns).load()
     train, held_out = task.split(limit=30)
     assert len(train) + len(held_out) == 30
     assert not {q.entity for q in train.questions} & {q.entity for q in held_out.questions}

@@ -255,9 +255,14 @@ def test_spellings_of_one_entity_stay_in_one_half() -> None:
 
 def test_entities_have_numbers_and_questions_without_one_are_alone() -> None:
     row = {"question": "Which colour?", "choices": ["red", "blue"], "answer": 0}
-    rows = [row | {"of": entity} for entity in ("Ada  Lovelace", "", "Bo", "ada lovelace", "", "Bo")]
+    rows: list[dict[str, Any]] = [
+        row | {"of": entity} for entity in ("Ada  Lovelace", "  ", "Bo", "ada lovelace", "", "Bo")
+    ]
     assert Questions.from_rows(rows, entity="of").entities == (0, 1, 2, 0, 3, 2)
     assert Questions.from_rows(rows).entities == tuple(range(6))
+    several = [row for row in rows if row["of"].strip()]
+    halved_by = [Questions.from_rows(part, entity="of").halved_by for part in (rows, several, rows[:1] * 3)]
+    assert halved_by == ["question", "entity", "question"]
 
 
 def test_halves_refuse_what_cannot_be_split() -> None:

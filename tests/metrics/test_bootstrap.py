@@ -1,3 +1,5 @@
+from typing import Any
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -62,52 +64,85 @@ def test_a_share_of_which_nothing_differs_is_as_sure_as_its_number_of_questions(
     assert share_interval(mixed, seed=3) == metrics.bootstrap_interval(mixed, seed=3)
 
 
+UNIFORM, SPARSE = "known more or less", "one in ten is not known at all"
+
+
 @pytest.mark.parametrize(("entities", "questions"), [(10, 20), (75, 5)])
-def test_intervals_cover_where_answers_about_one_entity_go_together(entities: int, questions: int) -> None:
-    """An entity is known well or hardly; as independent answers, which these are not, they are off in one of seven or more."""
+@pytest.mark.parametrize("known", [UNIFORM, SPARSE])
+def test_intervals_cover_where_answers_about_one_entity_go_together(entities: int, questions: int, known: str) -> None:
+    """Taken for independent answers, they are off in one of seven or more."""
     generator = np.random.default_rng(0)
     clusters = np.repeat(np.arange(entities), questions).tolist()
-    hits = {"share": 0, "mean": 0, "drop": 0, "independent": 0}
+    intervals: dict[str, Any] = {"share": share_interval}
+    if known == UNIFORM:  # Student's t and a posterior are no exact intervals
+        intervals |= {"mean": mean_interval, "drop": drop_interval}
+    truth = 0.5 if known == UNIFORM else 0.9 * 0.99
+    hits = dict.fromkeys([*intervals, "independent"], 0)
     for seed in range(200):
-        known = np.repeat(generator.beta(1, 1, entities), questions)
-        right = (generator.random(len(known)) < known).astype(float)
-        for name, (low, high) in {
-            "share": share_interval(right, clusters, seed=seed),
-            "mean": mean_interval(right, clusters, seed=seed),
-            "drop": drop_interval(right, clusters, seed=seed),
-            "independent": share_interval(right, seed=seed),
-        }.items():
-            hits[name] += low <= 0.5 <= high
-    assert all(hits[name] / 200 >= 0.91 for name in ("share", "mean", "drop"))
+        shares = generator.beta(1, 1, entities) if known == UNIFORM else 0.99 * (generator.random(entities) > 0.1)
+        right = (generator.random(len(clusters)) < np.repeat(shares, questions)).astype(float)
+        for name, interval in intervals.items():
+            low, high = interval(right, clusters, seed=seed)
+            hits[name] += low <= truth <= high
+        low, high = share_interval(right, seed=seed)
+        hits["independent"] += low <= truth <= high
+    assert all(hits[name] / 200 >= 0.91 for name in intervals)
     assert hits["independent"] / 200 < 0.86
 
 
-def test_where_no_two_go_together_clusters_change_nothing() -> None:
+@pytest.mark.parametrize("sizes", [[100] + [5] * 20, [100] + [1] * 100, [40] + [5] * 32])
+def test_they_cover_where_a_quiz_is_mostly_about_one_entity(sizes: list[int]) -> None:
+    generator = np.random.default_rng(1)
+    clusters = np.repeat(np.arange(len(sizes)), sizes).tolist()
+    hits = 0
+    for _ in range(200):
+        right = (generator.random(len(clusters)) < generator.beta(1, 1, len(sizes))[clusters]).astype(float)
+        low, high = share_interval(right, clusters)
+        hits += low <= 0.5 <= high
+    assert hits / 200 >= 0.92
+
+
+def test_where_no_two_go_together_or_all_do_clusters_change_nothing() -> None:
     values = np.array([0.0, 1.0, 1.0, 0.5, 0.0])
     for interval in (share_interval, mean_interval, drop_interval):
-        assert interval(values, [4, 0, 1, 2, 3], seed=2) == interval(values, seed=2)
+        for clusters in ([4, 0, 1, 2, 3], [7] * 5):  # of one person it is the questions that could have been others
+            assert interval(values, clusters, seed=2) == interval(values, seed=2)
+    assert effective_number(values, range(5)) == effective_number(values, [7] * 5) == 5
     for refused in (share_interval, mean_interval):
-        with pytest.raises(ValueError, match="1 of 2 values are NaN"):
-            refused(np.array([np.nan, 1.0]), [0, 0])
-    assert effective_number(values, range(5)) == 5
+        with pytest.raises(ValueError, match="1 of 3 values are NaN"):
+            refused(np.array([np.nan, 1.0, 0.0]), [0, 0, 1])
 
 
 def test_the_effective_number_by_hand() -> None:
-    # Entities of 4, each with answers that are all alike: as good as one answer an entity, and t of 5 and not of 23 degrees.
+    fewer = (2.0686576 / 2.5705818) ** 2  # quantiles of t with 23 and 5 degrees of freedom
+    # Entities of 4, each with answers that are all alike, are as good as one answer an entity.
     right, clusters = np.repeat([0.0, 1.0] * 3, 4), np.repeat(range(6), 4).tolist()
-    variance = 0.25 / 6 * 6 / 5  # of the mean of six entities
-    assert effective_number(right, clusters) == pytest.approx(0.25 / variance * (2.0686576 / 2.5705818) ** 2)
+    assert effective_number(right, clusters) == pytest.approx(6 * fewer)
     # In entities that are alike nothing goes together; fewer degrees of freedom are all that is lost.
-    mixed = np.tile([0.0, 1.0], 12)
-    assert effective_number(mixed, clusters) == pytest.approx(24 * (2.0686576 / 2.5705818) ** 2)
-    assert effective_number(np.ones(24), clusters) == 6
+    assert effective_number(np.tile([0.0, 1.0], 12), clusters) == pytest.approx(24 * fewer)
+    # 23 of 24: with half an entity of 4 wrong answers the mean is 23 / 26.
+    mean = 23 / 26
+    together = 5 * (4 * (1 - mean)) ** 2 + (3 - 4 * mean) ** 2 + 0.5 * (4 * mean) ** 2
+    effect = together / (23 * (1 - mean) ** 2 + mean**2 + 2 * mean**2)
+    one_wrong = np.array([0.0] + [1.0] * 23)
+    assert 1 < effect < 4
+    assert effective_number(one_wrong, clusters) == pytest.approx(24 / effect * fewer)
+    assert share_interval(one_wrong, clusters)[0] < share_interval(np.ones(24), clusters)[0] + 0.02
+    # Sizes 12, 6 and 6 are worth 24^2 / (144 + 36 + 36) clusters of one size.
+    assert effective_number(np.ones(24), [0] * 12 + [1] * 6 + [2] * 6) == pytest.approx(576 / 216)
+
+
+def test_shares_that_are_alike_or_nearly_are_no_sign_of_certainty() -> None:
+    clusters = np.repeat(range(6), 4).tolist()
     assert share_interval(np.ones(24), clusters) == pytest.approx(share_interval(np.ones(6)))
-    low, high = share_interval(np.full(24, 1 / 3), clusters)  # whose variance is rounding: no sign of certainty
-    assert low < 0.1
-    assert high > 0.7
-    assert effective_number(right, [7] * 24) == 0.0
-    assert np.isnan([*share_interval(right, [7] * 24), *mean_interval(right, [7] * 24)]).all()
+    for values in (np.full(24, 1 / 3), np.array([1 / 3] * 23 + [1 / 3 + 1e-16]), np.full(24, 1 / 3) + 1e-12):
+        low, high = share_interval(values, clusters)
+        assert low < 0.1
+        assert high > 0.7
+    tiny = np.exp(-np.linspace(380.0, 400.0, 24))  # whose variance is 0 in double precision
+    assert share_interval(tiny, clusters)[1] == pytest.approx(share_interval(np.zeros(6))[1])
     # Shares that spread a tenth as much as answers have a tenth of their interval, whatever they are shares of.
+    right = np.repeat([0.0, 1.0] * 3, 4)
     few, many = (share_interval(0.5 + scale * (right - 0.5), clusters) for scale in (0.1, 1.0))
     assert few[1] - few[0] < 0.2 * (many[1] - many[0])
 

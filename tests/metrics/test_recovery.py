@@ -68,8 +68,6 @@ def test_answers_about_one_entity_count_as_fewer() -> None:
     wide, narrow = (recovery(score, floor, ceiling) for score in (after, alone))
     assert wide.value == narrow.value
     assert wide.high - wide.low > 3 * (narrow.high - narrow.low)
-    nothing_known = recovery(Score.of(right, [0] * 200), floor, ceiling)  # of a single entity: only the prior is left
-    assert nothing_known.high - nothing_known.low > 1.2
 
 
 def test_the_best_rate_is_that_of_the_highest_recovery_and_the_controls_its_own() -> None:

@@ -40,7 +40,7 @@ def accuracy(
     Returns:
         One row for each group and, if there are several, one for "all" (first). Columns: `group`, `n`, `accuracy` in
         [0, 1] with its 95% interval `low`, `high` over questions or, where several are about
-        one, entities (NaN with a single one); `chance`, the control: what blind guessing gives; `answer_probability`, mean
+        one, entities (NaN with a single question); `chance`, the control: what blind guessing gives; `answer_probability`, mean
         over questions of the right choice's probability per token (geometric mean).
 
     Raises:

@@ -311,6 +311,7 @@ def test_a_folder_that_is_called_as_a_model_of_the_library_may_hold_runs(
     assert "unknown topic 'x'" in str(invoke("measure", "--topic", "x", "--out", "demo").exception)
 
 
+@pytest.mark.slow
 def test_bad_input_ends_with_one_line_and_code_2_and_debug_shows_where() -> None:
     words = "unlearn --model /nowhere --method mrp --forget none.jsonl --retain r.txt --out o".split()
     result = in_process(*words)

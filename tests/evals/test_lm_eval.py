@@ -143,6 +143,7 @@ def test_texts_start_with_bos_where_they_do_in_the_metrics(family: str, tmp_path
     assert not prepends_bos(model, tokenizer)
 
 
+@pytest.mark.slow
 def test_models_without_bos_are_those_of_transformer_lens() -> None:
     """An adapter says so in its source alone, until there is a model."""
     from transformer_lens.factories.architecture_adapter_factory import SUPPORTED_ARCHITECTURES

@@ -182,6 +182,7 @@ def test_after_ctrl_c_the_learned_projection_is_kept(
     assert len(fit.log) == 3
 
 
+@pytest.mark.slow
 def test_micro_batches_change_nothing_but_memory(bridge: Any, texts: Texts) -> None:
     whole, parts = (
         UnconditionalMRP(steps=3, batch_size=8, distillation=FEW, micro_batch=size)

@@ -42,6 +42,7 @@ def tuned(model: Any, task: UnlearningTask, out: Path, trials: int = 4, **settin
     return tune(model, task, method, out, trials=trials, progress=False, **settings)
 
 
+@pytest.mark.slow
 def test_every_trial_is_measured_on_the_tuning_part_and_the_chosen_one_on_the_rest(
     model: Any, task: UnlearningTask, tmp_path: Path, untouched: None
 ) -> None:

@@ -150,7 +150,13 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("path", WITH_EXAMPLES, ids=module_of)
+@pytest.mark.parametrize(
+    "path",
+    [
+        pytest.param(path, marks=[pytest.mark.slow] * module_of(path).endswith(".export"), id=module_of(path))
+        for path in WITH_EXAMPLES  # an export is reloaded by a process of its own
+    ],
+)
 def test_the_examples_of_docstrings_run(
     path: Path, known: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

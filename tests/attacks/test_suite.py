@@ -221,6 +221,7 @@ def test_a_configuration_names_what_is_wrong_with_it(change: dict[str, Any], mes
         configured(**change)
 
 
+@pytest.mark.slow
 def test_ctrl_c_keeps_whole_pieces_only(
     model: Any, task: UnlearningTask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, untouched: None
 ) -> None:

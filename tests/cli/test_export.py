@@ -29,6 +29,7 @@ def edit_folder(tiny_folder: Path, tmp_path: Path) -> Path:
     return tmp_path / "run" / "edit"
 
 
+@pytest.mark.slow
 def test_it_writes_a_proved_folder_and_says_how(edit_folder: Path, tiny_folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     result = export("--model", str(tiny_folder), "--edit", str(edit_folder), "--out", str(out), "--backend", "bridge")

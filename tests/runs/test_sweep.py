@@ -40,6 +40,7 @@ def task(texts: tuple[Corpus, Corpus]) -> UnlearningTask:
     return UnlearningTask((forget,), retain, retain, quiz, quiz, quiz)
 
 
+@pytest.mark.slow
 def test_a_sweep_measures_every_point_beside_the_unedited_model(
     model: Any, task: UnlearningTask, tmp_path: Path, untouched: None
 ) -> None:

@@ -179,7 +179,8 @@ class Questions:
     @property
     def halved_by(self) -> Half:
         """What halves are drawn of: entities where all questions name theirs and there are several, else questions."""
-        return "entity" if all(self._spelled_entities()) and len(set(self.entities)) > 1 else "question"
+        spelled = self._spelled_entities()
+        return "entity" if all(spelled) and len(set(spelled)) > 1 else "question"
 
     @property
     def entities(self) -> tuple[int, ...]:

@@ -77,8 +77,8 @@ def share_interval(
         TypeError, ValueError: as `bootstrap_interval`.
     """
     _check_values(values)
-    if clusters is not None and _Clusters.of(clusters):
-        mean, size = float(values.mean()), effective_number(values, clusters)
+    if groups := _Clusters.of(clusters):
+        mean, size = float(values.mean()), groups.effective_number(values)
         if not _alike(values):
             size *= mean * (1 - mean) / float(values.var())  # shares between 0 and 1 spread less than answers do
         low, high = _exact_interval(mean, size)
@@ -103,7 +103,7 @@ def mean_interval(
         TypeError, ValueError: as `bootstrap_interval`.
     """
     _check_values(values)
-    groups = None if clusters is None else _Clusters.of(clusters)
+    groups = _Clusters.of(clusters)
     if not groups:
         return bootstrap_interval(values, seed=seed)
     mean, n = float(values.mean()), len(values)
@@ -129,17 +129,8 @@ def effective_number(values: NDArray[np.float64], clusters: Sequence[int]) -> fl
         n where no two values go together, and where all have one cluster: then it is the questions that could have been others. The
         number of clusters where all values are alike, which tells nothing of how they go together.
     """
-    groups, n = _Clusters.of(clusters), len(values)
-    if not groups:
-        return float(n)
-    if _alike(values):
-        return groups.number
-    rarer, prior = float(values.mean() < 0.5), 0.5 * n / groups.number
-    mean = float(values.sum() + prior * rarer) / (n + prior)
-    apart = float(((values - mean) ** 2).sum()) + prior * (rarer - mean) ** 2
-    together = float((groups.totals(values - mean) ** 2).sum()) + 2 * (prior * (rarer - mean)) ** 2
-    effect = min(max(1.0, together / apart), n / groups.number)
-    return n / effect * (_t_quantile(n - 1) / groups.quantile) ** 2
+    groups = _Clusters.of(clusters)
+    return groups.effective_number(values) if groups else float(len(values))
 
 
 @dataclass(frozen=True)
@@ -150,12 +141,26 @@ class _Clusters:
     number: float  # of clusters of one size that are worth as much
 
     @classmethod
-    def of(cls, clusters: Sequence[int]) -> "_Clusters | None":
+    def of(cls, clusters: Sequence[int] | None) -> "_Clusters | None":
         """None where no two values go together, or all do."""
+        if clusters is None:
+            return None
         _, place, sizes = np.unique(clusters, return_inverse=True, return_counts=True)
         if len(sizes) in (0, 1, len(place)):
             return None
         return cls(place, max(2.0, float(len(place) ** 2 / (sizes**2).sum())))
+
+    def effective_number(self, values: NDArray[np.float64]) -> float:
+        """As the function of that name."""
+        if _alike(values):
+            return self.number
+        n = len(values)
+        rarer, prior = float(values.mean() < 0.5), 0.5 * n / self.number
+        mean = float(values.sum() + prior * rarer) / (n + prior)
+        apart = float(((values - mean) ** 2).sum()) + prior * (rarer - mean) ** 2
+        together = float((self.totals(values - mean) ** 2).sum()) + 2 * (prior * (rarer - mean)) ** 2
+        effect = min(max(1.0, together / apart), n / self.number)
+        return n / effect * (_t_quantile(n - 1) / self.quantile) ** 2
 
     def totals(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
         """Of each cluster."""
